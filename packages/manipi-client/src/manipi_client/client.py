@@ -1,0 +1,259 @@
+"""A policy on another computer.
+
+    client                              server
+      │ ── websocket handshake ──────────▶ │     Authorization: Api-Key <token>, when there is a token
+      │ ◀───────────────────── metadata ── │     binary frame, once
+      │ ── observation ──────────────────▶ │     binary frame  ┐
+      │ ◀───────────────── action chunk ── │     binary frame  ┘ again and again
+      │ ◀──────────────────────── error ── │     text frame instead; the server then closes
+
+This is openpi's protocol, so the server may be manipi's or openpi's.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import struct
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any, Mapping
+
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage
+from websockets.protocol import State
+from websockets.sync.client import ClientConnection, connect
+from websockets.version import version as websockets_version
+
+from manipi_client import wire
+from manipi_client.errors import (
+    ConnectError,
+    ConnectionLost,
+    ConnectTimeout,
+    InferenceTimeout,
+    ProtocolError,
+    error_from_text,
+)
+
+logger = logging.getLogger(__name__)
+
+_RETRY_SECONDS = 0.2
+_CLOSE_SECONDS = 0.2
+
+# websockets 15 brought both. Keepalive pings would end a connection to a server that computes for long without
+# answering them, which openpi's does; `request_timeout` does their job. And a robot's network needs no proxy.
+_NO_KEEPALIVE_NO_PROXY: dict[str, Any] = (
+    {"ping_interval": None, "proxy": None} if int(websockets_version.split(".")[0]) >= 15 else {}
+)
+
+# Before Python 3.10 a socket's timeout is not a TimeoutError.
+_TIMEOUTS = (TimeoutError, socket.timeout)
+
+# A port that nobody listens on, or a tunnel or container proxy in front of a server that has not started.
+_NOT_UP_YET = (ConnectionError, EOFError, InvalidMessage)
+
+
+class WebsocketPolicy:
+    """A policy server's policy. Connects at once, and again whenever the connection was lost.
+
+    May be used by several threads, which then take turns.
+
+    Args:
+        host: name or address of the server, or a whole `ws://` or `wss://` URI.
+        port: port of the server; None for the one in the URI or its scheme's own.
+        token: sent as `Authorization: Api-Key <token>`.
+        connect_timeout: seconds to wait for a server that is still starting.
+        request_timeout: seconds to wait for actions. The first answer may be slow where the server still compiles.
+
+    Raises:
+        ConnectTimeout: no server answered within `connect_timeout`.
+        ConnectError: the address is wrong, or the server refuses.
+        ProtocolError: what answers is not a policy server.
+    """
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int | None = 8000,
+        token: str | None = None,
+        *,
+        connect_timeout: float = 60.0,
+        request_timeout: float = 60.0,
+    ) -> None:
+        self._uri = _uri(host, port)
+        self._headers = {"Authorization": f"Api-Key {token}"} if token else {}
+        self._connect_timeout, self._request_timeout = connect_timeout, request_timeout
+        self._lock = threading.Lock()
+        self._connection: ClientConnection | None = None
+        self._metadata: dict[str, Any] = {}
+        self._connect()
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the server said about itself when the connection was made."""
+        return self._metadata
+
+    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        """Sends an observation and returns the server's answer.
+
+        Returns:
+            `actions` [H, A], `server_timing` and `policy_timing` in milliseconds, and whatever the policy adds.
+
+        Raises:
+            InferenceTimeout: no answer within `request_timeout`.
+            RemoteInferenceError: the policy refused the observation, or failed.
+            ConnectionLost: the server went away.
+            InputError: the observation holds something that does not travel.
+            ProtocolError: the answer is not one.
+            ConnectTimeout, ConnectError: as when connecting, after the connection was lost.
+        """
+        frame = wire.pack(dict(observation))
+        with self._lock:
+            connection = self._open_connection()
+            try:
+                return self._exchange(connection, frame)
+            except BaseException:
+                # Also after Ctrl-C: the answer that is under way must not be read as the next one's.
+                self._disconnect()
+                raise
+
+    def reset(self) -> None:
+        """Nothing: a policy server keeps no state between observations."""
+
+    def close(self) -> None:
+        """Closes the connection. `infer` would open it again."""
+        with self._lock:
+            self._disconnect()
+
+    def __enter__(self) -> WebsocketPolicy:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _exchange(self, connection: ClientConnection, frame: bytes) -> dict[str, Any]:
+        deadline = time.monotonic() + self._request_timeout
+        try:
+            connection.send(frame)
+            answer = connection.recv(timeout=max(0.0, deadline - time.monotonic()))
+        except _TIMEOUTS as error:
+            raise self._inference_timeout() from error
+        except ConnectionClosed as error:
+            if isinstance(error.__cause__, BlockingIOError):  # The send limit of `_limit_sends`.
+                raise self._inference_timeout() from error
+            raise self._connection_lost(error) from error
+        return self._read_map(answer)
+
+    def _open_connection(self) -> ClientConnection:
+        if self._connection is None or self._connection.protocol.state is not State.OPEN:
+            self._disconnect()
+            self._connect()
+        assert self._connection is not None
+        return self._connection
+
+    def _connect(self) -> None:
+        """Connects and reads the metadata, trying again while the server is not up yet."""
+        deadline = time.monotonic() + self._connect_timeout
+        waiting = False
+        while True:
+            try:
+                self._connection = self._handshake(deadline)
+                self._metadata = self._read_map(self._connection.recv(max(0.0, deadline - time.monotonic())))
+                return
+            except (*_NOT_UP_YET, ConnectionClosed) as error:
+                self._disconnect()
+                if time.monotonic() + _RETRY_SECONDS > deadline:
+                    raise self._connect_timeout_error(str(error) or type(error).__name__) from error
+            except _TIMEOUTS as error:
+                self._disconnect()
+                raise self._connect_timeout_error("a connection, but no metadata in time") from error
+            except BaseException:
+                self._disconnect()
+                raise
+            if not waiting:
+                logger.warning("waiting up to %g s for a policy server at %s", self._connect_timeout, self._uri)
+                waiting = True
+            time.sleep(_RETRY_SECONDS)
+
+    def _handshake(self, deadline: float) -> ClientConnection:
+        try:
+            connection = connect(
+                self._uri,
+                additional_headers=self._headers,
+                compression=None,
+                max_size=None,
+                open_timeout=max(0.0, deadline - time.monotonic()),
+                close_timeout=_CLOSE_SECONDS,
+                **_NO_KEEPALIVE_NO_PROXY,
+            ).__enter__()  # `_disconnect` leaves it; websockets deprecates a connection that was never entered.
+        except (*_NOT_UP_YET, *_TIMEOUTS):
+            raise
+        except (InvalidHandshake, OSError, ValueError) as error:
+            raise ConnectError(
+                expected="a policy server that lets this client in",
+                found=str(error) or type(error).__name__,
+                where=self._uri,
+                next="check host, port and token; curl the server's /healthz",
+            ) from error
+        _limit_sends(connection.socket, self._request_timeout)
+        return connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _read_map(self, answer: str | bytes) -> dict[str, Any]:
+        if isinstance(answer, str):
+            raise error_from_text(answer, self._uri)
+        value = wire.unpack(answer)
+        if not isinstance(value, dict):
+            raise ProtocolError(
+                expected="a map of metadata or of actions",
+                found=f"a {type(value).__name__}",
+                where=self._uri,
+                next="check that a policy server listens there",
+            )
+        return value
+
+    def _connect_timeout_error(self, found: str) -> ConnectTimeout:
+        return ConnectTimeout(
+            expected=f"a policy server within {self._connect_timeout:g} s",
+            found=found,
+            where=self._uri,
+            next="start the server, check host and port, or raise connect_timeout",
+        )
+
+    def _inference_timeout(self) -> InferenceTimeout:
+        return InferenceTimeout(
+            expected=f"actions within {self._request_timeout:g} s",
+            found="no answer; the connection is now closed, and the next call opens another",
+            where=self._uri,
+            next="look at the server's log; raise request_timeout if its first inference compiles",
+        )
+
+    def _connection_lost(self, error: ConnectionClosed) -> ConnectionLost:
+        return ConnectionLost(
+            expected="actions",
+            found=f"a closed connection: {error.__cause__ or error}",
+            where=self._uri,
+            next="look at the server's log; code 1009 means that the observation is over the server's size limit",
+        )
+
+
+def _uri(host: str, port: int | None) -> str:
+    if "://" not in host:
+        host = f"ws://[{host}]" if ":" in host else f"ws://{host}"
+    return host if port is None else f"{host}:{port}"
+
+
+def _limit_sends(connection: socket.socket, seconds: float) -> None:
+    """Makes a send that makes no progress fail with BlockingIOError; websockets itself would wait for hours."""
+    if sys.platform == "win32":
+        limit: int | bytes = int(seconds * 1000)
+    else:
+        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)

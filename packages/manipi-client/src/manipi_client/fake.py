@@ -1,0 +1,76 @@
+"""A policy server for the tests of a robot's code: a real websocket, actions from a function."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from types import TracebackType
+from typing import Any, Callable, Mapping
+
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.server import ServerConnection, serve
+
+from manipi_client import wire
+
+
+class FakePolicyServer:
+    """Serves `infer` on a free port of this computer, in threads, from `with` to its end.
+
+        with FakePolicyServer(lambda observation: {"actions": np.zeros((10, 7), np.float32)}) as server:
+            policy = WebsocketPolicy(port=server.port)
+
+    It does what openpi's server does: when `infer` raises, the client receives the traceback and is disconnected.
+
+    Args:
+        infer: the action chunk for an observation; must be safe to call from several threads if several clients come.
+        metadata: sent to every client first.
+
+    Attributes:
+        port: where it listens.
+        observations: what the clients sent, in order.
+    """
+
+    def __init__(
+        self, infer: Callable[[dict[str, Any]], Mapping[str, Any]], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        self._infer, self._metadata = infer, dict(metadata or {})
+        self._connections: set[ServerConnection] = set()
+        self.observations: list[dict[str, Any]] = []
+        self._server = serve(self._handle, "127.0.0.1", 0, compression=None, max_size=None)
+        self.port: int = self._server.socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, name="fake-policy-server", daemon=True)
+
+    def __enter__(self) -> FakePolicyServer:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        for connection in list(self._connections):
+            connection.close()
+        self._thread.join()
+
+    def _handle(self, connection: ServerConnection) -> None:
+        self._connections.add(connection)
+        try:
+            connection.send(wire.pack(self._metadata))
+            while True:
+                self._answer(connection)
+        except ConnectionClosed:
+            pass
+        finally:
+            self._connections.discard(connection)
+
+    def _answer(self, connection: ServerConnection) -> None:
+        frame = connection.recv()
+        try:
+            observation = wire.unpack(frame)  # type: ignore[arg-type]
+            self.observations.append(observation)
+            answer: str | bytes = wire.pack({**self._infer(observation), "server_timing": {"infer_ms": 0.0}})
+        except Exception:  # noqa: BLE001 - whatever a test's function raises is the answer.
+            answer = traceback.format_exc()
+        connection.send(answer)
+        if isinstance(answer, str):
+            connection.close(1011, "Internal server error. Traceback included in previous frame.")

@@ -1,0 +1,120 @@
+"""The bytes on the wire: MessagePack with NumPy arrays, the same bytes as openpi's.
+
+An array and a NumPy scalar become maps whose keys are binary strings, in this order:
+
+    array    {b"__ndarray__": true, b"data": C-order bytes, b"dtype": "<f4", b"shape": [10, 7]}
+    scalar   {b"__npgeneric__": true, b"data": 0.5, b"dtype": "<f4"}
+
+Byte order is kept. Tuples come back as lists, arrays come back read-only. Objects, complex numbers and structured
+arrays do not travel: the wire carries no code and no pickles.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from manipi_client.errors import InputError, ProtocolError
+
+# Booleans, integers, floats, text, bytes, dates. Anything else, such as "O" or "f4,i4", never reaches np.dtype.
+_DTYPE = re.compile(r"[<>|]?([biufSU]\d{1,9}|[mM]8\[\w+\])")
+
+
+def pack(value: Any) -> bytes:
+    """Bytes of a value made of dicts, lists, tuples, strings, bytes, numbers, None, arrays and NumPy scalars.
+
+    Raises:
+        InputError: something else is in it.
+    """
+    try:
+        packed = msgpack.packb(value, default=_to_map)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            expected="arrays of numbers, booleans or text, and plain dicts, lists, strings, bytes, numbers and None",
+            found=str(error),
+            where="the message to send",
+            next="convert that value, for example with np.asarray(value, np.float32)",
+        ) from error
+    assert packed is not None  # Only an autoreset-less Packer returns nothing.
+    return packed
+
+
+def unpack(frame: bytes) -> Any:
+    """The value in a binary frame.
+
+    Raises:
+        ProtocolError: not MessagePack, or an array whose dtype, shape and data do not fit together.
+    """
+    try:
+        return msgpack.unpackb(frame, object_hook=_from_map)
+    except ProtocolError:
+        raise
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise _protocol_error("one MessagePack value", str(error) or type(error).__name__) from error
+
+
+def _to_map(value: Any) -> Any:
+    if not isinstance(value, (np.ndarray, np.generic)):
+        return value  # msgpack then says which type it cannot pack.
+    if value.dtype.kind in "OVc":
+        raise ValueError(f"an array or scalar of dtype {value.dtype}")
+    if isinstance(value, np.ndarray):
+        return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
+    return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
+
+
+def _from_map(fields: dict) -> Any:
+    if b"__ndarray__" in fields:
+        return _read_array(fields.get(b"data"), _read_dtype(fields), fields.get(b"shape"))
+    if b"__npgeneric__" in fields:
+        return _read_scalar(fields.get(b"data"), _read_dtype(fields))
+    return fields
+
+
+def _read_dtype(fields: dict) -> np.dtype:
+    name = fields.get(b"dtype")
+    if not isinstance(name, str) or not _DTYPE.fullmatch(name):
+        raise _protocol_error("a dtype of numbers, booleans, text or dates, such as '<f4'", repr(name))
+    try:
+        dtype = np.dtype(name)
+    except (TypeError, ValueError) as error:
+        raise _protocol_error("a dtype that NumPy knows", repr(name)) from error
+    if dtype.itemsize == 0:
+        raise _protocol_error("a dtype of at least one byte", repr(name))
+    return dtype
+
+
+def _read_array(data: Any, dtype: np.dtype, shape: Any) -> np.ndarray:
+    if not isinstance(data, bytes):
+        raise _protocol_error("an array's data as bytes", type(data).__name__)
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise _protocol_error("an array's shape as a list of sizes", repr(shape))
+    needed = math.prod(shape) * dtype.itemsize
+    if needed != len(data):
+        raise _protocol_error(f"{needed} bytes for shape {shape} of {dtype.str}", f"{len(data)} bytes")
+    try:
+        return np.ndarray(shape, dtype, buffer=data)
+    except ValueError as error:
+        raise _protocol_error("a shape that NumPy can hold", f"{shape}: {error}") from error
+
+
+def _read_scalar(data: Any, dtype: np.dtype) -> np.generic:
+    if not isinstance(data, (bool, int, float, str, bytes)):
+        raise _protocol_error("a scalar's data as a plain value", type(data).__name__)
+    try:
+        return dtype.type(data)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _protocol_error(f"a value of {dtype.str}", repr(data)) from error
+
+
+def _protocol_error(expected: str, found: str) -> ProtocolError:
+    return ProtocolError(
+        expected=expected,
+        found=found,
+        where="a binary frame",
+        next="check that both ends speak openpi's protocol (manipi_client.wire or openpi_client.msgpack_numpy)",
+    )

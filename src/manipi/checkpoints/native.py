@@ -1,0 +1,159 @@
+"""Our checkpoint: a folder that is enough to serve, and nothing but data.
+
+    checkpoint/
+    ├─ model.safetensors    the weights for inference (the EMA weights when there are any)
+    ├─ config.json          PolicyConfig: model, normalisation, sampling steps
+    ├─ robot.json           the robot it was trained for
+    ├─ norm_stats.json      openpi's layout, plus provenance
+    ├─ tokenizer/           what the tokenizers need
+    ├─ self_test.npz        one observation, its noise, and the action chunk that the trainer computed
+    ├─ train_state/         optimizer and raw weights, where training may go on from here
+    └─ manifest.json        SHA-256 of every file above
+
+It appears by one rename or not at all, and reading it verifies every hash.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from manipi.errors import CheckpointError, IntegrityError
+from manipi.model.config import CONFIG_TYPES, ModelConfig
+from manipi.records import from_json, read_json, write_json
+from manipi.robots.robot import Robot
+from manipi.storage import atomic_directory
+from manipi.tokenizers import Tokenizers
+from manipi.transforms.normalize import NormMode, load_norm_stats, save_norm_stats
+from manipi.types import NormStats, Sample
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """What inference needs to know beside weights, robot and statistics."""
+
+    model: ModelConfig
+    norm_mode: NormMode
+    num_steps: int = 10
+    """Euler steps of the flow head (unused by π0-FAST)."""
+    step: int
+    """Optimizer steps behind these weights."""
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """One observation in the robot's keys, the noise [H, A] used, and the commands [H, A] that must come out."""
+
+    observation: Sample
+    noise: np.ndarray
+    actions: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Everything that a checkpoint folder holds, training state apart."""
+
+    weights: Mapping[str, Tensor]
+    config: PolicyConfig
+    robot: Robot
+    norm_stats: NormStats
+    tokenizers: Tokenizers
+    self_test: SelfTest | None
+    """None only while the trainer is still making it."""
+
+
+def write_checkpoint(
+    target: Path, checkpoint: Checkpoint, write_train_state: Callable[[Path], None] | None = None
+) -> None:
+    """Write the folder in full, then give it its name.
+
+    Args:
+        write_train_state: called with the path of `train_state/`, before the manifest is made.
+
+    Raises:
+        StorageError: the disk is full, or `target` exists.
+    """
+    assert checkpoint.self_test is not None
+    with atomic_directory(target) as folder:
+        weights = {name: tensor.detach().contiguous() for name, tensor in checkpoint.weights.items()}
+        save_file(weights, folder / "model.safetensors")
+        write_json(folder / "config.json", checkpoint.config)
+        write_json(folder / "robot.json", checkpoint.robot)
+        save_norm_stats(checkpoint.norm_stats, folder / "norm_stats.json")
+        checkpoint.tokenizers.save(folder / "tokenizer")
+        _save_self_test(checkpoint.self_test, folder / "self_test.npz")
+        if write_train_state is not None:
+            write_train_state(folder / "train_state")
+        write_json(folder / MANIFEST, {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)})
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Raises CheckpointError where there is none, IntegrityError where a file is missing or altered."""
+    verify(folder)
+    config = from_json(read_json(folder / "config.json"), (PolicyConfig, *CONFIG_TYPES), str(folder / "config.json"))
+    return Checkpoint(
+        weights=load_file(folder / "model.safetensors"),
+        config=config,
+        robot=Robot.from_json(read_json(folder / "robot.json"), str(folder / "robot.json")),
+        norm_stats=load_norm_stats(folder / "norm_stats.json"),
+        tokenizers=Tokenizers.load(folder / "tokenizer"),
+        self_test=_load_self_test(folder / "self_test.npz"),
+    )
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with the manifest, both ways."""
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            expected=f"a checkpoint folder (with a {MANIFEST})",
+            found=f"only {', '.join(sorted(p.name for p in folder.iterdir()))}" if folder.is_dir() else "no such folder",
+            where=str(folder),
+            next="name a folder such as runs/NAME/checkpoints/STEP",
+        )
+    manifest = read_json(folder / MANIFEST)
+    present = {str(p.relative_to(folder)) for p in _files(folder) if p.name != MANIFEST}
+    for name in sorted(set(manifest) | present):
+        _verify_file(folder, name, manifest.get(name), name in present)
+
+
+def _verify_file(folder: Path, name: str, expected: str | None, present: bool) -> None:
+    if not present:
+        found = "no such file"
+    elif expected is None:
+        found = "a file that the manifest does not name"
+    else:
+        digest = _sha256(folder / name)
+        found = "" if digest == expected else f"SHA-256 {digest[:16]}…"
+    if found:
+        raise IntegrityError(
+            expected=f"SHA-256 {expected[:16]}…" if expected else "only the files of the manifest",
+            found=found,
+            where=str(folder / name),
+            next="copy the checkpoint again, or take the one before it; an altered checkpoint is never loaded",
+        )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save_self_test(test: SelfTest, path: Path) -> None:
+    observation = {f"observation|{key}": np.asarray(value) for key, value in test.observation.items()}
+    np.savez(path, noise=test.noise, actions=test.actions, **observation)  # type: ignore[arg-type]
+
+
+def _load_self_test(path: Path) -> SelfTest:
+    with np.load(path, allow_pickle=False) as data:
+        observation = {k.partition("|")[2]: data[k] for k in data.files if k.startswith("observation|")}
+        return SelfTest(observation, data["noise"], data["actions"])

@@ -1,0 +1,239 @@
+"""What every dataset reader offers: columns in RAM, pictures on demand, rows numbered through all episodes.
+
+    row      0   1   2   3   4   5   6   7   8  …        one row per frame, over the whole dataset
+    episode  0 ──────────┐   1 ──────────────┐
+    frame    0   1   2   3   0   1   2   3   4           number within the episode
+
+Shape letters: N rows of the dataset, n rows asked for, d dimensions; h, w picture height and width.
+"""
+
+import abc
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64, UInt8
+
+from manipi.errors import BadValueError, ConfigError, DatasetNotFoundError, MissingFeatureError
+from manipi.types import Frame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """One quantity that a dataset records at every frame."""
+
+    kind: Literal["image", "vector", "text"]
+    shape: tuple[int, ...]
+    """(h, w, 3) of a picture, (d,) of a vector."""
+    dtype: str
+    """As the dataset states it: "video", "image", "float32", "int64", "string" …"""
+    names: tuple[str, ...] = ()
+    """One name per dimension of a vector, where the dataset has them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """A run of consecutive rows."""
+
+    index: int
+    """Its number in the dataset's own files."""
+    start: int
+    """Its first row."""
+    length: int
+    task: str
+    """The instruction; the first one where an episode has several."""
+
+
+class Dataset(abc.ABC):
+    """Base of all readers. A reader opens its metadata, and says how to read a column and some pictures.
+
+    Readers pickle by re-opening `root`, so that worker processes share neither file handles nor decoders.
+    """
+
+    def __init__(
+        self, *, root: Path, fps: float, features: Mapping[str, Feature], episodes: Sequence[Episode], name: str
+    ):
+        self.root, self.fps, self.features, self.episodes, self.name = root, fps, features, episodes, name
+        self._columns: dict[str, np.ndarray] = {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the metadata and tables: equal on every machine, different when the data differ."""
+        return self._fingerprint()
+
+    @abc.abstractmethod
+    def _fingerprint(self) -> str: ...
+
+    @abc.abstractmethod
+    def prompt(self, row: int) -> str:
+        """The instruction at a row."""
+
+    @abc.abstractmethod
+    def _read_column(self, key: str) -> np.ndarray:
+        """All values of a vector feature, [N, d], floats as float32 and the rest as int64."""
+
+    @abc.abstractmethod
+    def _read_images(self, camera: str, rows: np.ndarray) -> np.ndarray:
+        """Pictures uint8 [n, h, w, 3] of rows that ascend."""
+
+    @cached_property
+    def num_frames(self) -> int:
+        return sum(episode.length for episode in self.episodes)
+
+    @cached_property
+    def starts(self) -> Int64[np.ndarray, " episodes"]:
+        """First row of each episode."""
+        return np.array([episode.start for episode in self.episodes], dtype=np.int64)
+
+    @cached_property
+    def ends(self) -> Int64[np.ndarray, " episodes"]:
+        """The row after the last of each episode."""
+        return self.starts + [episode.length for episode in self.episodes]
+
+    @property
+    def cameras(self) -> list[str]:
+        return [key for key, feature in self.features.items() if feature.kind == "image"]
+
+    def episode_of(self, rows: Int64[np.ndarray, "*n"]) -> Int64[np.ndarray, "*n"]:
+        """Position in `episodes` of each row's episode."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def locate(self, row: int) -> str:
+        """`episode 3, frame 17`, for messages."""
+        episode = self.episodes[int(self.episode_of(np.asarray(row)))]
+        return f"episode {episode.index}, frame {row - episode.start}"
+
+    def column(self, key: str) -> np.ndarray:
+        """All values of a vector feature, [N, d] float32 or int64; read once, then kept in RAM, read-only.
+
+        Raises:
+            MissingFeatureError: the dataset has no vector of that name.
+            BadValueError: NaN or infinity, named by episode and frame.
+            DatasetFormatError: a table is missing or broken.
+        """
+        if key not in self._columns:
+            self.require(key, "vector")
+            values = self._read_column(key)
+            self._check_finite(key, values)
+            values.setflags(write=False)
+            self._columns[key] = values
+        return self._columns[key]
+
+    def images(self, camera: str, rows: Int64[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w 3"]:
+        """The pictures of some rows, in the order asked for; read in file order, where neighbours are cheap.
+
+        Raises:
+            MissingFeatureError: the dataset has no camera of that name.
+            DatasetFormatError: a file is missing, truncated, or of another size; names file, episode and frame.
+        """
+        self.require(camera, "image")
+        rows = np.asarray(rows, dtype=np.int64)
+        self._check_rows(rows)
+        order = np.argsort(rows, kind="stable")
+        if np.array_equal(order, np.arange(len(rows))):
+            return self._read_images(camera, rows)
+        images = np.empty((len(rows), *self.features[camera].shape), np.uint8)
+        images[order] = self._read_images(camera, rows[order])
+        return images
+
+    def require(self, key: str, kind: Literal["image", "vector", "text"], size: int | None = None) -> None:
+        """Check that there is a feature of a kind and, for vectors, of a size; else MissingFeatureError."""
+        known = {name: feature for name, feature in self.features.items() if feature.kind == kind}
+        if key in known and size in (None, math.prod(known[key].shape)):
+            return
+        other = self.features.get(key)
+        raise MissingFeatureError(
+            expected=f"{kind} {key!r}" + (f" of size {size}" if size else ""),
+            found=f"{other.kind} {key!r} of shape {other.shape}" if other else f"only {', '.join(known) or 'none'}",
+            where=str(self.root),
+            next=f"manipi inspect {self.root}  # lists the features; name one of them in the robot",
+        )
+
+    def _check_rows(self, rows: np.ndarray) -> None:
+        if rows.size and not 0 <= rows.min() <= rows.max() < self.num_frames:
+            raise ConfigError(
+                expected=f"rows between 0 and {self.num_frames - 1}",
+                found=f"rows {rows.min()} to {rows.max()}",
+                where=str(self.root),
+                next=f"manipi inspect {self.root}  # shows the number of frames",
+            )
+
+    def _check_finite(self, key: str, values: np.ndarray) -> None:
+        if values.dtype.kind != "f" or np.isfinite(values).all():
+            return
+        bad = np.argwhere(~np.isfinite(values))
+        row, dimension = bad[0].tolist()
+        raise BadValueError(
+            expected=f"finite numbers in {key!r}",
+            found=f"{values[row, dimension]} in dimension {dimension}, and {len(bad)} such values in all",
+            where=f"{self.root}, {self.locate(row)}",
+            next=f"manipi check {self.root}  # lists every bad episode, to repair or leave out",
+        )
+
+
+def frames(
+    dataset: Dataset,
+    rows: Int64[np.ndarray, " n"],
+    *,
+    cameras: Sequence[str],
+    state_keys: Sequence[str],
+    action_key: str,
+    horizon: int,
+) -> list[Frame]:
+    """The frames at some rows, each with the action chunk of `horizon` steps that begins there."""
+    rows = np.asarray(rows, dtype=np.int64)
+    pictures = {camera: dataset.images(camera, rows) for camera in cameras}
+    states = {key: dataset.column(key)[rows] for key in state_keys}
+    actions, valid = action_chunks(dataset, rows, action_key=action_key, horizon=horizon)
+    observed = {**pictures, **states}
+    positions = dataset.episode_of(rows)
+    return [
+        Frame(
+            observation={key: values[i] for key, values in observed.items()},
+            actions=actions[i],
+            action_valid=valid[i],
+            prompt=dataset.prompt(row),
+            episode=dataset.episodes[position].index,
+            index=row - dataset.episodes[position].start,
+        )
+        for i, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True))
+    ]
+
+
+def action_chunks(
+    dataset: Dataset, rows: Int64[np.ndarray, " n"], *, action_key: str, horizon: int
+) -> tuple[Float32[np.ndarray, "n H A"], Bool[np.ndarray, "n H"]]:
+    """The action chunks that begin at some rows, and which of their steps lie within the episode.
+
+    Beyond the end of the episode the last action is repeated, and not valid.
+
+        episode of 5, chunk of 4 at frame 3:   actions a₃ a₄ a₄ a₄   valid 1 1 0 0
+    """
+    ends = dataset.ends[dataset.episode_of(rows)][:, None]
+    steps = rows[:, None] + np.arange(horizon)
+    return dataset.column(action_key)[np.minimum(steps, ends - 1)], steps < ends
+
+
+def open_dataset(path: str | Path) -> Dataset:
+    """Open a dataset folder with the reader of its format and version.
+
+    Raises:
+        DatasetNotFoundError: no such folder, or no frames in it.
+        DatasetFormatError: an unknown version, or metadata that are missing or broken.
+    """
+    # The readers build on this module, so that they can only be imported from inside the function.
+    from manipi.data.lerobot import LeRobotDataset
+
+    root = Path(path).expanduser().resolve()
+    if not root.is_dir():
+        raise DatasetNotFoundError(
+            expected="the folder of a LeRobot dataset, with meta/info.json in it",
+            found="a file" if root.exists() else "nothing",
+            where=str(root),
+            next=f"ls {root.parent}  # then give the right path, or download the dataset there",
+        )
+    return LeRobotDataset(root)

@@ -1,0 +1,165 @@
+"""Batches of encoded samples, made in worker processes in an order that does not depend on their number.
+
+worker 0   step 0   step 2   step 4 …     each worker takes every W-th step,
+worker 1   step 1   step 3   step 5 …     and sends its batches through a pipe of its own;
+caller     0  1  2  3  4  5 …             so the caller only takes turns.
+"""
+
+import itertools
+import multiprocessing
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Self, TypeAlias
+
+import numpy as np
+
+from manipi.data.dataset import Dataset
+from manipi.data.sampler import Sampler
+from manipi.errors import ManipiError, TrainingError
+from manipi.types import Frame, Sample
+
+Batch: TypeAlias = dict[str, np.ndarray]
+"""Samples stacked along a first axis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What a worker needs to make the batch of any step. Everything in it pickles."""
+
+    dataset: Dataset
+    sampler: Sampler
+    read: Callable[[Dataset, np.ndarray], Sequence[Frame]]
+    encode: Callable[[Frame], Sample]
+    rank: int
+    world_size: int
+
+    def batch(self, step: int) -> Batch:
+        rows = self.sampler.rows(step, self.rank, self.world_size)
+        samples = [self.encode(frame) for frame in self.read(self.dataset, rows)]
+        return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+class Loader:
+    """Endless `(step, batch, wait_seconds)` from `start_step` on.
+
+        with Loader(dataset, sampler, pipeline.encode, read=partial(frames, cameras=…), num_workers=2) as loader:
+            for step, batch, wait in loader: ...
+
+    Args:
+        encode: one frame to one sample; picklable, as is `read`.
+        read: the frames at some rows of the dataset.
+        num_workers: 0 makes batches in the caller's process; any number gives the same batches.
+        prefetch: batches that each worker makes ahead, at least 1.
+
+    Raises:
+        ManipiError: whatever a worker raised, as the same type.
+        TrainingError: a worker died.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        sampler: Sampler,
+        encode: Callable[[Frame], Sample],
+        *,
+        read: Callable[[Dataset, np.ndarray], Sequence[Frame]],
+        num_workers: int = 0,
+        start_step: int = 0,
+        prefetch: int = 2,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self._task = _Task(dataset=dataset, sampler=sampler, read=read, encode=encode, rank=rank, world_size=world_size)
+        self._num_workers, self._start_step, self._prefetch = num_workers, start_step, prefetch
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[tuple[int, Batch, float]]:
+        make = self._from_workers if self._num_workers else self._task.batch
+        try:
+            for step in itertools.count(self._start_step):
+                began = time.perf_counter()
+                batch = make(step)
+                yield step, batch, time.perf_counter() - began
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            worker.stop()
+        self._workers = []
+
+    def _from_workers(self, step: int) -> Batch:
+        if not self._workers:
+            numbers = range(step, step + self._num_workers)
+            self._workers = [_Worker(self._task, first, self._num_workers, self._prefetch) for first in numbers]
+        return self._workers[(step - self._start_step) % self._num_workers].receive()
+
+
+class _Worker:
+    """A worker process, seen from the caller."""
+
+    def __init__(self, task: _Task, first: int, stride: int, prefetch: int):
+        # A forked process would inherit the locks of torch's and Arrow's threads, perhaps held.
+        context = multiprocessing.get_context("spawn")
+        self._results, sending = context.Pipe(duplex=False)
+        self._process: BaseProcess = context.Process(
+            target=_work, args=(task, first, stride, prefetch, sending), daemon=True
+        )
+        self._process.start()
+        # With our copy of the sending end closed, the death of the worker reads as the end of the pipe.
+        sending.close()
+
+    def receive(self) -> Batch:
+        try:
+            result = self._results.recv()
+        except (EOFError, OSError):  # before or in the middle of a batch
+            self._process.join()
+            raise TrainingError(
+                expected="a batch from a data worker",
+                found=f"its end, with exit code {self._process.exitcode} (-9: killed, often for want of memory)",
+                where=f"data worker, process {self._process.pid}",
+                next="see its traceback above, or run with --data.num-workers 0 to have it in the main process",
+            ) from None
+        if isinstance(result, ManipiError):
+            raise result
+        return result
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.join()
+        self._results.close()
+
+
+def _work(task: _Task, first: int, stride: int, prefetch: int, sending: Connection) -> None:
+    """The life of a worker: every `stride`-th step, until it is ended, raises, or finds its parent gone."""
+    # Ctrl-C reaches the whole process group; the parent ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    steps = itertools.count(first, stride)
+    # One thread makes batches ahead while this one sends.
+    maker = ThreadPoolExecutor(max_workers=1)
+    ahead = deque(maker.submit(task.batch, step) for step in itertools.islice(steps, prefetch))
+    try:
+        while True:
+            batch = ahead.popleft().result()
+            ahead.append(maker.submit(task.batch, next(steps)))
+            sending.send(batch)
+    except ManipiError as error:
+        sending.send(error)
+    except BrokenPipeError:
+        pass  # The parent is gone, and with it the reason for this process.
+    finally:
+        maker.shutdown(wait=False, cancel_futures=True)

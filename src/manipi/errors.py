@@ -1,0 +1,126 @@
+"""Every error that manipi raises on purpose.
+
+    ManipiError                     what was expected, what was found, where, what to run next
+    ├─ ConfigError                  a setting that cannot be (also a ValueError)
+    │   └─ UnknownNameError         a name that nobody has; carries the closest ones
+    ├─ DataError                    a dataset that cannot be read or trusted
+    │   ├─ DatasetNotFoundError     nothing there, or nothing in it
+    │   ├─ DatasetFormatError       an unknown version, a missing file, a broken video
+    │   ├─ MissingFeatureError      the robot names a camera, state or action that the data lacks
+    │   ├─ BadValueError            NaN or infinity; names episode and frame
+    │   └─ NormStatsError           missing, of another robot or pipeline, or of another size
+    ├─ ObservationError             a client's observation that does not match the robot
+    ├─ CheckpointError              a checkpoint that cannot be trusted
+    │   ├─ IntegrityError           a file is missing, or its hash differs
+    │   ├─ WeightsMismatchError     missing, unexpected and mis-shaped tensors, in full
+    │   └─ SelfTestError            the loaded policy does not repeat the trainer's actions
+    ├─ TokenizerError               text or codes that do not decode
+    ├─ TrainingError                a non-finite loss, a run directory of another run
+    ├─ StorageError                 a full disk, a folder that cannot be written
+    └─ ServeError                   a port in use, an address that cannot be bound
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ManipiError(Exception):
+    """Base of the tree. Its text always has the same four parts, in this order.
+
+    Args:
+        expected: what should have been there.
+        found: what was there instead.
+        where: the file, key, episode, frame or flag concerned.
+        next: what the user can run or change now.
+    """
+
+    def __init__(self, *, expected: str, found: str, where: str, next: str):
+        self.expected, self.found, self.where, self.next = expected, found, where, next
+        super().__init__(expected, found, where, next)
+
+    def __str__(self) -> str:
+        return f"expected {self.expected}\n   found {self.found}\n   where {self.where}\n    next {self.next}"
+
+    def __reduce__(self) -> tuple:
+        # Keyword-only arguments do not survive the default pickling, and worker processes pickle errors.
+        return _rebuild, (type(self), self.expected, self.found, self.where, self.next)
+
+
+def _rebuild(kind: type[ManipiError], expected: str, found: str, where: str, next: str) -> ManipiError:
+    return kind(expected=expected, found=found, where=where, next=next)
+
+
+class ConfigError(ManipiError, ValueError):
+    """A setting that cannot be."""
+
+
+class UnknownNameError(ConfigError):
+    """A name that nobody has. Build it with `unknown_name`, which adds the closest ones."""
+
+
+class DataError(ManipiError):
+    """A dataset that cannot be read or trusted."""
+
+
+class DatasetNotFoundError(DataError):
+    """Nothing there, or nothing in it."""
+
+
+class DatasetFormatError(DataError):
+    """An unknown version, a missing file, a broken table or video."""
+
+
+class MissingFeatureError(DataError):
+    """The robot names a camera, state or action that the data lacks."""
+
+
+class BadValueError(DataError):
+    """NaN or infinity where a number was expected."""
+
+
+class NormStatsError(DataError):
+    """Norm stats that are missing, of another robot or pipeline, or of another size."""
+
+
+class ObservationError(ManipiError):
+    """An observation that does not match the robot."""
+
+
+class CheckpointError(ManipiError):
+    """A checkpoint that cannot be trusted."""
+
+
+class IntegrityError(CheckpointError):
+    """A checkpoint file is missing, or its hash differs from the manifest's."""
+
+
+class WeightsMismatchError(CheckpointError):
+    """Tensors that are missing, unexpected or mis-shaped."""
+
+
+class SelfTestError(CheckpointError):
+    """The loaded policy does not repeat the actions that the trainer recorded."""
+
+
+class TokenizerError(ManipiError):
+    """Text or action codes that do not encode or decode."""
+
+
+class TrainingError(ManipiError):
+    """A run that cannot start or must not go on."""
+
+
+class StorageError(ManipiError):
+    """A full disk, or a folder that cannot be written."""
+
+
+class ServeError(ManipiError):
+    """A server that cannot start."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], *, next: str) -> UnknownNameError:
+    """The error for a name that nobody has, with the closest known names first."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else next
+    return UnknownNameError(expected=f"a {kind}, one of: {', '.join(names)}", found=repr(name), where=kind, next=hint)

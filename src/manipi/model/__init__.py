@@ -1,0 +1,24 @@
+"""The policies as tensors in, tensors out: knows no robot, file or dataset.
+
+Importing `manipi.model.config` does not import torch; `VLA` and `ModelInput` do, at their first use.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from manipi.model.inputs import ModelInput
+    from manipi.model.vla import VLA
+
+__all__ = ["VLA", "ModelInput"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "VLA":
+        from manipi.model.vla import VLA
+
+        return VLA
+    if name == "ModelInput":
+        from manipi.model.inputs import ModelInput
+
+        return ModelInput
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

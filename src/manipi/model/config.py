@@ -1,0 +1,191 @@
+"""The settings of the three policies. They are three types, not switches of one, and none of them needs torch.
+
+    ModelConfig
+    ├─ Pi0Config      flow matching; the state is a token, the timestep is mixed into the action tokens
+    ├─ Pi05Config     flow matching; the state is text, the timestep modulates the action expert's norms
+    └─ Pi0FastConfig  autoregressive; actions are text tokens of the vision-language model
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+from manipi.errors import ConfigError, unknown_name
+
+DType: TypeAlias = Literal["float32", "bfloat16"]
+
+CAMERA_SLOTS = ("base", "left_wrist", "right_wrist")
+"""The slots of the released weights, in the order in which their image tokens stand in the prefix."""
+
+
+def _require_positive(config: Any) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type in (int, "int") and not (isinstance(value, int) and value > 0):
+            where = f"{type(config).__name__}.{field.name}"
+            raise ConfigError(expected="a positive integer", found=repr(value), where=where, next="set it to 1 or more")
+
+
+def _require_multiple(name: str, value: int, unit_name: str, unit: int, where: str) -> None:
+    if value % unit:
+        raise ConfigError(
+            expected=f"{name} divisible by {unit_name}",
+            found=f"{value} and {unit}",
+            where=where,
+            next=f"round {value} to a multiple of {unit}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmaSize:
+    """The size of one Gemma expert. Experts that share attention differ in `width` and `mlp_dim` only."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        _require_positive(self)
+        _require_multiple("num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads, "GemmaSize")
+        _require_multiple("head_dim (rotary halves)", self.head_dim, "two", 2, "GemmaSize")
+        _require_multiple("width (sine and cosine halves)", self.width, "two", 2, "GemmaSize")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionSize:
+    """The size of the SigLIP image encoder. Pictures are square."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    patch_size: int
+    image_size: int
+    """Pixels along each edge of a picture."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self)
+        _require_multiple("width", self.width, "num_heads", self.num_heads, "VisionSize")
+        _require_multiple("image_size", self.image_size, "patch_size", self.patch_size, "VisionSize")
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens per picture: one per patch."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+GEMMA_2B = GemmaSize(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256)
+GEMMA_300M = GemmaSize(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)
+SO400M_14 = VisionSize(width=1152, depth=27, mlp_dim=4304, num_heads=16, patch_size=14, image_size=224)
+
+# Small enough to train from scratch on a laptop's processor.
+GEMMA_TINY = GemmaSize(width=96, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=24)
+GEMMA_TINY_EXPERT = GemmaSize(width=64, depth=3, mlp_dim=192, num_heads=4, num_kv_heads=1, head_dim=24)
+VISION_TINY_8 = VisionSize(width=64, depth=2, mlp_dim=128, num_heads=4, patch_size=8, image_size=64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compat:
+    """Quirks of the reference implementation, each off unless its numbers have to be repeated."""
+
+    unmasked_loss: bool = False
+    """Flow loss: padded action steps and dimensions count like real ones, and sampling integrates padded dimensions."""
+    fast_position_offset: bool = False
+    """FAST decoding: the first decoded token skips one position, which training never does."""
+    fast_padded_positions: bool = False
+    """FAST training: positions are 0, 1, 2, … whether or not the tokens before are valid; decoding counts valid ones."""
+    fast_contiguous_cache: bool = False
+    """FAST decoding: steps see the last *n* prompt slots, n being the number of valid ones. Where a camera in the middle
+    is missing, that reads its picture after all and forgets as many tokens from the start."""
+    fast_writes_past_eos: bool = False
+    """FAST decoding: rows go on after their EOS, and decoding ends when all rows emit EOS in the same step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SharedConfig:
+    """What every policy has."""
+
+    vision: VisionSize = SO400M_14
+    """The image encoder."""
+    vlm: GemmaSize = GEMMA_2B
+    """The language model that reads image and prompt tokens."""
+    vocab_size: int = 257_152
+    """Rows of the token embedding."""
+    action_dim: int = 32
+    """Action dimensions A; a robot with fewer is padded."""
+    action_horizon: int = 50
+    """Steps H of an action chunk."""
+    max_token_len: int = 48
+    """Prompt tokens after padding."""
+    cameras: tuple[str, ...] = CAMERA_SLOTS
+    """Camera slots, in the order of their image tokens."""
+    dtype: DType = "bfloat16"
+    """Compute dtype of the transformer's activations. Parameters keep their own."""
+    compat: Compat = Compat()
+    """Quirks of the reference to repeat."""
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__
+        _require_positive(self)
+        if self.dtype not in get_args(DType):
+            raise unknown_name("compute dtype", self.dtype, get_args(DType), next="choose one of them")
+        if not self.cameras or len(set(self.cameras)) != len(self.cameras):
+            raise ConfigError(
+                expected="at least one camera slot, each named once",
+                found=repr(self.cameras),
+                where=f"{where}.cameras",
+                next="list each slot of the model once; a robot may leave slots empty, the model masks them",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FlowConfig(_SharedConfig):
+    """A policy with a flow-matching action expert beside the language model."""
+
+    action_expert: GemmaSize = GEMMA_300M
+    """The expert that reads noisy actions and predicts their velocity."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("depth", "num_heads", "num_kv_heads", "head_dim"):
+            vlm, expert = getattr(self.vlm, field), getattr(self.action_expert, field)
+            if vlm != expert:
+                raise ConfigError(
+                    expected=f"the same {field} in both experts, because they share attention in every layer",
+                    found=f"vlm {vlm}, action_expert {expert}",
+                    where=f"{type(self).__name__}.action_expert.{field}",
+                    next="change one of the two; only width and mlp_dim may differ",
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pi0Config(_FlowConfig):
+    """π0 (Black et al. 2024): the state is one continuous token, the timestep is mixed into the action tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pi05Config(_FlowConfig):
+    """π0.5 (Physical Intelligence 2025): the state is text, the timestep modulates the action expert's norms."""
+
+    max_token_len: int = 200
+    state_in_prompt: bool = True
+    """Whether the prompt spells out the state. Without it the policy sees no proprioception at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pi0FastConfig(_SharedConfig):
+    """π0-FAST (Pertsch et al. 2025): actions are FAST tokens that the language model writes."""
+
+    action_horizon: int = 32
+    max_token_len: int = 250
+    eos_token: int = 1
+    """The token id after which a row of the batch is complete."""
+
+
+ModelConfig: TypeAlias = Pi0Config | Pi05Config | Pi0FastConfig
+
+CONFIG_TYPES = (Pi0Config, Pi05Config, Pi0FastConfig, GemmaSize, VisionSize, Compat)
+"""What a config is made of, for `manipi.records.from_json`."""

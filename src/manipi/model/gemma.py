@@ -1,0 +1,311 @@
+"""Gemma (Gemma Team 2024), generalised to several experts that share one attention.
+
+Each *span* of tokens belongs to one named expert with its own width and weights; in every layer all spans attend over
+common keys and values. Spans run in order, and a span sees itself, the spans before it and the cache, never a later
+span; within that, `attention_mask` decides:
+
+            cache          "vlm"          "action"
+          ┌────────┐    ┌──────────┐    ┌───────────┐
+    keys  │ prefix │ ·· │  prompt  │ ·· │  actions  │
+          └────────┘    └──────────┘    └───────────┘
+               ▲─────────────┘                │
+               ▲───────────────▲──────────────┘
+
+Shape suffixes: B batch, T query tokens, S key tokens, D expert width, C conditioning rows, N query heads,
+G key/value heads, H head dim.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from manipi.model.attention_mask import Layout, attention_mask, lay_out
+from manipi.model.config import GemmaSize
+from manipi.model.layers import Linear, ZeroLinear
+
+KeysValues = tuple[Tensor, Tensor]
+"""One layer's rotated keys and values, each [B, S, G, H]."""
+
+MASKED = -2.3819763e38
+"""The reference's logit of what must not be seen. Finite, so that a token that sees nothing averages instead of NaN."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A run of embedded tokens that belongs to one expert."""
+
+    tokens_BTD: Tensor
+    valid_BT: Tensor
+    starts_block_BT: Tensor
+    cond_BCD: Tensor | None = None
+    """Conditioning of an expert with adaptive norms: row c conditions the c-th run of T/C tokens, so that C is 1 for
+    one timestep per span, the number of branches for one per branch, and T for one per token."""
+    branch_BT: Tensor | None = None
+    """None: all on the trunk."""
+    position_BT: Tensor | None = None
+    """None: counted along the token's path."""
+
+    def follow(self, past: Layout | None) -> Layout:
+        """Where these tokens stand when they continue `past`."""
+        branch_BT = torch.zeros_like(self.valid_BT, dtype=torch.long) if self.branch_BT is None else self.branch_BT
+        return lay_out(past, self.valid_BT, self.starts_block_BT, branch_BT, self.position_BT)
+
+
+@dataclass(kw_only=True)
+class KVCache:
+    """Keys and values of every layer, and the layout of their tokens, so that no caller ever builds a mask."""
+
+    layout: Layout | None = None
+    layers: dict[int, KeysValues] = field(default_factory=dict)
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) · (1 + scale)` in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(width))
+
+    def init_weights(self, generator: Generator | None) -> None:
+        nn.init.zeros_(self.scale)
+
+    def forward(self, x_BTD: Tensor, cond_BCD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        normed_BTD = F.rms_norm(x_BTD.float(), self.scale.shape, 1 + self.scale.float(), eps=1e-6)
+        return normed_BTD.to(x_BTD.dtype), None
+
+
+class AdaptiveRMSNorm(nn.Module):
+    """`x / rms(x) · (1 + scale) + shift`, with scale, shift and the residual's gate linear in the conditioning."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.modulation = ZeroLinear(width, 3 * width)
+
+    def forward(self, x_BTD: Tensor, cond_BCD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert cond_BCD is not None, "an expert with adaptive norms needs Span.cond_BCD"
+        scale, shift, gate = self.modulation(cond_BCD.to(x_BTD.dtype)).chunk(3, dim=-1)
+        normed_BTD = F.rms_norm(x_BTD.float(), x_BTD.shape[-1:], eps=1e-6)
+        t = x_BTD.shape[1]
+        return (normed_BTD * _per_token(1 + scale, t) + _per_token(shift, t)).to(x_BTD.dtype), _per_token(gate, t)
+
+
+def _per_token(rows_BCD: Tensor, num_tokens: int) -> Tensor:
+    """Row c for each token of the c-th run. A single row is left to broadcasting."""
+    c = rows_BCD.shape[1]
+    assert num_tokens % c == 0, f"{c} conditioning rows cannot be shared out among {num_tokens} tokens"
+    return rows_BCD if c == 1 else rows_BCD.repeat_interleave(num_tokens // c, dim=1)
+
+
+class MLP(nn.Module):
+    """Gated MLP with tanh GELU (GeGLU, Shazeer 2020)."""
+
+    def __init__(self, size: GemmaSize):
+        super().__init__()
+        self.gate_proj = Linear(size.width, size.mlp_dim, bias=False)
+        self.up_proj = Linear(size.width, size.mlp_dim, bias=False)
+        self.down_proj = Linear(size.mlp_dim, size.width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x_BTD), approximate="tanh") * self.up_proj(x_BTD))
+
+
+class ExpertLayer(nn.Module):
+    """One expert's weights in one layer. The attention that joins the experts lives in `Block`."""
+
+    def __init__(self, size: GemmaSize, adaptive_norm: bool):
+        super().__init__()
+        norm = AdaptiveRMSNorm if adaptive_norm else RMSNorm
+        self.head_dim = size.head_dim
+        self.attention_norm = norm(size.width)
+        self.q_proj = Linear(size.width, size.num_heads * size.head_dim, bias=False)
+        self.k_proj = Linear(size.width, size.num_kv_heads * size.head_dim, bias=False)
+        self.v_proj = Linear(size.width, size.num_kv_heads * size.head_dim, bias=False)
+        self.out_proj = Linear(size.num_heads * size.head_dim, size.width, bias=False)
+        self.mlp_norm = norm(size.width)
+        self.mlp = MLP(size)
+
+    def project(self, x_BTD: Tensor, cond_BCD: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries [B, T, N, H], keys and values [B, T, G, H], and the gate of the attention residual."""
+        normed_BTD, gate = self.attention_norm(x_BTD, cond_BCD)
+        q, k, v = (p(normed_BTD).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v, gate
+
+    def finish(self, x_BTD: Tensor, attended_BTNH: Tensor, gate: Tensor | None, cond_BCD: Tensor | None) -> Tensor:
+        """The two residuals: attention output, then MLP."""
+        x_BTD = _residual(x_BTD, self.out_proj(attended_BTNH.flatten(-2)), gate)
+        normed_BTD, gate = self.mlp_norm(x_BTD, cond_BCD)
+        return _residual(x_BTD, self.mlp(normed_BTD), gate)
+
+
+def _residual(x: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:
+    return x + (update if gate is None else update * gate)
+
+
+class Geometry(NamedTuple):
+    """Where a span's tokens stand, in the form that attention needs; computed once for all layers."""
+
+    rope: tuple[Tensor, Tensor]
+    """Cosines and sines of the tokens' rotations, each [B, T, 1, H/2]."""
+    bias_B1TS: Tensor
+    """Added to the attention logits: 0 where a key is seen, `MASKED` where not."""
+
+
+class Block(nn.Module):
+    """One layer of all experts. It is the unit of sharding: experts that share attention are gathered together.
+
+    Its arguments and results are plain containers of tensors, because sharding hooks look for gradients inside those.
+    """
+
+    def __init__(self, experts: Mapping[str, ExpertLayer]):
+        super().__init__()
+        self.experts = nn.ModuleDict(experts)
+
+    def forward(
+        self,
+        xs: dict[str, Tensor],
+        conds: dict[str, Tensor | None],
+        geometries: dict[str, Geometry],
+        past: KeysValues | None,
+        *,
+        insulate: bool,
+        outputs: Collection[str],
+    ) -> tuple[dict[str, Tensor], KeysValues]:
+        """The spans named in `outputs` after this layer, and the keys and values of everything so far."""
+        results, seen = {}, past
+        for name, x_BTD in xs.items():
+            expert, cond, geometry = self._expert(name), conds[name], geometries[name]
+            q, k, v, gate = expert.project(x_BTD, cond)
+            q, k = rotate(q, geometry.rope), rotate(k, geometry.rope)
+            if seen is not None:
+                before_k, before_v = (seen[0].detach(), seen[1].detach()) if insulate else seen
+                k, v = torch.cat([before_k, k], dim=1), torch.cat([before_v, v], dim=1)
+            seen = (k, v)
+            if name in outputs:
+                results[name] = expert.finish(x_BTD, attend(q, k, v, geometry.bias_B1TS), gate, cond)
+        assert seen is not None, "a forward pass without spans"
+        return results, seen
+
+    def _expert(self, name: str) -> ExpertLayer:
+        expert = self.experts[name]
+        assert isinstance(expert, ExpertLayer)
+        return expert
+
+
+class Gemma(nn.Module):
+    """A decoder whose tokens are routed to experts by the span they belong to, not by a learned router.
+
+    Args:
+        experts: sizes by name; the first owns the token embedding.
+        vocab_size: rows of the token embedding.
+        adaptive: names of the experts whose norms are modulated by `Span.cond_BCD`.
+    """
+
+    def __init__(self, experts: Mapping[str, GemmaSize], vocab_size: int, adaptive: Collection[str] = ()):
+        super().__init__()
+        first = next(iter(experts.values()))
+        self.width, self.head_dim = first.width, first.head_dim
+        self.kv_shape = (first.num_kv_heads, first.head_dim)
+        self.token_embedding = nn.Parameter(torch.empty(vocab_size, first.width))
+        self.blocks = nn.ModuleList(
+            Block({name: ExpertLayer(size, name in adaptive) for name, size in experts.items()})
+            for _ in range(first.depth)
+        )
+        self.final_norms = nn.ModuleDict(
+            {name: (AdaptiveRMSNorm if name in adaptive else RMSNorm)(size.width) for name, size in experts.items()}
+        )
+
+    def init_weights(self, generator: Generator | None) -> None:
+        nn.init.normal_(self.token_embedding, std=self.width**-0.5, generator=generator)
+
+    def embed(self, ids_BT: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B T D"]:
+        """Token embeddings times √width, scaled in the table's own dtype as the reference does."""
+        return (F.embedding(ids_BT, self.token_embedding) * self.width**0.5).to(dtype)
+
+    def logits(self, x: Float[Tensor, "*any D"]) -> Float[Tensor, "*any V"]:
+        """float32 logits over the vocabulary, by the transposed token embedding.
+
+        They are float32 under bfloat16 compute too: 8 bits of mantissa would tie the best tokens with each other.
+        """
+        return F.linear(x.float(), self.token_embedding.float())
+
+    def forward(
+        self,
+        spans: Mapping[str, Span],
+        cache: KVCache | None = None,
+        *,
+        commit: bool = False,
+        insulate: bool = False,
+        outputs: Collection[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Run each span through its expert, after what is in the cache.
+
+        Args:
+            spans: by expert name, in the order of the sequence.
+            cache: the sequence that the spans continue.
+            commit: append the spans to the cache (prefill, autoregressive steps). Without it the same suffix can
+                run again after an unchanged prefix (flow-matching steps).
+            insulate: no gradient flows from a span into the keys and values of what came before it
+                (knowledge insulation, Driess et al. 2025).
+            outputs: names of the spans whose result is wanted, all by default. In the last layer the others
+                contribute keys and values only, which saves their attention and MLP.
+
+        Returns:
+            The wanted spans after the final norm, each [B, T, D].
+        """
+        geometries, layout = self._place(spans, None if cache is None else cache.layout)
+        xs = {name: span.tokens_BTD for name, span in spans.items()}
+        conds = {name: span.cond_BCD for name, span in spans.items()}
+        wanted = spans.keys() if outputs is None else outputs
+        for index, block in enumerate(self.blocks):
+            past = None if cache is None else cache.layers.get(index)
+            needed = wanted if index == len(self.blocks) - 1 else spans.keys()
+            xs, keys_values = block(xs, conds, geometries, past, insulate=insulate, outputs=needed)
+            if commit:
+                assert cache is not None, "nothing to commit to"
+                cache.layers[index] = keys_values
+        if cache is not None and commit:
+            cache.layout = layout
+        return {name: self.final_norms[name](x, conds[name])[0] for name, x in xs.items()}
+
+    def _place(self, spans: Mapping[str, Span], past: Layout | None) -> tuple[dict[str, Geometry], Layout | None]:
+        geometries, seen = {}, past
+        for name, span in spans.items():
+            own = span.follow(seen)
+            seen = own if seen is None else seen.then(own)
+            bias_B1TS = _attention_bias(attention_mask(own, seen), span.tokens_BTD.dtype)
+            geometries[name] = Geometry(rope(own.position, self.head_dim), bias_B1TS)
+        return geometries, seen
+
+
+def _attention_bias(mask_BTS: Tensor, dtype: torch.dtype) -> Tensor:
+    zero = torch.zeros((), dtype=dtype, device=mask_BTS.device)
+    return torch.where(mask_BTS, zero, MASKED)[:, None]
+
+
+def attend(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, bias_B1TS: Tensor) -> Tensor:
+    """Grouped-query attention [B, T, N, H]; logits and softmax are float32 inside the fused kernel."""
+    groups = q_BTNH.shape[2] // k_BSGH.shape[2]
+    # With one key/value head, as in every released size, the repeated heads are a view.
+    k_BNSH, v_BNSH = (
+        t.transpose(1, 2)[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for t in (k_BSGH, v_BSGH)
+    )
+    return F.scaled_dot_product_attention(q_BTNH.transpose(1, 2), k_BNSH, v_BNSH, attn_mask=bias_B1TS).transpose(1, 2)
+
+
+def rope(position: Int[Tensor, "B T"], head_dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles `position · base^(−2i/head_dim)` (Su et al. 2021), each [B, T, 1, H/2]."""
+    exponent = torch.arange(head_dim // 2, device=position.device, dtype=torch.float32) * (2.0 / head_dim)
+    angle = position[..., None, None].float() / base**exponent
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BTNH: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the two halves of each head against each other, in float32: `(a, b) → (a cos − b sin, b cos + a sin)`."""
+    cos, sin = rope
+    a, b = x_BTNH.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BTNH.dtype)

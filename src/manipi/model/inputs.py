@@ -1,0 +1,109 @@
+"""What a policy's model reads: one batch of tensors, and the masks that say which of them are real.
+
+Shape letters: B batch, C camera slots, L prompt tokens, H action horizon, A action dimensions; h w pixel rows, columns.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+
+from manipi.errors import ConfigError, unknown_name
+from manipi.model.config import ModelConfig
+
+_DTYPES = {"tokens": torch.long, "state": torch.float32, "actions": torch.float32}
+"""Fields that are neither pictures nor masks. Pictures keep their dtype, masks are bool."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInput:
+    """One batch. Masks are positive: true means that the value is real."""
+
+    images: UInt8[Tensor, "B C h w 3"] | Float[Tensor, "B C h w 3"]
+    """RGB, uint8 or already scaled to [-1, 1]."""
+    image_valid: Bool[Tensor, "B C"]
+    tokens: Int64[Tensor, "B L"]
+    token_valid: Bool[Tensor, "B L"]
+    state: Float[Tensor, "B A"]
+    """Normalised proprioceptive state, padded to the model's action dimensions."""
+
+    actions: Float[Tensor, "B H A"] | None = None
+    """Normalised action chunk; training of flow policies only."""
+    action_valid: Bool[Tensor, "B H"] | None = None
+    """Steps that lie within the episode; None: all."""
+    action_dim_valid: Bool[Tensor, "A"] | Bool[Tensor, "B A"] | None = None
+    """Dimensions that the robot has; None: all. Also read by sampling."""
+    token_causal: Bool[Tensor, "B L"] | None = None
+    """π0-FAST training: tokens that see only what comes before them."""
+    token_loss: Bool[Tensor, "B L"] | None = None
+    """π0-FAST training: tokens to predict."""
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def from_numpy(cls, batch: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> "ModelInput":
+        """The batch on `device`. Keys are the names of the fields.
+
+        Raises:
+            ConfigError: a key that is no field, or a required field that is absent.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for key in batch:
+            if key not in fields:
+                raise unknown_name("model input", key, fields, next="drop it from the batch")
+        missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in batch]
+        if missing:
+            raise ConfigError(
+                expected="every required model input",
+                found=f"no {', '.join(missing)}",
+                where="ModelInput.from_numpy",
+                next="build the batch with the transform pipeline",
+            )
+        return cls(**{key: _to_tensor(key, value, device) for key, value in batch.items()})
+
+    def to(self, device: torch.device | str) -> "ModelInput":
+        """The same batch on another device; copies from pinned memory do not wait."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return ModelInput(
+            **{key: value if value is None else value.to(device, non_blocking=True) for key, value in fields.items()}
+        )
+
+    def check(self, config: ModelConfig) -> None:
+        """Compare shapes with the model's.
+
+        Raises:
+            ConfigError: a shape that does not fit; the first one found.
+        """
+        b, size = self.batch_size, config.vision.image_size
+        expected = {
+            "images": (b, len(config.cameras), size, size, 3),
+            "image_valid": (b, len(config.cameras)),
+            "token_valid": tuple(self.tokens.shape),
+            "token_causal": tuple(self.tokens.shape),
+            "token_loss": tuple(self.tokens.shape),
+            "state": (b, config.action_dim),
+            "actions": (b, config.action_horizon, config.action_dim),
+            "action_valid": (b, config.action_horizon),
+        }
+        for name, shape in expected.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != shape:
+                raise ConfigError(
+                    expected=f"shape {shape}",
+                    found=f"{tuple(value.shape)}",
+                    where=f"ModelInput.{name}, read by a {type(config).__name__}",
+                    next="build the batch and the model from the same config",
+                )
+
+
+def _to_tensor(key: str, value: np.ndarray, device: torch.device | str) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(value)).to(device, non_blocking=True)
+    if key == "images":
+        return tensor
+    return tensor.to(_DTYPES.get(key, torch.bool))

@@ -1,0 +1,47 @@
+"""Layers whose parameters keep their own dtype and that compute in the dtype of what flows through them.
+
+Parameters may be float32 masters while activations are bfloat16; no autocast is involved. Norms compute in float32.
+`init_weights` of each layer is one row of the table in `VLA.init_weights`.
+"""
+
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+
+class Linear(nn.Linear):
+    """`y = x Wᵀ + b`, with W and b cast to the dtype of x. Adapters replace this class."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the memory as it is: `VLA` fills every parameter once, by `init_weights`."""
+
+    def init_weights(self, generator: Generator | None) -> None:
+        nn.init.normal_(self.weight, std=self.in_features**-0.5, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class ZeroLinear(Linear):
+    """A linear layer that starts at zero: the modulation of an adaptive norm (adaLN-zero, Peebles & Xie 2023)."""
+
+    def init_weights(self, generator: Generator | None) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in float32, whatever the dtype of x."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the memory as it is, like `Linear`."""
+
+    def init_weights(self, generator: Generator | None) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return normed.to(x.dtype)

@@ -1,0 +1,187 @@
+"""A vision-language-action policy: SigLIP, Gemma and a head, put together as the config says.
+
+    images [B, C, h, w, 3] ──SigLIP──▶ image tokens ─┐
+                                                     ├─ prefix ─▶ Gemma "vlm" ────▶ next tokens    (π0-FAST)
+    tokens [B, L] ──────embedding──▶ prompt tokens ──┘                │
+                                                           keys and values
+                                                                      ▼
+    state, noisy actions, timestep ────────────────── suffix ─▶ Gemma "action" ──▶ velocity       (π0, π0.5)
+
+Shape suffixes: B batch, C camera slots, P image tokens, L prompt tokens, T all prefix tokens, K noise draws,
+H action horizon, A action dimensions, D width.
+"""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from manipi.errors import ConfigError
+from manipi.model.autoregressive import AllowedNext, TokenLoss, greedy_decode, token_loss
+from manipi.model.config import ModelConfig, Pi0Config, Pi0FastConfig, Pi05Config
+from manipi.model.flow import FlowHead, FlowLoss, Pi0Head, Pi05Head, flow_loss, interpolate
+from manipi.model.gemma import Gemma, KVCache, Span
+from manipi.model.inputs import ModelInput
+from manipi.model.siglip import SigLIP
+
+
+class VLA(nn.Module):
+    """π0, π0.5 or π0-FAST, by the type of its config.
+
+    Parameters are created in float32 and filled by `init_weights(seed=0)`. For a large model, create it under
+    `torch.device("meta")`, then `to_empty(device=…)` and load or initialise the weights.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.dtype = getattr(torch, config.dtype)
+        self.vision = SigLIP(config.vision, config.vlm.width)
+        experts, adaptive = {"vlm": config.vlm}, ()
+        if not isinstance(config, Pi0FastConfig):
+            experts["action"] = config.action_expert
+            adaptive = ("action",) if isinstance(config, Pi05Config) else ()
+            head = Pi0Head if isinstance(config, Pi0Config) else Pi05Head
+            self.head = head(config.action_expert.width, config.action_dim)
+        self.gemma = Gemma(experts, config.vocab_size, adaptive)
+        self.init_weights(seed=0)
+
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter. The same seed gives the same weights on the same kind of device.
+
+            linear layers           normal, std 1/√fan_in; bias 0
+            token embedding         normal, std 1/√width: unit variance after the multiplication by √width
+            image position table    normal, std 1/√width
+            norm scales             identity: 0 for RMS norms (their factor is 1 + scale), 1 for layer norms
+            adaptive modulation     0, so that the action expert starts as the identity (adaLN-zero)
+        """
+        device = next(self.parameters()).device
+        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+        for module in self.modules():
+            if module is not self and hasattr(module, "init_weights"):
+                module.init_weights(generator)
+
+    def forward(
+        self,
+        inputs: ModelInput,
+        noise: Float[Tensor, "B *K H A"] | None = None,
+        timestep: Float[Tensor, "B *K"] | None = None,
+    ) -> FlowLoss | TokenLoss:
+        """The training loss, and the only way into training: sharding hooks act on this call.
+
+        Args:
+            inputs: with `actions` (flow policies) or `token_causal` and `token_loss` (π0-FAST).
+            noise: flow policies: standard normal; with an axis K, that many draws share one prefix.
+            timestep: flow policies: in [0, 1], 1 being pure noise.
+        """
+        if isinstance(self.config, Pi0FastConfig):
+            assert inputs.token_loss is not None, "training needs token_loss"
+            return token_loss(self.gemma, self.embed_prefix(inputs, training=True), inputs.tokens, inputs.token_loss)
+        assert noise is not None and timestep is not None, "a flow policy needs noise and timesteps"
+        if noise.ndim == 3:
+            loss, per_step, weight = self._flow_loss(inputs, noise[:, None], timestep[:, None])
+            return FlowLoss(loss, per_step[:, 0], weight)
+        return self._flow_loss(inputs, noise, timestep)
+
+    @torch.no_grad()
+    def sample(
+        self, inputs: ModelInput, noise: Float[Tensor, "B *K H A"], num_steps: int = 10
+    ) -> Float[Tensor, "B *K H A"]:
+        """Action chunks by `num_steps` Euler steps from timestep 1 to 0; the prefix runs once.
+
+        Padded dimensions follow their true velocity, which is their noise because their action is zero: the model sees
+        there what it saw in training, although the loss never taught it to predict them.
+
+        Raises:
+            ConfigError: the policy has no flow head.
+        """
+        if noise.ndim == 3:
+            return self.sample(inputs, noise[:, None], num_steps)[:, 0]
+        head = self._flow_head("decode_tokens")
+        cache = KVCache()
+        self.gemma({"vlm": self.embed_prefix(inputs)}, cache, commit=True, outputs=())
+        _, dim_valid = self._action_masks(inputs)
+        x_BKHA, timestep_BK = noise, torch.ones(noise.shape[:2], device=noise.device)
+        for _ in range(num_steps):
+            suffix = head.suffix(inputs.state, x_BKHA, timestep_BK, self.dtype)
+            out_BTD = self.gemma({"action": suffix}, cache)["action"]
+            velocity_BKHA = head.velocity(out_BTD, *noise.shape[1:3])
+            velocity_BKHA = torch.where(dim_valid[:, None, None], velocity_BKHA, noise)
+            x_BKHA, timestep_BK = x_BKHA - velocity_BKHA / num_steps, timestep_BK - 1.0 / num_steps
+        return x_BKHA
+
+    def decode_tokens(
+        self, inputs: ModelInput, max_tokens: int = 256, allowed_next: AllowedNext | None = None
+    ) -> Int64[Tensor, "B max_tokens"]:
+        """Greedily decoded token ids after the prompt; zeros follow a row's EOS.
+
+        Args:
+            allowed_next: restricts the next token by the ids so far.
+
+        Raises:
+            ConfigError: the policy does not write tokens.
+        """
+        if not isinstance(self.config, Pi0FastConfig):
+            raise self._wrong_policy("Pi0FastConfig", "sample")
+        return greedy_decode(
+            self.gemma,
+            self.embed_prefix(inputs),
+            max_tokens,
+            eos_token=self.config.eos_token,
+            compat=self.config.compat,
+            allowed_next=allowed_next,
+        )
+
+    def embed_prefix(self, inputs: ModelInput, *, training: bool = False) -> Span:
+        """Image and prompt tokens as one span: one block, except for the causal tokens of π0-FAST."""
+        inputs.check(self.config)
+        images_BPD = self.embed_images(inputs.images)
+        tokens_BLD = self.gemma.embed(inputs.tokens, self.dtype)
+        image_valid_BP = inputs.image_valid.repeat_interleave(self.config.vision.num_tokens, dim=1)
+        causal_BL = torch.zeros_like(inputs.token_valid) if inputs.token_causal is None else inputs.token_causal
+        valid_BT = torch.cat([image_valid_BP, inputs.token_valid], dim=1)
+        padded_positions = training and self.config.compat.fast_padded_positions
+        return Span(
+            tokens_BTD=torch.cat([images_BPD, tokens_BLD], dim=1),
+            valid_BT=valid_BT,
+            starts_block_BT=torch.cat([torch.zeros_like(image_valid_BP), causal_BL], dim=1),
+            position_BT=torch.arange(valid_BT.shape[1], device=valid_BT.device).expand_as(valid_BT)
+            if padded_positions
+            else None,
+        )
+
+    def embed_images(self, images: Tensor) -> Float[Tensor, "B P D"]:
+        """Image tokens of all cameras [B, C, h, w, 3], camera after camera."""
+        b = len(images)
+        if images.dtype == torch.uint8:
+            images = images.float() / 255.0 * 2.0 - 1.0
+        return self.vision(images.flatten(0, 1), self.dtype).unflatten(0, (b, -1)).flatten(1, 2)
+
+    def _flow_loss(self, inputs: ModelInput, noise_BKHA: Tensor, timestep_BK: Tensor) -> FlowLoss:
+        head = self._flow_head("forward without noise")
+        assert inputs.actions is not None, "training needs actions"
+        x_BKHA, target_BKHA = interpolate(noise_BKHA, inputs.actions, timestep_BK)
+        suffix = head.suffix(inputs.state, x_BKHA, timestep_BK, self.dtype)
+        spans = {"vlm": self.embed_prefix(inputs), "action": suffix}
+        out_BTD = self.gemma(spans, outputs=("action",))["action"]
+        velocity_BKHA = head.velocity(out_BTD, *noise_BKHA.shape[1:3])
+        return flow_loss(velocity_BKHA, target_BKHA, *self._action_masks(inputs))
+
+    def _action_masks(self, inputs: ModelInput) -> tuple[Tensor, Tensor]:
+        """Which steps [B, H] and which dimensions [B or 1, A] are real."""
+        b, h, a = inputs.batch_size, self.config.action_horizon, self.config.action_dim
+        step_valid, dim_valid = inputs.action_valid, inputs.action_dim_valid
+        if step_valid is None or self.config.compat.unmasked_loss:
+            step_valid = torch.ones(b, h, dtype=torch.bool, device=inputs.state.device)
+        if dim_valid is None or self.config.compat.unmasked_loss:
+            dim_valid = torch.ones(a, dtype=torch.bool, device=inputs.state.device)
+        return step_valid, dim_valid.expand(1 if dim_valid.ndim == 1 else b, a)
+
+    def _flow_head(self, instead: str) -> FlowHead:
+        if isinstance(self.config, Pi0FastConfig):
+            raise self._wrong_policy("Pi0Config or Pi05Config", instead)
+        assert isinstance(self.head, FlowHead)
+        return self.head
+
+    def _wrong_policy(self, expected: str, instead: str) -> ConfigError:
+        found = type(self.config).__name__
+        return ConfigError(expected=expected, found=found, where="VLA.config", next=f"call {instead} instead")

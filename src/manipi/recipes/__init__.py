@@ -1,0 +1,1 @@
+"""Complete training configs, one function each; see `manipi.recipes.registry`."""

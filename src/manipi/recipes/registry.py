@@ -1,0 +1,86 @@
+"""Recipes by name: a function that returns a complete TrainConfig, here or in a user's own file.
+
+    tabletop                        a name from the table below
+    path/to/my_robot.py:my_recipe   a function in a file of the user's
+    my_package.recipes:my_recipe    a function in an importable module
+"""
+
+import importlib
+import importlib.util
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from manipi.errors import ConfigError, unknown_name
+from manipi.robots.robot import Robot
+from manipi.train.config import TrainConfig
+
+Recipe: typing.TypeAlias = Callable[[], TrainConfig]
+
+RECIPES = {
+    "tabletop": "manipi.recipes.tabletop:pi05_tabletop",
+    "tabletop_pi0": "manipi.recipes.tabletop:pi0_tabletop",
+    "tabletop_pi0_fast": "manipi.recipes.tabletop:pi0_fast_tabletop",
+}
+
+
+def load_recipe(target: str) -> TrainConfig:
+    """The config that `target` names.
+
+    Raises:
+        UnknownNameError: no such recipe; with the closest names.
+        ConfigError: no such file, or the file cannot be imported.
+    """
+    if ":" not in target:
+        if target not in RECIPES:
+            raise unknown_name("recipe", target, RECIPES, next="manipi recipes, or name path/to/file.py:function")
+        target = RECIPES[target]
+    where, _, name = target.rpartition(":")
+    module = _load_module(where)
+    recipes = {n: f for n, f in vars(module).items() if _is_recipe(f)}
+    if name not in recipes:
+        raise unknown_name(f"recipe in {where}", name, recipes, next="write a function that returns a TrainConfig")
+    return recipes[name]()
+
+
+def load_robot(target: str) -> Robot:
+    """The robot of a recipe, or the `Robot` that `path/to/file.py:NAME` names."""
+    where, _, name = target.rpartition(":")
+    if where:
+        found = vars(_load_module(where)).get(name)
+        if isinstance(found, Robot):
+            return found
+    return load_recipe(target).robot
+
+
+def _is_recipe(value: object) -> bool:
+    return callable(value) and getattr(value, "__annotations__", {}).get("return") in (TrainConfig, "TrainConfig")
+
+
+def _load_module(where: str) -> ModuleType:
+    if not where.endswith(".py"):
+        try:
+            return importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            raise _not_found(where, f"no module {error.name!r}") from error
+    path = Path(where).expanduser().resolve()
+    if not path.is_file():
+        raise _not_found(where, "no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickles look their module up by name.
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _not_found(where: str, found: str) -> ConfigError:
+    return ConfigError(
+        expected="a Python file or module with recipes",
+        found=found,
+        where=where,
+        next="give the path as path/to/file.py:function, seen from the current folder",
+    )

@@ -1,0 +1,88 @@
+"""Frozen dataclasses to JSON and back: how configs, robots and statistics are written to disk.
+
+    Robot(name="ur5", state=(State(key="joints", size=6),))
+    {"type": "Robot", "name": "ur5", "state": [{"type": "State", "key": "joints", "size": 6}]}
+
+The reader is strict: an unknown type, a missing field or an unexpected one is an error, so that a file written by
+another version is never half understood.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from manipi.errors import ConfigError, IntegrityError, unknown_name
+
+
+def to_json(value: Any) -> Any:
+    """Plain dicts, lists, strings and numbers; a dataclass becomes a dict with its `type`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(v) for v in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_json(data: Any, kinds: Iterable[type], where: str) -> Any:
+    """The inverse of `to_json` for the dataclasses in `kinds`; lists become tuples.
+
+    Raises:
+        ConfigError: an unknown type, or fields that do not match the dataclass; `where` names the file.
+    """
+    by_name = {kind.__name__: kind for kind in kinds}
+
+    def build(value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(build(v) for v in value)
+        if not isinstance(value, dict):
+            return value
+        built = {k: build(v) for k, v in value.items() if k != "type"}
+        if "type" not in value:
+            return built
+        if value["type"] not in by_name:
+            raise unknown_name(f"type in {where}", value["type"], by_name, next="use the version that wrote the file")
+        return _construct(by_name[value["type"]], built, where)
+
+    return build(data)
+
+
+def _construct(kind: type, values: dict[str, Any], where: str) -> Any:
+    wanted = {f.name for f in dataclasses.fields(kind)}
+    if wanted != set(values):
+        raise ConfigError(
+            expected=f"the fields of {kind.__name__}: {', '.join(sorted(wanted))}",
+            found=f"missing {sorted(wanted - set(values))}, unexpected {sorted(set(values) - wanted)}",
+            where=where,
+            next="use the manipi version that wrote the file, or write it again",
+        )
+    return kind(**values)
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file. Raises IntegrityError where it is absent or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise IntegrityError(
+            expected="a JSON file", found=str(error), where=str(path), next="restore the file or write it again"
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of the canonical JSON of `value`: equal on every machine for equal content."""
+    text = json.dumps(to_json(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

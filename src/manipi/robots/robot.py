@@ -1,0 +1,173 @@
+"""A robot is data: enough to read its datasets, check its observations and convert its actions.
+
+    camera slots        base          left_wrist     right_wrist
+                          │               │               └ not named by this robot: absent
+    observation keys   "image"      "wrist_image"
+
+    state    = joints(7) · gripper(1)            the vectors, concatenated in the order given
+    actions  = Joints(7, relative) · Gripper()   groups of consecutive dimensions
+
+There are no functions in it, so it compares, prints, and travels as JSON inside a checkpoint and in the server's
+metadata. A robot needs no place inside this package: any Python file that builds a `Robot` will do.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from manipi.errors import ConfigError
+from manipi.records import fingerprint, from_json, to_json
+
+SLOTS = ("base", "left_wrist", "right_wrist")
+"""The camera slots of the released models, in their order."""
+
+Rotation: TypeAlias = Literal["none", "rotvec", "euler_xyz", "quat_xyzw", "rot6d"]
+ROTATION_SIZE: dict[Rotation, int] = {"none": 0, "rotvec": 3, "euler_xyz": 3, "quat_xyzw": 4, "rot6d": 6}
+
+
+@dataclass(frozen=True)
+class State:
+    """One vector of the observation."""
+
+    key: str
+    size: int
+    names: tuple[str, ...] = ()
+    unit: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    relative: bool = False
+    """The model sees offsets from the current state instead of absolute values."""
+    state_start: int | None = None
+    """Where the matching state dimensions begin; None: at the same offset as in the action vector."""
+    low: tuple[float, ...] | None = None
+    """Lower limits, one per dimension, in the robot's own unit."""
+    high: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Joints(_Group):
+    """Joint positions or velocities (rad, rad/s), or any other vector whose offsets are plain differences."""
+
+    size: int
+    unit: str = "rad"
+
+    @property
+    def model_size(self) -> int:
+        return self.size
+
+
+@dataclass(frozen=True)
+class Gripper(_Group):
+    """One gripper dimension. The model always sees 0 (open) to 1 (closed)."""
+
+    open: float = 0.0
+    closed: float = 1.0
+    unit: str = ""
+
+    @property
+    def size(self) -> int:
+        return 1
+
+    @property
+    def model_size(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class EndEffector(_Group):
+    """A tool pose: position (m), then its rotation.
+
+    The model sees a rotation as the first two columns of the rotation matrix (6D; Zhou et al., CVPR 2019), which has
+    no jumps. Relative poses are composed as rigid motions: the target seen from the current tool frame when there is
+    a rotation, the plain difference in the base frame when there is none.
+    """
+
+    rotation: Rotation = "none"
+    unit: str = "m"
+
+    @property
+    def size(self) -> int:
+        return 3 + ROTATION_SIZE[self.rotation]
+
+    @property
+    def model_size(self) -> int:
+        return 3 if self.rotation == "none" else 9
+
+
+ActionGroup: TypeAlias = Joints | Gripper | EndEffector
+
+
+@dataclass(frozen=True, kw_only=True)
+class Robot:
+    """The embodiment's contract. Raises ConfigError where its parts contradict each other."""
+
+    name: str
+    cameras: Mapping[str, str]
+    """Camera slot -> key of the picture in the observation."""
+    state: tuple[State, ...]
+    actions: tuple[ActionGroup, ...]
+    action_key: str = "actions"
+    """Key of the action vector in datasets."""
+    control_hz: float = 10.0
+    default_prompt: str | None = None
+    """Used where an observation brings no prompt; None: a prompt is required."""
+    dataset_keys: Mapping[str, str] = field(default_factory=dict)
+    """Observation key -> feature name in datasets, where the two differ."""
+
+    def __post_init__(self) -> None:
+        offset = 0
+        for group in self.actions:
+            self._check_group(group, offset)
+            offset += group.size
+        if not self.cameras or not self.actions:
+            raise self._contradiction("at least one camera and one action group", "none", "cameras, actions")
+        keys = [*self.cameras.values(), *(s.key for s in self.state)]
+        if len(set(keys)) < len(keys):
+            raise self._contradiction("every observation key once", f"{sorted(keys)}", "cameras, state")
+
+    def _check_group(self, group: ActionGroup, offset: int) -> None:
+        start = offset if group.state_start is None else group.state_start
+        if group.relative and start + group.size > self.state_size:
+            raise self._contradiction(
+                f"state dimensions {start} to {start + group.size} for the relative group {type(group).__name__}",
+                f"a state of {self.state_size} dimensions",
+                "actions",
+            )
+        for name, limits in (("low", group.low), ("high", group.high)):
+            if limits is not None and len(limits) != group.size:
+                raise self._contradiction(f"{group.size} limits", f"{len(limits)}", f"{type(group).__name__}.{name}")
+
+    def _contradiction(self, expected: str, found: str, where: str) -> ConfigError:
+        return ConfigError(
+            expected=expected, found=found, where=f"robot {self.name!r}, {where}", next="correct the Robot(...)"
+        )
+
+    @property
+    def state_size(self) -> int:
+        return sum(s.size for s in self.state)
+
+    @property
+    def action_size(self) -> int:
+        """Dimensions of the command that the robot takes."""
+        return sum(g.size for g in self.actions)
+
+    @property
+    def model_action_size(self) -> int:
+        """Dimensions of an action as the model sees it (rotations are 6D there)."""
+        return sum(g.model_size for g in self.actions)
+
+    def dataset_key(self, key: str) -> str:
+        return self.dataset_keys.get(key, key)
+
+    def to_json(self) -> dict[str, Any]:
+        return to_json(self)
+
+    @staticmethod
+    def from_json(data: Any, where: str) -> "Robot":
+        return from_json(data, (Robot, State, Joints, Gripper, EndEffector), where)
+
+    def contract(self) -> str:
+        """Fingerprint of what norm stats depend on: the state and action layout, nothing else."""
+        return fingerprint([to_json(self.state), to_json(self.actions)])

@@ -1,0 +1,313 @@
+"""FAST: action chunks as short sequences of codes (Pertsch et al. 2025, "FAST: Efficient Action Tokenization").
+
+    actions [H, A]  ──DCT over time──▶  coefficients  ──× scale, round──▶  integers, most of them 0
+                                                                              │ − min_token, one character each,
+    codes, a tenth as many  ◀──byte-pair encoding──  H*A characters  ◀────────┘ frequency as the slow axis
+
+A published tokenizer spells its characters in UTF-8 bytes, so that a code may stand for half a character; one fitted
+here merges whole characters. Shape letters: N chunks, H action horizon, A action dimensions.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Float32, Float64, Int
+
+from manipi.errors import IntegrityError, TokenizerError
+from manipi.tokenizers.binning import require_finite
+from manipi.tokenizers.prompts import ACTION_MARKER, ACTION_TERMINATOR
+from manipi.tokenizers.text import TextTokenizer, codes_from_tokens
+from tokenizers import Tokenizer, decoders, models, trainers
+
+_BPE_FILE, _CONFIG_FILE = "tokenizer.json", "processor_config.json"
+# Distinct coefficients: as many as UTF-8 has characters of one or two bytes.
+_MAX_CHARACTERS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionReport:
+    """What a FAST tokenizer loses and costs on a set of chunks, in the units of the actions it was given."""
+
+    max_error: Float64[np.ndarray, "A"]
+    mean_error: Float64[np.ndarray, "A"]
+    mean_codes: float
+    max_codes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastTokenizer:
+    """A FAST codec: `encode` and `decode` are inverse up to rounding (at most 0.5 / scale per coefficient).
+
+    A plain value: it pickles into worker processes, and its `sha256` says whether two of them are the same.
+    """
+
+    bpe_json: str
+    """The byte-pair encoding as the `tokenizers` library writes it (`tokenizer.json`)."""
+    scale: float
+    min_token: int
+    """The integer coefficient that the character 0 stands for."""
+
+    @cached_property
+    def bpe(self) -> Tokenizer:
+        return Tokenizer.from_str(self.bpe_json)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return self.bpe.get_vocab_size()
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(f"{self.scale} {self.min_token} {self.bpe_json}".encode()).hexdigest()
+
+    @cached_property
+    def byte_level(self) -> bool:
+        """Whether the pieces are UTF-8 bytes (published tokenizers) or whole characters (fitted here)."""
+        return isinstance(self.bpe.decoder, decoders.ByteLevel)
+
+    @cached_property
+    def num_characters(self) -> int:
+        """Size of the alphabet, beyond which coefficients saturate."""
+        if self.byte_level:
+            return _MAX_CHARACTERS
+        pieces = self.bpe.get_vocab()
+        return next((n for n in range(_MAX_CHARACTERS) if chr(n) not in pieces), _MAX_CHARACTERS)
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        """What each code stands for, in UTF-8."""
+        piece_of = {code: piece for piece, code in self.bpe.get_vocab().items()}
+        byte_of = _byte_of_symbol() if self.byte_level else {}
+
+        def spell(piece: str) -> bytes:
+            return bytes(byte_of[s] for s in piece) if byte_of.keys() >= set(piece) else piece.encode()
+
+        return [spell(piece_of[code]) for code in range(self.vocab_size)]
+
+    def encode(self, actions_HA: Float[np.ndarray, "H A"]) -> list[int]:
+        """A chunk of normalised actions to codes. Coefficients beyond the alphabet saturate at its ends.
+
+        Raises:
+            TokenizerError: a number is not finite, or the vocabulary lacks a character.
+        """
+        characters = _quantize(actions_HA, self.scale) - self.min_token
+        text = "".join(map(chr, np.clip(characters, 0, self.num_characters - 1).ravel()))
+        codes = self.bpe.encode(text, add_special_tokens=False).ids
+        # Byte-pair encoding drops what it does not know, without a word.
+        if b"".join(self.pieces[code] for code in codes) != text.encode():
+            raise TokenizerError(
+                expected="a vocabulary with every character of the alphabet",
+                found=f"codes that do not spell the {len(text)} characters of the chunk",
+                where=f"FAST tokenizer with {self.vocab_size} codes, min_token {self.min_token}",
+                next="fit a FAST tokenizer on this dataset",
+            )
+        return codes
+
+    def decode(
+        self, codes: Sequence[int], horizon: int, action_dim: int, *, reference_zeros: bool = False
+    ) -> Float32[np.ndarray, "H A"]:
+        """Codes to a chunk of normalised actions.
+
+        Args:
+            codes: as `encode` returns them, or as a model emits them.
+            horizon, action_dim: H and A of the chunk.
+            reference_zeros: return zeros where the codes are no such chunk, as the published codec does.
+
+        Raises:
+            TokenizerError: the codes do not spell exactly horizon * action_dim characters.
+        """
+        text, problem = self._spell(codes)
+        if problem is None and len(text) != horizon * action_dim:
+            problem = f"{len(text)} characters from {len(codes)} codes"
+        if problem is None:
+            integers = np.array([ord(c) for c in text]).reshape(horizon, action_dim) + self.min_token
+            return (_dct_matrix(horizon).T @ (integers / self.scale)).astype(np.float32)
+        if reference_zeros:
+            return np.zeros((horizon, action_dim), np.float32)
+        raise TokenizerError(
+            expected=f"codes for {horizon} x {action_dim} = {horizon * action_dim} characters",
+            found=problem,
+            where="FAST decoding of an action chunk",
+            next="decode with CodeConstraint, and check horizon, action dimension and the FAST tokenizer's hash",
+        )
+
+    def _spell(self, codes: Sequence[int]) -> tuple[str, str | None]:
+        """The characters behind the codes, and what is wrong with them if anything is."""
+        unknown = [code for code in codes if not 0 <= code < self.vocab_size]
+        if unknown:
+            return "", f"code {unknown[0]}, where the vocabulary has {self.vocab_size}"
+        spelled = b"".join(self.pieces[code] for code in codes)
+        try:
+            return spelled.decode(), None
+        except UnicodeDecodeError as error:
+            return "", f"half a character at byte {error.start} of {len(spelled)}"
+
+    @staticmethod
+    def load(directory: str | Path, *, sha256: str | None = None) -> "FastTokenizer":
+        """A tokenizer in the published layout: `tokenizer.json` and `processor_config.json`. Runs no remote code.
+
+        Raises:
+            TokenizerError: a file is missing or is not of that layout.
+            IntegrityError: the content differs from `sha256`, where that is given.
+        """
+        try:
+            config = json.loads((Path(directory) / _CONFIG_FILE).read_text(encoding="utf-8"))
+            bpe_json = (Path(directory) / _BPE_FILE).read_text(encoding="utf-8")
+            fast = FastTokenizer(bpe_json=bpe_json, scale=config["scale"], min_token=config["min_token"])
+            if json.loads(bpe_json)["model"]["type"] != "BPE":
+                raise ValueError(f"{_BPE_FILE} holds no byte-pair encoding")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TokenizerError(
+                expected=f"a FAST tokenizer: {_BPE_FILE}, and {_CONFIG_FILE} with scale and min_token",
+                found=repr(error),
+                where=str(directory),
+                next="name the directory of a published FAST tokenizer, or of one that was fitted and saved",
+            ) from error
+        if sha256 not in (None, fast.sha256):
+            next = "restore the files from the checkpoint they came with; another tokenizer means other codes"
+            raise IntegrityError(expected=f"sha256 {sha256}", found=fast.sha256, where=str(directory), next=next)
+        return fast
+
+    def save(self, directory: str | Path) -> None:
+        """Write the published layout into an existing directory, for `load` or for the published processor."""
+        config = {
+            "action_dim": None,
+            "auto_map": {"AutoProcessor": "processing_action_tokenizer.UniversalActionProcessor"},
+            "min_token": self.min_token,
+            "processor_class": "UniversalActionProcessor",
+            "scale": self.scale,
+            "time_horizon": None,
+            "vocab_size": self.vocab_size,
+        }
+        (Path(directory) / _BPE_FILE).write_text(self.bpe_json, encoding="utf-8")
+        (Path(directory) / _CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+    @staticmethod
+    def fit(chunks: Float[np.ndarray, "N H A"], *, scale: float = 10, vocab_size: int = 1024) -> "FastTokenizer":
+        """Learn a codec from normalised action chunks. The same chunks always give the same codec.
+
+        Args:
+            chunks: normalised actions of the training data.
+            scale: finer is more exact and costs more codes; the error per coefficient is at most 0.5 / scale.
+            vocab_size: most codes to learn; fewer where the data has no more pairs to merge.
+
+        Raises:
+            TokenizerError: no chunks, a number that is not finite, or fewer codes than distinct coefficients.
+        """
+        if np.ndim(chunks) != 3 or 0 in np.shape(chunks):
+            raise TokenizerError(
+                expected="action chunks [N, H, A], none of them 0",
+                found=f"shape {np.shape(chunks)}",
+                where="FastTokenizer.fit",
+                next="pass at least one chunk",
+            )
+        integers = np.stack([_quantize(chunk, scale) for chunk in chunks])
+        min_token = int(integers.min())
+        num_characters = int(integers.max()) - min_token + 1
+        if num_characters > min(vocab_size, _MAX_CHARACTERS):
+            raise TokenizerError(
+                expected=f"at most {min(vocab_size, _MAX_CHARACTERS)} distinct coefficients, one code each",
+                found=f"coefficients from {min_token} to {int(integers.max())}, which are {num_characters}",
+                where=f"FastTokenizer.fit with scale {scale}",
+                next=f"raise vocab_size (useful up to {_MAX_CHARACTERS}), lower scale, or look for outliers",
+            )
+        bpe = _train_bpe(integers - min_token, num_characters, vocab_size)
+        return FastTokenizer(bpe_json=bpe.to_str(), scale=scale, min_token=min_token)
+
+    def reconstruction_report(self, chunks: Float[np.ndarray, "N H A"]) -> ReconstructionReport:
+        """Encode and decode every chunk, and compare."""
+        _, horizon, action_dim = np.shape(chunks)
+        codes = [self.encode(chunk) for chunk in chunks]
+        decoded = np.stack([self.decode(c, horizon, action_dim) for c in codes])
+        error = np.abs(np.asarray(chunks, np.float64) - decoded)
+        lengths = [len(c) for c in codes]
+        return ReconstructionReport(
+            max_error=error.max(axis=(0, 1)),
+            mean_error=error.mean(axis=(0, 1)),
+            mean_codes=float(np.mean(lengths)),
+            max_codes=max(lengths),
+        )
+
+
+def extract_codes(tokenizer: TextTokenizer, ids: Sequence[int], *, reference_text: bool = False) -> list[int]:
+    """The action codes in what a model emitted: what lies between the first "Action: " and the next "|" or EOS.
+
+    Args:
+        tokenizer: the text tokenizer of the model.
+        ids: emitted token ids; padding after EOS is ignored.
+        reference_text: take openpi's way through text, which alters sequences with pieces made of white space
+            (about 4 of 100 sequences of 30 uniform codes; none where all codes are below 1024).
+
+    Raises:
+        TokenizerError: there is no "Action: ".
+    """
+    if reference_text:
+        _, marker, after = tokenizer.decode(list(ids)).partition(ACTION_MARKER)
+        found = tokenizer.encode(after.split(ACTION_TERMINATOR)[0].strip()) if marker else None
+    else:
+        found = _between(list(ids), tokenizer)
+    if found is None:
+        raise TokenizerError(
+            expected=f"the tokens of {ACTION_MARKER!r}",
+            found=repr(tokenizer.decode(list(ids))[:100]),
+            where=f"the {len(ids)} tokens that the model emitted",
+            next="decode with CodeConstraint, or train longer",
+        )
+    return codes_from_tokens(tokenizer, np.array(found, np.int64)).tolist()
+
+
+def _between(ids: list[int], tokenizer: TextTokenizer) -> list[int] | None:
+    start = _find(ids, tokenizer.encode(ACTION_MARKER))
+    if start is None:
+        return None
+    after = ids[start + len(tokenizer.encode(ACTION_MARKER)) :]
+    ends = (_find(after, tokenizer.encode(ACTION_TERMINATOR)), _find(after, [tokenizer.eos_id]))
+    return after[: min((end for end in ends if end is not None), default=len(after))]
+
+
+def _find(ids: list[int], wanted: list[int]) -> int | None:
+    return next((i for i in range(len(ids)) if ids[i : i + len(wanted)] == wanted), None)
+
+
+def _quantize(actions_HA: Float[np.ndarray, "H A"], scale: float) -> Int[np.ndarray, "H A"]:
+    """Scaled DCT coefficients, rounded half to even."""
+    require_finite(actions_HA, what="actions for the FAST tokenizer [time, dimension]")
+    actions_HA = np.asarray(actions_HA, np.float64)
+    return np.rint(_dct_matrix(len(actions_HA)) @ actions_HA * scale).astype(np.int64)
+
+
+@lru_cache
+def _dct_matrix(horizon: int) -> Float64[np.ndarray, "H H"]:
+    """The orthonormal DCT-II, frequency by time: sqrt(2 / H) cos(pi (t + 1/2) f / H), and sqrt(1 / H) for f = 0."""
+    frequency, time = np.arange(horizon)[:, None], np.arange(horizon)
+    matrix = np.sqrt(2 / horizon) * np.cos(np.pi * (time + 0.5) * frequency / horizon)
+    matrix[0] /= np.sqrt(2)
+    matrix.flags.writeable = False
+    return matrix
+
+
+def _train_bpe(characters: Int[np.ndarray, "N H A"], num_characters: int, vocab_size: int) -> Tokenizer:
+    """Byte-pair encoding over whole characters, each of which is also a code of its own."""
+    bpe = Tokenizer(models.BPE())
+    bpe.decoder = decoders.Fuse()  # type: ignore[assignment]
+    alphabet = [chr(n) for n in range(num_characters)]
+    settings = {"vocab_size": vocab_size, "min_frequency": 2, "show_progress": False}
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **settings)
+    texts = ("".join(map(chr, chunk)) for chunk in characters.reshape(len(characters), -1))
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+@lru_cache
+def _byte_of_symbol() -> dict[str, int]:
+    """The printable stand-in of each byte in a byte-level vocabulary (the table of GPT-2's tokenizer).
+
+    Printable Latin-1 bytes stand for themselves; the other 68 follow from U+0100 on, in their own order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

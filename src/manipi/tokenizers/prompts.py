@@ -1,0 +1,151 @@
+"""The prompt format of each model: what the language model reads, token by token.
+
+    π0      BOS  text  newline
+    π0.5    BOS  "Task: text, State: 0 128 255;⏎Action: "
+    π0-FAST BOS  "Task: text, State: 0 128 255;⏎"  │  "Action: "  codes  "|"  EOS
+            └────────── prefix ─────────────────┘  └───────── postfix ──────────┘
+    causal  0 0 0 ...                              1 1 1 ...       each token sees the whole prefix and the past
+    loss    0 0 0 ...                              1 1 1 ...       the postfix is what the model learns to emit
+
+The formats are openpi's, because the released weights were trained on them.
+Shape letters: L prompt length (max_len), S state dimensions, H action horizon, A action dimensions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int64
+
+from manipi.errors import TokenizerError
+from manipi.tokenizers.binning import bin_indices
+from manipi.tokenizers.text import TextTokenizer, tokens_from_codes
+
+ACTION_MARKER = "Action: "
+ACTION_TERMINATOR = "|"
+
+
+class ActionTokenizer(Protocol):
+    """Action chunks to codes and back: `FastTokenizer` or `BinningTokenizer`."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    def encode(self, actions_HA: Float[np.ndarray, "H A"]) -> list[int]: ...
+    def decode(self, codes: Sequence[int], horizon: int, action_dim: int) -> Float32[np.ndarray, "H A"]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedPrompt:
+    """A prompt of fixed length, padded on the right."""
+
+    tokens: Int64[np.ndarray, "L"]
+    valid: Bool[np.ndarray, "L"]
+    """False on padding."""
+    causal: Bool[np.ndarray, "L"]
+    """True where a token starts a new attention block, i.e. is hidden from all earlier ones."""
+    loss: Bool[np.ndarray, "L"]
+    """True where the model is trained to emit the token."""
+
+
+def pi0_prompt(tokenizer: TextTokenizer, prompt: str, max_len: int, *, truncate: bool = False) -> TokenizedPrompt:
+    """π0's format, and π0.5's for robots whose state is not in the prompt.
+
+    Args:
+        prompt: the instruction. Underscores and newlines become spaces; case stays.
+        max_len: length of the result.
+        truncate: cut an overlong prompt at max_len, as openpi does, instead of raising.
+
+    Raises:
+        TokenizerError: the prompt needs more than max_len tokens.
+    """
+    # The newline is encoded apart: SentencePiece could otherwise merge it with what precedes.
+    ids = [tokenizer.bos_id, *tokenizer.encode(_clean(prompt)), *tokenizer.encode("\n")]
+    return _pad(tokenizer, ids, [], max_len, truncate=truncate)
+
+
+def pi05_prompt(
+    tokenizer: TextTokenizer,
+    prompt: str,
+    state: Float[np.ndarray, "S"] | None,
+    max_len: int,
+    *,
+    minus_one_below: bool = False,
+    truncate: bool = False,
+) -> TokenizedPrompt:
+    """π0.5's format: the state is part of the text, one bin number per dimension.
+
+    Args:
+        prompt: the instruction, cleaned as in `pi0_prompt`.
+        state: normalised to [-1, 1], before padding to the model's width; None gives `pi0_prompt`.
+        max_len, truncate: as in `pi0_prompt`.
+        minus_one_below: openpi's rule for a state below -1, whose bin reads "-1"; by default it is 0.
+
+    Raises:
+        TokenizerError: more than max_len tokens, or a state that is not finite.
+    """
+    if state is None:
+        return pi0_prompt(tokenizer, prompt, max_len, truncate=truncate)
+    text = f"Task: {_clean(prompt)}, State: {_state_words(state, minus_one_below)};\n{ACTION_MARKER}"
+    return _pad(tokenizer, [tokenizer.bos_id, *tokenizer.encode(text)], [], max_len, truncate=truncate)
+
+
+def fast_prompt(
+    tokenizer: TextTokenizer,
+    action_tokenizer: ActionTokenizer,
+    prompt: str,
+    state: Float[np.ndarray, "S"],
+    actions: Float[np.ndarray, "H A"] | None,
+    max_len: int,
+    *,
+    keep_case: bool = False,
+    minus_one_below: bool = False,
+    truncate: bool = False,
+) -> TokenizedPrompt:
+    """π0-FAST's format: the prefix, and in training the actions as the postfix that the model learns to emit.
+
+    Args:
+        prompt: the instruction. Lower-cased (unless keep_case), underscores become spaces; newlines stay.
+        state: normalised to [-1, 1], before padding to the model's width.
+        actions: normalised chunk, or None at inference, where the model emits the whole postfix itself.
+        max_len, truncate, minus_one_below: as in `pi05_prompt`.
+
+    Raises:
+        TokenizerError: more than max_len tokens, a number that is not finite, or a vocabulary without room for codes.
+    """
+    clean = (prompt if keep_case else prompt.lower()).strip().replace("_", " ")
+    text = f"Task: {clean}, State: {_state_words(state, minus_one_below)};\n"
+    prefix = [tokenizer.bos_id, *tokenizer.encode(text)]
+    postfix: list[int] = []
+    if actions is not None:
+        codes = tokens_from_codes(tokenizer, np.array(action_tokenizer.encode(actions), np.int64))
+        terminator = [*tokenizer.encode(ACTION_TERMINATOR), tokenizer.eos_id]
+        postfix = [*tokenizer.encode(ACTION_MARKER), *codes.tolist(), *terminator]
+    return _pad(tokenizer, prefix, postfix, max_len, truncate=truncate)
+
+
+def _clean(prompt: str) -> str:
+    return prompt.strip().replace("_", " ").replace("\n", " ")
+
+
+def _state_words(state: Float[np.ndarray, "S"], minus_one_below: bool) -> str:
+    return " ".join(map(str, bin_indices(state, minus_one_below=minus_one_below).tolist()))
+
+
+def _pad(
+    tokenizer: TextTokenizer, prefix: list[int], postfix: list[int], max_len: int, *, truncate: bool
+) -> TokenizedPrompt:
+    ids = prefix + postfix
+    if len(ids) > max_len and not truncate:
+        raise TokenizerError(
+            expected=f"at most {max_len} tokens (max_token_len)",
+            found=f"{len(ids)} tokens: {len(prefix)} of prompt and {len(postfix)} of actions",
+            where=f"the prompt {tokenizer.decode(prefix)!r}",
+            next=f"raise max_token_len to at least {len(ids)}, or shorten the instruction",
+        )
+    index = np.arange(max_len)
+    valid = index < len(ids)
+    in_postfix = valid & (index >= len(prefix))
+    tokens = np.full(max_len, tokenizer.pad_id, np.int64)
+    tokens[valid] = ids[:max_len]
+    return TokenizedPrompt(tokens=tokens, valid=valid, causal=in_postfix, loss=in_postfix.copy())

@@ -1,0 +1,226 @@
+"""Text tokenizers: words to token ids and back, and where action codes live in the vocabulary.
+
+    PaliGemma, 257152 ids                                       ByteTokenizer, 515 + room for codes
+    ┌──────────────────────┬───────────────┬──────────────┐     ┌───────────┬───────┬─────────┬──────────────┐
+    │ pad eos bos unk, text│ <loc0000> ... │ <seg000> ... │     │pad eos bos│ bytes │ 0 … 255 │              │
+    └──────────────────────┴───────────────┴──────────────┘     └───────────┴───────┴─────────┴──────────────┘
+         ← action codes 2047 … 1024 … 0 ───┘└ reserved 128          action codes  … 2 1 0 ───┘ (reserved 0)
+
+An action code c has the id `vocab_size - 1 - reserved_ids - c`: codes grow downwards from the end (openpi's rule for
+π0-FAST). In PaliGemma's vocabulary the codes above 1023 share their ids with rare text pieces.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Int
+
+from manipi.errors import ConfigError, IntegrityError, TokenizerError, unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerReference:
+    """What a checkpoint stores about its tokenizer: enough to build it again and to know that it is the same one.
+
+    All fields are plain JSON values.
+    """
+
+    kind: str
+    """`sentencepiece` or `byte`."""
+    vocab_size: int
+    reserved_ids: int
+    sha256: str
+    """Of the model file, or of the definition where there is no file."""
+    file: str | None = None
+    """Name of the model file inside the tokenizer directory."""
+
+
+class TextTokenizer(Protocol):
+    """Words to ids and back. `encode` adds neither BOS nor EOS; that is the prompt format's business."""
+
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+    bos_id: int
+    reserved_ids: int
+    """Ids at the very end of the vocabulary that action codes skip."""
+    code_capacity: int
+    """How many action codes the vocabulary has room for."""
+    reference: TokenizerReference
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def save(self, directory: Path) -> TokenizerReference:
+        """Write what `load_tokenizer` needs into an existing directory."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model file; PaliGemma's is the one of the released π checkpoints.
+
+    Args:
+        path: the `.model` file.
+        reserved_ids: ids at the end that action codes skip (PaliGemma: the 128 `<seg...>` pieces).
+
+    Raises:
+        TokenizerError: no such file, no such model in it, or a model without pad, EOS, BOS and unknown.
+    """
+
+    FILE_NAME = "tokenizer.model"
+
+    def __init__(self, path: str | Path, *, reserved_ids: int = 128):
+        try:
+            self._model = Path(path).read_bytes()
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+        except (OSError, RuntimeError) as error:
+            raise TokenizerError(
+                expected="a SentencePiece model file",
+                found=str(error),
+                where=str(path),
+                next="name the path of PaliGemma's tokenizer; it lies at gs://big_vision/paligemma_tokenizer.model",
+            ) from error
+        processor = self._processor
+        self.vocab_size, self.reserved_ids = processor.vocab_size(), reserved_ids
+        self.pad_id, self.eos_id, self.bos_id = processor.pad_id(), processor.eos_id(), processor.bos_id()
+        control_ids = self.pad_id, self.eos_id, self.bos_id, processor.unk_id()
+        if min(control_ids) < 0:
+            raise TokenizerError(
+                expected="pad, EOS, BOS and unknown pieces",
+                found=f"the ids {control_ids} (-1: absent)",
+                where=str(path),
+                next="use PaliGemma's tokenizer, or train the model with all four",
+            )
+        self.code_capacity = self.vocab_size - reserved_ids - max(control_ids) - 1
+        self.reference = TokenizerReference(
+            kind="sentencepiece",
+            vocab_size=self.vocab_size,
+            reserved_ids=reserved_ids,
+            sha256=hashlib.sha256(self._model).hexdigest(),
+            file=self.FILE_NAME,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text; pad, BOS and EOS vanish in it."""
+        return self._processor.decode([int(i) for i in ids])
+
+    def save(self, directory: Path) -> TokenizerReference:
+        (Path(directory) / self.FILE_NAME).write_bytes(self._model)
+        return self.reference
+
+
+class ByteTokenizer:
+    """UTF-8 bytes, with one token for each whole number from 0 to 255 that stands alone as a word. Needs no file.
+
+    A state of S dimensions therefore costs S tokens (and S - 1 spaces) in a prompt. `decode(encode(text)) == text`.
+
+    Args:
+        vocab_size: 515, plus room for action codes at the end.
+    """
+
+    NUM_TEXT_IDS = 515
+    pad_id, eos_id, bos_id = 0, 1, 2
+    reserved_ids = 0
+    _FIRST_BYTE, _FIRST_NUMBER = 3, 259
+    # Anything that is neither letter, digit nor underscore bounds a word: "-1 25" holds 1 and 25, "007 a1 256" none.
+    _NUMBER_WORD = re.compile(r"(?<!\w)(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])(?!\w)")
+
+    def __init__(self, vocab_size: int = NUM_TEXT_IDS):
+        if vocab_size < self.NUM_TEXT_IDS:
+            raise ConfigError(
+                expected=f"a vocabulary of at least {self.NUM_TEXT_IDS} ids (3 control, 256 bytes, 256 numbers)",
+                found=str(vocab_size),
+                where="ByteTokenizer.vocab_size",
+                next=f"use {self.NUM_TEXT_IDS} plus the number of action codes",
+            )
+        self.vocab_size, self.code_capacity = vocab_size, vocab_size - self.NUM_TEXT_IDS
+        digest = hashlib.sha256(f"byte tokenizer, version 1, {vocab_size} ids".encode()).hexdigest()
+        self.reference = TokenizerReference(kind="byte", vocab_size=vocab_size, reserved_ids=0, sha256=digest)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        # Splitting on a capturing group returns text and number words in turn.
+        for position, part in enumerate(self._NUMBER_WORD.split(text)):
+            is_number = position % 2 == 1
+            ids += [self._FIRST_NUMBER + int(part)] if is_number else [self._FIRST_BYTE + b for b in part.encode()]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text; pad, BOS and EOS vanish in it, and action codes show as `<code7>`."""
+        return b"".join(map(self._piece, ids)).decode(errors="replace")
+
+    def _piece(self, id: int) -> bytes:
+        if not 0 <= id < self.vocab_size:
+            raise TokenizerError(
+                expected=f"ids from 0 to {self.vocab_size - 1}",
+                found=str(id),
+                where="ByteTokenizer.decode",
+                next="check that model and tokenizer have the same vocab_size",
+            )
+        if id < self._FIRST_BYTE:
+            return b""
+        if id < self._FIRST_NUMBER:
+            return bytes([id - self._FIRST_BYTE])
+        if id < self.NUM_TEXT_IDS:
+            return str(id - self._FIRST_NUMBER).encode()
+        return f"<code{self.vocab_size - 1 - id}>".encode()
+
+    def save(self, directory: Path) -> TokenizerReference:
+        return self.reference
+
+
+def load_tokenizer(reference: TokenizerReference, directory: str | Path) -> TextTokenizer:
+    """The tokenizer that `save` described.
+
+    Raises:
+        IntegrityError: its file is missing, or the content differs from the reference.
+        UnknownNameError: a kind that this version does not know.
+    """
+    where = Path(directory) / (reference.file or "")
+    if reference.file is not None:
+        found = hashlib.sha256(where.read_bytes()).hexdigest() if where.is_file() else "no such file"
+        _require_same(reference.sha256, found, where)
+    if reference.kind == "byte":
+        tokenizer: TextTokenizer = ByteTokenizer(reference.vocab_size)
+    elif reference.kind == "sentencepiece":
+        tokenizer = SentencePieceTokenizer(where, reserved_ids=reference.reserved_ids)
+    else:
+        raise unknown_name("tokenizer", reference.kind, ["byte", "sentencepiece"], next="update manipi")
+    _require_same(str(reference), str(tokenizer.reference), where)
+    return tokenizer
+
+
+def _require_same(expected: str, found: str, where: Path) -> None:
+    if found != expected:
+        next = "restore the file from the checkpoint it came with; another tokenizer means other token ids"
+        raise IntegrityError(expected=expected, found=found, where=str(where), next=next)
+
+
+def tokens_from_codes(tokenizer: TextTokenizer, codes: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    """Action codes to token ids: `vocab_size - 1 - reserved_ids - code`, which is its own inverse.
+
+    Raises:
+        TokenizerError: a code that the vocabulary has no room for.
+    """
+    codes = np.asarray(codes, np.int64)
+    if codes.size and (codes.min() < 0 or codes.max() >= tokenizer.code_capacity):
+        raise TokenizerError(
+            expected=f"action codes from 0 to {tokenizer.code_capacity - 1}, the room in the vocabulary",
+            found=f"codes from {codes.min()} to {codes.max()}",
+            where=f"{type(tokenizer).__name__} of {tokenizer.vocab_size} ids",
+            next="raise the tokenizer's vocab_size, or fit an action tokenizer with fewer codes",
+        )
+    return tokenizer.vocab_size - 1 - tokenizer.reserved_ids - codes
+
+
+def codes_from_tokens(tokenizer: TextTokenizer, ids: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    """Token ids to action codes; ids that are no codes give numbers outside [0, code_capacity)."""
+    return tokenizer.vocab_size - 1 - tokenizer.reserved_ids - np.asarray(ids, np.int64)

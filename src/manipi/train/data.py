@@ -1,0 +1,141 @@
+"""From a training config to encoded batches: dataset, split, statistics, tokenizers and the one pipeline."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from manipi.data.cache import CachedDataset
+from manipi.data.dataset import Dataset, action_chunks, frames, open_dataset
+from manipi.data.loader import Loader
+from manipi.data.sampler import Sampler
+from manipi.data.split import split_episodes
+from manipi.data.stats import compute_norm_stats, read_state
+from manipi.errors import NormStatsError
+from manipi.model.config import Pi0FastConfig
+from manipi.robots.robot import Robot
+from manipi.tokenizers import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, TextTokenizer, Tokenizers
+from manipi.train.config import TrainConfig
+from manipi.transforms import pipeline
+from manipi.transforms.actions import ActionSpace
+from manipi.transforms.normalize import load_norm_stats, normalize, save_norm_stats
+from manipi.transforms.pipeline import Pipeline, observation_of
+from manipi.types import Frame, NormStats, Sample
+
+FIT_CHUNKS = 4_096
+"""Action chunks that a FAST tokenizer is fitted to."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Everything that stands between the dataset's files and the model."""
+
+    config: TrainConfig
+    dataset: Dataset
+    train_rows: np.ndarray
+    held_out_rows: np.ndarray
+    stats: NormStats
+    tokenizers: Tokenizers
+    pipeline: Pipeline
+
+    def frames(self, rows: np.ndarray) -> list[Frame]:
+        """Raw frames in the dataset's keys, with action chunks of the model's horizon."""
+        return frames_of(self.config.robot, self.config.model.action_horizon, self.dataset, rows)
+
+    def example(self) -> Sample:
+        """The first held-out observation (or training one, where none is held out), in the robot's keys."""
+        rows = self.held_out_rows if len(self.held_out_rows) else self.train_rows
+        observation = observation_of(self.frames(rows[:1])[0], self.config.robot)
+        return {k: v for k, v in observation.items() if k not in ("actions", "action_valid")}
+
+    def loader(self, start_step: int) -> Loader:
+        """Endless encoded batches from `start_step` on."""
+        c = self.config
+        sampler = Sampler(self.train_rows, c.batch_size, seed=c.seed, fingerprint=self.dataset.fingerprint)
+        read = partial(frames_of, c.robot, c.model.action_horizon)
+        encode = self.pipeline.encode_frame
+        return Loader(self.dataset, sampler, encode, read=read, num_workers=c.data.num_workers, start_step=start_step)
+
+
+def frames_of(robot: Robot, action_horizon: int, dataset: Dataset, rows: np.ndarray) -> list[Frame]:
+    """The rows as frames with just the features that the robot names."""
+    return frames(
+        dataset,
+        rows,
+        cameras=[robot.dataset_key(key) for key in robot.cameras.values()],
+        state_keys=[robot.dataset_key(s.key) for s in robot.state],
+        action_key=robot.dataset_key(robot.action_key),
+        horizon=action_horizon,
+    )
+
+
+def prepare(config: TrainConfig, folder: Path) -> TrainingData:
+    """Open, check and encode the data of a run; statistics and tokenizers are kept in `folder` and reused.
+
+    Raises:
+        DataError: the dataset is absent, broken, or lacks what the robot names.
+        ConfigError: the robot does not fit the model.
+    """
+    pipeline.check_fit(config.robot, config.model)
+    dataset = open_dataset(config.data.path)
+    check_features(dataset, config.robot)
+    train_rows, held_out_rows = split_episodes(dataset, holdout=config.data.holdout, seed=config.seed)
+    stats = _stats(config, dataset, train_rows, folder / "norm_stats.json")
+    tokenizers = _tokenizers(config, dataset, train_rows, stats, folder / "tokenizer")
+    if config.data.cache == "frames":
+        cameras = [config.robot.dataset_key(key) for key in config.robot.cameras.values()]
+        dataset = CachedDataset(dataset, cameras, folder / "cache")
+    steps = pipeline.build(config.robot, config.model, stats, tokenizers, config.norm_mode)
+    return TrainingData(config, dataset, train_rows, held_out_rows, stats, tokenizers, steps)
+
+
+def check_features(dataset: Dataset, robot: Robot) -> None:
+    """The dataset has the cameras, states and actions that the robot names, in the sizes that it names."""
+    for key in robot.cameras.values():
+        dataset.require(robot.dataset_key(key), "image")
+    for key, size in [*((s.key, s.size) for s in robot.state), (robot.action_key, robot.action_size)]:
+        dataset.require(robot.dataset_key(key), "vector", size)
+
+
+def _stats(config: TrainConfig, dataset: Dataset, rows: np.ndarray, path: Path) -> NormStats:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_norm_stats(compute_norm_stats(dataset, config.robot, config.model.action_horizon, rows), path)
+    stats = load_norm_stats(path)
+    if stats.data != dataset.fingerprint:
+        raise NormStatsError(
+            expected=f"statistics of this dataset ({dataset.fingerprint[:12]})",
+            found=f"statistics of another, or of an older state of it ({stats.data[:12]})",
+            where=str(path),
+            next=f"delete {path} to compute them again, or start a new run folder",
+        )
+    return stats
+
+
+def _tokenizers(
+    config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats, folder: Path
+) -> Tokenizers:
+    if folder.is_dir():
+        return Tokenizers.load(folder)
+    fast = _fast_tokenizer(config, dataset, rows, stats) if isinstance(config.model, Pi0FastConfig) else None
+    tokenizers = Tokenizers(_text_tokenizer(config, fast), fast)
+    tokenizers.save(folder)
+    return tokenizers
+
+
+def _text_tokenizer(config: TrainConfig, fast: FastTokenizer | None) -> TextTokenizer:
+    if config.tokenizer != "byte":
+        return SentencePieceTokenizer(config.tokenizer)
+    return ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + (fast.vocab_size if fast is not None else 0))
+
+
+def _fast_tokenizer(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats) -> FastTokenizer:
+    if config.fast_tokenizer != "fit":
+        return FastTokenizer.load(Path(config.fast_tokenizer))
+    robot = config.robot
+    chosen = np.sort(np.random.default_rng(config.seed).permutation(rows)[:FIT_CHUNKS])
+    action_key = robot.dataset_key(robot.action_key)
+    chunks, _ = action_chunks(dataset, chosen, action_key=action_key, horizon=config.model.action_horizon)
+    relative = ActionSpace(robot).to_model(chunks, read_state(dataset, robot)[chosen])
+    return FastTokenizer.fit(normalize(relative, stats.actions, config.norm_mode))

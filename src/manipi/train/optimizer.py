@@ -1,0 +1,50 @@
+"""The update: learning-rate schedule, AdamW, clipping, and the average of the weights."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from manipi.train.config import OptimizerConfig
+
+
+def learning_rate(step: int, config: OptimizerConfig) -> float:
+    """Learning rate of the 0-based `step`: linear from peak/(warmup+1) to peak, then a cosine to `final_lr`."""
+    if step < config.warmup_steps:
+        start = config.lr / (config.warmup_steps + 1)
+        return start + (config.lr - start) * step / config.warmup_steps
+    length = max(1, config.decay_steps - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / length)
+    return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """Decoupled weight decay on every parameter, as the reference has it."""
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def update(
+    optimizer: torch.optim.AdamW, parameters: Sequence[nn.Parameter], step: int, config: OptimizerConfig
+) -> Tensor:
+    """Clip, step, clear. Returns the gradient norm before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+@torch.no_grad()
+def update_average(average: Sequence[Tensor], parameters: Sequence[Tensor], decay: float) -> None:
+    """ema = decay * ema + (1 - decay) * parameters, in place."""
+    torch._foreach_lerp_(list(average), list(parameters), 1 - decay)
+
+
+def parameter_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """L2 norm over all matrices (vectors such as biases and norm scales do not count, as in the reference's log)."""
+    return torch.linalg.vector_norm(torch.stack([p.detach().norm() for p in parameters if p.ndim > 1]))

@@ -1,0 +1,71 @@
+"""What a run tells while it goes: a progress bar, `metrics.jsonl`, and the loss curve as a picture."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from manipi.storage import atomic_write
+from manipi.train.run import Run
+
+
+class ProgressLog:
+    """Averages the steps between two log lines; reads numbers off the device only when it writes one."""
+
+    def __init__(self, run: Run, start: int, end: int, *, batch_size: int, every: int, show: bool):
+        self._run, self._every, self._batch_size = run, every, batch_size
+        self._bar = tqdm(total=end, initial=start, desc="train", unit="step", disable=not show, smoothing=0.05)
+        self._begin_window()
+
+    def __enter__(self) -> "ProgressLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()
+
+    def record(self, step: int, metrics: Mapping[str, Tensor | float], wait: float) -> None:
+        """Count one step; `wait` is the time in seconds that it waited for data."""
+        self._window.append(metrics)
+        self._wait += wait
+        self._bar.update()
+        if step % self._every == 0 or step == self._bar.total:
+            self._write(step)
+
+    def _write(self, step: int) -> None:
+        seconds, count = time.perf_counter() - self._started, len(self._window)
+        means = {name: sum(float(m[name]) for m in self._window) / count for name in self._window[0]}
+        speed = {"samples_per_s": count * self._batch_size / seconds, "data_wait": self._wait / seconds}
+        self._run.log({"step": step, **means, **speed, "time": time.time()})
+        shown = f"loss {means['loss']:.4f}, {speed['samples_per_s']:.0f} samples/s, data wait {speed['data_wait']:.0%}"
+        self._bar.set_postfix_str(shown)
+        self._begin_window()
+
+    def _begin_window(self) -> None:
+        self._started, self._wait, self._window = time.perf_counter(), 0.0, list[Mapping[str, Tensor | float]]()
+
+
+def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The loss and the learning rate over the steps, as a PNG."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 3.5), dpi=110, layout="constrained")
+    steps = [m["step"] for m in metrics]
+    axis.plot(steps, [m["loss"] for m in metrics], color="#0b6e99", linewidth=1.5)
+    axis.set(xlabel="step", ylabel="loss", yscale="log")
+    axis.grid(alpha=0.25, which="both")
+    rate = axis.twinx()
+    rate.plot(steps, [m["learning_rate"] for m in metrics], color="#c46a1b", linewidth=1, linestyle=":")
+    rate.set_ylabel("learning rate (dotted)", color="#c46a1b")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    atomic_write(path, buffer.getvalue())

@@ -1,0 +1,92 @@
+"""What one training step changes, and how it goes to disk and back."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from manipi.model import VLA
+from manipi.model.config import Pi0FastConfig
+from manipi.train.config import TrainConfig
+from manipi.train.optimizer import make_optimizer
+
+
+def trainable_parameters(model: VLA) -> dict[str, nn.Parameter]:
+    """The parameters that the loss can reach, by name.
+
+    A flow loss reads the language model's last layer through its keys and values alone, so that layer's queries, output
+    projection and MLP, and the norm behind it, never get a gradient.
+    """
+    dead: tuple[str, ...] = ()
+    if not isinstance(model.config, Pi0FastConfig):
+        last = f"gemma.blocks.{len(model.gemma.blocks) - 1}.experts.vlm."
+        dead = (f"{last}q_proj.", f"{last}out_proj.", f"{last}mlp_norm.", f"{last}mlp.", "gemma.final_norms.vlm.")
+    return {name: p for name, p in model.named_parameters() if not name.startswith(dead or ("\0",))}
+
+
+@dataclass
+class TrainState:
+    """Weights, their average, the optimizer, and the number of steps done."""
+
+    model: VLA
+    parameters: dict[str, nn.Parameter]
+    """What is trained, by name."""
+    average: dict[str, Tensor]
+    """The averaged parameters by name; empty without averaging."""
+    optimizer: torch.optim.AdamW
+    step: int = 0
+
+    @staticmethod
+    def initial(config: TrainConfig) -> "TrainState":
+        """Weights from the seed, in float32 (the master copy; the model computes in `config.model.dtype`)."""
+        model = VLA(config.model)
+        model.init_weights(config.seed)
+        parameters = trainable_parameters(model)
+        average = {n: p.detach().clone() for n, p in parameters.items()} if config.ema_decay else {}
+        optimizer = make_optimizer(parameters.values(), config.optimizer)
+        _make_moments(optimizer)
+        return TrainState(model, parameters, average, optimizer)
+
+    def inference_weights(self) -> dict[str, Tensor]:
+        """What is served: the averaged weights, or the raw ones where there is no average."""
+        return {**self.model.state_dict(), **self.average}
+
+    def save(self, folder: Path) -> None:
+        """Write raw weights, average, optimizer moments and step as a torch DCP folder."""
+        dcp.save(self._tensors(), checkpoint_id=folder, no_dist=True)
+
+    def load(self, folder: Path) -> None:
+        """Restore in place what `save` wrote."""
+        tensors = self._tensors()
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+        self.step = int(tensors["step"])
+
+    def _tensors(self) -> dict[str, Any]:
+        """One flat name -> tensor map, sharing memory with the state."""
+        tensors: dict[str, Any] = {"step": torch.tensor(self.step)}
+        tensors |= {f"weights.{name}": value for name, value in self.model.state_dict().items()}
+        for name, parameter in self.parameters.items():
+            for kind, value in self.optimizer.state[parameter].items():
+                tensors[f"{kind}.{name}"] = value
+        return tensors | {f"average.{name}": value for name, value in self.average.items()}
+
+
+def _make_moments(optimizer: torch.optim.AdamW) -> None:
+    """Give AdamW its moments before the first step, so that every checkpoint holds the same tensors.
+
+    It makes them itself in a step; here that is a step of rate 0 on zero gradients, which is then forgotten.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for moments in optimizer.state.values():
+        moments["step"].zero_()

@@ -1,0 +1,50 @@
+"""The last step to the model: stack the cameras, pad the vectors, say what is valid.
+
+    robot has 7 of 32 action dimensions, 2 of 3 cameras
+
+    actions            [H, 32]   a a a a a a a 0 0 0 …
+    action_dim_valid   [32]      1 1 1 1 1 1 1 0 0 0 …
+    images             [3, h, w, 3]            image_valid  1 1 0
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from manipi.model.config import ModelConfig, Pi0FastConfig
+from manipi.types import Sample
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """`image/<slot>`, `state`, `actions` -> the arrays of `manipi.model.ModelInput`, without the batch axis."""
+
+    model: ModelConfig
+    action_size: int
+    """Action dimensions that the robot uses."""
+
+    def encode(self, sample: Sample) -> Sample:
+        images, image_valid = self._cameras(sample)
+        rest = {k: v for k, v in sample.items() if not k.startswith("image/") and k != "prompt"}
+        out = {**rest, "images": images, "image_valid": image_valid, "state": self._pad(sample["state"])}
+        if "actions" in sample:
+            out["actions"] = self._pad(sample["actions"])
+            out["action_dim_valid"] = np.arange(self.model.action_dim) < self.action_size
+        return out
+
+    def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
+        # π0-FAST hands on token ids, which have no action dimensions yet.
+        return actions_HA if actions_HA.ndim == 1 else actions_HA[..., : self.action_size]
+
+    def _cameras(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        size = self.model.vision.image_size
+        black = np.zeros((size, size, 3), np.uint8)
+        images = [sample.get(f"image/{slot}", black) for slot in self.model.cameras]
+        present = [f"image/{slot}" in sample for slot in self.model.cameras]
+        # The released π0-FAST weights were trained with absent cameras as visible black pictures.
+        valid = np.array(present) | isinstance(self.model, Pi0FastConfig)
+        return np.stack(images), valid
+
+    def _pad(self, x: np.ndarray) -> np.ndarray:
+        width = self.model.action_dim - x.shape[-1]
+        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width)]).astype(np.float32)

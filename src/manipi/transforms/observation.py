@@ -1,0 +1,82 @@
+"""The border between a robot's observation and the pipeline: checked once, here, in training and in serving."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import numpy as np
+
+from manipi.errors import ObservationError
+from manipi.robots.robot import Robot
+from manipi.types import Observation, Sample
+
+
+@dataclass(frozen=True)
+class ReadRobot:
+    """An observation in the robot's keys -> `image/<slot>`, `state`, `prompt` (and the actions, in training).
+
+    Raises:
+        ObservationError: a missing key, a wrong shape or dtype, NaN, or no prompt; it names the key.
+    """
+
+    robot: Robot
+
+    def encode(self, sample: Observation) -> Sample:
+        images = {f"image/{slot}": self._image(sample, key) for slot, key in self.robot.cameras.items()}
+        vectors = [self._vector(sample, s.key, s.size) for s in self.robot.state]
+        state = np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
+        kept = {key: sample[key] for key in ("actions", "action_valid") if key in sample}
+        return {**images, "state": state, "prompt": self._prompt(sample), **kept}  # type: ignore[dict-item]
+
+    def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
+        return np.asarray(actions_HA, dtype=np.float32)
+
+    def _image(self, sample: Observation, key: str) -> np.ndarray:
+        image = self._get(sample, key, "a uint8 picture [height, width, 3]")
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise self._mismatch("a uint8 picture [height, width, 3]", _describe(image), key)
+        return image
+
+    def _vector(self, sample: Observation, key: str, size: int) -> np.ndarray:
+        expected = f"{size} finite numbers"
+        value = np.atleast_1d(np.asarray(self._get(sample, key, expected)))
+        if value.shape != (size,) or value.dtype.kind not in "fiu":
+            raise self._mismatch(expected, _describe(value), key)
+        if not np.isfinite(value).all():
+            raise self._mismatch(expected, f"{value[~np.isfinite(value)][0]} at {np.argmin(np.isfinite(value))}", key)
+        return value.astype(np.float32)
+
+    def _prompt(self, sample: Observation) -> str:
+        prompt = sample.get("prompt", self.robot.default_prompt)
+        if isinstance(prompt, np.ndarray | np.generic) and prompt.size == 1:
+            prompt = prompt.item()
+        if isinstance(prompt, bytes):
+            prompt = prompt.decode()
+        if not isinstance(prompt, str):
+            raise self._mismatch("a text, or a robot with a default_prompt", _describe(prompt), "prompt")
+        return prompt
+
+    def _get(self, sample: Observation, key: str, expected: str) -> "np.ndarray | str":
+        if key not in sample:
+            raise self._mismatch(f"{expected} under {key!r}", _missing(key, sample), key)
+        return sample[key]
+
+    def _mismatch(self, expected: str, found: str, key: str) -> ObservationError:
+        return ObservationError(
+            expected=expected,
+            found=found,
+            where=f"observation key {key!r} of robot {self.robot.name!r}",
+            next="send what the robot's spec says (server metadata, `robot`), or correct the Robot(...)",
+        )
+
+
+def _missing(key: str, sample: Iterable[str]) -> str:
+    names = sorted(sample)
+    close = get_close_matches(key, names, n=1)
+    return f"only {', '.join(names)}" + (f" (is it {close[0]!r}?)" if close else "")
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    return "nothing" if value is None else f"{type(value).__name__}"

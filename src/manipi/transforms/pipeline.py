@@ -1,0 +1,133 @@
+"""From a robot's observation to the model's input, and from the model's output to the robot's commands.
+
+`build` is the only place that orders the steps. Training, norm stats, serving, `inspect` and evaluation call it.
+
+    observation ──► ReadRobot ──► ActionSpace ──► Normalize ──► ResizeImages ──► Tokenize ──► ModelLayout ──► model
+    actions     ◄────────────────  absolute    ◄─ unscale    ◄──────────────────  FAST       ◄─ cut        ◄──┘
+
+A step is one object with both directions. `decode` is given the very sample that its `encode` received, so that no
+state hides between the two.
+
+The keys of a sample on its way:
+    image/<slot>  uint8 [h, w, 3]     state  float32 [S]     prompt  str
+    actions       float32 [H, A]      action_valid  bool [H]                        (training only)
+and at the end those of `manipi.model.ModelInput`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from manipi.errors import ConfigError, NormStatsError
+from manipi.model.config import ModelConfig
+from manipi.records import fingerprint
+from manipi.robots.robot import Robot
+from manipi.tokenizers import Tokenizers
+from manipi.transforms.actions import ActionSpace
+from manipi.transforms.images import ResizeImages
+from manipi.transforms.layout import ModelLayout
+from manipi.transforms.normalize import Normalize, NormMode
+from manipi.transforms.observation import ReadRobot
+from manipi.transforms.tokenize import tokenize_step
+from manipi.types import Frame, NormStats, Observation, Sample
+
+
+class Transform(Protocol):
+    """One step, both directions."""
+
+    def encode(self, sample: Sample) -> Sample:
+        """Robot side -> model side. `actions` is absent at inference."""
+        ...
+
+    def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
+        """Model side -> robot side; `sample` is what this step's `encode` received."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The ordered steps."""
+
+    robot: Robot
+    steps: Sequence[Transform]
+
+    def encode(self, observation: Observation) -> tuple[Sample, list[Sample]]:
+        """The model's input, and what each step saw (for `decode`)."""
+        sample, seen = dict(observation), []
+        for step in self.steps:
+            seen.append(sample)
+            sample = step.encode(sample)  # type: ignore[arg-type]
+        return sample, seen  # type: ignore[return-value]
+
+    def decode(self, actions: np.ndarray, seen: Sequence[Sample]) -> np.ndarray:
+        """The model's output (actions [H, A], or token ids for π0-FAST) -> commands [H, A] of the robot."""
+        for step, sample in zip(reversed(self.steps), reversed(seen), strict=True):
+            actions = step.decode(actions, sample)
+        return actions
+
+    def encode_frame(self, frame: Frame) -> Sample:
+        """A dataset's frame -> the model's training input."""
+        return self.encode(observation_of(frame, self.robot))[0]
+
+
+def observation_of(frame: Frame, robot: Robot) -> Sample:
+    """A frame in the dataset's keys -> the observation in the robot's keys, with its actions."""
+    keys = [*robot.cameras.values(), *(s.key for s in robot.state)]
+    observation = {key: frame.observation[robot.dataset_key(key)] for key in keys}
+    rest = {"actions": frame.actions, "action_valid": frame.action_valid, "prompt": frame.prompt}
+    return {**observation, **rest}  # type: ignore[dict-item]
+
+
+def build(
+    robot: Robot, model: ModelConfig, stats: NormStats, tokenizers: Tokenizers, norm_mode: NormMode
+) -> Pipeline:
+    """Order the steps for one robot and one model.
+
+    Raises:
+        ConfigError: the robot does not fit the model.
+        NormStatsError: the statistics are of another robot or action horizon.
+    """
+    check_fit(robot, model)
+    check_stats(stats, robot, model.action_horizon)
+    steps = (
+        ReadRobot(robot),
+        ActionSpace(robot),
+        Normalize(stats, norm_mode),
+        ResizeImages(model.vision.image_size),
+        tokenize_step(model, tokenizers, robot.model_action_size),
+        ModelLayout(model, robot.model_action_size),
+    )
+    return Pipeline(robot, steps)
+
+
+def contract(robot: Robot, action_horizon: int) -> str:
+    """Fingerprint of what norm stats depend on, apart from the data."""
+    return fingerprint([robot.contract(), action_horizon])
+
+
+def check_fit(robot: Robot, model: ModelConfig) -> None:
+    """The robot's dimensions and camera slots fit the model's."""
+    strange = sorted(set(robot.cameras) - set(model.cameras))
+    size = max(robot.model_action_size, robot.state_size)
+    if strange or size > model.action_dim:
+        raise ConfigError(
+            expected=f"cameras among {', '.join(model.cameras)}; at most {model.action_dim} state and action dimensions",
+            found=f"cameras {', '.join(sorted(robot.cameras))}; {size} dimensions",
+            where=f"robot {robot.name!r} with {type(model).__name__}",
+            next="raise the model's action_dim, or name its cameras as the robot does",
+        )
+
+
+def check_stats(stats: NormStats, robot: Robot, action_horizon: int) -> None:
+    """The statistics were computed for this robot's layout and horizon."""
+    sizes = (stats.state.mean.size, stats.actions.mean.size)
+    if stats.contract != contract(robot, action_horizon) or sizes != (robot.state_size, robot.model_action_size):
+        raise NormStatsError(
+            expected=f"statistics of robot {robot.name!r}, {robot.state_size} state and {robot.model_action_size} "
+            f"action dimensions, horizon {action_horizon} ({contract(robot, action_horizon)[:12]})",
+            found=f"statistics of {sizes[0]} state and {sizes[1]} action dimensions ({stats.contract[:12]})",
+            where="norm stats",
+            next="compute them again: manipi stats TARGET",
+        )

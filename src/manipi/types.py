@@ -1,0 +1,62 @@
+"""The values that rooms hand to each other: frozen, typed, numpy. No torch here.
+
+Shape letters: H action horizon, A action dimensions, S state dimensions; h, w picture height and width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from jaxtyping import Bool, Float32
+
+Observation: TypeAlias = Mapping[str, "np.ndarray | str"]
+"""What a robot sends: uint8 pictures [h, w, 3], float state vectors, a `prompt`; keys are the robot's own."""
+
+Sample: TypeAlias = dict[str, np.ndarray]
+"""One example inside the transform pipeline (the keys are listed in `manipi.transforms.pipeline`)."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One time step of an episode with the action chunk that starts there, in the dataset's own keys."""
+
+    observation: Mapping[str, np.ndarray]
+    """Pictures uint8 [h, w, 3] and float32 vectors, by feature name."""
+    actions: Float32[np.ndarray, "H A"]
+    """Steps beyond the end of the episode repeat the last action and are not valid."""
+    action_valid: Bool[np.ndarray, "H"]
+    prompt: str
+    episode: int
+    index: int
+    """Frame number within the episode."""
+
+
+@dataclass(frozen=True)
+class FieldStats:
+    """Statistics of one vector, each float64 [dim]."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    q01: np.ndarray
+    q99: np.ndarray
+    min: np.ndarray
+    max: np.ndarray
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std", "q01", "q99", "min", "max"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormStats:
+    """What normalisation needs, and where it came from."""
+
+    state: FieldStats
+    actions: FieldStats
+    """Of the action chunks as the model sees them: relative, 6D rotations, gripper 0 to 1."""
+    num_frames: int
+    contract: str
+    """Fingerprint of the robot's state and action layout and of the action horizon."""
+    data: str
+    """Fingerprint of the dataset."""

@@ -1,0 +1,359 @@
+"""The client against real servers on this computer: a good one, and every kind of bad one."""
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request
+from websockets.sync.server import serve
+
+from manipi_client import (
+    ConnectError,
+    ConnectionLost,
+    ConnectTimeout,
+    InferenceTimeout,
+    InputError,
+    ProtocolError,
+    RemoteInferenceError,
+    WebsocketPolicy,
+    wire,
+)
+from manipi_client.errors import error_from_text, error_to_text
+from manipi_client.fake import FakePolicyServer
+
+
+def chunk(observation):
+    return {"actions": np.outer(np.arange(1, 5), observation["state"])}
+
+
+@contextlib.contextmanager
+def raw_server(handle, **options):
+    """A websocket server whose every connection is handled by `handle(connection)`; yields its port."""
+
+    def quietly(connection):
+        with contextlib.suppress(ConnectionClosed):
+            handle(connection)
+
+    with serve(quietly, "127.0.0.1", 0, compression=None, max_size=None, **options) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.socket.getsockname()[1]
+        server.shutdown()
+        thread.join()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def test_an_answer_and_the_metadata(observation):
+    with FakePolicyServer(chunk, {"robot": "tiny"}) as server, WebsocketPolicy(port=server.port) as policy:
+        assert policy.metadata == {"robot": "tiny"}
+        answer = policy.infer(observation)
+        np.testing.assert_array_equal(answer["actions"], [[0, 1, 2], [0, 2, 4], [0, 3, 6], [0, 4, 8]])
+        policy.reset()
+        np.testing.assert_array_equal(server.observations[0]["image"], observation["image"])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "ws://127.0.0.1"])
+def test_host_may_be_a_name_or_a_uri(host, observation):
+    with FakePolicyServer(chunk) as server, WebsocketPolicy(host, server.port) as policy:
+        assert policy.infer(observation)["actions"].shape == (4, 3)
+
+
+def test_a_uri_may_carry_the_port(observation):
+    with FakePolicyServer(chunk) as server, WebsocketPolicy(f"ws://127.0.0.1:{server.port}", None) as policy:
+        assert policy.infer(observation)["actions"].shape == (4, 3)
+
+
+def test_replays_the_golden_transcript(golden_wire):
+    """The golden server's frames, sent by a script, give the golden answers; our requests are the golden requests."""
+    frames = {frame["n"]: frame for frame in golden_wire("transcript.json")["frames"]}
+    received = []
+
+    def play(connection):
+        first = 9 if received else 0
+        connection.send(golden_wire(frames[first]["file"]))
+        for n in range(first + 1, 12 if received else 9, 2):
+            received.append(connection.recv() == golden_wire(frames[n]["file"]))
+            reply = frames[n + 1]
+            text = f"{reply.get('first_line')}\n{reply.get('last_line')}"
+            connection.send(golden_wire(reply["file"]) if reply["file"] else text)
+            if not reply["file"]:
+                connection.close(1011, "x" * 60)
+
+    with raw_server(play) as port, WebsocketPolicy(port=port) as policy:
+        assert policy.metadata == wire.unpack(golden_wire("frame_00_server.bin"))
+        for n in (1, 3, 5):
+            answer = policy.infer(wire.unpack(golden_wire(frames[n]["file"])))
+            assert wire.pack(answer) == golden_wire(frames[n + 1]["file"])
+        with pytest.raises(RemoteInferenceError, match="RuntimeError: deliberate failure for the fixture") as failure:
+            policy.infer(wire.unpack(golden_wire(frames[7]["file"])))
+        assert failure.value.code == ""
+        assert failure.value.text.startswith("Traceback (most recent call last):")
+        answer = policy.infer(wire.unpack(golden_wire(frames[10]["file"])))
+        assert "prev_total_ms" not in answer["server_timing"]
+    assert received == [True] * 5
+
+
+def test_sends_the_token_as_openpi_does(observation):
+    headers = []
+
+    def remember(connection, request: Request):
+        headers.append(request.headers.get("Authorization"))
+
+    def answer(connection):
+        connection.send(wire.pack({}))
+
+    with raw_server(answer, process_request=remember) as port:
+        WebsocketPolicy(port=port, token="secret").close()
+        WebsocketPolicy(port=port).close()
+    assert headers == ["Api-Key secret", None]
+
+
+def test_a_refusing_server_is_not_asked_again():
+    with (
+        raw_server(lambda connection: None, process_request=lambda c, request: c.respond(401, "no\n")) as port,
+        pytest.raises(ConnectError, match="401") as refused,
+    ):
+        WebsocketPolicy(port=port, token="wrong")
+    assert not isinstance(refused.value, ConnectTimeout)
+
+
+def test_an_unknown_host_is_not_asked_again():
+    with pytest.raises(ConnectError, match="check host, port and token"):
+        WebsocketPolicy("no-such-host.invalid")
+
+
+def test_nobody_listens():
+    port = free_port()
+    started = time.monotonic()
+    with pytest.raises(ConnectTimeout) as failure:
+        WebsocketPolicy(port=port, connect_timeout=0.5)
+    assert time.monotonic() - started < 2
+    assert str(failure.value) == (
+        "expected a policy server within 0.5 s\n"
+        "   found [Errno 111] Connection refused\n"
+        f"   where ws://127.0.0.1:{port}\n"
+        "    next start the server, check host and port, or raise connect_timeout"
+    )
+
+
+def test_waits_for_a_server_that_starts_late(observation):
+    port = free_port()
+
+    def start_late():
+        time.sleep(0.6)
+        with serve(lambda c: c.send(wire.pack({"late": True})), "127.0.0.1", port) as server:
+            threading.Timer(1.0, server.shutdown).start()
+            server.serve_forever()
+
+    thread = threading.Thread(target=start_late)
+    thread.start()
+    with WebsocketPolicy(port=port, connect_timeout=10) as policy:
+        assert policy.metadata == {"late": True}
+    thread.join()
+
+
+def test_a_tunnel_that_hangs_up_is_a_server_that_is_not_up():
+    with socket.create_server(("127.0.0.1", 0)) as tunnel:
+        stop = threading.Event()
+
+        def hang_up():
+            while not stop.is_set():
+                connection, _ = tunnel.accept()
+                connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        with pytest.raises(ConnectTimeout):
+            WebsocketPolicy(port=tunnel.getsockname()[1], connect_timeout=0.7)
+        stop.set()
+        socket.create_connection(tunnel.getsockname()).close()
+        thread.join()
+
+
+def test_a_port_that_says_nothing():
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ConnectTimeout):
+        WebsocketPolicy(port=silent.getsockname()[1], connect_timeout=0.3)
+
+
+def test_a_server_without_metadata():
+    with (
+        raw_server(lambda connection: connection.recv()) as port,
+        pytest.raises(ConnectTimeout, match="no metadata in time"),
+    ):
+        WebsocketPolicy(port=port, connect_timeout=0.3)
+
+
+@pytest.mark.parametrize("frame", [b"\xc1", wire.pack([1, 2])])
+def test_metadata_that_is_none(frame):
+    with raw_server(lambda connection: connection.send(frame)) as port, pytest.raises(ProtocolError):
+        WebsocketPolicy(port=port)
+
+
+def test_after_a_timeout_a_late_answer_is_never_read_as_a_fresh_one(observation):
+    def late_once(observed):
+        if observed["prompt"] == "slow":
+            time.sleep(0.6)
+        return {"actions": np.zeros((1, 1)), "for": observed["prompt"]}
+
+    with (
+        FakePolicyServer(late_once) as server,
+        WebsocketPolicy(port=server.port, request_timeout=0.3) as policy,
+    ):
+        with pytest.raises(InferenceTimeout, match=r"actions within 0\.3 s"):
+            policy.infer({**observation, "prompt": "slow"})
+        time.sleep(0.5)
+        assert policy.infer({**observation, "prompt": "fresh"})["for"] == "fresh"
+
+
+def test_an_interrupted_call_leaves_no_answer_behind(observation):
+    def slow(observed):
+        time.sleep(0.4 if observed["prompt"] == "slow" else 0)
+        return {"actions": np.zeros((1, 1)), "for": observed["prompt"]}
+
+    with FakePolicyServer(slow) as server, WebsocketPolicy(port=server.port) as policy:
+        threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            policy.infer({**observation, "prompt": "slow"})
+        assert policy.infer({**observation, "prompt": "fresh"})["for"] == "fresh"
+
+
+def test_a_server_that_stops_reading_is_a_timeout():
+    """The observation does not fit the socket's buffers, so sending it is what takes forever."""
+    stop = threading.Event()
+
+    def never_read(connection):
+        connection.send(wire.pack({}))
+        stop.wait(10)
+
+    with raw_server(never_read, max_queue=1) as port:
+        policy = WebsocketPolicy(port=port, request_timeout=0.3)
+        started = time.monotonic()
+        with pytest.raises(InferenceTimeout):
+            policy.infer({"image": np.zeros(50_000_000, np.uint8)})
+        assert time.monotonic() - started < 5
+        stop.set()
+
+
+SERVER = """
+import sys, time
+import numpy as np
+from manipi_client.fake import FakePolicyServer
+with FakePolicyServer(lambda o: time.sleep(o["delay"]) or {"actions": np.zeros((2, 2))}) as server:
+    print(server.port, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_server(observation):
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        policy = WebsocketPolicy(port=int(process.stdout.readline()), connect_timeout=0.5)
+        assert policy.infer({**observation, "delay": 0})["actions"].shape == (2, 2)
+        threading.Timer(0.3, process.kill).start()
+        with pytest.raises(ConnectionLost, match="a closed connection") as lost:
+            policy.infer({**observation, "delay": 30})
+        assert "look at the server's log" in lost.value.next
+        with pytest.raises(ConnectTimeout):
+            policy.infer({**observation, "delay": 0})
+
+
+def test_connects_again_when_the_server_came_back(observation):
+    with FakePolicyServer(chunk, {"run": 1}) as first:
+        port = first.port
+        policy = WebsocketPolicy(port=port)
+
+    def answer(connection):
+        connection.send(wire.pack({"run": 2}))
+        connection.recv()
+        connection.send(wire.pack({"actions": np.zeros((1, 1))}))
+
+    with serve(answer, "127.0.0.1", port) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        assert policy.infer(observation)["actions"].shape == (1, 1)
+        assert policy.metadata == {"run": 2}
+        policy.close()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("frame", [b"\xc1", wire.pack([1]), wire.pack(None)])
+def test_an_answer_that_is_none(frame, observation):
+    def answer(connection):
+        connection.send(wire.pack({}))
+        connection.recv()
+        connection.send(frame)
+
+    with raw_server(answer) as port, WebsocketPolicy(port=port) as policy, pytest.raises(ProtocolError):
+        policy.infer(observation)
+
+
+def test_an_observation_that_does_not_travel_keeps_the_connection(observation):
+    with FakePolicyServer(chunk) as server, WebsocketPolicy(port=server.port) as policy:
+        with pytest.raises(InputError):
+            policy.infer({"state": {1, 2}})
+        assert policy.infer(observation)["actions"].shape == (4, 3)
+
+
+def test_threads_take_turns(observation):
+    def echo(observed):
+        return {"actions": np.zeros((1, 1)), "n": observed["n"]}
+
+    with FakePolicyServer(echo) as server, WebsocketPolicy(port=server.port) as policy:
+        wrong = []
+
+        def ask(n):
+            for _ in range(20):
+                if policy.infer({"n": n})["n"] != n:
+                    wrong.append(n)
+
+        threads = [threading.Thread(target=ask, args=[n]) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+
+
+def test_a_fake_server_whose_function_raises_sends_the_traceback():
+    def broken(observation):
+        raise ValueError("no camera")
+
+    with FakePolicyServer(broken) as server, WebsocketPolicy(port=server.port) as policy:
+        with pytest.raises(RemoteInferenceError, match="found ValueError: no camera") as failure:
+            policy.infer({})
+        assert "Traceback" in failure.value.text
+
+
+def test_an_error_survives_the_text_frame():
+    sent = InferenceTimeout(expected="a\nb", found="c", where="d", next="e")
+    received = error_from_text(error_to_text(sent), "ws://server")
+    assert (received.code, received.expected, received.found) == ("InferenceTimeout", "a\nb", "c")
+    assert (received.where, received.next) == ("d (told by ws://server)", "e")
+    assert error_from_text("", "ws://server").found == "(an empty message)"
+
+
+def test_errors_survive_pickling():
+    error = pickle.loads(pickle.dumps(RemoteInferenceError(expected="a", found="b", where="c", next="d", code="X")))
+    assert (str(error), error.code) == ("expected a\n   found b\n   where c\n    next d", "X")
+
+
+def test_the_package_needs_neither_manipi_nor_torch():
+    code = "import sys, manipi_client, manipi_client.fake, manipi_client.images; print(sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "'torch'" not in modules
+    assert "'manipi'" not in modules
+    assert "'PIL'" not in modules

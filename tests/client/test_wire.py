@@ -1,0 +1,162 @@
+"""The bytes are openpi's, in both directions, and nothing but plain data gets through."""
+
+import math
+import zlib
+
+import msgpack
+import numpy as np
+import pytest
+
+from manipi_client import InputError, ProtocolError, wire
+
+SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def plain(value):
+    return bytes.fromhex(value["hex"]) if isinstance(value, dict) else value
+
+
+def build(spec, unpacked):
+    """The value that a spec describes. Large arrays have no values in the spec: theirs are taken from `unpacked`."""
+    kind = spec["type"]
+    if kind == "dict":
+        return {plain(k["value"]): build(v, unpacked[plain(k["value"])]) for k, v in spec["items"]}
+    if kind in ("list", "tuple"):
+        return {"list": list, "tuple": tuple}[kind](build(s, u) for s, u in zip(spec["items"], unpacked, strict=True))
+    if kind == "numpy_scalar":
+        return np.dtype(spec["dtype"]).type(plain(spec["value"]))
+    if kind != "ndarray":
+        return plain(spec.get("value"))
+    if "values_c_order" not in spec:
+        return unpacked.copy()
+    values = [SPECIAL.get(v, v) if "f" in spec["dtype"] else plain(v) for v in spec["values_c_order"]]
+    return np.array(values, spec["dtype"]).reshape(spec["shape"])
+
+
+def check(spec, value):
+    """Asserts that `value` is, to the type and the byte, what the spec describes."""
+    kind = spec["type"]
+    if kind == "dict":
+        assert type(value) is dict
+        assert list(value) == [plain(key["value"]) for key, _ in spec["items"]]
+        for (_, item), found in zip(spec["items"], value.values(), strict=True):
+            check(item, found)
+    elif kind == "list":
+        assert type(value) is list
+        for item, found in zip(spec["items"], value, strict=True):
+            check(item, found)
+    elif kind == "ndarray":
+        assert (value.dtype.str, list(value.shape)) == (spec["dtype"], spec["shape"])
+        assert zlib.crc32(value.tobytes()) == spec["crc32_of_c_order_bytes"]
+        assert not value.flags.writeable
+    elif kind == "numpy_scalar":
+        assert isinstance(value, np.generic)
+        assert (value.dtype.str, value.item()) == (spec["dtype"], plain(spec["value"]))
+    else:
+        expected = plain(spec.get("value"))
+        assert type(value) is type(expected)
+        assert value == expected
+
+
+def test_every_golden_case_both_ways(golden_wire):
+    cases = golden_wire("index.json")["cases"]
+    assert len(cases) == 30
+    for case in cases:
+        frame = golden_wire(case["file"])
+        value = wire.unpack(frame)
+        check(case["unpacks_to"], value)
+        assert wire.pack(build(case["packed_from"], value)) == frame, case["case"]
+
+
+def test_every_golden_frame_both_ways(golden_wire):
+    frames = [frame for frame in golden_wire("transcript.json")["frames"] if frame["kind"] == "binary"]
+    assert len(frames) == 11
+    for frame in frames:
+        check(frame["unpacks_to"], wire.unpack(golden_wire(frame["file"])))
+        assert wire.pack(wire.unpack(golden_wire(frame["file"]))) == golden_wire(frame["file"])
+
+
+def test_packing_does_not_depend_on_memory_layout():
+    array = np.arange(12, dtype=np.int16).reshape(3, 4)
+    assert wire.pack(np.asfortranarray(array)) == wire.pack(array)
+    assert wire.pack(array.T) == wire.pack(array.T.copy())
+    assert wire.pack(np.arange(21)[::3]) == wire.pack(np.arange(0, 21, 3))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.zeros(2, np.complex64),
+        np.array([object()]),
+        np.zeros(2, [("x", "f4")]),
+        np.complex128(1),
+        {1, 2},
+        object(),
+        2**70,
+        np.datetime64("2024-01-01"),
+    ],
+    ids=["complex", "object", "structured", "complex scalar", "set", "python object", "large int", "date scalar"],
+)
+def test_what_does_not_travel_is_refused_when_packing(value):
+    with pytest.raises(InputError, match="next convert that value") as refused:
+        wire.pack({"state": value})
+    assert isinstance(refused.value, ValueError)
+    assert isinstance(refused.value, TypeError)
+
+
+def array_map(**changes):
+    return {b"__ndarray__": True, b"data": bytes(12), b"dtype": "<f4", b"shape": [3], **changes}
+
+
+@pytest.mark.parametrize(
+    ("frame", "found"),
+    [
+        (b"", "incomplete"),
+        (b"\xc1", "FormatError"),
+        (wire.pack({"a": 1})[:-1], "incomplete"),
+        (wire.pack(1) + b"\x00", "extra data"),
+        (b"\xa2\xff\xfe", "utf-8"),
+        (b"\x91" * 100_000, "StackError"),
+        (msgpack.packb({1: 2}), "int is not allowed for map key"),
+        (msgpack.packb(array_map()), None),
+    ],
+    ids=["empty", "reserved byte", "truncated", "trailing", "not utf-8", "nested too deep", "int key", "string keys"],
+)
+def test_malformed_messagepack_is_a_protocol_error(frame, found):
+    if found is None:
+        assert wire.unpack(frame).shape == (3,)
+        return
+    with pytest.raises(ProtocolError, match=found):
+        wire.unpack(frame)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({b"dtype": "O"}, "a dtype of numbers"),
+        ({b"dtype": "<c8"}, "a dtype of numbers"),
+        ({b"dtype": "f4,f8"}, "a dtype of numbers"),
+        ({b"dtype": "(3,)f4"}, "a dtype of numbers"),
+        ({b"dtype": "|V4"}, "a dtype of numbers"),
+        ({b"dtype": 5}, "a dtype of numbers"),
+        ({b"dtype": "<f3"}, "a dtype that NumPy knows"),
+        ({b"dtype": "<U0", b"shape": [2**40], b"data": b""}, "a dtype of at least one byte"),
+        ({b"shape": [4]}, "16 bytes for shape"),
+        ({b"shape": [-1, -3]}, "shape as a list of sizes"),
+        ({b"shape": [True, 3]}, "shape as a list of sizes"),
+        ({b"shape": 3}, "shape as a list of sizes"),
+        ({b"shape": [2**63, 0], b"data": b""}, "a shape that NumPy can hold"),
+        ({b"shape": [1] * 70 + [3]}, "a shape that NumPy can hold"),
+        ({b"data": "text"}, "data as bytes"),
+        ({b"data": None}, "data as bytes"),
+    ],
+)
+def test_an_array_that_does_not_fit_its_description_is_a_protocol_error(changes, expected):
+    with pytest.raises(ProtocolError, match=expected):
+        wire.unpack(msgpack.packb({"state": array_map() | changes}))
+
+
+@pytest.mark.parametrize(("dtype", "data"), [("|u1", 300), ("<f4", "x"), ("<f4", [1.0]), ("|O", 1), ("<i4", None)])
+def test_a_scalar_that_does_not_fit_its_dtype_is_a_protocol_error(dtype, data):
+    with pytest.raises(ProtocolError):
+        wire.unpack(msgpack.packb({b"__npgeneric__": True, b"data": data, b"dtype": dtype}))

@@ -1,0 +1,224 @@
+"""Frames and action chunks; and every way in which a dataset can be broken, with the message that names it."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from manipi.data.dataset import action_chunks, frames, open_dataset
+from manipi.errors import (
+    BadValueError,
+    ConfigError,
+    DatasetFormatError,
+    DatasetNotFoundError,
+    MissingFeatureError,
+)
+
+CAMERA = "observation.images.top"
+TABLE = "data/chunk-000/file-000.parquet"
+VIDEO = f"videos/{CAMERA}/chunk-000/file-000.mp4"
+
+
+@pytest.fixture
+def root(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "copy")
+
+
+def test_chunks_stop_at_the_end_of_their_episode(dataset, episodes):
+    rows = np.arange(dataset.num_frames)
+    actions, valid = action_chunks(dataset, rows, action_key="action", horizon=6)
+    row = 0
+    for episode in episodes:
+        recorded = episode["action"]
+        for start in range(len(recorded)):
+            steps = np.arange(start, start + 6)
+            np.testing.assert_array_equal(actions[row], recorded[np.minimum(steps, len(recorded) - 1)])
+            np.testing.assert_array_equal(valid[row], steps < len(recorded))
+            row += 1
+
+
+def test_frames_come_in_the_order_asked_for(dataset, episodes):
+    rows = np.array([48, 3, 20, 3, 40])
+    keys = {"cameras": [CAMERA], "state_keys": ["observation.state", "reward"], "action_key": "action"}
+    found = frames(dataset, rows, horizon=2, **keys)
+    assert [(frame.episode, frame.index) for frame in found] == [(4, 7), (0, 3), (1, 0), (0, 3), (3, 0)]
+    for frame in found:
+        for key in ("observation.state", "reward"):
+            np.testing.assert_array_equal(frame.observation[key], episodes[frame.episode][key][frame.index])
+        difference = frame.observation[CAMERA].astype(int) - episodes[frame.episode][CAMERA][frame.index]
+        assert np.abs(difference).mean() < 3
+    assert [frame.prompt for frame in found[:3]] == ["push the block", "push the block", "öffne die Schublade"]
+
+
+def test_columns_are_shared_and_read_only(dataset):
+    assert dataset.column("action") is dataset.column("action")
+    with pytest.raises(ValueError, match="read-only"):
+        dataset.column("action")[0] = 1
+
+
+def test_fingerprint_follows_the_data(root):
+    before = open_dataset(root).fingerprint
+    edit_table(root, "action", lambda values: values.__setitem__((5, 0), values[5, 0] + 1e-3))
+    assert open_dataset(root).fingerprint != before
+
+
+# What can be wrong ------------------------------------------------------------------------------------------------------
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(DatasetNotFoundError, match=r"(?s)found nothing\n.*absent\n.*ls "):
+        open_dataset(tmp_path / "absent")
+
+
+def test_folder_of_something_else(tmp_path):
+    with pytest.raises(DatasetFormatError, match=r"(?s)a metadata file.*info\.json"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("counts", [{"total_episodes": 0}, {"total_episodes": 0, "total_frames": 0}])
+def test_empty(root, counts):
+    edit_info(root, **counts)
+    with pytest.raises(DatasetNotFoundError, match="at least one episode"):
+        open_dataset(root)
+
+
+def test_unknown_version(root):
+    edit_info(root, codebase_version="v9.9")
+    with pytest.raises(DatasetFormatError, match=r"(?s)v2.0, v2.1, v3.0.*'v9.9'.*convert"):
+        open_dataset(root)
+
+
+def test_counts_disagree(root):
+    edit_info(root, total_frames=51)
+    with pytest.raises(DatasetFormatError, match=r"(?s)51 frames.*50 in the"):
+        open_dataset(root)
+
+
+def test_broken_json(root):
+    (root / "meta/info.json").write_text("{")
+    with pytest.raises(DatasetFormatError, match=r"(?s)JSON.*info\.json"):
+        open_dataset(root)
+
+
+def test_missing_entry(root):
+    info = json.loads((root / "meta/info.json").read_text())
+    del info["fps"]
+    (root / "meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(DatasetFormatError, match="'fps'"):
+        open_dataset(root)
+
+
+@pytest.mark.parametrize("name", ["info.json", "tasks.parquet", "episodes/chunk-000/file-000.parquet"])
+def test_missing_metadata(root, name):
+    (root / "meta" / name).unlink()
+    with pytest.raises(DatasetFormatError, match=r"(?s)where .*meta/.*next hf download"):
+        open_dataset(root)
+
+
+def test_missing_metadata_column(root):
+    path = root / "meta/episodes/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(path).drop(["length"]), path)
+    with pytest.raises(DatasetFormatError, match=r"columns length(?s:.)*file-000\.parquet"):
+        open_dataset(root)
+
+
+def test_missing_table(root):
+    (root / TABLE).unlink()
+    with pytest.raises(DatasetFormatError, match=TABLE):
+        open_dataset(root).column("action")
+
+
+def test_truncated_table(root):
+    (root / TABLE).write_bytes((root / TABLE).read_bytes()[:-50])
+    with pytest.raises(DatasetFormatError, match=rf"(?s)readable.*{TABLE}"):
+        open_dataset(root).column("action")
+
+
+def test_missing_column(root):
+    pq.write_table(pq.read_table(root / TABLE).drop(["action"]), root / TABLE)
+    with pytest.raises(MissingFeatureError, match=rf"(?s)'action'.*observation\.state.*{TABLE}"):
+        open_dataset(root).column("action")
+
+
+def test_wrong_width(root):
+    edit_info_feature(root, "action", shape=[4])
+    with pytest.raises(DatasetFormatError, match=r"(?s)4 numbers per row in 'action'.*100 numbers in 50 rows"):
+        open_dataset(root).column("action")
+
+
+def test_rows_out_of_order(root):
+    table = pq.read_table(root / TABLE)
+    pq.write_table(table.take(np.r_[25:50, 0:25]), root / TABLE)
+    with pytest.raises(DatasetFormatError, match="episode_index 0 in row 0"):
+        open_dataset(root).column("action")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_bad_value(root, value):
+    edit_table(root, "action", lambda values: values.__setitem__((22, 1), value))
+    dataset = open_dataset(root)
+    with pytest.raises(BadValueError, match=rf"(?s)'action'.*{value} in dimension 1.*episode 1, frame 2.*manipi check"):
+        dataset.column("action")
+    assert np.isfinite(dataset.column("observation.state")).all()
+
+
+def test_missing_camera(dataset):
+    keys = {"cameras": ["observation.images.wrist"], "state_keys": [], "action_key": "action", "horizon": 2}
+    with pytest.raises(MissingFeatureError, match=rf"(?s)image 'observation.images.wrist'.*only {CAMERA}.*inspect"):
+        frames(dataset, np.array([0]), **keys)
+
+
+def test_require_checks_kind_and_size(dataset):
+    dataset.require("action", "vector", 2)
+    with pytest.raises(MissingFeatureError, match=r"(?s)vector 'action' of size 7.*shape \(2,\)"):
+        dataset.require("action", "vector", 7)
+    with pytest.raises(MissingFeatureError, match=rf"(?s)vector '{CAMERA}'.*found image"):
+        dataset.column(CAMERA)
+
+
+def test_rows_beyond_the_end(dataset):
+    with pytest.raises(ConfigError, match=r"(?s)between 0 and 49.*rows -1 to 50"):
+        dataset.images(CAMERA, np.array([50, -1]))
+
+
+def test_missing_video(root):
+    (root / VIDEO).unlink()
+    with pytest.raises(DatasetFormatError, match=rf"(?s)found nothing.*{VIDEO}, episode 2, frame 1\n.*hf download"):
+        open_dataset(root).images(CAMERA, np.array([28]))
+
+
+def test_truncated_video(root):
+    content = (root / VIDEO).read_bytes()
+    (root / VIDEO).write_bytes(content[: len(content) // 2])
+    with pytest.raises(DatasetFormatError, match=rf"(?s){VIDEO}, episode 4, frame 8"):
+        open_dataset(root).images(CAMERA, np.array([49]))
+
+
+def test_video_of_another_size(root):
+    edit_info_feature(root, CAMERA, shape=[32, 50, 3])
+    with pytest.raises(DatasetFormatError, match=r"(?s)\(32, 50, 3\).*\(32, 48, 3\).*episode 0, frame 4"):
+        open_dataset(root).images(CAMERA, np.array([4]))
+
+
+def edit_info(root, **entries):
+    path = root / "meta/info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def edit_info_feature(root, key, **entries):
+    path = root / "meta/info.json"
+    info = json.loads(path.read_text())
+    info["features"][key] |= entries
+    path.write_text(json.dumps(info))
+
+
+def edit_table(root, key, change):
+    table = pq.read_table(root / TABLE)
+    column = table.column(key).combine_chunks()
+    values = column.flatten().to_numpy().reshape(len(column), -1).copy()
+    change(values)
+    array = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    pq.write_table(table.set_column(table.column_names.index(key), key, array), root / TABLE)

@@ -1,0 +1,315 @@
+"""The server over real connections: openpi's protocol, and everything that clients and operators do to a server."""
+
+import http.client
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from manipi.errors import ServeError
+from manipi.serve import PolicyServer
+from manipi_client import ConnectionLost, RemoteInferenceError, WebsocketPolicy, wire
+
+
+def raw_connect(port):
+    return connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None, proxy=None)
+
+
+def get(port, path):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection.request("GET", path)
+    response = connection.getresponse()
+    body = response.read()
+    connection.close()
+    return response.status, body
+
+
+def test_replays_the_golden_transcript(port, golden_wire):
+    """The golden requests give the golden answers, byte for byte but for the clock's values."""
+    transcript = golden_wire("transcript.json")
+    frames = [golden_wire(f["file"]) if f["file"] else None for f in transcript["frames"]]
+
+    def same_but_for_times(answer, golden):
+        answer, golden = wire.unpack(answer), wire.unpack(golden)
+        assert list(answer) == list(golden)
+        assert list(answer["server_timing"]) == list(golden["server_timing"])
+        return wire.pack({**answer, "server_timing": golden["server_timing"]}) == wire.pack(golden)
+
+    with raw_connect(port) as connection:
+        assert connection.response.headers.get("Sec-WebSocket-Extensions") is None
+        assert connection.recv() == frames[0]
+        for n in (1, 3, 5):
+            connection.send(frames[n])
+            assert same_but_for_times(connection.recv(), frames[n + 1])
+        connection.send(wire.pack({**wire.unpack(frames[7]), "prompt": "fail"}))
+        assert isinstance(connection.recv(), str)
+        with pytest.raises(ConnectionClosed) as closed:
+            connection.recv()
+        assert closed.value.rcvd.code == transcript["close_after_error"]["code"]
+        assert closed.value.rcvd.reason
+    with raw_connect(port) as connection:
+        assert connection.recv() == frames[9]
+        connection.send(frames[10])
+        assert same_but_for_times(connection.recv(), frames[11])
+    health = transcript["health_check"]
+    assert get(port, health["path"]) == (health["status"], health["body"].encode())
+
+
+def test_timings_are_plausible(port, observation):
+    with WebsocketPolicy(port=port) as client:
+        first = client.infer({**observation, "prompt": "slow"})["server_timing"]
+        second = client.infer(observation)["server_timing"]
+    assert 800 <= first["infer_ms"] < 3000
+    assert second["infer_ms"] < 500
+    assert second["prev_total_ms"] >= first["infer_ms"]
+
+
+def test_metadata_may_be_given(policy):
+    with (
+        PolicyServer(policy, port=0, metadata={"a": 1}).serve_in_thread() as port,
+        WebsocketPolicy(port=port) as client,
+    ):
+        assert client.metadata == {"a": 1}
+
+
+def test_many_clients_at_once_get_their_own_answers(port):
+    wrong = []
+
+    def ask(number):
+        with WebsocketPolicy(port=port) as client:
+            for step in range(10):
+                state = np.array([number, step], np.float32)
+                if not np.array_equal(client.infer({"state": state})["actions"][0], state):
+                    wrong.append((number, step))
+
+    threads = [threading.Thread(target=ask, args=[number]) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_the_policy_is_never_called_by_two_threads(policy, observation):
+    running, most = [], []
+
+    class Watched:
+        metadata = policy.metadata
+
+        def infer(self, observation, noise=None):
+            running.append(1)
+            most.append(len(running))
+            time.sleep(0.02)
+            running.pop()
+            return policy.infer(observation)
+
+    with PolicyServer(Watched(), port=0).serve_in_thread() as port:
+
+        def ask():
+            with WebsocketPolicy(port=port) as client:
+                client.infer(observation)
+
+        threads = [threading.Thread(target=ask) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(most) == 5
+    assert max(most) == 1
+
+
+def test_a_bad_observation_is_told_in_four_parts_and_others_go_on(port, observation):
+    with WebsocketPolicy(port=port) as good, WebsocketPolicy(port=port) as bad:
+        with pytest.raises(RemoteInferenceError) as refused:
+            bad.infer({"prompt": "go"})
+        assert refused.value.code == "ObservationError"
+        assert str(refused.value) == (
+            "expected a state\n"
+            "   found only ['prompt']\n"
+            f"   where the observation (told by ws://127.0.0.1:{port})\n"
+            "    next send `state`"
+        )
+        assert good.infer(observation)["actions"].shape == (4, 3)
+        assert bad.infer(observation)["actions"].shape == (4, 3)
+
+
+def test_a_failing_policy_tells_clients_an_id_and_the_log_the_traceback(port, observation, caplog):
+    with (
+        caplog.at_level(logging.ERROR),
+        WebsocketPolicy(port=port) as client,
+        pytest.raises(RemoteInferenceError) as failure,
+    ):
+        client.infer({**observation, "prompt": "fail"})
+    assert failure.value.code == "PolicyFailure"
+    assert "secret" not in failure.value.text
+    assert "Traceback" not in failure.value.text
+    incident = failure.value.found.split("id ")[1].rstrip(")")
+    assert incident in caplog.text
+    assert "RuntimeError: secret /home/user/weights" in caplog.text
+
+
+def test_an_answer_that_does_not_travel(port, observation):
+    with WebsocketPolicy(port=port) as client, pytest.raises(RemoteInferenceError, match="set") as failure:
+        client.infer({**observation, "prompt": "unsendable"})
+    assert failure.value.code == "InputError"
+
+
+@pytest.mark.parametrize(
+    ("frame", "found"),
+    [
+        ("hello", "found a text frame"),
+        (b"\xc1\x00", "found FormatError"),
+        (b"", "found "),
+        (wire.pack([1, 2]), "found a list"),
+        (wire.pack({"state": np.zeros(3)})[:-9], "found "),
+        (b"\x91" * 100_000, "found StackError"),
+    ],
+    ids=["text", "malformed", "empty", "no map", "truncated", "nested too deep"],
+)
+def test_a_bad_frame_is_told_and_the_server_lives(port, observation, frame, found):
+    with raw_connect(port) as connection:
+        connection.recv()
+        connection.send(frame)
+        text = connection.recv()
+        assert text.startswith("ProtocolError\nexpected ")
+        assert found in text
+        with pytest.raises(ConnectionClosed) as closed:
+            connection.recv()
+        assert closed.value.rcvd.code == 1011
+    with WebsocketPolicy(port=port) as client:
+        assert client.infer(observation)["actions"].shape == (4, 3)
+
+
+def test_a_message_over_the_limit_is_refused_unread(policy, observation):
+    with PolicyServer(policy, port=0, max_message_bytes=1000).serve_in_thread() as port:
+        with WebsocketPolicy(port=port) as client, pytest.raises(ConnectionLost, match="1009"):
+            client.infer({"state": np.zeros(5_000_000, np.uint8)})
+        with WebsocketPolicy(port=port) as client:
+            assert client.infer(observation)["actions"].shape == (4, 3)
+
+
+def test_a_message_of_many_cameras_fits_the_default_limit(port):
+    with WebsocketPolicy(port=port) as client:
+        images = {f"camera_{n}": np.zeros((1080, 1920, 3), np.uint8) for n in range(8)}
+        assert client.infer({"state": np.zeros(3), **images})["actions"].shape == (4, 3)
+
+
+def test_health_and_pings_are_answered_during_inference(port, observation):
+    with raw_connect(port) as connection:
+        connection.recv()
+        connection.send(wire.pack({**observation, "prompt": "slow"}))
+        started = time.monotonic()
+        assert get(port, "/healthz") == (200, b"OK\n")
+        assert connection.ping().wait(0.5)
+        with raw_connect(port) as other:
+            assert wire.unpack(other.recv())["robot"] == "tiny"
+        assert time.monotonic() - started < 0.6
+        assert wire.unpack(connection.recv())["actions"].shape == (4, 3)
+        assert time.monotonic() - started >= 0.7
+
+
+def test_a_client_that_leaves_during_inference_harms_nobody(port, observation):
+    with raw_connect(port) as connection:
+        connection.recv()
+        connection.send(wire.pack({**observation, "prompt": "slow"}))
+        connection.socket.shutdown(socket.SHUT_RDWR)
+    with WebsocketPolicy(port=port) as client:
+        assert client.infer(observation)["actions"].shape == (4, 3)
+
+
+def test_any_other_path_is_not_a_page(port):
+    assert get(port, "/")[0] == 426
+
+
+def test_a_port_in_use(policy):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for serve in (PolicyServer(policy, port=port).serve_forever, lambda: serve_in_thread(policy, port)):
+            with pytest.raises(ServeError) as refused:
+                serve()
+            assert str(refused.value) == (
+                "expected a free port\n"
+                "   found a port that is in use\n"
+                f"   where 127.0.0.1:{port}\n"
+                f"    next stop what listens there, or choose another port: --port {port + 1} (0 picks a free one)"
+            )
+
+
+def serve_in_thread(policy, port):
+    with PolicyServer(policy, port=port).serve_in_thread():
+        pass
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7"])
+def test_a_public_address_must_be_allowed(policy, host):
+    with pytest.raises(ServeError, match="allow it with --allow-public") as refused:
+        PolicyServer(policy, host)
+    assert refused.value.where == f"{host}:8000"
+
+
+def test_a_public_address_can_be_allowed(policy, observation):
+    server = PolicyServer(policy, "0.0.0.0", 0, allow_public=True)
+    with server.serve_in_thread() as port, WebsocketPolicy(port=port) as client:
+        assert client.infer(observation)["actions"].shape == (4, 3)
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.7"])
+def test_an_address_that_is_not_ours(policy, host):
+    with pytest.raises(ServeError, match=r"check --host|choose another --host"):
+        PolicyServer(policy, host, 0, allow_public=True).serve_forever()
+
+
+def test_localhost_is_this_computer(policy, observation):
+    with PolicyServer(policy, "localhost", 0).serve_in_thread() as port, WebsocketPolicy("localhost", port) as client:
+        assert client.infer(observation)["actions"].shape == (4, 3)
+
+
+def test_a_stopped_server_frees_its_port(policy, observation):
+    with PolicyServer(policy, port=0).serve_in_thread() as port, WebsocketPolicy(port=port) as client:
+        client.infer(observation)
+    with PolicyServer(policy, port=port).serve_in_thread() as again:
+        assert again == port
+
+
+PROGRAM = """
+import runpy, sys
+from manipi.serve import PolicyServer
+policy = runpy.run_path(sys.argv[1])["TinyPolicy"]()
+PolicyServer(policy, port=0).serve_forever(on_ready=lambda host, port: print(host, port, flush=True))
+print("stopped", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_server_after_the_running_inference(observation, number):
+    conftest = Path(__file__).with_name("conftest.py")
+    command = [sys.executable, "-c", PROGRAM, str(conftest)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        host, port = process.stdout.readline().split()
+        assert host == "127.0.0.1"
+        with raw_connect(port) as connection:
+            connection.recv()
+            connection.send(wire.pack({**observation, "prompt": "slow"}))
+            time.sleep(0.2)
+            os.kill(process.pid, number)
+            with pytest.raises(ConnectionClosed) as closed:
+                connection.recv()
+            assert closed.value.rcvd.code == 1001
+        assert process.wait(5) == 0
+        assert process.stdout.read() == "stopped\n"
+
+
+def test_serving_does_not_need_torch():
+    code = "import sys, manipi.serve; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
