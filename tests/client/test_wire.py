@@ -104,8 +104,12 @@ def test_what_does_not_travel_is_refused_when_packing(value):
     assert isinstance(refused.value, TypeError)
 
 
-def array_map(**changes):
+def array_map(changes):
     return {b"__ndarray__": True, b"data": bytes(12), b"dtype": "<f4", b"shape": [3], **changes}
+
+
+def test_the_array_that_the_next_test_breaks_is_sound():
+    np.testing.assert_array_equal(wire.unpack(msgpack.packb(array_map({}))), np.zeros(3, np.float32), strict=True)
 
 
 @pytest.mark.parametrize(
@@ -118,14 +122,10 @@ def array_map(**changes):
         (b"\xa2\xff\xfe", "utf-8"),
         (b"\x91" * 100_000, "StackError"),
         (msgpack.packb({1: 2}), "int is not allowed for map key"),
-        (msgpack.packb(array_map()), None),
     ],
-    ids=["empty", "reserved byte", "truncated", "trailing", "not utf-8", "nested too deep", "int key", "string keys"],
+    ids=["empty", "reserved byte", "truncated", "trailing", "not utf-8", "nested too deep", "int key"],
 )
 def test_malformed_messagepack_is_a_protocol_error(frame, found):
-    if found is None:
-        assert wire.unpack(frame).shape == (3,)
-        return
     with pytest.raises(ProtocolError, match=found):
         wire.unpack(frame)
 
@@ -153,7 +153,7 @@ def test_malformed_messagepack_is_a_protocol_error(frame, found):
 )
 def test_an_array_that_does_not_fit_its_description_is_a_protocol_error(changes, expected):
     with pytest.raises(ProtocolError, match=expected):
-        wire.unpack(msgpack.packb({"state": array_map() | changes}))
+        wire.unpack(msgpack.packb({"state": array_map(changes)}))
 
 
 @pytest.mark.parametrize(("dtype", "data"), [("|u1", 300), ("<f4", "x"), ("<f4", [1.0]), ("|O", 1), ("<i4", None)])

@@ -65,7 +65,7 @@ def test_fingerprint_follows_the_data(root):
     assert open_dataset(root).fingerprint != before
 
 
-# What can be wrong ------------------------------------------------------------------------------------------------------
+# What can be wrong ----------------------------------------------------------------------------------------------------
 
 
 def test_no_folder(tmp_path):
@@ -93,7 +93,7 @@ def test_unknown_version(root):
 
 def test_counts_disagree(root):
     edit_info(root, total_frames=51)
-    with pytest.raises(DatasetFormatError, match=r"(?s)51 frames.*50 in the"):
+    with pytest.raises(DatasetFormatError, match=r"(?s)51 frames in all episodes.*found 50\n"):
         open_dataset(root)
 
 
@@ -139,7 +139,7 @@ def test_truncated_table(root):
 
 def test_missing_column(root):
     pq.write_table(pq.read_table(root / TABLE).drop(["action"]), root / TABLE)
-    with pytest.raises(MissingFeatureError, match=rf"(?s)'action'.*observation\.state.*{TABLE}"):
+    with pytest.raises(DatasetFormatError, match=rf"(?s)columns action\n.*only observation\.state.*{TABLE}"):
         open_dataset(root).column("action")
 
 
@@ -184,6 +184,29 @@ def test_rows_beyond_the_end(dataset):
         dataset.images(CAMERA, np.array([50, -1]))
 
 
+def test_unknown_task(root):
+    edit_table(root, "task_index", lambda values: values.__setitem__((3, 0), 7))
+    with pytest.raises(DatasetFormatError, match=r"(?s)task_index among \[0, 1\].*found \[7\]"):
+        open_dataset(root).prompt(0)
+
+
+def test_broken_picture_in_a_table(shared_datasets, tmp_path):
+    root = shutil.copytree(
+        shared_datasets / "synthetic_lerobot_v30_image", tmp_path / "set", copy_function=shutil.copyfile
+    )
+    camera = "observation.images.cam_left_wrist"
+    table = pq.read_table(root / TABLE)
+    pictures = table.column(camera).to_pylist()
+    pictures[41]["bytes"] = pictures[41]["bytes"][:100]
+    column = pa.array(pictures, table.schema.field(camera).type)
+    (root / TABLE).unlink()
+    pq.write_table(table.set_column(table.column_names.index(camera), camera, column), root / TABLE)
+    dataset = open_dataset(root)
+    assert dataset.images(camera, np.array([40])).shape == (1, 224, 224, 3)
+    with pytest.raises(DatasetFormatError, match=rf"(?s)an encoded picture.*{TABLE}, episode 1, frame 1\n"):
+        dataset.images(camera, np.array([41]))
+
+
 def test_missing_video(root):
     (root / VIDEO).unlink()
     with pytest.raises(DatasetFormatError, match=rf"(?s)found nothing.*{VIDEO}, episode 2, frame 1\n.*hf download"):
@@ -218,7 +241,9 @@ def edit_info_feature(root, key, **entries):
 def edit_table(root, key, change):
     table = pq.read_table(root / TABLE)
     column = table.column(key).combine_chunks()
-    values = column.flatten().to_numpy().reshape(len(column), -1).copy()
+    is_list = pa.types.is_fixed_size_list(column.type)
+    values = (column.flatten() if is_list else column).to_numpy().reshape(len(column), -1).copy()
     change(values)
-    array = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    array = pa.array(values.ravel())
+    array = pa.FixedSizeListArray.from_arrays(array, values.shape[1]) if is_list else array
     pq.write_table(table.set_column(table.column_names.index(key), key, array), root / TABLE)

@@ -47,7 +47,9 @@ def test_pictures_are_those_of_the_row(shared_datasets, name):
 def test_columns_and_prompts(shared_datasets, name):
     dataset = open_dataset(shared_datasets / f"synthetic_{name}")
     row = dataset.episodes[3].start + 5
-    np.testing.assert_allclose(dataset.column("observation.state")[row], np.sin(0.05 * 5 + np.arange(14) + 3), atol=1e-6)
+    np.testing.assert_allclose(
+        dataset.column("observation.state")[row], np.sin(0.05 * 5 + np.arange(14) + 3), atol=1e-6
+    )
     np.testing.assert_allclose(dataset.column("action")[row], np.sin(0.05 * 6 + np.arange(14) + 3), atol=1e-6)
     assert dataset.column("frame_index")[row] == 5
     assert dataset.column("frame_index").dtype == np.int64

@@ -5,7 +5,9 @@ MANIPI_OPENPI_CLIENT names its `src` folder) and, for its server, `openpi`.
 """
 
 import asyncio
+import contextlib
 import os
+import socket
 import threading
 
 import numpy as np
@@ -76,31 +78,32 @@ def test_their_bytes_are_ours(load, pictures):
 
 
 def test_our_client_talks_to_their_server(load, policy, pictures):
-    serving, protocol = load("openpi.serving.websocket_policy_server"), load("websockets.asyncio.server")
+    serving = load("openpi.serving.websocket_policy_server")
     server = serving.WebsocketPolicyServer(policy, metadata=policy.metadata)
-    ready, loop = threading.Event(), asyncio.new_event_loop()
-    address = []
-
-    async def run():
-        handler, health = server._handler, serving._health_check
-        async with protocol.serve(
-            handler, "127.0.0.1", 0, compression=None, max_size=None, process_request=health
-        ) as s:
-            address.append((s.sockets[0].getsockname()[1], asyncio.Event()))
-            ready.set()
-            await address[0][1].wait()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(run()))
-    thread.start()
-    assert ready.wait(10)
-    port, stop = address[0]
-    with WebsocketPolicy(port=port) as client:
+    with running(server) as port, WebsocketPolicy(port=port) as client:
         assert client.metadata == policy.metadata
         np.testing.assert_array_equal(client.infer(pictures)["actions"], policy.infer(pictures)["actions"])
         with pytest.raises(RemoteInferenceError, match="secret") as failure:
             client.infer({**pictures, "prompt": "fail"})
         assert failure.value.text.startswith("Traceback")
         assert client.infer(pictures)["actions"].shape == (4, 3)
-    loop.call_soon_threadsafe(stop.set)
+
+
+@contextlib.contextmanager
+def running(their_server):
+    """Runs their server in a thread, on a free port. It has no way to stop, so its loop is cancelled."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        their_server._host, their_server._port = probe.getsockname()
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(their_server.run())
+
+    def run():
+        with contextlib.suppress(asyncio.CancelledError):
+            loop.run_until_complete(task)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield their_server._port
+    loop.call_soon_threadsafe(task.cancel)
     thread.join()
     loop.close()

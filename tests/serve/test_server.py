@@ -310,6 +310,20 @@ def test_a_signal_stops_the_server_after_the_running_inference(observation, numb
         assert process.stdout.read() == "stopped\n"
 
 
+def test_a_second_signal_does_not_wait(observation):
+    conftest = Path(__file__).with_name("conftest.py")
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, str(conftest)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        with raw_connect(process.stdout.readline().split()[1]) as connection:
+            connection.recv()
+            connection.send(wire.pack({**observation, "prompt": "slow"}))
+            time.sleep(0.2)
+            process.terminate()
+            time.sleep(0.1)
+            process.terminate()
+            assert process.wait(0.4) == -signal.SIGTERM
+
+
 def test_serving_does_not_need_torch():
     code = "import sys, manipi.serve; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"

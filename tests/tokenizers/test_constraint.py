@@ -5,6 +5,7 @@ from manipi.errors import TokenizerError
 from manipi.tokenizers import ByteTokenizer, CodeConstraint, FastTokenizer, SentencePieceTokenizer
 from manipi.tokenizers.fast import extract_codes
 from manipi.tokenizers.text import tokens_from_codes
+from tokenizers import Tokenizer, decoders, models
 
 HORIZON, DIM = 16, 7
 
@@ -12,7 +13,7 @@ HORIZON, DIM = 16, 7
 @pytest.fixture(params=["fitted", "universal", "calvin"])
 def pair(request) -> tuple[FastTokenizer, ByteTokenizer]:
     fast = request.getfixturevalue(request.param)
-    return fast, ByteTokenizer(515 + fast.vocab_size)
+    return fast, ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + fast.vocab_size)
 
 
 def greedy(constraint, logits_of_step, vocab_size, max_steps=300):
@@ -48,7 +49,7 @@ def test_stubborn_logits_always_give_a_chunk(pair, favourite):
     logits = np.zeros(tokenizer.vocab_size)
     logits[tokens_from_codes(tokenizer, np.arange(fast.vocab_size))] = wish
     logits[[1, *tokenizer.encode("|")]] += 1e4 * (favourite == "end")
-    logits[3:515] += 1e4 * (favourite == "text")
+    logits[3 : ByteTokenizer.NUM_TEXT_IDS] += 1e4 * (favourite == "text")
     ids = greedy(CodeConstraint(fast, tokenizer, HORIZON, DIM), lambda _: logits, tokenizer.vocab_size)
     assert fast.decode(extract_codes(tokenizer, ids), HORIZON, DIM).shape == (HORIZON, DIM)
 
@@ -79,7 +80,7 @@ def test_the_forced_ends(pair):
 
 def test_the_codes_that_fit_are_those_a_search_finds(fitted):
     """Against the definition: with n characters left, exactly the codes of at most n characters."""
-    tokenizer = ByteTokenizer(515 + fitted.vocab_size)
+    tokenizer = ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + fitted.vocab_size)
     constraint = CodeConstraint(fitted, tokenizer, 9, 1)
     single = fitted.pieces.index(b"\x01")
     ids = tokenizer.encode("Action: ")
@@ -91,7 +92,7 @@ def test_the_codes_that_fit_are_those_a_search_finds(fitted):
 
 
 def test_a_broken_sequence_is_an_error(fitted):
-    tokenizer = ByteTokenizer(515 + fitted.vocab_size)
+    tokenizer = ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + fitted.vocab_size)
     constraint = CodeConstraint(fitted, tokenizer, 1, 2)
     marker = tokenizer.encode("Action: ")
     long = max(range(fitted.vocab_size), key=lambda code: len(fitted.pieces[code]))
@@ -108,7 +109,7 @@ def test_a_broken_sequence_is_an_error(fitted):
 
 def test_vocabularies_that_cannot_work(fitted, small_sp_path):
     with pytest.raises(TokenizerError, match="room in the vocabulary"):
-        CodeConstraint(fitted, ByteTokenizer(600), HORIZON, DIM)
+        CodeConstraint(fitted, ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + 85), HORIZON, DIM)
     # Among 1000 ids, 512 codes reach down to the one of "|".
     with pytest.raises(TokenizerError, match=r"'\|' and EOS are not also action codes"):
         CodeConstraint(fitted, SentencePieceTokenizer(small_sp_path), HORIZON, DIM)
@@ -120,3 +121,12 @@ def test_paligemma_vocabulary(universal, paligemma):
     ids = greedy(constraint, lambda _: rng.normal(size=257152), 257152)
     assert ids[:3] == [4022, 235292, 235248]
     assert universal.decode(extract_codes(paligemma, ids), HORIZON, DIM).shape == (HORIZON, DIM)
+
+
+@pytest.mark.parametrize("symbols", ["aÃ", "¢"], ids=["nothing closes Ã", "nothing begins"])
+def test_codes_that_cannot_complete_every_chunk(symbols):
+    bpe = Tokenizer(models.BPE({symbol: code for code, symbol in enumerate(symbols)}, []))
+    bpe.decoder = decoders.ByteLevel()
+    fast = FastTokenizer(bpe_json=bpe.to_str(), scale=1, min_token=0)
+    with pytest.raises(TokenizerError, match="codes for single characters, and for the end of a character"):
+        CodeConstraint(fast, ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + 85), HORIZON, DIM)

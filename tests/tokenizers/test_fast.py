@@ -134,7 +134,7 @@ def test_loading_names_what_is_missing(damage, fitted, tmp_path):
 
 
 def test_extracting_codes():
-    tokenizer = ByteTokenizer(515 + 100)
+    tokenizer = ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + 100)
     marker, end = tokenizer.encode("Action: "), tokenizer.encode("|")
     codes = [3, 99, 0, 3]
     ids = tokens_from_codes(tokenizer, np.array(codes)).tolist()

@@ -28,7 +28,13 @@ def test_byte_tokenizer_spends_one_token_per_bin(numbers):
     assert tokenizer.decode(ids) == " ".join(map(str, numbers))
     assert sum(id >= 259 for id in ids) == sum(abs(n) <= 255 for n in numbers)
     if all(0 <= n <= 255 for n in numbers):
-        assert len(ids) == 2 * len(numbers) - 1
+        assert len(ids) == len(numbers)
+
+
+def test_byte_tokenizer_spends_one_token_per_word_of_a_prompt():
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode("Task: go, State: 0 128;\nAction: ")
+    assert [tokenizer.decode([id]) for id in ids] == ["Task: ", "g", "o", ", State: ", "0", " 128", ";\nAction: "]
 
 
 @pytest.mark.parametrize("text", ["007", "256", "a1", "1b", "_1", "12_", "٣", "1٣", "99999"])
@@ -37,17 +43,17 @@ def test_numbers_inside_words_stay_bytes(text):
 
 
 def test_byte_tokenizer_shows_control_and_code_ids():
-    tokenizer = ByteTokenizer(515 + 10)
-    assert tokenizer.decode([2, *tokenizer.encode("go"), 524, 515, 1, 0]) == "go<code0><code9>"
-    with pytest.raises(TokenizerError, match=r"(?s)ids from 0 to 524.*found 525"):
-        tokenizer.decode([525])
-    with pytest.raises(ConfigError, match="at least 515 ids"):
-        ByteTokenizer(514)
+    tokenizer = ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + 10)
+    assert tokenizer.decode([2, *tokenizer.encode("go"), 784, 775, 1, 0]) == "go<code0><code9>"
+    with pytest.raises(TokenizerError, match=r"(?s)ids from 0 to 784.*found 785"):
+        tokenizer.decode([785])
+    with pytest.raises(ConfigError, match="at least 775 ids"):
+        ByteTokenizer(774)
 
 
 def test_codes_fill_the_vocabulary_from_its_end(small_sp_path):
-    byte, pieces = ByteTokenizer(515 + 10), SentencePieceTokenizer(small_sp_path)
-    assert tokens_from_codes(byte, np.arange(10)).tolist() == list(range(524, 514, -1))
+    byte, pieces = ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + 10), SentencePieceTokenizer(small_sp_path)
+    assert tokens_from_codes(byte, np.arange(10)).tolist() == list(range(784, 774, -1))
     assert tokens_from_codes(pieces, np.array([0, 867])).tolist() == [871, 4]
     for tokenizer in (byte, pieces):
         codes = np.arange(tokenizer.code_capacity)
@@ -59,7 +65,7 @@ def test_codes_fill_the_vocabulary_from_its_end(small_sp_path):
 
 @pytest.mark.parametrize("kind", ["byte", "sentencepiece"])
 def test_save_and_load(kind, tmp_path, small_sp_path):
-    tokenizer = ByteTokenizer(700) if kind == "byte" else SentencePieceTokenizer(small_sp_path, reserved_ids=100)
+    tokenizer = ByteTokenizer(900) if kind == "byte" else SentencePieceTokenizer(small_sp_path, reserved_ids=100)
     reference = tokenizer.save(tmp_path)
     for again in (load_tokenizer(reference, tmp_path), pickle.loads(pickle.dumps(tokenizer))):
         assert again.reference == reference
@@ -77,9 +83,9 @@ def test_load_refuses_another_tokenizer(tmp_path, small_sp_path):
     (tmp_path / "tokenizer.model").unlink()
     with pytest.raises(IntegrityError, match="no such file"):
         load_tokenizer(reference, tmp_path)
-    byte = ByteTokenizer(600).reference
+    byte = ByteTokenizer(800).reference
     with pytest.raises(IntegrityError):
-        load_tokenizer(dataclasses.replace(byte, vocab_size=601), tmp_path)
+        load_tokenizer(dataclasses.replace(byte, vocab_size=801), tmp_path)
     with pytest.raises(UnknownNameError, match="did you mean byte"):
         load_tokenizer(dataclasses.replace(byte, kind="bytes"), tmp_path)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from manipi.errors import WeightsMismatchError
-from manipi.model.config import GemmaSize, ModelConfig, Pi0Config, Pi0FastConfig, Pi05Config
+from manipi.model.config import GemmaSize, ModelConfig, Pi0Config, Pi0FastConfig
 
 
 class Row(NamedTuple):

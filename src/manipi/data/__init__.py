@@ -1,9 +1,14 @@
-"""Robot datasets: read, written, sampled and loaded as `manipi.types.Frame`. Nothing here imports torch.
+"""Robot datasets: read, written, sampled and loaded as `manipi.types.Frame`.
 
-dataset.py         what every reader offers; `open_dataset`, `frames`
-lerobot.py         LeRobot v2.0, v2.1 and v3.0      lerobot_writer.py   LeRobot v3.0
-video.py           exact frames out of video files, and into them
-cache.py           decoded pictures in a memory-mapped file
-sampler.py         which rows form step s           split.py            train and held-out episodes
-loader.py          batches, from worker processes
+| module | |
+|---|---|
+| `dataset` | what every reader offers; `open_dataset`, `frames`, `action_chunks` |
+| `lerobot`, `lerobot_index` | LeRobot v2.0, v2.1 and v3.0: tables and pictures, metadata |
+| `lerobot_writer`, `lerobot_stats` | LeRobot v3.0, written whole or not at all |
+| `video` | exact frames out of video files, and into them |
+| `cache` | decoded pictures, at the size the model takes, in a memory-mapped file |
+| `subset` | some episodes of a dataset as a dataset of their own |
+| `sampler`, `split` | which rows form step s; train and held-out episodes |
+| `loader` | batches, from worker processes |
+| `stats` | norm stats |
 """

@@ -1,9 +1,11 @@
 """Decoded pictures in a memory-mapped file: random access for the price of a memory copy."""
 
+import math
 import re
 import shutil
 from collections.abc import Sequence
-from math import prod
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from tqdm import tqdm
 from manipi.data.dataset import Dataset
 from manipi.errors import ConfigError, StorageError
 from manipi.storage import atomic_directory
+from manipi.transforms.images import resize_with_pad
 
 _BLOCK = 256
 """Pictures decoded and written at a time."""
@@ -22,7 +25,9 @@ class CachedDataset(Dataset):
 
     Args:
         cameras: those to cache; the others are served by `dataset`.
-        folder: holds one folder per dataset fingerprint, so that changed data are decoded anew.
+        folder: holds one folder per dataset fingerprint and size, so that changed data are decoded anew.
+        size: pictures are kept at [size, size], resized as the pipeline does it, which then lets them pass untouched;
+            None keeps them as they are.
         max_gb: bound on the size of all the cameras together.
         show: draw a progress bar while decoding.
 
@@ -33,19 +38,27 @@ class CachedDataset(Dataset):
     """
 
     def __init__(
-        self, dataset: Dataset, cameras: Sequence[str], folder: str | Path, *, max_gb: float = 50.0, show: bool = True
+        self,
+        dataset: Dataset,
+        cameras: Sequence[str],
+        folder: str | Path,
+        *,
+        size: int | None = None,
+        max_gb: float = 50.0,
+        show: bool = True,
     ):
+        for camera in cameras:
+            dataset.require(camera, "image")
+        resized = {camera: replace(dataset.features[camera], shape=(size, size, 3)) for camera in cameras if size}
         super().__init__(
             root=dataset.root,
             name=dataset.name,
             fps=dataset.fps,
-            features=dataset.features,
+            features={**dataset.features, **resized},
             episodes=dataset.episodes,
         )
-        self._dataset, self._folder, self._max_gb = dataset, Path(folder), max_gb
+        self._dataset, self._folder, self._size, self._max_gb = dataset, Path(folder), size, max_gb
         self._files = {camera: self._file(camera) for camera in cameras}
-        for camera in cameras:
-            dataset.require(camera, "image")
         missing = [camera for camera, path in self._files.items() if not path.exists()]
         self._check_size(missing)
         for camera in missing:
@@ -54,7 +67,7 @@ class CachedDataset(Dataset):
 
     def __reduce__(self) -> tuple:
         # Workers map the same file again; a pickled memory map would be a copy of all its pictures.
-        return CachedDataset, (self._dataset, tuple(self._files), self._folder)
+        return partial(CachedDataset, size=self._size), (self._dataset, tuple(self._files), self._folder)
 
     def prompt(self, row: int) -> str:
         return self._dataset.prompt(row)
@@ -69,10 +82,11 @@ class CachedDataset(Dataset):
         return self._pictures[camera][rows] if camera in self._pictures else self._dataset.images(camera, rows)
 
     def _file(self, camera: str) -> Path:
-        return self._folder / self._dataset.fingerprint[:16] / re.sub(r"[^\w.-]", "_", camera) / "frames.npy"
+        size = f"{self._size}x{self._size}" if self._size else "full"
+        return self._folder / self._dataset.fingerprint[:16] / size / re.sub(r"[^\w.-]", "_", camera) / "frames.npy"
 
     def _check_size(self, cameras: Sequence[str]) -> None:
-        needed = sum(self.num_frames * prod(self.features[camera].shape) for camera in cameras)
+        needed = sum(self.num_frames * math.prod(self.features[camera].shape) for camera in cameras)
         found = f"{needed / 1e9:.2f} GB for {', '.join(cameras)}"
         if needed > self._max_gb * 1e9:
             raise ConfigError(
@@ -92,8 +106,8 @@ class CachedDataset(Dataset):
             )
 
     def _decode(self, camera: str, show: bool) -> None:
-        shape = (self.num_frames, *self.features[camera].shape)
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        height, width, channels = self.features[camera].shape
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self.num_frames, height, width, channels)}
         path = self._file(camera)
         # Plain writes report a full disk as an error; a store into a memory map would kill the process.
         with atomic_directory(path.parent) as partial, (partial / path.name).open("wb") as file:
@@ -101,5 +115,6 @@ class CachedDataset(Dataset):
             with tqdm(total=self.num_frames, desc=f"decode {camera}", unit="frame", disable=not show) as progress:
                 for start in range(0, self.num_frames, _BLOCK):
                     rows = np.arange(start, min(start + _BLOCK, self.num_frames))
-                    file.write(self._dataset.images(camera, rows).tobytes())
+                    for image in self._dataset.images(camera, rows):
+                        file.write(resize_with_pad(image, height, width).tobytes())
                     progress.update(len(rows))

@@ -218,15 +218,20 @@ def action_chunks(
     return dataset.column(action_key)[np.minimum(steps, ends - 1)], steps < ends
 
 
-def open_dataset(path: str | Path) -> Dataset:
+def open_dataset(path: str | Path, episodes: Sequence[int] = ()) -> Dataset:
     """Open a dataset folder with the reader of its format and version.
+
+    Args:
+        episodes: the numbers of those to use; none named: all of them.
 
     Raises:
         DatasetNotFoundError: no such folder, or no frames in it.
         DatasetFormatError: an unknown version, or metadata that are missing or broken.
+        ConfigError: no episode of that number.
     """
     # The readers build on this module, so that they can only be imported from inside the function.
     from manipi.data.lerobot import LeRobotDataset
+    from manipi.data.subset import EpisodeSubset
 
     root = Path(path).expanduser().resolve()
     if not root.is_dir():
@@ -236,4 +241,5 @@ def open_dataset(path: str | Path) -> Dataset:
             where=str(root),
             next=f"ls {root.parent}  # then give the right path, or download the dataset there",
         )
-    return LeRobotDataset(root)
+    dataset = LeRobotDataset(root)
+    return EpisodeSubset(dataset, episodes) if episodes else dataset

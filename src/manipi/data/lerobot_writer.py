@@ -9,35 +9,25 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeAlias, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manipi.data.dataset import Feature
+from manipi.data.lerobot_stats import EpisodeStats, image_stats, merge, vector_stats
 from manipi.data.video import VideoWriter
 from manipi.errors import BadValueError, ConfigError, MissingFeatureError
 from manipi.storage import atomic_directory
 
-_INFO = "meta/info.json"
 _DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 _CHUNK_FILES = 1000
 _ROWS_PER_GROUP = 16_384
 _EPISODES_PER_GROUP = 1_000
-_STATS_PICTURES = 8
-"""Pictures per episode that the image statistics look at."""
-_QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
-_DEFAULTS = {
-    "timestamp": "float32",
-    "frame_index": "int64",
-    "episode_index": "int64",
-    "index": "int64",
-    "task_index": "int64",
-}
-
+_DEFAULTS = {"timestamp": "float32"} | dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), "int64")
 
 _File = TypeVar("_File", "_TableFile", VideoWriter)
 
@@ -76,7 +66,7 @@ class LeRobotWriter:
             _check_feature(key, feature)
         self._pix_fmt, self._closed = pix_fmt, False
         self._tasks: dict[str, int] = {}
-        self._totals: dict[str, _Stats] = {}
+        self._totals: dict[str, EpisodeStats] = {}
         self._limits = {"data_files_size_in_mb": data_mb, "video_files_size_in_mb": video_mb}
         self._stack = ExitStack()
         self._folder = self._stack.enter_context(atomic_directory(self.root))
@@ -134,7 +124,7 @@ class LeRobotWriter:
             if feature.kind == "vector"
         }
         vectors |= self._default_columns(length, self._tasks.setdefault(task, len(self._tasks)))
-        stats = {key: _image_stats(data[key]) for key in self._videos} | _vector_stats(vectors)
+        stats = {key: image_stats(data[key]) for key in self._videos} | vector_stats(vectors)
         row = {"episode_index": self.num_episodes, "tasks": [task], "length": length}
         row |= self._write_rows(vectors)
         row |= {"dataset_from_index": self.num_frames, "dataset_to_index": self.num_frames + length}
@@ -143,7 +133,7 @@ class LeRobotWriter:
         row |= {f"stats/{key}/{name}": values.tolist() for key, part in stats.items() for name, values in part.items()}
         row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
         self._episodes.add(pa.table({name: [value] for name, value in row.items()}))
-        self._totals = {key: _merge(self._totals[key], part) if self._totals else part for key, part in stats.items()}
+        self._totals = {key: merge(self._totals[key], part) if self._totals else part for key, part in stats.items()}
         self.num_episodes += 1
         self.num_frames += length
 
@@ -177,12 +167,12 @@ class LeRobotWriter:
                 where=where,
                 next="pass add_episode one array per feature that LeRobotWriter was given",
             )
-        lengths = {len(values) for values in data.values()}
-        length = max(lengths)
+        length = max(len(values) for values in data.values())
         for key, feature in self.features.items():
             values = np.asarray(data[key])
-            kinds = "u" if feature.kind == "image" else "f" if feature.dtype.startswith("float") else "iub"
-            if values.shape != (length, *feature.shape) or not length or values.dtype.kind not in kinds:
+            wanted = np.dtype(np.uint8 if feature.kind == "image" else feature.dtype)
+            castable = np.can_cast(values.dtype, wanted, "same_kind")
+            if values.shape != (length, *feature.shape) or not length or not castable:
                 raise ConfigError(
                     expected=f"{key!r} as {feature.dtype} of shape {(length or 'T', *feature.shape)}",
                     found=f"{values.dtype} of shape {values.shape}",
@@ -237,8 +227,8 @@ class LeRobotWriter:
 
 
 def _check_feature(key: str, feature: Feature) -> None:
-    good = feature.shape[2:] == (3,) if feature.kind == "image" else feature.kind == "vector" and len(feature.shape) == 1
-    if not good:
+    is_picture = feature.kind == "image" and len(feature.shape) == 3 and feature.shape[2] == 3
+    if not is_picture and (feature.kind != "vector" or len(feature.shape) != 1):
         raise ConfigError(
             expected="pictures of shape (h, w, 3) and vectors of shape (d,)",
             found=f"{feature.kind} of shape {feature.shape}",
@@ -337,47 +327,3 @@ def _tasks_table(tasks: list[str]) -> pa.Table:
     pandas = {"index_columns": [index], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
     table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), index: pa.array(tasks, pa.string())})
     return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
-
-
-# Statistics ---------------------------------------------------------------------------------------------------------
-
-_Stats: TypeAlias = dict[str, np.ndarray]
-"""min, max, mean, std, count and five quantiles: [d] of a vector, [3, 1, 1] of pictures, in 0…1."""
-
-
-def _vector_stats(columns: Mapping[str, np.ndarray]) -> dict[str, _Stats]:
-    # All columns at once: NumPy's fixed cost per call is what counts at the length of an episode.
-    values = np.concatenate([values.astype(np.float64) for values in columns.values()], axis=1)
-    parts = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
-    parts |= dict(zip(_QUANTILES, np.quantile(values, list(_QUANTILES.values()), axis=0), strict=True))
-    stats, start = {}, 0
-    for key, column in columns.items():
-        end = start + column.shape[1]
-        stats[key] = {name: part[start:end] for name, part in parts.items()} | {"count": np.array([len(values)])}
-        if column.dtype.kind != "f":
-            stats[key] |= {name: stats[key][name].astype(np.int64) for name in ("min", "max")}
-        start = end
-    return stats
-
-
-def _image_stats(images: np.ndarray) -> _Stats:
-    """From a histogram of a few pictures spread over the episode; exact for those."""
-    chosen = images[np.linspace(0, len(images) - 1, min(len(images), _STATS_PICTURES)).astype(int)]
-    levels = np.arange(256) / 255
-    weights = np.stack([np.bincount(chosen[..., c].ravel(), minlength=256) for c in range(3)]) / chosen[..., 0].size
-    mean = weights @ levels
-    cumulative = weights.cumsum(axis=1)
-    stats = {"min": levels[(weights > 0).argmax(1)], "max": levels[255 - (weights[:, ::-1] > 0).argmax(1)]}
-    stats |= {"mean": mean, "std": np.sqrt(np.maximum(weights @ levels**2 - mean**2, 0))}
-    stats |= {name: levels[(cumulative >= q).argmax(1)] for name, q in _QUANTILES.items()}
-    return {name: value.reshape(3, 1, 1) for name, value in stats.items()} | {"count": np.array([len(chosen)])}
-
-
-def _merge(a: _Stats, b: _Stats) -> _Stats:
-    """Statistics of both together. Quantiles are averaged by count, as lerobot does, and so only indicative."""
-    count = a["count"] + b["count"]
-    share = b["count"] / count
-    merged = {name: a[name] + (b[name] - a[name]) * share for name in ("mean", *_QUANTILES)}
-    variance = a["std"] ** 2 * (1 - share) + b["std"] ** 2 * share + (b["mean"] - a["mean"]) ** 2 * share * (1 - share)
-    merged |= {"min": np.minimum(a["min"], b["min"]), "max": np.maximum(a["max"], b["max"])}
-    return merged | {"std": np.sqrt(variance), "count": count}

@@ -21,8 +21,6 @@ _OPEN_FILES = 16
 """Decoders kept open per reader; a decoder of 480×640 holds a few MB."""
 _SCAN_FRAMES = 4
 """Up to this many frames ahead, decoding on is cheaper than a seek."""
-_SEEK_MARGINS = (0.0, 1.0, 1e9)
-"""Seconds to seek ahead of the target. Files with B-frames are indexed by decoding time, and can land too late."""
 
 
 class VideoFrames:
@@ -68,6 +66,10 @@ class _Decoder:
         self._container = av.open(str(path))
         self._stream = self._container.streams.video[0]
         self._stream.thread_type = "NONE"
+        # dav1d has threads of its own, which decode frames that a seek then throws away.
+        self._stream.codec_context.thread_count = 1
+        # A damaged frame is an error, where FFmpeg would rather paint over it.
+        self._stream.codec_context.options = {"err_detect": "explode"}
         self._period = float(1 / (self._stream.average_rate or 30))
         self._reformatter = VideoReformatter()
         self._ahead: Iterator[av.VideoFrame] = iter(())
@@ -83,10 +85,7 @@ class _Decoder:
                 return self._last
             if 0 < ahead < _SCAN_FRAMES + 0.25:
                 return self._scan(seconds)
-        for margin in _SEEK_MARGINS:
-            self._seek(max(seconds - margin, 0.0))
-            if self._last is not None and _time(self._last) < seconds + 0.25 * self._period:
-                break
+        self._seek(seconds)
         return self._scan(seconds)
 
     def _seek(self, seconds: float) -> None:

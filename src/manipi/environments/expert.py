@@ -23,7 +23,9 @@ CRUISE = 0.11
 """Height of the tip while it is far from its goal, metres."""
 FUNNEL = 0.06
 """Horizontal distance from the goal at which it starts to come down, metres."""
-REACH_HEIGHT = 0.05
+REACH_HEIGHT = 0.02
+"""Below a block's top, so that the way down does not end just above the touch: a policy that imitates it a little too
+high still arrives."""
 PUSH_HEIGHT = 0.025
 STANDOFF = 0.06
 """How far behind a block's centre a push starts, metres."""

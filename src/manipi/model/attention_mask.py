@@ -65,7 +65,7 @@ def lay_out(
 
 
 def attention_mask(query: Layout, key: Layout) -> Tensor:
-    """bool [B, T, S], true where query token t may attend to key token s. Tokens that are not valid attend to nothing."""
+    """bool [B, T, S], true where query token t may attend to key token s. Invalid tokens attend to nothing."""
     in_order_BTS = key.block[:, None, :] <= query.block[:, :, None]
     both_valid_BTS = key.valid[:, None, :] & query.valid[:, :, None]
     return in_order_BTS & _same_path(query.branch, key.branch) & both_valid_BTS

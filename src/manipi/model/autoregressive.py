@@ -107,7 +107,10 @@ def last_valid(valid_BT: Bool[Tensor, "B T"]) -> Int64[Tensor, "B"]:
 def _one_token(gemma: Gemma, ids_B: Tensor, position_B1: Tensor, dtype: torch.dtype) -> Span:
     real_B1 = torch.ones_like(position_B1, dtype=torch.bool)
     return Span(
-        tokens_BTD=gemma.embed(ids_B[:, None], dtype), valid_BT=real_B1, starts_block_BT=real_B1, position_BT=position_B1
+        tokens_BTD=gemma.embed(ids_B[:, None], dtype),
+        valid_BT=real_B1,
+        starts_block_BT=real_B1,
+        position_BT=position_B1,
     )
 
 
@@ -117,7 +120,7 @@ def _reference_cache(gemma: Gemma, prefix: Span, num_slots: int) -> KVCache:
     nothing = torch.zeros(b, num_slots, dtype=torch.long, device=device)
     zeros = torch.zeros(b, num_slots, *gemma.kv_shape, dtype=prefix.tokens_BTD.dtype, device=device)
     layout = Layout(valid=nothing.bool(), block=nothing, branch=nothing, position=nothing)
-    return KVCache(layout=layout, layers={layer: (zeros, zeros) for layer in range(len(gemma.blocks))})
+    return KVCache(layout=layout, layers=dict.fromkeys(range(len(gemma.blocks)), (zeros, zeros)))
 
 
 def _see_last_slots(cache: KVCache, prompt_len_B1: Tensor, last_slot_B1: Tensor) -> None:

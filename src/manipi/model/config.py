@@ -1,9 +1,9 @@
 """The settings of the three policies. They are three types, not switches of one, and none of them needs torch.
 
-    ModelConfig
-    ├─ Pi0Config      flow matching; the state is a token, the timestep is mixed into the action tokens
-    ├─ Pi05Config     flow matching; the state is text, the timestep modulates the action expert's norms
-    └─ Pi0FastConfig  autoregressive; actions are text tokens of the vision-language model
+ModelConfig
+├─ Pi0Config      flow matching; the state is a token, the timestep is mixed into the action tokens
+├─ Pi05Config     flow matching; the state is text, the timestep modulates the action expert's norms
+└─ Pi0FastConfig  autoregressive; actions are text tokens of the vision-language model
 """
 
 import dataclasses
@@ -96,10 +96,10 @@ class Compat:
     fast_position_offset: bool = False
     """FAST decoding: the first decoded token skips one position, which training never does."""
     fast_padded_positions: bool = False
-    """FAST training: positions are 0, 1, 2, … whether or not the tokens before are valid; decoding counts valid ones."""
+    """FAST training: positions are 0, 1, 2, …, while decoding counts the valid tokens only."""
     fast_contiguous_cache: bool = False
-    """FAST decoding: steps see the last *n* prompt slots, n being the number of valid ones. Where a camera in the middle
-    is missing, that reads its picture after all and forgets as many tokens from the start."""
+    """FAST decoding: steps see the last *n* prompt slots, n being the number of valid ones. Where a camera in the
+    middle is missing, that reads its picture after all and forgets as many tokens from the start."""
     fast_writes_past_eos: bool = False
     """FAST decoding: rows go on after their EOS, and decoding ends when all rows emit EOS in the same step."""
 

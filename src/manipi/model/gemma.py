@@ -32,7 +32,8 @@ KeysValues = tuple[Tensor, Tensor]
 """One layer's rotated keys and values, each [B, S, G, H]."""
 
 MASKED = -2.3819763e38
-"""The reference's logit of what must not be seen. Finite, so that a token that sees nothing averages instead of NaN."""
+"""The reference's logit of a key that must not be seen. It is finite, so that padding, which sees nothing, averages
+over everything instead of turning into NaN."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,8 +224,9 @@ class Gemma(nn.Module):
         nn.init.normal_(self.token_embedding, std=self.width**-0.5, generator=generator)
 
     def embed(self, ids_BT: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B T D"]:
-        """Token embeddings times √width, scaled in the table's own dtype as the reference does."""
-        return (F.embedding(ids_BT, self.token_embedding) * self.width**0.5).to(dtype)
+        """Token embeddings times √width. Factor and product are in the table's own dtype, as in the reference."""
+        scale = torch.tensor(self.width**0.5, dtype=self.token_embedding.dtype)
+        return (F.embedding(ids_BT, self.token_embedding) * scale).to(dtype)
 
     def logits(self, x: Float[Tensor, "*any D"]) -> Float[Tensor, "*any V"]:
         """float32 logits over the vocabulary, by the transposed token embedding.

@@ -69,10 +69,8 @@ class ModelInput:
 
     def to(self, device: torch.device | str) -> "ModelInput":
         """The same batch on another device; copies from pinned memory do not wait."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return ModelInput(
-            **{key: value if value is None else value.to(device, non_blocking=True) for key, value in fields.items()}
-        )
+        present = {name: value for name, value in vars(self).items() if value is not None}
+        return dataclasses.replace(self, **{name: t.to(device, non_blocking=True) for name, t in present.items()})
 
     def check(self, config: ModelConfig) -> None:
         """Compare shapes with the model's.

@@ -4,8 +4,17 @@ Parameters may be float32 masters while activations are bfloat16; no autocast is
 `init_weights` of each layer is one row of the table in `VLA.init_weights`.
 """
 
+from typing import Protocol, runtime_checkable
+
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
+
+
+@runtime_checkable
+class Initialised(Protocol):
+    """A module that fills the parameters that it owns itself, not those of its children."""
+
+    def init_weights(self, generator: Generator | None) -> None: ...
 
 
 class Linear(nn.Linear):
@@ -19,9 +28,9 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
 
 
 class ZeroLinear(Linear):
@@ -42,6 +51,6 @@ class LayerNorm(nn.LayerNorm):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
-        return normed.to(x.dtype)
+    def forward(self, input: Tensor) -> Tensor:
+        normed = F.layer_norm(input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return normed.to(input.dtype)

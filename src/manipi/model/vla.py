@@ -21,6 +21,7 @@ from manipi.model.config import ModelConfig, Pi0Config, Pi0FastConfig, Pi05Confi
 from manipi.model.flow import FlowHead, FlowLoss, Pi0Head, Pi05Head, flow_loss, interpolate
 from manipi.model.gemma import Gemma, KVCache, Span
 from manipi.model.inputs import ModelInput
+from manipi.model.layers import Initialised
 from manipi.model.siglip import SigLIP
 
 
@@ -48,16 +49,16 @@ class VLA(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Fill every parameter. The same seed gives the same weights on the same kind of device.
 
-            linear layers           normal, std 1/√fan_in; bias 0
-            token embedding         normal, std 1/√width: unit variance after the multiplication by √width
-            image position table    normal, std 1/√width
-            norm scales             identity: 0 for RMS norms (their factor is 1 + scale), 1 for layer norms
-            adaptive modulation     0, so that the action expert starts as the identity (adaLN-zero)
+        linear layers           normal, std 1/√fan_in; bias 0
+        token embedding         normal, std 1/√width: unit variance after the multiplication by √width
+        image position table    normal, std 1/√width
+        norm scales             identity: 0 for RMS norms (their factor is 1 + scale), 1 for layer norms
+        adaptive modulation     0, so that the action expert starts as the identity (adaLN-zero)
         """
         device = next(self.parameters()).device
         generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
         for module in self.modules():
-            if module is not self and hasattr(module, "init_weights"):
+            if module is not self and isinstance(module, Initialised):
                 module.init_weights(generator)
 
     def forward(
@@ -74,9 +75,11 @@ class VLA(nn.Module):
             timestep: flow policies: in [0, 1], 1 being pure noise.
         """
         if isinstance(self.config, Pi0FastConfig):
+            assert noise is None, "π0-FAST has no use for noise"
             assert inputs.token_loss is not None, "training needs token_loss"
             return token_loss(self.gemma, self.embed_prefix(inputs, training=True), inputs.tokens, inputs.token_loss)
-        assert noise is not None and timestep is not None, "a flow policy needs noise and timesteps"
+        assert noise is not None, "a flow policy needs noise"
+        assert timestep is not None, "a flow policy needs timesteps"
         if noise.ndim == 3:
             loss, per_step, weight = self._flow_loss(inputs, noise[:, None], timestep[:, None])
             return FlowLoss(loss, per_step[:, 0], weight)
@@ -109,6 +112,7 @@ class VLA(nn.Module):
             x_BKHA, timestep_BK = x_BKHA - velocity_BKHA / num_steps, timestep_BK - 1.0 / num_steps
         return x_BKHA
 
+    @torch.no_grad()
     def decode_tokens(
         self, inputs: ModelInput, max_tokens: int = 256, allowed_next: AllowedNext | None = None
     ) -> Int64[Tensor, "B max_tokens"]:
@@ -139,14 +143,14 @@ class VLA(nn.Module):
         image_valid_BP = inputs.image_valid.repeat_interleave(self.config.vision.num_tokens, dim=1)
         causal_BL = torch.zeros_like(inputs.token_valid) if inputs.token_causal is None else inputs.token_causal
         valid_BT = torch.cat([image_valid_BP, inputs.token_valid], dim=1)
-        padded_positions = training and self.config.compat.fast_padded_positions
+        position_BT = None
+        if training and self.config.compat.fast_padded_positions:
+            position_BT = torch.arange(valid_BT.shape[1], device=valid_BT.device).expand_as(valid_BT)
         return Span(
             tokens_BTD=torch.cat([images_BPD, tokens_BLD], dim=1),
             valid_BT=valid_BT,
             starts_block_BT=torch.cat([torch.zeros_like(image_valid_BP), causal_BL], dim=1),
-            position_BT=torch.arange(valid_BT.shape[1], device=valid_BT.device).expand_as(valid_BT)
-            if padded_positions
-            else None,
+            position_BT=position_BT,
         )
 
     def embed_images(self, images: Tensor) -> Float[Tensor, "B P D"]:

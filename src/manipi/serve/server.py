@@ -11,6 +11,7 @@ one, because a policy is not thread-safe and a GPU gains nothing from two.
 import asyncio
 import contextlib
 import errno
+import functools
 import http
 import ipaddress
 import logging
@@ -116,7 +117,7 @@ class PolicyServer:
 
         async def run() -> None:
             stop, loop = asyncio.Event(), asyncio.get_running_loop()
-            stop_soon = lambda: loop.call_soon_threadsafe(stop.set)  # noqa: E731
+            stop_soon = functools.partial(loop.call_soon_threadsafe, stop.set)
             await self._serve(stop, lambda host, port: ready.set_result((port, stop_soon)))
 
         def run_or_tell() -> None:
@@ -199,7 +200,7 @@ def _read_observation(frame: str | bytes) -> Observation:
 def _describe(error: Exception) -> str:
     """The text frame for an error. Tracebacks stay in the log: paths and code are no client's business."""
     if isinstance(error, ManipiError | ManipiClientError):
-        logger.warning("refused an observation\n%s", error)
+        logger.warning("answered with an error\n%s", error)
         return error_to_text(error)
     incident = secrets.token_hex(4)
     logger.error("inference failed (id %s)", incident, exc_info=error)

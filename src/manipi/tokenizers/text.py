@@ -1,10 +1,10 @@
 """Text tokenizers: words to token ids and back, and where action codes live in the vocabulary.
 
-    PaliGemma, 257152 ids                                       ByteTokenizer, 515 + room for codes
-    ┌──────────────────────┬───────────────┬──────────────┐     ┌───────────┬───────┬─────────┬──────────────┐
-    │ pad eos bos unk, text│ <loc0000> ... │ <seg000> ... │     │pad eos bos│ bytes │ 0 … 255 │              │
-    └──────────────────────┴───────────────┴──────────────┘     └───────────┴───────┴─────────┴──────────────┘
-         ← action codes 2047 … 1024 … 0 ───┘└ reserved 128          action codes  … 2 1 0 ───┘ (reserved 0)
+    PaliGemma, 257152 ids                                       ByteTokenizer, 775 + room for codes
+    ┌──────────────────────┬───────────────┬──────────────┐     ┌───────────┬───────┬───────┬─────────┬──────────┐
+    │ pad eos bos unk, text│ <loc0000> ... │ <seg000> ... │     │pad eos bos│ bytes │ words │ numbers │          │
+    └──────────────────────┴───────────────┴──────────────┘     └───────────┴───────┴───────┴─────────┴──────────┘
+         ← action codes 2047 … 1024 … 0 ───┘└ reserved 128             action codes  … 2 1 0 ────┘ (reserved 0)
 
 An action code c has the id `vocab_size - 1 - reserved_ids - c`: codes grow downwards from the end (openpi's rule for
 π0-FAST). In PaliGemma's vocabulary the codes above 1023 share their ids with rare text pieces.
@@ -118,46 +118,66 @@ class SentencePieceTokenizer:
 
 
 class ByteTokenizer:
-    """UTF-8 bytes, with one token for each whole number from 0 to 255 that stands alone as a word. Needs no file.
+    """UTF-8 bytes, and one token for what the prompt formats say again and again. Needs no file.
 
-    A state of S dimensions therefore costs S tokens (and S - 1 spaces) in a prompt. `decode(encode(text)) == text`.
+        "Task: reach it, State: 12 200;⏎Action: "
+         └──┬─┘r e a c h ␣ i t└───┬───┘│└─┬─┘└───┬────┘
+          word     bytes         word  12 ␣200  word
+
+    A state of S dimensions costs S tokens: a whole number from 0 to 255 that stands alone as a word is one token, with
+    the space before it or without. `decode(encode(text)) == text` always.
 
     Args:
-        vocab_size: 515, plus room for action codes at the end.
+        vocab_size: 775, plus room for action codes at the end.
     """
 
-    NUM_TEXT_IDS = 515
+    WORDS = ("Task: ", ", State: ", ";\nAction: ", "Action: ")
+    NUM_TEXT_IDS = 3 + 256 + len(WORDS) + 2 * 256
     pad_id, eos_id, bos_id = 0, 1, 2
     reserved_ids = 0
-    _FIRST_BYTE, _FIRST_NUMBER = 3, 259
-    # Anything that is neither letter, digit nor underscore bounds a word: "-1 25" holds 1 and 25, "007 a1 256" none.
-    _NUMBER_WORD = re.compile(r"(?<!\w)(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])(?!\w)")
+    _FIRST_BYTE, _FIRST_WORD = 3, 259
+    # A word is bounded by anything that is neither letter, digit nor underscore: "-1 25" holds 1 and 25, "007 a1 256" none.
+    _PIECE = re.compile(
+        "|".join(f"({re.escape(word)})" for word in sorted(WORDS, key=len, reverse=True))
+        + r"|( ?(?<!\w)(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])(?!\w))"
+    )
 
     def __init__(self, vocab_size: int = NUM_TEXT_IDS):
         if vocab_size < self.NUM_TEXT_IDS:
             raise ConfigError(
-                expected=f"a vocabulary of at least {self.NUM_TEXT_IDS} ids (3 control, 256 bytes, 256 numbers)",
+                expected=f"a vocabulary of at least {self.NUM_TEXT_IDS} ids (control, bytes, words, numbers)",
                 found=str(vocab_size),
                 where="ByteTokenizer.vocab_size",
                 next=f"use {self.NUM_TEXT_IDS} plus the number of action codes",
             )
-        self.vocab_size, self.code_capacity = vocab_size, vocab_size - self.NUM_TEXT_IDS
-        digest = hashlib.sha256(f"byte tokenizer, version 1, {vocab_size} ids".encode()).hexdigest()
-        self.reference = TokenizerReference(kind="byte", vocab_size=vocab_size, reserved_ids=0, sha256=digest)
+        self.vocab_size = vocab_size
+        # The texts of the ids from _FIRST_WORD on.
+        self._texts = [*self.WORDS, *map(str, range(256)), *(f" {n}" for n in range(256))]
+        self._ids = {text: self._FIRST_WORD + i for i, text in enumerate(self._texts)}
+
+    @property
+    def code_capacity(self) -> int:
+        return self.vocab_size - self.NUM_TEXT_IDS
+
+    @property
+    def reference(self) -> TokenizerReference:
+        definition = f"byte tokenizer, version 2, {self.vocab_size} ids"
+        digest = hashlib.sha256(definition.encode()).hexdigest()
+        return TokenizerReference(kind="byte", vocab_size=self.vocab_size, reserved_ids=0, sha256=digest)
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        # Splitting on a capturing group returns text and number words in turn.
-        for position, part in enumerate(self._NUMBER_WORD.split(text)):
-            is_number = position % 2 == 1
-            ids += [self._FIRST_NUMBER + int(part)] if is_number else [self._FIRST_BYTE + b for b in part.encode()]
-        return ids
+        ids, position = [], 0
+        for match in self._PIECE.finditer(text):
+            ids += [self._FIRST_BYTE + byte for byte in text[position : match.start()].encode()]
+            ids.append(self._ids[match.group()])
+            position = match.end()
+        return ids + [self._FIRST_BYTE + byte for byte in text[position:].encode()]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
         """The text; pad, BOS and EOS vanish in it, and action codes show as `<code7>`."""
-        return b"".join(map(self._piece, ids)).decode(errors="replace")
+        return b"".join(map(self._spell, ids)).decode(errors="replace")
 
-    def _piece(self, id: int) -> bytes:
+    def _spell(self, id: int) -> bytes:
         if not 0 <= id < self.vocab_size:
             raise TokenizerError(
                 expected=f"ids from 0 to {self.vocab_size - 1}",
@@ -167,10 +187,10 @@ class ByteTokenizer:
             )
         if id < self._FIRST_BYTE:
             return b""
-        if id < self._FIRST_NUMBER:
+        if id < self._FIRST_WORD:
             return bytes([id - self._FIRST_BYTE])
         if id < self.NUM_TEXT_IDS:
-            return str(id - self._FIRST_NUMBER).encode()
+            return self._texts[id - self._FIRST_WORD].encode()
         return f"<code{self.vocab_size - 1 - id}>".encode()
 
     def save(self, directory: Path) -> TokenizerReference:

@@ -17,12 +17,14 @@ class DataConfig:
 
     path: str
     """Folder of a LeRobot dataset (v2.1 or v3.0)."""
+    episodes: tuple[int, ...] = ()
+    """Numbers of the episodes to use; none named: all of them."""
     holdout: float = 0.1
     """Share of the episodes kept out of training, for evaluation."""
     num_workers: int = 1
     """Processes that read and encode batches; 0 reads inside the training process."""
     cache: Literal["none", "frames"] = "none"
-    """`frames` decodes every video once into a memory-mapped file beside the run."""
+    """`frames` decodes every video once, at the size that the model takes, into a memory-mapped file in the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

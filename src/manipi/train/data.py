@@ -23,8 +23,8 @@ from manipi.transforms.normalize import load_norm_stats, normalize, save_norm_st
 from manipi.transforms.pipeline import Pipeline, observation_of
 from manipi.types import Frame, NormStats, Sample
 
-FIT_CHUNKS = 4_096
-"""Action chunks that a FAST tokenizer is fitted to."""
+FIT_CHUNKS, FIT_CODES = 4_096, 1_024
+"""Action chunks that a FAST tokenizer is fitted to, and the most codes that it learns."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class TrainingData:
 
     config: TrainConfig
     dataset: Dataset
+    """As it is on disk, pictures in full size."""
+    to_train_on: Dataset
+    """The same, from the cache where there is one."""
     train_rows: np.ndarray
     held_out_rows: np.ndarray
     stats: NormStats
@@ -55,7 +58,7 @@ class TrainingData:
         sampler = Sampler(self.train_rows, c.batch_size, seed=c.seed, fingerprint=self.dataset.fingerprint)
         read = partial(frames_of, c.robot, c.model.action_horizon)
         encode = self.pipeline.encode_frame
-        return Loader(self.dataset, sampler, encode, read=read, num_workers=c.data.num_workers, start_step=start_step)
+        return Loader(self.to_train_on, sampler, encode, read=read, num_workers=c.data.num_workers, start_step=start_step)
 
 
 def frames_of(robot: Robot, action_horizon: int, dataset: Dataset, rows: np.ndarray) -> list[Frame]:
@@ -78,16 +81,20 @@ def prepare(config: TrainConfig, folder: Path) -> TrainingData:
         ConfigError: the robot does not fit the model.
     """
     pipeline.check_fit(config.robot, config.model)
-    dataset = open_dataset(config.data.path)
+    dataset = open_dataset(config.data.path, config.data.episodes)
     check_features(dataset, config.robot)
     train_rows, held_out_rows = split_episodes(dataset, holdout=config.data.holdout, seed=config.seed)
     stats = _stats(config, dataset, train_rows, folder / "norm_stats.json")
     tokenizers = _tokenizers(config, dataset, train_rows, stats, folder / "tokenizer")
-    if config.data.cache == "frames":
-        cameras = [config.robot.dataset_key(key) for key in config.robot.cameras.values()]
-        dataset = CachedDataset(dataset, cameras, folder / "cache")
     steps = pipeline.build(config.robot, config.model, stats, tokenizers, config.norm_mode)
-    return TrainingData(config, dataset, train_rows, held_out_rows, stats, tokenizers, steps)
+    to_train_on = _cached(config, dataset, folder / "cache") if config.data.cache == "frames" else dataset
+    return TrainingData(config, dataset, to_train_on, train_rows, held_out_rows, stats, tokenizers, steps)
+
+
+def _cached(config: TrainConfig, dataset: Dataset, folder: Path) -> Dataset:
+    """The same samples after encoding, bit for bit: the cache resizes as the pipeline does."""
+    cameras = [config.robot.dataset_key(key) for key in config.robot.cameras.values()]
+    return CachedDataset(dataset, cameras, folder, size=config.model.vision.image_size)
 
 
 def check_features(dataset: Dataset, robot: Robot) -> None:
@@ -138,4 +145,6 @@ def _fast_tokenizer(config: TrainConfig, dataset: Dataset, rows: np.ndarray, sta
     action_key = robot.dataset_key(robot.action_key)
     chunks, _ = action_chunks(dataset, chosen, action_key=action_key, horizon=config.model.action_horizon)
     relative = ActionSpace(robot).to_model(chunks, read_state(dataset, robot)[chosen])
-    return FastTokenizer.fit(normalize(relative, stats.actions, config.norm_mode))
+    # The codes live behind the text's ids in the model's vocabulary.
+    room = config.model.vocab_size - ByteTokenizer.NUM_TEXT_IDS if config.tokenizer == "byte" else FIT_CODES
+    return FastTokenizer.fit(normalize(relative, stats.actions, config.norm_mode), vocab_size=min(room, FIT_CODES))

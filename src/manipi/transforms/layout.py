@@ -26,11 +26,15 @@ class ModelLayout:
     def encode(self, sample: Sample) -> Sample:
         images, image_valid = self._cameras(sample)
         rest = {k: v for k, v in sample.items() if not k.startswith("image/") and k != "prompt"}
-        out = {**rest, "images": images, "image_valid": image_valid, "state": self._pad(sample["state"])}
-        if "actions" in sample:
-            out["actions"] = self._pad(sample["actions"])
-            out["action_dim_valid"] = np.arange(self.model.action_dim) < self.action_size
-        return out
+        actions = {"actions": self._pad(sample["actions"])} if "actions" in sample else {}
+        return {
+            **rest,
+            **actions,
+            "images": images,
+            "image_valid": image_valid,
+            "state": self._pad(sample["state"]),
+            "action_dim_valid": np.arange(self.model.action_dim) < self.action_size,
+        }
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
         # π0-FAST hands on token ids, which have no action dimensions yet.

@@ -12,16 +12,17 @@ This is openpi's protocol, so the server may be manipi's or openpi's.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import socket
 import struct
 import sys
 import threading
 import time
-from types import TracebackType
 from typing import Any, Mapping
+from urllib.parse import urlsplit
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.protocol import State
 from websockets.sync.client import ClientConnection, connect
 from websockets.version import version as websockets_version
@@ -51,7 +52,10 @@ _NO_KEEPALIVE_NO_PROXY: dict[str, Any] = (
 _TIMEOUTS = (TimeoutError, socket.timeout)
 
 # A port that nobody listens on, or a tunnel or container proxy in front of a server that has not started.
-_NOT_UP_YET = (ConnectionError, EOFError, InvalidMessage)
+_NOT_UP_YET = (ConnectionError, ConnectionClosed, EOFError, *_TIMEOUTS)
+
+# Not a policy server, or not for this client. websockets before 15 asserts that what answers speaks HTTP.
+_REFUSALS = (InvalidHandshake, InvalidURI, OSError, ValueError, AssertionError)
 
 
 class WebsocketPolicy:
@@ -61,7 +65,7 @@ class WebsocketPolicy:
 
     Args:
         host: name or address of the server, or a whole `ws://` or `wss://` URI.
-        port: port of the server; None for the one in the URI or its scheme's own.
+        port: port of the server, unless the URI has one; None for the scheme's own.
         token: sent as `Authorization: Api-Key <token>`.
         connect_timeout: seconds to wait for a server that is still starting.
         request_timeout: seconds to wait for actions. The first answer may be slow where the server still compiles.
@@ -129,9 +133,7 @@ class WebsocketPolicy:
     def __enter__(self) -> WebsocketPolicy:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _exchange(self, connection: ClientConnection, frame: bytes) -> dict[str, Any]:
@@ -157,25 +159,19 @@ class WebsocketPolicy:
     def _connect(self) -> None:
         """Connects and reads the metadata, trying again while the server is not up yet."""
         deadline = time.monotonic() + self._connect_timeout
-        waiting = False
-        while True:
+        for attempt in itertools.count():
+            if attempt == 1:
+                logger.warning("waiting up to %g s for a policy server at %s", self._connect_timeout, self._uri)
             try:
                 self._connection = self._handshake(deadline)
                 self._metadata = self._read_map(self._connection.recv(max(0.0, deadline - time.monotonic())))
                 return
-            except (*_NOT_UP_YET, ConnectionClosed) as error:
+            except BaseException as error:
                 self._disconnect()
+                if not isinstance(error, _NOT_UP_YET):
+                    raise
                 if time.monotonic() + _RETRY_SECONDS > deadline:
-                    raise self._connect_timeout_error(str(error) or type(error).__name__) from error
-            except _TIMEOUTS as error:
-                self._disconnect()
-                raise self._connect_timeout_error("a connection, but no metadata in time") from error
-            except BaseException:
-                self._disconnect()
-                raise
-            if not waiting:
-                logger.warning("waiting up to %g s for a policy server at %s", self._connect_timeout, self._uri)
-                waiting = True
+                    raise self._connect_timeout_error(error) from error
             time.sleep(_RETRY_SECONDS)
 
     def _handshake(self, deadline: float) -> ClientConnection:
@@ -189,9 +185,11 @@ class WebsocketPolicy:
                 close_timeout=_CLOSE_SECONDS,
                 **_NO_KEEPALIVE_NO_PROXY,
             ).__enter__()  # `_disconnect` leaves it; websockets deprecates a connection that was never entered.
-        except (*_NOT_UP_YET, *_TIMEOUTS):
+        except _NOT_UP_YET:
             raise
-        except (InvalidHandshake, OSError, ValueError) as error:
+        except _REFUSALS as error:
+            if isinstance(error.__cause__, EOFError):
+                raise error.__cause__ from None
             raise ConnectError(
                 expected="a policy server that lets this client in",
                 found=str(error) or type(error).__name__,
@@ -219,10 +217,10 @@ class WebsocketPolicy:
             )
         return value
 
-    def _connect_timeout_error(self, found: str) -> ConnectTimeout:
+    def _connect_timeout_error(self, error: BaseException) -> ConnectTimeout:
         return ConnectTimeout(
             expected=f"a policy server within {self._connect_timeout:g} s",
-            found=found,
+            found=str(error) or type(error).__name__,
             where=self._uri,
             next="start the server, check host and port, or raise connect_timeout",
         )
@@ -247,7 +245,10 @@ class WebsocketPolicy:
 def _uri(host: str, port: int | None) -> str:
     if "://" not in host:
         host = f"ws://[{host}]" if ":" in host else f"ws://{host}"
-    return host if port is None else f"{host}:{port}"
+    parts = urlsplit(host)
+    if port is None or parts.port is not None:
+        return host
+    return parts._replace(netloc=f"{parts.netloc}:{port}").geturl()
 
 
 def _limit_sends(connection: socket.socket, seconds: float) -> None:

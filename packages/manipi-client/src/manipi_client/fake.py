@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import traceback
-from types import TracebackType
 from typing import Any, Callable, Mapping
 
 from websockets.exceptions import ConnectionClosed
@@ -44,9 +43,7 @@ class FakePolicyServer:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._server.shutdown()
         for connection in list(self._connections):
             connection.close()

@@ -106,7 +106,10 @@ def _read_scalar(data: Any, dtype: np.dtype) -> np.generic:
     if not isinstance(data, (bool, int, float, str, bytes)):
         raise _protocol_error("a scalar's data as a plain value", type(data).__name__)
     try:
-        return dtype.type(data)
+        value = dtype.type(data)
+        if dtype.kind in "iu" and value != data:  # NumPy before 2 wraps around.
+            raise OverflowError
+        return value
     except (TypeError, ValueError, OverflowError) as error:
         raise _protocol_error(f"a value of {dtype.str}", repr(data)) from error
 

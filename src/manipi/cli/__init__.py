@@ -1,0 +1,59 @@
+"""The command line: one file per command, each thin. Only the command that runs is imported."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from manipi.errors import ManipiError, unknown_name
+from manipi_client.errors import ManipiClientError
+
+COMMANDS = {
+    "demo": "record demonstrations, train a tiny policy, serve it, and drive a simulated arm with it",
+    "train": "train a policy: manipi train RECIPE|FILE.py:FUNCTION [--flags]",
+    "eval": "open-loop error of a checkpoint on held-out episodes, beside simple baselines",
+    "serve": "serve a checkpoint over websocket, in openpi's protocol",
+    "stats": "compute norm stats of a recipe's data and report suspicious dimensions",
+    "check": "read a dataset in full and report what is wrong with it",
+    "inspect": "show a dataset, a checkpoint, or what a recipe does to its first frame",
+    "recipes": "list the recipes",
+    "doctor": "say what this machine and this installation can do",
+}
+
+USAGE = """usage: manipi COMMAND [arguments]      (manipi COMMAND --help explains each)
+
+{commands}
+
+The promise: what trains is what deploys, and every claim can be checked by a command. First steps:
+  manipi demo                                     watch a policy learn and act, in minutes, on a processor
+  manipi inspect path/to/dataset                  what is in a LeRobot dataset
+  manipi train ./my_robot.py:my_recipe --run-dir runs/first
+  manipi serve runs/first/checkpoints/30000
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 when it did its job, 1 on an error of ours, 130 on Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())))
+        return
+    try:
+        _run(arguments[0], arguments[1:])
+    except (ManipiError, ManipiClientError) as error:
+        print(f"\nmanipi {arguments[0]}: {type(error).__name__}\n{error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    if command == "--version":
+        command = "doctor"
+    if command not in COMMANDS:
+        raise unknown_name("command", command, COMMANDS, next="manipi --help")
+    importlib.import_module(f"manipi.cli.{command}").main(arguments)

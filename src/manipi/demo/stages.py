@@ -1,0 +1,171 @@
+"""The main job, on the embedded environment: demonstrations in, a policy that acts out.
+
+    record ──► check ──► train ──► serve and drive ──► report
+    LeRobot    norm      tiny      unseen scenes:      report.html
+    v3.0       stats     model     trained, blind,     report.json
+                                   wrong prompt
+
+Every stage leaves its result in the folder and is skipped when it is there, so that a second run goes on where the
+first one stopped, however that came about.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import manipi
+from manipi.data.check import check_dataset
+from manipi.data.dataset import open_dataset
+from manipi.demo.config import FIRST_TRAINING_SEED, RECIPES, DemoConfig
+from manipi.demo.record import record
+from manipi.errors import DatasetFormatError, TrainingError
+from manipi.evaluate.report import DemoReport, write_report
+from manipi.evaluate.rollout import Trial, Variant, load_trials, run_trials, save_trials
+from manipi.evaluate.serving import policy_server
+from manipi.evaluate.statistics import SuccessRate, success_rate
+from manipi.recipes.registry import load_recipe
+from manipi.records import read_json, to_json
+from manipi.storage import atomic_write
+from manipi.train.config import TrainConfig
+from manipi.train.loop import train
+from manipi.train.run import Run
+
+class Demo:
+    """One folder, one run of the stages.
+
+    Raises:
+        TrainingError: the folder holds a demonstration of another size.
+    """
+
+    def __init__(self, folder: Path, config: DemoConfig):
+        self.folder, self.config = folder, config
+        self.dataset, self.run_folder = folder / "dataset", folder / "run"
+        recipe = load_recipe(RECIPES[config.model])
+        data = replace(recipe.data, path=str(self.dataset))
+        self.train_config: TrainConfig = replace(recipe, data=data, steps=config.steps or recipe.steps)
+        self._claim()
+
+    def run(self) -> DemoReport:
+        """All stages; returns what `report.json` holds."""
+        with self._timed("record"):
+            self._record()
+        with self._timed("check"):
+            self._check()
+        untrained = self._drive("untrained", "plain", lambda: train(self.train_config, self.run_folder, stop_at=0))
+        with self._timed("train"):
+            checkpoint = self._train()
+        trained = self._drive("trained", "plain", lambda: checkpoint, films=self.config.films)
+        blind = self._drive("blind", "blind", lambda: checkpoint)
+        wrong_prompt = self._drive("wrong_prompt", "wrong_prompt", lambda: checkpoint)
+        trials = {"trained": trained, "untrained": untrained, "blind": blind, "wrong_prompt": wrong_prompt}
+        report = self._report(trials)
+        report.write_json(self.folder / "report.json")
+        write_report(self.folder / "report.html", report)
+        return report
+
+    # ---- stages
+
+    def _record(self) -> None:
+        if not self.dataset.exists():
+            size = self.train_config.model.vision.image_size
+            record(self.dataset, episodes=self.config.episodes, first_seed=FIRST_TRAINING_SEED, image_size=size)
+
+    def _check(self) -> None:
+        done = self.folder / "check.json"
+        if done.exists():
+            return
+        findings = check_dataset(open_dataset(self.dataset))
+        errors = [f for f in findings if f.severity == "error"]
+        if errors:
+            raise DatasetFormatError(
+                expected="demonstrations without errors",
+                found=f"{len(errors)} errors; the first: {errors[0].what}",
+                where=str(self.dataset),
+                next=f"manipi check {self.dataset}",
+            )
+        atomic_write(done, json.dumps(to_json(findings), indent=2).encode())
+
+    def _train(self) -> Path:
+        final = Run(self.run_folder, self.train_config).checkpoint(self.train_config.steps)
+        return final if final.is_dir() else train(self.train_config, self.run_folder)
+
+    def _drive(self, name: str, variant: Variant, checkpoint: Callable[[], Path], films: int = 0) -> list[Trial]:
+        done = self.folder / "trials" / f"{name}.npz"
+        if not done.exists():
+            with self._timed(f"drive {name}"), policy_server(checkpoint()) as port:
+                trials = run_trials(
+                    port,
+                    range(self.config.trials),
+                    image_size=self.train_config.model.vision.image_size,
+                    execute_steps=self.config.execute_steps,
+                    variant=variant,
+                    film=films,
+                    label=name.replace("_", " "),
+                )
+            save_trials(done, trials)
+        return load_trials(done)
+
+    def _report(self, trials: dict[str, list[Trial]]) -> DemoReport:
+        round_trips = [ms for trial in trials["trained"] for ms in trial.infer_ms]
+        p50, p95 = np.percentile(round_trips, (50, 95)).tolist()
+        return DemoReport(
+            success={name: rate_of(found) for name, found in trials.items()},
+            seconds=self._seconds(),
+            latency_ms={"p50": p50, "p95": p95},
+            settings=self._settings(),
+            trials=tuple(t for t in trials["trained"] if t.frames is not None),
+            loss_png=self.run_folder / "loss.png",
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        dataset, run = open_dataset(self.dataset), Run(self.run_folder, self.train_config)
+        newest = run.checkpoint(self.train_config.steps) / "model.safetensors"
+        return {
+            "demo": to_json(self.config),
+            "train": to_json(self.train_config),
+            "dataset": {"episodes": len(dataset.episodes), "frames": dataset.num_frames},
+            "final_loss": run.read_metrics()[-1]["loss"],
+            "weights_mb": newest.stat().st_size / 1e6,
+            "versions": {"manipi": manipi.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+
+    # ---- the folder's own state
+
+    def _claim(self) -> None:
+        stored, mine = self.folder / "demo.json", to_json(self.config)
+        if stored.exists() and read_json(stored) != mine:
+            raise TrainingError(
+                expected=f"a demonstration with {mine}",
+                found=f"one with {read_json(stored)}",
+                where=str(self.folder),
+                next="name another folder with --dir, or delete this one",
+            )
+        atomic_write(stored, json.dumps(mine, indent=2).encode())
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        """Add the time that the block takes to the stage's, over all runs of this folder."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = self._seconds()
+            seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - started
+            atomic_write(self.folder / "seconds.json", json.dumps(seconds, indent=2).encode())
+
+    def _seconds(self) -> dict[str, float]:
+        path = self.folder / "seconds.json"
+        return read_json(path) if path.exists() else {}
+
+
+def rate_of(trials: list[Trial]) -> SuccessRate:
+    """How many of the trials succeeded."""
+    return success_rate(sum(t.success for t in trials), len(trials))

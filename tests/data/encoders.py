@@ -1,0 +1,38 @@
+"""What worker processes are given in the tests of the loader; a module of its own, so that they can import it."""
+
+import os
+import signal
+from functools import partial
+
+import numpy as np
+
+from manipi.data.dataset import frames
+from manipi.errors import BadValueError
+
+CAMERA = "observation.images.top"
+read = partial(frames, cameras=[CAMERA], state_keys=["observation.state"], action_key="action", horizon=4)
+
+
+def encode(frame):
+    place = np.array([frame.episode, frame.index])
+    return {"image": frame.observation[CAMERA], "actions": frame.actions, "valid": frame.action_valid, "place": place}
+
+
+def refuse_episode_2(frame):
+    if frame.episode == 2:
+        raise BadValueError(
+            expected="good frames", found="a bad one", where=f"episode 2, frame {frame.index}", next="x"
+        )
+    return encode(frame)
+
+
+def crash_at_episode_2(frame):
+    if frame.episode == 2:
+        raise ZeroDivisionError("a mistake in the code")
+    return encode(frame)
+
+
+def die_at_episode_2(frame):
+    if frame.episode == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(frame)

@@ -1,0 +1,145 @@
+"""Equal batches for any number of workers, and loud ends."""
+
+import importlib
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from manipi.data.cache import CachedDataset
+from manipi.data.loader import Loader
+from manipi.data.sampler import Sampler
+from manipi.errors import BadValueError, TrainingError
+
+CAMERA = "observation.images.top"
+
+
+@pytest.fixture
+def encoders(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    return importlib.import_module("encoders")
+
+
+@pytest.fixture
+def batches(dataset, encoders):
+    """The first batches of a loader, with its process count in between."""
+
+    def batches(encode="encode", count=4, data=dataset, **options):
+        sampler = Sampler(data.num_frames, 16, seed=1, fingerprint=data.fingerprint)
+        with Loader(data, sampler, getattr(encoders, encode), read=encoders.read, **options) as loader:
+            result = [(step, batch) for step, batch, wait in itertools.islice(loader, count) if wait > 0]
+        assert multiprocessing.active_children() == []
+        return result
+
+    return batches
+
+
+def assert_equal(a, b):
+    assert [step for step, _ in a] == [step for step, _ in b]
+    for (_, x), (_, y) in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for key in x:
+            np.testing.assert_array_equal(x[key], y[key])
+
+
+def test_batches_are_those_of_the_sampler(batches, dataset, episodes):
+    for step, batch in batches():
+        rows = Sampler(50, 16, seed=1, fingerprint=dataset.fingerprint).rows(step)
+        assert batch["image"].shape == (16, 32, 48, 3)
+        places = [(e, f) for e, f in batch["place"].tolist()]
+        assert [dataset.episodes[e].start + f for e, f in places] == rows.tolist()
+        np.testing.assert_array_equal(batch["actions"][:, 0], [episodes[e]["action"][f] for e, f in places])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same(batches, workers):
+    assert_equal(batches(num_workers=workers, count=7), batches(count=7))
+
+
+def test_resume_gives_the_same(batches):
+    assert_equal(batches(num_workers=2, start_step=3, count=2), batches(count=5)[3:])
+
+
+def test_ranks_share_a_batch(batches):
+    whole = batches(count=2)
+    ranks = [batches(count=2, rank=rank, world_size=2) for rank in (0, 1)]
+    for step in (0, 1):
+        joined = np.concatenate([rank[step][1]["place"] for rank in ranks])
+        np.testing.assert_array_equal(joined, whole[step][1]["place"])
+
+
+def test_cached_pictures_through_workers(batches, dataset, tmp_path):
+    cached = CachedDataset(dataset, [CAMERA], tmp_path, show=False)
+    assert_equal(batches(data=cached, num_workers=1), batches())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_error_of_a_worker_is_the_callers(batches, workers):
+    with pytest.raises(BadValueError, match=r"(?s)good frames.*episode 2, frame"):
+        batches(encode="refuse_episode_2", num_workers=workers)
+    assert multiprocessing.active_children() == []
+
+
+def test_killed_worker(batches):
+    with pytest.raises(TrainingError, match=r"(?s)a batch from a data worker.*exit code -9.*--data.num-workers 0"):
+        batches(encode="die_at_episode_2", num_workers=2)
+    assert multiprocessing.active_children() == []
+
+
+def test_crashed_worker_shows_its_traceback(batches, capfd):
+    with pytest.raises(TrainingError, match="exit code 1 "):
+        batches(encode="crash_at_episode_2", num_workers=1)
+    assert "ZeroDivisionError: a mistake in the code" in capfd.readouterr().err
+
+
+ORPHAN = """
+import multiprocessing, sys, time
+import encoders
+from manipi.data.dataset import open_dataset
+from manipi.data.loader import Loader
+from manipi.data.sampler import Sampler
+
+if __name__ == "__main__":
+    dataset = open_dataset(sys.argv[1])
+    loader = iter(Loader(dataset, Sampler(50, 16, seed=1), encoders.encode, read=encoders.read, num_workers=2))
+    next(loader), next(loader)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    time.sleep(60)
+"""
+
+
+def test_workers_end_with_their_parent(written, tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(ORPHAN)
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    command = [sys.executable, str(script), str(written)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}
+    ) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline, "the workers outlive their parent"
+        time.sleep(0.05)
+
+
+def test_workers_need_no_torch():
+    code = "import sys, manipi.data.cache, manipi.data.loader, manipi.data.lerobot; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
