@@ -1,23 +1,23 @@
 """Every error that manipi raises on purpose.
 
-    ManipiError                     what was expected, what was found, where, what to run next
-    ├─ ConfigError                  a setting that cannot be (also a ValueError)
-    │   └─ UnknownNameError         a name that nobody has; carries the closest ones
-    ├─ DataError                    a dataset that cannot be read or trusted
-    │   ├─ DatasetNotFoundError     nothing there, or nothing in it
-    │   ├─ DatasetFormatError       an unknown version, a missing file, a broken video
-    │   ├─ MissingFeatureError      the robot names a camera, state or action that the data lacks
-    │   ├─ BadValueError            NaN or infinity; names episode and frame
-    │   └─ NormStatsError           missing, of another robot or pipeline, or of another size
-    ├─ ObservationError             a client's observation that does not match the robot
-    ├─ CheckpointError              a checkpoint that cannot be trusted
-    │   ├─ IntegrityError           a file is missing, or its hash differs
-    │   ├─ WeightsMismatchError     missing, unexpected and mis-shaped tensors, in full
-    │   └─ SelfTestError            the loaded policy does not repeat the trainer's actions
-    ├─ TokenizerError               text or codes that do not decode
-    ├─ TrainingError                a non-finite loss, a run directory of another run
-    ├─ StorageError                 a full disk, a folder that cannot be written
-    └─ ServeError                   a port in use, an address that cannot be bound
+ManipiError                     what was expected, what was found, where, what to run next
+├─ ConfigError                  a setting that cannot be (also a ValueError)
+│   └─ UnknownNameError         a name that nobody has; carries the closest ones
+├─ DataError                    a dataset that cannot be read or trusted
+│   ├─ DatasetNotFoundError     nothing there, or nothing in it
+│   ├─ DatasetFormatError       an unknown version, a missing file, a broken video
+│   ├─ MissingFeatureError      the robot names a camera, state or action that the data lacks
+│   ├─ BadValueError            NaN or infinity; names episode and frame
+│   └─ NormStatsError           missing, of another robot or pipeline, or of another size
+├─ ObservationError             a client's observation that does not match the robot
+├─ CheckpointError              a checkpoint that cannot be trusted
+│   ├─ IntegrityError           a file is missing, or its hash differs
+│   ├─ WeightsMismatchError     missing, unexpected and mis-shaped tensors, in full
+│   └─ SelfTestError            the loaded policy does not repeat the trainer's actions
+├─ TokenizerError               text or codes that do not decode
+├─ TrainingError                a non-finite loss, a run directory of another run
+├─ StorageError                 a full disk, a folder that cannot be written
+└─ ServeError                   a port in use, an address that cannot be bound
 """
 
 import difflib

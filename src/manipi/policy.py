@@ -92,7 +92,9 @@ class Policy:
             ObservationError: the observation does not match the robot; it names the key.
         """
         started = time.perf_counter()
-        sample, seen = self.pipeline.encode(observation)
+        # A recorded frame may bring its actions along; the policy must not see them.
+        seen_by_robot = {key: value for key, value in observation.items() if key not in ("actions", "action_valid")}
+        sample, seen = self.pipeline.encode(seen_by_robot)
         batch = {key: np.asarray(value)[None] for key, value in sample.items()}
         output = self._run_model(ModelInput.from_numpy(batch, self._device), noise)
         actions = self.pipeline.decode(output, seen)

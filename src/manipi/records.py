@@ -78,8 +78,13 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def json_bytes(value: Any) -> bytes:
+    """`value` as a file's content, for people to read too."""
+    return (json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(json_bytes(value))
 
 
 def fingerprint(value: Any) -> str:

@@ -10,22 +10,25 @@ from pathlib import Path
 
 from manipi.errors import StorageError
 
+_STORAGE_ERRNOS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EEXIST),
+)
+"""No room, no right, and a file in the way."""
+
 
 @contextmanager
-def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_directory(target: Path) -> Iterator[Path]:
     """A temporary sibling of `target` that takes its name when the block ends well, and vanishes when it does not.
 
+    A process that is killed inside the block leaves the sibling behind, for `remove_partial`.
+
     Raises:
-        StorageError: `target` exists already (unless `replace`), the disk is full, or the folder cannot be written.
+        StorageError: `target` exists already, the disk is full, or the folder cannot be written.
     """
     target = Path(target)
-    if target.exists() and not replace:
-        raise StorageError(
-            expected="a folder that does not exist yet",
-            found="something of that name",
-            where=str(target),
-            next="choose another name, or move the old folder away",
-        )
+    _require_absent(target)
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -33,13 +36,18 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         try:
             yield partial
             _sync(partial)
-            if target.exists():
-                shutil.rmtree(target)
+            _require_absent(target)  # another process may have made it meanwhile
             partial.rename(target)
             _sync_entry(target.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what killed processes left half-written in `folder`; no other process may be writing there."""
+    for partial in folder.glob(".*.partial"):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -49,6 +57,7 @@ def atomic_write(path: Path, data: bytes) -> None:
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             partial.write_bytes(data)
+            _sync_entry(partial)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -56,11 +65,11 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 @contextmanager
 def storage_errors(where: Path) -> Iterator[None]:
-    """A full disk or a forbidden folder as a StorageError that names the place."""
+    """A full disk, a forbidden folder or a file where a folder is needed as a StorageError that names the place."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
+        if error.errno not in _STORAGE_ERRNOS:
             raise
         free = shutil.disk_usage(_existing(where)).free / 1e6
         raise StorageError(
@@ -69,6 +78,16 @@ def storage_errors(where: Path) -> Iterator[None]:
             where=str(where),
             next="free some space or choose another folder; nothing half-written was left",
         ) from error
+
+
+def _require_absent(target: Path) -> None:
+    if target.exists():
+        raise StorageError(
+            expected="a folder that does not exist yet",
+            found="something of that name",
+            where=str(target),
+            next="choose another name, or move the old folder away",
+        )
 
 
 def _existing(path: Path) -> Path:

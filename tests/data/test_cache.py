@@ -9,6 +9,7 @@ import pytest
 from manipi.data.cache import CachedDataset
 from manipi.data.dataset import frames, open_dataset
 from manipi.errors import ConfigError, DatasetFormatError, MissingFeatureError, StorageError
+from manipi.transforms.images import resize_with_pad
 
 CAMERA = "observation.images.top"
 ROWS = np.array([49, 0, 7, 7, 20])
@@ -63,3 +64,13 @@ def test_nothing_half_decoded_stays(written, tmp_path):
 def test_missing_camera(dataset, tmp_path):
     with pytest.raises(MissingFeatureError, match="image 'wrist'"):
         CachedDataset(dataset, ["wrist"], tmp_path, show=False)
+
+
+def test_smaller_pictures_are_those_of_the_pipeline(dataset, tmp_path):
+    cached = CachedDataset(dataset, [CAMERA], tmp_path, 16, show=False)
+    expected = [resize_with_pad(image, 16, 16) for image in dataset.images(CAMERA, ROWS)]
+    for served in (cached, pickle.loads(pickle.dumps(cached))):
+        np.testing.assert_array_equal(served.images(CAMERA, ROWS), expected)
+        assert served.features[CAMERA].shape == (16, 16, 3)
+    full = CachedDataset(dataset, [CAMERA], tmp_path, show=False)
+    np.testing.assert_array_equal(full.images(CAMERA, ROWS), dataset.images(CAMERA, ROWS))

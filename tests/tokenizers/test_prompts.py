@@ -16,8 +16,8 @@ def test_pi0_reads_the_cleaned_instruction_and_a_newline():
     prompt = pi0_prompt(BYTE, " Pick_up\nthe  Cup ", 32)
     assert text_of(prompt) == "Pick up the  Cup\n"
     assert prompt.tokens[0] == BYTE.bos_id
-    assert prompt.valid.tolist() == [True] * 18 + [False] * 14
-    assert not prompt.tokens[18:].any()
+    assert prompt.valid.tolist() == [True] * 13 + [False] * 19
+    assert not prompt.tokens[13:].any()
     assert not prompt.causal.any()
     assert not prompt.loss.any()
     assert (prompt.tokens.dtype, prompt.valid.dtype) == (np.int64, np.bool_)

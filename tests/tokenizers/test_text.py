@@ -33,8 +33,9 @@ def test_byte_tokenizer_spends_one_token_per_bin(numbers):
 
 def test_byte_tokenizer_spends_one_token_per_word_of_a_prompt():
     tokenizer = ByteTokenizer()
-    ids = tokenizer.encode("Task: go, State: 0 128;\nAction: ")
-    assert [tokenizer.decode([id]) for id in ids] == ["Task: ", "g", "o", ", State: ", "0", " 128", ";\nAction: "]
+    ids = tokenizer.encode("Task: push zebras onto, State: 0 128;\nAction: ")
+    pieces = [tokenizer.decode([id]) for id in ids]
+    assert pieces == ["Task: ", "push", *" zebras", " onto", ", State: ", "0", " 128", ";\nAction: "]
 
 
 @pytest.mark.parametrize("text", ["007", "256", "a1", "1b", "_1", "12_", "٣", "1٣", "99999"])
@@ -44,16 +45,16 @@ def test_numbers_inside_words_stay_bytes(text):
 
 def test_byte_tokenizer_shows_control_and_code_ids():
     tokenizer = ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + 10)
-    assert tokenizer.decode([2, *tokenizer.encode("go"), 784, 775, 1, 0]) == "go<code0><code9>"
-    with pytest.raises(TokenizerError, match=r"(?s)ids from 0 to 784.*found 785"):
-        tokenizer.decode([785])
-    with pytest.raises(ConfigError, match="at least 775 ids"):
-        ByteTokenizer(774)
+    assert tokenizer.decode([2, *tokenizer.encode("go"), 1020, 1011, 1, 0]) == "go<code0><code9>"
+    with pytest.raises(TokenizerError, match=r"(?s)ids from 0 to 1020.*found 1021"):
+        tokenizer.decode([1021])
+    with pytest.raises(ConfigError, match="at least 1011 ids"):
+        ByteTokenizer(1010)
 
 
 def test_codes_fill_the_vocabulary_from_its_end(small_sp_path):
     byte, pieces = ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + 10), SentencePieceTokenizer(small_sp_path)
-    assert tokens_from_codes(byte, np.arange(10)).tolist() == list(range(784, 774, -1))
+    assert tokens_from_codes(byte, np.arange(10)).tolist() == list(range(1020, 1010, -1))
     assert tokens_from_codes(pieces, np.array([0, 867])).tolist() == [871, 4]
     for tokenizer in (byte, pieces):
         codes = np.arange(tokenizer.code_capacity)
@@ -65,7 +66,7 @@ def test_codes_fill_the_vocabulary_from_its_end(small_sp_path):
 
 @pytest.mark.parametrize("kind", ["byte", "sentencepiece"])
 def test_save_and_load(kind, tmp_path, small_sp_path):
-    tokenizer = ByteTokenizer(900) if kind == "byte" else SentencePieceTokenizer(small_sp_path, reserved_ids=100)
+    tokenizer = ByteTokenizer(1100) if kind == "byte" else SentencePieceTokenizer(small_sp_path, reserved_ids=100)
     reference = tokenizer.save(tmp_path)
     for again in (load_tokenizer(reference, tmp_path), pickle.loads(pickle.dumps(tokenizer))):
         assert again.reference == reference
@@ -83,9 +84,9 @@ def test_load_refuses_another_tokenizer(tmp_path, small_sp_path):
     (tmp_path / "tokenizer.model").unlink()
     with pytest.raises(IntegrityError, match="no such file"):
         load_tokenizer(reference, tmp_path)
-    byte = ByteTokenizer(800).reference
+    byte = ByteTokenizer(1100).reference
     with pytest.raises(IntegrityError):
-        load_tokenizer(dataclasses.replace(byte, vocab_size=801), tmp_path)
+        load_tokenizer(dataclasses.replace(byte, vocab_size=1101), tmp_path)
     with pytest.raises(UnknownNameError, match="did you mean byte"):
         load_tokenizer(dataclasses.replace(byte, kind="bytes"), tmp_path)
 

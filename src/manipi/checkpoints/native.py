@@ -13,12 +13,14 @@
 It appears by one rename or not at all, and reading it verifies every hash.
 """
 
+import errno
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -82,10 +84,11 @@ def write_checkpoint(
     assert checkpoint.self_test is not None
     with atomic_directory(target) as folder:
         weights = {name: tensor.detach().contiguous() for name, tensor in checkpoint.weights.items()}
-        save_file(weights, folder / "model.safetensors")
+        _save_weights(weights, folder / "model.safetensors")
         write_json(folder / "config.json", checkpoint.config)
         write_json(folder / "robot.json", checkpoint.robot)
         save_norm_stats(checkpoint.norm_stats, folder / "norm_stats.json")
+        (folder / "tokenizer").mkdir()
         checkpoint.tokenizers.save(folder / "tokenizer")
         _save_self_test(checkpoint.self_test, folder / "self_test.npz")
         if write_train_state is not None:
@@ -110,14 +113,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 def verify(folder: Path) -> None:
     """Compare every file with the manifest, both ways."""
     if not (folder / MANIFEST).is_file():
+        names = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else ""
         raise CheckpointError(
             expected=f"a checkpoint folder (with a {MANIFEST})",
-            found=f"only {', '.join(sorted(p.name for p in folder.iterdir()))}" if folder.is_dir() else "no such folder",
+            found=f"only {names or 'an empty folder'}" if folder.is_dir() else "no such folder",
             where=str(folder),
             next="name a folder such as runs/NAME/checkpoints/STEP",
         )
     manifest = read_json(folder / MANIFEST)
-    present = {str(p.relative_to(folder)) for p in _files(folder) if p.name != MANIFEST}
+    present = {str(p.relative_to(folder)) for p in _files(folder)} - {MANIFEST}
     for name in sorted(set(manifest) | present):
         _verify_file(folder, name, manifest.get(name), name in present)
 
@@ -146,6 +150,13 @@ def _files(folder: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file(dict(weights), path)
+    except SafetensorError as error:  # such as a full disk; an OSError everywhere else
+        raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def _save_self_test(test: SelfTest, path: Path) -> None:

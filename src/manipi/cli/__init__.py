@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import manipi
 from manipi.errors import ManipiError, unknown_name
 from manipi_client.errors import ManipiClientError
 
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         width = max(map(len, COMMANDS))
         print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())))
         return
+    if arguments[0] == "--version":
+        print(f"manipi {manipi.__version__}")
+        return
     try:
         _run(arguments[0], arguments[1:])
     except (ManipiError, ManipiClientError) as error:
@@ -52,8 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(command: str, arguments: list[str]) -> None:
-    if command == "--version":
-        command = "doctor"
     if command not in COMMANDS:
         raise unknown_name("command", command, COMMANDS, next="manipi --help")
     importlib.import_module(f"manipi.cli.{command}").main(arguments)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from manipi.cli.arguments import parse
 from manipi.cli.result import table, write_result
 from manipi.demo.config import DemoConfig
 
@@ -26,7 +27,7 @@ class _Demo:
 
 def main(arguments: Sequence[str]) -> None:
     """Run all stages and print what came out."""
-    args = tyro.cli(_Demo, args=arguments, prog="manipi demo")
+    args = parse(_Demo, arguments, "demo")
     folder = args.dir or Path("runs/demo" if args.demo.model == "pi05" else f"runs/demo_{args.demo.model}")
 
     from manipi.demo.stages import Demo

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from manipi.cli.arguments import parse
 from manipi.storage import atomic_write
 
 
@@ -34,7 +35,7 @@ class _Serve:
 
 def main(arguments: Sequence[str]) -> None:
     """Serve until SIGTERM or Ctrl-C."""
-    args = tyro.cli(_Serve, args=arguments, prog="manipi serve")
+    args = parse(_Serve, arguments, "serve")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)
 

@@ -11,4 +11,5 @@
 | `sampler`, `split` | which rows form step s; train and held-out episodes |
 | `loader` | batches, from worker processes |
 | `stats` | norm stats |
+| `check`, `describe` | what is wrong with a dataset; what is in it, and a robot that would fit |
 """

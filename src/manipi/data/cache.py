@@ -5,7 +5,6 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +41,8 @@ class CachedDataset(Dataset):
         dataset: Dataset,
         cameras: Sequence[str],
         folder: str | Path,
-        *,
         size: int | None = None,
+        *,
         max_gb: float = 50.0,
         show: bool = True,
     ):
@@ -67,7 +66,7 @@ class CachedDataset(Dataset):
 
     def __reduce__(self) -> tuple:
         # Workers map the same file again; a pickled memory map would be a copy of all its pictures.
-        return partial(CachedDataset, size=self._size), (self._dataset, tuple(self._files), self._folder)
+        return CachedDataset, (self._dataset, tuple(self._files), self._folder, self._size)
 
     def prompt(self, row: int) -> str:
         return self._dataset.prompt(row)

@@ -198,7 +198,7 @@ def parquet_errors(path: Path, root: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         broken(root, "a parquet file", "nothing", path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:  # Arrow reports a damaged page as an OSError
         broken(root, "a readable parquet file", str(error), path)
 
 

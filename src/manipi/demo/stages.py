@@ -9,7 +9,6 @@ Every stage leaves its result in the folder and is skipped when it is there, so 
 first one stopped, however that came about.
 """
 
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ from manipi.evaluate.rollout import Trial, Variant, load_trials, run_trials, sav
 from manipi.evaluate.serving import policy_server
 from manipi.evaluate.statistics import SuccessRate, success_rate
 from manipi.recipes.registry import load_recipe
-from manipi.records import read_json, to_json
+from manipi.records import json_bytes, read_json, to_json
 from manipi.storage import atomic_write
 from manipi.train.config import TrainConfig
 from manipi.train.loop import train
@@ -82,16 +81,15 @@ class Demo:
         done = self.folder / "check.json"
         if done.exists():
             return
-        findings = check_dataset(open_dataset(self.dataset))
-        errors = [f for f in findings if f.severity == "error"]
-        if errors:
+        report = check_dataset(self.dataset, robot=self.train_config.robot)
+        if report.count("error"):
             raise DatasetFormatError(
                 expected="demonstrations without errors",
-                found=f"{len(errors)} errors; the first: {errors[0].what}",
+                found=f"{report.count('error')} errors, the first: {report.findings[0].what}",
                 where=str(self.dataset),
                 next=f"manipi check {self.dataset}",
             )
-        atomic_write(done, json.dumps(to_json(findings), indent=2).encode())
+        atomic_write(done, json_bytes(report))
 
     def _train(self) -> Path:
         final = Run(self.run_folder, self.train_config).checkpoint(self.train_config.steps)
@@ -148,7 +146,7 @@ class Demo:
                 where=str(self.folder),
                 next="name another folder with --dir, or delete this one",
             )
-        atomic_write(stored, json.dumps(mine, indent=2).encode())
+        atomic_write(stored, json_bytes(mine))
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -159,7 +157,7 @@ class Demo:
         finally:
             seconds = self._seconds()
             seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - started
-            atomic_write(self.folder / "seconds.json", json.dumps(seconds, indent=2).encode())
+            atomic_write(self.folder / "seconds.json", json_bytes(seconds))
 
     def _seconds(self) -> dict[str, float]:
         path = self.folder / "seconds.json"

@@ -40,7 +40,9 @@ BLOCK_SPACING = 0.10
 MAX_BLOCKS = 4
 
 _BLOCK_LOW, _BLOCK_HIGH = np.array([0.22, -0.14]), np.array([0.44, 0.14])
-_START_LOW = np.array([0.18, -0.18, 0.10])
+_START_LOW = np.array([0.18, -0.18, 0.03])
+_CLEARANCE, _CLEAR_HEIGHT = 0.07, 0.10
+"""A start this close to a block, seen from above, is lifted to this height, metres."""
 _HOME = np.array([0.26, 0.0, 0.16])
 _SUBSTEPS = round(1 / (CONTROL_HZ * scene.TIMESTEP))
 _RAMP = 0.6
@@ -83,7 +85,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         tasks: what an episode may ask for.
         colors: one block for each, names of `scene.COLORS`.
         max_steps: the longest episode.
-        start_noise: 0 starts the tip at home, 1 anywhere above the blocks; in between, that part of the way.
+        start_noise: 0 starts the tip at home, 1 anywhere over the table but on a block; in between, that part of the way.
         randomize: draws lamp, brightness, table colour and a small camera displacement for each episode.
         shadows: pictures with shadows, which double the cost of rendering.
         render_mode: `"rgb_array"` for `render()`.
@@ -273,7 +275,10 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
     def _draw_scene(self, options: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         start = self.np_random.uniform(_START_LOW, WORKSPACE_HIGH - 0.02)
         tip = np.asarray(options.get("tip", _HOME + self.start_noise * (start - _HOME)), np.float64)
-        blocks = dict(zip(self.colors, self._draw_blocks()))
+        positions = self._draw_blocks()
+        if "tip" not in options and np.linalg.norm(positions - tip[:2], axis=1).min() < _CLEARANCE:
+            tip[2] = max(tip[2], _CLEAR_HEIGHT)
+        blocks = dict(zip(self.colors, positions))
         given = {color: np.asarray(position, np.float64) for color, position in options.get("blocks", {}).items()}
         return tip, blocks | given
 

@@ -81,9 +81,7 @@ def load_trials(path: Path) -> list[Trial]:
     return [Trial(**{**row, "infer_ms": tuple(row["infer_ms"]), "frames": f}) for row, f in zip(rows, films)]
 
 
-def _run_one(
-    port: int, seed: int, film: bool, *, image_size: int, execute_steps: int, variant: Variant
-) -> Trial:
+def _run_one(port: int, seed: int, film: bool, *, image_size: int, execute_steps: int, variant: Variant) -> Trial:
     env = Tabletop(image_size=image_size)
     observation, info = env.reset(seed=seed)
     if variant == "wrong_prompt":

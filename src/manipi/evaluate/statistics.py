@@ -22,7 +22,7 @@ class SuccessRate:
 
 def success_rate(k: int, n: int) -> SuccessRate:
     """Wilson's score interval: right also at 0 and n, where the normal approximation has no width."""
-    assert 0 <= k <= n and n > 0
+    assert 0 <= k <= n > 0
     p, z2 = k / n, Z_95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)

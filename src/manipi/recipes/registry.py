@@ -1,8 +1,8 @@
 """Recipes by name: a function that returns a complete TrainConfig, here or in a user's own file.
 
-    tabletop                        a name from the table below
-    path/to/my_robot.py:my_recipe   a function in a file of the user's
-    my_package.recipes:my_recipe    a function in an importable module
+tabletop                        a name from the table below
+path/to/my_robot.py:my_recipe   a function in a file of the user's
+my_package.recipes:my_recipe    a function in an importable module
 """
 
 import importlib
@@ -31,7 +31,7 @@ def load_recipe(target: str) -> TrainConfig:
 
     Raises:
         UnknownNameError: no such recipe; with the closest names.
-        ConfigError: no such file, or the file cannot be imported.
+        ConfigError: no such file or module. What the file itself raises passes through, with its own traceback.
     """
     if ":" not in target:
         if target not in RECIPES:
@@ -41,7 +41,7 @@ def load_recipe(target: str) -> TrainConfig:
     module = _load_module(where)
     recipes = {n: f for n, f in vars(module).items() if _is_recipe(f)}
     if name not in recipes:
-        raise unknown_name(f"recipe in {where}", name, recipes, next="write a function that returns a TrainConfig")
+        raise unknown_name(f"recipe in {where}", name, recipes, next="annotate the function `-> TrainConfig`")
     return recipes[name]()
 
 
@@ -68,11 +68,13 @@ def _load_module(where: str) -> ModuleType:
     path = Path(where).expanduser().resolve()
     if not path.is_file():
         raise _not_found(where, "no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    name = f"manipi_recipe_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses and pickles look their module up by name.
-    sys.modules[path.stem] = module
+    # Dataclasses look their module up by name, which must not be that of a module that is imported already.
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 

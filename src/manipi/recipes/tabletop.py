@@ -1,6 +1,7 @@
 """Tiny policies for the embedded environment, trained from scratch on two processor cores."""
 
 from dataclasses import replace
+from typing import Any
 
 from manipi.model.config import GemmaSize, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
 from manipi.robots.tabletop import TABLETOP
@@ -10,27 +11,27 @@ IMAGE_SIZE = 56
 VISION = VisionSize(width=64, depth=2, mlp_dim=128, num_heads=2, patch_size=8, image_size=IMAGE_SIZE)
 VLM = GemmaSize(width=64, depth=3, mlp_dim=128, num_heads=2, num_kv_heads=1, head_dim=32)
 EXPERT = GemmaSize(width=48, depth=3, mlp_dim=96, num_heads=2, num_kv_heads=1, head_dim=32)
-VOCABULARY = 1024
+VOCABULARY = 1280
 """Room for the byte tokenizer's ids and, in π0-FAST, for the action codes behind them."""
+SIZES: dict[str, Any] = {
+    "vision": VISION,
+    "vlm": VLM,
+    "vocab_size": VOCABULARY,
+    "action_dim": 4,
+    "action_horizon": 8,
+    "max_token_len": 32,
+    "cameras": ("base",),
+    "dtype": "float32",
+}
+"""What the three policies have in common."""
 
 
 def pi05_tabletop() -> TrainConfig:
     """π0.5: the state is text, the timestep modulates the expert."""
-    model = Pi05Config(
-        vision=VISION,
-        vlm=VLM,
-        action_expert=EXPERT,
-        vocab_size=VOCABULARY,
-        action_dim=4,
-        action_horizon=8,
-        max_token_len=32,
-        cameras=("base",),
-        dtype="float32",
-    )
     return TrainConfig(
         robot=TABLETOP,
         data=DataConfig(path="runs/demo/dataset", cache="frames", num_workers=1, holdout=0.02),
-        model=model,
+        model=Pi05Config(action_expert=EXPERT, **SIZES),
         optimizer=OptimizerConfig(
             lr=2e-3, final_lr=2e-5, warmup_steps=200, decay_steps=5_000, weight_decay=1e-4, clip_norm=1.0
         ),
@@ -46,17 +47,10 @@ def pi05_tabletop() -> TrainConfig:
 def pi0_tabletop() -> TrainConfig:
     """π0: the state is one continuous token, and normalisation is by z-score."""
     base = pi05_tabletop()
-    shared = {name: getattr(base.model, name) for name in _SHARED}
-    return replace(base, model=Pi0Config(action_expert=EXPERT, **shared), norm_mode="zscore")
+    return replace(base, model=Pi0Config(action_expert=EXPERT, **SIZES), norm_mode="zscore")
 
 
 def pi0_fast_tabletop() -> TrainConfig:
     """π0-FAST: actions are tokens, with a FAST tokenizer fitted to the demonstrations."""
     base = pi05_tabletop()
-    shared = {name: getattr(base.model, name) for name in _SHARED}
-    return replace(base, model=Pi0FastConfig(**(shared | {"max_token_len": 72})))
-
-
-_SHARED = (
-    "vision", "vlm", "vocab_size", "action_dim", "action_horizon", "max_token_len", "cameras", "dtype",
-)  # fmt: skip
+    return replace(base, model=replace(Pi0FastConfig(**SIZES), max_token_len=56))

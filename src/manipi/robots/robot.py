@@ -12,7 +12,7 @@ metadata. A robot needs no place inside this package: any Python file that build
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from manipi.errors import ConfigError
@@ -117,6 +117,11 @@ class Robot:
     """Observation key -> feature name in datasets, where the two differ."""
 
     def __post_init__(self) -> None:
+        for part in (*self.state, *(g for g in self.actions if isinstance(g, Joints))):
+            if part.size < 1:
+                raise self._contradiction("at least one dimension", f"{part.size}", f"{type(part).__name__}.size")
+        if not self.control_hz > 0:
+            raise self._contradiction("a positive control rate in Hz", f"{self.control_hz}", "control_hz")
         offset = 0
         for group in self.actions:
             self._check_group(group, offset)
@@ -128,16 +133,21 @@ class Robot:
             raise self._contradiction("every observation key once", f"{sorted(keys)}", "cameras, state")
 
     def _check_group(self, group: ActionGroup, offset: int) -> None:
+        kind = type(group).__name__
+        if isinstance(group, Gripper) and group.open == group.closed:
+            raise self._contradiction("two different gripper positions", f"open = closed = {group.open}", kind)
+        if isinstance(group, EndEffector) and group.rotation not in ROTATION_SIZE:
+            raise self._contradiction(f"a rotation among {', '.join(ROTATION_SIZE)}", repr(group.rotation), kind)
         start = offset if group.state_start is None else group.state_start
-        if group.relative and start + group.size > self.state_size:
+        if group.relative and not 0 <= start <= self.state_size - group.size:
             raise self._contradiction(
-                f"state dimensions {start} to {start + group.size} for the relative group {type(group).__name__}",
+                f"state dimensions {start} to {start + group.size - 1} for the relative group {kind}",
                 f"a state of {self.state_size} dimensions",
                 "actions",
             )
         for name, limits in (("low", group.low), ("high", group.high)):
             if limits is not None and len(limits) != group.size:
-                raise self._contradiction(f"{group.size} limits", f"{len(limits)}", f"{type(group).__name__}.{name}")
+                raise self._contradiction(f"{group.size} limits", f"{len(limits)}", f"{kind}.{name}")
 
     def _contradiction(self, expected: str, found: str, where: str) -> ConfigError:
         return ConfigError(
@@ -166,8 +176,12 @@ class Robot:
 
     @staticmethod
     def from_json(data: Any, where: str) -> "Robot":
-        return from_json(data, (Robot, State, Joints, Gripper, EndEffector), where)
+        return from_json(data, ROBOT_TYPES, where)
 
     def contract(self) -> str:
-        """Fingerprint of what norm stats depend on: the state and action layout, nothing else."""
-        return fingerprint([to_json(self.state), to_json(self.actions)])
+        """Fingerprint of what norm stats depend on: the state and action layout. Limits are not part of it."""
+        return fingerprint([self.state, [replace(group, low=None, high=None) for group in self.actions]])
+
+
+ROBOT_TYPES = (Robot, State, Joints, Gripper, EndEffector)
+"""What a robot is made of, for `manipi.records.from_json`."""

@@ -16,8 +16,7 @@ class Tokenizers:
     fast: FastTokenizer | None = None
 
     def save(self, folder: Path) -> None:
-        """Create `folder` with all that `load` needs."""
-        folder.mkdir()
+        """Write what `load` needs into an existing folder."""
         write_json(folder / "text.json", self.text.save(folder))
         if self.fast is not None:
             (folder / "fast").mkdir()

@@ -1,6 +1,6 @@
 """Text tokenizers: words to token ids and back, and where action codes live in the vocabulary.
 
-    PaliGemma, 257152 ids                                       ByteTokenizer, 775 + room for codes
+    PaliGemma, 257152 ids                                       ByteTokenizer, 1011 + room for codes
     ┌──────────────────────┬───────────────┬──────────────┐     ┌───────────┬───────┬───────┬─────────┬──────────┐
     │ pad eos bos unk, text│ <loc0000> ... │ <seg000> ... │     │pad eos bos│ bytes │ words │ numbers │          │
     └──────────────────────┴───────────────┴──────────────┘     └───────────┴───────┴───────┴─────────┴──────────┘
@@ -117,29 +117,42 @@ class SentencePieceTokenizer:
         return self.reference
 
 
+INSTRUCTION_WORDS = (
+    "a an and arm at away back bag ball banana basket bed behind beside between bin black block blue book bottle bowl box "
+    "bread brown button can carrot cabinet cloth close coffee cook cube cup cyan down drawer drop egg fold from fork front "
+    "gray green gripper hand hang home in insert inside into it knife left lid lift lower microwave middle move mug near "
+    "of off on onto open orange out over pan pen pick pink place plate plug pot pour press pull purple push put reach red "
+    "remove right rotate shelf sink slide spoon stack sponge stove table take that the then to top touch towel toward tray "
+    "turn two under up white wipe with yellow"
+).split()
+"""Words that robots are told again and again, each one token of the byte tokenizer."""
+
+
 class ByteTokenizer:
-    """UTF-8 bytes, and one token for what the prompt formats say again and again. Needs no file.
+    """UTF-8 bytes, and one token for each frequent piece of a robot's prompt. Needs no file.
 
-        "Task: reach it, State: 12 200;⏎Action: "
-         └──┬─┘r e a c h ␣ i t└───┬───┘│└─┬─┘└───┬────┘
-          word     bytes         word  12 ␣200  word
+        "Task: reach the zebra, State: 12 200;⏎Action: "
+         └──┬─┘└─┬─┘└┬─┘␣ z e b r a└───┬───┘│└─┬─┘└───┬────┘
+         format word word   bytes    format number␣ number format
 
-    A state of S dimensions costs S tokens: a whole number from 0 to 255 that stands alone as a word is one token, with
-    the space before it or without. `decode(encode(text)) == text` always.
+    A whole number from 0 to 255 and a word of `INSTRUCTION_WORDS` are one token each where they stand alone, with the
+    space before them or without. Small models learn words faster than spelling. `decode(encode(text)) == text` always.
 
     Args:
-        vocab_size: 775, plus room for action codes at the end.
+        vocab_size: `NUM_TEXT_IDS`, plus room for action codes at the end.
     """
 
-    WORDS = ("Task: ", ", State: ", ";\nAction: ", "Action: ")
-    NUM_TEXT_IDS = 3 + 256 + len(WORDS) + 2 * 256
+    _FORMATS = ("Task: ", ", State: ", ";\nAction: ", "Action: ")
+    _UNITS = (*INSTRUCTION_WORDS, *map(str, range(256)))
+    _PIECES = (*_FORMATS, *_UNITS, *(f" {unit}" for unit in _UNITS))
+    NUM_TEXT_IDS = 3 + 256 + len(_PIECES)
     pad_id, eos_id, bos_id = 0, 1, 2
     reserved_ids = 0
-    _FIRST_BYTE, _FIRST_WORD = 3, 259
-    # A word is bounded by anything that is neither letter, digit nor underscore: "-1 25" holds 1 and 25, "007 a1 256" none.
-    _PIECE = re.compile(
-        "|".join(f"({re.escape(word)})" for word in sorted(WORDS, key=len, reverse=True))
-        + r"|( ?(?<!\w)(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])(?!\w))"
+    _FIRST_BYTE, _FIRST_PIECE = 3, 259
+    # What stands alone has neither letter, digit nor underscore beside it: "-1 25" holds 1 and 25, "007 a1 256" nothing.
+    _PATTERN = re.compile(
+        "|".join(map(re.escape, sorted(_FORMATS, key=len, reverse=True)))
+        + rf"| ?(?<!\w)(?:{'|'.join(INSTRUCTION_WORDS)}|25[0-5]|2[0-4][0-9]|1[0-9]{{2}}|[1-9]?[0-9])(?!\w)"
     )
 
     def __init__(self, vocab_size: int = NUM_TEXT_IDS):
@@ -151,9 +164,7 @@ class ByteTokenizer:
                 next=f"use {self.NUM_TEXT_IDS} plus the number of action codes",
             )
         self.vocab_size = vocab_size
-        # The texts of the ids from _FIRST_WORD on.
-        self._texts = [*self.WORDS, *map(str, range(256)), *(f" {n}" for n in range(256))]
-        self._ids = {text: self._FIRST_WORD + i for i, text in enumerate(self._texts)}
+        self._ids = {piece: self._FIRST_PIECE + i for i, piece in enumerate(self._PIECES)}
 
     @property
     def code_capacity(self) -> int:
@@ -161,13 +172,13 @@ class ByteTokenizer:
 
     @property
     def reference(self) -> TokenizerReference:
-        definition = f"byte tokenizer, version 2, {self.vocab_size} ids"
+        definition = f"byte tokenizer, {self._PIECES}, {self.vocab_size} ids"
         digest = hashlib.sha256(definition.encode()).hexdigest()
         return TokenizerReference(kind="byte", vocab_size=self.vocab_size, reserved_ids=0, sha256=digest)
 
     def encode(self, text: str) -> list[int]:
         ids, position = [], 0
-        for match in self._PIECE.finditer(text):
+        for match in self._PATTERN.finditer(text):
             ids += [self._FIRST_BYTE + byte for byte in text[position : match.start()].encode()]
             ids.append(self._ids[match.group()])
             position = match.end()
@@ -187,10 +198,10 @@ class ByteTokenizer:
             )
         if id < self._FIRST_BYTE:
             return b""
-        if id < self._FIRST_WORD:
+        if id < self._FIRST_PIECE:
             return bytes([id - self._FIRST_BYTE])
         if id < self.NUM_TEXT_IDS:
-            return self._texts[id - self._FIRST_WORD].encode()
+            return self._PIECES[id - self._FIRST_PIECE].encode()
         return f"<code{self.vocab_size - 1 - id}>".encode()
 
     def save(self, directory: Path) -> TokenizerReference:

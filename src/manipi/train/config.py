@@ -1,14 +1,24 @@
 """The settings of a training run. Structure is Python (a recipe), numbers are flags. No torch here."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from manipi.errors import ConfigError
 from manipi.model.config import ModelConfig, Pi05Config
 from manipi.robots.robot import Robot
 from manipi.transforms.normalize import NormMode
+
+_WHOLE = PrimitiveConstructorSpec[Robot](
+    nargs=1,
+    metavar="ROBOT",
+    instance_from_str=lambda _: NotImplemented,
+    is_instance=lambda value: isinstance(value, Robot),
+    str_from_instance=lambda robot: [robot.name],
+)
+"""A robot is structure: tyro takes it as one value, which no flag changes, and does not look inside."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +60,7 @@ class OptimizerConfig:
 class TrainConfig:
     """One training run, complete: it is written into the run's folder and compared on resume."""
 
-    robot: tyro.conf.Fixed[Robot]
+    robot: Annotated[Robot, tyro.conf.Fixed, tyro.conf.Suppress, _WHOLE]
     data: DataConfig
     model: tyro.conf.AvoidSubcommands[ModelConfig] = field(default_factory=Pi05Config)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -15,6 +15,7 @@ from manipi.data.stats import compute_norm_stats, read_state
 from manipi.errors import NormStatsError
 from manipi.model.config import Pi0FastConfig
 from manipi.robots.robot import Robot
+from manipi.storage import atomic_directory
 from manipi.tokenizers import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, TextTokenizer, Tokenizers
 from manipi.train.config import TrainConfig
 from manipi.transforms import pipeline
@@ -58,7 +59,9 @@ class TrainingData:
         sampler = Sampler(self.train_rows, c.batch_size, seed=c.seed, fingerprint=self.dataset.fingerprint)
         read = partial(frames_of, c.robot, c.model.action_horizon)
         encode = self.pipeline.encode_frame
-        return Loader(self.to_train_on, sampler, encode, read=read, num_workers=c.data.num_workers, start_step=start_step)
+        return Loader(
+            self.to_train_on, sampler, encode, read=read, num_workers=c.data.num_workers, start_step=start_step
+        )
 
 
 def frames_of(robot: Robot, action_horizon: int, dataset: Dataset, rows: np.ndarray) -> list[Frame]:
@@ -94,7 +97,7 @@ def prepare(config: TrainConfig, folder: Path) -> TrainingData:
 def _cached(config: TrainConfig, dataset: Dataset, folder: Path) -> Dataset:
     """The same samples after encoding, bit for bit: the cache resizes as the pipeline does."""
     cameras = [config.robot.dataset_key(key) for key in config.robot.cameras.values()]
-    return CachedDataset(dataset, cameras, folder, size=config.model.vision.image_size)
+    return CachedDataset(dataset, cameras, folder, config.model.vision.image_size)
 
 
 def check_features(dataset: Dataset, robot: Robot) -> None:
@@ -107,7 +110,6 @@ def check_features(dataset: Dataset, robot: Robot) -> None:
 
 def _stats(config: TrainConfig, dataset: Dataset, rows: np.ndarray, path: Path) -> NormStats:
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_norm_stats(compute_norm_stats(dataset, config.robot, config.model.action_horizon, rows), path)
     stats = load_norm_stats(path)
     if stats.data != dataset.fingerprint:
@@ -120,14 +122,13 @@ def _stats(config: TrainConfig, dataset: Dataset, rows: np.ndarray, path: Path) 
     return stats
 
 
-def _tokenizers(
-    config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats, folder: Path
-) -> Tokenizers:
+def _tokenizers(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats, folder: Path) -> Tokenizers:
     if folder.is_dir():
         return Tokenizers.load(folder)
     fast = _fast_tokenizer(config, dataset, rows, stats) if isinstance(config.model, Pi0FastConfig) else None
     tokenizers = Tokenizers(_text_tokenizer(config, fast), fast)
-    tokenizers.save(folder)
+    with atomic_directory(folder) as partial:
+        tokenizers.save(partial)
     return tokenizers
 
 

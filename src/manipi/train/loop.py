@@ -18,7 +18,7 @@ from manipi.policy import Policy, self_test_for
 from manipi.train.config import TrainConfig
 from manipi.train.data import TrainingData, prepare
 from manipi.train.noise import draw_noise
-from manipi.train.optimizer import learning_rate, parameter_norm, update, update_average
+from manipi.train.optimizer import clip_gradients, learning_rate, parameter_norm, update, update_average
 from manipi.train.progress import ProgressLog, plot_loss
 from manipi.train.run import Run
 from manipi.train.state import TrainState
@@ -40,6 +40,7 @@ def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     run = Run(folder, config)
+    run.tidy()
     data = prepare(config, run.folder)
     end = config.steps if stop_at is None else min(stop_at, config.steps)
 
@@ -76,8 +77,9 @@ def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> di
     loss = _loss(state, inputs, config)
     loss.backward()
     parameters = list(state.parameters.values())
-    norm = update(state.optimizer, parameters, state.step, config.optimizer)
-    _require_finite(loss, norm, state.step)
+    norm = clip_gradients(parameters, config.optimizer)
+    _require_finite(loss.detach(), norm, state.step)
+    update(state.optimizer, state.step, config.optimizer)
     if state.average:
         update_average(list(state.average.values()), parameters, config.ema_decay)
     rate = learning_rate(state.step, config.optimizer)

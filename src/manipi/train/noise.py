@@ -7,10 +7,8 @@ BETA_ALPHA = 1.5
 """Timesteps follow Beta(1.5, 1): more weight near pure noise (π0 paper, appendix B)."""
 
 
-def draw_noise(
-    seed: int, step: int, batch: int, draws: int, horizon: int, action_dim: int
-) -> tuple[Tensor, Tensor]:
-    """Noise [B, K, H, A], standard normal, and timesteps [B, K] in (0.001, 1], on the CPU, float32."""
+def draw_noise(seed: int, step: int, batch: int, draws: int, horizon: int, action_dim: int) -> tuple[Tensor, Tensor]:
+    """Noise [B, K, H, A], standard normal, and timesteps [B, K] in [0.001, 1], on the CPU, float32."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
     noise = torch.randn(batch, draws, horizon, action_dim, generator=generator)
     uniform = torch.rand(batch, draws, generator=generator)

@@ -27,22 +27,23 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
     )
 
 
-def update(
-    optimizer: torch.optim.AdamW, parameters: Sequence[nn.Parameter], step: int, config: OptimizerConfig
-) -> Tensor:
-    """Clip, step, clear. Returns the gradient norm before clipping."""
+def clip_gradients(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> Tensor:
+    """Scale the gradients to a global norm of at most `clip_norm`. Returns the norm before that."""
+    return torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+
+
+def update(optimizer: torch.optim.AdamW, step: int, config: OptimizerConfig) -> None:
+    """Step with the learning rate of the 0-based `step`, then clear the gradients."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 @torch.no_grad()
 def update_average(average: Sequence[Tensor], parameters: Sequence[Tensor], decay: float) -> None:
     """ema = decay * ema + (1 - decay) * parameters, in place."""
-    torch._foreach_lerp_(list(average), list(parameters), 1 - decay)
+    torch._foreach_lerp_(list(average), list(parameters), 1 - decay)  # type: ignore[reportPrivateImportUsage]
 
 
 def parameter_norm(parameters: Iterable[Tensor]) -> Tensor:

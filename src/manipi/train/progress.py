@@ -24,7 +24,9 @@ class ProgressLog:
     def __enter__(self) -> "ProgressLog":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.close()
 
     def record(self, step: int, metrics: Mapping[str, Tensor | float], wait: float) -> None:

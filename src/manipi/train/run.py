@@ -1,10 +1,13 @@
 """The folder of a run: what it holds, whose it is, and where it goes on.
 
-    runs/NAME/
-    ├─ config.json       the complete TrainConfig; another one in the same folder is refused
-    ├─ metrics.jsonl     one line per logged step
-    ├─ loss.png
-    └─ checkpoints/STEP/ see manipi.checkpoints.native
+runs/NAME/
+├─ config.json       the complete TrainConfig; another one in the same folder is refused
+├─ norm_stats.json   of the training episodes
+├─ tokenizer/
+├─ cache/            decoded pictures, where they are kept
+├─ metrics.jsonl     one line per logged step
+├─ loss.png
+└─ checkpoints/STEP/ see manipi.checkpoints.native
 """
 
 import json
@@ -14,9 +17,11 @@ from typing import Any
 
 from manipi.checkpoints.native import verify
 from manipi.errors import CheckpointError, TrainingError
-from manipi.records import read_json, to_json
-from manipi.storage import atomic_write
-from manipi.train.config import TrainConfig
+from manipi.model.config import CONFIG_TYPES
+from manipi.records import from_json, json_bytes, read_json, to_json
+from manipi.robots.robot import ROBOT_TYPES
+from manipi.storage import atomic_write, remove_partial, storage_errors
+from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig
 
 
 class Run:
@@ -30,12 +35,25 @@ class Run:
         self.folder, self.config = Path(folder), config
         self.checkpoints = self.folder / "checkpoints"
         self.metrics = self.folder / "metrics.jsonl"
-        stored = self.folder / "config.json"
-        if stored.exists():
-            _refuse_other(read_json(stored), to_json(config), stored)
-        else:
-            text = json.dumps(to_json(config), indent=2, ensure_ascii=False)
-            atomic_write(stored, text.encode())
+        self.norm_stats, self.tokenizer = self.folder / "norm_stats.json", self.folder / "tokenizer"
+        self._claim(self.folder / "config.json")
+
+    def _claim(self, stored: Path) -> None:
+        """Refuse a folder of another run; one that never got as far as a checkpoint has nothing to protect."""
+        wanted = to_json(self.config)
+        changes = _differences(read_json(stored), wanted) if stored.exists() else []
+        if changes and self.steps():
+            raise _another_run(changes, stored)
+        if changes:
+            self.norm_stats.unlink(missing_ok=True)
+            shutil.rmtree(self.tokenizer, ignore_errors=True)
+        if changes or not stored.exists():
+            atomic_write(stored, json_bytes(wanted))
+
+    def tidy(self) -> None:
+        """Delete what a killed process left half-written. For the one process that trains here."""
+        remove_partial(self.folder)
+        remove_partial(self.checkpoints)
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
@@ -68,7 +86,7 @@ class Run:
             shutil.rmtree(self.checkpoint(step))
 
     def log(self, record: dict[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with storage_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -83,15 +101,21 @@ class Run:
         atomic_write(self.metrics, "".join(f"{line}\n" for line in kept).encode())
 
 
-def _refuse_other(stored: Any, wanted: Any, where: Path) -> None:
-    changes = list(_differences(stored, wanted))
-    if changes:
-        raise TrainingError(
-            expected="the settings that this run folder was started with",
-            found="; ".join(changes[:8]) + (" …" if len(changes) > 8 else ""),
-            where=str(where),
-            next="give the new run another folder (--run-dir), or use the old settings to go on with this one",
-        )
+def read_config(folder: Path) -> TrainConfig:
+    """The config that a run's folder was started with."""
+    path = folder / "config.json"
+    return from_json(
+        read_json(path), (TrainConfig, DataConfig, OptimizerConfig, *ROBOT_TYPES, *CONFIG_TYPES), str(path)
+    )
+
+
+def _another_run(changes: list[str], where: Path) -> TrainingError:
+    return TrainingError(
+        expected="the settings that this run folder was started with",
+        found="; ".join(changes[:8]) + (" …" if len(changes) > 8 else ""),
+        where=str(where),
+        next="give the new run another folder (--run-dir), or use the old settings to go on with this one",
+    )
 
 
 def _differences(stored: Any, wanted: Any, path: str = "") -> list[str]:

@@ -1,13 +1,20 @@
 """What one training step changes, and how it goes to disk and back."""
 
+import errno
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
+from manipi.errors import CheckpointError
 from manipi.model import VLA
 from manipi.model.config import Pi0FastConfig
 from manipi.train.config import TrainConfig
@@ -55,13 +62,26 @@ class TrainState:
         return {**self.model.state_dict(), **self.average}
 
     def save(self, folder: Path) -> None:
-        """Write raw weights, average, optimizer moments and step as a torch DCP folder."""
-        dcp.save(self._tensors(), checkpoint_id=folder, no_dist=True)
+        """Write raw weights, average, optimizer moments and step as a torch DCP folder. Raises OSError."""
+        try:
+            with _one_process():
+                save(self._tensors(), checkpoint_id=folder, no_dist=True)
+        except CheckpointException as error:  # no Exception for Python, and on a full disk no OSError within either
+            raise OSError(errno.EIO, _first_failure(error), str(folder)) from error
 
     def load(self, folder: Path) -> None:
-        """Restore in place what `save` wrote."""
+        """Restore in place what `save` wrote. Raises CheckpointError where that does not fit this state."""
         tensors = self._tensors()
-        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+        try:
+            with _one_process():
+                load(tensors, checkpoint_id=folder, no_dist=True)
+        except CheckpointException as error:
+            raise CheckpointError(
+                expected="the training state of this model and optimizer",
+                found=_first_failure(error),
+                where=str(folder),
+                next="go on with the manipi version that wrote it, or start a new run folder",
+            ) from error
         self.step = int(tensors["step"])
 
     def _tensors(self) -> dict[str, Any]:
@@ -72,6 +92,19 @@ class TrainState:
             for kind, value in self.optimizer.state[parameter].items():
                 tensors[f"{kind}.{name}"] = value
         return tensors | {f"average.{name}": value for name, value in self.average.items()}
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """torch warns that it saves and loads in a single process, although `no_dist` says that this is the intent."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _first_failure(error: CheckpointException) -> str:
+    failure, _ = next(iter(error.failures.values()))
+    return f"{type(failure).__name__}: {failure}".splitlines()[0]
 
 
 def _make_moments(optimizer: torch.optim.AdamW) -> None:

@@ -1,7 +1,7 @@
 """From the robot's commands to the actions that the model learns, and back, group by group.
 
-    robot      x y z  rx ry rz   gripper          its own units, absolute
-    model      x y z  r1 … r6    0 open·1 closed  relative where the robot says so, rotations 6D
+robot      x y z  rx ry rz   gripper          its own units, absolute
+model      x y z  r1 … r6    0 open·1 closed  relative where the robot says so, rotations 6D
 """
 
 from dataclasses import dataclass
@@ -62,8 +62,8 @@ def _encode_group(group: ActionGroup, command: np.ndarray, base: np.ndarray | No
     if isinstance(group, EndEffector) and group.rotation != "none":
         return _encode_pose(group, command, base)
     if isinstance(group, Gripper):
-        command, base = (None if v is None else _closedness(group, v) for v in (command, base))
-        assert command is not None
+        command = _closedness(group, command)
+        base = None if base is None else _closedness(group, base)
     return command if base is None else command - base
 
 

@@ -23,12 +23,12 @@ class ResizeImages:
 
 
 def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h, w, 3] -> uint8 [height, width, 3], bilinear as Pillow does it (what openpi's clients and policies do)."""
+    """uint8 [h, w, 3] -> uint8 [height, width, 3], bilinear by Pillow, as openpi's clients and policies do it."""
     h, w = image.shape[:2]
     if (h, w) == (height, width):
         return image
     ratio = max(w / width, h / height)
-    new_h, new_w = int(h / ratio), int(w / ratio)
+    new_h, new_w = max(1, int(h / ratio)), max(1, int(w / ratio))
     resized = Image.fromarray(image).resize((new_w, new_h), resample=Image.Resampling.BILINEAR)
     canvas = np.zeros((height, width, 3), np.uint8)
     top, left = (height - new_h) // 2, (width - new_w) // 2

@@ -1,10 +1,10 @@
 """The last step to the model: stack the cameras, pad the vectors, say what is valid.
 
-    robot has 7 of 32 action dimensions, 2 of 3 cameras
+robot has 7 of 32 action dimensions, 2 of 3 cameras
 
-    actions            [H, 32]   a a a a a a a 0 0 0 …
-    action_dim_valid   [32]      1 1 1 1 1 1 1 0 0 0 …
-    images             [3, h, w, 3]            image_valid  1 1 0
+actions            [H, 32]   a a a a a a a 0 0 0 …
+action_dim_valid   [32]      1 1 1 1 1 1 1 0 0 0 …
+images             [3, h, w, 3]            image_valid  1 1 0
 """
 
 from dataclasses import dataclass

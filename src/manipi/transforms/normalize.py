@@ -1,7 +1,7 @@
 """Normalisation of state and actions, z-score or quantile, with the reference's epsilon.
 
-    zscore      (x - mean) / (std + 1e-6)
-    quantile    (x - q01) / (q99 - q01 + 1e-6) * 2 - 1        q01 -> -1, q99 -> 1
+zscore      (x - mean) / (std + 1e-6)
+quantile    (x - q01) / (q99 - q01 + 1e-6) * 2 - 1        q01 -> -1, q99 -> 1
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from manipi.errors import NormStatsError
-from manipi.records import from_json, read_json, to_json, write_json
+from manipi.records import from_json, json_bytes, read_json, to_json
+from manipi.storage import atomic_write
 from manipi.types import FieldStats, NormStats, Sample
 
 NormMode: TypeAlias = Literal["zscore", "quantile"]
@@ -56,7 +57,8 @@ def _offset_and_scale(stats: FieldStats, mode: NormMode) -> tuple[np.ndarray, np
 
 def save_norm_stats(stats: NormStats, path: Path) -> None:
     """openpi's file layout (a top key `norm_stats`), with our provenance beside it under `manipi`."""
-    write_json(path, {"norm_stats": {"state": _plain(stats.state), "actions": _plain(stats.actions)}, "manipi": stats})
+    fields = {"state": _plain(stats.state), "actions": _plain(stats.actions)}
+    atomic_write(path, json_bytes({"norm_stats": fields, "manipi": stats}))
 
 
 def load_norm_stats(path: Path) -> NormStats:

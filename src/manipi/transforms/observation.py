@@ -33,25 +33,40 @@ class ReadRobot:
 
     def _image(self, sample: Observation, key: str) -> np.ndarray:
         image = self._get(sample, key, "a uint8 picture [height, width, 3]")
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            raise self._mismatch("a uint8 picture [height, width, 3]", _describe(image), key)
-        return image
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
+            height, width, channels = image.shape
+            if height and width and channels == 3:
+                return image
+        raise self._mismatch("a uint8 picture [height, width, 3]", _describe(image), key)
 
     def _vector(self, sample: Observation, key: str, size: int) -> np.ndarray:
         expected = f"{size} finite numbers"
-        value = np.atleast_1d(np.asarray(self._get(sample, key, expected)))
+        value = np.atleast_1d(self._array(sample, key, expected))
         if value.shape != (size,) or value.dtype.kind not in "fiu":
             raise self._mismatch(expected, _describe(value), key)
-        if not np.isfinite(value).all():
-            raise self._mismatch(expected, f"{value[~np.isfinite(value)][0]} at {np.argmin(np.isfinite(value))}", key)
-        return value.astype(np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+            numbers = value.astype(np.float32)
+        finite = np.isfinite(numbers)
+        if not finite.all():
+            raise self._mismatch(expected, f"{value[~finite][0]} at index {np.argmin(finite)}", key)
+        return numbers
+
+    def _array(self, sample: Observation, key: str, expected: str) -> np.ndarray:
+        value = self._get(sample, key, expected)
+        try:
+            return np.asarray(value)
+        except ValueError as error:  # lists of unequal length
+            raise self._mismatch(expected, str(error), key) from error
 
     def _prompt(self, sample: Observation) -> str:
         prompt = sample.get("prompt", self.robot.default_prompt)
         if isinstance(prompt, np.ndarray | np.generic) and prompt.size == 1:
             prompt = prompt.item()
         if isinstance(prompt, bytes):
-            prompt = prompt.decode()
+            try:
+                prompt = prompt.decode()
+            except UnicodeDecodeError as error:
+                raise self._mismatch("a text in UTF-8", str(error), "prompt") from error
         if not isinstance(prompt, str):
             raise self._mismatch("a text, or a robot with a default_prompt", _describe(prompt), "prompt")
         return prompt

@@ -80,9 +80,7 @@ def observation_of(frame: Frame, robot: Robot) -> Sample:
     return {**observation, **rest}  # type: ignore[dict-item]
 
 
-def build(
-    robot: Robot, model: ModelConfig, stats: NormStats, tokenizers: Tokenizers, norm_mode: NormMode
-) -> Pipeline:
+def build(robot: Robot, model: ModelConfig, stats: NormStats, tokenizers: Tokenizers, norm_mode: NormMode) -> Pipeline:
     """Order the steps for one robot and one model.
 
     Raises:
@@ -113,7 +111,7 @@ def check_fit(robot: Robot, model: ModelConfig) -> None:
     size = max(robot.model_action_size, robot.state_size)
     if strange or size > model.action_dim:
         raise ConfigError(
-            expected=f"cameras among {', '.join(model.cameras)}; at most {model.action_dim} state and action dimensions",
+            expected=f"cameras among {', '.join(model.cameras)}; at most {model.action_dim} dimensions",
             found=f"cameras {', '.join(sorted(robot.cameras))}; {size} dimensions",
             where=f"robot {robot.name!r} with {type(model).__name__}",
             next="raise the model's action_dim, or name its cameras as the robot does",

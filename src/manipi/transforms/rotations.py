@@ -60,7 +60,8 @@ def _to_quaternion(m: np.ndarray) -> np.ndarray:
     """The numerically largest of the four usual branches (Shepperd, 1978), vectorised."""
     trace = np.trace(m, axis1=-2, axis2=-1)
     diagonal = np.diagonal(m, axis1=-2, axis2=-1)
-    squares = np.concatenate([1 + 2 * diagonal - trace[..., None], (1 + trace)[..., None]], axis=-1)  # 4x², 4y², 4z², 4w²
+    # 4x², 4y², 4z², 4w²
+    squares = np.concatenate([1 + 2 * diagonal - trace[..., None], (1 + trace)[..., None]], axis=-1)
     off = lambda i, j, sign: m[..., i, j] + sign * m[..., j, i]  # noqa: E731
     products = np.stack(  # row k: 4·q_k·(x, y, z, w)
         [
@@ -84,6 +85,16 @@ def _quaternion_to_rotvec(q: np.ndarray) -> np.ndarray:
 
 
 def _to_euler_xyz(m: np.ndarray) -> np.ndarray:
-    """Angles about the fixed x, y, z axes; y stays within ±pi/2."""
-    y = -np.arcsin(np.clip(m[..., 2, 0], -1.0, 1.0))
-    return np.stack([np.arctan2(m[..., 2, 1], m[..., 2, 2]), y, np.arctan2(m[..., 1, 0], m[..., 0, 0])], axis=-1)
+    """Angles about the fixed x, y, z axes; y stays within ±pi/2.
+
+    Where y is ±pi/2 (a tool that points straight down, say), only the difference or sum of x and z is defined. So z is
+    what is left once whatever x came out has been undone: `m @ rotation_x(-x) = rotation_z @ rotation_y`.
+    """
+    x = np.arctan2(m[..., 2, 1], m[..., 2, 2])
+    y = np.arctan2(-m[..., 2, 0], np.hypot(m[..., 2, 1], m[..., 2, 2]))
+    sin_x, cos_x = np.sin(x), np.cos(x)
+    z = np.arctan2(
+        m[..., 0, 2] * sin_x - m[..., 0, 1] * cos_x,
+        m[..., 1, 1] * cos_x - m[..., 1, 2] * sin_x,
+    )
+    return np.stack([x, y, z], axis=-1)

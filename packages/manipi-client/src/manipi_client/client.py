@@ -12,6 +12,7 @@ This is openpi's protocol, so the server may be manipi's or openpi's.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import socket
@@ -257,4 +258,8 @@ def _limit_sends(connection: socket.socket, seconds: float) -> None:
         limit: int | bytes = int(seconds * 1000)
     else:
         limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    try:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    except OSError as error:
+        if error.errno != errno.EBADF:  # The server hung up already; reading from the connection says so.
+            raise

@@ -1,0 +1,35 @@
+"""Flags from dataclasses, the same way in every command: no `--no-` twins, no `{None}|` in the help."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+from typing import TypeVar
+
+import tyro
+
+from manipi.errors import ConfigError
+
+_T = TypeVar("_T")
+
+
+def parse(kind: type[_T], arguments: Sequence[str], command: str, *, default: _T | None = None) -> _T:
+    """The arguments as a `kind`; its docstring is the help. Exits with 2, and the closest flag, on a mistyped one.
+
+    Raises:
+        ConfigError: values that parse but contradict each other, as the config's own `__post_init__` says.
+    """
+    settings = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+    start = tyro.MISSING_NONPROP if default is None else default
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=arguments, prog=f"manipi {command}", config=settings, default=start)
+    except SystemExit as exit:
+        # tyro takes the ValueErrors of nested configs for mistyped flags, and would show their first words only.
+        cause: BaseException | None = exit
+        while (cause := cause.__context__) is not None:
+            if isinstance(cause, ConfigError):
+                raise cause from None
+        sys.stderr.write(said.getvalue())
+        raise

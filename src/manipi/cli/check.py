@@ -1,0 +1,71 @@
+"""`manipi check`: a dataset read in full, and what is wrong with it."""
+
+import itertools
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from manipi.cli.arguments import parse
+from manipi.cli.result import table, write_result
+from manipi.data.check import CHECKS, CheckReport, Finding, check_dataset
+from manipi.recipes.registry import load_robot
+
+SHOWN = 5
+"""Findings of one kind that the screen shows; `--json` has all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Check:
+    """Read a dataset in full and report what is wrong with it; exits with 1 when there are errors.
+
+    manipi check path/to/dataset --quick
+
+    manipi check path/to/dataset --robot my_robot.py:ROBOT --json findings.json
+    """
+
+    dataset: tyro.conf.Positional[Path]
+    """Folder of a LeRobot dataset."""
+    robot: str | None = None
+    """Also check what this robot names: a recipe, or path/to/file.py:NAME of a recipe or a Robot."""
+    quick: bool = False
+    """Decode only the first and the last picture of each episode."""
+    num_workers: int | None = None
+    """Threads that decode pictures; one per processor core unless given."""
+    json: Path | None = None
+    """Write the findings to this file."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the findings, errors first."""
+    args = parse(_Check, arguments, "check")
+    robot = load_robot(args.robot) if args.robot else None
+    report = check_dataset(args.dataset, robot=robot, quick=args.quick, num_workers=args.num_workers)
+    write_result(report, args.json)
+    print(render(report, quick=args.quick))
+    sys.exit(1 if report.count("error") else 0)
+
+
+def render(report: CheckReport, *, quick: bool) -> str:
+    """The findings as blocks of text, then how many there are of each kind."""
+    size = f"{report.num_episodes} episodes · {report.num_frames:,} frames · {len(report.cameras)} cameras"
+    pictures = "first and last pictures" if quick else "every picture"
+    parts = [f"{report.root}\n{size} · {pictures} decoded" if report.num_frames else report.root]
+    for severity, check in itertools.product(("error", "warning"), CHECKS):
+        found = [f for f in report.findings if (f.severity, f.check) == (severity, check)]
+        parts += [_block(finding) for finding in found[:SHOWN]]
+        if len(found) > SHOWN:
+            parts.append(f"{severity:<8} {check}  … and {len(found) - SHOWN} more of this kind (--json has them all)")
+    if report.num_frames:
+        counts = [(check, report.count("error", check), report.count("warning", check)) for check in CHECKS]
+        counts.append(("all", report.count("error"), report.count("warning")))
+        parts.append(table(counts, ("check", "errors", "warnings")))
+    return "\n\n".join(parts if report.findings else [*parts, "nothing is wrong with it"])
+
+
+def _block(finding: Finding) -> str:
+    lines = [f"{finding.severity:<8} {finding.check}  {finding.where}", *textwrap.wrap(finding.what, 108)]
+    return "\n         ".join([*lines, f"→ {finding.next}"])

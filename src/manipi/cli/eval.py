@@ -1,0 +1,103 @@
+"""`manipi eval`: open-loop error of a checkpoint on held-out episodes, beside simple baselines."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from manipi.cli.result import table, write_result
+from manipi.errors import ConfigError
+
+if TYPE_CHECKING:
+    from manipi.evaluate.open_loop import OpenLoop
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Eval:
+    """Compare predicted with recorded action chunks, on held-out and on training episodes, beside baselines."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint folder, such as runs/NAME/checkpoints/STEP."""
+    data: str | None = None
+    """Folder of the dataset. Default: where it was in training."""
+    holdout: float | None = None
+    """Split the data anew, for data that the policy was not trained on. Default: the split of its run."""
+    seed: int = 0
+    """Of the new split."""
+    holdout_only: bool = False
+    """Leave the training episodes out."""
+    max_frames: int = 256
+    """Frames per side of the split, evenly spaced."""
+    device: str = "cpu"
+    """Where the model runs, such as cuda."""
+    num_threads: int = 0
+    """CPU threads of torch; 0 leaves torch's choice."""
+    plot: Path | None = None
+    """Draw predicted over recorded commands into this PNG. Default: open_loop_STEP.png in the run's folder."""
+    json: Path | None = None
+    """Write the errors to this file."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Evaluate; prints tables and one sentence per baseline."""
+    args = tyro.cli(_Eval, args=arguments, prog="manipi eval")
+    _check(args)
+
+    import torch
+
+    from manipi.evaluate.held_out import new_split, open_split, run_folder
+    from manipi.evaluate.open_loop import evenly_spaced, plot_chunks, predict, score
+    from manipi.policy import Policy
+
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    policy = Policy.load(args.checkpoint, device=args.device)
+    if args.data is not None and args.holdout is not None:
+        split = new_split(policy, args.data, holdout=args.holdout, seed=args.seed)
+    else:
+        split = open_split(args.checkpoint, policy, args.data)
+    run, results = run_folder(args.checkpoint), {}
+    plot = args.plot or (run and run / f"open_loop_{policy.config.step}.png")
+    sides = {"held-out": split.held_out_rows} | ({} if args.holdout_only else {"training": split.train_rows})
+    print(f"{split.dataset.name}, split: {split.origin}")
+    for side, rows in sides.items():
+        predictions = predict(policy, split.dataset, evenly_spaced(rows, args.max_frames), split.train_rows)
+        results[side] = score(predictions, split.dataset, policy.robot, split.train_rows)
+        _show(side, results[side])
+        if side == "held-out" and plot:
+            plot_chunks(predictions, split.dataset, policy.robot, results[side], plot)
+    _show_dimensions(results["held-out"])
+    print(f"\n{results['held-out'].verdict()}")
+    print(f"plot  {plot}" if plot else "no plot: the checkpoint stands apart from its run, and there is no --plot")
+    write_result({"split": split.origin, **results}, args.json)
+
+
+def _check(args: _Eval) -> None:
+    if args.max_frames < 1:
+        raise ConfigError(
+            expected="at least one frame", found=str(args.max_frames), where="--max-frames", next="--max-frames 256"
+        )
+    if args.holdout is not None and args.data is None:
+        raise ConfigError(expected="the data to split", found="no --data", where="--holdout", next="add --data PATH")
+
+
+def _show(side: str, result: "OpenLoop") -> None:
+    print(f"\n{side}: {result.frames} frames of {result.episodes} episodes; mean absolute error as % of the travel")
+    errors = result.errors
+    summary = [
+        (name, 100 * e.share_of_travel, 100 * float(e.per_step[0]), 100 * float(e.per_step[-1]))
+        for name, e in errors.items()
+    ]
+    print(table(summary, ("", "all steps", "first step", f"step {len(errors['policy'].per_step)}")))
+
+
+def _show_dimensions(result: "OpenLoop") -> None:
+    moving = [d for d, travel in enumerate(result.travel) if travel > 0]
+    print(f"\nheld-out, in the robot's own units; {len(moving)} of {len(result.travel)} dimensions travel at all")
+    rows = [
+        (result.dimensions[d], float(result.travel[d]), *(float(e.per_dimension[d]) for e in result.errors.values()))
+        for d in moving
+    ]
+    print(table(rows, ("dimension", "travel", *result.errors)))

@@ -1,0 +1,184 @@
+"""`manipi inspect`: a dataset, a checkpoint, or what a recipe does to its first frame."""
+
+import dataclasses
+import tempfile
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from manipi.cli.arguments import parse
+from manipi.cli.result import table, write_result
+from manipi.cli.stats import stats_table
+
+WIDTH = 110
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inspect:
+    """Show what is in a dataset or a checkpoint, or what a recipe does to its first frame.
+
+    manipi inspect path/to/dataset
+
+    manipi inspect runs/first/checkpoints/30000
+
+    manipi inspect tabletop
+
+    manipi inspect my_robot.py:my_recipe --json trace.json
+    """
+
+    target: tyro.conf.Positional[str]
+    """A dataset's folder, a checkpoint's folder, a recipe, or path/to/file.py:function."""
+    json: Path | None = None
+    """Write what is shown to this file."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Show the target."""
+    args = parse(_Inspect, arguments, "inspect")
+    path = Path(args.target).expanduser()
+    if not path.is_dir():
+        write_result(_recipe(args.target), args.json)
+    elif (path / "meta/info.json").is_file():
+        write_result(_dataset(path), args.json)
+    else:
+        write_result(_checkpoint(path), args.json)
+
+
+def _dataset(path: Path) -> Any:
+    from manipi.data.dataset import open_dataset
+    from manipi.data.describe import describe_dataset
+
+    summary = describe_dataset(open_dataset(path))
+    shortest, median, longest = summary.episode_frames
+    _facts(
+        path.name,
+        format=summary.version,
+        folder=summary.root,
+        robot=summary.robot_type,
+        fps=f"{summary.fps:g}",
+        episodes=f"{summary.num_episodes:,} of {shortest} to {longest} frames, median {median}",
+        frames=f"{summary.num_frames:,}, {summary.hours:.2f} hours",
+    )
+    rows = [(k, f.kind, _shape(f.shape), f.dtype, _shorten(", ".join(f.names))) for k, f in summary.features.items()]
+    _section("features", table(rows, ("key", "kind", "shape", "dtype", "names")))
+    _section("instructions", table([(count, task) for task, count in summary.tasks.items()], ("episodes", "task")))
+    _section("a robot for it, guessed from the names: save it as my_robot.py and correct every line", summary.robot)
+    print(f"next  manipi check {path}    manipi check {path} --robot my_robot.py:ROBOT")
+    return summary
+
+
+def _checkpoint(path: Path) -> Any:
+    from manipi.checkpoints.describe import describe_checkpoint
+
+    summary = describe_checkpoint(path)
+    config, robot = summary.config, summary.robot
+    _facts(
+        str(path),
+        model=f"{type(config.model).__name__}, {config.step:,} steps of training",
+        files=f"{summary.num_files}, {summary.num_bytes / 1e6:,.1f} MB, every SHA-256 verified",
+        normalisation=config.norm_mode,
+        **summary.tokenizers,
+        robot=f"{robot.name}, {robot.control_hz:g} Hz, {robot.state_size} state dimensions",
+        cameras=", ".join(f"{slot} ← {key}" for slot, key in robot.cameras.items()),
+        actions=", ".join(f"{type(group).__name__}({group.size})" for group in robot.actions),
+    )
+    counts = [*summary.parameters.items(), ("all", sum(summary.parameters.values()))]
+    _section("parameters", table([(name, f"{count:>15,}") for name, count in counts]))
+    _section("tokens", _draw(config.model))
+    _section(f"norm stats of {summary.norm_stats.num_frames:,} frames", stats_table(summary.norm_stats, robot))
+    print(f"next  manipi serve {path}")
+    return summary
+
+
+def _recipe(target: str) -> Any:
+    from manipi.recipes.registry import load_recipe
+    from manipi.train.data import prepare
+    from manipi.transforms.pipeline import observation_of
+    from manipi.transforms.trace import token_layout, trace
+
+    config = load_recipe(target)
+    print(f"{target}\n")
+    _section("config", "\n".join(_settings(config)))
+    _section("tokens", _draw(config.model))
+    with tempfile.TemporaryDirectory() as folder:
+        # Frames are decoded as they are needed: one is enough here.
+        uncached = dataclasses.replace(config, data=dataclasses.replace(config.data, cache="none"))
+        data = prepare(uncached, Path(folder))
+    frame = data.frames(data.train_rows[:1])[0]
+    sample = observation_of(frame, config.robot)
+    stages = trace(data.pipeline, sample)
+    encoded = data.pipeline.encode(sample)[0]
+    tokens = encoded["tokens"][encoded["token_valid"]].tolist()
+    _section(f"the first frame, episode {frame.episode}, behind every step (• new or changed)", _stages(stages))
+    _section(f"{len(tokens)} of {len(encoded['tokens'])} prompt tokens", f"{data.tokenizers.text.decode(tokens)!r}")
+    print(_shorten(" ".join(map(str, tokens)), 4 * WIDTH))
+    return {"config": config, "tokens": token_layout(config.model), "stages": stages, "token_ids": tokens}
+
+
+def _facts(title: str, **facts: str) -> None:
+    print(f"{title}\n\n{table([(f'  {name}', text) for name, text in facts.items()])}\n")
+
+
+def _section(title: str, text: str) -> None:
+    indented = "\n".join(f"  {line}".rstrip() for line in text.splitlines())
+    print(f"{title}\n{indented}\n")
+
+
+def _settings(config: Any, path: str = "") -> Iterator[str]:
+    """One line per dataclass: its plain values; then the dataclasses inside it."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    inner = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
+    plain = "  ".join(f"{name}={_short(value)}" for name, value in values.items() if name not in inner)
+    yield textwrap.fill(f"{path:<20} {type(config).__name__}  {plain}", WIDTH, subsequent_indent=" " * 23)
+    for name, value in inner.items():
+        yield from _settings(value, f"{path}.{name}".strip("."))
+
+
+def _short(value: Any) -> str:
+    """As in a recipe's source: without the fields that have their default."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))})"
+    if not dataclasses.is_dataclass(value):
+        return str(value)
+    fields = [field for field in dataclasses.fields(value) if getattr(value, field.name) != field.default]
+    return f"{type(value).__name__}({', '.join(f'{f.name}={_short(getattr(value, f.name))}' for f in fields)})"
+
+
+def _draw(model: Any) -> str:
+    """The model's sequence as boxes, prefix and suffix below them."""
+    from manipi.transforms.trace import token_layout
+
+    parts = [(part, list(spans)) for part, spans in groupby(token_layout(model), key=lambda span: span.part)]
+    boxes = [[f" {s.name} {s.tokens} " for s in spans] for _, spans in parts]
+    widths = [len("│".join(row)) for row in boxes]
+    below = [f" {part} {sum(s.tokens for s in spans)} " for part, spans in parts]
+    brackets = "┴".join(text.center(width, "─") for text, width in zip(below, widths))
+    grid = model.vision.image_size // model.vision.patch_size
+    note = f"{grid}×{grid} image tokens per camera, {model.vision.patch_size} pixels each"
+    return f"│{'│'.join('│'.join(row) for row in boxes)}│\n└{brackets}┘\n{note}"
+
+
+def _stages(stages: Sequence[Any]) -> str:
+    rows = []
+    for stage in stages:
+        rows.append((stage.step, "", "", "", "", ""))
+        for key, v in stage.values.items():
+            mark, dash = "•" if key in stage.changed else " ", "" if v.min is None else f"{v.min:.4g}"
+            shown = f"{v.text!r}" if v.text is not None else _shape(v.shape)
+            rows.append((f"  {mark} {key}", v.dtype, shown, dash, "" if v.max is None else f"{v.max:.4g}", ""))
+        if stage.removed:
+            rows.append((f"  – without {', '.join(stage.removed)}", "", "", "", "", ""))
+    return table(rows, ("", "dtype", "shape", "min", "max", ""))
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "1"
+
+
+def _shorten(text: str, width: int = 60) -> str:
+    return text if len(text) <= width else f"{text[: width - 2]} …"

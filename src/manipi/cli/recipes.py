@@ -1,0 +1,38 @@
+"""`manipi recipes`: what can be trained by name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from manipi.cli.arguments import parse
+from manipi.cli.result import table, write_result
+from manipi.recipes.registry import RECIPES, load_recipe
+
+HEADER = ("recipe", "model", "robot", "dataset", "steps", "batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recipes:
+    """List the recipes. A recipe of your own needs no place here: name it as path/to/file.py:function.
+
+    manipi recipes
+
+    manipi inspect tabletop    what one of them does to its first frame
+
+    manipi train tabletop --help    its numbers
+    """
+
+    json: Path | None = None
+    """Write the list to this file."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the table."""
+    args = parse(_Recipes, arguments, "recipes")
+    rows = []
+    for name in RECIPES:
+        config = load_recipe(name)
+        model = type(config.model).__name__.removesuffix("Config")
+        rows.append((name, model, config.robot.name, config.data.path, config.steps, config.batch_size))
+    print(table(rows, HEADER))
+    write_result([dict(zip(HEADER, row, strict=True)) for row in rows], args.json)

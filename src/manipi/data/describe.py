@@ -1,0 +1,98 @@
+"""What is in a dataset, and a robot that would fit it."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+from manipi.data.dataset import Dataset, Feature
+from manipi.records import read_json
+
+_STATE_WORDS, _GRIPPER_WORDS = ("state", "qpos", "joint", "proprio"), ("grip", "jaw")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSummary:
+    """A dataset at a glance."""
+
+    root: str
+    version: str
+    robot_type: str
+    fps: float
+    num_episodes: int
+    num_frames: int
+    hours: float
+    episode_frames: tuple[int, int, int]
+    """Of the shortest, the median and the longest episode."""
+    features: Mapping[str, Feature]
+    tasks: Mapping[str, int]
+    """Episodes per instruction."""
+    robot: str
+    """Python source of a `Robot` that fits, guessed from the features."""
+
+
+def describe_dataset(dataset: Dataset) -> DatasetSummary:
+    """Reads the metadata only; no table and no picture."""
+    info = read_json(dataset.root / "meta/info.json")
+    lengths = sorted(episode.length for episode in dataset.episodes)
+    return DatasetSummary(
+        root=str(dataset.root),
+        version=f"LeRobot {info['codebase_version']}",
+        robot_type=info.get("robot_type") or "unknown",
+        fps=dataset.fps,
+        num_episodes=len(lengths),
+        num_frames=dataset.num_frames,
+        hours=dataset.num_frames / dataset.fps / 3600,
+        episode_frames=(lengths[0], lengths[len(lengths) // 2], lengths[-1]),
+        features=dataset.features,
+        tasks=dict(Counter(episode.task for episode in dataset.episodes).most_common()),
+        robot=sketch_robot(dataset, info.get("robot_type") or dataset.name),
+    )
+
+
+def sketch_robot(dataset: Dataset, name: str) -> str:
+    """Python source of a `Robot` with every camera, state and action that the features' names suggest."""
+    vectors = {key: feature for key, feature in dataset.features.items() if feature.kind == "vector"}
+    floats = {key: feature for key, feature in vectors.items() if "float" in feature.dtype and key != "timestamp"}
+    action_key = next((key for key in floats if key.split(".")[-1].startswith("action")), "action")
+    action = floats.get(action_key, Feature(kind="vector", shape=(1,), dtype="float32"))
+    states = {k: f for k, f in floats.items() if k != action_key and any(word in k for word in _STATE_WORDS)}
+    cameras = "".join(f'        "{slot}": "{key}",\n' for slot, key in _slots(dataset.cameras))
+    state = "".join(f'        State("{key}", {feature.shape[0]}),\n' for key, feature in states.items())
+    return f"""\
+from manipi.robots import Gripper, Joints, Robot, State
+
+ROBOT = Robot(
+    name="{name}",
+    cameras={{
+{cameras}    }},
+    state=(
+{state}    ),
+    actions=(  # Joints(n, relative=True): the model sees offsets from the state
+{"".join(f"        {line},{note}" for line, note in _groups(action))}    ),
+    action_key="{action_key}",
+    control_hz={dataset.fps:g},
+)
+"""
+
+
+def _slots(cameras: list[str]) -> Iterator[tuple[str, str]]:
+    """Camera slot and key: wrists to their side, everything else from `base` on."""
+    taken = Counter[str]()
+    for key in cameras:
+        wrist = any(word in key for word in ("wrist", "hand", "gripper"))
+        slot = ("right_wrist" if "right" in key else "left_wrist") if wrist else "base"
+        taken[slot] += 1
+        yield (slot if taken[slot] == 1 else f"{slot}_{taken[slot]}"), key
+
+
+def _groups(action: Feature) -> Iterator[tuple[str, str]]:
+    """Source and comment of each group: a `Gripper` where a dimension's name says so, `Joints` between."""
+    names = action.names if len(action.names) == action.shape[0] else ("",) * action.shape[0]
+    for gripper, group in groupby(names, key=lambda name: any(word in name.lower() for word in _GRIPPER_WORDS)):
+        members = list(group)
+        if gripper:
+            yield from (("Gripper(open=0.0, closed=1.0)", f"  # {name}: correct the range\n") for name in members)
+        else:
+            span = f"  # {members[0]} … {members[-1]}\n" if members[0] else "  # is one of them a gripper?\n"
+            yield f"Joints({len(members)})", span

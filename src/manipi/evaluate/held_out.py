@@ -1,0 +1,80 @@
+"""Which rows a policy has not seen: the split of its run, or a new one that the user asks for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Int64
+from numpy import ndarray
+
+from manipi.data.dataset import Dataset, open_dataset
+from manipi.data.split import split_episodes
+from manipi.errors import ConfigError
+from manipi.policy import Policy
+from manipi.train.data import check_features
+from manipi.train.run import read_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A dataset, and on which side of the split each of its rows is."""
+
+    dataset: Dataset
+    train_rows: Int64[ndarray, "T"]
+    held_out_rows: Int64[ndarray, "E"]
+    origin: str
+    """Whose split it is, in words."""
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """runs/NAME of runs/NAME/checkpoints/STEP, when the checkpoint is still in its run."""
+    folder = Path(checkpoint).resolve()
+    run = folder.parent.parent
+    return run if folder.parent.name == "checkpoints" and (run / "config.json").is_file() else None
+
+
+def open_split(checkpoint: Path, policy: Policy, data: str | None) -> Split:
+    """The split that the policy was trained with.
+
+    Args:
+        data: where the dataset is now; None: where it was in training.
+
+    Raises:
+        ConfigError: the checkpoint stands apart from its run, the data are not those that it was trained on, or the
+            run held no episodes out.
+        DataError: the dataset is absent or broken.
+    """
+    run = run_folder(checkpoint)
+    if run is None:
+        raise _no_split("a checkpoint in its run's folder, runs/NAME/checkpoints/STEP", "no config.json", checkpoint)
+    config = read_config(run)
+    dataset = open_dataset(data or config.data.path, config.data.episodes)
+    if dataset.fingerprint != policy.norm_stats.data:
+        raise _no_split(
+            f"the data that the policy was trained on ({policy.norm_stats.data[:12]})",
+            f"other data ({dataset.fingerprint[:12]})",
+            dataset.root,
+        )
+    if not config.data.holdout:
+        raise _no_split("a run with held-out episodes", "data.holdout 0: it trained on all of them", run)
+    return _split(dataset, policy, config.data.holdout, config.seed, f"the run's own (holdout {config.data.holdout:g})")
+
+
+def new_split(policy: Policy, data: str, *, holdout: float, seed: int) -> Split:
+    """A split made now, for data that the policy was not trained on, or a checkpoint apart from its run."""
+    origin = f"made now (holdout {holdout:g}, seed {seed}): the policy may have been trained on any of these episodes"
+    return _split(open_dataset(data), policy, holdout, seed, origin)
+
+
+def _split(dataset: Dataset, policy: Policy, holdout: float, seed: int, origin: str) -> Split:
+    check_features(dataset, policy.robot)
+    train, held_out = split_episodes(dataset, holdout=holdout, seed=seed)
+    return Split(dataset=dataset, train_rows=train, held_out_rows=held_out, origin=origin)
+
+
+def _no_split(expected: str, found: str, where: Path) -> ConfigError:
+    return ConfigError(
+        expected=expected,
+        found=found,
+        where=str(where),
+        next="--data PATH --holdout 0.2 --seed 0  # splits the data anew; baselines know of the other 80 % only",
+    )

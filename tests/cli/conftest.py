@@ -1,0 +1,70 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def shared_datasets() -> Path:
+    shared = Path(os.environ.get("MANIPI_SHARED", REPOSITORY.parent / "shared")) / "datasets"
+    if not shared.is_dir():
+        pytest.skip(f"the sample datasets are not at {shared}; set MANIPI_SHARED")
+    return shared.resolve()
+
+
+@pytest.fixture
+def copy_of(shared_datasets, tmp_path):
+    """`copy_of(name)` is a writable copy of a sample dataset."""
+
+    def copy(name):
+        return Path(shutil.copytree(shared_datasets / name, tmp_path / name, copy_function=shutil.copyfile))
+
+    return copy
+
+
+@pytest.fixture
+def manipi(tmp_path):
+    """`manipi("check", path)` runs the command in a process of its own, in an empty folder."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "packages/manipi-client/src")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "manipi", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
+
+    return run
+
+
+@pytest.fixture
+def recipe_file(shared_datasets, tmp_path):
+    """A user's file with a robot and a recipe for a sample dataset."""
+    path = tmp_path / "my_robot.py"
+    path.write_text(f"""
+from manipi.model.config import GEMMA_TINY, GEMMA_TINY_EXPERT, VISION_TINY_8, Pi05Config
+from manipi.robots import Joints, Robot, State
+from manipi.train.config import DataConfig, TrainConfig
+
+ROBOT = Robot(
+    name="aloha",
+    cameras={{"base": "observation.images.cam_high", "left_wrist": "observation.images.cam_left_wrist"}},
+    state=(State("observation.state", 14),),
+    actions=(Joints(14, relative=True),),
+    action_key="action",
+    control_hz=50,
+)
+
+
+def my_recipe() -> TrainConfig:
+    model = Pi05Config(vision=VISION_TINY_8, vlm=GEMMA_TINY, action_expert=GEMMA_TINY_EXPERT, vocab_size=1024,
+                       action_dim=16, action_horizon=10, max_token_len=60)
+    data = DataConfig(path={str(shared_datasets / "synthetic_lerobot_v30")!r}, cache="frames")
+    return TrainConfig(robot=ROBOT, model=model, data=data)
+""")
+    return path

@@ -1,0 +1,168 @@
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from manipi.cli.inspect import _draw
+from manipi.data.dataset import Feature, open_dataset
+from manipi.data.describe import describe_dataset, sketch_robot
+from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.model.config import Pi0Config, Pi0FastConfig, Pi05Config
+from manipi.recipes.registry import load_robot
+from manipi.train.config import DataConfig
+from manipi.transforms.trace import token_layout
+
+
+def run_source(source):
+    names = {}
+    exec(source, names)
+    return names["ROBOT"]
+
+
+@pytest.mark.parametrize("name", ["synthetic_lerobot_v21", "g1_bottle_lerobot_v30", "open50_lerobot_v3"])
+def test_sketched_robot_is_one_that_the_dataset_has(shared_datasets, name):
+    dataset = open_dataset(shared_datasets / name)
+    robot = run_source(describe_dataset(dataset).robot)
+    for key in robot.cameras.values():
+        dataset.require(key, "image")
+    for key, size in [*((s.key, s.size) for s in robot.state), (robot.action_key, robot.action_size)]:
+        dataset.require(key, "vector", size)
+    assert robot.control_hz == dataset.fps
+
+
+def test_sketch_knows_wrists_and_grippers(tmp_path):
+    names = ("shoulder", "elbow", "left_gripper", "wrist_roll", "right_gripper")
+    picture = Feature(kind="image", shape=(16, 16, 3), dtype="video")
+    vector = Feature(kind="vector", shape=(5,), dtype="float32", names=names)
+    keys = ["cam_right_wrist", "cam_high", "cam_low", "cam_left_wrist"]
+    features = {**dict.fromkeys(keys, picture), "qpos": vector, "action": vector}
+    with LeRobotWriter(tmp_path / "set", fps=20, features=features, robot_type="toy") as writer:
+        values = {key: np.zeros((2, *feature.shape), feature.dtype if feature.kind == "vector" else np.uint8)
+                  for key, feature in features.items()}  # fmt: skip
+        writer.add_episode(values, task="wait")
+    robot = run_source(sketch_robot(open_dataset(tmp_path / "set"), "toy"))
+    assert robot.cameras == {
+        "right_wrist": "cam_right_wrist", "base": "cam_high", "base_2": "cam_low", "left_wrist": "cam_left_wrist",
+    }  # fmt: skip
+    assert [(type(g).__name__, g.size) for g in robot.actions] == [
+        ("Joints", 2), ("Gripper", 1), ("Joints", 1), ("Gripper", 1),
+    ]  # fmt: skip
+    assert [s.key for s in robot.state] == ["qpos"]
+
+
+def test_dataset(manipi, shared_datasets, tmp_path):
+    done = manipi("inspect", shared_datasets / "synthetic_lerobot_v21", "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    for line in ("LeRobot v2.1", "6 of 40 to 75 frames", "480×640×3  video", "3  open the drawer"):
+        assert line in done.stdout
+    summary = json.loads((tmp_path / "out.json").read_text())
+    assert (summary["num_frames"], summary["fps"]) == (345, 50)
+    assert summary["features"]["action"]["shape"] == [14]
+    assert summary["tasks"] == {"pick up the cube": 3, "open the drawer": 3}
+
+
+def test_recipe(manipi, recipe_file, tmp_path):
+    done = manipi("inspect", f"{recipe_file}:my_recipe", "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    assert "│ base 64 │ left_wrist 64 │ right_wrist 64 │ prompt 60 │ actions 10 │" in done.stdout
+    assert re.search(r"'Task: (pick up the cube|open the drawer), State: [\d ]+;\\nAction: '", done.stdout)
+    trace = json.loads((tmp_path / "out.json").read_text())
+    stages = {stage["step"]: stage for stage in trace["stages"]}
+    expected = ["observation", "ReadRobot", "ActionSpace", "Normalize", "ResizeImages", "TokenizePrompt", "ModelLayout"]
+    assert list(stages) == expected
+    assert stages["ActionSpace"]["changed"] == ["actions"]
+    assert stages["ReadRobot"]["values"]["image/base"]["shape"] == [480, 640, 3]
+    assert stages["ResizeImages"]["values"]["image/base"]["shape"] == [64, 64, 3]
+    assert stages["ModelLayout"]["values"]["images"]["shape"] == [3, 64, 64, 3]
+    assert stages["ModelLayout"]["values"]["actions"]["shape"] == [10, 16]
+    assert "prompt" in stages["ModelLayout"]["removed"]
+
+
+def test_recipe_without_its_dataset_still_shows_config_and_tokens(manipi):
+    done = manipi("inspect", "tabletop")
+    assert done.returncode == 1
+    assert "│ base 49 │ prompt" in done.stdout
+    assert "batch_size=64" in done.stdout
+    assert "DatasetNotFoundError" in done.stderr
+
+
+def test_checkpoint(manipi, checkpoint, tmp_path):
+    done = manipi("inspect", checkpoint, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    assert "Pi05Config, 7 steps of training" in done.stdout
+    assert "every SHA-256 verified" in done.stdout
+    summary = json.loads((tmp_path / "out.json").read_text())
+    assert summary["parameters"] == {"vision": 12, "vlm expert": 6, "action expert": 5, "token embedding": 20}
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / "robot.json").write_text("{}")
+    altered = manipi("inspect", copy)
+    assert altered.returncode == 1
+    assert "IntegrityError" in altered.stderr
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    import torch
+
+    from manipi.checkpoints.native import Checkpoint, PolicyConfig, SelfTest, write_checkpoint
+    from manipi.data.stats import field_stats
+    from manipi.robots.tabletop import TABLETOP
+    from manipi.tokenizers import ByteTokenizer, Tokenizers
+    from manipi.types import NormStats
+
+    four = field_stats(np.random.default_rng(0).normal(size=(50, 4)))
+    names = {
+        "vision.patch_embedding.weight": (3, 4),
+        "gemma.blocks.0.experts.vlm.q_proj.weight": (2, 3),
+        "gemma.blocks.0.experts.action.q_proj.weight": (1, 3),
+        "gemma.final_norms.action.scale": (2,),
+        "gemma.token_embedding": (5, 4),
+    }
+    folder = tmp_path_factory.mktemp("run") / "7"
+    write_checkpoint(
+        folder,
+        Checkpoint(
+            weights={name: torch.zeros(shape) for name, shape in names.items()},
+            config=PolicyConfig(model=Pi05Config(), norm_mode="quantile", step=7),
+            robot=TABLETOP,
+            norm_stats=NormStats(state=four, actions=four, num_frames=50, contract="c", data="d"),
+            tokenizers=Tokenizers(ByteTokenizer()),
+            self_test=SelfTest({"x": np.zeros(1)}, np.zeros((2, 2)), np.zeros((2, 2))),
+        ),
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "prefix", "suffix"),
+    [
+        (Pi0Config(), 3 * 256 + 48, 1 + 50),
+        (Pi05Config(), 3 * 256 + 200, 50),
+        (Pi0FastConfig(), 3 * 256 + 250, 0),
+    ],
+)
+def test_token_layout(model, prefix, suffix):
+    spans = token_layout(model)
+    assert sum(s.tokens for s in spans if s.part == "prefix") == prefix
+    assert sum(s.tokens for s in spans if s.part == "suffix") == suffix
+    boxes, brackets, _ = _draw(model).splitlines()
+    assert len(boxes) == len(brackets)
+    assert f"prefix {prefix}" in brackets
+
+
+def test_target_that_is_nothing(manipi):
+    done = manipi("inspect", "no_such_recipe")
+    assert done.returncode == 1
+    assert "expected a recipe, one of: tabletop" in done.stderr
+
+
+def test_settings_are_numbers_of_the_recipe():
+    from manipi.cli.inspect import _settings
+
+    assert next(_settings(DataConfig(path="there"), "data")).split()[:3] == ["data", "DataConfig", "path=there"]
+
+
+def test_robot_of_a_file(recipe_file):
+    assert load_robot(f"{recipe_file}:ROBOT").name == load_robot(f"{recipe_file}:my_recipe").name == "aloha"

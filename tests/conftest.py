@@ -1,0 +1,116 @@
+"""A learnable toy dataset, and training configs so small that a run takes a second."""
+
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from manipi.data.dataset import Feature
+from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.model.config import GemmaSize, Pi0FastConfig, VisionSize
+from manipi.recipes.registry import load_recipe
+from manipi.robots.tabletop import TABLETOP
+from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig
+from manipi.train.loop import train
+
+IMAGE_SIZE = 16
+EPISODE_LENGTHS = (12, 7, 9, 3, 11, 8, 10, 5)
+RECIPES = {"pi05": "tabletop", "pi0": "tabletop_pi0", "pi0_fast": "tabletop_pi0_fast"}
+TINY = GemmaSize(width=32, depth=2, mlp_dim=48, num_heads=2, num_kv_heads=1, head_dim=16)
+
+
+def toy_episode(number: int, length: int) -> dict[str, np.ndarray]:
+    """The arm walks at random; the colour of the picture says which way it is told to go."""
+    rng = np.random.default_rng(number)
+    colour = rng.integers(0, 2, 3)
+    position = np.cumsum(rng.normal(0, 0.01, (length, 3)), axis=0)
+    gripper = (np.arange(length) < length / 2).astype(float)[:, None]
+    towards = (colour * 2 - 1) * 0.02
+    images = np.broadcast_to((60 + colour * 130).astype(np.uint8), (length, IMAGE_SIZE, IMAGE_SIZE, 3))
+    return {
+        "observation/image": np.ascontiguousarray(images),
+        "observation/state": np.concatenate([position, gripper], axis=1).astype(np.float32),
+        "actions": np.concatenate([position + towards, gripper], axis=1).astype(np.float32),
+    }
+
+
+@pytest.fixture(scope="session")
+def toy_episodes() -> list[dict[str, np.ndarray]]:
+    return [toy_episode(number, length) for number, length in enumerate(EPISODE_LENGTHS)]
+
+
+@pytest.fixture(scope="session")
+def toy_dataset(toy_episodes, tmp_path_factory) -> Path:
+    """A LeRobot dataset for the robot `tabletop`; tests that change it take a copy."""
+    features = {
+        "observation/image": Feature(kind="image", shape=(IMAGE_SIZE, IMAGE_SIZE, 3), dtype="video"),
+        "observation/state": Feature(kind="vector", shape=(4,), dtype="float32"),
+        "actions": Feature(kind="vector", shape=(4,), dtype="float32"),
+    }
+    root = tmp_path_factory.mktemp("toy") / "dataset"
+    with LeRobotWriter(root, fps=10, features=features, robot_type=TABLETOP.name, pix_fmt="yuv444p") as writer:
+        for episode in toy_episodes:
+            writer.add_episode(episode, task="reach it")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny(toy_dataset) -> Callable[..., TrainConfig]:
+    """`tiny("pi05", steps=3)` is the tabletop recipe of that policy, shrunk, on the toy dataset."""
+
+    def shrink(kind: str = "pi05", **changes) -> TrainConfig:
+        recipe = load_recipe(RECIPES[kind])
+        vision = VisionSize(width=16, depth=1, mlp_dim=32, num_heads=2, patch_size=8, image_size=IMAGE_SIZE)
+        sizes = {"vision": vision, "vlm": TINY, "action_horizon": 4}
+        if not isinstance(recipe.model, Pi0FastConfig):
+            sizes["action_expert"] = replace(TINY, width=16)
+        settings = {
+            "data": DataConfig(path=str(toy_dataset), holdout=0.25, num_workers=0),
+            "model": replace(recipe.model, **sizes),
+            "optimizer": OptimizerConfig(lr=3e-3, final_lr=3e-4, warmup_steps=4, decay_steps=80),
+            "steps": 6,
+            "batch_size": 4,
+            "noise_draws": 2,
+            "log_every": 1,
+            "save_every": 2,
+            "num_threads": 1,
+        }
+        return replace(recipe, **settings | changes)
+
+    return shrink
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """`mount(megabytes)` is a file system of that size."""
+    disk = tmp_path / "disk"
+
+    def mount(megabytes: int) -> Path:
+        disk.mkdir()
+        options = f"size={megabytes}m"
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True)
+        if mounted.returncode:
+            pytest.skip("needs the right to mount a small file system")
+        return disk
+
+    yield mount
+    if disk.is_mount():
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory) -> Callable[[str], Path]:
+    """`trained("pi0")` is the checkpoint of two steps of that policy; tests that change it take a copy."""
+    made: dict[str, Path] = {}
+
+    def train_once(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = train(tiny(kind, steps=2), tmp_path_factory.mktemp(kind) / "run", show=False)
+        return made[kind]
+
+    return train_once

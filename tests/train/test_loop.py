@@ -1,0 +1,272 @@
+"""Training on a toy dataset: it learns, it stops loudly, and a resumed run is the undisturbed one, bit for bit."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from manipi.checkpoints.native import verify
+from manipi.errors import BadValueError, CheckpointError, MissingFeatureError, StorageError, TrainingError
+from manipi.model import ModelInput
+from manipi.policy import Policy
+from manipi.robots import State
+from manipi.train.data import prepare
+from manipi.train.loop import train, train_step
+from manipi.train.run import Run
+from manipi.train.state import TrainState
+
+KINDS = ("pi05", "pi0", "pi0_fast")
+OF_THE_CLOCK = {"time", "samples_per_s", "data_wait"}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def metrics(config, folder) -> list[dict]:
+    return [{k: v for k, v in m.items() if k not in OF_THE_CLOCK} for m in Run(folder, config).read_metrics()]
+
+
+def same_state(config, one, other) -> None:
+    """Every tensor of the two training states, weights for inference and log lines are equal, bit for bit."""
+    states = [TrainState.initial(config), TrainState.initial(config)]
+    for state, checkpoint in zip(states, (one, other), strict=True):
+        state.load(checkpoint / "train_state")
+    left, right = (state._tensors() for state in states)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert metrics(config, one.parents[1]) == metrics(config, other.parents[1])
+
+
+# ---- it learns, and what it saves serves
+
+
+def test_the_loss_decreases(tiny, tmp_path):
+    config = tiny(steps=60, save_every=60, batch_size=8)
+    train(config, tmp_path, show=False)
+    losses = [m["loss"] for m in metrics(config, tmp_path)]
+    assert len(losses) == 60
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
+
+
+@every_kind
+def test_two_steps_make_a_policy(kind, trained, tiny):
+    folder = trained(kind)
+    assert folder.name == "2"
+    policy = Policy.load(folder)
+    observation = prepare(tiny(kind, steps=2), folder.parents[1]).example()
+    actions = policy.infer(observation)["actions"]
+    assert actions.shape == (4, 4)
+    assert actions.dtype == np.float32
+    assert np.isfinite(actions).all()
+    assert policy.metadata["step"] == 2
+    assert (folder.parents[1] / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@every_kind
+def test_exactly_the_trainable_parameters_get_a_gradient(kind, tiny, tmp_path):
+    config = tiny(kind)
+    state = TrainState.initial(config)
+    # Adaptive modulation starts at zero, where no gradient flows through it yet.
+    for parameter in state.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    with prepare(config, tmp_path).loader(0) as loader:
+        _, batch, _ = next(iter(loader))
+    inputs = ModelInput.from_numpy(batch)
+    noise = (torch.randn(4, 4, 4), torch.rand(4)) if kind != "pi0_fast" else ()
+    state.model(inputs, *noise).loss.backward()
+    reached = {n for n, p in state.model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    # Attention does not feel a bias that all keys share; rounding decides whether it is zero.
+    assert reached - set(state.parameters) == set()
+    assert {n for n in set(state.parameters) - reached if "k_proj.bias" not in n} == set()
+
+
+def test_without_averaging_the_raw_weights_are_served(tiny, tmp_path):
+    config = tiny(steps=2, ema_decay=0.0)
+    folder = train(config, tmp_path, show=False)
+    state = TrainState.initial(config)
+    assert state.average == {}
+    state.load(folder / "train_state")
+    served = load_file(folder / "model.safetensors")
+    assert all(torch.equal(served[name], value) for name, value in state.model.state_dict().items())
+
+
+def test_the_average_follows_the_raw_weights(tiny, trained):
+    config = tiny("pi05", steps=2)
+    folder = trained("pi05")
+    state = TrainState.initial(config)
+    state.load(folder / "train_state")
+    served = load_file(folder / "model.safetensors")
+    moved = [n for n, v in state.parameters.items() if not torch.equal(served[n], v)]
+    assert moved
+    assert all(torch.equal(served[name], state.average[name]) for name in state.average)
+
+
+# ---- resuming
+
+
+@every_kind
+def test_a_resumed_run_equals_an_undisturbed_one(kind, tiny, tmp_path):
+    config = tiny(kind)
+    whole = train(config, tmp_path / "whole", show=False)
+    stopped = train(config, tmp_path / "parts", stop_at=3, show=False)
+    assert stopped.name == "3"
+    resumed = train(config, tmp_path / "parts", show=False)
+    assert resumed.name == "6"
+    assert [m["step"] for m in metrics(config, tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+    same_state(config, whole, resumed)
+
+
+def test_workers_make_no_difference(tiny, tmp_path):
+    config = tiny(steps=3)
+    other = replace(config, data=replace(config.data, num_workers=2, cache="frames"))
+    folders = [train(c, tmp_path / str(i), show=False) for i, c in enumerate((config, other))]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert weights[0] == weights[1]
+
+
+def test_a_finished_run_stays_as_it_is(tiny, trained):
+    folder = trained("pi05")
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    assert train(tiny("pi05", steps=2), folder.parents[1], show=False) == folder
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_only_the_newest_checkpoints_stay(tiny, tmp_path):
+    config = tiny(steps=7, save_every=2, keep_checkpoints=2)
+    train(config, tmp_path, show=False)
+    assert Run(tmp_path, config).steps() == [6, 7]
+
+
+def test_other_settings_in_the_same_folder_are_refused(tiny, trained):
+    config = tiny("pi05", steps=2)
+    folder = trained("pi05").parents[1]
+    other = replace(config, batch_size=5, model=replace(config.model, action_horizon=3))
+    with pytest.raises(TrainingError) as error:
+        train(other, folder, show=False)
+    assert error.value.found == "batch_size was 4, now 5; model.action_horizon was 4, now 3"
+    assert error.value.where == str(folder / "config.json")
+    assert error.value.next.startswith("give the new run another folder (--run-dir)")
+
+
+def test_a_run_that_never_began_does_not_block_its_folder(tiny, tmp_path):
+    config = tiny(steps=1)
+    wrong = replace(config, tokenizer=str(tmp_path / "absent.model"), data=replace(config.data, holdout=0.5))
+    with pytest.raises(Exception, match=r"absent\.model"):
+        train(wrong, tmp_path / "run", show=False)
+    folder = train(config, tmp_path / "run", show=False)
+    # Nor do the statistics of other episodes stay.
+    assert Policy.load(folder).norm_stats.num_frames == len(prepare(config, tmp_path / "other").train_rows)
+
+
+# ---- what goes wrong
+
+
+def copy(folder, tmp_path):
+    """A copy of a checkpoint's whole run; returns the run's folder."""
+    return shutil.copytree(folder.parents[1], tmp_path / "copy")
+
+
+def flip(path, position=-1):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_corrupted_newest_checkpoint_is_named_with_the_one_before(tiny, trained, tmp_path):
+    run = copy(trained("pi05"), tmp_path)
+    weights = run / "checkpoints/2/model.safetensors"
+    flip(weights)
+    config = tiny("pi05", steps=2)
+    with pytest.raises(CheckpointError) as error:
+        train(config, run, show=False)
+    assert error.value.expected == "a sound newest checkpoint (step 2)"
+    assert error.value.where == str(weights)
+    assert error.value.next == f"delete {run / 'checkpoints/2'} and run again; the one before it is step 0"
+    shutil.rmtree(run / "checkpoints/2")
+    assert train(config, run, show=False) == run / "checkpoints/2"
+    flip(run / "checkpoints/0/config.json")
+    shutil.rmtree(run / "checkpoints/2")
+    with pytest.raises(CheckpointError, match="there is none before it"):
+        train(config, run, show=False)
+
+
+def plant(dataset, tmp_path, column, value):
+    """A copy of the dataset with one bad number, written as other recorders may have written it."""
+    root = shutil.copytree(dataset, tmp_path / "dataset")
+    (path,) = (root / "data").rglob("*.parquet")
+    table = pq.read_table(path)
+    values = np.array(table[column].to_pylist(), np.float32)
+    values[20, 2] = value
+    array = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    pq.write_table(table.set_column(table.column_names.index(column), column, array), path)
+    return root
+
+
+@pytest.mark.parametrize(("column", "value"), [("observation/state", np.nan), ("actions", np.inf)])
+def test_bad_numbers_in_the_data(tiny, toy_dataset, tmp_path, column, value):
+    config = tiny()
+    root = plant(toy_dataset, tmp_path, column, value)
+    with pytest.raises(BadValueError, match=f"{value} in dimension 2") as error:
+        train(replace(config, data=replace(config.data, path=str(root))), tmp_path / "run", show=False)
+    assert "episode 2, frame 1" in error.value.where
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_robot_that_the_dataset_does_not_have(tiny, tmp_path):
+    config = tiny()
+    for change, message in (
+        ({"cameras": {"base": "observation/wrist"}}, "image 'observation/wrist'"),
+        ({"state": (State("observation/state", 3),)}, "of size 3"),
+        ({"action_key": "commands"}, "vector 'commands' of size 4"),
+    ):
+        with pytest.raises(MissingFeatureError, match=message):
+            train(replace(config, robot=replace(config.robot, **change)), tmp_path, show=False)
+
+
+def test_a_loss_that_is_not_finite(tiny, tmp_path):
+    config = tiny(steps=20, save_every=1, keep_checkpoints=100)
+    config = replace(config, optimizer=replace(config.optimizer, lr=1e30, warmup_steps=0))
+    with pytest.raises(TrainingError, match="loss (nan|inf)") as error:
+        train(config, tmp_path, show=False)
+    step = int(error.value.where.removeprefix("step "))
+    run = Run(tmp_path, config)
+    assert run.steps() == list(range(step + 1))
+    for done in run.steps():
+        verify(run.checkpoint(done))
+    assert not list(run.checkpoints.glob(".*"))
+
+
+def test_a_step_that_fails_leaves_the_weights(tiny, tmp_path):
+    config = tiny()
+    state = TrainState.initial(config)
+    with prepare(config, tmp_path).loader(0) as loader:
+        _, batch, _ = next(iter(loader))
+    before = {name: value.clone() for name, value in state._tensors().items()}
+    spoiled = batch | {"actions": batch["actions"] * np.float32(np.inf)}
+    with pytest.raises(TrainingError, match="where step 0"):
+        train_step(state, ModelInput.from_numpy(spoiled), config)
+    assert all(torch.equal(value, before[name]) for name, value in state._tensors().items())
+
+
+@pytest.mark.parametrize("room", [0.3, 1.5], ids=["for less than the weights", "for the weights alone"])
+def test_a_full_disk_leaves_the_checkpoints_before_it(tiny, mount, room):
+    disk = mount(64)
+    config = tiny(steps=4, keep_checkpoints=9)
+    train(config, disk / "run", stop_at=2, show=False)
+    run = Run(disk / "run", config)
+    left = int(room * (run.checkpoint(2) / "model.safetensors").stat().st_size)
+    filler = disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free - left))
+    with pytest.raises(StorageError) as error:
+        train(config, disk / "run", show=False)
+    assert error.value.where == str(run.checkpoint(4))
+    assert "MB free" in error.value.found
+    assert run.steps() == [0, 2]
+    assert not list(run.checkpoints.glob(".*"))
+    assert run.newest() == 2
+    filler.unlink()
+    assert train(config, disk / "run", show=False) == run.checkpoint(4)

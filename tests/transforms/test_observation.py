@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+
+from manipi.errors import ObservationError
+from manipi.robots import Gripper, Joints, Robot, State
+from manipi.transforms.observation import ReadRobot
+
+ROBOT = Robot(
+    name="arm",
+    cameras={"base": "image", "left_wrist": "wrist_image"},
+    state=(State("joints", 3), State("gripper", 1)),
+    actions=(Joints(3), Gripper()),
+)
+NEXT = "send what the robot's spec says (server metadata, `robot`), or correct the Robot(...)"
+
+
+def observation(**changes) -> dict:
+    """A good one; a change to None removes the key."""
+    good = {
+        "image": np.zeros((4, 6, 3), np.uint8),
+        "wrist_image": np.ones((5, 5, 3), np.uint8),
+        "joints": np.array([1, 2, 3], np.float64),
+        "gripper": 0.5,
+        "prompt": "reach it",
+    }
+    return {key: value for key, value in (good | changes).items() if value is not None}
+
+
+def read(**changes) -> dict:
+    return ReadRobot(ROBOT).encode(observation(**changes))
+
+
+def test_a_good_observation():
+    sample = read()
+    assert sample.keys() == {"image/base", "image/left_wrist", "state", "prompt"}
+    assert sample["state"].dtype == np.float32
+    assert sample["state"].tolist() == [1, 2, 3, 0.5]
+
+
+def test_the_full_text_for_a_missing_key():
+    with pytest.raises(ObservationError) as error:
+        read(joints=None, joint=np.zeros(3))
+    assert str(error.value) == (
+        "expected 3 finite numbers under 'joints'\n"
+        "   found only gripper, image, joint, prompt, wrist_image (is it 'joint'?)\n"
+        "   where observation key 'joints' of robot 'arm'\n"
+        f"    next {NEXT}"
+    )
+
+
+def test_the_full_text_for_a_float_picture():
+    with pytest.raises(ObservationError) as error:
+        read(wrist_image=np.zeros((3, 224, 224), np.float32))
+    assert str(error.value) == (
+        "expected a uint8 picture [height, width, 3]\n"
+        "   found float32 [3, 224, 224]\n"
+        "   where observation key 'wrist_image' of robot 'arm'\n"
+        f"    next {NEXT}"
+    )
+
+
+def test_the_full_text_for_nan():
+    with pytest.raises(ObservationError) as error:
+        read(joints=np.array([1.0, np.nan, np.inf]))
+    assert str(error.value) == (
+        "expected 3 finite numbers\n"
+        "   found nan at index 1\n"
+        "   where observation key 'joints' of robot 'arm'\n"
+        f"    next {NEXT}"
+    )
+
+
+BAD = {
+    "no picture": ({"image": None}, "image", r"under 'image'[\s\S]*is it 'wrist_image'"),
+    "channels first": ({"image": np.zeros((3, 4, 6), np.uint8)}, "image", r"uint8 \[3, 4, 6\]"),
+    "gray": ({"image": np.zeros((4, 6), np.uint8)}, "image", r"uint8 \[4, 6\]"),
+    "with alpha": ({"image": np.zeros((4, 6, 4), np.uint8)}, "image", r"uint8 \[4, 6, 4\]"),
+    "empty picture": ({"image": np.zeros((0, 6, 3), np.uint8)}, "image", r"uint8 \[0, 6, 3\]"),
+    "a batch": ({"image": np.zeros((1, 4, 6, 3), np.uint8)}, "image", r"uint8 \[1, 4, 6, 3\]"),
+    "nested lists": ({"image": [[[0, 0, 0]]]}, "image", "found list"),
+    "too few joints": ({"joints": np.zeros(2)}, "joints", r"float64 \[2\]"),
+    "joints as a row": ({"joints": np.zeros((1, 3))}, "joints", r"float64 \[1, 3\]"),
+    "joints as text": ({"joints": np.array(["a", "b", "c"])}, "joints", r"<U1 \[3\]"),
+    "joints as truth": ({"joints": np.zeros(3, bool)}, "joints", r"bool \[3\]"),
+    "ragged joints": ({"joints": [[1.0], [1.0, 2.0]]}, "joints", "inhomogeneous"),
+    "two grippers": ({"gripper": np.zeros(2)}, "gripper", r"float64 \[2\]"),
+    "infinite": ({"gripper": -np.inf}, "gripper", "found -inf at index 0"),
+    "more than float32 holds": ({"gripper": 1e300}, "gripper", r"found 1e\+300 at index 0"),
+    "no prompt": ({"prompt": None}, "prompt", "found nothing"),
+    "a number for a prompt": ({"prompt": 3}, "prompt", "found int"),
+    "two prompts": ({"prompt": np.array(["a", "b"])}, "prompt", r"found <U1 \[2\]"),
+    "a prompt in Latin-1": ({"prompt": "öffne".encode("latin-1")}, "prompt", "can't decode byte 0xf6"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_observations(case):
+    changes, key, message = BAD[case]
+    with pytest.raises(ObservationError, match=message) as error:
+        read(**changes)
+    assert error.value.where == f"observation key {key!r} of robot 'arm'"
+    assert error.value.next == NEXT
+
+
+@pytest.mark.parametrize("prompt", ["öffne", "öffne".encode(), np.array("öffne"), np.array(["öffne"]), np.str_("öffne")])
+def test_prompts_in_every_shape_that_the_wire_and_files_give_them(prompt):
+    assert read(prompt=prompt)["prompt"] == "öffne"
+
+
+@pytest.mark.parametrize("gripper", [1, 1.0, np.float32(1), np.array(1.0), np.array([1]), [1.0]])
+def test_one_number_in_every_shape(gripper):
+    assert read(gripper=gripper)["state"][3] == 1
+
+
+def test_the_default_prompt_is_used_where_none_comes():
+    robot = Robot(
+        name="arm", cameras={"base": "image"}, state=(), actions=(Joints(1),), default_prompt="tidy up"
+    )
+    pictures = {"image": np.zeros((2, 2, 3), np.uint8)}
+    assert ReadRobot(robot).encode(pictures)["prompt"] == "tidy up"
+    assert ReadRobot(robot).encode(pictures | {"prompt": "stop"})["prompt"] == "stop"
+    assert ReadRobot(robot).encode(pictures)["state"].shape == (0,)
