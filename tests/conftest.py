@@ -101,8 +101,6 @@ def mount(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-
-
 @pytest.fixture(scope="session")
 def trained(tiny, tmp_path_factory) -> Callable[[str], Path]:
     """`trained("pi0")` is the checkpoint of two steps of that policy; tests that change it take a copy."""

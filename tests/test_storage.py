@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,9 +22,12 @@ def test_the_folder_appears_whole(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_nothing_stays_when_the_block_fails(tmp_path, error):
-    with pytest.raises(error), atomic_directory(tmp_path / "folder") as partial:
+    def fail(partial: Path) -> None:
         (partial / "a").write_text("1")
         raise error
+
+    with pytest.raises(error), atomic_directory(tmp_path / "folder") as partial:
+        fail(partial)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -36,17 +40,17 @@ def test_an_existing_folder_is_refused_and_kept(tmp_path):
 
 
 def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
+    other = tmp_path / "folder" / "of another process"
     with pytest.raises(StorageError, match="something of that name"), atomic_directory(tmp_path / "folder"):
-        (tmp_path / "folder").mkdir()
-        (tmp_path / "folder" / "of another process").touch()
-    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "of another process"]
+        other.mkdir(parents=True)
+    assert list(tmp_path.rglob("*")) == [other.parent, other]
 
 
 def test_a_file_where_a_folder_is_needed(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="Not a directory|File exists"), atomic_directory(tmp_path / "file" / "x"):
+    with pytest.raises(StorageError, match=r"Not a directory|File exists"), atomic_directory(tmp_path / "file" / "x"):
         pytest.fail("the block must not run")
-    with pytest.raises(StorageError, match="Not a directory|File exists"):
+    with pytest.raises(StorageError, match=r"Not a directory|File exists"):
         atomic_write(tmp_path / "file" / "x", b"1")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from manipi.checkpoints.native import Checkpoint, PolicyConfig, SelfTest, read_checkpoint
-from manipi.errors import SelfTestError
+from manipi.errors import ConfigError, SelfTestError, WeightsMismatchError
 from manipi.model import VLA, ModelInput
 from manipi.model.config import Pi0FastConfig
 from manipi.robots.robot import Robot
@@ -53,9 +53,11 @@ class Policy:
 
     @staticmethod
     def from_checkpoint(checkpoint: Checkpoint, *, device: str = "cpu", seed: int = 0) -> "Policy":
+        """The policy on `device`. Raises ConfigError where there is none, WeightsMismatchError where names differ."""
+        _require_device(device)
         with torch.device("meta"):
             model = VLA(checkpoint.config.model)
-        model.load_state_dict(dict(checkpoint.weights), strict=True, assign=True)
+        _load_weights(model, checkpoint.weights)
         c = checkpoint
         return Policy(model.to(device).eval(), c.config, c.robot, c.norm_stats, c.tokenizers, seed=seed)
 
@@ -135,6 +137,30 @@ class Policy:
                 where=where,
                 next="run it with the manipi and torch versions that trained it; do not put it on a robot",
             )
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise ConfigError(
+            expected="a device that torch can use here, such as cpu or cuda",
+            found=str(error).splitlines()[0],
+            where=f"device {device!r}",
+            next="manipi doctor  # says what there is; or --device cpu",
+        ) from error
+
+
+def _load_weights(model: VLA, weights: Mapping[str, torch.Tensor]) -> None:
+    try:
+        model.load_state_dict(dict(weights), strict=True, assign=True)
+    except RuntimeError as error:
+        raise WeightsMismatchError(
+            expected=f"the tensors of {type(model.config).__name__} in this version of manipi",
+            found=str(error),
+            where="the checkpoint's weights",
+            next="load it with the manipi version that wrote it",
+        ) from error
 
 
 def self_test_for(policy: Policy, observation: Mapping[str, Any]) -> SelfTest:

@@ -12,7 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from manipi.checkpoints.native import MANIFEST, read_checkpoint, verify, write_checkpoint
-from manipi.errors import CheckpointError, IntegrityError, NormStatsError, SelfTestError, StorageError
+from manipi.errors import (
+    CheckpointError,
+    ConfigError,
+    IntegrityError,
+    NormStatsError,
+    SelfTestError,
+    StorageError,
+    WeightsMismatchError,
+)
 from manipi.policy import Policy
 
 FILES = {
@@ -107,7 +115,7 @@ def test_what_is_no_checkpoint(tmp_path, checkpoint):
     with pytest.raises(CheckpointError, match="only an empty folder"):
         Policy.load(tmp_path / "empty")
     (checkpoint / MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match="only config.json, model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"only config\.json, model\.safetensors"):
         Policy.load(checkpoint)
 
 
@@ -126,12 +134,29 @@ def test_other_weights_fail_the_self_test(checkpoint):
     assert "do not put it on a robot" in error.value.next
 
 
+def test_weights_of_another_version(checkpoint):
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path)
+    weights["head.action_output.bias"] = weights.pop("head.action_out.bias")
+    save_file(weights, path)
+    sign_again(checkpoint)
+    with pytest.raises(WeightsMismatchError, match=r"Missing key[\s\S]*head\.action_out\.bias[\s\S]*Unexpected key"):
+        Policy.load(checkpoint)
+
+
+def test_a_device_that_is_not_there(trained):
+    for device in ("cuda:99", "abacus"):
+        with pytest.raises(ConfigError, match="a device that torch can use here") as error:
+            Policy.load(trained("pi05"), device=device)
+        assert error.value.where == f"device {device!r}"
+
+
 def test_a_recorded_chunk_of_another_shape_fails_the_self_test(trained):
     checkpoint = read_checkpoint(trained("pi05"))
     policy = Policy.from_checkpoint(checkpoint)
     policy.check(checkpoint.self_test, where="here")
     for wrong in (checkpoint.self_test.actions[:2], np.full((4, 4), np.nan)):
-        with pytest.raises(SelfTestError, match="difference of (inf|nan)"):
+        with pytest.raises(SelfTestError, match=r"difference of (inf|nan)"):
             policy.check(replace(checkpoint.self_test, actions=wrong), where="here")
 
 

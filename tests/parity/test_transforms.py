@@ -74,7 +74,9 @@ def robot_of(mask: list[bool] | None, dims: int) -> Robot:
     """One joint per dimension; those beyond the mask are absolute."""
     relative = [*(mask or ()), *[False] * dims][:dims]
     state = State("state", dims)
-    return Robot(name="r", cameras={"base": "i"}, state=(state,), actions=tuple(Joints(1, relative=r) for r in relative))
+    return Robot(
+        name="r", cameras={"base": "i"}, state=(state,), actions=tuple(Joints(1, relative=r) for r in relative)
+    )
 
 
 @cases("actions", "delta_actions", "absolute_actions")

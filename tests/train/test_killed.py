@@ -69,6 +69,7 @@ def without_clock(run: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in OF_THE_CLOCK} for line in log_lines(run)]
 
 
+@pytest.mark.slow
 def test_killed_between_and_during_saves(config, start, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "killed"
     train(config, whole, show=False)

@@ -230,7 +230,7 @@ def test_a_robot_that_the_dataset_does_not_have(tiny, tmp_path):
 def test_a_loss_that_is_not_finite(tiny, tmp_path):
     config = tiny(steps=20, save_every=1, keep_checkpoints=100)
     config = replace(config, optimizer=replace(config.optimizer, lr=1e30, warmup_steps=0))
-    with pytest.raises(TrainingError, match="loss (nan|inf)") as error:
+    with pytest.raises(TrainingError, match=r"loss (nan|inf)") as error:
         train(config, tmp_path, show=False)
     step = int(error.value.where.removeprefix("step "))
     run = Run(tmp_path, config)

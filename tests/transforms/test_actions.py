@@ -12,7 +12,9 @@ from manipi.transforms.rotations import from_matrix, to_matrix
 
 groups = st.one_of(
     st.builds(Joints, st.integers(1, 4), relative=st.booleans()),
-    st.builds(Gripper, relative=st.booleans(), open=st.sampled_from([0.0, 1.0, 0.08]), closed=st.sampled_from([-1.0, 0.5])),
+    st.builds(
+        Gripper, relative=st.booleans(), open=st.sampled_from([0.0, 1.0, 0.08]), closed=st.sampled_from([-1.0, 0.5])
+    ),
     st.builds(EndEffector, st.sampled_from(sorted(ROTATION_SIZE)), relative=st.booleans()),
 )
 
@@ -26,7 +28,9 @@ def robots(draw) -> Robot:
         placed.append(replace(group, state_start=offset + shift) if shift else group)
         offset += group.size
     state = (State("other", shift),) if shift else ()
-    return Robot(name="random", cameras={"base": "image"}, state=(*state, State("state", offset)), actions=tuple(placed))
+    return Robot(
+        name="random", cameras={"base": "image"}, state=(*state, State("state", offset)), actions=tuple(placed)
+    )
 
 
 def vectors(robot: Robot, rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -102,7 +102,9 @@ def test_bad_observations(case):
     assert error.value.next == NEXT
 
 
-@pytest.mark.parametrize("prompt", ["öffne", "öffne".encode(), np.array("öffne"), np.array(["öffne"]), np.str_("öffne")])
+@pytest.mark.parametrize(
+    "prompt", ["öffne", "öffne".encode(), np.array("öffne"), np.array(["öffne"]), np.str_("öffne")]
+)
 def test_prompts_in_every_shape_that_the_wire_and_files_give_them(prompt):
     assert read(prompt=prompt)["prompt"] == "öffne"
 
@@ -113,9 +115,7 @@ def test_one_number_in_every_shape(gripper):
 
 
 def test_the_default_prompt_is_used_where_none_comes():
-    robot = Robot(
-        name="arm", cameras={"base": "image"}, state=(), actions=(Joints(1),), default_prompt="tidy up"
-    )
+    robot = Robot(name="arm", cameras={"base": "image"}, state=(), actions=(Joints(1),), default_prompt="tidy up")
     pictures = {"image": np.zeros((2, 2, 3), np.uint8)}
     assert ReadRobot(robot).encode(pictures)["prompt"] == "tidy up"
     assert ReadRobot(robot).encode(pictures | {"prompt": "stop"})["prompt"] == "stop"

@@ -159,7 +159,9 @@ def test_a_frame_becomes_the_same_sample():
 def test_the_state_is_normalised_after_the_actions_became_relative():
     observation, actions = example(ARM)
     encoded, _ = build(ARM, "pi0").encode(observation | {"actions": actions})
-    offset = normalize(np.append((actions[0, :2] - observation["joints"]), np.zeros(10)), stats(ARM).actions, "quantile")
+    offset = normalize(
+        np.append((actions[0, :2] - observation["joints"]), np.zeros(10)), stats(ARM).actions, "quantile"
+    )
     np.testing.assert_allclose(encoded["actions"][0, :2], offset[:2], rtol=1e-4)
 
 

@@ -52,7 +52,9 @@ def test_turns_about_one_axis(axis, angle):
 
 
 def test_euler_angles_turn_about_the_fixed_axes_in_the_order_x_y_z():
-    np.testing.assert_allclose(to_matrix(np.array([0.3, -0.4, 2.0]), "euler_xyz"), about(2, 2.0) @ about(1, -0.4) @ about(0, 0.3))
+    np.testing.assert_allclose(
+        to_matrix(np.array([0.3, -0.4, 2.0]), "euler_xyz"), about(2, 2.0) @ about(1, -0.4) @ about(0, 0.3)
+    )
 
 
 @pytest.mark.parametrize("pitch", [np.pi / 2, -np.pi / 2, np.pi / 2 - 1e-9, 1.5707])

@@ -1,6 +1,7 @@
 """The command line: one file per command, each thin. Only the command that runs is imported."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,15 +36,9 @@ The promise: what trains is what deploys, and every claim can be checked by a co
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 when it did its job, 1 on an error of ours, 130 on Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())))
-        return
-    if arguments[0] == "--version":
-        print(f"manipi {manipi.__version__}")
-        return
     try:
-        _run(arguments[0], arguments[1:])
+        _run(*arguments)
+        sys.stdout.flush()
     except (ManipiError, ManipiClientError) as error:
         print(f"\nmanipi {arguments[0]}: {type(error).__name__}\n{error}", file=sys.stderr)
         sys.exit(1)
@@ -51,11 +46,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
-        sys.stderr.close()
-        sys.exit(0)
+        # Python flushes once more when it ends, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _run(command: str, arguments: list[str]) -> None:
-    if command not in COMMANDS:
+def _run(command: str = "--help", *arguments: str) -> None:
+    if command in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())))
+    elif command == "--version":
+        print(f"manipi {manipi.__version__}")
+    elif command in COMMANDS:
+        importlib.import_module(f"manipi.cli.{command}").main(arguments)
+    else:
         raise unknown_name("command", command, COMMANDS, next="manipi --help")
-    importlib.import_module(f"manipi.cli.{command}").main(arguments)

@@ -22,6 +22,9 @@ from manipi.environments.tabletop import Tabletop
 from manipi.storage import atomic_write
 from manipi_client import ActionChunkBroker, WebsocketPolicy
 
+MAX_STEPS = 30
+"""Longest trial. The expert needs about 8 steps; a policy that wanders for long touches everything in the end."""
+
 Variant: TypeAlias = Literal["plain", "blind", "wrong_prompt"]
 """plain: as it is. blind: every picture is black. wrong_prompt: the instruction names another object."""
 
@@ -82,7 +85,7 @@ def load_trials(path: Path) -> list[Trial]:
 
 
 def _run_one(port: int, seed: int, film: bool, *, image_size: int, execute_steps: int, variant: Variant) -> Trial:
-    env = Tabletop(image_size=image_size)
+    env = Tabletop(image_size=image_size, max_steps=MAX_STEPS)
     observation, info = env.reset(seed=seed)
     if variant == "wrong_prompt":
         observation, info = env.reset(seed=seed, options=_another_instruction(env, seed))

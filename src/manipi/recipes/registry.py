@@ -60,6 +60,8 @@ def _is_recipe(value: object) -> bool:
 
 
 def _load_module(where: str) -> ModuleType:
+    if not where:
+        raise _not_found("the text before the colon", "nothing")
     if not where.endswith(".py"):
         try:
             return importlib.import_module(where)

@@ -9,7 +9,7 @@ import numpy as np
 from manipi.data.cache import CachedDataset
 from manipi.data.dataset import Dataset, action_chunks, frames, open_dataset
 from manipi.data.loader import Loader
-from manipi.data.sampler import Sampler
+from manipi.data.sampler import Sampler, permutation
 from manipi.data.split import split_episodes
 from manipi.data.stats import compute_norm_stats, read_state
 from manipi.errors import NormStatsError
@@ -142,7 +142,7 @@ def _fast_tokenizer(config: TrainConfig, dataset: Dataset, rows: np.ndarray, sta
     if config.fast_tokenizer != "fit":
         return FastTokenizer.load(Path(config.fast_tokenizer))
     robot = config.robot
-    chosen = np.sort(np.random.default_rng(config.seed).permutation(rows)[:FIT_CHUNKS])
+    chosen = np.sort(rows[permutation(len(rows), f"fast/{config.seed}")[:FIT_CHUNKS]])
     action_key = robot.dataset_key(robot.action_key)
     chunks, _ = action_chunks(dataset, chosen, action_key=action_key, horizon=config.model.action_horizon)
     relative = ActionSpace(robot).to_model(chunks, read_state(dataset, robot)[chosen])

@@ -47,5 +47,5 @@ def update_average(average: Sequence[Tensor], parameters: Sequence[Tensor], deca
 
 
 def parameter_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """L2 norm over all matrices (vectors such as biases and norm scales do not count, as in the reference's log)."""
+    """L2 norm over all matrices; vectors such as biases and norm scales do not count."""
     return torch.linalg.vector_norm(torch.stack([p.detach().norm() for p in parameters if p.ndim > 1]))

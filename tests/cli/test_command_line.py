@@ -1,0 +1,165 @@
+"""`manipi` as its users run it: real processes, their exit codes and what they print."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import manipi
+from manipi.cli import COMMANDS
+from manipi.cli.train import parse_train
+from manipi.errors import ConfigError
+from manipi.records import write_json
+
+RECIPE = """
+from pathlib import Path
+from manipi.train.run import read_config
+from manipi.train.config import TrainConfig
+
+def recipe() -> TrainConfig:
+    return read_config(Path(__file__).parent)
+"""
+
+
+def run(*arguments: str, code: int = 0, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "manipi", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny, tmp_path_factory) -> str:
+    """A recipe in a file of the user's own."""
+    folder = tmp_path_factory.mktemp("user")
+    write_json(folder / "config.json", tiny(steps=2))
+    (folder / "types.py").write_text(RECIPE)  # a name that Python's library has too
+    return f"{folder}/types.py:recipe"
+
+
+# ---- the front page
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
+def test_help_names_every_command(arguments):
+    printed = run(*arguments).stdout
+    for name, text in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(text)}$", printed, re.MULTILINE), name
+
+
+def test_the_version():
+    assert run("--version").stdout == f"manipi {manipi.__version__}\n"
+
+
+def test_every_command_has_a_module_and_every_module_a_command():
+    modules = {path.stem for path in Path(manipi.cli.__file__).parent.glob("*.py")}
+    assert modules - {"__init__", "arguments", "result"} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [["--help"], ["recipes"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_answers_without_torch(command):
+    script = (
+        "import sys; from manipi.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script, *command], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("recipes",)])
+def test_a_reader_that_has_enough_is_no_error(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "manipi", *arguments]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+# ---- mistyped
+
+
+def test_an_unknown_command():
+    stderr = run("trian", code=1).stderr
+    assert stderr.startswith("\nmanipi trian: UnknownNameError\nexpected a command, one of: check, demo, doctor, eval,")
+    assert stderr.endswith("    next did you mean train?\n")
+
+
+def test_an_unknown_recipe():
+    stderr = run("train", "tabeltop", code=1).stderr
+    assert "expected a recipe, one of: tabletop, tabletop_pi0, tabletop_pi0_fast\n   found 'tabeltop'" in stderr
+    assert "next did you mean tabletop or" in stderr
+
+
+def test_no_recipe():
+    assert "expected a recipe first: tabletop" in run("train", code=1).stderr
+    assert "found '--steps'" in run("train", "--steps", "3", code=1).stderr
+
+
+def test_an_unknown_flag():
+    stderr = run("train", "tabletop", "--stepz", "3", code=2).stderr
+    assert "--stepz" in stderr
+    assert "--steps INT" in stderr
+
+
+def test_a_value_that_cannot_be():
+    stderr = run("train", "tabletop", "--batch-size", "0", code=1).stderr
+    assert "expected at least 1\n   found 0\n   where TrainConfig.batch_size" in stderr
+    assert "invalid" in run("train", "tabletop", "--steps", "many", code=2).stderr.lower()
+
+
+def test_a_missing_dataset(tmp_path):
+    absent = tmp_path / "absent"
+    stderr = run("train", "tabletop", "--data.path", str(absent), "--run-dir", str(tmp_path / "run"), code=1).stderr
+    assert stderr == (
+        "\nmanipi train: DatasetNotFoundError\n"
+        "expected the folder of a LeRobot dataset, with meta/info.json in it\n"
+        "   found nothing\n"
+        f"   where {absent}\n"
+        f"    next ls {tmp_path}  # then give the right path, or download the dataset there\n"
+    )
+
+
+def test_a_run_folder_that_is_a_file(recipe, tmp_path):
+    (tmp_path / "file").touch()
+    stderr = run("train", recipe, "--run-dir", str(tmp_path / "file"), code=1).stderr
+    assert "StorageError" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_serving_what_is_no_checkpoint(tmp_path):
+    stderr = run("serve", str(tmp_path), code=1).stderr
+    assert "CheckpointError\nexpected a checkpoint folder (with a manifest.json)" in stderr
+
+
+# ---- training
+
+
+def test_train_a_recipe_of_ones_own(recipe, tmp_path):
+    folder, result = tmp_path / "run", tmp_path / "result.json"
+    done = run("train", recipe, "--run-dir", str(folder), "--json", str(result), "--seed", "7")
+    checkpoint = folder / "checkpoints/2"
+    assert f"checkpoint  {checkpoint}\n" in done.stdout
+    assert f"next        manipi eval {checkpoint}" in done.stdout
+    written = json.loads(result.read_text())
+    assert written["checkpoint"] == str(checkpoint)
+    assert written["step"] == 2
+    assert written["loss"] > 0
+    assert json.loads((folder / "config.json").read_text())["seed"] == 7
+    refused = run("train", recipe, "--run-dir", str(folder), "--seed", "8", code=1).stderr
+    assert "found seed was 7, now 8" in refused
+
+
+def test_flags_change_numbers_and_nothing_else(tiny):
+    config = tiny()
+    flags = ["--run-dir", "x", "--steps", "9", "--optimizer.lr", "0.5", "--model.action-horizon", "3"]
+    args = parse_train("tabletop", config, flags)
+    expected = replace(config, steps=9, optimizer=replace(config.optimizer, lr=0.5))
+    assert args.config == replace(expected, model=replace(config.model, action_horizon=3))
+    assert args.run_dir == Path("x")
+    assert parse_train("tabletop", config, []).config == config
+    with pytest.raises(ConfigError, match=r"data\.holdout"):
+        parse_train("tabletop", config, ["--data.holdout", "1.5"])

@@ -1,0 +1,186 @@
+"""The documentation is true to the code: links, file tree, layers, words, commands, paths."""
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+
+from manipi.cli import COMMANDS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SOURCES = {name: REPOSITORY / name for name in ("src/manipi", "packages/manipi-client/src/manipi_client")}
+NOT_OURS = ("runs", "shared", "build", "dist", "node_modules")
+
+
+def _ours(*patterns: str) -> list[Path]:
+    """The repository's own files: nothing in hidden, build or run folders."""
+    found = {path for pattern in patterns for path in REPOSITORY.rglob(pattern)}
+    parts = {path: path.relative_to(REPOSITORY).parts for path in found}
+    return sorted(p for p in found if not any(x.startswith(".") or x in NOT_OURS for x in parts[p]))
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+PAGES = [_name(path) for path in _ours("*.md")]
+ALL_TEXT = "\n".join((REPOSITORY / name).read_text(encoding="utf-8") for name in PAGES)
+
+
+# ---- links and paths
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_relative_links_lead_somewhere(page, name):
+    without_code = re.sub(r"^```.*?^```$", "", page(name), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code):
+        path = target.partition("#")[0]
+        if path and "://" not in target:
+            assert (REPOSITORY / name).parent.joinpath(path).exists(), f"{name} links to {target}"
+
+
+@pytest.mark.parametrize("name", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_files_and_names_in_the_text_exist(page, name):
+    """`train/data.py:prepare` is a file of a source tree, and holds that word."""
+    mentioned = re.findall(r"`([\w/.-]+\.py)(?::(\w+))?`", page(name))
+    assert mentioned or name == "CONTRIBUTING.md"
+    for path, word in mentioned:
+        places = [root / path for root in (REPOSITORY, *SOURCES.values(), *(s.parent for s in SOURCES.values()))]
+        found = [place for place in places if place.is_file()]
+        assert found, f"{name} mentions {path}"
+        assert re.search(rf"\b{word}\b", found[0].read_text(encoding="utf-8")), f"no {word} in {path}"
+
+
+def test_nothing_names_a_machine_or_a_registry():
+    """Read by strangers: no home folder of anyone's, no host that packages came from."""
+    strange = re.compile(
+        r"(?<![\w.])/(?:home|Users|root|work|mnt|tmp)/\w|(?:pypi|pythonhosted|npmjs|anaconda|artifactory)\.\w", re.I
+    )
+    files = [*_ours("*.md", "*.toml", "*.txt", "Makefile"), *(p for p in _ours("*.py") if "tests" not in p.parts)]
+    hits = [
+        f"{_name(path)}:{number}: {line.strip()}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if strange.search(line)
+    ]
+    assert not hits, "\n".join(hits)
+
+
+# ---- the house
+
+
+def _tree(text: str) -> set[str]:
+    """The files of a drawn tree. A folder's line ends in a slash; three columns of drawing are one level."""
+    files, folders = set(), []
+    for line in text.splitlines():
+        drawing, name = re.findall(r"^([│├└─ ]*)(\S+)", line)[0]
+        folders = folders[: len(drawing) // 3]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            files.add("".join(folders) + name)
+    return files
+
+
+def test_the_file_tree_is_the_file_tree(blocks):
+    trees = [text for text in blocks("docs/architecture.md", "") if text.startswith("src/manipi/")]
+    drawn = _tree(trees[0])
+    on_disk = {_name(path) for source in SOURCES.values() for path in source.rglob("*.py")}
+    modules = {path for path in on_disk if not path.endswith("__init__.py")}
+    assert sorted(path for path in drawn if not (REPOSITORY / path).is_file()) == []
+    assert sorted(modules - drawn) == []
+
+
+def test_the_layers_are_the_contract(blocks):
+    config = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = config["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    assert "\n".join(layers) + "\n" in blocks("docs/architecture.md", "")
+
+
+def test_the_budget_is_the_one_that_is_measured(page):
+    code = (REPOSITORY / "benchmarks/size.py").read_text(encoding="utf-8")
+    (budget,) = re.findall(r"MAX_TOTAL, MAX_FILE, MAX_FUNCTION, MAX_MEDIAN = (.*)", code)
+    numbers = [f"{int(number):,}" for number in budget.split(", ")]
+    sentence = "At most {} lines in all, {} in a file, {} in a function, a median function of {}.".format(*numbers)
+    assert sentence in page("CONTRIBUTING.md")
+
+
+# ---- words
+
+BANNED = (
+    *("chunk_size", "n_action_steps", "horizon_steps", "open_loop_horizon", "base_0_rgb", "language_instruction"),
+    *("qpos", "proprio", "robot_state", "obs_dict", "trajectory", "transition", "dataset_stats", "pad_mask", "is_pad"),
+)
+
+
+def _identifiers(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        for field in ("id", "attr", "arg", "name", "asname"):
+            if isinstance(value := getattr(node, field, None), str):
+                yield value
+
+
+def _parts(identifier: str) -> set[str]:
+    """`self.my_chunk_size` has the parts my, chunk, size, my_chunk, chunk_size and so on."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", identifier).lower().strip("_").split("_")
+    return {part for i in range(len(words)) for part in accumulate(words[i:], lambda a, b: f"{a}_{b}")}
+
+
+@pytest.mark.parametrize("path", _ours("src/manipi/**/*.py"), ids=_name)
+def test_no_second_word_for_an_idea(path):
+    banned = set(BANNED)
+    if "environments" in path.parts:
+        banned -= {"qpos"}  # MuJoCo's own name
+    used = {part for name in _identifiers(ast.parse(path.read_text(encoding="utf-8"))) for part in _parts(name)}
+    assert sorted(used & banned) == []
+
+
+def test_the_glossary_bans_what_this_test_bans(page):
+    last_column = " ".join(
+        line.split("|")[-2] for line in page("docs/glossary.md").splitlines() if line.startswith("|")
+    )
+    missing = [word for word in BANNED if not re.search(rf"\b{word}\b", last_column)]
+    assert missing == []
+
+
+def test_the_glossarys_names_are_in_the_code(page):
+    code = "\n".join(path.read_text(encoding="utf-8") for source in SOURCES.values() for path in source.rglob("*.py"))
+    rows = [line.split("|") for line in page("docs/glossary.md").splitlines() if line.startswith("| ")]
+    names = [name for row in rows for name in re.findall(r"`([^`]+)`", row[2])]
+    assert len(names) > 40
+    for name in names:
+        last = re.findall(r"[^\W_]\w*", name.rpartition(".")[2])[0]
+        assert re.search(rf"(?:\b|_){last}\b", code), f"the glossary says {name}"
+
+
+# ---- commands and code
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_documented(command):
+    assert re.search(rf"\bmanipi {command}\b", ALL_TEXT), f"no page says how to use manipi {command}"
+
+
+def test_every_documented_command_exists():
+    """A line of code that begins with `manipi`, alone on its line or between backticks."""
+    written = re.findall(r"(?:^(?: {4})?(?:\$ )?|`)manipi ([a-z]\w*)", ALL_TEXT, re.MULTILINE)
+    assert len(written) > 10
+    assert sorted(set(written) - set(COMMANDS)) == []
+
+
+def test_every_documented_make_target_exists(page):
+    targets = re.findall(r"^([a-z-]+):", page("Makefile"), re.MULTILINE)
+    written = re.findall(r"(?:^(?: {4})?(?:\$ )?|`)make ([a-z-]+)", ALL_TEXT, re.MULTILINE)
+    assert written
+    assert sorted(set(written) - set(targets)) == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_python_blocks_are_python(blocks, name):
+    for block in blocks(name, "python"):
+        ast.parse(block)
