@@ -24,8 +24,8 @@ def report(measures: list[Measure]) -> None:
     """Print the table and the JSON line; exit 1 where a goal is missed."""
     width = max(len(m.name) for m in measures)
     for m in measures:
-        sign = "≤" if m.at_most else "≥"
-        print(f"{m.name:<{width}}  {m.value:10.4g} {m.unit:<8} goal {sign} {m.goal:g}   {'holds' if m.holds else 'MISSED'}")
+        goal = f"goal {'≤' if m.at_most else '≥'} {m.goal:g}"
+        print(f"{m.name:<{width}}  {m.value:10.4g} {m.unit:<8} {goal}   {'holds' if m.holds else 'MISSED'}")
     row = {m.name: {"value": m.value, "unit": m.unit, "goal": m.goal, "holds": m.holds} for m in measures}
     print(json.dumps(row))
     sys.exit(not all(m.holds for m in measures))

@@ -23,8 +23,12 @@ def main() -> None:
     print(f"{total:6}  in {len(files)} files, {len(functions)} functions with a median of {median:g} lines")
     broken = [f"{total} lines in all, at most {MAX_TOTAL}"] if total > MAX_TOTAL else []
     broken += [f"median function {median:g} lines, at most {MAX_MEDIAN}"] if median > MAX_MEDIAN else []
-    broken += [f"{path.relative_to(ROOT)} has over {MAX_FILE} lines" for path, t in files.items() if t.count("\n") > MAX_FILE]
-    broken += [f"{name} has {lines} lines, at most {MAX_FUNCTION}" for name, lines in functions.items() if lines > MAX_FUNCTION]
+    broken += [
+        f"{path.relative_to(ROOT)} has over {MAX_FILE} lines" for path, t in files.items() if t.count("\n") > MAX_FILE
+    ]
+    broken += [
+        f"{name} has {lines} lines, at most {MAX_FUNCTION}" for name, lines in functions.items() if lines > MAX_FUNCTION
+    ]
     for line in broken:
         print(f"over budget: {line}", file=sys.stderr)
     sys.exit(bool(broken))

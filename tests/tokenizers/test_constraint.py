@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 from manipi.errors import TokenizerError
 from manipi.tokenizers import ByteTokenizer, CodeConstraint, FastTokenizer, SentencePieceTokenizer
 from manipi.tokenizers.fast import extract_codes
 from manipi.tokenizers.text import tokens_from_codes
-from tokenizers import Tokenizer, decoders, models
 
 HORIZON, DIM = 16, 7
 

@@ -4,12 +4,12 @@ import pickle
 import numpy as np
 import pytest
 from scipy.fft import dct
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from manipi.errors import IntegrityError, TokenizerError
 from manipi.tokenizers import ByteTokenizer, FastTokenizer
 from manipi.tokenizers.fast import _dct_matrix, extract_codes
 from manipi.tokenizers.text import tokens_from_codes
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 
 @pytest.mark.parametrize("horizon", [1, 2, 7, 50])

@@ -63,4 +63,11 @@ def test_what_a_prompt_cannot_hold_is_an_error():
     with pytest.raises(TokenizerError, match=r"(?s)nan at index \(1,\) \(1 of 2"):
         pi05_prompt(BYTE, "push", np.array([0.0, np.nan]), 64)
     with pytest.raises(TokenizerError, match=r"(?s)room in the vocabulary.*found codes from 0 to 255"):
-        fast_prompt(ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + 255), BinningTokenizer(), "push", STATE, np.array([[-1.0, 1.0]]), 64)
+        fast_prompt(
+            ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + 255),
+            BinningTokenizer(),
+            "push",
+            STATE,
+            np.array([[-1.0, 1.0]]),
+            64,
+        )

@@ -228,16 +228,23 @@ def test_a_robot_that_the_dataset_does_not_have(tiny, tmp_path):
 
 
 def test_a_loss_that_is_not_finite(tiny, tmp_path):
-    config = tiny(steps=20, save_every=1, keep_checkpoints=100)
+    config = tiny(steps=20, save_every=20)
     config = replace(config, optimizer=replace(config.optimizer, lr=1e30, warmup_steps=0))
     with pytest.raises(TrainingError, match=r"loss (nan|inf)") as error:
         train(config, tmp_path, show=False)
-    step = int(error.value.where.removeprefix("step "))
+    assert error.value.where == f"step {len(Run(tmp_path, config).read_metrics())}"
     run = Run(tmp_path, config)
-    assert run.steps() == list(range(step + 1))
-    for done in run.steps():
-        verify(run.checkpoint(done))
+    assert run.steps() == [0]
+    verify(run.checkpoint(0))
     assert not list(run.checkpoints.glob(".*"))
+
+
+def test_a_policy_that_answers_nan_is_not_saved(tiny, tmp_path):
+    config = tiny(steps=20, save_every=1, keep_checkpoints=100)
+    config = replace(config, optimizer=replace(config.optimizer, lr=1e30, warmup_steps=0))
+    with pytest.raises(BadValueError, match=r"nan at step 0, dimension 0[\s\S]*robot 'tabletop'"):
+        train(config, tmp_path, show=False)
+    assert Run(tmp_path, config).newest() == 0
 
 
 def test_a_step_that_fails_leaves_the_weights(tiny, tmp_path):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from manipi.errors import ObservationError
+from manipi.errors import BadValueError, ObservationError
 from manipi.robots import Gripper, Joints, Robot, State
 from manipi.transforms.observation import ReadRobot
 
@@ -120,3 +120,11 @@ def test_the_default_prompt_is_used_where_none_comes():
     assert ReadRobot(robot).encode(pictures)["prompt"] == "tidy up"
     assert ReadRobot(robot).encode(pictures | {"prompt": "stop"})["prompt"] == "stop"
     assert ReadRobot(robot).encode(pictures)["state"].shape == (0,)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_no_robot_is_sent_what_is_no_number(value):
+    actions = np.zeros((3, 4))
+    actions[1, 2] = value
+    with pytest.raises(BadValueError, match=f"found {value} at step 1, dimension 2"):
+        ReadRobot(ROBOT).decode(actions, observation())

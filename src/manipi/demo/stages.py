@@ -37,6 +37,7 @@ from manipi.train.config import TrainConfig
 from manipi.train.loop import train
 from manipi.train.run import Run
 
+
 class Demo:
     """One folder, one run of the stages.
 

@@ -23,7 +23,8 @@ def demonstrations(
 ) -> Iterator[dict[str, Any]]:
     """Yields one episode per seed, failures included; the same seed gives the same episode.
 
-    The tip starts anywhere over the table, also low between the blocks: many short episodes teach more than few long ones.
+    The tip starts anywhere over the table, also low between the blocks: many short episodes teach more than few long
+    ones.
 
     Args:
         seeds: one episode each.

@@ -85,7 +85,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         tasks: what an episode may ask for.
         colors: one block for each, names of `scene.COLORS`.
         max_steps: the longest episode.
-        start_noise: 0 starts the tip at home, 1 anywhere over the table but on a block; in between, that part of the way.
+        start_noise: 0 starts the tip at home, 1 anywhere over the table, in between that part of the way.
         randomize: draws lamp, brightness, table colour and a small camera displacement for each episode.
         shadows: pictures with shadows, which double the cost of rendering.
         render_mode: `"rgb_array"` for `render()`.

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int
+from tokenizers import Tokenizer, decoders, models, trainers
 
 from manipi.errors import IntegrityError, TokenizerError
 from manipi.tokenizers.binning import require_finite
 from manipi.tokenizers.prompts import ACTION_MARKER, ACTION_TERMINATOR
 from manipi.tokenizers.text import TextTokenizer, codes_from_tokens
-from tokenizers import Tokenizer, decoders, models, trainers
 
 _BPE_FILE, _CONFIG_FILE = "tokenizer.json", "processor_config.json"
 # Distinct coefficients: as many as UTF-8 has characters of one or two bytes.
@@ -56,7 +56,7 @@ class FastTokenizer:
     def bpe(self) -> Tokenizer:
         return Tokenizer.from_str(self.bpe_json)
 
-    @cached_property
+    @property
     def vocab_size(self) -> int:
         return self.bpe.get_vocab_size()
 

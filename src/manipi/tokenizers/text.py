@@ -117,14 +117,15 @@ class SentencePieceTokenizer:
         return self.reference
 
 
-INSTRUCTION_WORDS = (
-    "a an and arm at away back bag ball banana basket bed behind beside between bin black block blue book bottle bowl box "
-    "bread brown button can carrot cabinet cloth close coffee cook cube cup cyan down drawer drop egg fold from fork front "
-    "gray green gripper hand hang home in insert inside into it knife left lid lift lower microwave middle move mug near "
-    "of off on onto open orange out over pan pen pick pink place plate plug pot pour press pull purple push put reach red "
-    "remove right rotate shelf sink slide spoon stack sponge stove table take that the then to top touch towel toward tray "
-    "turn two under up white wipe with yellow"
-).split()
+_WORDS = """
+a an and arm at away back bag ball banana basket bed behind beside between bin black block blue book bottle bowl box
+bread brown button can carrot cabinet cloth close coffee cook cube cup cyan down drawer drop egg fold from fork front
+gray green gripper hand hang home in insert inside into it knife left lid lift lower microwave middle move mug near of
+off on onto open orange out over pan pen pick pink place plate plug pot pour press pull purple push put reach red
+remove right rotate shelf sink slide spoon stack sponge stove table take that the then to top touch towel toward tray
+turn two under up white wipe with yellow
+"""
+INSTRUCTION_WORDS = tuple(_WORDS.split())
 """Words that robots are told again and again, each one token of the byte tokenizer."""
 
 
@@ -149,7 +150,7 @@ class ByteTokenizer:
     pad_id, eos_id, bos_id = 0, 1, 2
     reserved_ids = 0
     _FIRST_BYTE, _FIRST_PIECE = 3, 259
-    # What stands alone has neither letter, digit nor underscore beside it: "-1 25" holds 1 and 25, "007 a1 256" nothing.
+    # What stands alone has no letter, digit or underscore beside it: "-1 25" holds 1 and 25, "007 a1 256" nothing.
     _PATTERN = re.compile(
         "|".join(map(re.escape, sorted(_FORMATS, key=len, reverse=True)))
         + rf"| ?(?<!\w)(?:{'|'.join(INSTRUCTION_WORDS)}|25[0-5]|2[0-4][0-9]|1[0-9]{{2}}|[1-9]?[0-9])(?!\w)"
@@ -163,18 +164,11 @@ class ByteTokenizer:
                 where="ByteTokenizer.vocab_size",
                 next=f"use {self.NUM_TEXT_IDS} plus the number of action codes",
             )
-        self.vocab_size = vocab_size
+        self.vocab_size, self.code_capacity = vocab_size, vocab_size - self.NUM_TEXT_IDS
         self._ids = {piece: self._FIRST_PIECE + i for i, piece in enumerate(self._PIECES)}
-
-    @property
-    def code_capacity(self) -> int:
-        return self.vocab_size - self.NUM_TEXT_IDS
-
-    @property
-    def reference(self) -> TokenizerReference:
-        definition = f"byte tokenizer, {self._PIECES}, {self.vocab_size} ids"
+        definition = f"byte tokenizer, {self._PIECES}, {vocab_size} ids"
         digest = hashlib.sha256(definition.encode()).hexdigest()
-        return TokenizerReference(kind="byte", vocab_size=self.vocab_size, reserved_ids=0, sha256=digest)
+        self.reference = TokenizerReference(kind="byte", vocab_size=vocab_size, reserved_ids=0, sha256=digest)
 
     def encode(self, text: str) -> list[int]:
         ids, position = [], 0
@@ -184,7 +178,7 @@ class ByteTokenizer:
             position = match.end()
         return ids + [self._FIRST_BYTE + byte for byte in text[position:].encode()]
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """The text; pad, BOS and EOS vanish in it, and action codes show as `<code7>`."""
         return b"".join(map(self._spell, ids)).decode(errors="replace")
 

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 import numpy as np
 
-from manipi.errors import ObservationError
+from manipi.errors import BadValueError, ObservationError
 from manipi.robots.robot import Robot
 from manipi.types import Observation, Sample
 
@@ -29,6 +29,16 @@ class ReadRobot:
         return {**images, "state": state, "prompt": self._prompt(sample), **kept}  # type: ignore[dict-item]
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
+        """Raises BadValueError rather than hand NaN or infinity to a robot."""
+        bad = np.argwhere(~np.isfinite(actions_HA))
+        if len(bad):
+            step, dimension = bad[0].tolist()
+            raise BadValueError(
+                expected="finite actions",
+                found=f"{actions_HA[step, dimension]} at step {step}, dimension {dimension}",
+                where=f"the action chunk for robot {self.robot.name!r}",
+                next="look at the observation (a quaternion of zeros?), and at the loss of the run behind this policy",
+            )
         return np.asarray(actions_HA, dtype=np.float32)
 
     def _image(self, sample: Observation, key: str) -> np.ndarray:
