@@ -22,7 +22,7 @@ class DemoConfig:
     """Training steps; 0 takes the recipe's."""
     trials: int = 200
     """Unseen scenes for each kind of evaluation."""
-    execute_steps: int = 4
+    execute_steps: int = 8
     """Steps of each action chunk that the arm executes before it asks again."""
     films: int = 24
     """How many trials of the trained policy are filmed for the report."""

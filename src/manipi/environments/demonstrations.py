@@ -8,7 +8,7 @@ import numpy as np
 from manipi.environments.expert import Expert
 from manipi.environments.tabletop import Tabletop
 
-NOISE_LEVELS = (0.0, 0.3, 0.7)
+NOISE_LEVELS = (0.0, 0.0, 0.3)
 """Perturbations of the executed actions, in units of the largest step; each episode draws one of them."""
 
 

@@ -54,7 +54,7 @@ _MJCF = """
     <default class="link"><geom contype="0" conaffinity="0" rgba="0.86 0.88 0.91 1"/></default>
     <default class="hub"><geom type="cylinder" contype="0" conaffinity="0" rgba="0.20 0.23 0.28 1"/></default>
     <default class="finger">
-      <geom type="box" size="0.032 {finger} {finger}" rgba="0.10 0.88 0.90 1" friction="0.3 0.005 0.0001" mass="0.02"/>
+      <geom type="box" size="0.032 {finger} {finger}" rgba="0.13 0.13 0.15 1" friction="0.3 0.005 0.0001" mass="0.02"/>
       <joint type="slide" axis="0 1 0" armature="0.05" range="0 {travel}"/>
     </default>
     <default class="arm">
@@ -64,11 +64,11 @@ _MJCF = """
   </default>
   <worldbody>
     <geom name="table" type="box" size="0.42 0.42 0.02" pos="0.28 0 -0.02" friction="0.4 0.005 0.0001"
-          rgba="0.80 0.70 0.57 1"/>
+          rgba="0.66 0.64 0.61 1"/>
     <geom name="tray" type="box" size="{tray} {tray} 0.0005" pos="{tray_x} {tray_y} 0.0005" contype="0" conaffinity="0"
           rgba="0.97 0.96 0.93 1"/>
     <geom class="hub" size="0.065 0.02" pos="0 0 0.02"/>
-    <camera name="image" {image} fovy="26"/>
+    <camera name="image" {image} fovy="20"/>
     <camera name="studio" {studio} fovy="36"/>
     <body name="base" gravcomp="1">
       <joint class="arm" name="yaw" axis="0 0 1"/>
@@ -117,7 +117,7 @@ _BLOCK = """<body name="{name}" pos="0 0 {half}">
       <geom type="box" size="{half} {half} {half}" mass="0.05" friction="0.4 0.005 0.0001" rgba="{r} {g} {b} 1"/>
     </body>"""
 
-_IMAGE_VIEW = np.array([[1.05, 0.12, 0.90], [0.31, -0.01, 0.075]])
+_IMAGE_VIEW = np.array([[1.05, 0.12, 0.90], [0.32, -0.005, 0.03]])
 _STUDIO_VIEW = np.array([[1.05, 0.85, 0.72], [0.20, 0.0, 0.16]])
 """A camera's position and the point that it looks at, metres."""
 

@@ -8,9 +8,9 @@ from manipi.robots.tabletop import TABLETOP
 from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig
 
 IMAGE_SIZE = 56
-VISION = VisionSize(width=64, depth=2, mlp_dim=128, num_heads=2, patch_size=8, image_size=IMAGE_SIZE)
-VLM = GemmaSize(width=64, depth=3, mlp_dim=128, num_heads=2, num_kv_heads=1, head_dim=32)
-EXPERT = GemmaSize(width=48, depth=3, mlp_dim=96, num_heads=2, num_kv_heads=1, head_dim=32)
+VISION = VisionSize(width=64, depth=1, mlp_dim=128, num_heads=2, patch_size=8, image_size=IMAGE_SIZE)
+VLM = GemmaSize(width=64, depth=2, mlp_dim=128, num_heads=2, num_kv_heads=1, head_dim=32)
+EXPERT = GemmaSize(width=48, depth=2, mlp_dim=96, num_heads=2, num_kv_heads=1, head_dim=32)
 VOCABULARY = 1280
 """Room for the byte tokenizer's ids and, in π0-FAST, for the action codes behind them."""
 SIZES: dict[str, Any] = {
@@ -19,7 +19,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "action_dim": 4,
     "action_horizon": 8,
-    "max_token_len": 32,
+    "max_token_len": 20,
     "cameras": ("base",),
     "dtype": "float32",
 }
@@ -30,12 +30,12 @@ def pi05_tabletop() -> TrainConfig:
     """π0.5: the state is text, the timestep modulates the expert."""
     return TrainConfig(
         robot=TABLETOP,
-        data=DataConfig(path="runs/demo/dataset", cache="frames", num_workers=1, holdout=0.02),
+        data=DataConfig(path="runs/demo/dataset", cache="frames", num_workers=0, holdout=0.02),
         model=Pi05Config(action_expert=EXPERT, **SIZES),
         optimizer=OptimizerConfig(
-            lr=2e-3, final_lr=2e-5, warmup_steps=200, decay_steps=5_000, weight_decay=1e-4, clip_norm=1.0
+            lr=2e-3, final_lr=4e-5, warmup_steps=100, decay_steps=4_000, weight_decay=1e-4, clip_norm=1.0
         ),
-        steps=5_000,
+        steps=4_000,
         batch_size=64,
         noise_draws=4,
         ema_decay=0.995,
