@@ -1,4 +1,8 @@
-"""How large the house is, room by room, and whether it keeps its budgets. Exits 1 where it does not."""
+"""How large the house is, room by room, and whether it keeps its budgets.
+
+Exits 1 where a function, a file or the median is over its budget. The total is a target: it is said, not enforced, so
+that nobody squeezes lines to pass.
+"""
 
 import ast
 import statistics
@@ -21,8 +25,9 @@ def main() -> None:
         print(f"{lines:6}  {room}")
     total, median = sum(rooms.values()), statistics.median(functions.values())
     print(f"{total:6}  in {len(files)} files, {len(functions)} functions with a median of {median:g} lines")
-    broken = [f"{total} lines in all, at most {MAX_TOTAL}"] if total > MAX_TOTAL else []
-    broken += [f"median function {median:g} lines, at most {MAX_MEDIAN}"] if median > MAX_MEDIAN else []
+    if total > MAX_TOTAL:
+        print(f"over target: {total - MAX_TOTAL} lines more than {MAX_TOTAL}", file=sys.stderr)
+    broken = [f"median function {median:g} lines, at most {MAX_MEDIAN}"] if median > MAX_MEDIAN else []
     broken += [
         f"{path.relative_to(ROOT)} has over {MAX_FILE} lines" for path, t in files.items() if t.count("\n") > MAX_FILE
     ]

@@ -89,7 +89,7 @@ def test_flags_change_numbers():
         (["--steps", "0"], "0"),
         (["--data.holdout", "2"], "2.0"),
         (["--model.vision.image-size", "57"], "57 and 8"),
-        (["--model.action-expert.depth", "2"], "vlm 3, action_expert 2"),
+        (["--model.action-expert.depth", "3"], "vlm 2, action_expert 3"),
     ],
 )
 def test_numbers_that_cannot_be(flags, found):

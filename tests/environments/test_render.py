@@ -1,3 +1,5 @@
+import itertools
+
 import mujoco
 import numpy as np
 import pytest
@@ -73,11 +75,24 @@ def test_every_block_shows_its_colour_where_the_camera_projects_it(seed):
         assert pixel[channel] > 1.7 * np.delete(pixel, channel).max(), (color, pixel)
 
 
-def test_the_outside_camera_sees_the_tip_anywhere_above_the_table():
-    env = Tabletop()
-    for seed in range(20):
-        env.reset(seed=seed, options={"blocks": {}})
-        row, column = project(env, "image", env.tip + np.array([0, 0, 0.01]), 64)
-        around = env.render_camera("image")[max(0, row - 3) : row + 4, max(0, column - 3) : column + 4].astype(int)
-        cyan = (around[..., 1] > 1.5 * around[..., 0]) & (around[..., 2] > 1.5 * around[..., 0])
-        assert cyan.sum() >= 3, (seed, row, column)
+CORNERS = list(itertools.product((0.22, 0.44), (-0.14, 0.14)))
+"""Of the area in which blocks start."""
+
+
+@pytest.mark.parametrize("corner", CORNERS)
+def test_the_outside_camera_sees_blocks_and_tip_wherever_blocks_may_lie(corner):
+    env = Tabletop(colors=("red",))
+    env.reset(seed=0, options={"blocks": {"red": corner}, "tip": (*corner, 0.08)})
+    row, column = project(env, "image", env.tip + np.array([0, 0, 0.01]), 64)
+    assert 2 <= row < 62
+    assert 2 <= column < 62
+    picture = env.render_camera("image").astype(int)
+    fingers = picture[row - 4 : row + 5, column - 4 : column + 5].max(axis=-1) < 60
+    assert fingers.sum() >= 3, (row, column)
+    env.reset(seed=0, options={"blocks": {"red": corner}, "tip": (0.33, 0.0, 0.2)})
+    row, column = project(env, "image", env.block("red"), 64)
+    block = env.render_camera("image").astype(int)
+    red = block[..., 0] > 2 * block[..., 1]
+    assert red[row - 2 : row + 3, column - 2 : column + 3].mean() > 0.8
+    assert not red[[0, -1]].any()
+    assert not red[:, [0, -1]].any()

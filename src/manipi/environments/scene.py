@@ -133,7 +133,7 @@ def _camera_pose(view: np.ndarray) -> str:
 def build(colors: Sequence[str]) -> mujoco.MjModel:
     """Compiles the scene with one block for each of these colours, in this order.
 
-    Its cameras: `image` (outside, the whole workspace), `wrist_image` (along the tool) and `studio` (all of the arm).
+    Its cameras: `image` (outside, where blocks lie), `wrist_image` (along the tool) and `studio` (all of the arm).
     The first six positions are yaw, shoulder, elbow, wrist, left and right finger; then seven for each block.
     """
     blocks = (dict(zip("rgb", COLORS[name])) | {"name": name, "half": BLOCK_HALF} for name in colors)
