@@ -106,7 +106,7 @@ class Demo:
                     image_size=self.train_config.model.vision.image_size,
                     execute_steps=self.config.execute_steps,
                     variant=variant,
-                    film=films,
+                    films=films,
                     label=name.replace("_", " "),
                 )
             save_trials(done, trials)

@@ -79,7 +79,7 @@ def _fields(report: DemoReport) -> dict[str, str]:
         "interval": f"{_percent(trained.low)} to {_percent(trained.high)}",
         "comparison": _comparison(report.success),
         "bars": "\n".join(_bar(name, report.success[name]) for name in VARIANTS),
-        "filmed": f"The first {len(report.trials)} of the trained policy’s {trained.n} trials.",
+        "filmed": _filmed(report),
         "films": _films(report),
         "training": _training(report.settings),
         "loss": _data_uri("image/png", report.loss_png.read_bytes()),
@@ -170,6 +170,19 @@ def _bar(name: str, rate: SuccessRate) -> str:
 <line class="whisker" x1="{low:.2f}" x2="{high:.2f}" y1="10" y2="10"/>{ends}</svg>
 <div class="numbers"><b>{_percent(rate.rate)}</b><small>{rate.k} of {rate.n}<br>{_percent(rate.low)} to \
 {_percent(rate.high)}</small></div></div>"""
+
+
+def _filmed(report: DemoReport) -> str:
+    trained, wins = report.success["trained"], sum(trial.success for trial in report.trials)
+    successes = _share(wins, trained.k, "successes")
+    failures = _share(len(report.trials) - wins, trained.n - trained.k, "failures")
+    return f"Of the trained policy’s {trained.n} trials {successes} and {failures}."
+
+
+def _share(shown: int, total: int, name: str) -> str:
+    if shown < total:
+        return f"the first {shown} of {total} {name}"
+    return f"all {total} {name}" if total else f"no {name}"
 
 
 def _films(report: DemoReport) -> str:

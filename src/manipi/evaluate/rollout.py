@@ -54,17 +54,25 @@ def run_trials(
     image_size: int,
     execute_steps: int,
     variant: Variant = "plain",
-    film: int = 0,
+    films: int = 0,
     workers: int = 2,
     label: str = "drive",
 ) -> list[Trial]:
-    """One trial per seed against the server on loopback; the first `film` of them are filmed."""
-    job = partial(_run_one, port, image_size=image_size, execute_steps=execute_steps, variant=variant)
-    filmed = [number < film for number in range(len(seeds))]
+    """One trial per seed against the server on loopback; `films` stay on film, at most half of them failures."""
+    sizes = {"image_size": image_size, "execute_steps": execute_steps}
+    job = partial(_run_one, port, variant=variant, film=films > 0, **sizes)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        trials = pool.map(job, seeds, filmed, chunksize=4)
-        return list(tqdm(trials, total=len(seeds), desc=label, unit="episode"))
+        trials = pool.map(job, seeds, chunksize=4)
+        return _keep_films(list(tqdm(trials, total=len(seeds), desc=label, unit="episode")), films)
+
+
+def _keep_films(trials: list[Trial], count: int) -> list[Trial]:
+    """All are filmed, because nobody knows beforehand which will fail."""
+    failures = [i for i, t in enumerate(trials) if not t.success][: count // 2]
+    successes = [i for i, t in enumerate(trials) if t.success][: count - len(failures)]
+    kept = {*failures, *successes}
+    return [t if i in kept else replace(t, frames=None) for i, t in enumerate(trials)]
 
 
 def save_trials(path: Path, trials: Sequence[Trial]) -> None:
@@ -84,7 +92,7 @@ def load_trials(path: Path) -> list[Trial]:
     return [Trial(**{**row, "infer_ms": tuple(row["infer_ms"]), "frames": f}) for row, f in zip(rows, films)]
 
 
-def _run_one(port: int, seed: int, film: bool, *, image_size: int, execute_steps: int, variant: Variant) -> Trial:
+def _run_one(port: int, seed: int, *, film: bool, image_size: int, execute_steps: int, variant: Variant) -> Trial:
     env = Tabletop(image_size=image_size, max_steps=MAX_STEPS)
     observation, info = env.reset(seed=seed)
     if variant == "wrong_prompt":
