@@ -17,7 +17,7 @@ from manipi.policy import Policy
 from manipi.robots import State
 from manipi.train.data import prepare
 from manipi.train.loop import train, train_step
-from manipi.train.run import Run
+from manipi.train.run import Run, read_config
 from manipi.train.state import TrainState
 
 KINDS = ("pi05", "pi0", "pi0_fast")
@@ -139,6 +139,15 @@ def test_only_the_newest_checkpoints_stay(tiny, tmp_path):
     config = tiny(steps=7, save_every=2, keep_checkpoints=2)
     train(config, tmp_path, show=False)
     assert Run(tmp_path, config).steps() == [6, 7]
+
+
+def test_a_run_may_be_made_longer(tiny, tmp_path):
+    longer = replace(tiny(steps=4), keep_checkpoints=3)
+    train(tiny(steps=2), tmp_path / "resumed", show=False)
+    resumed = train(longer, tmp_path / "resumed", show=False)
+    undisturbed = train(longer, tmp_path / "undisturbed", show=False)
+    assert (resumed / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    assert read_config(tmp_path / "resumed") == longer
 
 
 def test_other_settings_in_the_same_folder_are_refused(tiny, trained):

@@ -18,9 +18,6 @@ from typing import Any, Literal, TypeAlias
 from manipi.errors import ConfigError
 from manipi.records import fingerprint, from_json, to_json
 
-SLOTS = ("base", "left_wrist", "right_wrist")
-"""The camera slots of the released models, in their order."""
-
 Rotation: TypeAlias = Literal["none", "rotvec", "euler_xyz", "quat_xyzw", "rot6d"]
 ROTATION_SIZE: dict[Rotation, int] = {"none": 0, "rotvec": 3, "euler_xyz": 3, "quat_xyzw": 4, "rot6d": 6}
 

@@ -26,7 +26,7 @@ class DataConfig:
     """Where the demonstrations are and how they are read."""
 
     path: str
-    """Folder of a LeRobot dataset (v2.1 or v3.0)."""
+    """Folder of a LeRobot dataset (v2.0 to v3.0)."""
     episodes: tuple[int, ...] = ()
     """Numbers of the episodes to use; none named: all of them."""
     holdout: float = 0.1

@@ -23,6 +23,10 @@ from manipi.robots.robot import ROBOT_TYPES
 from manipi.storage import atomic_write, remove_partial, storage_errors
 from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig
 
+MAY_CHANGE = ("data.num_workers", "data.path", "keep_checkpoints", "num_threads", "steps")
+"""Settings that a resumed run may bring anew: they change neither a batch nor an update. That another path holds the
+same data, the norm stats' fingerprint says."""
+
 
 class Run:
     """One run's folder.
@@ -42,9 +46,10 @@ class Run:
         """Refuse a folder of another run; one that never got as far as a checkpoint has nothing to protect."""
         wanted = to_json(self.config)
         changes = _differences(read_json(stored), wanted) if stored.exists() else []
-        if changes and self.steps():
-            raise _another_run(changes, stored)
-        if changes:
+        other = [change for setting, change in changes if setting not in MAY_CHANGE]
+        if other and self.steps():
+            raise _another_run(other, stored)
+        if changes and not self.steps():
             self.norm_stats.unlink(missing_ok=True)
             shutil.rmtree(self.tokenizer, ignore_errors=True)
         if changes or not stored.exists():
@@ -118,8 +123,9 @@ def _another_run(changes: list[str], where: Path) -> TrainingError:
     )
 
 
-def _differences(stored: Any, wanted: Any, path: str = "") -> list[str]:
+def _differences(stored: Any, wanted: Any, path: str = "") -> list[tuple[str, str]]:
+    """Each setting that differs, and how."""
     if isinstance(stored, dict) and isinstance(wanted, dict):
         keys = sorted(set(stored) | set(wanted))
         return [d for k in keys for d in _differences(stored.get(k), wanted.get(k), f"{path}.{k}".strip("."))]
-    return [] if stored == wanted else [f"{path} was {stored!r}, now {wanted!r}"]
+    return [] if stored == wanted else [(path, f"{path} was {stored!r}, now {wanted!r}")]

@@ -33,7 +33,7 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Span:
+class TokenRun:
     """Consecutive tokens of the model's sequence."""
 
     part: str
@@ -63,18 +63,18 @@ def _value(value: "np.ndarray | str") -> Value:
     return Value(dtype=str(value.dtype), shape=value.shape, min=low, max=high)
 
 
-def token_layout(model: ModelConfig) -> list[Span]:
+def token_layout(model: ModelConfig) -> list[TokenRun]:
     """The model's sequence in training, in order."""
     return list(_spans(model))
 
 
-def _spans(model: ModelConfig) -> Iterator[Span]:
+def _spans(model: ModelConfig) -> Iterator[TokenRun]:
     for camera in model.cameras:
-        yield Span(part="prefix", name=camera, tokens=model.vision.num_tokens)
+        yield TokenRun(part="prefix", name=camera, tokens=model.vision.num_tokens)
     if isinstance(model, Pi0FastConfig):
-        yield Span(part="prefix", name="prompt and action codes", tokens=model.max_token_len)
+        yield TokenRun(part="prefix", name="prompt and action codes", tokens=model.max_token_len)
         return
-    yield Span(part="prefix", name="prompt", tokens=model.max_token_len)
+    yield TokenRun(part="prefix", name="prompt", tokens=model.max_token_len)
     if isinstance(model, Pi0Config):
-        yield Span(part="suffix", name="state", tokens=1)
-    yield Span(part="suffix", name="actions", tokens=model.action_horizon)
+        yield TokenRun(part="suffix", name="state", tokens=1)
+    yield TokenRun(part="suffix", name="actions", tokens=model.action_horizon)
