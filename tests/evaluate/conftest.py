@@ -32,6 +32,7 @@ def make_trial(seed: int, *, success: bool, failure: str | None = None, prompt: 
         touched=None,
         steps=len(frames) - 1,
         infer_ms=(3.0, 4.0),
+        actions=((0.3, 0.0, 0.1, 1.0),) * (len(frames) - 1),
         frames=frames,
     )
 

@@ -25,4 +25,4 @@ class DemoConfig:
     execute_steps: int = 8
     """Steps of each action chunk that the arm executes before it asks again."""
     films: int = 24
-    """How many trials of the trained policy the report shows, at most half of them failures."""
+    """How many trials of the trained policy the report shows, half of each outcome where there are as many."""

@@ -43,6 +43,8 @@ class Trial:
     steps: int
     infer_ms: tuple[float, ...]
     """Round trips of the client, one per chunk."""
+    actions: tuple[tuple[float, ...], ...]
+    """Every command that the arm executed, from which the film is made."""
     frames: np.ndarray | None = None
     """uint8 [T, size, size, 3] for the report, where asked for."""
 
@@ -58,27 +60,38 @@ def run_trials(
     workers: int = 2,
     label: str = "drive",
 ) -> list[Trial]:
-    """One trial per seed against the server on loopback; `films` stay on film, at most half of them failures."""
-    sizes = {"image_size": image_size, "execute_steps": execute_steps}
-    job = partial(_run_one, port, variant=variant, film=films > 0, **sizes)
+    """One trial per seed against the server on loopback; `films` of them get a film, half of each outcome."""
+    job = partial(_run_one, port, image_size=image_size, execute_steps=execute_steps, variant=variant)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        trials = pool.map(job, seeds, chunksize=4)
-        return _keep_films(list(tqdm(trials, total=len(seeds), desc=label, unit="episode")), films)
+        trials = list(tqdm(pool.map(job, seeds, chunksize=4), total=len(seeds), desc=label, unit="episode"))
+        chosen = _to_film(trials, films)
+        frames = dict(zip(chosen, pool.map(partial(film, variant=variant), [trials[i] for i in chosen])))
+    return [replace(trial, frames=frames.get(i)) for i, trial in enumerate(trials)]
 
 
-def _keep_films(trials: list[Trial], count: int) -> list[Trial]:
-    """All are filmed, because nobody knows beforehand which will fail."""
-    failures = [i for i, t in enumerate(trials) if not t.success][: count // 2]
-    successes = [i for i, t in enumerate(trials) if t.success][: count - len(failures)]
-    kept = {*failures, *successes}
-    return [t if i in kept else replace(t, frames=None) for i, t in enumerate(trials)]
+def _to_film(trials: Sequence[Trial], count: int) -> list[int]:
+    """Half of each outcome, or more of one where there are too few of the other."""
+    failures = [i for i, trial in enumerate(trials) if not trial.success]
+    successes = [i for i, trial in enumerate(trials) if trial.success]
+    wins = successes[: count - min(len(failures), count // 2)]
+    return sorted([*wins, *failures[: count - len(wins)]])
+
+
+def film(trial: Trial, *, variant: Variant) -> np.ndarray:
+    """uint8 [T, 160, 160, 3]: the trial's commands on the trial's scene, which give the same motion again."""
+    env, _ = _start(trial.seed, variant, cameras=())
+    frames = [env.render(size=160)]
+    for action in trial.actions:
+        env.step(np.array(action, np.float32))
+        frames.append(env.render(size=160))
+    return np.stack(frames)
 
 
 def save_trials(path: Path, trials: Sequence[Trial]) -> None:
     """One file with every trial and its film."""
     films = {f"frames_{i}": t.frames for i, t in enumerate(trials) if t.frames is not None}
-    plain = json.dumps([asdict(replace(t, frames=None)) for t in trials])
+    plain = json.dumps([{k: v for k, v in asdict(replace(t, frames=None)).items() if k != "frames"} for t in trials])
     buffer = io.BytesIO()
     np.savez_compressed(buffer, trials=np.array(plain), **films)  # type: ignore[arg-type]
     atomic_write(path, buffer.getvalue())
@@ -89,24 +102,22 @@ def load_trials(path: Path) -> list[Trial]:
     with np.load(path, allow_pickle=False) as data:
         rows = json.loads(str(data["trials"]))
         films = [data[f"frames_{i}"] if f"frames_{i}" in data.files else None for i in range(len(rows))]
-    return [Trial(**{**row, "infer_ms": tuple(row["infer_ms"]), "frames": f}) for row, f in zip(rows, films)]
+    tuples = {"infer_ms": tuple, "actions": lambda actions: tuple(map(tuple, actions))}
+    rows = [row | {key: make(row[key]) for key, make in tuples.items()} for row in rows]
+    return [Trial(**row, frames=frames) for row, frames in zip(rows, films)]
 
 
-def _run_one(port: int, seed: int, *, film: bool, image_size: int, execute_steps: int, variant: Variant) -> Trial:
-    env = Tabletop(image_size=image_size, max_steps=MAX_STEPS)
-    observation, info = env.reset(seed=seed)
-    if variant == "wrong_prompt":
-        observation, info = env.reset(seed=seed, options=_another_instruction(env, seed))
-    frames, times, done = [], [], False
+def _run_one(port: int, seed: int, *, image_size: int, execute_steps: int, variant: Variant) -> Trial:
+    env, observation = _start(seed, variant, image_size=image_size)
+    times, actions, info, done = [], [], {}, False
     with WebsocketPolicy(port=port) as policy:
         broker = ActionChunkBroker(policy, execute_steps)
         while not done:
-            if film:
-                frames.append(env.render(size=160))
             started = time.perf_counter()
             action = broker.infer(_what_it_sees(observation, variant))["actions"]
             if env.steps % execute_steps == 0:  # the steps in between come out of the chunk at hand
                 times.append((time.perf_counter() - started) * 1e3)
+            actions.append(tuple(action.tolist()))
             observation, _, terminated, truncated, info = env.step(action)
             done = terminated or truncated
     return Trial(
@@ -118,8 +129,17 @@ def _run_one(port: int, seed: int, *, film: bool, image_size: int, execute_steps
         touched=info["touched"],
         steps=env.steps,
         infer_ms=tuple(times),
-        frames=np.stack([*frames, env.render(size=160)]) if film else None,
+        actions=tuple(actions),
     )
+
+
+def _start(seed: int, variant: Variant, **options: Any) -> tuple[Tabletop, dict[str, Any]]:
+    """The scene of a seed, and its first observation."""
+    env = Tabletop(max_steps=MAX_STEPS, **options)
+    observation, _ = env.reset(seed=seed)
+    if variant == "wrong_prompt":
+        observation, _ = env.reset(seed=seed, options=_another_instruction(env, seed))
+    return env, observation
 
 
 def _what_it_sees(observation: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
