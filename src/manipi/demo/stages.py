@@ -59,7 +59,7 @@ class Demo:
             self._record()
         with self._timed("check"):
             self._check()
-        untrained = self._drive("untrained", "plain", lambda: train(self.train_config, self.run_folder, stop_at=0))
+        untrained = self._drive("untrained", "plain", self._untrained)
         with self._timed("train"):
             checkpoint = self._train()
         trained = self._drive("trained", "plain", lambda: checkpoint, films=self.config.films)
@@ -95,6 +95,11 @@ class Demo:
     def _train(self) -> Path:
         final = Run(self.run_folder, self.train_config).checkpoint(self.train_config.steps)
         return final if final.is_dir() else train(self.train_config, self.run_folder)
+
+    def _untrained(self) -> Path:
+        """The network before its first step, in a folder of its own: the run's checkpoints come and go."""
+        config = replace(self.train_config, data=replace(self.train_config.data, cache="none"))
+        return train(config, self.folder / "untrained", stop_at=0, show=False)
 
     def _drive(self, name: str, variant: Variant, checkpoint: Callable[[], Path], films: int = 0) -> list[Trial]:
         done = self.folder / "trials" / f"{name}.npz"
