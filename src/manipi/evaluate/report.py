@@ -174,15 +174,15 @@ def _bar(name: str, rate: SuccessRate) -> str:
 
 def _filmed(report: DemoReport) -> str:
     trained, wins = report.success["trained"], sum(trial.success for trial in report.trials)
-    successes = _share(wins, trained.k, "successes")
-    failures = _share(len(report.trials) - wins, trained.n - trained.k, "failures")
-    return f"Of the trained policy’s {trained.n} trials {successes} and {failures}."
+    successes = _share(wins, trained.k, "success", "successes")
+    failures = _share(len(report.trials) - wins, trained.n - trained.k, "failure", "failures")
+    return f"From the trained policy’s {trained.n} trials: {successes} and {failures}."
 
 
-def _share(shown: int, total: int, name: str) -> str:
+def _share(shown: int, total: int, one: str, many: str) -> str:
     if shown < total:
-        return f"the first {shown} of {total} {name}"
-    return f"all {total} {name}" if total else f"no {name}"
+        return f"the first {shown} of {total} {many}"
+    return {0: f"no {one}", 1: f"the only {one}"}.get(total, f"all {total} {many}")
 
 
 def _films(report: DemoReport) -> str:
