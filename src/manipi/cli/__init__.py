@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,10 @@ COMMANDS = {
     "doctor": "say what this machine and this installation can do",
 }
 
+SPIN_COUNT = "5000"
+"""How long a waiting OpenMP thread spins before it sleeps. GNU's default, ten milliseconds and more, makes training up to
+seven times slower as soon as another process keeps a core busy; this costs 8 % on a quiet machine (docs/log.md)."""
+
 USAGE = """usage: manipi COMMAND [arguments]      (manipi COMMAND --help explains each)
 
 {commands}
@@ -36,6 +41,7 @@ The promise: what trains is what deploys, and every claim can be checked by a co
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 when it did its job, 1 on an error of ours, 130 on Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported, which is later
     try:
         _run(*arguments)
         sys.stdout.flush()
