@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import os
 import sys
 from collections.abc import Sequence
 
@@ -23,8 +22,8 @@ COMMANDS = {
 }
 
 SPIN_COUNT = "5000"
-"""How long a waiting OpenMP thread spins before it sleeps. GNU's default, ten milliseconds and more, makes training up to
-seven times slower as soon as another process keeps a core busy; this costs 8 % on a quiet machine (docs/log.md)."""
+"""How long a waiting OpenMP thread spins before it sleeps. GNU's default, ten milliseconds and more, makes training up
+to seven times slower as soon as another process keeps a core busy; this costs 8 % on a quiet one (docs/log.md)."""
 
 USAGE = """usage: manipi COMMAND [arguments]      (manipi COMMAND --help explains each)
 
