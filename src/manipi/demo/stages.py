@@ -83,10 +83,10 @@ class Demo:
         if done.exists():
             return
         report = check_dataset(self.dataset, robot=self.train_config.robot)
-        if report.count("error"):
+        if errors := [finding for finding in report.findings if finding.severity == "error"]:
             raise DatasetFormatError(
                 expected="demonstrations without errors",
-                found=f"{report.count('error')} errors, the first: {report.findings[0].what}",
+                found=f"{len(errors)} errors, the first: {errors[0].what}",
                 where=str(self.dataset),
                 next=f"manipi check {self.dataset}",
             )
