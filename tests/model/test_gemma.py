@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from manipi.model.config import GemmaSize
-from manipi.model.gemma import Gemma, KVCache, Span, rope, rotate
+from manipi.model.gemma import Expert, Gemma, KVCache, Span, rope, rotate
 
 VLM = GemmaSize(width=32, depth=3, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8)
 EXPERT = GemmaSize(width=24, depth=3, mlp_dim=40, num_heads=4, num_kv_heads=2, head_dim=8)
@@ -11,10 +11,10 @@ B, P, S = 3, 7, 5
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 
-@pytest.fixture(params=[(), ("action",)], ids=["plain", "adaptive"])
+@pytest.fixture(params=[False, True], ids=["plain", "adaptive"])
 def gemma(request):
     torch.manual_seed(0)
-    model = Gemma({"vlm": VLM, "action": EXPERT}, vocab_size=61, adaptive=request.param)
+    model = Gemma({"vlm": Expert(size=VLM), "action": Expert(size=EXPERT, adaptive_norm=request.param)}, vocab_size=61)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     return model

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from manipi.errors import WeightsMismatchError
-from manipi.model.config import GemmaSize, ModelConfig, Pi0Config, Pi0FastConfig
+from manipi.model.config import Adapters, GemmaSize, ModelConfig, Pi0Config, Pi0FastConfig
 
 
 class Row(NamedTuple):
@@ -69,6 +69,21 @@ EXPERT_LAYER = (
     Row("attn/attn_vec_einsum{e}/w", "out_proj.weight", "NHD", "D NH"),
     Row("mlp{e}/gating_einsum", "mlp.gate_proj.weight|mlp.up_proj.weight", "DM", "M D"),
     Row("mlp{e}/linear", "mlp.down_proj.weight", "MD", "D M"),
+)
+# The updates beside them (`manipi.model.lora`), attention first. R is the rank.
+ATTENTION_LORA = (
+    Row("attn/q_einsum{e}/lora_a", "q_proj.lora_a", "NDR", "NR D"),
+    Row("attn/q_einsum{e}/lora_b", "q_proj.lora_b", "NRH", "N H R"),
+    Row("attn/kv_einsum{e}/lora_a", "k_proj.lora_a|v_proj.lora_a", "GDR", "GR D"),
+    Row("attn/kv_einsum{e}/lora_b", "k_proj.lora_b|v_proj.lora_b", "GRH", "G H R"),
+    Row("attn/attn_vec_einsum{e}/lora_a", "out_proj.lora_a", "NHR", "R NH"),
+    Row("attn/attn_vec_einsum{e}/lora_b", "out_proj.lora_b", "NRD", "N D R"),
+)
+FEED_FORWARD_LORA = (
+    Row("mlp{e}/gating_einsum_lora_a", "mlp.gate_proj.lora_a|mlp.up_proj.lora_a", "DR", "R D"),
+    Row("mlp{e}/gating_einsum_lora_b", "mlp.gate_proj.lora_b|mlp.up_proj.lora_b", "RM", "1 M R"),
+    Row("mlp{e}/linear_lora_a", "mlp.down_proj.lora_a", "MR", "R M"),
+    Row("mlp{e}/linear_lora_b", "mlp.down_proj.lora_b", "RD", "1 D R"),
 )
 _NORM = (Row("scale", "scale", "D", "D"),)
 _ADAPTIVE_NORM = (
@@ -148,21 +163,26 @@ def openpi_arrays(config: ModelConfig) -> dict[str, Array]:
     tree = dict(_resolve(VISION, "PaliGemma/img/", "vision.", sizes))
     tree |= _resolve(VISION_BLOCK, encoder, vision_block, sizes, v.depth)
     tree |= _resolve(LLM, "PaliGemma/llm/", "gemma.", {"V": config.vocab_size, "D": vlm.width})
-    tree |= _expert(vlm, "vlm", "", _NORM)
+    tree |= _expert(vlm, config.vlm_adapters, "vlm", "", _NORM)
     if not isinstance(config, Pi0FastConfig):
         pi0, width = isinstance(config, Pi0Config), config.action_expert.width
-        tree |= _expert(config.action_expert, "action", "_1", _NORM if pi0 else _ADAPTIVE_NORM)
+        norm = _NORM if pi0 else _ADAPTIVE_NORM
+        tree |= _expert(config.action_expert, config.action_adapters, "action", "_1", norm)
         sizes = {"A": config.action_dim, "D": width, "F": width, "E": 2 * width}
         tree |= _resolve(FLOW + (PI0 if pi0 else PI05), "", "head.", sizes)
     return tree
 
 
-def _expert(size: GemmaSize, name: str, suffix: str, norm: tuple[Row, ...]) -> Iterator[tuple[str, Array]]:
+def _expert(
+    size: GemmaSize, adapters: Adapters, name: str, suffix: str, norm: tuple[Row, ...]
+) -> Iterator[tuple[str, Array]]:
     sizes = {"D": size.width, "E": 3 * size.width, "M": size.mlp_dim}
-    sizes |= {"N": size.num_heads, "G": size.num_kv_heads, "H": size.head_dim}
+    sizes |= {"N": size.num_heads, "G": size.num_kv_heads, "H": size.head_dim, "1": 1}
     theirs, ours = "PaliGemma/llm/layers/", f"gemma.blocks.{{layer}}.experts.{name}."
-    rows = tuple(row._replace(reference=row.reference.format(e=suffix)) for row in EXPERT_LAYER)
-    yield from _resolve(rows, theirs, ours, sizes, size.depth)
+    updates = ((ATTENTION_LORA, adapters.attention), (FEED_FORWARD_LORA, adapters.feed_forward))
+    for rows, rank in ((EXPERT_LAYER, 0), *((rows, lora.rank) for rows, lora in updates if lora is not None)):
+        named = tuple(row._replace(reference=row.reference.format(e=suffix)) for row in rows)
+        yield from _resolve(named, theirs, ours, sizes | {"R": rank}, size.depth)
     yield from _resolve(norm, f"{theirs}pre_attention_norm{suffix}/", f"{ours}attention_norm.", sizes, size.depth)
     yield from _resolve(norm, f"{theirs}pre_ffw_norm{suffix}/", f"{ours}mlp_norm.", sizes, size.depth)
     yield from _resolve(norm, f"PaliGemma/llm/final_norm{suffix}/", f"gemma.final_norms.{name}.", sizes)
@@ -181,7 +201,8 @@ def _resolve(
                 names=tuple(tuple(ours.format(layer=i) + part for part in parts) for i in range(depth or 1)),
                 shape=stacked + axes,
                 axes=axes,
-                permutation=tuple(row.axes.index(axis) for group in groups for axis in group),
+                # An axis that only ours have is of size 1.
+                permutation=tuple(row.axes.index(a) for group in groups for a in group if a in row.axes),
                 our_shape=tuple(math.prod(sizes[axis] for axis in group) for group in groups),
             ),
         )

@@ -7,6 +7,7 @@ ModelConfig
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -52,6 +53,44 @@ class GemmaSize:
         _require_multiple("num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads, "GemmaSize")
         _require_multiple("head_dim (rotary halves)", self.head_dim, "two", 2, "GemmaSize")
         _require_multiple("width (sine and cosine halves)", self.width, "two", 2, "GemmaSize")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """A low-rank update beside a matrix: `y = W x + scale · B A x` (Hu et al. 2021)."""
+
+    rank: int
+    alpha: float
+    rank_stabilized: bool = False
+    """Divide alpha by the square root of the rank (Kalajdzievski 2023) instead of the rank."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """Which matrices of one expert have a low-rank update; by default none."""
+
+    attention: LoRA | None = None
+    """Queries, keys, values and the attention output."""
+    feed_forward: LoRA | None = None
+    """The three matrices of the MLP."""
+
+    def __bool__(self) -> bool:
+        return self.attention is not None or self.feed_forward is not None
+
+    def with_unscaled_feed_forward(self) -> "Adapters":
+        """The same with a factor of 1 in the MLP."""
+        mlp = self.feed_forward
+        return self if mlp is None else dataclasses.replace(self, feed_forward=LoRA(rank=mlp.rank, alpha=mlp.rank))
+
+
+NO_ADAPTERS = Adapters()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +141,20 @@ class Compat:
     middle is missing, that reads its picture after all and forgets as many tokens from the start."""
     fast_writes_past_eos: bool = False
     """FAST decoding: rows go on after their EOS, and decoding ends when all rows emit EOS in the same step."""
+    fast_lower_case: bool = False
+    """FAST prompts: the instruction is lower-cased, which π0 and π0.5 never do."""
+    fast_text_round_trip: bool = False
+    """FAST extraction: emitted ids become text and ids again, which alters codes that are white space."""
+    minus_one_state_bins: bool = False
+    """Prompts with a state: a value below -1 is written as bin "-1" instead of 0."""
+    truncated_prompts: bool = False
+    """Prompts longer than `max_token_len` are cut at the end instead of refused."""
+    unscaled_feed_forward_lora: bool = False
+    """LoRA: the updates of the MLP are added without the factor alpha / rank."""
+
+
+REFERENCE = Compat(**{field.name: True for field in dataclasses.fields(Compat)})
+"""Every quirk at once: what the reference computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +177,8 @@ class _SharedConfig:
     """Camera slots, in the order of their image tokens."""
     dtype: DType = "bfloat16"
     """Compute dtype of the transformer's activations. Parameters keep their own."""
+    vlm_adapters: Adapters = NO_ADAPTERS
+    """Low-rank updates of the language model."""
     compat: Compat = Compat()
     """Quirks of the reference to repeat."""
 
@@ -147,6 +202,8 @@ class _FlowConfig(_SharedConfig):
 
     action_expert: GemmaSize = GEMMA_300M
     """The expert that reads noisy actions and predicts their velocity."""
+    action_adapters: Adapters = NO_ADAPTERS
+    """Low-rank updates of the action expert."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,5 +244,5 @@ class Pi0FastConfig(_SharedConfig):
 
 ModelConfig: TypeAlias = Pi0Config | Pi05Config | Pi0FastConfig
 
-CONFIG_TYPES = (Pi0Config, Pi05Config, Pi0FastConfig, GemmaSize, VisionSize, Compat)
+CONFIG_TYPES = (Pi0Config, Pi05Config, Pi0FastConfig, GemmaSize, VisionSize, LoRA, Adapters, Compat)
 """What a config is made of, for `manipi.records.from_json`."""

@@ -25,8 +25,9 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from manipi.model.attention_mask import Layout, attention_mask, lay_out
-from manipi.model.config import GemmaSize
-from manipi.model.layers import Linear, ZeroLinear
+from manipi.model.config import NO_ADAPTERS, Adapters, GemmaSize, LoRA
+from manipi.model.layers import ZeroLinear
+from manipi.model.lora import linear
 
 KeysValues = tuple[Tensor, Tensor]
 """One layer's rotated keys and values, each [B, S, G, H]."""
@@ -34,6 +35,16 @@ KeysValues = tuple[Tensor, Tensor]
 MASKED = -2.3819763e38
 """The reference's logit of a key that must not be seen. It is finite, so that padding, which sees nothing, averages
 over everything instead of turning into NaN."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expert:
+    """What sets one expert apart from another."""
+
+    size: GemmaSize
+    adapters: Adapters = NO_ADAPTERS
+    adaptive_norm: bool = False
+    """Norms are modulated by `Span.cond_BCD`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +116,11 @@ def _per_token(rows_BCD: Tensor, num_tokens: int) -> Tensor:
 class MLP(nn.Module):
     """Gated MLP with tanh GELU (GeGLU, Shazeer 2020)."""
 
-    def __init__(self, size: GemmaSize):
+    def __init__(self, size: GemmaSize, lora: LoRA | None):
         super().__init__()
-        self.gate_proj = Linear(size.width, size.mlp_dim, bias=False)
-        self.up_proj = Linear(size.width, size.mlp_dim, bias=False)
-        self.down_proj = Linear(size.mlp_dim, size.width, bias=False)
+        self.gate_proj = linear(size.width, size.mlp_dim, lora)
+        self.up_proj = linear(size.width, size.mlp_dim, lora)
+        self.down_proj = linear(size.mlp_dim, size.width, lora)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.gate_proj(x_BTD), approximate="tanh") * self.up_proj(x_BTD))
@@ -118,17 +129,19 @@ class MLP(nn.Module):
 class ExpertLayer(nn.Module):
     """One expert's weights in one layer. The attention that joins the experts lives in `Block`."""
 
-    def __init__(self, size: GemmaSize, adaptive_norm: bool):
+    def __init__(self, config: Expert):
         super().__init__()
-        norm = AdaptiveRMSNorm if adaptive_norm else RMSNorm
+        size, lora = config.size, config.adapters.attention
+        norm = AdaptiveRMSNorm if config.adaptive_norm else RMSNorm
+        width, heads, kv_heads = size.width, size.num_heads, size.num_kv_heads
         self.head_dim = size.head_dim
-        self.attention_norm = norm(size.width)
-        self.q_proj = Linear(size.width, size.num_heads * size.head_dim, bias=False)
-        self.k_proj = Linear(size.width, size.num_kv_heads * size.head_dim, bias=False)
-        self.v_proj = Linear(size.width, size.num_kv_heads * size.head_dim, bias=False)
-        self.out_proj = Linear(size.num_heads * size.head_dim, size.width, bias=False)
-        self.mlp_norm = norm(size.width)
-        self.mlp = MLP(size)
+        self.attention_norm = norm(width)
+        self.q_proj = linear(width, heads * size.head_dim, lora, heads)
+        self.k_proj = linear(width, kv_heads * size.head_dim, lora, kv_heads)
+        self.v_proj = linear(width, kv_heads * size.head_dim, lora, kv_heads)
+        self.out_proj = linear(heads * size.head_dim, width, lora, heads, "shared")
+        self.mlp_norm = norm(width)
+        self.mlp = MLP(size, config.adapters.feed_forward)
 
     def project(self, x_BTD: Tensor, cond_BCD: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries [B, T, N, H], keys and values [B, T, G, H], and the gate of the attention residual."""
@@ -201,23 +214,21 @@ class Gemma(nn.Module):
     """A decoder whose tokens are routed to experts by the span they belong to, not by a learned router.
 
     Args:
-        experts: sizes by name; the first owns the token embedding.
+        experts: by name; the first owns the token embedding.
         vocab_size: rows of the token embedding.
-        adaptive: names of the experts whose norms are modulated by `Span.cond_BCD`.
     """
 
-    def __init__(self, experts: Mapping[str, GemmaSize], vocab_size: int, adaptive: Collection[str] = ()):
+    def __init__(self, experts: Mapping[str, Expert], vocab_size: int):
         super().__init__()
-        first = next(iter(experts.values()))
+        first = next(iter(experts.values())).size
         self.width, self.head_dim = first.width, first.head_dim
         self.kv_shape = (first.num_kv_heads, first.head_dim)
         self.token_embedding = nn.Parameter(torch.empty(vocab_size, first.width))
         self.blocks = nn.ModuleList(
-            Block({name: ExpertLayer(size, name in adaptive) for name, size in experts.items()})
-            for _ in range(first.depth)
+            Block({name: ExpertLayer(expert) for name, expert in experts.items()}) for _ in range(first.depth)
         )
         self.final_norms = nn.ModuleDict(
-            {name: (AdaptiveRMSNorm if name in adaptive else RMSNorm)(size.width) for name, size in experts.items()}
+            {name: (AdaptiveRMSNorm if e.adaptive_norm else RMSNorm)(e.size.width) for name, e in experts.items()}
         )
 
     def init_weights(self, generator: Generator | None) -> None:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from manipi.errors import ConfigError
 from manipi.model.autoregressive import AllowedNext, TokenLoss, greedy_decode, token_loss
-from manipi.model.config import ModelConfig, Pi0Config, Pi0FastConfig, Pi05Config
+from manipi.model.config import Adapters, ModelConfig, Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.model.flow import FlowHead, FlowLoss, Pi0Head, Pi05Head, flow_loss, interpolate
-from manipi.model.gemma import Gemma, KVCache, Span
+from manipi.model.gemma import Expert, Gemma, KVCache, Span
 from manipi.model.inputs import ModelInput
 from manipi.model.layers import Initialised
 from manipi.model.siglip import SigLIP
@@ -37,13 +37,16 @@ class VLA(nn.Module):
         self.config = config
         self.dtype = getattr(torch, config.dtype)
         self.vision = SigLIP(config.vision, config.vlm.width)
-        experts, adaptive = {"vlm": config.vlm}, ()
+        experts = {"vlm": Expert(size=config.vlm, adapters=self._adapters(config.vlm_adapters))}
         if not isinstance(config, Pi0FastConfig):
-            experts["action"] = config.action_expert
-            adaptive = ("action",) if isinstance(config, Pi05Config) else ()
+            experts["action"] = Expert(
+                size=config.action_expert,
+                adapters=self._adapters(config.action_adapters),
+                adaptive_norm=isinstance(config, Pi05Config),
+            )
             head = Pi0Head if isinstance(config, Pi0Config) else Pi05Head
             self.head = head(config.action_expert.width, config.action_dim)
-        self.gemma = Gemma(experts, config.vocab_size, adaptive)
+        self.gemma = Gemma(experts, config.vocab_size)
         self.init_weights(seed=0)
 
     def init_weights(self, seed: int) -> None:
@@ -54,6 +57,7 @@ class VLA(nn.Module):
         image position table    normal, std 1/√width
         norm scales             identity: 0 for RMS norms (their factor is 1 + scale), 1 for layer norms
         adaptive modulation     0, so that the action expert starts as the identity (adaLN-zero)
+        adapters                A normal, std 1/√fan_in; B 0, so that the update starts at nothing
         """
         device = next(self.parameters()).device
         generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
@@ -159,6 +163,10 @@ class VLA(nn.Module):
         if images.dtype == torch.uint8:
             images = images.float() / 255.0 * 2.0 - 1.0
         return self.vision(images.flatten(0, 1), self.dtype).unflatten(0, (b, -1)).flatten(1, 2)
+
+    def _adapters(self, adapters: Adapters) -> Adapters:
+        unscaled = self.config.compat.unscaled_feed_forward_lora
+        return adapters.with_unscaled_feed_forward() if unscaled else adapters
 
     def _flow_loss(self, inputs: ModelInput, noise_BKHA: Tensor, timestep_BK: Tensor) -> FlowLoss:
         head = self._flow_head("forward without noise")
