@@ -11,7 +11,7 @@ are flattened: `"NDH"` and `"NH D"` for the row above. Each letter is an axis, w
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -127,6 +127,14 @@ class Array(NamedTuple):
     """From the reference's axes to the order of ours."""
     our_shape: tuple[int, ...]
 
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """Of one layer in the reference; the parts, where there are several, stand first."""
+        return (() if len(self.names[0]) == 1 else (len(self.names[0]),)) + self.axes
+
+
+_TREE = "the reference's parameter tree"
+
 
 def from_openpi_tree(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Tensor]:
     """The state dict of `VLA(config)` from the reference's parameters, in their dtype.
@@ -138,8 +146,13 @@ def from_openpi_tree(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> d
         WeightsMismatchError: arrays are missing, unexpected or mis-shaped; it lists all of them.
     """
     tree = openpi_arrays(config)
-    _require_match({path: a.shape for path, a in tree.items()}, {path: a.shape for path, a in arrays.items()})
-    return {name: tensor for path, array in tree.items() for name, tensor in _unstack(array, arrays[path])}
+    require_match({path: a.shape for path, a in tree.items()}, {path: a.shape for path, a in arrays.items()}, _TREE)
+    state: dict[str, Tensor] = {}
+    for path, array in tree.items():
+        values = to_torch(arrays[path]).reshape(len(array.names), *array.layer_shape)
+        for layer, of_layer in enumerate(values):
+            state.update(unstack_layer(array, layer, of_layer))
+    return state
 
 
 def to_openpi_tree(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, np.ndarray]:
@@ -150,8 +163,13 @@ def to_openpi_tree(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
     """
     tree = openpi_arrays(config)
     expected = {name: a.our_shape for a in tree.values() for layer in a.names for name in layer}
-    _require_match(expected, {name: tuple(tensor.shape) for name, tensor in state.items()})
-    return {path: _stack(array, state) for path, array in tree.items()}
+    require_match(expected, {name: tuple(tensor.shape) for name, tensor in state.items()}, "the state dict")
+
+    def stack(array: Array) -> np.ndarray:
+        layers = [stack_layer(array, layer, state).float() for layer in range(len(array.names))]
+        return torch.stack(layers).reshape(array.shape).cpu().numpy()
+
+    return {path: stack(array) for path, array in tree.items()}
 
 
 def openpi_arrays(config: ModelConfig) -> dict[str, Array]:
@@ -208,35 +226,44 @@ def _resolve(
         )
 
 
-def _unstack(array: Array, values: np.ndarray) -> Iterator[tuple[str, Tensor]]:
-    stacked = _to_torch(values).reshape(len(array.names), len(array.names[0]), *array.axes)
-    for layer, names in enumerate(array.names):
-        for part, name in enumerate(names):
-            ours = stacked[layer, part].permute(array.permutation)
-            # A copy of its own, so that no two tensors share memory.
-            yield name, ours.clone(memory_format=torch.contiguous_format).reshape(array.our_shape)
+def unstack_layer(array: Array, layer: int, values: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors from one layer of a reference's array."""
+    for name, part in zip(array.names[layer], values.reshape(len(array.names[layer]), *array.axes), strict=True):
+        # A copy of its own, so that no two tensors share memory.
+        ours = part.permute(array.permutation).clone(memory_format=torch.contiguous_format)
+        yield name, ours.reshape(array.our_shape)
 
 
-def _stack(array: Array, state: Mapping[str, Tensor]) -> np.ndarray:
+def stack_layer(array: Array, layer: int, state: Mapping[str, Tensor]) -> Tensor:
+    """One layer of a reference's array [(parts,) *axes] from our tensors, in their dtype."""
     ordered = [array.axes[axis] for axis in array.permutation]
     inverse = np.argsort(array.permutation).tolist()
-    parts = [state[name].float().reshape(ordered).permute(inverse) for layer in array.names for name in layer]
-    return torch.stack(parts).reshape(array.shape).cpu().numpy()
+    parts = [state[name].reshape(ordered).permute(inverse) for name in array.names[layer]]
+    return torch.stack(parts).reshape(array.layer_shape)
 
 
-def _to_torch(values: np.ndarray) -> Tensor:
+def to_torch(values: np.ndarray) -> Tensor:
+    """The same memory as a tensor, bfloat16 included."""
     if values.dtype.name == "bfloat16":  # numpy has none of its own; extensions register it under this name
         return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(values)
 
 
-def _require_match(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+def require_match(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str, unused: Container[str] = ()
+) -> None:
+    """Every array accounted for.
+
+    Raises:
+        WeightsMismatchError: names that are missing, unexpected (and not `unused`) or mis-shaped; it lists all of them.
+    """
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(name for name in found.keys() - expected.keys() if name not in unused)
     shapes = [f"{k} {found[k]} instead of {expected[k]}" for k in expected if k in found and found[k] != expected[k]]
     if missing or unexpected or shapes:
         raise WeightsMismatchError(
             expected=f"{len(expected)} arrays with the names and shapes of the config",
             found=f"missing {missing}; unexpected {unexpected}; mis-shaped {shapes}",
-            where="the reference's parameter tree",
-            next="check that the config has the type and sizes of the checkpoint",
+            where=where,
+            next="check that the config has the type and sizes of the checkpoint, and that the copy is complete",
         )

@@ -1,0 +1,164 @@
+"""openpi's Orbax checkpoints, read and written with tensorstore alone: no JAX, no Orbax.
+
+    params/
+    ├─ _METADATA        JSON: the tree's paths
+    ├─ manifest.ocdbt   an OCDBT key-value store …
+    └─ d/ …             … of zarr arrays: `params.PaliGemma.img.embedding.kernel[.value]/.zarray`, `…/0.0.0.0`
+
+Released checkpoints have leaves without a suffix; those of openpi's training end in `value`. Both read alike.
+"""
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manipi.checkpoints.openpi_names import to_torch
+from manipi.checkpoints.stores import ArrayInfo, damaged
+from manipi.errors import CheckpointError, ConfigError
+from manipi.records import read_json, write_json
+
+_METADATA = "_METADATA"
+
+
+class OrbaxStore:
+    """The arrays of a `params` folder, by tree path joined with "/", without `params` and `value`.
+
+    Raises:
+        CheckpointError: no such folder. IntegrityError: a damaged one.
+    """
+
+    def __init__(self, folder: Path):
+        self.where, self._folder = str(folder), Path(folder)
+        if not (self._folder / _METADATA).is_file():
+            raise CheckpointError(
+                expected=f"an Orbax folder (with {_METADATA} and manifest.ocdbt)",
+                found="a folder without them" if self._folder.is_dir() else "no such folder",
+                where=self.where,
+                next="name the checkpoint's folder, or its params folder",
+            )
+        self._arrays = {path: self._open(key) for path, key in _keys(self._folder)}
+        self.arrays = {path: ArrayInfo(tuple(a.shape), _torch_dtype(a)) for path, a in self._arrays.items()}
+        self._spilled: dict[str, np.ndarray] = {}
+
+    def read(self, name: str, layer: int | None = None) -> Tensor:
+        array = self._arrays[name]
+        if layer is None:
+            return to_torch(self._read(array))
+        if array.chunk_layout.read_chunk.shape[0] > 1:
+            # Each slice would decode the whole chunk anew; on disk it can wait for the next layer.
+            return to_torch(self._spill(name)[layer].copy())
+        return to_torch(self._read(array[layer]))
+
+    def _open(self, key: str) -> Any:
+        kvstore = {"driver": "ocdbt", "base": f"file://{self._folder.resolve()}/", "path": f"{key}/"}
+        try:
+            return _tensorstore().open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+        except ValueError as error:
+            raise damaged(self._folder, error) from error
+
+    def _read(self, array: Any) -> np.ndarray:
+        try:
+            return array.read().result()
+        except ValueError as error:
+            raise damaged(self._folder, error) from error
+
+    def _spill(self, name: str) -> np.ndarray:
+        if name not in self._spilled:
+            values = self._read(self._arrays[name])
+            with tempfile.TemporaryFile() as file:  # the mapping keeps it alive, without a name
+                values.tofile(file)
+                file.flush()
+                self._spilled[name] = np.memmap(file, values.dtype, mode="r", shape=values.shape)
+        return self._spilled[name]
+
+
+def read_tree(folder: Path) -> dict[str, np.ndarray]:
+    """Every array of a `params` folder, by path; bfloat16 in the type of `ml_dtypes`."""
+    store = OrbaxStore(folder)
+    return {path: store._read(array) for path, array in store._arrays.items()}
+
+
+def write_tree(folder: Path, arrays: Mapping[str, ArrayInfo], layers: Iterable[tuple[str, int | None, Tensor]]) -> None:
+    """Write a `params` folder that openpi restores.
+
+    Args:
+        folder: an existing, empty one.
+        arrays: by tree path joined with "/".
+        layers: their values, whole (None) or layer by layer, in any order.
+    """
+    ts = _tensorstore()
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    stacked, opened = {}, {}
+    for path, layer, values in layers:
+        if path not in opened:
+            stacked[path] = layer is not None
+            opened[path] = ts.open(_spec(folder, path, arrays[path], stacked[path]), create=True, context=context).result()
+        target = opened[path] if layer is None else opened[path][layer]
+        target.write(_to_numpy(values)).result()
+    write_json(folder / _METADATA, {"tree_metadata": dict(map(_leaf, arrays)), "use_zarr3": False})
+
+
+def _spec(folder: Path, path: str, array: ArrayInfo, stacked: bool) -> dict[str, Any]:
+    key = ".".join(("params", *path.split("/")))
+    chunks = [1, *array.shape[1:]] if stacked else list(array.shape)
+    return {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": f"file://{folder.resolve()}/", "path": f"{key}/"},
+        "metadata": {
+            "shape": list(array.shape),
+            "chunks": chunks,
+            "dtype": {torch.float32: "<f4", torch.bfloat16: "bfloat16"}[array.dtype],
+            "compressor": {"id": "zstd", "level": 1},
+            "fill_value": None,
+            "order": "C",
+            "filters": None,
+            "zarr_format": 2,
+        },
+    }
+
+
+def _leaf(path: str) -> tuple[str, dict[str, Any]]:
+    keys = ("params", *path.split("/"))
+    value = {"value_type": "jax.Array", "skip_deserialize": False}
+    return str(keys), {"key_metadata": [{"key": k, "key_type": 2} for k in keys], "value_metadata": value}
+
+
+def _keys(folder: Path) -> Iterable[tuple[str, str]]:
+    """Tree path and key of each array."""
+    for leaf in read_json(folder / _METADATA)["tree_metadata"].values():
+        keys = [entry["key"] for entry in leaf["key_metadata"]]
+        parts = keys[1:] if keys[0] == "params" else keys
+        yield "/".join(parts[:-1] if parts[-1] == "value" else parts), ".".join(keys)
+
+
+def _torch_dtype(array: Any) -> torch.dtype:
+    name = array.dtype.name
+    if not isinstance(found := getattr(torch, name, None), torch.dtype):
+        raise CheckpointError(
+            expected="numbers", found=f"arrays of {name}", where=str(array.spec().to_json()["kvstore"]), next="look at it"
+        )
+    return found
+
+
+def _to_numpy(values: Tensor) -> np.ndarray:
+    if values.dtype != torch.bfloat16:
+        return values.numpy()
+    return values.view(torch.uint16).numpy().view(_tensorstore().bfloat16.numpy_dtype)
+
+
+def _tensorstore() -> Any:
+    try:
+        import tensorstore
+    except ImportError as error:
+        raise ConfigError(
+            expected="the package tensorstore, which reads and writes Orbax checkpoints",
+            found="no such package",
+            where="this Python environment",
+            next="pip install 'manipi[openpi]'",
+        ) from error
+    return tensorstore

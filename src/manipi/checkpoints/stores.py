@@ -1,0 +1,124 @@
+"""Where foreign weights lie: arrays by name, read one layer at a time, so that no checkpoint has to fit in memory.
+
+Store
+├─ OrbaxStore         openpi's `params` folder (manipi.checkpoints.orbax)
+├─ SafetensorsStore   one `.safetensors` file, or several with an index
+└─ NpzStore           big_vision's `.npz`
+"""
+
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from manipi.checkpoints.openpi_names import to_torch
+from manipi.errors import CheckpointError, IntegrityError
+from manipi.records import read_json
+
+
+class ArrayInfo(NamedTuple):
+    """What is known of an array before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Store(Protocol):
+    """Read-only arrays by name."""
+
+    where: str
+    """For messages."""
+    arrays: Mapping[str, ArrayInfo]
+
+    def read(self, name: str, layer: int | None = None) -> Tensor:
+        """The whole array, or `array[layer]`. Raises IntegrityError where the file is damaged."""
+        ...
+
+
+class SafetensorsStore:
+    """One file, or the files that an index names. Only what is read is loaded."""
+
+    def __init__(self, path: Path):
+        self.where, self._files = str(path), {}
+        self.arrays: dict[str, ArrayInfo] = {}
+        for file in _shards(path):
+            with _damage(file):
+                opened = safe_open(file, framework="pt")
+                for name in opened.keys():  # noqa: SIM118 (the file is no mapping)
+                    part = opened.get_slice(name)
+                    self.arrays[name] = ArrayInfo(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                    self._files[name] = opened
+
+    def read(self, name: str, layer: int | None = None) -> Tensor:
+        with _damage(Path(self.where)):
+            return self._files[name].get_tensor(name) if layer is None else self._files[name].get_slice(name)[layer]
+
+
+class NpzStore:
+    """A NumPy archive. Arrays are decoded whole, and the last one is kept."""
+
+    def __init__(self, path: Path):
+        self.where = str(path)
+        with _damage(path):
+            self._file = np.load(path, allow_pickle=False)
+            self.arrays = dict(_npz_headers(path))
+        self._last: tuple[str, np.ndarray] | None = None
+
+    def read(self, name: str, layer: int | None = None) -> Tensor:
+        if self._last is None or self._last[0] != name:
+            with _damage(Path(self.where)):
+                self._last = (name, self._file[name])
+        values = to_torch(self._last[1])
+        return values if layer is None else values[layer]
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def _shards(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if path.is_dir() and index.is_file():
+        return [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return [path / "model.safetensors" if path.is_dir() else path]
+
+
+def _npz_headers(path: Path) -> Iterator[tuple[str, ArrayInfo]]:
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.namelist():
+            with archive.open(entry) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+            yield entry.removesuffix(".npy"), ArrayInfo(shape, to_torch(np.empty(0, dtype)).dtype)
+
+
+class _damage:
+    """What a library says of a broken file, as an IntegrityError that names the file."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __enter__(self) -> None:
+        if not self._path.exists():
+            raise CheckpointError(
+                expected="a file of weights", found="no such file", where=str(self._path), next="check the path"
+            )
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, SafetensorError | zipfile.BadZipFile | EOFError | ValueError | OSError):
+            raise damaged(self._path, error) from error
+
+
+def damaged(path: Path, error: BaseException) -> IntegrityError:
+    return IntegrityError(
+        expected="a complete file of weights",
+        found=str(error).splitlines()[0],
+        where=str(path),
+        next="copy or fetch it again; it is cut off or damaged",
+    )
