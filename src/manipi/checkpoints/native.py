@@ -16,7 +16,7 @@ It appears by one rename or not at all, and reading it verifies every hash.
 import errno
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,28 +85,45 @@ def write_checkpoint(
     with atomic_directory(target) as folder:
         weights = {name: tensor.detach().contiguous() for name, tensor in checkpoint.weights.items()}
         _save_weights(weights, folder / "model.safetensors")
-        write_json(folder / "config.json", checkpoint.config)
-        write_json(folder / "robot.json", checkpoint.robot)
-        save_norm_stats(checkpoint.norm_stats, folder / "norm_stats.json")
-        (folder / "tokenizer").mkdir()
-        checkpoint.tokenizers.save(folder / "tokenizer")
-        _save_self_test(checkpoint.self_test, folder / "self_test.npz")
+        write_description(folder, checkpoint)
         if write_train_state is not None:
             write_train_state(folder / "train_state")
-        write_json(folder / MANIFEST, {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)})
+        seal(folder)
+
+
+def write_description(folder: Path, checkpoint: Checkpoint) -> None:
+    """Everything but the weights, into an existing folder."""
+    write_json(folder / "config.json", checkpoint.config)
+    write_json(folder / "robot.json", checkpoint.robot)
+    save_norm_stats(checkpoint.norm_stats, folder / "norm_stats.json")
+    (folder / "tokenizer").mkdir()
+    checkpoint.tokenizers.save(folder / "tokenizer")
+    if checkpoint.self_test is not None:
+        _save_self_test(checkpoint.self_test, folder / "self_test.npz")
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of what is in the folder."""
+    write_json(folder / MANIFEST, {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)})
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Raises CheckpointError where there is none, IntegrityError where a file is missing or altered."""
     verify(folder)
+    return replace(read_description(folder), weights=load_file(folder / "model.safetensors"))
+
+
+def read_description(folder: Path) -> Checkpoint:
+    """What `write_description` wrote; the weights are empty."""
     config = from_json(read_json(folder / "config.json"), (PolicyConfig, *CONFIG_TYPES), str(folder / "config.json"))
+    test = folder / "self_test.npz"
     return Checkpoint(
-        weights=load_file(folder / "model.safetensors"),
+        weights={},
         config=config,
         robot=Robot.from_json(read_json(folder / "robot.json"), str(folder / "robot.json")),
         norm_stats=load_norm_stats(folder / "norm_stats.json"),
         tokenizers=Tokenizers.load(folder / "tokenizer"),
-        self_test=_load_self_test(folder / "self_test.npz"),
+        self_test=_load_self_test(test) if test.is_file() else None,
     )
 
 

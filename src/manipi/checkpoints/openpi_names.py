@@ -250,7 +250,10 @@ def to_torch(values: np.ndarray) -> Tensor:
 
 
 def require_match(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str, unused: Container[str] = ()
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    where: str,
+    unused: Container[str] = (),
 ) -> None:
     """Every array accounted for.
 

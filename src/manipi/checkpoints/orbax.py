@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from manipi.checkpoints.openpi_names import to_torch
-from manipi.checkpoints.stores import ArrayInfo, damaged
+from manipi.checkpoints.weight_store import ArrayInfo, damaged
 from manipi.errors import CheckpointError, ConfigError
 from manipi.records import read_json, write_json
 
@@ -97,7 +97,9 @@ def write_tree(folder: Path, arrays: Mapping[str, ArrayInfo], layers: Iterable[t
     for path, layer, values in layers:
         if path not in opened:
             stacked[path] = layer is not None
-            opened[path] = ts.open(_spec(folder, path, arrays[path], stacked[path]), create=True, context=context).result()
+            opened[path] = ts.open(
+                _spec(folder, path, arrays[path], stacked[path]), create=True, context=context
+            ).result()
         target = opened[path] if layer is None else opened[path][layer]
         target.write(_to_numpy(values)).result()
     write_json(folder / _METADATA, {"tree_metadata": dict(map(_leaf, arrays)), "use_zarr3": False})
@@ -137,11 +139,8 @@ def _keys(folder: Path) -> Iterable[tuple[str, str]]:
 
 
 def _torch_dtype(array: Any) -> torch.dtype:
-    name = array.dtype.name
-    if not isinstance(found := getattr(torch, name, None), torch.dtype):
-        raise CheckpointError(
-            expected="numbers", found=f"arrays of {name}", where=str(array.spec().to_json()["kvstore"]), next="look at it"
-        )
+    found = getattr(torch, array.dtype.name, None)
+    assert isinstance(found, torch.dtype), f"torch has no {array.dtype.name}"
     return found
 
 

@@ -33,7 +33,9 @@ class Store(Protocol):
 
     where: str
     """For messages."""
-    arrays: Mapping[str, ArrayInfo]
+
+    @property
+    def arrays(self) -> Mapping[str, ArrayInfo]: ...
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
         """The whole array, or `array[layer]`. Raises IntegrityError where the file is damaged."""

@@ -1,0 +1,204 @@
+"""Foreign checkpoints as our tensors: which layout it is, which architecture, and every tensor accounted for.
+
+openpi-jax      …/params/ of openpi, released or from its training
+openpi-torch    model.safetensors of openpi's converter
+lerobot         model.safetensors of LeRobot's π0, π0.5, π0-FAST
+paligemma       PaliGemma's safetensors (transformers), the language model alone
+paligemma-npz   PaliGemma's .npz (big_vision), likewise
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from manipi.checkpoints.openpi_names import Array, openpi_arrays, require_match, unstack_layer
+from manipi.checkpoints.orbax import OrbaxStore
+from manipi.checkpoints.torch_names import PREFIXES, Prefixes, torch_arrays
+from manipi.checkpoints.weight_store import NpzStore, SafetensorsStore, Store
+from manipi.errors import CheckpointError, IntegrityError
+from manipi.model.config import ModelConfig
+
+Layout: TypeAlias = Literal["openpi-jax", "openpi-torch", "lerobot", "paligemma", "paligemma-npz"]
+
+
+@dataclass
+class Source:
+    """Weights in a foreign layout. Only headers are read until a tensor is asked for."""
+
+    path: Path
+    layout: Layout
+    store: Store
+    prefixes: Prefixes | None = None
+    """Of the PyTorch layouts."""
+
+    @property
+    def vlm_only(self) -> bool:
+        return self.layout.startswith("paligemma")
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self.store.arrays.items()}
+
+    def arrays(self, config: ModelConfig) -> dict[str, Array]:
+        """What the layout has for this config, by the names in the store."""
+        if self.prefixes is not None:
+            tree = torch_arrays(config, self.prefixes)
+            embedding, lm_head = f"{self.prefixes.language}embed_tokens.weight", self.prefixes.lm_head
+            if embedding not in self.shapes and lm_head in self.shapes:  # tied, and saved under the other name
+                tree[lm_head] = tree.pop(embedding)
+            return tree
+        tree = openpi_arrays(config)
+        if self.layout == "openpi-jax":
+            return tree
+        vlm = {path: array for path, array in tree.items() if path.startswith("PaliGemma/") and "_1/" not in f"{path}/"}
+        return {path.replace("PaliGemma/", "params/", 1): array for path, array in vlm.items()}
+
+    def check(self, config: ModelConfig) -> None:
+        """Compare names and shapes with the config's. Raises WeightsMismatchError with all that differ."""
+        found, prefixes = dict(self.shapes), self.prefixes
+        expected = {name: array.shape for name, array in self.arrays(config).items()}
+        embedding = f"{prefixes.language}embed_tokens.weight" if prefixes else ""
+        if self.layout == "paligemma" and embedding in found:  # transformers pads the vocabulary to a multiple of 64
+            found[embedding] = (min(found[embedding][0], config.vocab_size), *found[embedding][1:])
+        require_match(expected, found, self.store.where, self.unused)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Tensors of the layout that no computation reads: output matrices."""
+        names = (self.prefixes.lm_head, self.prefixes.expert_lm_head) if self.prefixes else ()
+        return tuple(name for name in names if name in self.shapes)
+
+    def tensors(self, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+        """Our tensors by name, in their stored dtype, one layer in memory at a time.
+
+        Raises:
+            IntegrityError: NaN or infinity in a tensor, or a damaged file.
+        """
+        for path, array in self.arrays(config).items():
+            for layer in range(len(array.names)):
+                yield from self._layer(path, array, layer, config)
+
+    def reader(self, config: ModelConfig) -> "Reader":
+        """Our tensors one by one, by name."""
+        return Reader(self, config)
+
+    def _layer(self, path: str, array: Array, layer: int, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+        values = self.store.read(path, layer if len(array.names) > 1 else None)
+        if self.layout == "paligemma" and path.endswith("embed_tokens.weight"):
+            values = values[: config.vocab_size]
+        if not torch.isfinite(values).all():
+            raise IntegrityError(
+                expected="finite weights",
+                found=f"NaN or infinity in {path}" + (f", layer {layer}" if len(array.names) > 1 else ""),
+                where=self.store.where,
+                next="take an earlier checkpoint; this run has diverged or the file is damaged",
+            )
+        yield from unstack_layer(array, layer, values)
+
+
+class Reader:
+    """Random access to a source's tensors by our names; the last layer read is kept."""
+
+    def __init__(self, source: Source, config: ModelConfig):
+        self._source, self._config, self._arrays = source, config, source.arrays(config)
+        self._places = {
+            name: (path, layer)
+            for path, a in self._arrays.items()
+            for layer, names in enumerate(a.names)
+            for name in names
+        }
+        self._last: tuple[tuple[str, int], dict[str, Tensor]] | None = None
+
+    def __call__(self, name: str) -> Tensor:
+        place = self._places[name]
+        if self._last is None or self._last[0] != place:
+            self._last = (place, dict(self._source._layer(place[0], self._arrays[place[0]], place[1], self._config)))
+        return self._last[1][name]
+
+
+def open_source(path: Path) -> Source:
+    """The layout is told by the files and the names in them.
+
+    Raises:
+        CheckpointError: nothing there, or nothing known. IntegrityError: a damaged file.
+    """
+    for folder in (path, path / "params"):
+        if (folder / "_METADATA").is_file():
+            return Source(path, "openpi-jax", OrbaxStore(folder))
+    if path.suffix == ".npz":
+        return Source(path, "paligemma-npz", NpzStore(path))
+    if path.suffix == ".safetensors" or any(path.glob("model*.safetensors*")):
+        store = SafetensorsStore(path)
+        for layout, versions in PREFIXES.items():
+            for prefixes in versions:
+                if any(name.startswith(prefixes.vision) for name in store.arrays):
+                    return Source(path, layout, store, prefixes)  # type: ignore[arg-type]
+    raise CheckpointError(
+        expected="params/_METADATA (openpi), model.safetensors (openpi, LeRobot, PaliGemma) or a .npz (PaliGemma)",
+        found=f"{', '.join(sorted(p.name for p in path.iterdir())) or 'an empty folder'}" if path.is_dir() else "none",
+        where=str(path),
+        next="name the checkpoint's folder or file",
+    )
+
+
+def load_initial_weights(model: nn.Module, config: ModelConfig, source: Source) -> list[str]:
+    """Fill a model from a checkpoint to go on from. Returns the names that keep their own initial values.
+
+    Those may be adapters that the checkpoint has not, and all but the language model where it is a PaliGemma.
+
+    Raises:
+        WeightsMismatchError: anything else is missing, and whatever is unexpected or mis-shaped.
+    """
+    from manipi.checkpoints.infer import infer_config
+
+    found = infer_config(source, like=config)
+    source.check(found)
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    theirs = {n: a.our_shape for a in source.arrays(found).values() for layer in a.names for n in layer}
+    kept = [name for name in shapes if name not in theirs and (source.vlm_only or ".lora_" in name)]
+    require_match({n: s for n, s in shapes.items() if n not in kept}, theirs, source.store.where)
+    with torch.no_grad():
+        for name, tensor in source.tensors(found):
+            parameters[name].copy_(tensor)
+    return kept
+
+
+def stream_weights(model: nn.Module, reader: Callable[[str], Tensor]) -> None:
+    """Give each layer of a model on the meta device its weights when it runs, and take them back afterwards.
+
+    The token embedding, which is used outside a layer's call, stays.
+    """
+    for prefix, module in model.named_modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        if "token_embedding" in names:
+            module.token_embedding = nn.Parameter(reader(f"{prefix}.token_embedding"), requires_grad=False)
+        elif names:
+            module.register_forward_pre_hook(_Fill(prefix, names, reader))
+            module.register_forward_hook(_Clear(names))
+
+
+@dataclass(frozen=True)
+class _Fill:
+    prefix: str
+    names: list[str]
+    reader: Callable[[str], Tensor]
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        for name in self.names:
+            setattr(module, name, nn.Parameter(self.reader(f"{self.prefix}.{name}"), requires_grad=False))
+
+
+@dataclass(frozen=True)
+class _Clear:
+    names: list[str]
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        for name in self.names:
+            parameter = getattr(module, name)
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))

@@ -1,0 +1,96 @@
+"""Low-rank adapters apart from the weights that they adapt, and merged into them.
+
+adapters/
+├─ adapters.safetensors   the `lora_a` and `lora_b` of every adapted matrix
+├─ config.json            the model with its adapters
+└─ base.json              SHA-256 of the weights that they belong to
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from manipi.checkpoints.native import Checkpoint, PolicyConfig, seal, verify
+from manipi.checkpoints.openpi_names import require_match
+from manipi.checkpoints.safetensors_writer import write_safetensors
+from manipi.checkpoints.weight_store import ArrayInfo
+from manipi.errors import IntegrityError
+from manipi.model import VLA
+from manipi.model.config import CONFIG_TYPES, NO_ADAPTERS, Pi0FastConfig
+from manipi.model.lora import AdaptedLinear
+from manipi.records import from_json, read_json, write_json
+
+
+def merge_adapters(checkpoint: Checkpoint) -> Checkpoint:
+    """The same policy with plain matrices, `W + scale · B A`, each in the dtype of its W."""
+    with torch.device("meta"):
+        model = VLA(checkpoint.config.model)
+    model.load_state_dict(dict(checkpoint.weights), strict=True, assign=True)
+    weights = {name: w for name, w in checkpoint.weights.items() if not _is_adapter(name)}
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            weights[f"{name}.weight"] = module.merged().to(module.weight.dtype)
+    plain = {"vlm_adapters": NO_ADAPTERS}
+    if not isinstance(checkpoint.config.model, Pi0FastConfig):
+        plain["action_adapters"] = NO_ADAPTERS
+    config = replace(checkpoint.config, model=replace(checkpoint.config.model, **plain))
+    return replace(checkpoint, weights=weights, config=config, self_test=None)
+
+
+def write_adapters(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
+    """Write the adapters alone into an existing folder."""
+    adapters = {name: w.to(dtype or w.dtype) for name, w in checkpoint.weights.items() if _is_adapter(name)}
+    infos = {name: ArrayInfo(tuple(w.shape), w.dtype) for name, w in adapters.items()}
+    write_safetensors(folder / "adapters.safetensors", infos, adapters.items())
+    write_json(folder / "config.json", checkpoint.config)
+    write_json(folder / "base.json", {"sha256": base_sha256(checkpoint.weights)})
+    seal(folder)
+
+
+def read_adapters(folder: Path, base: Checkpoint) -> Checkpoint:
+    """The base with the adapters of the folder beside its matrices.
+
+    Args:
+        base: with adapters or without; its own are left out.
+
+    Raises:
+        CheckpointError: the folder is no such folder, or altered.
+        IntegrityError: the adapters belong to other weights.
+        WeightsMismatchError: they do not fit.
+    """
+    verify(folder)
+    weights = {name: w for name, w in base.weights.items() if not _is_adapter(name)}
+    expected, found = read_json(folder / "base.json")["sha256"], base_sha256(weights)
+    if found != expected:
+        raise IntegrityError(
+            expected=f"the weights that the adapters were trained on (SHA-256 {expected[:16]}…)",
+            found=f"other weights ({found[:16]}…)",
+            where=str(folder),
+            next="name the checkpoint that the training started from: --base",
+        )
+    config: PolicyConfig = from_json(
+        read_json(folder / "config.json"), (PolicyConfig, *CONFIG_TYPES), str(folder / "config.json")
+    )
+    weights |= load_file(folder / "adapters.safetensors")
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in VLA(config.model).named_parameters()}
+    require_match(shapes, {name: tuple(w.shape) for name, w in weights.items()}, str(folder))
+    return replace(base, weights=weights, config=config, self_test=None)
+
+
+def base_sha256(weights: Mapping[str, Tensor]) -> str:
+    """Of the matrices without adapters: names and bytes, in order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(name for name in weights if not _is_adapter(name)):
+        digest.update(f"{name} {weights[name].dtype}".encode())
+        digest.update(weights[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _is_adapter(name: str) -> bool:
+    return name.endswith((".lora_a", ".lora_b"))

@@ -1,0 +1,173 @@
+"""Other projects' checkpoints become ours: a folder that is enough to serve.
+
+weights      the source's tensors, streamed one layer at a time; strict in both directions
+norm stats   assets/<asset id>/norm_stats.json beside the weights
+the rest     robot, horizon, prompt format, tokenizers: from a recipe or robot, or from the `manipi/` folder that our
+             own exports carry
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from manipi.checkpoints.infer import infer_config
+from manipi.checkpoints.native import Checkpoint, PolicyConfig, SelfTest, read_description, seal, write_description
+from manipi.checkpoints.safetensors_writer import write_safetensors
+from manipi.checkpoints.sources import Source, open_source
+from manipi.checkpoints.weight_store import ArrayInfo
+from manipi.errors import ConfigError, NormStatsError, WeightsMismatchError
+from manipi.exchange.certificate import (
+    Certificate,
+    answer_of_source,
+    answer_of_weights,
+    certify,
+    count_dtypes,
+    example_noise,
+    example_observation,
+)
+from manipi.model.config import ModelConfig, Pi0Config, Pi0FastConfig
+from manipi.policy import Policy
+from manipi.robots.robot import Robot
+from manipi.storage import atomic_directory
+from manipi.tokenizers import Tokenizers
+from manipi.transforms.normalize import NormMode, read_openpi_stats
+from manipi.types import NormStats
+
+DESCRIPTION = "manipi"
+"""The folder beside exported weights that says all that their layout cannot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the weights cannot tell."""
+
+    robot: Robot
+    model: ModelConfig | None = None
+    """Horizon, token budget, cameras, dtype, compat; None: the released policies' settings."""
+    norm_mode: NormMode | None = None
+    """None: z-score for π0, quantiles for the others, as openpi trains."""
+    tokenizers: Tokenizers
+    norm_stats: Path | None = None
+    """Their file; None: the one in the checkpoint's assets."""
+    asset_id: str = ""
+    """Which of several."""
+
+
+def import_checkpoint(
+    path: Path, target: Path, wanted: Wanted | None, *, dtype: torch.dtype | None = None
+) -> Certificate:
+    """Write our checkpoint folder; on any error nothing is left behind.
+
+    Args:
+        wanted: None where the source carries the description of our own export.
+        dtype: of the weights written; None keeps each tensor's own.
+
+    Raises:
+        CheckpointError: see `manipi.checkpoints.sources`.
+        NormStatsError: no statistics, several to choose from, or statistics of another robot.
+        ConfigError: the source does not describe itself, and nothing else does.
+    """
+    source = open_source(path)
+    _require_policy(source)
+    described = describe(source, wanted)
+    model = described.config.model
+    source.check(model)
+    before = answer_of_source(source, described)
+    with atomic_directory(target) as folder:
+        infos = _write_weights(source, model, folder / "model.safetensors", dtype)
+        whole = replace(described, weights=load_file(folder / "model.safetensors"))
+        after = answer_of_weights(whole.weights, whole)
+        write_description(folder, replace(whole, self_test=_self_test(whole)))
+        seal(folder)
+    difference, magnitude = certify(before, after)
+    return Certificate(
+        source=str(path),
+        target=str(target),
+        layout=source.layout,
+        tensors=len(infos),
+        parameters=sum(torch.Size(info.shape).numel() for info in infos.values()),
+        dtypes_before=count_dtypes(
+            info.dtype for name, info in source.store.arrays.items() if name not in source.unused
+        ),
+        dtypes_after=count_dtypes(info.dtype for info in infos.values()),
+        unused=source.unused,
+        compared="logits" if isinstance(model, Pi0FastConfig) else "actions",
+        difference=difference,
+        magnitude=magnitude,
+    )
+
+
+def describe(source: Source, wanted: Wanted | None) -> Checkpoint:
+    """Everything but the weights."""
+    carried = source.path / DESCRIPTION
+    if wanted is None and carried.is_dir():
+        described = read_description(carried)
+        model = infer_config(source, like=described.config.model)
+        return replace(described, config=replace(described.config, model=model))
+    if wanted is None:
+        raise ConfigError(
+            expected="what weights cannot tell: robot, horizon, prompt format",
+            found="no recipe, no robot, and no description in the checkpoint",
+            where=str(source.path),
+            next="add --recipe NAME (manipi recipes), or --robot FILE.py:NAME",
+        )
+    model = infer_config(source, like=wanted.model)
+    mode = wanted.norm_mode or ("zscore" if isinstance(model, Pi0Config) else "quantile")
+    step = int(source.path.name) if source.path.name.isdigit() else 0
+    return Checkpoint(
+        weights={},
+        config=PolicyConfig(model=model, norm_mode=mode, step=step),
+        robot=wanted.robot,
+        norm_stats=_norm_stats(source.path, wanted, model.action_horizon),
+        tokenizers=wanted.tokenizers,
+        self_test=None,
+    )
+
+
+def _require_policy(source: Source) -> None:
+    if source.vlm_only:
+        raise WeightsMismatchError(
+            expected="the weights of a π policy",
+            found="a PaliGemma, which is a language model without actions",
+            where=str(source.path),
+            next="train from it: manipi train RECIPE --init " + str(source.path),
+        )
+
+
+def _norm_stats(path: Path, wanted: Wanted, horizon: int) -> NormStats:
+    if wanted.norm_stats is not None:
+        return read_openpi_stats(wanted.norm_stats, wanted.robot, horizon)
+    root = path.parent if path.name == "params" else path
+    found = {p.parent.name: p for p in sorted(root.glob("assets/*/norm_stats.json"))}
+    names = ", ".join(found) or "none"
+    if wanted.asset_id and wanted.asset_id not in found:
+        raise _no_stats(f"norm stats of {wanted.asset_id!r}", f"those of {names}", root, "name one of them: --asset-id")
+    if len(found) != 1 and not wanted.asset_id:
+        raise _no_stats("one set of norm stats", names, root, "choose: --asset-id NAME, or --norm-stats FILE")
+    return read_openpi_stats(found[wanted.asset_id or next(iter(found))], wanted.robot, horizon)
+
+
+def _no_stats(expected: str, found: str, root: Path, next: str) -> NormStatsError:
+    return NormStatsError(expected=expected, found=found, where=str(root / "assets"), next=next)
+
+
+def _write_weights(source: Source, config: ModelConfig, path: Path, dtype: torch.dtype | None) -> dict[str, ArrayInfo]:
+    infos = {
+        name: ArrayInfo(array.our_shape, dtype or source.store.arrays[theirs].dtype)
+        for theirs, array in source.arrays(config).items()
+        for layer in array.names
+        for name in layer
+    }
+    bar = tqdm(source.tensors(config), total=len(infos), desc="weights", unit="tensor", disable=len(infos) < 500)
+    write_safetensors(path, infos, ((name, tensor.to(infos[name].dtype)) for name, tensor in bar))
+    return infos
+
+
+def _self_test(checkpoint: Checkpoint) -> SelfTest:
+    policy = Policy.from_checkpoint(checkpoint)
+    observation = example_observation(checkpoint.robot, checkpoint.config.model.vision.image_size)
+    noise = example_noise(checkpoint.config.model)
+    return SelfTest(observation, noise, policy.infer(observation, noise)["actions"])
