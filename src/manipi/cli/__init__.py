@@ -14,6 +14,8 @@ COMMANDS = {
     "train": "train a policy: manipi train RECIPE|FILE.py:FUNCTION [--flags]",
     "eval": "open-loop error of a checkpoint on held-out episodes, beside simple baselines",
     "serve": "serve a checkpoint over websocket, in openpi's protocol",
+    "import": "make another project's checkpoint ours: openpi (Orbax, PyTorch), LeRobot; by name, folder or URL",
+    "export": "write a checkpoint in openpi's or LeRobot's layout; its adapters alone, or merged",
     "stats": "compute norm stats of a recipe's data and report suspicious dimensions",
     "check": "read a dataset in full and report what is wrong with it",
     "inspect": "show a dataset, a checkpoint, or what a recipe does to its first frame",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from manipi.checkpoints.sources import open_source
 from manipi.checkpoints.torch_names import PREFIXES, torch_arrays
 from manipi.checkpoints.weight_store import ArrayInfo
 from manipi.errors import ConfigError
-from manipi.exchange.adapters import merge_adapters, write_adapters
+from manipi.exchange.adapters import merge_adapters, read_adapters, write_adapters
 from manipi.exchange.certificate import (
     Certificate,
     answer_of_source,
@@ -98,12 +99,10 @@ def _require_place(model: ModelConfig, to: Target, folder: Path) -> None:
         )
 
 
-def _read_back(partial: Path, to: Target, exported: Checkpoint) -> "object":
+def _read_back(partial: Path, to: Target, exported: Checkpoint) -> np.ndarray:
     if to == "manipi":
         return answer_of_weights(read_checkpoint(partial).weights, exported)
     if to == "adapters":
-        from manipi.exchange.adapters import read_adapters
-
         return answer_of_weights(read_adapters(partial, exported).weights, exported)
     return answer_of_source(open_source(partial), exported)
 

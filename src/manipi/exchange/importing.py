@@ -14,11 +14,21 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from manipi.checkpoints.infer import infer_config
-from manipi.checkpoints.native import Checkpoint, PolicyConfig, SelfTest, read_description, seal, write_description
+from manipi.checkpoints.native import (
+    Checkpoint,
+    PolicyConfig,
+    SelfTest,
+    read_checkpoint,
+    read_description,
+    seal,
+    write_checkpoint,
+    write_description,
+)
 from manipi.checkpoints.safetensors_writer import write_safetensors
 from manipi.checkpoints.sources import Source, open_source
 from manipi.checkpoints.weight_store import ArrayInfo
 from manipi.errors import ConfigError, NormStatsError, WeightsMismatchError
+from manipi.exchange.adapters import read_adapters
 from manipi.exchange.certificate import (
     Certificate,
     answer_of_source,
@@ -71,6 +81,7 @@ def import_checkpoint(
         ConfigError: the source does not describe itself, and nothing else does.
     """
     source = open_source(path)
+    read = {name: info.dtype for name, info in source.store.arrays.items() if name not in source.unused}
     _require_policy(source)
     described = describe(source, wanted)
     model = described.config.model
@@ -95,6 +106,33 @@ def import_checkpoint(
         dtypes_after=count_dtypes(info.dtype for info in infos.values()),
         unused=source.unused,
         compared="logits" if isinstance(model, Pi0FastConfig) else "actions",
+        difference=difference,
+        magnitude=magnitude,
+    )
+
+
+def import_adapters(path: Path, base: Path, target: Path) -> Certificate:
+    """Write our checkpoint folder from adapters that were exported alone and the checkpoint that they belong to.
+
+    Raises:
+        CheckpointError: see `manipi.exchange.adapters.read_adapters`.
+    """
+    adapted = read_adapters(path, read_checkpoint(base))
+    before = answer_of_weights(adapted.weights, adapted)
+    tested = replace(adapted, self_test=_self_test(adapted))
+    write_checkpoint(target, tested)
+    difference, magnitude = certify(before, answer_of_weights(read_checkpoint(target).weights, adapted))
+    dtypes = count_dtypes(w.dtype for w in adapted.weights.values())
+    return Certificate(
+        source=f"{path} on {base}",
+        target=str(target),
+        layout="adapters",
+        tensors=len(adapted.weights),
+        parameters=sum(w.numel() for w in adapted.weights.values()),
+        dtypes_before=dtypes,
+        dtypes_after=dtypes,
+        unused=(),
+        compared="logits" if isinstance(adapted.config.model, Pi0FastConfig) else "actions",
         difference=difference,
         magnitude=magnitude,
     )

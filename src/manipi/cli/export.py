@@ -1,0 +1,50 @@
+"""`manipi export`: our checkpoint in another project's layout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from manipi.cli.arguments import parse
+from manipi.cli.result import table, write_result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Export:
+    """Export a checkpoint to openpi or LeRobot; or its adapters alone, or merged. Prints a parity certificate.
+
+    manipi export runs/first/checkpoints/30000 exported --to openpi-jax
+
+    manipi export runs/lora/checkpoints/30000 adapters --to adapters
+
+    manipi export runs/lora/checkpoints/30000 merged --to manipi --merge
+    """
+
+    source: tyro.conf.Positional[Path]
+    """A checkpoint folder."""
+    target: tyro.conf.Positional[Path]
+    """Folder to write; it must not exist."""
+    to: Literal["openpi-jax", "openpi-torch", "lerobot", "adapters", "manipi"]
+    """The layout."""
+    merge: bool = False
+    """Put low-rank adapters into the matrices first."""
+    dtype: Literal["stored", "float32", "bfloat16"] = "stored"
+    """Of the weights written."""
+    json: Path | None = None
+    """Write the certificate to this file."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Export; prints the certificate."""
+    args = parse(_Export, arguments, "export")
+
+    import torch
+
+    from manipi.exchange.exporting import export_checkpoint
+
+    dtype = None if args.dtype == "stored" else getattr(torch, args.dtype)
+    certificate = export_checkpoint(args.source, args.to, args.target, dtype=dtype, merge=args.merge)
+    print(table(certificate.rows()))
+    write_result(certificate, args.json)

@@ -1,0 +1,89 @@
+"""`manipi import`: another project's checkpoint becomes ours."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from manipi.checkpoints.released import RELEASED, resolve
+from manipi.cli.arguments import parse
+from manipi.cli.result import table, write_result
+from manipi.recipes.registry import load_recipe, load_robot
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Import:
+    """Import a checkpoint: openpi (Orbax or PyTorch), LeRobot, or adapters of ours. Prints a parity certificate.
+
+    manipi import pi05_droid runs/pi05_droid
+
+    manipi import path/to/openpi/checkpoints/9999 runs/mine --recipe pi0_libero
+
+    manipi import hf://lerobot/pi0_base runs/pi0 --robot my_robot.py:ROBOT --action-horizon 50
+    """
+
+    source: tyro.conf.Positional[str]
+    """A released name (pi05_base, pi05_droid …), a folder, a file, or gs://, s3://, hf://, https://."""
+    target: tyro.conf.Positional[Path]
+    """Folder to write; it must not exist."""
+    recipe: str = ""
+    """What weights cannot tell, from this recipe. A released name knows its own."""
+    robot: str = ""
+    """The robot, where no recipe has it: FILE.py:NAME, or a recipe."""
+    asset_id: str = ""
+    """Which norm stats of the checkpoint's assets."""
+    norm_stats: Path | None = None
+    """Norm stats from this file instead."""
+    action_horizon: int | None = None
+    """Steps of an action chunk, where the recipe's are not the checkpoint's."""
+    max_token_len: int | None = None
+    """Prompt tokens, likewise."""
+    tokenizer: str = ""
+    """SentencePiece model: a file or URL, or `byte`. Default: the recipe's, or PaliGemma's."""
+    action_tokenizer: str = ""
+    """π0-FAST: `binning`, or folder or URL of a FAST or FSQ tokenizer. Default: the recipe's, or the published FAST."""
+    dtype: Literal["stored", "float32", "bfloat16"] = "stored"
+    """Of the weights written."""
+    base: Path | None = None
+    """For adapters: the checkpoint that they belong to."""
+    offline: bool = False
+    """Use what is in the cache, and never the network."""
+    json: Path | None = None
+    """Write the certificate to this file."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Import; prints the certificate."""
+    args = parse(_Import, arguments, "import")
+    recipe = args.recipe
+    if not recipe and args.source in RELEASED and not args.robot:
+        recipe = RELEASED[args.source].recipe or ""
+    config = load_recipe(recipe) if recipe else None
+    robot = load_robot(args.robot) if args.robot else None
+
+    import torch
+
+    from manipi.checkpoints.fetch import fetch
+    from manipi.exchange.importing import import_adapters, import_checkpoint
+    from manipi.exchange.wanted import wanted_from
+
+    path = fetch(resolve(args.source), offline=args.offline or None)
+    if args.base is not None:
+        certificate = import_adapters(path, args.base, args.target)
+    else:
+        wanted = wanted_from(
+            config,
+            robot,
+            tokenizer=args.tokenizer,
+            action_tokenizer=args.action_tokenizer,
+            sizes={"action_horizon": args.action_horizon, "max_token_len": args.max_token_len},
+            norm_stats=args.norm_stats,
+            asset_id=args.asset_id or (RELEASED[args.source].asset_id if args.source in RELEASED else ""),
+        )
+        dtype = None if args.dtype == "stored" else getattr(torch, args.dtype)
+        certificate = import_checkpoint(path, args.target, wanted, dtype=dtype)
+    print(table(certificate.rows()))
+    print(f"next           manipi serve {args.target}")
+    write_result(certificate, args.json)

@@ -1,0 +1,73 @@
+"""What weights cannot tell, from a recipe, a robot and flags."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from manipi.checkpoints.action_tokenizers import open_action_tokenizer
+from manipi.checkpoints.fetch import fetch
+from manipi.checkpoints.released import FAST_TOKENIZER, PALIGEMMA_TOKENIZER
+from manipi.errors import ConfigError
+from manipi.exchange.importing import Wanted
+from manipi.model.config import Pi0FastConfig
+from manipi.robots.robot import Robot
+from manipi.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizers, require_paligemma
+from manipi.train.config import TrainConfig
+
+PALIGEMMA_VOCABULARY = 257_152
+
+
+def wanted_from(
+    config: TrainConfig | None,
+    robot: Robot | None,
+    *,
+    tokenizer: str,
+    action_tokenizer: str,
+    sizes: Mapping[str, int | None],
+    norm_stats: Path | None,
+    asset_id: str,
+) -> Wanted | None:
+    """None where neither recipe nor robot is named.
+
+    Args:
+        tokenizer, action_tokenizer: empty: the recipe's, or the released policies'.
+        sizes: fields of the model config that override the recipe's; None leaves them.
+
+    Raises:
+        TokenizerError: not PaliGemma's tokenizer, for a model with PaliGemma's vocabulary.
+        FetchError: a tokenizer cannot be had.
+    """
+    if config is None and robot is None:
+        return None
+    model = config.model if config is not None else None
+    changes = {name: value for name, value in sizes.items() if value is not None}
+    if changes and model is None:
+        raise ConfigError(
+            expected="a recipe whose sizes are changed",
+            found=f"{', '.join(changes)} without one",
+            where="manipi import",
+            next="add --recipe NAME (manipi recipes)",
+        )
+    model = replace(model, **changes) if model is not None else None
+    speaks_codes = isinstance(model, Pi0FastConfig)
+    action_source = action_tokenizer or (config.action_tokenizer if config is not None else FAST_TOKENIZER)
+    action = (
+        open_action_tokenizer(FAST_TOKENIZER if action_source == "fit" else action_source) if speaks_codes else None
+    )
+    text_source = tokenizer or (config.tokenizer if config is not None else PALIGEMMA_TOKENIZER)
+    if text_source == "byte":
+        text = ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + (action.vocab_size if action is not None else 0))
+    else:
+        text = SentencePieceTokenizer(fetch(text_source))
+        if model is None or model.vocab_size == PALIGEMMA_VOCABULARY:
+            require_paligemma(text)
+    chosen = robot if robot is not None else config.robot if config is not None else None
+    assert chosen is not None
+    return Wanted(
+        robot=chosen,
+        model=model,
+        norm_mode=config.norm_mode if config is not None else None,
+        tokenizers=Tokenizers(text, action),
+        norm_stats=norm_stats,
+        asset_id=asset_id,
+    )
