@@ -14,6 +14,7 @@ ManipiError                     what was expected, what was found, where, what t
 │   ├─ IntegrityError           a file is missing, or its hash differs
 │   ├─ WeightsMismatchError     missing, unexpected and mis-shaped tensors, in full
 │   └─ SelfTestError            the loaded policy does not repeat the trainer's actions
+├─ FetchError                   a source that is absent, unreachable, offline, or not what was promised
 ├─ TokenizerError               text or codes that do not decode
 ├─ TrainingError                a non-finite loss, a run directory of another run
 ├─ StorageError                 a full disk, a folder that cannot be written
@@ -100,6 +101,10 @@ class WeightsMismatchError(CheckpointError):
 
 class SelfTestError(CheckpointError):
     """The loaded policy does not repeat the actions that the trainer recorded."""
+
+
+class FetchError(ManipiError):
+    """A source that is not there, cannot be reached, may not be (offline), or whose hash differs."""
 
 
 class TokenizerError(ManipiError):

@@ -64,7 +64,9 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def storage_errors(where: Path) -> Iterator[None]:
+def storage_errors(
+    where: Path, next: str = "free some space or choose another folder; nothing half-written was left"
+) -> Iterator[None]:
     """A full disk, a forbidden folder or a file where a folder is needed as a StorageError that names the place."""
     try:
         yield
@@ -76,7 +78,7 @@ def storage_errors(where: Path) -> Iterator[None]:
             expected="room and the right to write",
             found=f"{error.strerror} ({free:,.0f} MB free)",
             where=str(where),
-            next="free some space or choose another folder; nothing half-written was left",
+            next=next,
         ) from error
 
 

@@ -1,0 +1,179 @@
+"""Files and folders in the stores of others, listed and read with bounded patience.
+
+One interface over fsspec: `gs://` by gcsfs, `s3://` by s3fs, `hf://` by huggingface_hub, `https://` by aiohttp; each is
+imported when its store is asked, because the first two are optional and all are slow to import.
+"""
+
+import base64
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+from manipi.errors import FetchError
+
+T = TypeVar("T")
+
+SCHEMES = ("gs", "s3", "hf", "https", "http")
+PUBLIC_BUCKETS = ("openpi-assets", "big_vision", "vertex-model-garden-paligemma-us")
+"""Read without an account; stale credentials would only be in the way."""
+BLOCK = 16 << 20
+"""Bytes of one request; a quarter after each failure, down to SMALLEST_BLOCK, and twice as many after each success."""
+SMALLEST_BLOCK = 64 << 10
+PAUSES = (0.1, 0.5, 2.0, 8.0, 30.0)
+"""Seconds before each new attempt; after the last one the error is given to the caller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreFile:
+    """One file of a store: how to read it, when it is another one, and what it must hash to."""
+
+    path: str
+    size: int | None
+    """None where the server does not tell."""
+    version: str
+    checksums: Mapping[str, str]
+    """Hex digests by algorithm, as far as the store gives them: sha256, md5, crc32c."""
+
+
+class Store:
+    """A source in its store, asked with bounded patience."""
+
+    def __init__(self, url: str):
+        self.url, self.scheme = url, url.partition("://")[0]
+        self.fs, self.root = self.patiently(self._open)
+
+    def _open(self) -> tuple[Any, str]:
+        import fsspec
+
+        return fsspec.url_to_fs(self.url, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        if self.scheme in ("http", "https"):
+            import aiohttp
+
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+            # Bytes as they are stored: ranges of a compressed stream would not fit together.
+            headers = {"Accept-Encoding": "identity"}
+            return {"headers": headers, "client_kwargs": {"trust_env": True, "timeout": timeout}}
+        return {"token": "anon"} if self.scheme == "gs" and self.url.split("/")[2] in PUBLIC_BUCKETS else {}
+
+    def files(self) -> dict[str, StoreFile]:
+        """All files by relative path, `.` for a source that is a file itself."""
+        return self.patiently(self._files)
+
+    def _files(self) -> dict[str, StoreFile]:
+        self.fs.invalidate_cache()
+        web = self.scheme in ("http", "https")
+        top = {"type": "directory", "name": self.root} if web and self.root.endswith("/") else self.fs.info(self.root)
+        if top["type"] != "directory":
+            return {".": self._file(top)}
+        root, files = top["name"].rstrip("/") + "/", {}
+        # Without `on_error`, a folder of a web server that cannot be read would count as an empty one.
+        for path, info in self.fs.find(self.root, detail=True, **({"on_error": "raise"} if web else {})).items():
+            name = path.removeprefix(root)
+            # Stores without folders mark them by empty objects; web servers link to other orders of the same index.
+            if path.startswith(root) and name and not name.endswith("/") and not (web and "?" in name):
+                files[_safe(unquote(name) if web else name, self.url)] = self._file(self.fs.info(path) if web else info)
+        if not files:
+            raise FileNotFoundError(self.url)
+        return files
+
+    def _file(self, info: Mapping[str, Any]) -> StoreFile:
+        etag = str(info.get("ETag", "")).strip('"')
+        sums = {
+            "sha256": info["lfs"].sha256 if info.get("lfs") else "",
+            "md5": _hex(info.get("md5Hash") or info.get("Content-MD5")),
+            "crc32c": _hex(info.get("crc32c")),
+        }
+        if self.scheme == "s3" and re.fullmatch("[0-9a-f]{32}", etag) and not self._is_encrypted(info["name"]):
+            sums["md5"] = etag
+        marks = ("size", "generation", "etag", "ETag", "blob_id", "Last-Modified")
+        return StoreFile(
+            path=info["name"],
+            size=info["size"] if info.get("partial", True) else None,
+            version=" ".join(str(info[mark]) for mark in marks if info.get(mark) is not None),
+            checksums={algorithm: digest for algorithm, digest in sums.items() if digest},
+        )
+
+    def _is_encrypted(self, path: str) -> bool:
+        """Under a key of one's own the ETag is not the MD5 of the content."""
+        bucket, _, key = path.partition("/")
+        head = self.fs.call_s3("head_object", Bucket=bucket, Key=key)
+        return "SSEKMSKeyId" in head or "SSECustomerAlgorithm" in head
+
+    def append(self, file: StoreFile, part: Path, stop: threading.Event, count: Callable[[int], object]) -> None:
+        """Fetch what `part` lacks; `count` is told every number of bytes."""
+        size, block = file.size or 0, BLOCK
+
+        def read() -> bytes:
+            nonlocal block
+            end = min(start + block, size)
+            block = max(SMALLEST_BLOCK, block // 4)  # for the next attempt, if this one fails
+            if self.scheme in ("gs", "s3"):
+                data = self.fs.cat_file(file.path, start=start, end=end)
+            else:
+                with self.fs.open(file.path, "rb", cache_type="none", size=size) as stream:
+                    stream.seek(start)
+                    data = stream.read(end - start)
+            if len(data) != end - start:
+                raise ConnectionError(f"{len(data)} bytes where {end - start} were asked for")
+            block = min(BLOCK, block * 8)
+            return data
+
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("ab") as output:
+            while (start := output.tell()) < size and not stop.is_set():
+                data = self.patiently(read)
+                output.write(data)
+                output.flush()
+                count(len(data))
+            os.fsync(output.fileno())
+        if file.size is None:  # neither length nor ranges: all of it at once, from the beginning
+            self.patiently(lambda: self.fs.get_file(file.path, str(part)))
+            count(part.stat().st_size)
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        for pause in (*PAUSES, None):
+            try:
+                return call()
+            except Exception as error:  # each store's package has errors of its own
+                if pause is None or _is_final(error):
+                    next = "check address, network and account, then run the same again: it goes on where it stopped"
+                    if isinstance(error, ImportError):
+                        next = "pip install 'manipi[cloud]'"
+                    found = f"{type(error).__name__}: {error.__cause__ or error}"
+                    raise fetch_error("an answer of the store", found, self.url, next) from error
+                time.sleep(pause)
+        raise AssertionError
+
+
+def _safe(name: str, url: str) -> str:
+    """A store's answer must not write outside the download."""
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+        raise PermissionError(f"{url} lists {name!r}, which lies outside of it")
+    return name
+
+
+def _hex(base64_digest: str | None) -> str:
+    return base64.b64decode(base64_digest or "").hex()
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another attempt would say the same."""
+    cause = error.__cause__ or error
+    status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in (408, 416, 429)
+    # fsspec also says "not found" of a web server that does not answer.
+    silent = type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError)
+    return isinstance(error, (FileNotFoundError, PermissionError, ImportError)) and not silent
+
+
+def fetch_error(expected: str, found: str, where: str, next: str) -> FetchError:
+    return FetchError(expected=expected, found=found, where=where, next=next)
