@@ -5,13 +5,13 @@ Shape letters: H action horizon, A action dimensions, S state dimensions; h, w p
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float32
 
-Observation: TypeAlias = Mapping[str, "np.ndarray | str"]
-"""What a robot sends: uint8 pictures [h, w, 3], float state vectors, a `prompt`; keys are the robot's own."""
+Observation: TypeAlias = Mapping[str, "np.ndarray | str | Mapping[str, Any]"]
+"""What a robot sends: pictures, state vectors, a `prompt`; keys are the robot's own, flat (`a/b`) or nested."""
 
 Sample: TypeAlias = dict[str, np.ndarray]
 """One example inside the transform pipeline (the keys are listed in `manipi.transforms.pipeline`)."""
@@ -53,10 +53,12 @@ class NormStats:
     """What normalisation needs, and where it came from."""
 
     state: FieldStats
+    """As the model sees it: with the signs and linkages of the robot's groups undone."""
     actions: FieldStats
     """Of the action chunks as the model sees them: relative, 6D rotations, gripper 0 to 1."""
     num_frames: int
+    """0 where the statistics were imported."""
     contract: str
     """Fingerprint of the robot's state and action layout and of the action horizon."""
     data: str
-    """Fingerprint of the dataset."""
+    """Fingerprint of the dataset; empty where the statistics were imported."""

@@ -1,74 +1,62 @@
 """Whole inference calls of the reference: an observation in a robot's keys to the commands that come out."""
 
-import json
-import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from golden import ABSENT, Arrays, Case, find, name_of, read_arrays, read_json
+from golden_robots import robot_of, slot_of
 
 from manipi.checkpoints.native import Checkpoint, PolicyConfig
 from manipi.checkpoints.openpi_names import from_openpi_tree
-from manipi.model.config import CAMERA_SLOTS, Compat, GemmaSize, Pi0Config, Pi05Config, VisionSize
+from manipi.model.config import Pi05Config
 from manipi.policy import Policy
-from manipi.robots import Joints, Robot, State
+from manipi.robots import Joints, Robot
 from manipi.tokenizers import SentencePieceTokenizer, Tokenizers
 from manipi.transforms import pipeline
 from manipi.types import FieldStats, NormStats
 
-SHARED = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[2].parent / "shared"))
-GOLDEN = SHARED / "golden"
-INDEX = GOLDEN / "policy/cases.json"
-CASES = json.loads(INDEX.read_text())["cases"] if INDEX.exists() else []
-KINDS = {"pi0": Pi0Config, "pi05": Pi05Config}
-SLOTS = dict(zip(CAMERA_SLOTS, ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"), strict=True))
+CALLS = [(path, read_json(path), options) for path in find("policy/*.json") for options in read_json(path)["cases"]]
 
-pytestmark = pytest.mark.skipif(not CASES, reason=f"no golden policies under {INDEX.parent}; set MANIPI_SHARED")
-
-
-def libero(*, relative: bool, prompt: str | None) -> Robot:
-    """The reference makes six of seven actions relative by plain subtraction, rotation included."""
-    return Robot(
-        name="libero",
-        cameras={"base": "observation/image", "left_wrist": "observation/wrist_image"},
-        state=(State("observation/state", 8),),
-        actions=(Joints(6, relative=relative), Joints(1)),
-        default_prompt=prompt,
-    )
-
-
-def droid(prompt: str) -> Robot:
-    return Robot(
-        name="droid",
-        cameras={"base": "observation/exterior_image_1_left", "left_wrist": "observation/wrist_image_left"},
-        state=(State("observation/joint_position", 7), State("observation/gripper_position", 1)),
-        actions=(Joints(7, relative=True), Joints(1)),
-        default_prompt=prompt,
-    )
+pytestmark = pytest.mark.skipif(not CALLS, reason=ABSENT)
 
 
 @dataclass(frozen=True)
-class Case:
+class Call:
     policy: Policy
-    observation: dict
-    arrays: dict[str, np.ndarray]
+    observation: Arrays
+    cameras: list[str]
+    """The model's, as the reference calls them."""
+    arrays: Arrays
 
 
-def read_model(case: dict) -> tuple[Pi0Config | Pi05Config, dict]:
-    folder = GOLDEN / "models" / case["model"]
-    recorded = json.loads((folder / "config.json").read_text())
-    fields = {key: recorded[key] for key in ("vocab_size", "action_dim", "action_horizon")}
-    fields["vision"] = VisionSize(**{key: recorded["siglip"][key] for key in VisionSize.__dataclass_fields__})
-    fields |= {"vlm": GemmaSize(**recorded["vlm"]), "action_expert": GemmaSize(**recorded["action_expert"])}
-    if case["model"] == "pi05":
-        fields["state_in_prompt"] = case["discrete_state_input"]
-    limits = {"max_token_len": case["tokenizer_max_len"], "dtype": "float32", "compat": Compat(unmasked_loss=True)}
-    config = KINDS[case["model"]](**fields, **limits)
-    return config, from_openpi_tree(dict(np.load(folder / "params.npz")), config)
+def part(arrays: Arrays, prefix: str) -> Arrays:
+    """The arrays under a prefix, with "/" in their keys as it was."""
+    return {key.removeprefix(prefix).replace("|", "/"): x for key, x in arrays.items() if key.startswith(prefix)}
 
 
-def read_stats(arrays: dict[str, np.ndarray], contract: str) -> NormStats:
+def read_robot(observation: Arrays, slots: tuple[str, ...], options: dict[str, Any]) -> Robot:
+    order = options["transform_order"]
+    robot = robot_of(
+        set(observation),
+        slots,
+        relative="delta" in order,
+        pi_convention=options.get("adapt_to_pi", True),
+        prompt=options["default_prompt"],
+    )
+    if counted := re.search(r"delta\((\d+) of (\d+)\)", order):
+        relative, dims = map(int, counted.groups())
+        assert dims == robot.action_size, order
+        found = sum(group.size for group in robot.actions if group.relative)
+        if found != relative:
+            robot = replace(robot, actions=(Joints(relative, relative=True), Joints(dims - relative)))
+    return robot
+
+
+def read_stats(arrays: Arrays, contract: str) -> NormStats:
     def field(key: str) -> FieldStats:
         read = [arrays[f"norm_stats/{key}/{name}"] for name in ("mean", "std", "q01", "q99")]
         return FieldStats(*read, *read[2:])
@@ -76,15 +64,20 @@ def read_stats(arrays: dict[str, np.ndarray], contract: str) -> NormStats:
     return NormStats(state=field("state"), actions=field("actions"), num_frames=0, contract=contract, data="")
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case["case"])
-def case(request) -> Case:
-    options = request.param
-    arrays = dict(np.load(INDEX.parent / f"{options['case']}.npz"))
-    model, weights = read_model(options)
-    prompt = options["default_prompt"]
-    robot = droid(prompt) if "droid" in options["case"] else libero(relative="delta" in options["case"], prompt=prompt)
+def read_call(path: Path, shared: dict[str, Any], options: dict[str, Any]) -> Call:
+    arrays = read_arrays(path.parent / f"{options['case']}.npz")
+    observation = part(arrays, "obs/")
+    cameras = list(part(arrays, "model_input/image/"))
+    slots = tuple(map(slot_of, cameras))
+    weights = path.parent / shared["weights"].replace("<model>", options["model"])
+    recorded = Case(weights.parent)
+    limits = {"max_token_len": options["tokenizer_max_len"], "cameras": slots, "dtype": shared["compute_dtype"]}
+    if isinstance(recorded.config, Pi05Config):
+        limits["state_in_prompt"] = options["discrete_state_input"]
+    model = replace(recorded.config, **limits)
+    robot = read_robot(observation, slots, options)
     checkpoint = Checkpoint(
-        weights=weights,
+        weights=from_openpi_tree(read_arrays(weights), model),
         config=PolicyConfig(
             model=model,
             norm_mode="quantile" if options["use_quantiles"] else "zscore",
@@ -93,28 +86,34 @@ def case(request) -> Case:
         ),
         robot=robot,
         norm_stats=read_stats(arrays, pipeline.contract(robot, model.action_horizon)),
-        tokenizers=Tokenizers(SentencePieceTokenizer(GOLDEN / "tokenizer/small_sp.model")),
+        tokenizers=Tokenizers(SentencePieceTokenizer(path.parent / shared["tokenizer"])),
         self_test=None,
     )
-    keys = [key.removeprefix("obs/") for key in arrays if key.startswith("obs/")]
-    observation = {key.replace("|", "/"): arrays[f"obs/{key}"] for key in keys}
-    return Case(Policy.from_checkpoint(checkpoint), observation, arrays)
+    return Call(Policy.from_checkpoint(checkpoint), observation, cameras, arrays)
 
 
-def test_model_input(case):
-    sample, _ = case.policy.pipeline.encode(case.observation)
-    expected = {key.removeprefix("model_input/"): v for key, v in case.arrays.items() if key.startswith("model_input/")}
-    np.testing.assert_array_equal(sample["tokens"], expected["tokenized_prompt"])
-    np.testing.assert_array_equal(sample["token_valid"], expected["tokenized_prompt_mask"])
-    np.testing.assert_allclose(sample["state"], expected["state"], atol=2e-6)
-    for slot, image, valid in zip(CAMERA_SLOTS, sample["images"], sample["image_valid"], strict=True):
-        np.testing.assert_array_equal(image, expected[f"image/{SLOTS[slot]}"])
-        assert valid == expected[f"image_mask/{SLOTS[slot]}"]
+@pytest.fixture(scope="module", params=CALLS, ids=lambda call: f"{name_of(call[0])}-{call[2]['case']}")
+def call(request) -> Call:
+    return read_call(*request.param)
 
 
-def test_actions(case):
-    found = case.policy.infer(case.observation, case.arrays["noise"])
-    assert found["actions"].dtype == np.float32
-    # Normalised actions agree to 3e-4 (golden/README.md); the scale is that of the commands.
-    scale = max(1.0, float(np.abs(case.arrays["actions"]).max()))
-    np.testing.assert_allclose(found["actions"], case.arrays["actions"], atol=3e-4 * scale)
+def test_model_input(call, measure):
+    sample, _ = call.policy.pipeline.encode(call.observation)
+    expected = part(call.arrays, "model_input/")
+    np.testing.assert_array_equal(sample["tokens"], expected.pop("tokenized_prompt"))
+    np.testing.assert_array_equal(sample["token_valid"], expected.pop("tokenized_prompt_mask"))
+    measure("policy: normalised state", np.abs(sample["state"] - expected.pop("state")).max(), 2e-6)
+    for camera, image, valid in zip(call.cameras, sample["images"], sample["image_valid"], strict=True):
+        np.testing.assert_array_equal(image, expected.pop(f"image/{camera}"))
+        assert valid == expected.pop(f"image_mask/{camera}")
+    assert not expected, f"unread: {sorted(expected)}"
+
+
+def test_actions(call, measure):
+    found = call.policy.infer(call.observation, call.arrays["noise"])["actions"]
+    assert found.dtype == np.float32
+    assert found.shape == call.arrays["actions"].shape
+    # Normalised actions agree to 3e-4 (golden/README.md); in commands that is so many units of the statistics.
+    stats = call.policy.norm_stats.actions
+    unit = stats.std if call.policy.config.norm_mode == "zscore" else (stats.q99 - stats.q01) / 2
+    measure("policy: commands", np.abs((found - call.arrays["actions"]) / (unit + 1e-6)).max(), 3e-4)

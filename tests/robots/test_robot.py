@@ -5,7 +5,11 @@ import pytest
 
 from manipi.errors import ConfigError, UnknownNameError
 from manipi.robots import EndEffector, Gripper, Joints, Robot, State
+from manipi.robots.aloha import GRIPPER, aloha
+from manipi.robots.droid import droid
+from manipi.robots.libero import libero
 from manipi.robots.tabletop import TABLETOP
+from manipi.robots.ur5 import ur5
 
 ARM = Robot(
     name="arm",
@@ -21,7 +25,10 @@ ARM = Robot(
 )
 
 
-@pytest.mark.parametrize("robot", [ARM, TABLETOP], ids=lambda robot: robot.name)
+ROBOTS = [ARM, TABLETOP, aloha(), droid(), libero(), ur5(default_prompt="pick")]
+
+
+@pytest.mark.parametrize("robot", ROBOTS, ids=lambda robot: robot.name)
 def test_json_round_trip(robot):
     text = json.dumps(robot.to_json())
     back = Robot.from_json(json.loads(text), "robot.json")
@@ -52,6 +59,18 @@ CONTRADICTIONS = {
     r"at least one dimension\n   found 0\n   where robot 'arm', State\.size": {"state": (State("joints", 0),)},
     r"found -2\n   where robot 'arm', Joints\.size": {"actions": (Joints(-2),)},
     "a positive control rate": {"control_hz": 0.0},
+    r"6 signs, each 1 or -1\n   found \(1, -1\)": {"actions": (Joints(6, signs=(1, -1)),)},
+    r"6 signs, each 1 or -1\n   found \(1, 1, 1, 1, 1, 0\)": {"actions": (Joints(6, signs=(1, 1, 1, 1, 1, 0)),)},
+    "state dimensions 9 to 14 for the converted group Joints": {"actions": (Joints(6, signs=(1,) * 6, state_start=9),)},
+    "state dimensions 14 to 14 for the converted group LinkageGripper": {
+        "actions": (replace(GRIPPER, state_start=14),)
+    },
+    "an absolute group\n   found relative=True": {"actions": (replace(GRIPPER, relative=True),)},
+    r"every state dimension converted once\n   found \[5\]": {
+        "actions": (Joints(6, signs=(1,) * 6), replace(GRIPPER, state_start=5))
+    },
+    r"camera slots among base, left_wrist\n   found \['right_wrist'\]": {"optional": ("right_wrist",)},
+    "once\n   found .*'image', 'image'": {"ignored": ("image",)},
 }
 
 
@@ -82,6 +101,8 @@ SAME_LAYOUT = [
     {"control_hz": 50.0},
     {"dataset_keys": {}},
     {"action_key": "action"},
+    {"optional": ("left_wrist",)},
+    {"ignored": ("depth",)},
     {"actions": (replace(ARM.actions[0], low=None, high=(2.0,) * 6), *ARM.actions[1:])},
 ]
 OTHER_LAYOUT = [
@@ -91,6 +112,9 @@ OTHER_LAYOUT = [
     {"actions": (replace(ARM.actions[0], relative=False), *ARM.actions[1:])},
     {"actions": (replace(ARM.actions[0], state_start=1), *ARM.actions[1:])},
     {"actions": (*ARM.actions[:2], Gripper(open=0.0, closed=0.08, unit="m"))},
+    {"actions": (replace(ARM.actions[0], signs=(1, 1, 1, 1, 1, -1)), *ARM.actions[1:])},
+    {"actions": (*ARM.actions[:2], GRIPPER)},
+    {"actions": (*ARM.actions[:2], replace(GRIPPER, rod=0.04))},
     {"actions": (ARM.actions[0], EndEffector("rotvec", state_start=6), ARM.actions[2])},
 ]
 

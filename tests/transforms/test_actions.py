@@ -5,13 +5,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manipi.robots import EndEffector, Gripper, Joints, Robot, State
+from manipi.robots import EndEffector, Gripper, Joints, LinkageGripper, Robot, State
+from manipi.robots.aloha import aloha, aloha_sim
+from manipi.robots.droid import droid
+from manipi.robots.libero import libero
 from manipi.robots.robot import ROTATION_SIZE
+from manipi.robots.ur5 import ur5
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.rotations import from_matrix, to_matrix
 
+ROBOTS = [
+    aloha(),
+    replace(aloha(pi_convention=False), name="aloha_raw"),
+    aloha_sim(),
+    droid(),
+    replace(droid(action_space="joint_position"), name="droid_position"),
+    libero(),
+    replace(libero(relative=True), name="libero_relative"),
+    ur5(),
+]
 groups = st.one_of(
     st.builds(Joints, st.integers(1, 4), relative=st.booleans()),
+    st.builds(Joints, st.just(3), relative=st.booleans(), signs=st.tuples(*[st.sampled_from([1, -1])] * 3)),
     st.builds(
         Gripper, relative=st.booleans(), open=st.sampled_from([0.0, 1.0, 0.08]), closed=st.sampled_from([-1.0, 0.5])
     ),
@@ -123,4 +138,47 @@ def test_the_model_sees_the_gripper_from_0_open_to_1_closed():
 def test_a_sample_without_actions_passes():
     robot = Robot(name="arm", cameras={"base": "image"}, state=(), actions=(Joints(1),))
     sample = {"state": np.zeros(0)}
-    assert ActionSpace(robot).encode(sample) is sample
+    encoded = ActionSpace(robot).encode(sample)
+    assert encoded.keys() == {"state"}
+    assert encoded["state"] is sample["state"]
+
+
+LINKAGE = LinkageGripper(horn=0.02, rod=0.04, finger=(0.02, 0.06), motor=(-0.5, 1.5), angle=(0.5, 1.5), state_start=0)
+SIGNED = Robot(
+    name="arm",
+    cameras={"base": "image"},
+    state=(State("gripper", 1), State("joints", 2), State("force", 1)),
+    actions=(Joints(2, relative=True, signs=(1, -1), state_start=1), LINKAGE),
+)
+
+
+def test_signs_turn_state_and_commands_before_relative_ones_are_subtracted():
+    space, state = ActionSpace(SIGNED), np.array([0.5, 1.0, 2.0, 9.0], np.float32)
+    encoded = space.encode({"state": state, "actions": np.array([[1.5, 2.5, 0.0]], np.float32)})
+    np.testing.assert_array_equal(encoded["state"][1:], [1.0, -2.0, 9.0])
+    np.testing.assert_array_equal(encoded["actions"][0, :2], [0.5, -0.5])
+    assert encoded["state"].dtype == encoded["actions"].dtype == np.float32
+    assert state[2] == 2.0, "the observation itself stays as it was"
+
+
+def test_a_linkage_turns_the_fingers_way_into_the_motors_angle():
+    """At angle a, horn and rod reach horn·sin a + √(rod² - (horn·cos a)²): the state at that way is the angle again."""
+    space = ActionSpace(SIGNED)
+    for angle in (-0.4, 0.0, 0.5, 1.2):
+        finger = 0.02 * np.sin(angle) + np.sqrt(0.04**2 - (0.02 * np.cos(angle)) ** 2)
+        state = np.array([(finger - 0.02) / 0.04, 0.0, 0.0, 0.0])
+        np.testing.assert_allclose(space.state_to_model(state)[0], angle - 0.5, atol=1e-12)
+    # Beyond the linkage's reach the angle stays at its end.
+    assert space.state_to_model(np.array([1.1, 0, 0, 0]))[0] == pytest.approx(np.pi / 2 - 0.5)
+    # A command of 0.25 is the motor at 0 rad, 0.5 rad before the model's zero.
+    np.testing.assert_allclose(space.to_model(np.array([[0.0, 0.0, 0.25]]), np.zeros(4))[0, 2], -0.5)
+
+
+@pytest.mark.parametrize("robot", ROBOTS, ids=lambda robot: robot.name)
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), batch=st.sampled_from([(), (2,)]))
+def test_decoding_undoes_encoding_for_every_robot_of_ours(robot, seed, batch):
+    rng, space = np.random.default_rng(seed), ActionSpace(robot)
+    state, actions = rng.uniform(-1, 1.5, (*batch, robot.state_size)), rng.normal(size=(*batch, 5, robot.action_size))
+    sample = {"state": state, "actions": actions}
+    np.testing.assert_allclose(space.decode(space.encode(sample)["actions"], sample), actions, atol=1e-12)

@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manipi.errors import NormStatsError
-from manipi.transforms.normalize import Normalize, load_norm_stats, normalize, save_norm_stats, unnormalize
+from manipi.robots import Joints, Robot, State
+from manipi.transforms.normalize import (
+    Normalize,
+    contract,
+    load_norm_stats,
+    normalize,
+    read_openpi_stats,
+    save_norm_stats,
+    unnormalize,
+)
 from manipi.types import FieldStats, NormStats
 
 FIELDS = ("mean", "std", "q01", "q99", "min", "max")
@@ -76,3 +85,73 @@ def test_a_file_without_provenance_is_refused(tmp_path):
     (tmp_path / "openpi.json").write_text('{"norm_stats": {}}')
     with pytest.raises(NormStatsError, match=r"top keys \['norm_stats'\]"):
         load_norm_stats(tmp_path / "openpi.json")
+
+
+ARM = Robot(name="arm", cameras={"base": "i"}, state=(State("s", 2),), actions=(Joints(3),))
+
+
+def openpi_file(path, **changes) -> None:
+    """Wider than the robot, as openpi pads them; a change to None removes the name."""
+    field = {"mean": [0.0, 1.0, 2.0, 0.0], "std": [1.0, 2.0, 3.0, 0.0]}
+    field |= {"q01": [-2.0, -3.0, -4.0, 0.0], "q99": [2.0, 5.0, 8.0, 0.0]} | changes
+    found = {name: values for name, values in field.items() if values is not None}
+    path.write_text(json.dumps({"norm_stats": {"state": found, "actions": found}}))
+
+
+def test_openpis_file_is_cut_to_the_robot(tmp_path):
+    path = tmp_path / "norm_stats.json"
+    openpi_file(path)
+    stats = read_openpi_stats(path, ARM, action_horizon=5)
+    assert stats.state.mean.tolist() == [0, 1]
+    assert stats.actions.q99.tolist() == stats.actions.max.tolist() == [2, 5, 8]
+    assert (stats.num_frames, stats.data, stats.contract) == (0, "", contract(ARM, 5))
+    save_norm_stats(stats, tmp_path / "ours.json")
+    again = read_openpi_stats(tmp_path / "ours.json", ARM, action_horizon=5)
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(again.actions, name), getattr(stats.actions, name))
+
+
+@pytest.mark.parametrize("how", ["absent", "null"])
+def test_without_quantiles_only_the_zscore_is_there(tmp_path, how):
+    path = tmp_path / "norm_stats.json"
+    openpi_file(path, q01=None, q99=None)
+    if how == "null":
+        data = json.loads(path.read_text())
+        data["norm_stats"]["actions"] |= {"q01": None, "q99": None}
+        path.write_text(json.dumps(data))
+    stats = read_openpi_stats(path, ARM, action_horizon=5)
+    assert stats.actions.min.tolist() == [-3, -5, -7]
+    Normalize(stats, "zscore").encode({"state": np.zeros(2)})
+    with pytest.raises(NormStatsError, match="q01 and q99 for quantile"):
+        Normalize(stats, "quantile")
+    save_norm_stats(stats, path)
+    assert json.loads(path.read_text())["norm_stats"]["actions"]["q01"] is None
+    assert np.isnan(load_norm_stats(path).actions.q01).all()
+
+
+BAD_FILES = {
+    "too narrow": ({"std": [1.0]}, r"'std' with at least 2 finite numbers\n   found \[1.0\]"),
+    "no mean": ({"mean": None}, "'mean' with at least 2 finite numbers\n   found None"),
+    "NaN": ({"q01": [float("nan")] * 4}, "'q01' with at least 2 finite numbers"),
+    "text": ({"mean": ["a", "b"]}, "'mean' with at least 2"),
+    "swapped quantiles": ({"q01": [3.0] * 4}, "q01 below q99"),
+    "a negative deviation": ({"std": [-1.0] * 4}, "deviations above 0"),
+    "all deviations zero": ({"std": [0.0] * 4}, "deviations above 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_files_of_openpi_that_cannot_be_right(tmp_path, case):
+    changes, message = BAD_FILES[case]
+    openpi_file(tmp_path / "norm_stats.json", **changes)
+    with pytest.raises(NormStatsError, match=message) as error:
+        read_openpi_stats(tmp_path / "norm_stats.json", ARM, action_horizon=5)
+    assert error.value.where.endswith("norm_stats.json, state")
+
+
+def test_files_that_are_not_openpis(tmp_path):
+    with pytest.raises(NormStatsError, match="no such file"):
+        read_openpi_stats(tmp_path / "absent.json", ARM, action_horizon=5)
+    (tmp_path / "a.json").write_text('{"norm_stats": {"state": {}}}')
+    with pytest.raises(NormStatsError, match=r"keys \['state'\]"):
+        read_openpi_stats(tmp_path / "a.json", ARM, action_horizon=5)

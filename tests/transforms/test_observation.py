@@ -48,12 +48,12 @@ def test_the_full_text_for_a_missing_key():
     )
 
 
-def test_the_full_text_for_a_float_picture():
+def test_the_full_text_for_a_float_picture_that_is_not_from_0_to_1():
     with pytest.raises(ObservationError) as error:
-        read(wrist_image=np.zeros((3, 224, 224), np.float32))
+        read(wrist_image=np.linspace(0, 255, 36, dtype=np.float32).reshape(3, 3, 4))
     assert str(error.value) == (
-        "expected a uint8 picture [height, width, 3]\n"
-        "   found float32 [3, 224, 224]\n"
+        "expected a picture [height, width, 3] or [3, height, width], uint8 or float in [0, 1]\n"
+        "   found float32 from 0 to 255\n"
         "   where observation key 'wrist_image' of robot 'arm'\n"
         f"    next {NEXT}"
     )
@@ -72,7 +72,12 @@ def test_the_full_text_for_nan():
 
 BAD = {
     "no picture": ({"image": None}, "image", r"under 'image'[\s\S]*is it 'wrist_image'"),
-    "channels first": ({"image": np.zeros((3, 4, 6), np.uint8)}, "image", r"uint8 \[3, 4, 6\]"),
+    "three by width by three": ({"image": np.zeros((3, 6, 3), np.uint8)}, "image", "may be either axis of size 3"),
+    "channels between": ({"image": np.zeros((4, 3, 6), np.uint8)}, "image", r"uint8 \[4, 3, 6\]"),
+    "integers": ({"image": np.zeros((4, 6, 3), np.int64)}, "image", r"int64 \[4, 6, 3\]"),
+    "a float below 0": ({"image": np.full((4, 6, 3), -0.5)}, "image", "float64 from -0.5 to -0.5"),
+    "a picture with NaN": ({"image": np.full((4, 6, 3), np.nan)}, "image", "float64 from nan to nan"),
+    "twice": ({"observation": {"x": 1}, "observation/x": 1}, "observation/x", "both nested and flat"),
     "gray": ({"image": np.zeros((4, 6), np.uint8)}, "image", r"uint8 \[4, 6\]"),
     "with alpha": ({"image": np.zeros((4, 6, 4), np.uint8)}, "image", r"uint8 \[4, 6, 4\]"),
     "empty picture": ({"image": np.zeros((0, 6, 3), np.uint8)}, "image", r"uint8 \[0, 6, 3\]"),
@@ -120,6 +125,39 @@ def test_the_default_prompt_is_used_where_none_comes():
     assert ReadRobot(robot).encode(pictures)["prompt"] == "tidy up"
     assert ReadRobot(robot).encode(pictures | {"prompt": "stop"})["prompt"] == "stop"
     assert ReadRobot(robot).encode(pictures)["state"].shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+def test_pictures_of_every_layout_are_one(dtype):
+    picture = np.arange(72, dtype=np.uint8).reshape(4, 6, 3)
+    sent = picture if dtype == np.uint8 else ((picture + 0.5) / 255).astype(dtype)
+    for layout in (sent, np.moveaxis(sent, -1, 0)):
+        found = read(image=layout)["image/base"]
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, picture)
+
+
+def test_floats_are_cut_rather_than_rounded_as_the_reference_does():
+    assert read(image=np.full((4, 6, 3), 0.999, np.float32))["image/base"].max() == 254
+
+
+def test_keys_may_be_nested():
+    robot = Robot(
+        name="arm",
+        cameras={"base": "images/front"},
+        state=(State("arm/left/joints", 2), State("gripper", 1)),
+        actions=(Joints(1),),
+    )
+    picture = np.ones((4, 6, 3), np.uint8)
+    nested = {"images": {"front": picture}, "arm": {"left": {"joints": [1.0, 2.0]}}, "gripper": 3.0, "prompt": "go"}
+    flat = {"images/front": picture, "arm/left/joints": [1.0, 2.0], "gripper": 3.0, "prompt": "go"}
+    for sent in (nested, flat, flat | {"arm": {"right": {"joints": [0.0]}}}):
+        sample = ReadRobot(robot).encode(sent)
+        assert sample["state"].tolist() == [1, 2, 3]
+        assert sample["image/base"] is picture
+    del nested["arm"]["left"]["joints"]
+    with pytest.raises(ObservationError, match="only gripper, images/front, prompt"):
+        ReadRobot(robot).encode(nested)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -11,6 +11,10 @@ import manipi.robots
 from manipi.errors import ConfigError, NormStatsError
 from manipi.model.config import Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.robots import EndEffector, Gripper, Joints, Robot, State
+from manipi.robots.aloha import aloha
+from manipi.robots.droid import droid
+from manipi.robots.libero import libero
+from manipi.robots.ur5 import ur5
 from manipi.tokenizers import ByteTokenizer, FastTokenizer, Tokenizers
 from manipi.transforms import pipeline
 from manipi.transforms.normalize import normalize
@@ -36,7 +40,8 @@ MODELS = {
     "pi05": Pi05Config(action_dim=16, action_horizon=HORIZON),
     "pi0_fast": Pi0FastConfig(action_dim=16, action_horizon=HORIZON, max_token_len=300),
 }
-every_robot = pytest.mark.parametrize("robot", [ARM, *ROBOTS], ids=lambda robot: robot.name)
+OPENPI = [aloha(), droid(action_space="joint_position"), libero(), ur5()]
+every_robot = pytest.mark.parametrize("robot", [ARM, *OPENPI, *ROBOTS], ids=lambda robot: robot.name)
 every_model = pytest.mark.parametrize("kind", MODELS)
 
 

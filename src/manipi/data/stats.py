@@ -1,7 +1,7 @@
 """Norm stats from the state and action columns alone: no picture is read.
 
-The actions pass through the same `ActionSpace` as in training, over the whole chunk, so relative actions have the
-statistics of what the model sees. Steps beyond the end of an episode do not count.
+State and actions pass through the same `ActionSpace` as in training, the actions over the whole chunk, so the
+statistics are of what the model sees. Steps beyond the end of an episode do not count.
 """
 
 import numpy as np
@@ -27,7 +27,7 @@ def compute_norm_stats(dataset: Dataset, robot: Robot, action_horizon: int, rows
         chunks, valid = action_chunks(dataset, block, action_key=key, horizon=action_horizon)
         blocks.append(space.to_model(chunks, state[block])[valid].astype(np.float32))
     return NormStats(
-        state=field_stats(state[rows]),
+        state=field_stats(space.state_to_model(state[rows])),
         actions=field_stats(np.concatenate(blocks)),
         num_frames=len(rows),
         contract=contract(robot, action_horizon),

@@ -42,6 +42,11 @@ class _Group:
     """Lower limits, one per dimension, in the robot's own unit."""
     high: tuple[float, ...] | None = None
 
+    @property
+    def converts_state(self) -> bool:
+        """The matching state dimensions are converted too, before normalisation, and only once by all groups."""
+        return False
+
 
 @dataclass(frozen=True)
 class Joints(_Group):
@@ -49,6 +54,12 @@ class Joints(_Group):
 
     size: int
     unit: str = "rad"
+    signs: tuple[int, ...] = ()
+    """1 or -1 per dimension: which way the model counts it, in commands and state; empty: as the robot does."""
+
+    @property
+    def converts_state(self) -> bool:
+        return bool(self.signs)
 
     @property
     def model_size(self) -> int:
@@ -56,13 +67,7 @@ class Joints(_Group):
 
 
 @dataclass(frozen=True)
-class Gripper(_Group):
-    """One gripper dimension. The model always sees 0 (open) to 1 (closed)."""
-
-    open: float = 0.0
-    closed: float = 1.0
-    unit: str = ""
-
+class _OneDimension(_Group):
     @property
     def size(self) -> int:
         return 1
@@ -70,6 +75,43 @@ class Gripper(_Group):
     @property
     def model_size(self) -> int:
         return 1
+
+
+@dataclass(frozen=True)
+class Gripper(_OneDimension):
+    """One gripper dimension. The model always sees 0 (open) to 1 (closed)."""
+
+    open: float = 0.0
+    closed: float = 1.0
+    unit: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkageGripper(_OneDimension):
+    """One gripper dimension whose fingers are pushed by a motor's horn and a rod, and which the model sees as an angle.
+
+        motor ●──horn──○───rod────○ finger      horn² + finger² - rod² = 2 · horn · finger · sin(angle)
+              └──────finger───────┘
+
+    state    0 to 1 over the finger's way    model: 0 to 1 over `angle`
+    command  0 to 1 over the motor's way     model: rad beyond `angle[0]`, not scaled
+
+    Commands and state are in different units, so the group is never relative.
+    """
+
+    horn: float
+    """Length in m, as `rod`."""
+    rod: float
+    finger: tuple[float, float]
+    """Distance between finger and motor (m) where the state is 0, and where it is 1."""
+    motor: tuple[float, float]
+    """Motor angle (rad) where the command is 0, and where it is 1."""
+    angle: tuple[float, float]
+    """Motor angle (rad) where the model's state is 0, and where it is 1."""
+
+    @property
+    def converts_state(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -93,7 +135,7 @@ class EndEffector(_Group):
         return 3 if self.rotation == "none" else 9
 
 
-ActionGroup: TypeAlias = Joints | Gripper | EndEffector
+ActionGroup: TypeAlias = Joints | Gripper | LinkageGripper | EndEffector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +154,10 @@ class Robot:
     """Used where an observation brings no prompt; None: a prompt is required."""
     dataset_keys: Mapping[str, str] = field(default_factory=dict)
     """Observation key -> feature name in datasets, where the two differ."""
+    optional: tuple[str, ...] = ()
+    """Camera slots whose pictures may be absent from an observation; the model is then told so."""
+    ignored: tuple[str, ...] = ()
+    """Observation keys beside those of optional cameras that clients may send and nobody reads."""
 
     def __post_init__(self) -> None:
         for part in (*self.state, *(g for g in self.actions if isinstance(g, Joints))):
@@ -119,15 +165,23 @@ class Robot:
                 raise self._contradiction("at least one dimension", f"{part.size}", f"{type(part).__name__}.size")
         if not self.control_hz > 0:
             raise self._contradiction("a positive control rate in Hz", f"{self.control_hz}", "control_hz")
-        offset = 0
+        offset, converted = 0, set()
         for group in self.actions:
             self._check_group(group, offset)
-            offset += group.size
+            start, offset = self.state_start(group, offset), offset + group.size
+            dims = set(range(start, start + group.size)) if group.converts_state else set()
+            if dims & converted:
+                raise self._contradiction(
+                    "every state dimension converted once", f"{sorted(dims & converted)}", "actions"
+                )
+            converted |= dims
+        if strange := sorted(set(self.optional) - set(self.cameras)):
+            raise self._contradiction(f"camera slots among {', '.join(self.cameras)}", f"{strange}", "optional")
         if not self.cameras or not self.actions:
             raise self._contradiction("at least one camera and one action group", "none", "cameras, actions")
-        keys = [*self.cameras.values(), *(s.key for s in self.state)]
+        keys = [*self.cameras.values(), *(s.key for s in self.state), *self.ignored]
         if len(set(keys)) < len(keys):
-            raise self._contradiction("every observation key once", f"{sorted(keys)}", "cameras, state")
+            raise self._contradiction("every observation key once", f"{sorted(keys)}", "cameras, state, ignored")
 
     def _check_group(self, group: ActionGroup, offset: int) -> None:
         kind = type(group).__name__
@@ -135,10 +189,15 @@ class Robot:
             raise self._contradiction("two different gripper positions", f"open = closed = {group.open}", kind)
         if isinstance(group, EndEffector) and group.rotation not in ROTATION_SIZE:
             raise self._contradiction(f"a rotation among {', '.join(ROTATION_SIZE)}", repr(group.rotation), kind)
-        start = offset if group.state_start is None else group.state_start
-        if group.relative and not 0 <= start <= self.state_size - group.size:
+        if isinstance(group, LinkageGripper) and group.relative:
+            raise self._contradiction("an absolute group", "relative=True", kind)
+        if isinstance(group, Joints) and group.signs and [abs(sign) for sign in group.signs] != [1] * group.size:
+            raise self._contradiction(f"{group.size} signs, each 1 or -1", f"{group.signs}", f"{kind}.signs")
+        start = self.state_start(group, offset)
+        if (group.relative or group.converts_state) and not 0 <= start <= self.state_size - group.size:
+            why = "relative" if group.relative else "converted"
             raise self._contradiction(
-                f"state dimensions {start} to {start + group.size - 1} for the relative group {kind}",
+                f"state dimensions {start} to {start + group.size - 1} for the {why} group {kind}",
                 f"a state of {self.state_size} dimensions",
                 "actions",
             )
@@ -150,6 +209,11 @@ class Robot:
         return ConfigError(
             expected=expected, found=found, where=f"robot {self.name!r}, {where}", next="correct the Robot(...)"
         )
+
+    @staticmethod
+    def state_start(group: ActionGroup, action_start: int) -> int:
+        """Where the state dimensions begin that match a group at `action_start` of the action vector."""
+        return action_start if group.state_start is None else group.state_start
 
     @property
     def state_size(self) -> int:
@@ -180,5 +244,5 @@ class Robot:
         return fingerprint([self.state, [replace(group, low=None, high=None) for group in self.actions]])
 
 
-ROBOT_TYPES = (Robot, State, Joints, Gripper, EndEffector)
+ROBOT_TYPES = (Robot, State, Joints, Gripper, LinkageGripper, EndEffector)
 """What a robot is made of, for `manipi.records.from_json`."""

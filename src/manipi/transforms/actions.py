@@ -1,31 +1,49 @@
-"""From the robot's commands to the actions that the model learns, and back, group by group.
+"""From the robot's commands and state to what the model learns from, and back, group by group.
 
 robot      x y z  rx ry rz   gripper          its own units, absolute
 model      x y z  r1 … r6    0 open·1 closed  relative where the robot says so, rotations 6D
+
+The state stays as the robot sends it but for groups with signs or a linkage.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from manipi.robots.robot import ActionGroup, EndEffector, Gripper, Robot
+from manipi.robots.robot import ActionGroup, EndEffector, Gripper, Joints, LinkageGripper, Robot
 from manipi.transforms.rotations import from_matrix, to_matrix
 from manipi.types import Sample
 
 
 @dataclass(frozen=True)
 class ActionSpace:
-    """Converts `actions` [..., H, A]; the base of relative groups is `state` [..., S] at the chunk's first step."""
+    """Converts `state` [..., S] and `actions` [..., H, A]; relative groups start from the chunk's first state.
+
+    Everywhere here, `state` is the robot's own, not yet converted.
+    """
 
     robot: Robot
 
     def encode(self, sample: Sample) -> Sample:
-        if "actions" not in sample:
-            return sample
-        return {**sample, "actions": self.to_model(sample["actions"], sample["state"])}
+        converted = {**sample, "state": self.state_to_model(sample["state"])}
+        if "actions" in sample:
+            converted["actions"] = self.to_model(sample["actions"], sample["state"])
+        return converted
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
         return self.to_robot(actions_HA, sample["state"])
+
+    def state_to_model(self, state: np.ndarray) -> np.ndarray:
+        """[..., S] -> [..., S]; the very same array where no group converts it."""
+        converting = [(group, start) for group, start in _with_offsets(self.robot) if group.converts_state]
+        if not converting:
+            return state
+        converted = state.copy()
+        for group, action_start in converting:
+            start = self.robot.state_start(group, action_start)
+            span = slice(start, start + group.size)
+            converted[..., span] = _encode_state(group, state[..., span])
+        return converted
 
     def to_model(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
         """[..., H, robot dims], [..., S] -> [..., H, model dims]."""
@@ -54,30 +72,53 @@ def _base(group: ActionGroup, action_start: int, state: np.ndarray) -> np.ndarra
     """The state that a relative group starts from, with a horizon axis; None for an absolute group."""
     if not group.relative:
         return None
-    start = action_start if group.state_start is None else group.state_start
+    start = Robot.state_start(group, action_start)
     return state[..., None, start : start + group.size]
 
 
 def _encode_group(group: ActionGroup, command: np.ndarray, base: np.ndarray | None) -> np.ndarray:
     if isinstance(group, EndEffector) and group.rotation != "none":
         return _encode_pose(group, command, base)
+    if isinstance(group, LinkageGripper):
+        return _between(*group.motor, command) - group.angle[0]
     if isinstance(group, Gripper):
-        command = _closedness(group, command)
-        base = None if base is None else _closedness(group, base)
-    return command if base is None else command - base
+        command = _fraction(group.open, group.closed, command)
+        base = None if base is None else _fraction(group.open, group.closed, base)
+    return _flip(group, command if base is None else command - base)
 
 
 def _decode_group(group: ActionGroup, seen: np.ndarray, base: np.ndarray | None) -> np.ndarray:
     if isinstance(group, EndEffector) and group.rotation != "none":
         return _decode_pose(group, seen, base)
-    if not isinstance(group, Gripper):
-        return seen if base is None else seen + base
-    absolute = seen if base is None else seen + _closedness(group, base)
-    return group.open + absolute * (group.closed - group.open)
+    if isinstance(group, LinkageGripper):
+        return _fraction(*group.motor, seen + group.angle[0])
+    if isinstance(group, Gripper):
+        absolute = seen if base is None else seen + _fraction(group.open, group.closed, base)
+        return _between(group.open, group.closed, absolute)
+    seen = _flip(group, seen)
+    return seen if base is None else seen + base
 
 
-def _closedness(group: Gripper, value: np.ndarray) -> np.ndarray:
-    return (value - group.open) / (group.closed - group.open)
+def _encode_state(group: ActionGroup, value: np.ndarray) -> np.ndarray:
+    if not isinstance(group, LinkageGripper):
+        return _flip(group, value)
+    # float64, because the arc sine is steep where horn and rod stand in line.
+    finger = _between(*group.finger, value.astype(np.float64))
+    sine = (group.horn**2 + finger**2 - group.rod**2) / (2 * group.horn * finger)
+    return _fraction(*group.angle, np.arcsin(np.clip(sine, -1.0, 1.0)))
+
+
+def _flip(group: ActionGroup, value: np.ndarray) -> np.ndarray:
+    signs = group.signs if isinstance(group, Joints) else ()
+    return value * np.array(signs, value.dtype) if signs else value
+
+
+def _fraction(zero: float, one: float, value: np.ndarray) -> np.ndarray:
+    return (value - zero) / (one - zero)
+
+
+def _between(zero: float, one: float, fraction: np.ndarray) -> np.ndarray:
+    return zero + fraction * (one - zero)
 
 
 def _encode_pose(group: EndEffector, pose: np.ndarray, base: np.ndarray | None) -> np.ndarray:

@@ -11,7 +11,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from manipi.errors import NormStatsError
-from manipi.records import from_json, json_bytes, read_json, to_json
+from manipi.records import fingerprint, from_json, json_bytes, read_json, to_json
+from manipi.robots.robot import Robot
 from manipi.storage import atomic_write
 from manipi.types import FieldStats, NormStats, Sample
 
@@ -21,10 +22,23 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Normalize:
-    """State and actions to the range that the model is trained in, and actions back."""
+    """State and actions to the range that the model is trained in, and actions back.
+
+    Raises NormStatsError where the mode is quantile and the statistics were imported without quantiles.
+    """
 
     stats: NormStats
     mode: NormMode
+
+    def __post_init__(self) -> None:
+        fields = (self.stats.state, self.stats.actions)
+        if self.mode == "quantile" and not all(np.isfinite([*f.q01, *f.q99]).all() for f in fields):
+            raise NormStatsError(
+                expected="q01 and q99 for quantile normalisation",
+                found="statistics without them",
+                where="norm stats",
+                next="use norm_mode='zscore', or compute them: manipi stats TARGET",
+            )
 
     def encode(self, sample: Sample) -> Sample:
         state = normalize(sample["state"], self.stats.state, self.mode)
@@ -55,6 +69,11 @@ def _offset_and_scale(stats: FieldStats, mode: NormMode) -> tuple[np.ndarray, np
     return stats.q01, stats.q99 - stats.q01 + EPSILON
 
 
+def contract(robot: Robot, action_horizon: int) -> str:
+    """Fingerprint of what norm stats depend on, apart from the data."""
+    return fingerprint([robot.contract(), action_horizon])
+
+
 def save_norm_stats(stats: NormStats, path: Path) -> None:
     """openpi's file layout (a top key `norm_stats`), with our provenance beside it under `manipi`."""
     fields = {"state": _plain(stats.state), "actions": _plain(stats.actions)}
@@ -74,5 +93,64 @@ def load_norm_stats(path: Path) -> NormStats:
     return from_json(data["manipi"], (NormStats, FieldStats), str(path))
 
 
-def _plain(field: FieldStats) -> dict[str, list[float]]:
-    return {name: to_json(getattr(field, name)) for name in ("mean", "std", "q01", "q99")}
+def _plain(field: FieldStats) -> dict[str, list[float] | None]:
+    vectors = {name: getattr(field, name) for name in ("mean", "std", "q01", "q99")}
+    return {name: to_json(x) if np.isfinite(x).all() else None for name, x in vectors.items()}
+
+
+def read_openpi_stats(path: Path, robot: Robot, action_horizon: int) -> NormStats:
+    """The statistics of an openpi checkpoint, `assets/<asset id>/norm_stats.json`, for this robot; ours as they are.
+
+    openpi pads them to the model's width: they are cut to the robot's. Without extremes, `min` and `max` are the
+    quantiles, or three deviations from the mean; quantiles that the file does not have are NaN, which `Normalize`
+    refuses. openpi's file does not say which conversions it was computed behind: that the robot's are the same is
+    the caller's word.
+
+    Raises:
+        NormStatsError: no such file, not openpi's layout, fewer dimensions than the robot has, or impossible numbers.
+    """
+    data = read_json(path) if path.is_file() else {}
+    if "manipi" in data:
+        return load_norm_stats(path)
+    found, where = data.get("norm_stats"), str(path)
+    if not isinstance(found, dict) or not {"state", "actions"} <= found.keys():
+        keys = sorted(found) if isinstance(found, dict) else sorted(data)
+        raise _unusable(
+            "a key 'norm_stats' with 'state' and 'actions'", f"keys {keys}" if data else "no such file", where
+        )
+    return NormStats(
+        state=_read_field(found["state"], robot.state_size, f"{where}, state"),
+        actions=_read_field(found["actions"], robot.model_action_size, f"{where}, actions"),
+        num_frames=0,
+        contract=contract(robot, action_horizon),
+        data="",
+    )
+
+
+def _read_field(recorded: dict, size: int, where: str) -> FieldStats:
+    def read(name: str) -> np.ndarray:
+        values = recorded.get(name)
+        if values is None and name in ("q01", "q99"):
+            return np.full(size, np.nan)
+        try:
+            vector = np.asarray(values, dtype=np.float64)
+        except (TypeError, ValueError):
+            vector = np.zeros(0)
+        if vector.ndim != 1 or len(vector) < size or not np.isfinite(vector[:size]).all():
+            raise _unusable(f"{name!r} with at least {size} finite numbers", f"{values}", where)
+        return vector[:size]
+
+    mean, std, q01, q99 = map(read, ("mean", "std", "q01", "q99"))
+    if (std < 0).any() or (q99 < q01).any() or (size and not std.any()):
+        raise _unusable("deviations above 0, and q01 below q99", f"std {std}, q01 {q01}, q99 {q99}", where)
+    low, high = np.where(np.isnan(q01), mean - 3 * std, q01), np.where(np.isnan(q99), mean + 3 * std, q99)
+    return FieldStats(mean, std, q01, q99, low, high)
+
+
+def _unusable(expected: str, found: str, where: str) -> NormStatsError:
+    return NormStatsError(
+        expected=expected,
+        found=found,
+        where=where,
+        next="name the statistics of this robot, or compute them: manipi stats",
+    )

@@ -1,6 +1,12 @@
-"""The border between a robot's observation and the pipeline: checked once, here, in training and in serving."""
+"""The border between a robot's observation and the pipeline: checked once, here, in training and in serving.
 
-from collections.abc import Iterable
+Keys may be flat or nested: `{"images": {"cam_high": …}}` is `{"images/cam_high": …}`.
+
+A picture is uint8, or float in [0, 1], which becomes uint8 as openpi's adapters do it (255 times, cut). Three channels
+last or first: whichever axis has size 3. Where both have, nobody can tell, and it is refused.
+"""
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -10,19 +16,24 @@ from manipi.errors import BadValueError, ObservationError
 from manipi.robots.robot import Robot
 from manipi.types import Observation, Sample
 
+_OTHER_KEYS = ("prompt", "actions", "action_valid")
+
 
 @dataclass(frozen=True)
 class ReadRobot:
     """An observation in the robot's keys -> `image/<slot>`, `state`, `prompt` (and the actions, in training).
 
     Raises:
-        ObservationError: a missing key, a wrong shape or dtype, NaN, or no prompt; it names the key.
+        ObservationError: a missing key, a wrong shape, dtype or range, NaN, or no prompt; it names the key. Also an
+            unknown key beside that of an optional camera, which would be missing without a word for a slip in its name.
     """
 
     robot: Robot
 
     def encode(self, sample: Observation) -> Sample:
-        images = {f"image/{slot}": self._image(sample, key) for slot, key in self.robot.cameras.items()}
+        sample = self._flat(sample)
+        cameras = {slot: key for slot, key in self.robot.cameras.items() if not self._absent(sample, slot, key)}
+        images = {f"image/{slot}": self._image(sample, key) for slot, key in cameras.items()}
         vectors = [self._vector(sample, s.key, s.size) for s in self.robot.state]
         state = np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
         kept = {key: sample[key] for key in ("actions", "action_valid") if key in sample}
@@ -41,15 +52,43 @@ class ReadRobot:
             )
         return np.asarray(actions_HA, dtype=np.float32)
 
-    def _image(self, sample: Observation, key: str) -> np.ndarray:
-        image = self._get(sample, key, "a uint8 picture [height, width, 3]")
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
-            height, width, channels = image.shape
-            if height and width and channels == 3:
-                return image
-        raise self._mismatch("a uint8 picture [height, width, 3]", _describe(image), key)
+    def _flat(self, sample: Observation, folder: str = "") -> dict[str, "np.ndarray | str"]:
+        flat = {}
+        for name, value in sample.items():
+            key = f"{folder}{name}"
+            inner = self._flat(value, key + "/") if isinstance(value, Mapping) else {key: value}
+            if twice := flat.keys() & inner.keys():
+                raise self._mismatch("every key once", "it both nested and flat", min(twice))
+            flat |= inner
+        return flat
 
-    def _vector(self, sample: Observation, key: str, size: int) -> np.ndarray:
+    def _absent(self, sample: Mapping, slot: str, key: str) -> bool:
+        if slot not in self.robot.optional:
+            return False
+        robot, folder = self.robot, key.rpartition("/")[0]
+        known = {*robot.cameras.values(), *(s.key for s in robot.state), *robot.ignored, *_OTHER_KEYS}
+        for other in sample:
+            if other not in known and other.rpartition("/")[0] == folder:
+                beside = sorted(name for name in known if name.rpartition("/")[0] == folder)
+                raise self._mismatch(f"no key but {', '.join(beside)} there", repr(other) + _hint(other, beside), other)
+        return key not in sample
+
+    def _image(self, sample: Mapping, key: str) -> np.ndarray:
+        expected = "a picture [height, width, 3] or [3, height, width], uint8 or float in [0, 1]"
+        image = self._get(sample, key, expected)
+        if not isinstance(image, np.ndarray) or image.ndim != 3 or not image.size:
+            raise self._mismatch(expected, _describe(image), key)
+        first, last = image.shape[0] == 3, image.shape[-1] == 3
+        if first == last or not (image.dtype == np.uint8 or image.dtype.kind == "f"):
+            both = ", whose channels may be either axis of size 3" if first and last else ""
+            raise self._mismatch(expected, _describe(image) + both, key)
+        if image.dtype != np.uint8:
+            if not (image.min() >= 0 and image.max() <= 1):  # NaN fails this, too
+                raise self._mismatch(expected, f"{image.dtype} from {image.min():g} to {image.max():g}", key)
+            image = (255 * image).astype(np.uint8)
+        return np.moveaxis(image, 0, -1) if first else image
+
+    def _vector(self, sample: Mapping, key: str, size: int) -> np.ndarray:
         expected = f"{size} finite numbers"
         value = np.atleast_1d(self._array(sample, key, expected))
         if value.shape != (size,) or value.dtype.kind not in "fiu":
@@ -61,14 +100,14 @@ class ReadRobot:
             raise self._mismatch(expected, f"{value[~finite][0]} at index {np.argmin(finite)}", key)
         return numbers
 
-    def _array(self, sample: Observation, key: str, expected: str) -> np.ndarray:
+    def _array(self, sample: Mapping, key: str, expected: str) -> np.ndarray:
         value = self._get(sample, key, expected)
         try:
             return np.asarray(value)
         except ValueError as error:  # lists of unequal length
             raise self._mismatch(expected, str(error), key) from error
 
-    def _prompt(self, sample: Observation) -> str:
+    def _prompt(self, sample: Mapping) -> str:
         prompt = sample.get("prompt", self.robot.default_prompt)
         if isinstance(prompt, np.ndarray | np.generic) and prompt.size == 1:
             prompt = prompt.item()
@@ -81,7 +120,7 @@ class ReadRobot:
             raise self._mismatch("a text, or a robot with a default_prompt", _describe(prompt), "prompt")
         return prompt
 
-    def _get(self, sample: Observation, key: str, expected: str) -> "np.ndarray | str":
+    def _get(self, sample: Mapping, key: str, expected: str) -> "np.ndarray | str":
         if key not in sample:
             raise self._mismatch(f"{expected} under {key!r}", _missing(key, sample), key)
         return sample[key]
@@ -97,8 +136,12 @@ class ReadRobot:
 
 def _missing(key: str, sample: Iterable[str]) -> str:
     names = sorted(sample)
+    return f"only {', '.join(names)}" + _hint(key, names)
+
+
+def _hint(key: str, names: list[str]) -> str:
     close = get_close_matches(key, names, n=1)
-    return f"only {', '.join(names)}" + (f" (is it {close[0]!r}?)" if close else "")
+    return f" (is it {close[0]!r}?)" if close else ""
 
 
 def _describe(value: object) -> str:

@@ -22,13 +22,12 @@ import numpy as np
 
 from manipi.errors import ConfigError, NormStatsError
 from manipi.model.config import ModelConfig
-from manipi.records import fingerprint
 from manipi.robots.robot import Robot
 from manipi.tokenizers import Tokenizers
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.images import ResizeImages
 from manipi.transforms.layout import ModelLayout
-from manipi.transforms.normalize import Normalize, NormMode
+from manipi.transforms.normalize import Normalize, NormMode, contract
 from manipi.transforms.observation import ReadRobot
 from manipi.transforms.tokenize import tokenize_step
 from manipi.types import Frame, NormStats, Observation, Sample
@@ -98,11 +97,6 @@ def build(robot: Robot, model: ModelConfig, stats: NormStats, tokenizers: Tokeni
         ModelLayout(model, robot.model_action_size),
     )
     return Pipeline(robot, steps)
-
-
-def contract(robot: Robot, action_horizon: int) -> str:
-    """Fingerprint of what norm stats depend on, apart from the data."""
-    return fingerprint([robot.contract(), action_horizon])
 
 
 def check_fit(robot: Robot, model: ModelConfig) -> None:

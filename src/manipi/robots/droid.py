@@ -1,0 +1,51 @@
+"""The Franka arm of the DROID setup: a parallel gripper, an outside and a wrist camera, 15 commands per second.
+
+    state      joints 7 (rad) · gripper (0 open to 1 closed)
+    command    joints 7, positions in rad or velocities from -1 to 1 · gripper (0 open to 1 closed)
+
+The released models' norm stats have the asset id `droid`. Keys are openpi's: one of DROID's
+two outside cameras has one.
+"""
+
+from typing import Literal
+
+from manipi.errors import ConfigError
+from manipi.robots.robot import Gripper, Joints, Robot, State
+
+
+def droid(
+    *,
+    action_space: Literal["joint_position", "joint_velocity"] = "joint_velocity",
+    wrist_slot: str = "left_wrist",
+    relative: bool | None = None,
+    default_prompt: str | None = None,
+) -> Robot:
+    """The robot with openpi's keys, and the feature names that its converter to LeRobot writes.
+
+    Args:
+        wrist_slot: the model's slot for the wrist camera; `wrist` with the released π0-FAST, whose slots are `base`,
+            `base_1` and `wrist`.
+        relative: joint positions are offsets from the current state; None: they are, and velocities are not.
+
+    Raises:
+        ConfigError: an unknown action space, or relative velocities.
+    """
+    if action_space not in ("joint_position", "joint_velocity") or (relative and action_space == "joint_velocity"):
+        raise ConfigError(
+            expected="action_space='joint_position', or 'joint_velocity' with absolute actions",
+            found=f"action_space={action_space!r}, relative={relative}",
+            where="droid(…)",
+            next="velocities have no current state to start from: leave relative out",
+        )
+    positions = action_space == "joint_position"
+    keys = ("exterior_image_1_left", "wrist_image_left", "joint_position", "gripper_position")
+    joints = Joints(7, relative=positions if relative is None else relative, unit="rad" if positions else "")
+    return Robot(
+        name="droid",
+        cameras={"base": "observation/exterior_image_1_left", wrist_slot: "observation/wrist_image_left"},
+        state=(State("observation/joint_position", 7, unit="rad"), State("observation/gripper_position", 1)),
+        actions=(joints, Gripper(open=0.0, closed=1.0)),
+        control_hz=15.0,
+        default_prompt=default_prompt,
+        dataset_keys={f"observation/{key}": key for key in keys},
+    )
