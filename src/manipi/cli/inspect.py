@@ -105,6 +105,11 @@ def _recipe(target: str) -> Any:
     print(f"{target}\n")
     _section("config", "\n".join(_settings(config)))
     _section("tokens", _draw(config.model))
+    if not config.data.is_local:
+        print(
+            f"no frame to show: the recipe has no dataset on this disk\nnext  manipi train {target} --data.path FOLDER"
+        )
+        return {"config": config, "tokens": token_layout(config.model)}
     with tempfile.TemporaryDirectory() as folder:
         # Frames are decoded as they are needed: one is enough here.
         uncached = dataclasses.replace(config, data=dataclasses.replace(config.data, cache="none"))

@@ -8,7 +8,8 @@ from manipi.cli.arguments import parse
 from manipi.cli.result import table, write_result
 from manipi.recipes.registry import RECIPES, load_recipe
 
-HEADER = ("recipe", "model", "robot", "dataset", "steps", "batch")
+RELEASED = "gs://openpi-assets/checkpoints/"
+HEADER = ("recipe", "model", "robot", "dataset", "init", "steps", "batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str]) -> None:
     for name in RECIPES:
         config = load_recipe(name)
         model = type(config.model).__name__.removesuffix("Config")
-        rows.append((name, model, config.robot.name, config.data.path, config.steps, config.batch_size))
+        dataset = config.data.path or " + ".join(f"{s.weight:g} {s.name}" for s in config.data.rlds) or "–"
+        init = config.init.removeprefix(RELEASED) or "–"
+        rows.append((name, model, config.robot.name, dataset, init, config.steps, config.batch_size))
     print(table(rows, HEADER))
     write_result([dict(zip(HEADER, row, strict=True)) for row in rows], args.json)

@@ -35,15 +35,13 @@ def main(arguments: Sequence[str]) -> None:
     """Print the statistics."""
     args = parse(_Stats, arguments, "stats")
 
-    from manipi.data.dataset import open_dataset
     from manipi.data.split import split_episodes
     from manipi.data.stats import compute_norm_stats, suspicious_dimensions
-    from manipi.train.data import check_features
+    from manipi.train.data import open_demonstrations
     from manipi.transforms.normalize import save_norm_stats
 
     config = load_recipe(args.target)
-    dataset = open_dataset(config.data.path, config.data.episodes)
-    check_features(dataset, config.robot)
+    dataset = open_demonstrations(config)
     rows, _ = split_episodes(dataset, holdout=config.data.holdout, seed=config.seed)
     stats = compute_norm_stats(dataset, config.robot, config.model.action_horizon, rows)
     notes = suspicious_dimensions(stats)

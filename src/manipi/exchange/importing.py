@@ -100,9 +100,7 @@ def import_checkpoint(
         layout=source.layout,
         tensors=len(infos),
         parameters=sum(torch.Size(info.shape).numel() for info in infos.values()),
-        dtypes_before=count_dtypes(
-            info.dtype for name, info in source.store.arrays.items() if name not in source.unused
-        ),
+        dtypes_before=count_dtypes(read.values()),
         dtypes_after=count_dtypes(info.dtype for info in infos.values()),
         unused=source.unused,
         compared="logits" if isinstance(model, Pi0FastConfig) else "actions",
@@ -179,7 +177,9 @@ def _norm_stats(path: Path, wanted: Wanted, horizon: int) -> NormStats:
     if wanted.norm_stats is not None:
         return read_openpi_stats(wanted.norm_stats, wanted.robot, horizon)
     root = path.parent if path.name == "params" else path
-    found = {p.parent.name: p for p in sorted(root.glob("assets/*/norm_stats.json"))}
+    found = {
+        p.parent.relative_to(root / "assets").as_posix(): p for p in sorted(root.glob("assets/**/norm_stats.json"))
+    }
     names = ", ".join(found) or "none"
     if wanted.asset_id and wanted.asset_id not in found:
         raise _no_stats(f"norm stats of {wanted.asset_id!r}", f"those of {names}", root, "name one of them: --asset-id")

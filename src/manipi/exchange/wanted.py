@@ -6,7 +6,7 @@ from pathlib import Path
 
 from manipi.checkpoints.action_tokenizers import open_action_tokenizer
 from manipi.checkpoints.fetch import fetch
-from manipi.checkpoints.released import FAST_TOKENIZER, PALIGEMMA_TOKENIZER
+from manipi.checkpoints.released import ASSETS
 from manipi.errors import ConfigError
 from manipi.exchange.importing import Wanted
 from manipi.model.config import Pi0FastConfig
@@ -50,11 +50,13 @@ def wanted_from(
         )
     model = replace(model, **changes) if model is not None else None
     speaks_codes = isinstance(model, Pi0FastConfig)
-    action_source = action_tokenizer or (config.action_tokenizer if config is not None else FAST_TOKENIZER)
+    action_source = action_tokenizer or (config.action_tokenizer if config is not None else "fit")
     action = (
-        open_action_tokenizer(FAST_TOKENIZER if action_source == "fit" else action_source) if speaks_codes else None
+        open_action_tokenizer(ASSETS["fast_tokenizer"] if action_source == "fit" else action_source)
+        if speaks_codes
+        else None
     )
-    text_source = tokenizer or (config.tokenizer if config is not None else PALIGEMMA_TOKENIZER)
+    text_source = tokenizer or (config.tokenizer if config is not None else ASSETS["paligemma_tokenizer"])
     if text_source == "byte":
         text = ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + (action.vocab_size if action is not None else 0))
     else:

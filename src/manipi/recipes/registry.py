@@ -19,10 +19,32 @@ from manipi.train.config import TrainConfig
 
 Recipe: typing.TypeAlias = Callable[[], TrainConfig]
 
+_OPENPI = {
+    "aloha": (
+        "pi0_aloha pi05_aloha pi0_aloha_towel pi0_aloha_tupperware"
+        " pi0_aloha_pen_uncap pi05_aloha_pen_uncap pi0_aloha_sim"
+    ),
+    "droid": (
+        "pi0_droid pi0_fast_droid pi05_droid pi0_fast_full_droid_finetune pi05_full_droid_finetune pi05_droid_finetune"
+    ),
+    "libero": "pi0_libero pi0_libero_low_mem_finetune pi0_fast_libero pi0_fast_libero_low_mem_finetune pi05_libero",
+    "roboarena": (
+        "paligemma_binning_droid paligemma_fast_droid paligemma_fast_specialist_droid"
+        " paligemma_vq_droid paligemma_diffusion_droid"
+    ),
+    "polaris": (
+        "pi05_droid_jointpos_polaris pi0_fast_droid_jointpos_polaris pi0_droid_jointpos_polaris"
+        " pi0_droid_jointpos_100k_polaris paligemma_binning_droid_jointpos"
+    ),
+    "debug": "debug debug_restore debug_pi05",
+}
+"""The reference's recipes by module; each function has the name that its config has there."""
+
 RECIPES = {
     "tabletop": "manipi.recipes.tabletop:pi05_tabletop",
     "tabletop_pi0": "manipi.recipes.tabletop:pi0_tabletop",
     "tabletop_pi0_fast": "manipi.recipes.tabletop:pi0_fast_tabletop",
+    **{name: f"manipi.recipes.{module}:{name}" for module, names in _OPENPI.items() for name in names.split()},
 }
 
 

@@ -7,7 +7,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from manipi.errors import ConfigError
-from manipi.model.config import ModelConfig, Pi05Config
+from manipi.model.config import DType, ModelConfig, Pi05Config
 from manipi.robots.robot import Robot
 from manipi.transforms.normalize import NormMode
 
@@ -22,11 +22,29 @@ _WHOLE = PrimitiveConstructorSpec[Robot](
 
 
 @dataclass(frozen=True, kw_only=True)
+class RldsSet:
+    """One RLDS dataset of a mixture, as the reference trains on DROID."""
+
+    name: str
+    version: str
+    weight: float = 1.0
+    """Its share of the samples, beside the other weights."""
+    keep_ranges: str = ""
+    """File or URL of a JSON object: per episode, the ranges of steps that are worth training on; empty: all steps."""
+    action_space: Literal["joint_position", "joint_velocity"] = "joint_position"
+    """Which of the recorded commands are the actions."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the demonstrations are and how they are read."""
 
-    path: str
-    """Folder of a LeRobot dataset (v2.0 to v3.0)."""
+    path: str = ""
+    """Folder of a LeRobot dataset (v2.0 to v3.0). Empty: the recipe has none of its own, and training needs one."""
+    rlds: Annotated[tuple[RldsSet, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
+    """The mixture that the recipe was made for. RLDS is not read yet: convert it, and name the result in `path`."""
+    norm_stats: str = ""
+    """Folder or URL with the norm_stats.json of released weights, to go on in their scale; empty: compute them."""
     episodes: tuple[int, ...] = ()
     """Numbers of the episodes to use; none named: all of them."""
     holdout: float = 0.1
@@ -36,24 +54,42 @@ class DataConfig:
     cache: Literal["none", "frames"] = "none"
     """`frames` decodes every video once, at the size that the model takes, into a memory-mapped file in the run."""
 
+    @property
+    def is_local(self) -> bool:
+        """Whether `path` names a folder of this computer, which may be absent all the same."""
+        return bool(self.path) and "://" not in self.path
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW under a linear warm-up and a cosine decay; the defaults are openpi's."""
+    """An optimizer under a linear warm-up and a decay; the defaults are openpi's, whose SGD and rsqrt peak at 5e-5."""
 
+    kind: Literal["adamw", "sgd"] = "adamw"
+    schedule: Literal["cosine", "rsqrt"] = "cosine"
+    """How the rate decays: to `final_lr` along a cosine, or for ever with one over the square root of the step."""
     lr: float = 2.5e-5
     """Peak learning rate."""
     final_lr: float = 2.5e-6
-    """Learning rate at the end of the decay."""
+    """cosine: learning rate at the end of the decay."""
     warmup_steps: int = 1_000
     decay_steps: int = 30_000
-    """Step at which the cosine reaches `final_lr`."""
+    """cosine: step at which it reaches `final_lr`."""
+    timescale: float = 10_000
+    """rsqrt: steps after the warm-up until the rate is down to 1/√2 of its peak."""
     beta1: float = 0.9
+    """AdamW, as `beta2`, `eps` and `weight_decay`."""
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 1e-10
+    momentum: float = 0.9
+    """SGD, as `nesterov`."""
+    nesterov: bool = False
     clip_norm: float = 1.0
-    """Largest global gradient norm."""
+    """Largest global gradient norm; 0: any, as the reference has it for SGD."""
+
+    def __post_init__(self) -> None:
+        if self.nesterov and not self.momentum > 0:
+            raise _out_of_range("optimizer.momentum", "above 0 for nesterov", self.momentum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +102,16 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tokenizer: str = "byte"
     """`byte`, or the path of a SentencePiece model such as PaliGemma's."""
-    fast_tokenizer: str = "fit"
-    """π0-FAST only: `fit` to the demonstrations, or the folder of a published tokenizer."""
+    action_tokenizer: str = "fit"
+    """π0-FAST only: `fit` FAST to the demonstrations, `binning`, or folder or URL of a published FAST or FSQ tokenizer."""
     norm_mode: NormMode = "quantile"
     """How state and actions are normalised; the released π0 uses zscore, the others quantile."""
+    init: str = ""
+    """Weights to start from: a checkpoint's folder, a released name such as `pi05_base`, or a URL; empty: the seed's."""
+    frozen: Literal["adapted", "none"] = "adapted"
+    """`adapted`: of an expert with low-rank adapters, nothing else is trained; `none`: everything is."""
+    frozen_dtype: DType = "float32"
+    """How frozen weights are kept, in memory and in checkpoints."""
     steps: int = 30_000
     batch_size: int = 32
     """Observations per step."""
@@ -82,6 +124,8 @@ class TrainConfig:
     save_every: int = 1_000
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
+    keep_every: int = 0
+    """Checkpoints of steps divisible by this stay as well; 0: none."""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
 
@@ -89,6 +133,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "noise_draws", "log_every", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise _out_of_range(name, "at least 1", getattr(self, name))
+        if self.keep_every < 0:
+            raise _out_of_range("keep_every", "at least 0", self.keep_every)
         if not 0 <= self.ema_decay < 1:
             raise _out_of_range("ema_decay", "from 0 to below 1", self.ema_decay)
         if not 0 <= self.data.holdout < 1:

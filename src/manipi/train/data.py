@@ -1,6 +1,6 @@
 """From a training config to encoded batches: dataset, split, statistics, tokenizers and the one pipeline."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from manipi.data.loader import Loader
 from manipi.data.sampler import Sampler, permutation
 from manipi.data.split import split_episodes
 from manipi.data.stats import compute_norm_stats, read_state
-from manipi.errors import NormStatsError
+from manipi.errors import ConfigError, NormStatsError
 from manipi.model.config import Pi0FastConfig
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory
 from manipi.tokenizers import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, TextTokenizer, Tokenizers
-from manipi.train.config import TrainConfig
+from manipi.train.config import DataConfig, TrainConfig
 from manipi.transforms import pipeline
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.normalize import load_norm_stats, normalize, save_norm_stats
@@ -81,11 +81,10 @@ def prepare(config: TrainConfig, folder: Path) -> TrainingData:
 
     Raises:
         DataError: the dataset is absent, broken, or lacks what the robot names.
-        ConfigError: the robot does not fit the model.
+        ConfigError: the robot does not fit the model, or the recipe has no dataset.
     """
     pipeline.check_fit(config.robot, config.model)
-    dataset = open_dataset(config.data.path, config.data.episodes)
-    check_features(dataset, config.robot)
+    dataset = open_demonstrations(config)
     train_rows, held_out_rows = split_episodes(dataset, holdout=config.data.holdout, seed=config.seed)
     stats = _stats(config, dataset, train_rows, folder / "norm_stats.json")
     tokenizers = _tokenizers(config, dataset, train_rows, stats, folder / "tokenizer")
@@ -100,6 +99,29 @@ def _cached(config: TrainConfig, dataset: Dataset, folder: Path) -> Dataset:
     return CachedDataset(dataset, cameras, folder, config.model.vision.image_size)
 
 
+def open_demonstrations(config: TrainConfig) -> Dataset:
+    """The dataset of a recipe, which has what its robot names. Raises as `prepare` does."""
+    if not config.data.is_local:
+        raise _no_demonstrations(config.data)
+    dataset = open_dataset(config.data.path, config.data.episodes)
+    check_features(dataset, config.robot)
+    return dataset
+
+
+def _no_demonstrations(data: DataConfig) -> ConfigError:
+    folder = "--data.path FOLDER, a LeRobot dataset with what the recipe's robot names"
+    if data.path:
+        found, next = f"the URL {data.path}, which is not read yet", f"download it; then {folder}"
+    elif data.rlds:
+        sets = " and ".join(f"{s.name} {s.version}" for s in data.rlds)
+        found, next = f"RLDS sets, which are not read yet: {sets}", f"convert them to LeRobot; then {folder}"
+    else:
+        found, next = "a recipe without a dataset of its own", folder
+    return ConfigError(
+        expected="the folder of a LeRobot dataset to train on", found=found, where="TrainConfig.data", next=next
+    )
+
+
 def check_features(dataset: Dataset, robot: Robot) -> None:
     """The dataset has the cameras, states and actions that the robot names, in the sizes that it names."""
     for key in robot.cameras.values():
@@ -110,7 +132,12 @@ def check_features(dataset: Dataset, robot: Robot) -> None:
 
 def _stats(config: TrainConfig, dataset: Dataset, rows: np.ndarray, path: Path) -> NormStats:
     if not path.exists():
-        save_norm_stats(compute_norm_stats(dataset, config.robot, config.model.action_horizon, rows), path)
+        if config.data.norm_stats:
+            # From now on the run is tied to its data, although the numbers are those of other demonstrations.
+            stats = replace(_released_stats(config), data=dataset.fingerprint)
+        else:
+            stats = compute_norm_stats(dataset, config.robot, config.model.action_horizon, rows)
+        save_norm_stats(stats, path)
     stats = load_norm_stats(path)
     if stats.data != dataset.fingerprint:
         raise NormStatsError(
@@ -120,6 +147,14 @@ def _stats(config: TrainConfig, dataset: Dataset, rows: np.ndarray, path: Path) 
             next=f"delete {path} to compute them again, or start a new run folder",
         )
     return stats
+
+
+def _released_stats(config: TrainConfig) -> NormStats:
+    from manipi.checkpoints.fetch import fetch
+    from manipi.transforms.normalize import read_openpi_stats
+
+    path = fetch(config.data.norm_stats) / "norm_stats.json"
+    return read_openpi_stats(path, config.robot, config.model.action_horizon)
 
 
 def _tokenizers(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats, folder: Path) -> Tokenizers:
@@ -139,8 +174,8 @@ def _text_tokenizer(config: TrainConfig, fast: FastTokenizer | None) -> TextToke
 
 
 def _fast_tokenizer(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats) -> FastTokenizer:
-    if config.fast_tokenizer != "fit":
-        return FastTokenizer.load(Path(config.fast_tokenizer))
+    if config.action_tokenizer != "fit":
+        return FastTokenizer.load(Path(config.action_tokenizer))
     robot = config.robot
     chosen = np.sort(rows[permutation(len(rows), f"fast/{config.seed}")[:FIT_CHUNKS]])
     action_key = robot.dataset_key(robot.action_key)

@@ -44,12 +44,13 @@ def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show
     data = prepare(config, run.folder)
     end = config.steps if stop_at is None else min(stop_at, config.steps)
 
-    # ---- weights: 1. the run's newest checkpoint, 2. scratch
-    state = TrainState.initial(config)
+    # ---- weights: 1. the run's newest checkpoint, 2. those that `init` names, 3. the seed's
     newest = run.newest()
     if newest is not None:
+        state = TrainState.initial(config)
         state.load(run.checkpoint(newest) / "train_state")
     else:
+        state = TrainState.initial(config, config.init)
         save(run, state, data)
     run.forget_after(state.step)
 

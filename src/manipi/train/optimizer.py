@@ -1,4 +1,4 @@
-"""The update: learning-rate schedule, AdamW, clipping, and the average of the weights."""
+"""The update: learning-rate schedule, AdamW or SGD, clipping, and the average of the weights."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,17 +10,21 @@ from manipi.train.config import OptimizerConfig
 
 
 def learning_rate(step: int, config: OptimizerConfig) -> float:
-    """Learning rate of the 0-based `step`: linear from peak/(warmup+1) to peak, then a cosine to `final_lr`."""
+    """Learning rate of the 0-based `step`: linear from peak/(warmup+1) to peak, then the schedule's decay."""
     if step < config.warmup_steps:
         start = config.lr / (config.warmup_steps + 1)
         return start + (config.lr - start) * step / config.warmup_steps
+    if config.schedule == "rsqrt":
+        return config.lr / math.sqrt(1 + (step - config.warmup_steps) / config.timescale)
     length = max(1, config.decay_steps - config.warmup_steps)
     progress = min(1.0, (step - config.warmup_steps) / length)
     return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Decoupled weight decay on every parameter, as the reference has it."""
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW has decoupled weight decay on every parameter, and SGD has none, as in the reference."""
+    if config.kind == "sgd":
+        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(
         parameters, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
@@ -28,11 +32,11 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> Tensor:
-    """Scale the gradients to a global norm of at most `clip_norm`. Returns the norm before that."""
-    return torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+    """Scale the gradients to a global norm of at most `clip_norm`, if there is one. Returns the norm before that."""
+    return torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
 
 
-def update(optimizer: torch.optim.AdamW, step: int, config: OptimizerConfig) -> None:
+def update(optimizer: torch.optim.Optimizer, step: int, config: OptimizerConfig) -> None:
     """Step with the learning rate of the 0-based `step`, then clear the gradients."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)

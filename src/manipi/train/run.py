@@ -21,9 +21,9 @@ from manipi.model.config import CONFIG_TYPES
 from manipi.records import from_json, json_bytes, read_json, to_json
 from manipi.robots.robot import ROBOT_TYPES
 from manipi.storage import atomic_write, remove_partial, storage_errors
-from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig
+from manipi.train.config import DataConfig, OptimizerConfig, RldsSet, TrainConfig
 
-MAY_CHANGE = ("data.num_workers", "data.path", "keep_checkpoints", "num_threads", "steps")
+MAY_CHANGE = ("data.num_workers", "data.path", "keep_checkpoints", "keep_every", "num_threads", "steps")
 """Settings that a resumed run may bring anew: they change neither a batch nor an update. That another path holds the
 same data, the norm stats' fingerprint says."""
 
@@ -86,9 +86,11 @@ class Run:
         return steps[-1]
 
     def prune(self) -> None:
-        """Delete all but the newest `keep_checkpoints`."""
+        """Delete all but the newest `keep_checkpoints` and those of every `keep_every`-th step."""
+        every = self.config.keep_every
         for step in self.steps()[: -self.config.keep_checkpoints]:
-            shutil.rmtree(self.checkpoint(step))
+            if step == 0 or not every or step % every:
+                shutil.rmtree(self.checkpoint(step))
 
     def log(self, record: dict[str, Any]) -> None:
         with storage_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
@@ -109,9 +111,8 @@ class Run:
 def read_config(folder: Path) -> TrainConfig:
     """The config that a run's folder was started with."""
     path = folder / "config.json"
-    return from_json(
-        read_json(path), (TrainConfig, DataConfig, OptimizerConfig, *ROBOT_TYPES, *CONFIG_TYPES), str(path)
-    )
+    kinds = (TrainConfig, DataConfig, RldsSet, OptimizerConfig, *ROBOT_TYPES, *CONFIG_TYPES)
+    return from_json(read_json(path), kinds, str(path))
 
 
 def _another_run(changes: list[str], where: Path) -> TrainingError:

@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from manipi.errors import CheckpointError
 from manipi.model import VLA
-from manipi.model.config import Pi0FastConfig
+from manipi.model.config import NO_ADAPTERS, ModelConfig, Pi0FastConfig
 from manipi.train.config import TrainConfig
 from manipi.train.optimizer import make_optimizer
 
 
-def trainable_parameters(model: VLA) -> dict[str, nn.Parameter]:
-    """The parameters that the loss can reach, by name.
+def trainable_parameters(model: VLA, *, freeze: bool = True) -> dict[str, nn.Parameter]:
+    """The parameters that the loss can reach, by name, without the frozen ones where `freeze`.
 
     A flow loss reads the language model's last layer through its keys and values alone, so that layer's queries, output
     projection and MLP, and the norm behind it, never get a gradient.
@@ -31,7 +31,19 @@ def trainable_parameters(model: VLA) -> dict[str, nn.Parameter]:
     if not isinstance(model.config, Pi0FastConfig):
         last = f"gemma.blocks.{len(model.gemma.blocks) - 1}.experts.vlm."
         dead = (f"{last}q_proj.", f"{last}out_proj.", f"{last}mlp_norm.", f"{last}mlp.", "gemma.final_norms.vlm.")
-    return {name: p for name, p in model.named_parameters() if not name.startswith(dead or ("\0",))}
+    reached = {name: p for name, p in model.named_parameters() if not name.startswith(dead or ("\0",))}
+    return {name: p for name, p in reached.items() if not (freeze and is_frozen(name, model.config))}
+
+
+def is_frozen(name: str, model: ModelConfig) -> bool:
+    """Whether a parameter belongs to an expert with adapters and to none of these: it keeps its value, as in openpi.
+
+    The token embedding is the language model's. Vision, projections and action MLPs are nobody's, and always trained.
+    """
+    adapters = {"vlm": model.vlm_adapters, "action": getattr(model, "action_adapters", NO_ADAPTERS)}
+    *path, leaf = name.split(".")
+    expert = "vlm" if leaf == "token_embedding" else next((part for part in path if part in adapters), "")
+    return bool(adapters.get(expert)) and not leaf.startswith("lora_")
 
 
 @dataclass
@@ -43,15 +55,24 @@ class TrainState:
     """What is trained, by name."""
     average: dict[str, Tensor]
     """The averaged parameters by name; empty without averaging."""
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     step: int = 0
 
     @staticmethod
-    def initial(config: TrainConfig) -> "TrainState":
-        """Weights from the seed, in float32 (the master copy; the model computes in `config.model.dtype`)."""
+    def initial(config: TrainConfig, init: str = "") -> "TrainState":
+        """Weights from the seed, then those that `init` names, in float32: the master copy of what is trained.
+
+        The model computes in `config.model.dtype`, whatever its parameters are kept in.
+        """
         model = VLA(config.model)
         model.init_weights(config.seed)
-        parameters = trainable_parameters(model)
+        if init:
+            from manipi.checkpoints.importing import load_initial_weights
+
+            load_initial_weights(model, init)
+        parameters = trainable_parameters(model, freeze=config.frozen == "adapted")
+        if config.frozen == "adapted":
+            _freeze(model, getattr(torch, config.frozen_dtype))
         average = {n: p.detach().clone() for n, p in parameters.items()} if config.ema_decay else {}
         optimizer = make_optimizer(parameters.values(), config.optimizer)
         _make_moments(optimizer)
@@ -107,8 +128,15 @@ def _first_failure(error: CheckpointException) -> str:
     return f"{type(failure).__name__}: {failure}".splitlines()[0]
 
 
-def _make_moments(optimizer: torch.optim.AdamW) -> None:
-    """Give AdamW its moments before the first step, so that every checkpoint holds the same tensors.
+def _freeze(model: VLA, dtype: torch.dtype) -> None:
+    for name, parameter in model.named_parameters():
+        if is_frozen(name, model.config):
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(dtype)
+
+
+def _make_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer its moments before the first step, so that every checkpoint holds the same tensors.
 
     It makes them itself in a step; here that is a step of rate 0 on zero gradients, which is then forgotten.
     """
@@ -122,4 +150,5 @@ def _make_moments(optimizer: torch.optim.AdamW) -> None:
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     for moments in optimizer.state.values():
-        moments["step"].zero_()
+        if "step" in moments:  # AdamW counts, SGD does not
+            moments["step"].zero_()

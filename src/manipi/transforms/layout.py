@@ -32,7 +32,8 @@ class ModelLayout:
             **actions,
             "images": images,
             "image_valid": image_valid,
-            "state": self._pad(sample["state"]),
+            # Longer than that only for π0-FAST, which has read it in the prompt.
+            "state": self._pad(sample["state"][: self.model.action_dim]),
             "action_dim_valid": np.arange(self.model.action_dim) < self.action_size,
         }
 

@@ -72,6 +72,6 @@ def tokenize_step(model: ModelConfig, tokenizers: Tokenizers, action_size: int) 
             expected="a FAST tokenizer",
             found="none",
             where="Pi0FastConfig",
-            next="fit one (TrainConfig.fast_tokenizer='fit') or name a published one",
+            next="fit one (TrainConfig.action_tokenizer='fit') or name a published one",
         )
     return TokenizeActions(text, fast, model.max_token_len, model.action_horizon, action_size)

@@ -1,0 +1,238 @@
+"""The reference's 31 recipes: their numbers, written by hand from its configs, and two real steps of each in miniature."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from manipi.data.dataset import Feature
+from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.errors import ConfigError, UnknownNameError
+from manipi.model.config import REFERENCE, Compat, GemmaSize, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
+from manipi.policy import Policy
+from manipi.recipes.registry import RECIPES, load_recipe
+from manipi.robots.robot import Robot
+from manipi.train.config import DataConfig, TrainConfig
+from manipi.train.data import prepare
+from manipi.train.loop import train
+
+# recipe: model, action dimensions, horizon, tokens | robot, dataset, relative dimensions | weights, norm stats
+#         | steps, batch, averaging | peak rate, warm-up | save, keep every
+TABLE = """
+pi0_aloha            Pi0  32 50  48 | aloha -      12 | pi0_base            pi0_base/trossen            | 30000  32 0.99  | 2.5e-5 1000  | 1000 5000
+pi05_aloha           Pi05 32 50 200 | aloha -      12 | pi05_base           pi05_base/trossen           | 30000  32 0.99  | 2.5e-5 1000  | 1000 5000
+pi0_aloha_towel      Pi0  32 50  48 | aloha -      12 | pi0_aloha_towel     pi0_aloha_towel/trossen     | 30000  32 0.99  | 2.5e-5 1000  | 1000 5000
+pi0_aloha_tupperware Pi0  32 50  48 | aloha -      12 | pi0_aloha_tupperware pi0_aloha_tupperware/trossen | 30000 32 0.99 | 2.5e-5 1000  | 1000 5000
+pi0_aloha_pen_uncap  Pi0  32 50  48 | aloha physical-intelligence/aloha_pen_uncap_diverse 12 | pi0_base  pi0_base/trossen  | 20000 32 0.99 | 2.5e-5 1000 | 1000 5000
+pi05_aloha_pen_uncap Pi05 32 50 200 | aloha physical-intelligence/aloha_pen_uncap_diverse 12 | pi05_base pi05_base/trossen | 20000 64 0.99 | 2.5e-5 1000 | 1000 5000
+pi0_aloha_sim        Pi0  32 50  48 | aloha_sim lerobot/aloha_sim_transfer_cube_human     0 | pi0_base  -                 | 20000 32 0.99 | 2.5e-5 1000 | 1000 5000
+pi0_droid            Pi0  32 10  48 | droid -      0 | pi0_droid           pi0_droid/droid             | 30000  32 0.99  | 2.5e-5 1000  | 1000 5000
+pi0_fast_droid       Fast  8 10 250 | droid -      0 | pi0_fast_droid      pi0_fast_droid/droid        | 30000  32 0.99  | 2.5e-5 1000  | 1000 5000
+pi05_droid           Pi05 32 15 200 | droid -      0 | pi05_droid          pi05_droid/droid            | 30000  32 0.99  | 2.5e-5 1000  | 1000 5000
+pi0_fast_full_droid_finetune Fast 8 16 180 | droid 1.0*droid:1.0.1 7 | pi0_fast_base -              | 100000 256 0.99 | 5e-5 1000    | 5000 20000
+pi05_full_droid_finetune Pi05 32 16 200 | droid 1.0*droid:1.0.1 7 | pi05_base    pi05_base/droid     | 100000 256 0.99 | 5e-5 1000    | 5000 10000
+pi05_droid_finetune  Pi05 32 16 200 | droid -      0 | pi05_droid          pi05_droid/droid            | 20000  32 0.99  | 2.5e-5 1000  | 1000 5000
+pi0_libero           Pi0  32 50  48 | libero physical-intelligence/libero 6 | pi0_base      -          | 30000  32 0.99  | 2.5e-5 1000  | 1000 5000
+pi0_libero_low_mem_finetune Pi0 32 50 48 | libero physical-intelligence/libero 6 | pi0_base -          | 30000  32 0     | 2.5e-5 1000  | 1000 5000
+pi0_fast_libero      Fast  7 10 180 | libero physical-intelligence/libero 6 | pi0_fast_base -          | 30000  32 0.99  | 2.5e-5 1000  | 1000 5000
+pi0_fast_libero_low_mem_finetune Fast 7 10 180 | libero physical-intelligence/libero 6 | pi0_fast_base - | 30000 32 0    | 2.5e-5 1000  | 1000 5000
+pi05_libero          Pi05 32 10 200 | libero physical-intelligence/libero 0 | pi05_base     -          | 30000 256 0.999 | 5e-5 10000   | 1000 5000
+debug                Pi0  32 50  48 | tabletop -   3 | -                   -                           | 10      2 0.99  | 2.5e-5 1000  | 100 5000
+debug_restore        Pi0  32 50  48 | tabletop -   3 | runs/debug/checkpoints/10 -                     | 10      2 0.99  | 2.5e-5 1000  | 1000 5000
+debug_pi05           Pi05 32 50 200 | tabletop -   3 | -                   -                           | 10      2 0.99  | 2.5e-5 1000  | 1000 5000
+paligemma_binning_droid         Fast 8 15 400 | droid - 0 | roboarena/paligemma_binning_droid roboarena/paligemma_binning_droid/droid | 30000 32 0.99 | 2.5e-5 1000 | 1000 5000
+paligemma_fast_droid            Fast 8 15 250 | droid - 0 | roboarena/paligemma_fast_droid    roboarena/paligemma_fast_droid/droid    | 30000 32 0.99 | 2.5e-5 1000 | 1000 5000
+paligemma_fast_specialist_droid Fast 8 15 250 | droid - 0 | roboarena/paligemma_fast_specialist_droid roboarena/paligemma_fast_specialist_droid/droid | 30000 32 0.99 | 2.5e-5 1000 | 1000 5000
+paligemma_vq_droid              Fast 8 15 250 | droid - 0 | roboarena/paligemma_vq_droid      roboarena/paligemma_vq_droid/droid      | 30000 32 0.99 | 2.5e-5 1000 | 1000 5000
+paligemma_diffusion_droid       Pi0  8 10  48 | droid - 0 | roboarena/paligemma_diffusion_droid roboarena/paligemma_diffusion_droid/droid | 30000 32 0.99 | 2.5e-5 1000 | 1000 5000
+pi05_droid_jointpos_polaris     Pi05 32 15 200 | droid MIX 7 | polaris/pi05_droid_jointpos_polaris     polaris/pi05_droid_jointpos_polaris/droid     | 1000 128 0.99 | 5e-5 1000 | 1000 1000
+pi0_fast_droid_jointpos_polaris Fast  8 10 180 | droid MIX 7 | polaris/pi0_fast_droid_jointpos_polaris polaris/pi0_fast_droid_jointpos_polaris/droid | 1000 128 0.99 | 5e-5 1000 | 1000 1000
+pi0_droid_jointpos_polaris      Pi0  32 10 100 | droid MIX 7 | polaris/pi0_droid_jointpos_polaris      polaris/pi0_droid_jointpos_polaris/droid      | 1000 128 0.99 | 5e-5 1000 | 1000 1000
+pi0_droid_jointpos_100k_polaris Pi0  32 10 100 | droid MIX 7 | polaris/pi0_droid_jointpos_100k_polaris polaris/pi0_droid_jointpos_100k_polaris/droid | 1000 128 0.99 | 5e-5 1000 | 1000 1000
+paligemma_binning_droid_jointpos Fast 8 15 600 | droid -   7 | - -                                                                              | 30000 32 0.99 | 2.5e-5 1000 | 1000 5000
+""".replace("MIX", "0.9*droid:1.0.1+0.1*polaris_droid_cotrain_dataset:1.0.0")
+ROWS = {line.split()[0]: line.replace("|", " ").split()[1:] for line in TABLE.strip().splitlines()}
+MODELS = {"Pi0": Pi0Config, "Pi05": Pi05Config, "Fast": Pi0FastConfig}
+PROMPTS = {
+    "pi0_aloha_towel": "fold the towel",
+    "pi0_aloha_tupperware": "open the tupperware and put the food on the plate",
+    "pi0_aloha_pen_uncap": "uncap the pen",
+    "pi05_aloha_pen_uncap": "uncap the pen",
+    "pi0_aloha_sim": "Transfer cube",
+}
+ACTION_TOKENIZERS = {
+    "paligemma_binning_droid": "binning",
+    "paligemma_binning_droid_jointpos": "binning",
+    "paligemma_fast_specialist_droid": "hf://KarlP/fast_droid_specialist",
+    "paligemma_vq_droid": "gs://openpi-assets/tokenizers/droid_fsq_tokenizer",
+}
+every_recipe = pytest.mark.parametrize("name", ROWS)
+
+
+def test_all_31_and_no_other():
+    assert len(ROWS) == 31
+    assert set(RECIPES) - set(ROWS) == {"tabletop", "tabletop_pi0", "tabletop_pi0_fast"}
+    with pytest.raises(UnknownNameError, match="did you mean pi05_libero"):
+        load_recipe("pi05_liebro")
+
+
+# ---- numbers
+
+
+@every_recipe
+def test_numbers(name):
+    c = load_recipe(name)
+    model, dim, horizon, tokens, robot, dataset, relative, init, stats, steps, batch, average, *rates = ROWS[name]
+    assert isinstance(c.model, MODELS[model])
+    sizes = (c.model.action_dim, c.model.action_horizon, c.model.max_token_len)
+    assert sizes == (int(dim), int(horizon), int(tokens))
+    assert c.robot.name == robot
+    assert dataset_of(c.data) == dataset
+    assert sum(group.size for group in c.robot.actions if group.relative) == int(relative)
+    assert (c.init or "-").removeprefix("gs://openpi-assets/checkpoints/") == init
+    released = c.data.norm_stats.removeprefix("gs://openpi-assets/checkpoints/").replace("/assets/", "/")
+    assert (released or "-") == stats
+    assert (c.steps, c.batch_size, c.ema_decay) == (int(steps), int(batch), float(average))
+    o = c.optimizer
+    assert (o.lr, o.warmup_steps, c.save_every, c.keep_every) == tuple(map(float, rates))
+    assert (o.final_lr, o.decay_steps) == ((5e-5, 1_000_000) if o.lr == 5e-5 else (2.5e-6, 30_000))
+    assert (o.kind, o.schedule) == ("adamw", "cosine")
+    assert (o.beta1, o.beta2, o.eps, o.weight_decay, o.clip_norm) == (0.9, 0.95, 1e-8, 1e-10, 1.0)
+    assert (c.seed, c.log_every, c.noise_draws, c.data.holdout, c.data.num_workers) == (42, 100, 1, 0.0, 2)
+    assert c.norm_mode == ("zscore" if model == "Pi0" else "quantile")
+
+
+def dataset_of(data: DataConfig) -> str:
+    mixture = "+".join(f"{s.weight}*{s.name}:{s.version}" for s in data.rlds)
+    for s in data.rlds:
+        assert s.action_space == "joint_position"
+        version = s.version.replace(".", "_")
+        assert s.keep_ranges == f"gs://openpi-assets/droid/{s.name}_sample_ranges_v{version}.json"
+    return mixture or (data.path.removeprefix("hf://datasets/") if "://" in data.path else "-")
+
+
+@every_recipe
+def test_structure(name):
+    c = load_recipe(name)
+    fast, debug = isinstance(c.model, Pi0FastConfig), name.startswith("debug")
+    assert c.model.compat == (Compat() if debug else REFERENCE)
+    assert c.model.vocab_size == 257_152
+    wide, narrow = {"width": 2048, "mlp_dim": 16_384}, {"width": 1024, "mlp_dim": 4096}
+    gemma = {"depth": 18, "num_heads": 8, "num_kv_heads": 1, "head_dim": 256}
+    if debug:
+        wide = narrow = {"width": 64, "mlp_dim": 128}
+        gemma |= {"depth": 4, "head_dim": 16}
+    assert c.model.vlm == GemmaSize(**wide, **gemma)
+    assert fast or c.model.action_expert == GemmaSize(**narrow, **gemma)
+    slots = ("base", "base_1", "wrist") if fast and c.robot.name == "droid" else ("base", "left_wrist", "right_wrist")
+    assert c.model.cameras == slots
+    assert c.tokenizer == ("byte" if debug else "gs://big_vision/paligemma_tokenizer.model")
+    if fast:
+        assert c.action_tokenizer == ACTION_TOKENIZERS.get(name, "hf://physical-intelligence/fast")
+    assert c.robot.default_prompt == PROMPTS.get(name)
+    assert getattr(c.model, "state_in_prompt", True) == (name != "pi05_libero")
+
+
+@every_recipe
+def test_adapters(name):
+    c = load_recipe(name)
+    low_memory = name.endswith("low_mem_finetune")
+    assert (c.frozen, c.frozen_dtype) == ("adapted", "bfloat16" if low_memory else "float32")
+    experts = {"vlm_adapters": 16} | ({} if isinstance(c.model, Pi0FastConfig) else {"action_adapters": 32})
+    for field, rank in experts.items():
+        adapters = getattr(c.model, field)
+        assert bool(adapters) == low_memory
+        for lora in (adapters.attention, adapters.feed_forward) if low_memory else ():
+            assert (lora.rank, lora.alpha, lora.rank_stabilized) == (rank, rank, False)
+
+
+def test_cameras_of_datasets():
+    three = {slot: f"observation.images.{name}" for slot, name in (
+        ("base", "cam_high"), ("left_wrist", "cam_left_wrist"), ("right_wrist", "cam_right_wrist"))}  # fmt: skip
+    for name, features in {
+        "pi0_aloha_pen_uncap": three,
+        "pi0_aloha_sim": {"base": "observation.images.top"},
+        "pi05_droid_finetune": {"base": "exterior_image_1_left", "left_wrist": "wrist_image_left"},
+        "pi0_fast_full_droid_finetune": {"base": "exterior_image_1_left", "wrist": "wrist_image_left"},
+        "pi0_libero": {"base": "image", "left_wrist": "wrist_image"},
+    }.items():
+        robot = load_recipe(name).robot
+        assert {slot: robot.dataset_key(key) for slot, key in robot.cameras.items()} == features
+
+
+def test_without_a_dataset(tmp_path):
+    """Recipes of URLs and RLDS mixtures, and those made for serving, say what they need."""
+    for name, found in {
+        "pi0_libero": "the URL hf://datasets/physical-intelligence/libero, which is not read yet",
+        "pi0_droid": "a recipe without a dataset of its own",
+        "pi0_droid_jointpos_polaris": "droid 1.0.1 and polaris_droid_cotrain_dataset 1.0.0",
+    }.items():
+        with pytest.raises(ConfigError, match="--data.path FOLDER, a LeRobot dataset") as error:
+            prepare(load_recipe(name), tmp_path)
+        assert found in error.value.found
+
+
+# ---- two steps of each
+
+
+@pytest.fixture(scope="session")
+def demonstrations(tmp_path_factory) -> Callable[[Robot], Path]:
+    """`demonstrations(robot)` is a LeRobot dataset with all that the robot names; one per layout."""
+    made: dict[str, Path] = {}
+
+    def record(robot: Robot) -> Path:
+        images = [robot.dataset_key(key) for key in robot.cameras.values()]
+        vectors = {robot.dataset_key(s.key): s.size for s in robot.state}
+        vectors[robot.dataset_key(robot.action_key)] = robot.action_size
+        layout = f"{images} {vectors}"
+        if layout not in made:
+            made[layout] = tmp_path_factory.mktemp("demonstrations") / robot.name
+            write(made[layout], images, vectors)
+        return made[layout]
+
+    return record
+
+
+def write(root: Path, images: list[str], vectors: dict[str, int]) -> None:
+    features = {key: Feature(kind="image", shape=(16, 16, 3), dtype="video") for key in images}
+    features |= {key: Feature(kind="vector", shape=(size,), dtype="float32") for key, size in vectors.items()}
+    rng = np.random.default_rng(0)
+    with LeRobotWriter(root, fps=10, features=features, robot_type="toy") as writer:
+        for length in (9, 6):
+            pictures = {key: rng.integers(0, 256, (length, 16, 16, 3), dtype=np.uint8) for key in images}
+            walks = {k: rng.uniform(0, 1, (length, size)).astype(np.float32) for k, size in vectors.items()}
+            writer.add_episode(pictures | walks, task="do it")
+
+
+def miniature(recipe: TrainConfig, path: Path) -> TrainConfig:
+    """The recipe with its own structure, at sizes that two processor cores train in a second."""
+    gemma = GemmaSize(width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8)
+    vision = VisionSize(width=16, depth=1, mlp_dim=32, num_heads=2, patch_size=8, image_size=16)
+    sizes = {"vision": vision, "vlm": gemma, "vocab_size": 1280, "action_horizon": 4, "max_token_len": 240}
+    if not isinstance(recipe.model, Pi0FastConfig):
+        sizes["action_expert"] = replace(gemma, width=12)
+    return replace(
+        recipe,
+        model=replace(recipe.model, **sizes),
+        data=DataConfig(path=str(path), num_workers=0),
+        tokenizer="byte",
+        action_tokenizer="binning" if recipe.action_tokenizer == "binning" else "fit",
+        init="",
+        steps=2,
+        batch_size=2,
+        num_threads=1,
+    )
+
+
+@every_recipe
+def test_two_steps_make_a_policy(name, demonstrations, tmp_path):
+    recipe = load_recipe(name)
+    config = miniature(recipe, demonstrations(recipe.robot))
+    folder = train(config, tmp_path / "run", show=False)
+    policy = Policy.load(folder)
+    actions = policy.infer(prepare(config, tmp_path / "run").example())["actions"]
+    assert actions.shape == (4, recipe.robot.action_size)
+    assert np.isfinite(actions).all()
+    assert policy.metadata["step"] == 2
