@@ -146,29 +146,6 @@ def open_source(path: Path) -> Source:
     )
 
 
-def load_initial_weights(model: nn.Module, config: ModelConfig, source: Source) -> list[str]:
-    """Fill a model from a checkpoint to go on from. Returns the names that keep their own initial values.
-
-    Those may be adapters that the checkpoint has not, and all but the language model where it is a PaliGemma.
-
-    Raises:
-        WeightsMismatchError: anything else is missing, and whatever is unexpected or mis-shaped.
-    """
-    from manipi.checkpoints.infer import infer_config
-
-    found = infer_config(source, like=config)
-    source.check(found)
-    parameters = dict(model.named_parameters())
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    theirs = {n: a.our_shape for a in source.arrays(found).values() for layer in a.names for n in layer}
-    kept = [name for name in shapes if name not in theirs and (source.vlm_only or ".lora_" in name)]
-    require_match({n: s for n, s in shapes.items() if n not in kept}, theirs, source.store.where)
-    with torch.no_grad():
-        for name, tensor in source.tensors(found):
-            parameters[name].copy_(tensor)
-    return kept
-
-
 def stream_weights(model: nn.Module, reader: Callable[[str], Tensor]) -> None:
     """Give each layer of a model on the meta device its weights when it runs, and take them back afterwards.
 

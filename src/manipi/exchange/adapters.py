@@ -27,14 +27,16 @@ from manipi.records import from_json, read_json, write_json
 
 
 def merge_adapters(checkpoint: Checkpoint) -> Checkpoint:
-    """The same policy with plain matrices, `W + scale · B A`, each in the dtype of its W."""
+    """The same policy with plain matrices, `W + scale · B A`, each in the wider dtype of the two."""
     with torch.device("meta"):
         model = VLA(checkpoint.config.model)
     model.load_state_dict(dict(checkpoint.weights), strict=True, assign=True)
     weights = {name: w for name, w in checkpoint.weights.items() if not _is_adapter(name)}
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
-            weights[f"{name}.weight"] = module.merged().to(module.weight.dtype)
+            # Rounding to a coarser base would lose what the adapters learned.
+            dtype = torch.promote_types(module.weight.dtype, module.lora_a.dtype)
+            weights[f"{name}.weight"] = module.merged().to(dtype)
     plain = {"vlm_adapters": NO_ADAPTERS}
     if not isinstance(checkpoint.config.model, Pi0FastConfig):
         plain["action_adapters"] = NO_ADAPTERS

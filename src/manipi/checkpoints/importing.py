@@ -1,0 +1,54 @@
+"""Weights to go on from: of a checkpoint of ours, of openpi, of LeRobot, or of the vision-language model alone."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from manipi.checkpoints.fetch import fetch
+from manipi.checkpoints.infer import infer_config
+from manipi.checkpoints.native import MANIFEST, verify
+from manipi.checkpoints.openpi_names import require_match
+from manipi.checkpoints.released import resolve
+from manipi.checkpoints.sources import open_source
+from manipi.model import VLA
+
+
+def load_initial_weights(model: VLA, source: str) -> list[str]:
+    """Fill a model from a checkpoint. Returns the names that keep their own initial values.
+
+    Those may be adapters that the checkpoint has not, and everything beyond the language model where it is a PaliGemma.
+
+    Args:
+        source: a released name, a folder, a file, or a URL.
+
+    Raises:
+        WeightsMismatchError: anything else is missing, and whatever is unexpected or mis-shaped.
+        CheckpointError: no checkpoint, or a damaged one.
+        FetchError: it cannot be had.
+    """
+    path = fetch(resolve(source))
+    if (path / MANIFEST).is_file():
+        verify(path)
+        weights = load_file(path / "model.safetensors")
+        return _fill(model, {name: tuple(w.shape) for name, w in weights.items()}, weights.items(), path, vlm_only=False)
+    foreign = open_source(path)
+    config = infer_config(foreign, like=model.config)
+    foreign.check(config)
+    shapes = {n: a.our_shape for a in foreign.arrays(config).values() for layer in a.names for n in layer}
+    return _fill(model, shapes, foreign.tensors(config), path, vlm_only=foreign.vlm_only)
+
+
+def _fill(
+    model: VLA, theirs: dict[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]], path: Path, *, vlm_only: bool
+) -> list[str]:
+    parameters = dict(model.named_parameters())
+    kept = [name for name in parameters if name not in theirs and (vlm_only or ".lora_" in name)]
+    ours = {name: tuple(p.shape) for name, p in parameters.items() if name not in kept}
+    require_match(ours, theirs, str(path))
+    with torch.no_grad():
+        for name, tensor in tensors:
+            parameters[name].copy_(tensor)
+    return kept
