@@ -33,7 +33,9 @@ def load_initial_weights(model: VLA, source: str) -> list[str]:
     if (path / MANIFEST).is_file():
         verify(path)
         weights = load_file(path / "model.safetensors")
-        return _fill(model, {name: tuple(w.shape) for name, w in weights.items()}, weights.items(), path, vlm_only=False)
+        return _fill(
+            model, {name: tuple(w.shape) for name, w in weights.items()}, weights.items(), path, vlm_only=False
+        )
     foreign = open_source(path)
     config = infer_config(foreign, like=model.config)
     foreign.check(config)
