@@ -66,8 +66,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tokenizer: str = "byte"
     """`byte`, or the path of a SentencePiece model such as PaliGemma's."""
-    fast_tokenizer: str = "fit"
-    """π0-FAST only: `fit` to the demonstrations, or the folder of a published tokenizer."""
+    action_tokenizer: str = "fit"
+    """π0-FAST only: `fit` FAST to the demonstrations, `binning`, or folder or URL of a published tokenizer."""
     norm_mode: NormMode = "quantile"
     """How state and actions are normalised; the released π0 uses zscore, the others quantile."""
     steps: int = 30_000
