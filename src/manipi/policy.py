@@ -15,6 +15,7 @@ from manipi.model.config import Pi0FastConfig
 from manipi.robots.robot import Robot
 from manipi.tokenizers import CodeConstraint, Tokenizers
 from manipi.transforms import pipeline
+from manipi.transforms.tokenize import code_constraint
 from manipi.types import NormStats, Observation
 
 SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
@@ -34,6 +35,11 @@ class Policy:
     ):
         self.model, self.config, self.robot, self.tokenizers, self.norm_stats = model, config, robot, tokenizers, stats
         self.pipeline = pipeline.build(robot, config.model, stats, tokenizers, config.norm_mode)
+        self._constraint = (
+            code_constraint(config.model, tokenizers, robot.model_action_size)
+            if isinstance(config.model, Pi0FastConfig)
+            else None
+        )
         self._device = next(model.parameters()).device
         self._seed = seed
         self.reset()
@@ -104,19 +110,16 @@ class Policy:
 
     @torch.no_grad()
     def _run_model(self, inputs: ModelInput, noise: np.ndarray | None) -> np.ndarray:
-        if isinstance(self.config.model, Pi0FastConfig):
-            return self._decode_tokens(inputs)
+        if self._constraint is not None:
+            return self._decode_tokens(inputs, self._constraint)
         noise = self.draw_noise() if noise is None else noise
         noise_BHA = torch.from_numpy(noise)[None].to(self._device)
         return self.model.sample(inputs, noise_BHA, self.config.num_steps)[0].float().cpu().numpy()
 
-    def _decode_tokens(self, inputs: ModelInput) -> np.ndarray:
+    def _decode_tokens(self, inputs: ModelInput, constraint: CodeConstraint) -> np.ndarray:
         """Greedy decoding in which only tokens are allowed that complete to a chunk of the right shape."""
-        model, tokenizers = self.config.model, self.tokenizers
-        assert tokenizers.fast is not None
-        size = (model.action_horizon, self.robot.model_action_size)
-        constraint = CodeConstraint(tokenizers.fast, tokenizers.text, *size)
-        surplus = (0, model.vocab_size - tokenizers.text.vocab_size)
+        model = self.config.model
+        surplus = (0, model.vocab_size - self.tokenizers.text.vocab_size)
 
         def allowed_next(ids_BT: torch.Tensor) -> torch.Tensor:
             mask = np.stack([np.pad(constraint.mask(ids), surplus) for ids in ids_BT.tolist()])

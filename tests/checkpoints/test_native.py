@@ -60,13 +60,13 @@ def test_what_was_written_comes_back(kind, trained, tiny, tmp_path):
     assert read.config.model == config.model
     assert (read.config.norm_mode, read.config.step) == (config.norm_mode, 2)
     assert read.robot == config.robot
-    assert (read.tokenizers.fast is not None) == (kind == "pi0_fast")
+    assert (read.tokenizers.action is not None) == (kind == "pi0_fast")
     assert read.self_test.actions.shape == (4, 4)
     write_checkpoint(tmp_path / "again", read)
     again = read_checkpoint(tmp_path / "again")
     assert all(torch.equal(again.weights[name], value) for name, value in read.weights.items())
     assert again.tokenizers.text.reference == read.tokenizers.text.reference
-    assert again.tokenizers.fast == read.tokenizers.fast
+    assert again.tokenizers.action == read.tokenizers.action
     with pytest.raises(StorageError, match="does not exist yet"):
         write_checkpoint(tmp_path / "again", read)
 

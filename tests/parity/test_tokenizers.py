@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from manipi.errors import TokenizerError
-from manipi.tokenizers import FastTokenizer, SentencePieceTokenizer, fast_prompt, pi05_prompt
+from manipi.tokenizers import FastTokenizer, SentencePieceTokenizer, extract_codes, fast_prompt, pi05_prompt
 from manipi.tokenizers.binning import bin_indices
-from manipi.tokenizers.fast import extract_codes
 from manipi.tokenizers.text import codes_from_tokens, tokens_from_codes
 
 SHARED = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[3] / "shared"))
@@ -71,7 +70,7 @@ def test_fast_sequences(model):
         state = np.array(case["state"], case["state_dtype"])
         actions = None if case["action_codes"] is None else np.zeros((1, 1))
         codec = RecordedCodes(case["action_codes"])
-        switches = {"minus_one_below": True, "truncate": True}
+        switches = {"lower_case": True, "minus_one_below": True, "truncate": True}
         found = fast_prompt(tokenizer, codec, case["prompt"], state, actions, case["max_len"], **switches)
         assert found.tokens.tolist() == case["tokens"], case["prompt"]
         assert found.valid.astype(int).tolist() == case["token_mask"]

@@ -6,10 +6,9 @@ import pytest
 from scipy.fft import dct
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from manipi.errors import IntegrityError, TokenizerError
-from manipi.tokenizers import ByteTokenizer, FastTokenizer
-from manipi.tokenizers.fast import _dct_matrix, extract_codes
-from manipi.tokenizers.text import tokens_from_codes
+from manipi.errors import TokenizerError
+from manipi.tokenizers import FastTokenizer
+from manipi.tokenizers.fast import _dct_matrix
 
 
 @pytest.mark.parametrize("horizon", [1, 2, 7, 50])
@@ -104,14 +103,13 @@ def test_a_vocabulary_with_a_gap_is_noticed():
 
 def test_save_and_load(fitted, tmp_path):
     fitted.save(tmp_path)
-    again = FastTokenizer.load(tmp_path, sha256=fitted.sha256)
-    assert again == fitted
+    again = FastTokenizer.load(tmp_path)
+    assert (again, again.sha256) == (fitted, fitted.sha256)
     assert pickle.loads(pickle.dumps(fitted)) == fitted
     config = json.loads((tmp_path / "processor_config.json").read_text())
     assert (config["scale"], config["min_token"], config["vocab_size"]) == (10, fitted.min_token, 512)
     (tmp_path / "processor_config.json").write_text(json.dumps(config | {"scale": 11}))
-    with pytest.raises(IntegrityError, match=fitted.sha256):
-        FastTokenizer.load(tmp_path, sha256=fitted.sha256)
+    assert FastTokenizer.load(tmp_path).sha256 != fitted.sha256
 
 
 @pytest.mark.parametrize("damage", ["no config", "no scale", "torn json", "not bpe", "nothing"])
@@ -131,16 +129,3 @@ def test_loading_names_what_is_missing(damage, fitted, tmp_path):
             tmp_path = tmp_path / "absent"
     with pytest.raises(TokenizerError, match=r"(?s)a FAST tokenizer: tokenizer.json.*where .*" + tmp_path.name):
         FastTokenizer.load(tmp_path)
-
-
-def test_extracting_codes():
-    tokenizer = ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + 100)
-    marker, end = tokenizer.encode("Action: "), tokenizer.encode("|")
-    codes = [3, 99, 0, 3]
-    ids = tokens_from_codes(tokenizer, np.array(codes)).tolist()
-    assert extract_codes(tokenizer, [*marker, *ids, *end, tokenizer.eos_id, 0, 0]) == codes
-    assert extract_codes(tokenizer, [*tokenizer.encode("so: "), *marker, *ids]) == codes
-    assert extract_codes(tokenizer, [*marker, *ids, tokenizer.eos_id, 0]) == codes
-    assert extract_codes(tokenizer, [*marker, *end]) == []
-    with pytest.raises(TokenizerError, match=r"(?s)tokens of 'Action: '.*<code3>.*4 tokens that the model emitted"):
-        extract_codes(tokenizer, ids)

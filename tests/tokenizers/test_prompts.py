@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from manipi.errors import TokenizerError
-from manipi.tokenizers import BinningTokenizer, ByteTokenizer, fast_prompt, pi0_prompt, pi05_prompt
+from manipi.tokenizers import BinningTokenizer, ByteTokenizer, extract_codes, fast_prompt, pi0_prompt, pi05_prompt
+from manipi.tokenizers.text import tokens_from_codes
 
 BYTE = ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + 256)
 STATE = np.array([-2.0, -1.0, 0.0, 1.0])
@@ -37,12 +38,12 @@ def test_pi05_reads_the_state_as_bins():
 def test_fast_learns_the_postfix_and_only_it():
     actions = np.array([[-1.0, 0.0], [0.5, 1.0]])
     prompt = fast_prompt(BYTE, BinningTokenizer(), " Go_left\nNOW", STATE, actions, 64)
-    assert text_of(prompt, prompt.valid & ~prompt.causal) == "Task: go left\nnow, State: 0 0 128 255;\n"
+    assert text_of(prompt, prompt.valid & ~prompt.causal) == "Task: Go left\nNOW, State: 0 0 128 255;\n"
     assert text_of(prompt, prompt.causal) == "Action: <code0><code128><code192><code255>|"
     assert prompt.tokens[prompt.causal][-1] == BYTE.eos_id
     np.testing.assert_array_equal(prompt.loss, prompt.causal)
-    inference = fast_prompt(BYTE, BinningTokenizer(), " Go_left\nNOW", STATE, None, 64, keep_case=True)
-    assert text_of(inference) == "Task: Go left\nNOW, State: 0 0 128 255;\n"
+    inference = fast_prompt(BYTE, BinningTokenizer(), " Go_left\nNOW", STATE, None, 64, lower_case=True)
+    assert text_of(inference) == "Task: go left\nnow, State: 0 0 128 255;\n"
     assert not inference.loss.any()
 
 
@@ -71,3 +72,16 @@ def test_what_a_prompt_cannot_hold_is_an_error():
             np.array([[-1.0, 1.0]]),
             64,
         )
+
+
+def test_extracting_codes():
+    tokenizer = ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + 100)
+    marker, end = tokenizer.encode("Action: "), tokenizer.encode("|")
+    codes = [3, 99, 0, 3]
+    ids = tokens_from_codes(tokenizer, np.array(codes)).tolist()
+    assert extract_codes(tokenizer, [*marker, *ids, *end, tokenizer.eos_id, 0, 0]) == codes
+    assert extract_codes(tokenizer, [*tokenizer.encode("so: "), *marker, *ids]) == codes
+    assert extract_codes(tokenizer, [*marker, *ids, tokenizer.eos_id, 0]) == codes
+    assert extract_codes(tokenizer, [*marker, *end]) == []
+    with pytest.raises(TokenizerError, match=r"(?s)tokens of 'Action: '.*<code3>.*4 tokens that the model emitted"):
+        extract_codes(tokenizer, ids)

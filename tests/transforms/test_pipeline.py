@@ -196,5 +196,5 @@ def test_a_robot_that_does_not_fit_the_model():
 def test_tokenizers_that_do_not_fit_the_model():
     with pytest.raises(ConfigError, match="at most 700 ids"):
         pipeline.build(ARM, replace(MODELS["pi0"], vocab_size=700), stats(ARM), Tokenizers(ByteTokenizer()), "zscore")
-    with pytest.raises(ConfigError, match="a FAST tokenizer"):
+    with pytest.raises(ConfigError, match="an action tokenizer"):
         pipeline.build(ARM, MODELS["pi0_fast"], stats(ARM), Tokenizers(ByteTokenizer()), "zscore")

@@ -41,8 +41,8 @@ def describe_checkpoint(folder: Path) -> CheckpointSummary:
     files = [path for path in folder.rglob("*") if path.is_file()]
     tokenizers = Tokenizers.load(folder / "tokenizer")
     spoken = {"text": f"{tokenizers.text.reference.kind}, {tokenizers.text.vocab_size:,} ids"}
-    if tokenizers.fast is not None:
-        spoken["actions"] = f"FAST, {tokenizers.fast.vocab_size:,} codes"
+    if tokenizers.action is not None:
+        spoken["actions"] = f"{tokenizers.action.kind}, {tokenizers.action.vocab_size:,} codes"
     config = from_json(read_json(folder / "config.json"), (PolicyConfig, *CONFIG_TYPES), str(folder / "config.json"))
     return CheckpointSummary(
         folder=str(folder),

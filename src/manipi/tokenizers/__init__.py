@@ -1,24 +1,30 @@
 """Text and action tokenizers: everything between words, numbers and token ids. NumPy only; knows no model."""
 
+from manipi.tokenizers.actions import ActionTokenizer
 from manipi.tokenizers.binning import BinningTokenizer
 from manipi.tokenizers.bundle import Tokenizers
 from manipi.tokenizers.constraint import CodeConstraint
-from manipi.tokenizers.fast import FastTokenizer, extract_codes
-from manipi.tokenizers.prompts import ActionTokenizer, TokenizedPrompt, fast_prompt, pi0_prompt, pi05_prompt
+from manipi.tokenizers.fast import FastTokenizer
+from manipi.tokenizers.fsq import FsqTokenizer
+from manipi.tokenizers.prompts import TokenizedPrompt, extract_codes, fast_prompt, pi0_prompt, pi05_prompt
 from manipi.tokenizers.text import (
+    PALIGEMMA_PIECES_SHA256,
     ByteTokenizer,
     SentencePieceTokenizer,
     TextTokenizer,
     TokenizerReference,
     load_tokenizer,
+    require_paligemma,
 )
 
 __all__ = [
+    "PALIGEMMA_PIECES_SHA256",
     "ActionTokenizer",
     "BinningTokenizer",
     "ByteTokenizer",
     "CodeConstraint",
     "FastTokenizer",
+    "FsqTokenizer",
     "SentencePieceTokenizer",
     "TextTokenizer",
     "TokenizedPrompt",
@@ -29,4 +35,5 @@ __all__ = [
     "load_tokenizer",
     "pi0_prompt",
     "pi05_prompt",
+    "require_paligemma",
 ]

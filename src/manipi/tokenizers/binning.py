@@ -7,14 +7,17 @@
 Shape letters: H action horizon, A action dimensions.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from manipi.errors import TokenizerError
+from manipi.tokenizers.actions import ONE_UNIT, Spelling
 
 NUM_BINS = 256
 _LEFT_EDGES = np.linspace(-1, 1, NUM_BINS + 1)[:-1]
@@ -45,7 +48,22 @@ def bin_left_edges(indices: Int[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*
 class BinningTokenizer:
     """One code per number (RT-2, Brohan et al. 2023): the plain alternative to `FastTokenizer`, used like it."""
 
-    vocab_size: ClassVar[int] = NUM_BINS
+    kind: ClassVar[str] = "binning"
+
+    @property
+    def vocab_size(self) -> int:
+        return NUM_BINS
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(f"{NUM_BINS} equal bins on [-1, 1], left edges".encode()).hexdigest()
+
+    @property
+    def spellings(self) -> list[Spelling]:
+        return [ONE_UNIT] * NUM_BINS
+
+    def num_units(self, horizon: int, action_dim: int) -> int:
+        return horizon * action_dim
 
     def encode(self, actions_HA: Float[np.ndarray, "H A"]) -> list[int]:
         """H*A codes, time as the slow axis. Actions beyond [-1, 1] saturate."""
@@ -66,6 +84,13 @@ class BinningTokenizer:
                 next="check that the model was trained with this horizon and action dimension",
             )
         return bin_left_edges(found.reshape(horizon, action_dim))
+
+    def save(self, directory: Path) -> None:
+        """Nothing: the class says it all."""
+
+    @staticmethod
+    def load(directory: str | Path) -> "BinningTokenizer":
+        return BinningTokenizer()
 
 
 def require_finite(values: np.ndarray, *, what: str) -> None:

@@ -14,6 +14,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -104,6 +105,17 @@ class SentencePieceTokenizer:
             sha256=hashlib.sha256(self._model).hexdigest(),
             file=self.FILE_NAME,
         )
+
+    @cached_property
+    def pieces_sha256(self) -> str:
+        """Of the vocabulary: every piece with its kind, in the order of the ids.
+
+        Files with the same vocabulary may differ in what their trainer noted beside it; this digest does not.
+        """
+        p, ids = self._processor, list(range(self.vocab_size))
+        kinds = (p.is_control, p.is_unknown, p.is_unused, p.is_byte)
+        columns = zip(p.id_to_piece(ids), *(kind(ids) for kind in kinds), strict=True)
+        return hashlib.sha256("".join(map(repr, columns)).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -221,6 +233,22 @@ def load_tokenizer(reference: TokenizerReference, directory: str | Path) -> Text
         raise unknown_name("tokenizer", reference.kind, ["byte", "sentencepiece"], next="update manipi")
     _require_same(str(reference), str(tokenizer.reference), where)
     return tokenizer
+
+
+PALIGEMMA_PIECES_SHA256 = "6da6857da842c35d0cd307b61eba47c6139ed03b8f588a5e03ce9a5e0742dcd6"
+"""`SentencePieceTokenizer.pieces_sha256` of PaliGemma's vocabulary, the one of every released checkpoint."""
+
+
+def require_paligemma(tokenizer: TextTokenizer) -> None:
+    """For models of 257,152 ids. Raises TokenizerError where the vocabulary is not PaliGemma's, id by id."""
+    found = tokenizer.pieces_sha256 if isinstance(tokenizer, SentencePieceTokenizer) else "no pieces"
+    if found != PALIGEMMA_PIECES_SHA256:
+        raise TokenizerError(
+            expected=f"PaliGemma's tokenizer, 257,152 pieces (sha256 {PALIGEMMA_PIECES_SHA256[:12]})",
+            found=f"a {tokenizer.reference.kind} tokenizer of {tokenizer.vocab_size:,} ids ({found[:12]})",
+            where="the text tokenizer for a checkpoint that was trained with PaliGemma's",
+            next="use gs://big_vision/paligemma_tokenizer.model; with other pieces the prompts would be noise",
+        )
 
 
 def _require_same(expected: str, found: str, where: Path) -> None:

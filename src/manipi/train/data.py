@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from manipi.checkpoints.action_tokenizers import open_action_tokenizer
 from manipi.data.cache import CachedDataset
 from manipi.data.dataset import Dataset, action_chunks, frames, open_dataset
 from manipi.data.loader import Loader
@@ -16,7 +17,14 @@ from manipi.errors import ConfigError, NormStatsError
 from manipi.model.config import Pi0FastConfig
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory
-from manipi.tokenizers import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, TextTokenizer, Tokenizers
+from manipi.tokenizers import (
+    ActionTokenizer,
+    ByteTokenizer,
+    FastTokenizer,
+    SentencePieceTokenizer,
+    TextTokenizer,
+    Tokenizers,
+)
 from manipi.train.config import DataConfig, TrainConfig
 from manipi.transforms import pipeline
 from manipi.transforms.actions import ActionSpace
@@ -160,27 +168,32 @@ def _released_stats(config: TrainConfig) -> NormStats:
 def _tokenizers(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats, folder: Path) -> Tokenizers:
     if folder.is_dir():
         return Tokenizers.load(folder)
-    fast = _fast_tokenizer(config, dataset, rows, stats) if isinstance(config.model, Pi0FastConfig) else None
-    tokenizers = Tokenizers(_text_tokenizer(config, fast), fast)
+    action = _action_tokenizer(config, dataset, rows, stats) if isinstance(config.model, Pi0FastConfig) else None
+    tokenizers = Tokenizers(_text_tokenizer(config, action), action)
     with atomic_directory(folder) as partial:
         tokenizers.save(partial)
     return tokenizers
 
 
-def _text_tokenizer(config: TrainConfig, fast: FastTokenizer | None) -> TextTokenizer:
+def _text_tokenizer(config: TrainConfig, action: ActionTokenizer | None) -> TextTokenizer:
     if config.tokenizer != "byte":
         return SentencePieceTokenizer(config.tokenizer)
-    return ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + (fast.vocab_size if fast is not None else 0))
+    return ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + (action.vocab_size if action is not None else 0))
 
 
-def _fast_tokenizer(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats) -> FastTokenizer:
+def _action_tokenizer(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats) -> ActionTokenizer:
     if config.action_tokenizer != "fit":
-        return FastTokenizer.load(Path(config.action_tokenizer))
+        return open_action_tokenizer(config.action_tokenizer)
+    # The codes live behind the text's ids in the model's vocabulary.
+    room = config.model.vocab_size - ByteTokenizer.NUM_TEXT_IDS if config.tokenizer == "byte" else FIT_CODES
+    return FastTokenizer.fit(chunks_to_fit(config, dataset, rows, stats), vocab_size=min(room, FIT_CODES))
+
+
+def chunks_to_fit(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats) -> np.ndarray:
+    """At most `FIT_CHUNKS` action chunks [N, H, A] of `rows`, as the model sees them: relative and normalised."""
     robot = config.robot
     chosen = np.sort(rows[permutation(len(rows), f"fast/{config.seed}")[:FIT_CHUNKS]])
     action_key = robot.dataset_key(robot.action_key)
     chunks, _ = action_chunks(dataset, chosen, action_key=action_key, horizon=config.model.action_horizon)
     relative = ActionSpace(robot).to_model(chunks, read_state(dataset, robot)[chosen])
-    # The codes live behind the text's ids in the model's vocabulary.
-    room = config.model.vocab_size - ByteTokenizer.NUM_TEXT_IDS if config.tokenizer == "byte" else FIT_CODES
-    return FastTokenizer.fit(normalize(relative, stats.actions, config.norm_mode), vocab_size=min(room, FIT_CODES))
+    return normalize(relative, stats.actions, config.norm_mode)

@@ -6,8 +6,8 @@ from typing import TypeAlias
 import numpy as np
 
 from manipi.errors import ConfigError
-from manipi.model.config import ModelConfig, Pi0FastConfig, Pi05Config
-from manipi.tokenizers import FastTokenizer, TextTokenizer, Tokenizers, extract_codes
+from manipi.model.config import Compat, ModelConfig, Pi0FastConfig, Pi05Config
+from manipi.tokenizers import ActionTokenizer, CodeConstraint, TextTokenizer, Tokenizers, extract_codes
 from manipi.tokenizers.prompts import fast_prompt, pi05_prompt
 from manipi.types import Sample
 
@@ -19,10 +19,12 @@ class TokenizePrompt:
     tokenizer: TextTokenizer
     max_len: int
     with_state: bool
+    compat: Compat
 
     def encode(self, sample: Sample) -> Sample:
         state = sample["state"] if self.with_state else None
-        prompt = pi05_prompt(self.tokenizer, str(sample["prompt"]), state, self.max_len)
+        quirks = _prompt_quirks(self.compat)
+        prompt = pi05_prompt(self.tokenizer, str(sample["prompt"]), state, self.max_len, **quirks)
         return {**sample, "tokens": prompt.tokens, "token_valid": prompt.valid}
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
@@ -34,29 +36,41 @@ class TokenizeActions:
     """π0-FAST: instruction and state are the prefix; the actions are tokens that the model writes."""
 
     tokenizer: TextTokenizer
-    fast: FastTokenizer
+    action: ActionTokenizer
     max_len: int
     action_horizon: int
     action_size: int
+    compat: Compat
 
     def encode(self, sample: Sample) -> Sample:
         actions, prompt = sample.get("actions"), str(sample["prompt"])
-        p = fast_prompt(self.tokenizer, self.fast, prompt, sample["state"], actions, self.max_len)
+        quirks = {"lower_case": self.compat.fast_lower_case, **_prompt_quirks(self.compat)}
+        p = fast_prompt(self.tokenizer, self.action, prompt, sample["state"], actions, self.max_len, **quirks)
         rest = {k: v for k, v in sample.items() if k not in ("actions", "action_valid")}
         return {**rest, "tokens": p.tokens, "token_valid": p.valid, "token_causal": p.causal, "token_loss": p.loss}
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
         """Emitted token ids [T] -> normalised actions [H, A]. Raises TokenizerError where they spell no chunk."""
-        codes = extract_codes(self.tokenizer, actions_HA.tolist())
-        return self.fast.decode(codes, self.action_horizon, self.action_size)
+        round_trip = self.compat.fast_text_round_trip
+        codes = extract_codes(self.tokenizer, actions_HA.tolist(), reference_text=round_trip)
+        return self.action.decode(codes, self.action_horizon, self.action_size)
 
 
 TokenizeStep: TypeAlias = TokenizePrompt | TokenizeActions
 
 
+def _prompt_quirks(compat: Compat) -> dict[str, bool]:
+    return {"minus_one_below": compat.minus_one_state_bins, "truncate": compat.truncated_prompts}
+
+
 def tokenize_step(model: ModelConfig, tokenizers: Tokenizers, action_size: int) -> TokenizeStep:
-    """The step that fits the model. Raises ConfigError where a tokenizer is missing or too large for it."""
-    text, fast = tokenizers.text, tokenizers.fast
+    """The step that fits the model.
+
+    Raises:
+        ConfigError: a tokenizer is missing or too large for the model.
+        TokenizerError: the model could not decode a chunk; see `CodeConstraint`.
+    """
+    text = tokenizers.text
     if text.vocab_size > model.vocab_size:
         raise ConfigError(
             expected=f"a text tokenizer of at most {model.vocab_size} ids, the model's vocabulary",
@@ -66,12 +80,24 @@ def tokenize_step(model: ModelConfig, tokenizers: Tokenizers, action_size: int) 
         )
     if not isinstance(model, Pi0FastConfig):
         with_state = isinstance(model, Pi05Config) and model.state_in_prompt
-        return TokenizePrompt(text, model.max_token_len, with_state)
-    if fast is None:
+        return TokenizePrompt(text, model.max_token_len, with_state, model.compat)
+    code_constraint(model, tokenizers, action_size)  # What cannot be served is not trained either.
+    action = _action_tokenizer(tokenizers)
+    return TokenizeActions(text, action, model.max_token_len, model.action_horizon, action_size, model.compat)
+
+
+def code_constraint(model: Pi0FastConfig, tokenizers: Tokenizers, action_size: int) -> CodeConstraint:
+    """What the model may emit. Raises as `tokenize_step` does."""
+    chunk = (model.action_horizon, action_size)
+    return CodeConstraint(_action_tokenizer(tokenizers), tokenizers.text, *chunk, model.max_token_len)
+
+
+def _action_tokenizer(tokenizers: Tokenizers) -> ActionTokenizer:
+    if tokenizers.action is None:
         raise ConfigError(
-            expected="a FAST tokenizer",
+            expected="an action tokenizer",
             found="none",
             where="Pi0FastConfig",
-            next="fit one (TrainConfig.action_tokenizer='fit') or name a published one",
+            next="fit one (TrainConfig.action_tokenizer='fit'), use 'binning', or name a published one",
         )
-    return TokenizeActions(text, fast, model.max_token_len, model.action_horizon, action_size)
+    return tokenizers.action
