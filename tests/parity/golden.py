@@ -1,0 +1,161 @@
+"""The recorded cases of the reference: folders of the shape that `golden/README.md` describes.
+
+    <golden>/models/<any name>/     config.json, params.npz, inputs.npz, outputs*.npz, train_trace*.npz, ckpt_*/
+    <golden>/{trees,tokenizer,wire,transforms,policy}/
+
+Nothing of one case is written here or in the tests: sizes, cameras, adapters and settings are read from its files.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from manipi.checkpoints.openpi_names import from_openpi_tree
+from manipi.model import VLA, ModelInput
+from manipi.model.config import REFERENCE, Adapters, GemmaSize, LoRA, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
+
+SHARED = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[2].parent / "shared"))
+GOLDENS = [Path(folder) for folder in os.environ.get("MANIPI_GOLDEN", str(SHARED / "golden")).split(":")]
+KINDS = {"pi0": Pi0Config, "pi05": Pi05Config, "pi0_fast": Pi0FastConfig}
+ABSENT = f"no golden cases under {', '.join(map(str, GOLDENS))}; set MANIPI_SHARED or MANIPI_GOLDEN"
+
+Arrays = dict[str, np.ndarray]
+
+
+def find(pattern: str) -> list[Path]:
+    """Every file or folder that matches, in all golden folders."""
+    return [path for golden in GOLDENS for path in sorted(golden.glob(pattern))]
+
+
+def name_of(path: Path) -> str:
+    """A case id: the path within its golden folder, after that folder's name where there are several."""
+    golden = next(golden for golden in GOLDENS if path.is_relative_to(golden))
+    relative = path.relative_to(golden).with_suffix("").as_posix()
+    return relative if len(GOLDENS) == 1 else f"{golden.parent.name}/{golden.name}/{relative}"
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def read_arrays(path: Path) -> Arrays:
+    with np.load(path) as file:
+        return dict(file)
+
+
+def keys_of(path: Path) -> list[str]:
+    """The names in an `.npz`, without reading its arrays."""
+    with np.load(path) as file:
+        return list(file.files)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model folder."""
+
+    folder: Path
+
+    @cached_property
+    def recorded(self) -> dict[str, Any]:
+        return read_json(self.folder / "config.json")
+
+    @cached_property
+    def inputs(self) -> Arrays:
+        return read_arrays(self.folder / "inputs.npz")
+
+    @cached_property
+    def outputs(self) -> Arrays:
+        return read_arrays(self.folder / "outputs.npz")
+
+    @cached_property
+    def params(self) -> Arrays:
+        return read_arrays(self.folder / "params.npz")
+
+    @cached_property
+    def frozen(self) -> frozenset[str]:
+        """Tree paths that the reference's own rule leaves untrained."""
+        return frozenset(self.recorded["frozen_parameters_by_default_filter"])
+
+    @cached_property
+    def cameras(self) -> tuple[str, ...]:
+        """In the order of their tokens, which the recorded prefix shows whatever order the names have."""
+        names = [name.removeprefix("image/") for name in self.inputs if name.startswith("image/")]
+        prefix = self.outputs["input_tokens" if "input_tokens" in self.outputs else "prefix_tokens"]
+        slots = np.split(prefix[:, : len(names) * self.num_tokens], len(names), axis=1)
+        tokens = {name: self.outputs[f"siglip/{name}"] for name in names}
+        return tuple(sorted(names, key=lambda name: int(np.argmin([np.ptp(slot - tokens[name]) for slot in slots]))))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.outputs[next(name for name in self.outputs if name.startswith("siglip/"))].shape[1]
+
+    @cached_property
+    def config(self) -> Pi0Config | Pi05Config | Pi0FastConfig:
+        recorded, kind = self.recorded, self.recorded["kind"].removesuffix("_lora")
+        assert kind in KINDS, f"{self.folder}: unknown kind {recorded['kind']!r}; known: {', '.join(KINDS)}"
+        fields = {key: recorded[key] for key in ("vocab_size", "action_dim", "action_horizon", "max_token_len")}
+        fields["vision"] = VisionSize(**{key: recorded["siglip"][key] for key in VisionSize.__dataclass_fields__})
+        fields["vlm"] = GemmaSize(**recorded["vlm"])
+        fields["vlm_adapters"] = read_adapters(recorded["lora"], "vlm")
+        if recorded["action_expert"] is not None:
+            fields["action_expert"] = GemmaSize(**recorded["action_expert"])
+            fields["action_adapters"] = read_adapters(recorded["lora"], "action_expert")
+        if "eos_token" in recorded:
+            fields["eos_token"] = recorded["eos_token"]
+        return KINDS[kind](**fields, cameras=self.cameras, dtype="float32", compat=REFERENCE)
+
+    def model(self, **changes: Any) -> VLA:
+        """The model with the recorded weights, after changes of its config that leave the weights' shapes alone."""
+        model = VLA(replace(self.config, **changes))
+        model.load_state_dict(from_openpi_tree(self.params, self.config))
+        return model
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self.inputs[name])
+
+    def batch(self, prefix: str = "", *, masks: str = "") -> ModelInput:
+        """The recorded batch.
+
+        Args:
+            prefix: of the prompt's names, such as `decode/`.
+            masks: of the camera masks that replace the usual ones, such as `masked_image/`.
+        """
+        names = {"tokens": "tokenized_prompt", "token_valid": "tokenized_prompt_mask"}
+        names |= {"token_causal": "token_ar_mask", "token_loss": "token_loss_mask"}
+        arrays = {ours: self.inputs[prefix + name] for ours, name in names.items() if prefix + name in self.inputs}
+        arrays |= {name: self.inputs[name] for name in ("state", "actions")}
+        valid = {name: self.inputs[f"image_mask/{name}"] for name in self.cameras}
+        valid |= {name: self.inputs[key] for name in valid if (key := f"{masks}image_mask/{name}") in self.inputs}
+        arrays["images"] = np.stack([self.inputs[f"image/{name}"] for name in self.cameras], axis=1)
+        arrays["image_valid"] = np.stack(list(valid.values()), axis=1)
+        return ModelInput.from_numpy(arrays)
+
+
+def read_adapters(lora: dict[str, Any] | None, expert: str) -> Adapters:
+    """`{"attn": {rank, alpha} or null, "ffn": …}` of one expert; `rslora` stands beside the experts."""
+    entries = (lora or {}).get(expert) or {}
+    assert entries.keys() <= {"attn", "ffn"}, f"unknown adapters of {expert}: {sorted(entries)}"
+
+    def read(entry: dict[str, Any] | None) -> LoRA | None:
+        if not entry:
+            return None
+        stabilized = entry.get("rslora", (lora or {}).get("rslora", False))
+        return LoRA(rank=entry["rank"], alpha=entry["alpha"], rank_stabilized=stabilized)
+
+    return Adapters(attention=read(entries.get("attn")), feed_forward=read(entries.get("ffn")))
+
+
+CASES = [Case(path.parent) for path in find("models/*/config.json")]
+
+
+def keys(cases: list[Case], files: str, skip: str = "(?!)") -> list[Any]:
+    """Parameters `(case, file, key)` of a test: every array of the files that match, unless its name matches `skip`."""
+    found = [(case, path) for case in cases for path in sorted(case.folder.glob(files))]
+    return [(case, path, key) for case, path in found for key in keys_of(path) if not re.fullmatch(skip, key)]
