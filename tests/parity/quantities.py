@@ -100,7 +100,8 @@ def joint_forward(case: Case, model: VLA) -> Quantities:
         "prefix_tokens": prefix.tokens_BTD,
         "prefix_mask": prefix.valid_BT,
         "prefix_ar_mask": prefix.starts_block_BT[0],
-        "suffix_tokens": suffix.tokens_BTD,
+        # The reference's have not been cast to the compute dtype yet.
+        "suffix_tokens": model.head.suffix(batch.state, x, time[:, None], torch.float32).tokens_BTD,
         "suffix_mask": suffix.valid_BT,
         "suffix_ar_mask": suffix.starts_block_BT[0],
         "time_posemb": timestep_embedding(time, suffix.tokens_BTD.shape[-1]),
