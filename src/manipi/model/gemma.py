@@ -11,6 +11,9 @@ span; within that, `attention_mask` decides:
                ▲─────────────┘                │
                ▲───────────────▲──────────────┘
 
+The residual stream is float32 and matrices compute in the dtype of the spans' tokens, so that under bfloat16 the roundings
+of one layer do not add up over the next ones. The norms have it in float32 anyway, and would save that copy for backward.
+
 Shape suffixes: B batch, T query tokens, S key tokens, D expert width, C conditioning rows, N query heads,
 G key/value heads, H head dim.
 """
@@ -77,7 +80,7 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) · (1 + scale)` in float32 (Zhang & Sennrich 2019)."""
+    """`x / rms(x) · (1 + scale)`, in and out in float32 (Zhang & Sennrich 2019)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -87,12 +90,14 @@ class RMSNorm(nn.Module):
         nn.init.zeros_(self.scale)
 
     def forward(self, x_BTD: Tensor, cond_BCD: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        normed_BTD = F.rms_norm(x_BTD.float(), self.scale.shape, 1 + self.scale.float(), eps=1e-6)
-        return normed_BTD.to(x_BTD.dtype), None
+        return F.rms_norm(x_BTD, self.scale.shape, 1 + self.scale.float(), eps=1e-6), None
 
 
 class AdaptiveRMSNorm(nn.Module):
-    """`x / rms(x) · (1 + scale) + shift`, with scale, shift and the residual's gate linear in the conditioning."""
+    """`x / rms(x) · (1 + scale) + shift`, with scale, shift and the residual's gate linear in the conditioning.
+
+    In and out in float32, but for the conditioning, which the modulation computes in its own dtype.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -100,10 +105,10 @@ class AdaptiveRMSNorm(nn.Module):
 
     def forward(self, x_BTD: Tensor, cond_BCD: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert cond_BCD is not None, "an expert with adaptive norms needs Span.cond_BCD"
-        scale, shift, gate = self.modulation(cond_BCD.to(x_BTD.dtype)).chunk(3, dim=-1)
-        normed_BTD = F.rms_norm(x_BTD.float(), x_BTD.shape[-1:], eps=1e-6)
+        scale, shift, gate = self.modulation(cond_BCD).float().chunk(3, dim=-1)
+        normed_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6)
         t = x_BTD.shape[1]
-        return (normed_BTD * _per_token(1 + scale, t) + _per_token(shift, t)).to(x_BTD.dtype), _per_token(gate, t)
+        return normed_BTD * _per_token(1 + scale, t) + _per_token(shift, t), _per_token(gate, t)
 
 
 def _per_token(rows_BCD: Tensor, num_tokens: int) -> Tensor:
@@ -143,9 +148,12 @@ class ExpertLayer(nn.Module):
         self.mlp_norm = norm(width)
         self.mlp = MLP(size, config.adapters.feed_forward)
 
-    def project(self, x_BTD: Tensor, cond_BCD: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def project(
+        self, x_BTD: Tensor, cond_BCD: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries [B, T, N, H], keys and values [B, T, G, H], and the gate of the attention residual."""
         normed_BTD, gate = self.attention_norm(x_BTD, cond_BCD)
+        normed_BTD = normed_BTD.to(dtype)
         q, k, v = (p(normed_BTD).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v, gate
 
@@ -153,7 +161,7 @@ class ExpertLayer(nn.Module):
         """The two residuals: attention output, then MLP."""
         x_BTD = _residual(x_BTD, self.out_proj(attended_BTNH.flatten(-2)), gate)
         normed_BTD, gate = self.mlp_norm(x_BTD, cond_BCD)
-        return _residual(x_BTD, self.mlp(normed_BTD), gate)
+        return _residual(x_BTD, self.mlp(normed_BTD.to(attended_BTNH.dtype)), gate)
 
 
 def _residual(x: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:
@@ -166,7 +174,7 @@ class Geometry(NamedTuple):
     rope: tuple[Tensor, Tensor]
     """Cosines and sines of the tokens' rotations, each [B, T, 1, H/2]."""
     bias_B1TS: Tensor
-    """Added to the attention logits: 0 where a key is seen, `MASKED` where not."""
+    """Added to the attention logits: 0 where a key is seen, `MASKED` where not. In the dtype that the span computes in."""
 
 
 class Block(nn.Module):
@@ -193,7 +201,7 @@ class Block(nn.Module):
         results, seen = {}, past
         for name, x_BTD in xs.items():
             expert, cond, geometry = self._expert(name), conds[name], geometries[name]
-            q, k, v, gate = expert.project(x_BTD, cond)
+            q, k, v, gate = expert.project(x_BTD, cond, geometry.bias_B1TS.dtype)
             q, k = rotate(q, geometry.rope), rotate(k, geometry.rope)
             if seen is not None:
                 before_k, before_v = (seen[0].detach(), seen[1].detach()) if insulate else seen
@@ -268,11 +276,11 @@ class Gemma(nn.Module):
                 contribute keys and values only, which saves their attention and MLP.
 
         Returns:
-            The wanted spans after the final norm, each [B, T, D].
+            The wanted spans after the final norm, each [B, T, D], in float32.
         """
         geometries, layout = self._place(spans, None if cache is None else cache.layout)
-        xs = {name: span.tokens_BTD for name, span in spans.items()}
-        conds = {name: span.cond_BCD for name, span in spans.items()}
+        xs = {name: span.tokens_BTD.float() for name, span in spans.items()}
+        conds = {n: None if s.cond_BCD is None else s.cond_BCD.to(s.tokens_BTD.dtype) for n, s in spans.items()}
         wanted = spans.keys() if outputs is None else outputs
         for index, block in enumerate(self.blocks):
             past = None if cache is None else cache.layers.get(index)
