@@ -27,7 +27,9 @@ def case_id(value: object) -> str:
 
 
 def over(*argument_names: str, values: list) -> Callable:
-    return pytest.mark.parametrize(argument_names if len(argument_names) > 1 else argument_names[0], values, ids=case_id)
+    return pytest.mark.parametrize(
+        argument_names if len(argument_names) > 1 else argument_names[0], values, ids=case_id
+    )
 
 
 @cache

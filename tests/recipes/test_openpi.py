@@ -1,4 +1,4 @@
-"""The reference's 31 recipes: their numbers, written by hand from its configs, and two real steps of each in miniature."""
+"""The reference's 31 recipes: their numbers, by hand from its configs, and two real steps of each in miniature."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,42 +18,73 @@ from manipi.train.config import DataConfig, TrainConfig
 from manipi.train.data import prepare
 from manipi.train.loop import train
 
-# recipe: model, action dimensions, horizon, tokens | robot, dataset, relative dimensions | weights, norm stats
-#         | steps, batch, averaging | peak rate, warm-up | save, keep every
+# recipe               model, action dimensions, horizon, tokens | robot, data, relative dimensions | weights, assets
 TABLE = """
-pi0_aloha            Pi0  32 50  48 | aloha -      12 | pi0_base            pi0_base/trossen            | 30000  32 0.99  | 2.5e-5 1000  | 1000 5000
-pi05_aloha           Pi05 32 50 200 | aloha -      12 | pi05_base           pi05_base/trossen           | 30000  32 0.99  | 2.5e-5 1000  | 1000 5000
-pi0_aloha_towel      Pi0  32 50  48 | aloha -      12 | pi0_aloha_towel     pi0_aloha_towel/trossen     | 30000  32 0.99  | 2.5e-5 1000  | 1000 5000
-pi0_aloha_tupperware Pi0  32 50  48 | aloha -      12 | pi0_aloha_tupperware pi0_aloha_tupperware/trossen | 30000 32 0.99 | 2.5e-5 1000  | 1000 5000
-pi0_aloha_pen_uncap  Pi0  32 50  48 | aloha physical-intelligence/aloha_pen_uncap_diverse 12 | pi0_base  pi0_base/trossen  | 20000 32 0.99 | 2.5e-5 1000 | 1000 5000
-pi05_aloha_pen_uncap Pi05 32 50 200 | aloha physical-intelligence/aloha_pen_uncap_diverse 12 | pi05_base pi05_base/trossen | 20000 64 0.99 | 2.5e-5 1000 | 1000 5000
-pi0_aloha_sim        Pi0  32 50  48 | aloha_sim lerobot/aloha_sim_transfer_cube_human     0 | pi0_base  -                 | 20000 32 0.99 | 2.5e-5 1000 | 1000 5000
-pi0_droid            Pi0  32 10  48 | droid -      0 | pi0_droid           pi0_droid/droid             | 30000  32 0.99  | 2.5e-5 1000  | 1000 5000
-pi0_fast_droid       Fast  8 10 250 | droid -      0 | pi0_fast_droid      pi0_fast_droid/droid        | 30000  32 0.99  | 2.5e-5 1000  | 1000 5000
-pi05_droid           Pi05 32 15 200 | droid -      0 | pi05_droid          pi05_droid/droid            | 30000  32 0.99  | 2.5e-5 1000  | 1000 5000
-pi0_fast_full_droid_finetune Fast 8 16 180 | droid 1.0*droid:1.0.1 7 | pi0_fast_base -              | 100000 256 0.99 | 5e-5 1000    | 5000 20000
-pi05_full_droid_finetune Pi05 32 16 200 | droid 1.0*droid:1.0.1 7 | pi05_base    pi05_base/droid     | 100000 256 0.99 | 5e-5 1000    | 5000 10000
-pi05_droid_finetune  Pi05 32 16 200 | droid -      0 | pi05_droid          pi05_droid/droid            | 20000  32 0.99  | 2.5e-5 1000  | 1000 5000
-pi0_libero           Pi0  32 50  48 | libero physical-intelligence/libero 6 | pi0_base      -          | 30000  32 0.99  | 2.5e-5 1000  | 1000 5000
-pi0_libero_low_mem_finetune Pi0 32 50 48 | libero physical-intelligence/libero 6 | pi0_base -          | 30000  32 0     | 2.5e-5 1000  | 1000 5000
-pi0_fast_libero      Fast  7 10 180 | libero physical-intelligence/libero 6 | pi0_fast_base -          | 30000  32 0.99  | 2.5e-5 1000  | 1000 5000
-pi0_fast_libero_low_mem_finetune Fast 7 10 180 | libero physical-intelligence/libero 6 | pi0_fast_base - | 30000 32 0    | 2.5e-5 1000  | 1000 5000
-pi05_libero          Pi05 32 10 200 | libero physical-intelligence/libero 0 | pi05_base     -          | 30000 256 0.999 | 5e-5 10000   | 1000 5000
-debug                Pi0  32 50  48 | tabletop -   3 | -                   -                           | 10      2 0.99  | 2.5e-5 1000  | 100 5000
-debug_restore        Pi0  32 50  48 | tabletop -   3 | runs/debug/checkpoints/10 -                     | 10      2 0.99  | 2.5e-5 1000  | 1000 5000
-debug_pi05           Pi05 32 50 200 | tabletop -   3 | -                   -                           | 10      2 0.99  | 2.5e-5 1000  | 1000 5000
-paligemma_binning_droid         Fast 8 15 400 | droid - 0 | roboarena/paligemma_binning_droid roboarena/paligemma_binning_droid/droid | 30000 32 0.99 | 2.5e-5 1000 | 1000 5000
-paligemma_fast_droid            Fast 8 15 250 | droid - 0 | roboarena/paligemma_fast_droid    roboarena/paligemma_fast_droid/droid    | 30000 32 0.99 | 2.5e-5 1000 | 1000 5000
-paligemma_fast_specialist_droid Fast 8 15 250 | droid - 0 | roboarena/paligemma_fast_specialist_droid roboarena/paligemma_fast_specialist_droid/droid | 30000 32 0.99 | 2.5e-5 1000 | 1000 5000
-paligemma_vq_droid              Fast 8 15 250 | droid - 0 | roboarena/paligemma_vq_droid      roboarena/paligemma_vq_droid/droid      | 30000 32 0.99 | 2.5e-5 1000 | 1000 5000
-paligemma_diffusion_droid       Pi0  8 10  48 | droid - 0 | roboarena/paligemma_diffusion_droid roboarena/paligemma_diffusion_droid/droid | 30000 32 0.99 | 2.5e-5 1000 | 1000 5000
-pi05_droid_jointpos_polaris     Pi05 32 15 200 | droid MIX 7 | polaris/pi05_droid_jointpos_polaris     polaris/pi05_droid_jointpos_polaris/droid     | 1000 128 0.99 | 5e-5 1000 | 1000 1000
-pi0_fast_droid_jointpos_polaris Fast  8 10 180 | droid MIX 7 | polaris/pi0_fast_droid_jointpos_polaris polaris/pi0_fast_droid_jointpos_polaris/droid | 1000 128 0.99 | 5e-5 1000 | 1000 1000
-pi0_droid_jointpos_polaris      Pi0  32 10 100 | droid MIX 7 | polaris/pi0_droid_jointpos_polaris      polaris/pi0_droid_jointpos_polaris/droid      | 1000 128 0.99 | 5e-5 1000 | 1000 1000
-pi0_droid_jointpos_100k_polaris Pi0  32 10 100 | droid MIX 7 | polaris/pi0_droid_jointpos_100k_polaris polaris/pi0_droid_jointpos_100k_polaris/droid | 1000 128 0.99 | 5e-5 1000 | 1000 1000
-paligemma_binning_droid_jointpos Fast 8 15 600 | droid -   7 | - -                                                                              | 30000 32 0.99 | 2.5e-5 1000 | 1000 5000
-""".replace("MIX", "0.9*droid:1.0.1+0.1*polaris_droid_cotrain_dataset:1.0.0")
+pi0_aloha                         Pi0  32 50  48 | aloha     -      12 | pi0_base             trossen
+pi05_aloha                        Pi05 32 50 200 | aloha     -      12 | pi05_base            trossen
+pi0_aloha_towel                   Pi0  32 50  48 | aloha     -      12 | pi0_aloha_towel      trossen
+pi0_aloha_tupperware              Pi0  32 50  48 | aloha     -      12 | pi0_aloha_tupperware trossen
+pi0_aloha_pen_uncap               Pi0  32 50  48 | aloha     pen    12 | pi0_base             trossen
+pi05_aloha_pen_uncap              Pi05 32 50 200 | aloha     pen    12 | pi05_base            trossen
+pi0_aloha_sim                     Pi0  32 50  48 | aloha_sim cube    0 | pi0_base             -
+pi0_droid                         Pi0  32 10  48 | droid     -       0 | pi0_droid            droid
+pi0_fast_droid                    Fast  8 10 250 | droid     -       0 | pi0_fast_droid       droid
+pi05_droid                        Pi05 32 15 200 | droid     -       0 | pi05_droid           droid
+pi0_fast_full_droid_finetune      Fast  8 16 180 | droid     full    7 | pi0_fast_base        -
+pi05_full_droid_finetune          Pi05 32 16 200 | droid     full    7 | pi05_base            droid
+pi05_droid_finetune               Pi05 32 16 200 | droid     -       0 | pi05_droid           droid
+pi0_libero                        Pi0  32 50  48 | libero    libero  6 | pi0_base             -
+pi0_libero_low_mem_finetune       Pi0  32 50  48 | libero    libero  6 | pi0_base             -
+pi0_fast_libero                   Fast  7 10 180 | libero    libero  6 | pi0_fast_base        -
+pi0_fast_libero_low_mem_finetune  Fast  7 10 180 | libero    libero  6 | pi0_fast_base        -
+pi05_libero                       Pi05 32 10 200 | libero    libero  0 | pi05_base            -
+debug                             Pi0  32 50  48 | tabletop  demo    3 | -                    -
+debug_restore                     Pi0  32 50  48 | tabletop  demo    3 | runs/debug/checkpoints/10 -
+debug_pi05                        Pi05 32 50 200 | tabletop  demo    3 | -                    -
+paligemma_binning_droid           Fast  8 15 400 | droid     -       0 | roboarena/*          droid
+paligemma_fast_droid              Fast  8 15 250 | droid     -       0 | roboarena/*          droid
+paligemma_fast_specialist_droid   Fast  8 15 250 | droid     -       0 | roboarena/*          droid
+paligemma_vq_droid                Fast  8 15 250 | droid     -       0 | roboarena/*          droid
+paligemma_diffusion_droid         Pi0   8 10  48 | droid     -       0 | roboarena/*          droid
+pi05_droid_jointpos_polaris       Pi05 32 15 200 | droid     mixture 7 | polaris/*            droid
+pi0_fast_droid_jointpos_polaris   Fast  8 10 180 | droid     mixture 7 | polaris/*            droid
+pi0_droid_jointpos_polaris        Pi0  32 10 100 | droid     mixture 7 | polaris/*            droid
+pi0_droid_jointpos_100k_polaris   Pi0  32 10 100 | droid     mixture 7 | polaris/*            droid
+paligemma_binning_droid_jointpos  Fast  8 15 600 | droid     -       7 | -                    -
+"""
 ROWS = {line.split()[0]: line.replace("|", " ").split()[1:] for line in TABLE.strip().splitlines()}
+
+# steps, batch, averaging | peak rate, warm-up | save, keep every
+DEFAULT = "30000 32 0.99 | 2.5e-5 1000 | 1000 5000"
+POLARIS = "1000 128 0.99 | 5e-5   1000 | 1000 1000"
+TRAINING = {
+    "pi0_aloha_pen_uncap": "20000   32 0.99  | 2.5e-5  1000 | 1000  5000",
+    "pi05_aloha_pen_uncap": "20000  64 0.99  | 2.5e-5  1000 | 1000  5000",
+    "pi0_aloha_sim": "20000         32 0.99  | 2.5e-5  1000 | 1000  5000",
+    "pi0_fast_full_droid_finetune": "100000 256 0.99 | 5e-5 1000 | 5000 20000",
+    "pi05_full_droid_finetune": "100000 256 0.99     | 5e-5 1000 | 5000 10000",
+    "pi05_droid_finetune": "20000   32 0.99  | 2.5e-5  1000 | 1000  5000",
+    "pi0_libero_low_mem_finetune": "30000  32 0 | 2.5e-5  1000 | 1000  5000",
+    "pi0_fast_libero_low_mem_finetune": "30000 32 0 | 2.5e-5 1000 | 1000 5000",
+    "pi05_libero": "30000          256 0.999 | 5e-5   10000 | 1000  5000",
+    "debug": "10         2 0.99 | 2.5e-5  1000 |  100  5000",
+    "debug_restore": "10 2 0.99 | 2.5e-5  1000 | 1000  5000",
+    "debug_pi05": "10    2 0.99 | 2.5e-5  1000 | 1000  5000",
+    "pi05_droid_jointpos_polaris": POLARIS,
+    "pi0_fast_droid_jointpos_polaris": POLARIS,
+    "pi0_droid_jointpos_polaris": POLARIS,
+    "pi0_droid_jointpos_100k_polaris": POLARIS,
+}
+DATA = {
+    "-": "",
+    "demo": "runs/demo/dataset",
+    "pen": "hf://datasets/physical-intelligence/aloha_pen_uncap_diverse",
+    "cube": "hf://datasets/lerobot/aloha_sim_transfer_cube_human",
+    "libero": "hf://datasets/physical-intelligence/libero",
+    "full": "1.0 droid 1.0.1",
+    "mixture": "0.9 droid 1.0.1 + 0.1 polaris_droid_cotrain_dataset 1.0.0",
+}
+RELEASED = "gs://openpi-assets/checkpoints/"
 MODELS = {"Pi0": Pi0Config, "Pi05": Pi05Config, "Fast": Pi0FastConfig}
 PROMPTS = {
     "pi0_aloha_towel": "fold the towel",
@@ -82,35 +113,41 @@ def test_all_31_and_no_other():
 
 
 @every_recipe
-def test_numbers(name):
+def test_model_and_data(name):
     c = load_recipe(name)
-    model, dim, horizon, tokens, robot, dataset, relative, init, stats, steps, batch, average, *rates = ROWS[name]
+    model, dim, horizon, tokens, robot, data, relative, weights, assets = ROWS[name]
+    weights = weights.replace("*", name)
     assert isinstance(c.model, MODELS[model])
     sizes = (c.model.action_dim, c.model.action_horizon, c.model.max_token_len)
     assert sizes == (int(dim), int(horizon), int(tokens))
     assert c.robot.name == robot
-    assert dataset_of(c.data) == dataset
+    assert dataset_of(c.data) == DATA[data]
     assert sum(group.size for group in c.robot.actions if group.relative) == int(relative)
-    assert (c.init or "-").removeprefix("gs://openpi-assets/checkpoints/") == init
-    released = c.data.norm_stats.removeprefix("gs://openpi-assets/checkpoints/").replace("/assets/", "/")
-    assert (released or "-") == stats
-    assert (c.steps, c.batch_size, c.ema_decay) == (int(steps), int(batch), float(average))
-    o = c.optimizer
-    assert (o.lr, o.warmup_steps, c.save_every, c.keep_every) == tuple(map(float, rates))
-    assert (o.final_lr, o.decay_steps) == ((5e-5, 1_000_000) if o.lr == 5e-5 else (2.5e-6, 30_000))
-    assert (o.kind, o.schedule) == ("adamw", "cosine")
-    assert (o.beta1, o.beta2, o.eps, o.weight_decay, o.clip_norm) == (0.9, 0.95, 1e-8, 1e-10, 1.0)
-    assert (c.seed, c.log_every, c.noise_draws, c.data.holdout, c.data.num_workers) == (42, 100, 1, 0.0, 2)
+    assert c.init.removeprefix(RELEASED) == weights.strip("-")
+    assert c.data.norm_stats == (f"{RELEASED}{weights}/assets/{assets}" if assets != "-" else "")
     assert c.norm_mode == ("zscore" if model == "Pi0" else "quantile")
 
 
+@every_recipe
+def test_training(name):
+    c = load_recipe(name)
+    steps, batch, average, lr, warmup, save, keep = TRAINING.get(name, DEFAULT).replace("|", " ").split()
+    assert (c.steps, c.batch_size, c.ema_decay) == (int(steps), int(batch), float(average))
+    o = c.optimizer
+    assert (o.lr, o.warmup_steps) == (float(lr), int(warmup))
+    assert (c.save_every, c.keep_every) == (int(save), int(keep))
+    assert (o.final_lr, o.decay_steps) == ((5e-5, 1_000_000) if lr == "5e-5" else (2.5e-6, 30_000))
+    assert (o.kind, o.schedule) == ("adamw", "cosine")
+    assert (o.beta1, o.beta2, o.eps, o.weight_decay, o.clip_norm) == (0.9, 0.95, 1e-8, 1e-10, 1.0)
+    assert (c.seed, c.log_every, c.noise_draws, c.data.holdout, c.data.num_workers) == (42, 100, 1, 0.0, 2)
+
+
 def dataset_of(data: DataConfig) -> str:
-    mixture = "+".join(f"{s.weight}*{s.name}:{s.version}" for s in data.rlds)
     for s in data.rlds:
         assert s.action_space == "joint_position"
         version = s.version.replace(".", "_")
         assert s.keep_ranges == f"gs://openpi-assets/droid/{s.name}_sample_ranges_v{version}.json"
-    return mixture or (data.path.removeprefix("hf://datasets/") if "://" in data.path else "-")
+    return data.path or " + ".join(f"{s.weight} {s.name} {s.version}" for s in data.rlds)
 
 
 @every_recipe
@@ -149,10 +186,9 @@ def test_adapters(name):
 
 
 def test_cameras_of_datasets():
-    three = {slot: f"observation.images.{name}" for slot, name in (
-        ("base", "cam_high"), ("left_wrist", "cam_left_wrist"), ("right_wrist", "cam_right_wrist"))}  # fmt: skip
+    three = {"base": "cam_high", "left_wrist": "cam_left_wrist", "right_wrist": "cam_right_wrist"}
     for name, features in {
-        "pi0_aloha_pen_uncap": three,
+        "pi0_aloha_pen_uncap": {slot: f"observation.images.{camera}" for slot, camera in three.items()},
         "pi0_aloha_sim": {"base": "observation.images.top"},
         "pi05_droid_finetune": {"base": "exterior_image_1_left", "left_wrist": "wrist_image_left"},
         "pi0_fast_full_droid_finetune": {"base": "exterior_image_1_left", "wrist": "wrist_image_left"},
@@ -169,7 +205,7 @@ def test_without_a_dataset(tmp_path):
         "pi0_droid": "a recipe without a dataset of its own",
         "pi0_droid_jointpos_polaris": "droid 1.0.1 and polaris_droid_cotrain_dataset 1.0.0",
     }.items():
-        with pytest.raises(ConfigError, match="--data.path FOLDER, a LeRobot dataset") as error:
+        with pytest.raises(ConfigError, match=r"--data\.path FOLDER, a LeRobot dataset") as error:
             prepare(load_recipe(name), tmp_path)
         assert found in error.value.found
 

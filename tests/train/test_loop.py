@@ -1,7 +1,10 @@
 """Training on a toy dataset: it learns, it stops loudly, and a resumed run is the undisturbed one, bit for bit."""
 
+import json
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,14 +14,18 @@ import torch
 from safetensors.torch import load_file
 
 from manipi.checkpoints.native import verify
-from manipi.errors import BadValueError, CheckpointError, MissingFeatureError, StorageError, TrainingError
+from manipi.checkpoints.openpi_names import openpi_arrays
+from manipi.errors import BadValueError, CheckpointError, ConfigError, MissingFeatureError, StorageError, TrainingError
 from manipi.model import ModelInput
+from manipi.model.config import Adapters, LoRA, Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.policy import Policy
 from manipi.robots import State
+from manipi.train.config import OptimizerConfig
 from manipi.train.data import prepare
 from manipi.train.loop import train, train_step
 from manipi.train.run import Run, read_config
-from manipi.train.state import TrainState
+from manipi.train.state import TrainState, is_frozen, trainable_parameters
+from manipi.transforms.normalize import load_norm_stats, save_norm_stats
 
 KINDS = ("pi05", "pi0", "pi0_fast")
 OF_THE_CLOCK = {"time", "samples_per_s", "data_wait"}
@@ -105,6 +112,91 @@ def test_the_average_follows_the_raw_weights(tiny, trained):
     assert all(torch.equal(served[name], state.average[name]) for name in state.average)
 
 
+def test_sgd_trains_and_resumes(tiny, tmp_path):
+    config = replace(tiny(steps=4), optimizer=OptimizerConfig(kind="sgd", schedule="rsqrt", lr=0.05, warmup_steps=1))
+    whole = train(config, tmp_path / "whole", show=False)
+    train(config, tmp_path / "parts", stop_at=2, show=False)
+    same_state(config, whole, train(config, tmp_path / "parts", show=False))
+
+
+# ---- what adapters leave frozen
+
+LORA = Adapters(attention=LoRA(rank=2, alpha=2.0), feed_forward=LoRA(rank=2, alpha=2.0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapted"),
+    [("pi0", ("vlm",)), ("pi0", ("action",)), ("pi0", ("vlm", "action")), ("pi05", ("vlm",)), ("pi0_fast", ("vlm",))],
+)
+def test_only_adapters_of_an_adapted_expert_move(kind, adapted, tiny, tmp_path):
+    config = tiny(kind, steps=5, save_every=5, ema_decay=0.0, frozen_dtype="bfloat16")
+    config = replace(config, model=replace(config.model, **{f"{name}_adapters": LORA for name in adapted}))
+    state = TrainState.initial(config)
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    state.load(train(config, tmp_path, show=False) / "train_state")
+    moved = {name for name, p in state.model.named_parameters() if not torch.equal(p, before[name])}
+    owned = {n for n in before if any(f".{e}." in n or (e == "vlm" and n.endswith("token_embedding")) for e in adapted)}
+    frozen = {name for name in owned if "lora_" not in name}
+    assert frozen
+    assert moved.isdisjoint(frozen)
+    assert {name for name in owned - frozen if name in state.parameters} <= moved
+    assert any(name.startswith("vision.") for name in moved)
+    assert {before[name].dtype for name in frozen} == {torch.bfloat16}
+    assert {p.dtype for name, p in before.items() if name not in frozen} == {torch.float32}
+    Policy.load(tmp_path / "checkpoints/5")
+    everything = replace(config, frozen="none")
+    assert set(trainable_parameters(state.model, freeze=False)) == set(TrainState.initial(everything).parameters)
+    assert not set(state.parameters) & frozen
+
+
+GOLDEN = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[2].parent / "shared")) / "golden"
+TREES = sorted(GOLDEN.glob("trees/*.json"))
+CONFIGS = {"pi0": Pi0Config, "pi05": Pi05Config, "pi0_fast": Pi0FastConfig}
+
+
+@pytest.mark.skipif(not TREES, reason=f"no golden parameter trees under {GOLDEN}; set MANIPI_SHARED")
+@pytest.mark.parametrize("path", TREES, ids=lambda path: path.stem)
+def test_frozen_as_the_reference_freezes(path):
+    tree = json.loads(path.read_text())
+    model = CONFIGS[path.stem.removesuffix("_lora")]()
+    if path.stem.endswith("_lora"):
+        model = replace(model, vlm_adapters=LORA, action_adapters=LORA)
+    arrays = openpi_arrays(model)
+    assert set(arrays) == set(tree["parameters"])
+    ours = {name for name, array in arrays.items() for layer in array.names for part in layer if is_frozen(part, model)}
+    assert ours == set(tree["frozen_parameters_by_default_filter"])
+
+
+# ---- where weights and statistics begin
+
+
+@every_kind
+def test_a_run_begins_with_the_weights_of_init(kind, trained, tiny, tmp_path):
+    source = Path(shutil.copytree(trained(kind), tmp_path / "source"))
+    config = tiny(kind, steps=2, init=str(source))
+    train(config, tmp_path / "run", stop_at=1, show=False)
+    begun = load_file(tmp_path / "run/checkpoints/0/model.safetensors")
+    served = load_file(source / "model.safetensors")
+    assert begun.keys() == served.keys()
+    assert all(torch.equal(begun[name], value) for name, value in served.items())
+    shutil.rmtree(source)
+    assert train(config, tmp_path / "run", show=False).name == "2"  # the run has its own weights by now
+
+
+def test_a_run_in_the_scale_of_another(trained, tiny, toy_dataset, tmp_path):
+    """The statistics are those of the folder; the run is tied to its own data all the same."""
+    folder = trained("pi05")
+    other = load_norm_stats(folder / "norm_stats.json")
+    scaled = replace(other, state=replace(other.state, mean=other.state.mean + 1), data="another dataset")
+    save_norm_stats(scaled, tmp_path / "assets/norm_stats.json")
+    config = tiny()
+    config = replace(config, data=replace(config.data, norm_stats=str(tmp_path / "assets")))
+    prepare(config, tmp_path)
+    data = prepare(config, tmp_path)
+    np.testing.assert_array_equal(data.stats.state.mean, other.state.mean + 1)
+    assert data.stats.data == other.data == data.dataset.fingerprint
+
+
 # ---- resuming
 
 
@@ -139,6 +231,14 @@ def test_only_the_newest_checkpoints_stay(tiny, tmp_path):
     config = tiny(steps=7, save_every=2, keep_checkpoints=2)
     train(config, tmp_path, show=False)
     assert Run(tmp_path, config).steps() == [6, 7]
+
+
+def test_every_nth_checkpoint_stays_too(tiny, tmp_path):
+    config = tiny(steps=7, save_every=1, keep_checkpoints=1, keep_every=3)
+    train(config, tmp_path, show=False)
+    assert Run(tmp_path, config).steps() == [3, 6, 7]
+    with pytest.raises(ConfigError, match="keep_every"):
+        tiny(keep_every=-1)
 
 
 def test_a_run_may_be_made_longer(tiny, tmp_path):

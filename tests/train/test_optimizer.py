@@ -1,9 +1,13 @@
+import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from manipi.errors import ConfigError
 from manipi.train.config import OptimizerConfig
 from manipi.train.noise import BETA_ALPHA, draw_noise
 from manipi.train.optimizer import (
@@ -25,6 +29,48 @@ def test_learning_rate_at_its_corners():
     rates = [learning_rate(step, config) for step in range(30)]
     assert rates == [*sorted(rates[:4]), *sorted(rates[4:], reverse=True)]
     assert learning_rate(0, OptimizerConfig(warmup_steps=0)) == OptimizerConfig().lr
+
+
+SCHEDULES = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[2].parent / "shared")) / (
+    "golden/transforms/schedules.json"
+)
+
+
+@pytest.mark.skipif(not SCHEDULES.is_file(), reason=f"no golden schedules at {SCHEDULES}; set MANIPI_SHARED")
+def test_the_reference_schedules():
+    names = {"peak_lr": "lr", "decay_lr": "final_lr"}
+    cases = json.loads(SCHEDULES.read_text())
+    assert {case["kind"] for case in cases} == {"cosine", "rsqrt"}
+    for case in cases:
+        config = OptimizerConfig(schedule=case["kind"], **{names.get(k, k): v for k, v in case["args"].items()})
+        found = [learning_rate(step, config) for step, _ in case["values"]]
+        wanted = [value for _, value in case["values"]]
+        # The reference computes the warm-up as a difference from the peak, in float32.
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7 * config.lr, err_msg=str(case["args"]))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_by_hand(nesterov):
+    """Sutskever et al. 2013: velocity = momentum * velocity + gradient. Neither decay nor clipping."""
+    config = OptimizerConfig(
+        kind="sgd", lr=0.1, final_lr=0.1, warmup_steps=0, momentum=0.5, nesterov=nesterov, weight_decay=1.0, clip_norm=0
+    )
+    weight = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+    optimizer = make_optimizer([weight], config)
+    value, velocity = np.array([3.0, -2.0]), np.zeros(2)
+    for step in range(3):
+        gradient = np.array([3.0, 4.0]) * (step + 1)
+        weight.grad = torch.tensor(gradient).float()
+        assert float(clip_gradients([weight], config)) == pytest.approx(5.0 * (step + 1))
+        update(optimizer, step, config)
+        velocity = 0.5 * velocity + gradient
+        value = value - 0.1 * (gradient + 0.5 * velocity if nesterov else velocity)
+        np.testing.assert_allclose(weight.detach().numpy(), value, rtol=1e-6, atol=1e-6)
+
+
+def test_nesterov_needs_momentum():
+    with pytest.raises(ConfigError, match="above 0 for nesterov"):
+        OptimizerConfig(kind="sgd", nesterov=True, momentum=0.0)
 
 
 def test_three_updates_by_hand():

@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from manipi.checkpoints.action_tokenizers import open_action_tokenizer
-from manipi.checkpoints.fetch import fetch
 from manipi.checkpoints.released import ASSETS
+from manipi.checkpoints.tokenizers import open_action_tokenizer, open_text_tokenizer
 from manipi.errors import ConfigError
 from manipi.exchange.importing import Wanted
 from manipi.model.config import Pi0FastConfig
 from manipi.robots.robot import Robot
-from manipi.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizers, require_paligemma
+from manipi.tokenizers import SentencePieceTokenizer, Tokenizers, require_paligemma
 from manipi.train.config import TrainConfig
 
 PALIGEMMA_VOCABULARY = 257_152
@@ -51,18 +50,13 @@ def wanted_from(
     model = replace(model, **changes) if model is not None else None
     speaks_codes = isinstance(model, Pi0FastConfig)
     action_source = action_tokenizer or (config.action_tokenizer if config is not None else "fit")
-    action = (
-        open_action_tokenizer(ASSETS["fast_tokenizer"] if action_source == "fit" else action_source)
-        if speaks_codes
-        else None
-    )
+    if action_source == "fit":  # there is nothing to fit it to; the released policies speak the published one
+        action_source = ASSETS["fast_tokenizer"]
+    action = open_action_tokenizer(action_source) if speaks_codes else None
     text_source = tokenizer or (config.tokenizer if config is not None else ASSETS["paligemma_tokenizer"])
-    if text_source == "byte":
-        text = ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + (action.vocab_size if action is not None else 0))
-    else:
-        text = SentencePieceTokenizer(fetch(text_source))
-        if model is None or model.vocab_size == PALIGEMMA_VOCABULARY:
-            require_paligemma(text)
+    text = open_text_tokenizer(text_source, action)
+    if isinstance(text, SentencePieceTokenizer) and (model is None or model.vocab_size == PALIGEMMA_VOCABULARY):
+        require_paligemma(text)
     chosen = robot if robot is not None else config.robot if config is not None else None
     assert chosen is not None
     return Wanted(

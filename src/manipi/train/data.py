@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from manipi.checkpoints.action_tokenizers import open_action_tokenizer
+from manipi.checkpoints.fetch import fetch
+from manipi.checkpoints.tokenizers import open_action_tokenizer, open_text_tokenizer
 from manipi.data.cache import CachedDataset
 from manipi.data.dataset import Dataset, action_chunks, frames, open_dataset
 from manipi.data.loader import Loader
@@ -21,14 +22,12 @@ from manipi.tokenizers import (
     ActionTokenizer,
     ByteTokenizer,
     FastTokenizer,
-    SentencePieceTokenizer,
-    TextTokenizer,
     Tokenizers,
 )
 from manipi.train.config import DataConfig, TrainConfig
 from manipi.transforms import pipeline
 from manipi.transforms.actions import ActionSpace
-from manipi.transforms.normalize import load_norm_stats, normalize, save_norm_stats
+from manipi.transforms.normalize import load_norm_stats, normalize, read_openpi_stats, save_norm_stats
 from manipi.transforms.pipeline import Pipeline, observation_of
 from manipi.types import Frame, NormStats, Sample
 
@@ -158,9 +157,6 @@ def _stats(config: TrainConfig, dataset: Dataset, rows: np.ndarray, path: Path) 
 
 
 def _released_stats(config: TrainConfig) -> NormStats:
-    from manipi.checkpoints.fetch import fetch
-    from manipi.transforms.normalize import read_openpi_stats
-
     path = fetch(config.data.norm_stats) / "norm_stats.json"
     return read_openpi_stats(path, config.robot, config.model.action_horizon)
 
@@ -169,16 +165,10 @@ def _tokenizers(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: 
     if folder.is_dir():
         return Tokenizers.load(folder)
     action = _action_tokenizer(config, dataset, rows, stats) if isinstance(config.model, Pi0FastConfig) else None
-    tokenizers = Tokenizers(_text_tokenizer(config, action), action)
+    tokenizers = Tokenizers(open_text_tokenizer(config.tokenizer, action), action)
     with atomic_directory(folder) as partial:
         tokenizers.save(partial)
     return tokenizers
-
-
-def _text_tokenizer(config: TrainConfig, action: ActionTokenizer | None) -> TextTokenizer:
-    if config.tokenizer != "byte":
-        return SentencePieceTokenizer(config.tokenizer)
-    return ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + (action.vocab_size if action is not None else 0))
 
 
 def _action_tokenizer(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats) -> ActionTokenizer:

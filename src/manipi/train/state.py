@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from manipi.checkpoints.importing import load_initial_weights
 from manipi.errors import CheckpointError
 from manipi.model import VLA
 from manipi.model.config import NO_ADAPTERS, ModelConfig, Pi0FastConfig
@@ -67,8 +68,6 @@ class TrainState:
         model = VLA(config.model)
         model.init_weights(config.seed)
         if init:
-            from manipi.checkpoints.importing import load_initial_weights
-
             load_initial_weights(model, init)
         parameters = trainable_parameters(model, freeze=config.frozen == "adapted")
         if config.frozen == "adapted":

@@ -1,4 +1,4 @@
-"""Published action tokenizers: FAST, and FSQ as the reference releases it or as it is saved here.
+"""Published tokenizers: SentencePiece models, FAST, and FSQ as the reference releases it or as it is saved here.
 
 FAST    tokenizer.json  processor_config.json
 FSQ     fsq.json  fsq.safetensors
@@ -8,8 +8,18 @@ FSQ     STEP/params/ (Orbax)  STEP/config/metadata (JSON)        as gs://openpi-
 import json
 from pathlib import Path
 
+from manipi.checkpoints.fetch import fetch
+from manipi.checkpoints.orbax import read_tree
 from manipi.errors import TokenizerError
-from manipi.tokenizers import ActionTokenizer, BinningTokenizer, FastTokenizer, FsqTokenizer
+from manipi.tokenizers import (
+    ActionTokenizer,
+    BinningTokenizer,
+    ByteTokenizer,
+    FastTokenizer,
+    FsqTokenizer,
+    SentencePieceTokenizer,
+    TextTokenizer,
+)
 from manipi.tokenizers.fsq import FSQ_CONFIG_FILE
 
 
@@ -22,22 +32,26 @@ def open_action_tokenizer(source: str) -> ActionTokenizer:
     """
     if source == "binning":
         return BinningTokenizer()
-    folder = _fetched(source) if "://" in source else Path(source)
+    folder = fetch(source) if "://" in source else Path(source)
     if (folder / FSQ_CONFIG_FILE).is_file():
         return FsqTokenizer.load(folder)
     steps = sorted(folder.glob("[0-9]*/params"))
     return _released_fsq(steps[-1].parent) if steps else FastTokenizer.load(folder)
 
 
-def _fetched(url: str) -> Path:
-    from manipi.checkpoints.fetch import fetch
+def open_text_tokenizer(source: str, action: ActionTokenizer | None) -> TextTokenizer:
+    """`byte`, with room for the action codes, or the SentencePiece model in a file or behind a URL.
 
-    return fetch(url)
+    Raises:
+        TokenizerError: no such file or no such model in it.
+        FetchError: it cannot be had.
+    """
+    if source == "byte":
+        return ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + (action.vocab_size if action is not None else 0))
+    return SentencePieceTokenizer(fetch(source) if "://" in source else source)
 
 
 def _released_fsq(folder: Path) -> FsqTokenizer:
-    from manipi.checkpoints.orbax import read_tree
-
     try:
         config = json.loads((folder / "config" / "metadata").read_text())
     except (OSError, ValueError) as error:
