@@ -51,6 +51,11 @@ class Store:
     def _open(self) -> tuple[Any, str]:
         import fsspec
 
+        if self.scheme == "gs":
+            # Not the class that fsspec would take, which asks a gRPC service about the bucket before every request.
+            from gcsfs.core import GCSFileSystem  # pyright: ignore[reportMissingImports]
+
+            return GCSFileSystem(**self._options()), self.url.removeprefix("gs://").rstrip("/")
         return fsspec.url_to_fs(self.url, **self._options())
 
     def _options(self) -> dict[str, Any]:
@@ -114,7 +119,7 @@ class Store:
         def read() -> bytes:
             nonlocal block
             end = min(start + block, size)
-            block = max(SMALLEST_BLOCK, block // 4)  # for the next attempt, if this one fails
+            block = max(SMALLEST_BLOCK, (end - start) // 4)  # for the next attempt, if this one fails
             if self.scheme in ("gs", "s3"):
                 data = self.fs.cat_file(file.path, start=start, end=end)
             else:
@@ -127,16 +132,24 @@ class Store:
             return data
 
         part.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("ab") as output:
-            while (start := output.tell()) < size and not stop.is_set():
-                data = self.patiently(read)
-                output.write(data)
-                output.flush()
-                count(len(data))
-            os.fsync(output.fileno())
-        if file.size is None:  # neither length nor ranges: all of it at once, from the beginning
-            self.patiently(lambda: self.fs.get_file(file.path, str(part)))
-            count(part.stat().st_size)
+        try:
+            with part.open("ab") as output:
+                while (start := output.tell()) < size and not stop.is_set():
+                    data = self.patiently(read)
+                    output.write(data)
+                    output.flush()
+                    count(len(data))
+                os.fsync(output.fileno())
+        except FetchError as error:
+            if not isinstance(error.__cause__, ValueError):  # with which fsspec says that a server has no ranges
+                raise
+            self._replace(file, part)
+        if file.size is None:
+            self._replace(file, part)
+
+    def _replace(self, file: StoreFile, part: Path) -> None:
+        """Without ranges or a length: all of it at once, from the beginning."""
+        self.patiently(lambda: self.fs.get_file(file.path, str(part)))
 
     def patiently(self, call: Callable[[], T]) -> T:
         for pause in (*PAUSES, None):
@@ -172,7 +185,7 @@ def _is_final(error: Exception) -> bool:
         return 400 <= status < 500 and status not in (408, 416, 429)
     # fsspec also says "not found" of a web server that does not answer.
     silent = type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError)
-    return isinstance(error, (FileNotFoundError, PermissionError, ImportError)) and not silent
+    return isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError)) and not silent
 
 
 def fetch_error(expected: str, found: str, where: str, next: str) -> FetchError:
