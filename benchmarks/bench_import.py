@@ -2,8 +2,8 @@
 
     python benchmarks/bench_import.py [--dtype bfloat16] [--whole-arrays] [--dir FOLDER]
 
-The bound: the size of the weights in the target dtype, plus 2 GiB. `--whole-arrays` writes each array as one chunk, as a
-single device does; the default is one chunk per layer. Needs about 35 GB of disk. Exits with 1 beyond the bound.
+The bound: the size of the weights in the target dtype, plus 2 GiB. `--whole-arrays` writes each array as one chunk, as
+a single device does; the default is one chunk per layer. Needs about 35 GB of disk. Exits with 1 beyond the bound.
 """
 
 import argparse

@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
             action_tokenizer=args.action_tokenizer,
             sizes={"action_horizon": args.action_horizon, "max_token_len": args.max_token_len},
             norm_stats=args.norm_stats,
-            asset_id=args.asset_id or (RELEASED[args.source].asset_id if args.source in RELEASED else ""),
+            asset_id=args.asset_id or (args.source in RELEASED and RELEASED[args.source].asset_id) or "",
         )
         dtype = None if args.dtype == "stored" else getattr(torch, args.dtype)
         certificate = import_checkpoint(path, args.target, wanted, dtype=dtype)
