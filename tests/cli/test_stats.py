@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 
+from manipi.tokenizers import FastTokenizer
 from manipi.transforms.normalize import load_norm_stats
 
 
@@ -36,3 +37,29 @@ def test_feature_that_the_dataset_lacks(manipi, recipe_file):
     done = manipi("stats", f"{recipe_file}:my_recipe")
     assert done.returncode == 1
     assert "expected vector 'observation.stat' of size 14" in done.stderr
+
+
+def test_fitting_fast(manipi, recipe_file, tmp_path):
+    folder, answer = tmp_path / "fast", tmp_path / "answer.json"
+    target = f"{recipe_file}:my_recipe"
+    flags = ("--fit-fast", folder, "--fast-scale", "20", "--fast-codes", "512", "--json", answer)
+    done = manipi("stats", target, *flags)
+    assert done.returncode == 0, done.stderr
+    fast, report = FastTokenizer.load(folder), json.loads(answer.read_text())["fast"]
+    assert (fast.scale, fast.vocab_size) == (20, 512)
+    assert f"{report['mean_codes']:.1f} codes per chunk, at most {report['max_codes']}; " in done.stdout
+    assert f"{140 / report['mean_codes']:.1f} times fewer than one for each of its 140 numbers" in done.stdout
+    rows = [line.split() for line in done.stdout.partition("FAST with 512 codes")[2].splitlines()]
+    shown = np.array([row[-4:] for row in rows if row and row[0].startswith("actions[")], float)
+    np.testing.assert_allclose(shown[:, [0, 2]].T, [report["max_error"], report["mean_error"]], rtol=1e-3)
+    # A rounded coefficient is off by half of 1/20 at most, and so is the length of ten of them by the root of ten.
+    assert 0 < shown[:, 0].max() <= 0.5 / 20 * np.sqrt(10)
+    # One normalised unit is half the distance between the quantiles.
+    actions = json.loads(answer.read_text())["stats"]["actions"]
+    worth = (np.array(actions["q99"]) - actions["q01"]) / 2
+    np.testing.assert_allclose(shown[:, [1, 3]], shown[:, [0, 2]] * worth[:, None], rtol=2e-3, atol=1e-6)
+    again = manipi("stats", target, *flags)
+    assert again.returncode == 1
+    assert "a folder that does not exist yet" in again.stderr
+    assert manipi("stats", target, "--fit-fast", tmp_path / "b", "--fast-codes", "9").returncode == 1
+    assert not (tmp_path / "b").exists()

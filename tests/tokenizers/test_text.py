@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manipi.errors import ConfigError, IntegrityError, TokenizerError, UnknownNameError
-from manipi.tokenizers import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
+from manipi.tokenizers import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, require_paligemma
 from manipi.tokenizers.text import codes_from_tokens, tokens_from_codes
 
 
@@ -98,6 +98,35 @@ def test_sentencepiece_names_what_is_missing(content, tmp_path):
         path.write_bytes(content)
     with pytest.raises(TokenizerError, match=r"(?s)a SentencePiece model file.*tokenizer.model.*paligemma_tokenizer"):
         SentencePieceTokenizer(path)
+
+
+def test_the_digest_of_the_pieces_is_that_of_the_vocabulary(small_sp_path, tmp_path):
+    original, model = SentencePieceTokenizer(small_sp_path), small_sp_path.read_bytes()
+
+    def altered(data: bytes) -> SentencePieceTokenizer:
+        (tmp_path / "altered.model").write_bytes(data)
+        return SentencePieceTokenizer(tmp_path / "altered.model")
+
+    # An extension field, which says nothing about the pieces.
+    noted = altered(model + b"\xc0\x0c\x01")
+    assert noted.reference.sha256 != original.reference.sha256
+    assert noted.pieces_sha256 == original.pieces_sha256
+    swapped = model.replace(b"<loc0001>", b"<loc....>").replace(b"<loc0002>", b"<loc0001>")
+    assert altered(swapped.replace(b"<loc....>", b"<loc0002>")).pieces_sha256 != original.pieces_sha256
+
+
+def test_only_paligemmas_vocabulary_is_paligemmas(paligemma, small_sp_path):
+    require_paligemma(paligemma)
+    others = {
+        "sentencepiece tokenizer of 1,000 ids": SentencePieceTokenizer(small_sp_path),
+        "byte tokenizer of 257,152 ids": ByteTokenizer(257_152),
+    }
+    for found, other in others.items():
+        message = (
+            rf"(?s)PaliGemma's tokenizer, 257,152 pieces.*found a {found}.*gs://big_vision/paligemma_tokenizer.model"
+        )
+        with pytest.raises(TokenizerError, match=message):
+            require_paligemma(other)
 
 
 def test_importing_the_tokenizers_imports_no_torch():

@@ -1,8 +1,9 @@
-"""`manipi stats`: norm stats of a recipe's training data, and the dimensions to look at."""
+"""`manipi stats`: norm stats of a recipe's training data, the dimensions to look at, and a FAST tokenizer for it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tyro
@@ -11,7 +12,11 @@ from manipi.cli.arguments import parse
 from manipi.cli.result import table, write_result
 from manipi.recipes.registry import load_recipe
 from manipi.robots.robot import Robot
+from manipi.train.config import TrainConfig
 from manipi.types import NormStats
+
+if TYPE_CHECKING:
+    from manipi.tokenizers.fast import ReconstructionReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +26,22 @@ class _Stats:
     manipi stats tabletop --out norm_stats.json
 
     manipi stats my_robot.py:my_recipe
+
+    manipi stats my_robot.py:my_recipe --fit-fast fast_tokenizer
     """
 
     target: tyro.conf.Positional[str]
     """A recipe, or path/to/file.py:function."""
     out: Path | None = None
     """Save them here, in openpi's layout."""
+    fit_fast: Path | None = None
+    """Fit a FAST tokenizer to the normalised action chunks, save it in this new folder, and say what it loses."""
+    fast_scale: float = 10
+    """Finer is more exact and costs more codes."""
+    fast_codes: int = 1024
+    """Most codes to learn."""
     json: Path | None = None
-    """Write statistics and suspicious dimensions to this file."""
+    """Write statistics, suspicious dimensions and the report on FAST to this file."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -37,7 +50,9 @@ def main(arguments: Sequence[str]) -> None:
 
     from manipi.data.split import split_episodes
     from manipi.data.stats import compute_norm_stats, suspicious_dimensions
-    from manipi.train.data import open_demonstrations
+    from manipi.storage import atomic_directory
+    from manipi.tokenizers import FastTokenizer
+    from manipi.train.data import chunks_to_fit, open_demonstrations
     from manipi.transforms.normalize import save_norm_stats
 
     config = load_recipe(args.target)
@@ -50,7 +65,16 @@ def main(arguments: Sequence[str]) -> None:
     if args.out is not None:
         save_norm_stats(stats, args.out)
         print(f"\nsaved  {args.out}")
-    write_result({"stats": stats, "suspicious": notes}, args.json)
+    report = None
+    if args.fit_fast is not None:
+        chunks = chunks_to_fit(config, dataset, rows, stats)
+        tokenizer = FastTokenizer.fit(chunks, scale=args.fast_scale, vocab_size=args.fast_codes)
+        report = tokenizer.reconstruction_report(chunks)
+        with atomic_directory(args.fit_fast) as folder:
+            tokenizer.save(folder)
+        print(f"\nFAST with {tokenizer.vocab_size:,} codes, on {len(chunks):,} chunks\n")
+        print(f"{_report_table(report, stats, config)}\n\nsaved  {args.fit_fast}")
+    write_result({"stats": stats, "suspicious": notes, "fast": report}, args.json)
 
 
 def stats_table(stats: NormStats, robot: Robot) -> str:
@@ -62,6 +86,24 @@ def stats_table(stats: NormStats, robot: Robot) -> str:
         columns_6d = np.stack([field.mean, field.std, field.q01, field.q99, field.min, field.max]) + 0.0
         rows += [(f"{kind}[{d}]", name, *columns_6d[:, d].tolist()) for d, name in enumerate(names)]
     return table(rows, ("dimension", "name", "mean", "std", "q01", "q99", "min", "max"))
+
+
+def _report_table(report: "ReconstructionReport", stats: NormStats, config: TrainConfig) -> str:
+    """What the round trip through codes costs each dimension, normalised and in the units of its action group."""
+    from manipi.transforms.normalize import unnormalize
+
+    # Normalisation is linear: a normalised 1 is worth the same everywhere.
+    zero_one_2A = np.stack([np.zeros_like(report.max_error), np.ones_like(report.max_error)])
+    worth_A = np.diff(unnormalize(zero_one_2A, stats.actions, config.norm_mode), axis=0)[0]
+    columns_4A = np.stack([e for error in (report.max_error, report.mean_error) for e in (error, error * worth_A)])
+    names = enumerate(_action_names(config.robot))
+    rows = [(f"actions[{d}]", name, *columns_4A[:, d].tolist()) for d, name in names]
+    numbers, codes = config.model.action_horizon * config.robot.model_action_size, report.mean_codes
+    errors = table(rows, ("dimension", "name", "max error", "in units", "mean error", "in units"))
+    return (
+        f"{errors}\n\n{codes:.1f} codes per chunk, at most {report.max_codes}; "
+        f"{numbers / codes:.1f} times fewer than one for each of its {numbers} numbers"
+    )
 
 
 def _state_names(robot: Robot) -> Iterator[str]:
