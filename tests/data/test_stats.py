@@ -8,7 +8,7 @@ from manipi.data.dataset import open_dataset
 from manipi.data.split import split_episodes
 from manipi.data.stats import compute_norm_stats, field_stats, read_state, suspicious_dimensions
 from manipi.errors import NormStatsError
-from manipi.robots import Gripper, State
+from manipi.robots import Gripper, Joints, State
 from manipi.robots.tabletop import TABLETOP
 from manipi.train.data import prepare
 from manipi.transforms.normalize import load_norm_stats
@@ -62,6 +62,15 @@ def test_only_the_rows_asked_for_count(toy, toy_episodes):
     stats = compute_norm_stats(toy, TABLETOP, HORIZON, train)
     compare(stats.actions, planted(kept)[1])
     assert stats.num_frames == len(train) == toy.num_frames - len(held_out)
+
+
+def test_statistics_are_of_the_converted_state(toy, toy_episodes):
+    """A joint that the model counts the other way: the mean changes its sign, and the quantiles change places."""
+    arm = replace(TABLETOP, actions=(Joints(3, relative=True, signs=(1, -1, 1)), Gripper(open=1.0, closed=0.0)))
+    stats = compute_norm_stats(toy, arm, HORIZON, np.arange(toy.num_frames))
+    states, actions = planted(toy_episodes)
+    compare(stats.state, states * [1, -1, 1, 1])
+    compare(stats.actions, actions * [1, -1, 1, 1])
 
 
 def test_blocks_do_not_show(toy, monkeypatch):

@@ -43,8 +43,8 @@ def read_robot(observation: Arrays, slots: tuple[str, ...], options: dict[str, A
     robot = robot_of(
         set(observation),
         slots,
-        relative="delta" in order,
-        pi_convention=options.get("adapt_to_pi", True),
+        relative=re.search(r"(?<!no )(?<!without )\bdelta", order) is not None,
+        pi_convention=options.get("adapt_to_pi", re.search(r"aloha inputs \(?(raw|no)", order) is None),
         prompt=options["default_prompt"],
     )
     if counted := re.search(r"delta\((\d+) of (\d+)\)", order):
