@@ -38,11 +38,12 @@ SCHEDULES = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[2].paren
 
 @pytest.mark.skipif(not SCHEDULES.is_file(), reason=f"no golden schedules at {SCHEDULES}; set MANIPI_SHARED")
 def test_the_reference_schedules():
-    names = {"peak_lr": "lr", "decay_lr": "final_lr"}
+    names: dict[str, str] = {"peak_lr": "lr", "decay_lr": "final_lr"}
     cases = json.loads(SCHEDULES.read_text())
     assert {case["kind"] for case in cases} == {"cosine", "rsqrt"}
     for case in cases:
-        config = OptimizerConfig(schedule=case["kind"], **{names.get(k, k): v for k, v in case["args"].items()})
+        settings = {names.get(key, key): value for key, value in case["args"].items()}
+        config = OptimizerConfig(schedule=case["kind"], **settings)
         found = [learning_rate(step, config) for step, _ in case["values"]]
         wanted = [value for _, value in case["values"]]
         # The reference computes the warm-up as a difference from the peak, in float32.
