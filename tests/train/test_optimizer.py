@@ -38,7 +38,7 @@ SCHEDULES = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[2].paren
 
 @pytest.mark.skipif(not SCHEDULES.is_file(), reason=f"no golden schedules at {SCHEDULES}; set MANIPI_SHARED")
 def test_the_reference_schedules():
-    names: dict[str, str] = {"peak_lr": "lr", "decay_lr": "final_lr"}
+    names = {"peak_lr": "lr", "decay_lr": "final_lr"}
     cases = json.loads(SCHEDULES.read_text())
     assert {case["kind"] for case in cases} == {"cosine", "rsqrt"}
     for case in cases:
