@@ -14,6 +14,7 @@ import manipi
 from manipi.cli import COMMANDS
 from manipi.cli.train import parse_train
 from manipi.errors import ConfigError
+from manipi.recipes.registry import RECIPES, load_recipe
 from manipi.records import write_json
 
 RECIPE = """
@@ -90,7 +91,8 @@ def test_an_unknown_command():
 
 def test_an_unknown_recipe():
     stderr = run("train", "tabeltop", code=1).stderr
-    assert "expected a recipe, one of: tabletop, tabletop_pi0, tabletop_pi0_fast\n   found 'tabeltop'" in stderr
+    assert "expected a recipe, one of: debug, debug_pi05," in stderr
+    assert "tabletop, tabletop_pi0, tabletop_pi0_fast\n   found 'tabeltop'" in stderr
     assert "next did you mean tabletop or" in stderr
 
 
@@ -103,6 +105,35 @@ def test_an_unknown_flag():
     stderr = run("train", "tabletop", "--stepz", "3", code=2).stderr
     assert "--stepz" in stderr
     assert "--steps INT" in stderr
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_its_numbers_as_flags(name, capsys):
+    config = load_recipe(name)
+    with pytest.raises(SystemExit) as exit:
+        parse_train(name, config, ["--help"])
+    assert exit.value.code == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"--batch-size INT Observations per step. (default: {config.batch_size})" in printed
+    changed = parse_train(name, config, ["--data.path", "mine", "--optimizer.kind", "sgd", "--init", ""]).config
+    expected = replace(config, data=replace(config.data, path="mine"), init="")
+    assert changed == replace(expected, optimizer=replace(config.optimizer, kind="sgd"))
+
+
+def test_a_recipe_that_has_no_dataset(tmp_path):
+    for command in (["train", "pi0_droid", "--run-dir", str(tmp_path)], ["stats", "pi0_droid"]):
+        stderr = run(*command, code=1).stderr
+        assert "ConfigError\nexpected the folder of a LeRobot dataset to train on" in stderr
+        assert "next --data.path FOLDER, a LeRobot dataset with what the recipe's robot names" in stderr
+
+
+def test_the_table_of_recipes():
+    lines = run("recipes").stdout.splitlines()
+    assert lines[0].split() == ["recipe", "model", "robot", "dataset", "init", "steps", "batch"]
+    assert len(lines) == 1 + len(RECIPES)
+    rows = {line.split()[0]: line for line in lines}
+    assert "0.9 droid + 0.1 polaris_droid_cotrain_dataset" in rows["pi0_droid_jointpos_polaris"]
+    assert rows["pi0_aloha"].split()[1:] == ["Pi0", "aloha", "–", "pi0_base", "30000", "32"]
 
 
 def test_a_value_that_cannot_be():

@@ -88,6 +88,15 @@ def test_recipe_without_its_dataset_still_shows_config_and_tokens(manipi):
     assert "DatasetNotFoundError" in done.stderr
 
 
+@pytest.mark.parametrize("recipe", ["pi0_droid", "pi05_libero", "pi0_droid_jointpos_polaris"])
+def test_recipe_whose_data_is_elsewhere(manipi, tmp_path, recipe):
+    done = manipi("inspect", recipe, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    assert "│ base 256 │ left_wrist 256 │ right_wrist 256 │ prompt" in done.stdout
+    assert "no frame to show: the recipe has no dataset on this disk" in done.stdout
+    assert json.loads((tmp_path / "out.json").read_text())["config"]["robot"]["name"] in ("droid", "libero")
+
+
 def test_checkpoint(manipi, checkpoint, tmp_path):
     done = manipi("inspect", checkpoint, "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
@@ -155,7 +164,7 @@ def test_token_layout(model, prefix, suffix):
 def test_target_that_is_nothing(manipi):
     done = manipi("inspect", "no_such_recipe")
     assert done.returncode == 1
-    assert "expected a recipe, one of: tabletop" in done.stderr
+    assert "expected a recipe, one of: debug, " in done.stderr
 
 
 def test_settings_are_numbers_of_the_recipe():

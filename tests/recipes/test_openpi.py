@@ -162,7 +162,7 @@ def test_structure(name):
         wide = narrow = {"width": 64, "mlp_dim": 128}
         gemma |= {"depth": 4, "head_dim": 16}
     assert c.model.vlm == GemmaSize(**wide, **gemma)
-    assert fast or c.model.action_expert == GemmaSize(**narrow, **gemma)
+    assert isinstance(c.model, Pi0FastConfig) or c.model.action_expert == GemmaSize(**narrow, **gemma)
     slots = ("base", "base_1", "wrist") if fast and c.robot.name == "droid" else ("base", "left_wrist", "right_wrist")
     assert c.model.cameras == slots
     assert c.tokenizer == ("byte" if debug else "gs://big_vision/paligemma_tokenizer.model")

@@ -42,7 +42,8 @@ def test_the_reference_schedules():
     cases = json.loads(SCHEDULES.read_text())
     assert {case["kind"] for case in cases} == {"cosine", "rsqrt"}
     for case in cases:
-        config = OptimizerConfig(schedule=case["kind"], **{names.get(k, k): v for k, v in case["args"].items()})
+        settings = {names.get(key, key): value for key, value in case["args"].items()}
+        config = OptimizerConfig(schedule=case["kind"], **settings)
         found = [learning_rate(step, config) for step, _ in case["values"]]
         wanted = [value for _, value in case["values"]]
         # The reference computes the warm-up as a difference from the peak, in float32.
