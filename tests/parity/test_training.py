@@ -49,19 +49,17 @@ def read_config(case: Case, recorded: dict[str, Any]) -> TrainConfig:
         model=case.config,
         optimizer=OptimizerConfig(**{ours: recorded[theirs] for ours, theirs in names.items()}),
         ema_decay=recorded["ema_decay"] or 0.0,
+        frozen="none" if recorded["frozen"] == "none" else "adapted",
+        frozen_dtype="bfloat16" if "bfloat16" in recorded["frozen"] else "float32",
     )
 
 
-def start(case: Case, config: TrainConfig, frozen: str) -> TrainState:
-    """The state before the first step, with the recorded weights; the reference stores frozen ones in bfloat16."""
+def start(case: Case, config: TrainConfig) -> TrainState:
+    """The state before the first step, with the recorded weights."""
     state = TrainState.initial(config)
     state.model.load_state_dict(from_openpi_tree(case.params, config.model))
     for name, average in state.average.items():
         average.copy_(state.parameters[name].detach())
-    assert ("bfloat16" in frozen) is bool(case.frozen), f"{frozen!r} does not go with {sorted(case.frozen)}"
-    for name, parameter in state.model.named_parameters():
-        if name in tensors(case, case.frozen):
-            parameter.data = parameter.data.to(torch.bfloat16)
     return state
 
 
@@ -75,8 +73,8 @@ def run(case: Case, file: Path) -> Arrays:
     """Our trace, under the names of the recorded one."""
     recorded = settings(case, file.stem)
     config = read_config(case, recorded)
-    state = start(case, config, recorded["frozen"])
-    frozen = tensors(case, case.frozen)
+    state = start(case, config)
+    frozen = tensors(case, case.frozen if config.frozen == "adapted" else frozenset())
     unreached = {n: p for n, p in state.model.named_parameters() if n not in state.parameters and n not in frozen}
     averages = {name: p.detach().clone() for name, p in unreached.items()}
     steps: list[dict[str, float]] = []
