@@ -9,17 +9,31 @@ Nothing of one case is written here or in the tests: sizes, cameras, adapters an
 import json
 import os
 import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-from manipi.checkpoints.openpi_names import from_openpi_tree
+from manipi.checkpoints.openpi_names import from_openpi_tree, openpi_arrays
 from manipi.model import VLA, ModelInput
-from manipi.model.config import REFERENCE, Adapters, GemmaSize, LoRA, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
+from manipi.model.config import (
+    NO_ADAPTERS,
+    REFERENCE,
+    Adapters,
+    GemmaSize,
+    LoRA,
+    ModelConfig,
+    Pi0Config,
+    Pi0FastConfig,
+    Pi05Config,
+    VisionSize,
+)
+from manipi.train.state import trainable_parameters
 
 SHARED = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[2].parent / "shared"))
 GOLDENS = [Path(folder) for folder in os.environ.get("MANIPI_GOLDEN", str(SHARED / "golden")).split(":")]
@@ -97,7 +111,7 @@ class Case:
         return self.outputs[next(name for name in self.outputs if name.startswith("siglip/"))].shape[1]
 
     @cached_property
-    def config(self) -> Pi0Config | Pi05Config | Pi0FastConfig:
+    def config(self) -> ModelConfig:
         recorded, kind = self.recorded, self.recorded["kind"].removesuffix("_lora")
         assert kind in KINDS, f"{self.folder}: unknown kind {recorded['kind']!r}; known: {', '.join(KINDS)}"
         fields = {key: recorded[key] for key in ("vocab_size", "action_dim", "action_horizon", "max_token_len")}
@@ -159,3 +173,29 @@ def keys(cases: list[Case], files: str, skip: str = "(?!)") -> list[Any]:
     """Parameters `(case, file, key)` of a test: every array of the files that match, unless its name matches `skip`."""
     found = [(case, path) for case in cases for path in sorted(case.folder.glob(files))]
     return [(case, path, key) for case, path in found for key in keys_of(path) if not re.fullmatch(skip, key)]
+
+
+def over(*arguments: str, values: list[Any]) -> pytest.MarkDecorator:
+    """`parametrize`, with ids that name case, file and key."""
+
+    def name(value: object) -> str:
+        return name_of(value.folder) if isinstance(value, Case) else getattr(value, "stem", str(value))
+
+    return pytest.mark.parametrize(arguments if len(arguments) > 1 else arguments[0], values, ids=name)
+
+
+def change_adapters(config: ModelConfig, change: Callable[[Adapters], Adapters]) -> ModelConfig:
+    """The config with the adapters of all its experts changed."""
+    names = [name for name in ("vlm_adapters", "action_adapters") if hasattr(config, name)]
+    return replace(config, **{name: change(getattr(config, name)) for name in names})
+
+
+def require_frozen(config: ModelConfig, recorded: Collection[str]) -> None:
+    """Asserts that training leaves alone what the reference does, of the arrays that the loss can reach at all."""
+    with torch.device("meta"):
+        reached = trainable_parameters(VLA(change_adapters(config, lambda _: NO_ADAPTERS)))
+        trained = trainable_parameters(VLA(config))
+    names = {path: {n for layer in array.names for n in layer} for path, array in openpi_arrays(config).items()}
+    assert set(recorded) <= names.keys()
+    frozen = {path for path, ours in names.items() if ours & reached.keys() and not ours & trained.keys()}
+    assert frozen == {path for path in recorded if names[path] & reached.keys()}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import ABSENT, CASES, Arrays, Case, keys, keys_of, name_of, read_arrays
+from golden import ABSENT, CASES, Arrays, Case, change_adapters, keys, keys_of, over, read_arrays
 from quantities import Quantities, as_numpy, decoding_batch, quantities
 from tolerances import BFLOAT16, OUTPUTS, Tolerance, tolerance_of
 
@@ -20,16 +20,6 @@ pytestmark = pytest.mark.skipif(not CASES, reason=ABSENT)
 FILES = ("config.json", "params.npz", "inputs.npz", "outputs.npz", "outputs_bf16.npz", "outputs_alt_alpha.npz")
 FOLDERS = ("ckpt_pure", "ckpt_train", "ckpt_sharded")
 PARAMETERS = {"f32_params_bf16_compute": torch.float32, "bf16_params_bf16_compute": torch.bfloat16}
-
-
-def case_id(value: object) -> str:
-    return name_of(value.folder) if isinstance(value, Case) else getattr(value, "stem", str(value))
-
-
-def over(*argument_names: str, values: list) -> Callable:
-    return pytest.mark.parametrize(
-        argument_names if len(argument_names) > 1 else argument_names[0], values, ids=case_id
-    )
 
 
 @cache
@@ -102,12 +92,9 @@ def test_gradient_norms(case, measure):
 @cache
 def with_alpha(case: Case, alpha: float, names: tuple[str, ...]) -> Quantities:
     def change(adapters: Adapters) -> Adapters:
-        fields = vars(adapters)
-        return Adapters(**{name: lora and replace(lora, alpha=alpha) for name, lora in fields.items()})
+        return Adapters(**{name: lora and replace(lora, alpha=alpha) for name, lora in vars(adapters).items()})
 
-    names_of_fields = [name for name in ("vlm_adapters", "action_adapters") if hasattr(case.config, name)]
-    changes = {name: change(getattr(case.config, name)) for name in names_of_fields}
-    return quantities(case, case.model(**changes), list(names))
+    return quantities(case, case.model(**vars(change_adapters(case.config, change))), list(names))
 
 
 @over("case", "file", "name", values=keys(CASES, "outputs_alt_alpha.npz", skip="alpha"))

@@ -1,17 +1,16 @@
-"""Ten optimizer steps of the reference: losses, gradients, schedule, AdamW, clipping and the averaged weights."""
+"""The reference's optimizer traces: losses, gradients, schedule, AdamW, clipping, averaging, and what is frozen."""
 
-import json
-import os
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from golden import ABSENT, CASES, Arrays, Case, keys, over, read_arrays, require_frozen
+from tolerances import TRACE, tolerance_of
 
-from manipi.checkpoints.openpi_names import from_openpi_tree, to_openpi_tree
-from manipi.model import ModelInput
-from manipi.model.config import Compat, GemmaSize, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
+from manipi.checkpoints.openpi_names import from_openpi_tree, openpi_arrays, to_openpi_tree
 from manipi.robots.tabletop import TABLETOP
 from manipi.train import loop
 from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig
@@ -19,78 +18,113 @@ from manipi.train.loop import train_step
 from manipi.train.optimizer import learning_rate
 from manipi.train.state import TrainState
 
-SHARED = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[2].parent / "shared"))
-GOLDEN = SHARED / "golden/models"
-KINDS = {"pi0": Pi0Config, "pi05": Pi05Config, "pi0_fast": Pi0FastConfig}
-TRACES = sorted(path for kind in KINDS for path in (GOLDEN / kind).glob("train_trace*.npz"))
+pytestmark = pytest.mark.skipif(not CASES, reason=ABSENT)
 
-pytestmark = pytest.mark.skipif(not TRACES, reason=f"no golden traces under {GOLDEN}; set MANIPI_SHARED")
-
-
-def read_model(folder: Path, cameras: tuple[str, ...]) -> Pi0Config | Pi05Config | Pi0FastConfig:
-    recorded = json.loads((folder / "config.json").read_text())
-    fields = {key: recorded[key] for key in ("vocab_size", "action_dim", "action_horizon", "max_token_len")}
-    fields["vision"] = VisionSize(**{key: recorded["siglip"][key] for key in VisionSize.__dataclass_fields__})
-    fields["vlm"] = GemmaSize(**recorded["vlm"])
-    if recorded["action_expert"] is not None:
-        fields["action_expert"] = GemmaSize(**recorded["action_expert"])
-    compat = Compat(unmasked_loss=True, fast_padded_positions=True)
-    return KINDS[recorded["kind"]](**fields, cameras=cameras, dtype="float32", compat=compat)
+NOT_A_KERNEL = ("bias", "scale", "pos_embedding", "input_embedding")
+INPUTS = "noise|time"
+# Its gradient is zero but for rounding noise, which AdamW turns into steps of full length.
+NOISE = r"final_(param|ema)/.*MultiHeadDotProductAttention_0/key/bias"
 
 
-def read_batch(inputs: dict[str, np.ndarray], cameras: tuple[str, ...]) -> ModelInput:
-    names = {"tokens": "tokenized_prompt", "token_valid": "tokenized_prompt_mask", "state": "state"}
-    names |= {"actions": "actions", "token_causal": "token_ar_mask", "token_loss": "token_loss_mask"}
-    arrays = {ours: inputs[theirs] for ours, theirs in names.items() if theirs in inputs}
-    for ours, theirs in (("images", "image"), ("image_valid", "image_mask")):
-        arrays[ours] = np.stack([inputs[f"{theirs}/{camera}"] for camera in cameras], axis=1)
-    return ModelInput.from_numpy(arrays)
+def settings(case: Case, stem: str) -> dict[str, Any]:
+    """The recorded settings of a trace. Those of others than `train_trace` are changes of its settings."""
+    base, changes = case.recorded["train_trace"], dict(case.recorded[stem])
+    kinds = base["optimizer"]["type"], base["schedule"]["type"]
+    assert kinds == ("AdamW", "cosine with linear warmup")
+    flat = {"steps": base["steps"], "ema_decay": base["ema_decay"], "frozen": base["frozen"]}
+    flat |= base["optimizer"] | base["schedule"]
+    for name in ("as", "optimizer", "schedule"):
+        part = changes.pop(name, {})
+        changes |= part if isinstance(part, dict) else {}
+    assert changes.keys() <= flat.keys(), f"{stem}: unknown settings {sorted(changes.keys() - flat.keys())}"
+    return flat | changes
 
 
-@dataclass(frozen=True)
-class Trace:
-    arrays: dict[str, np.ndarray]
-    config: TrainConfig
-    state: TrainState
-    batch: ModelInput
-
-
-@pytest.fixture(params=TRACES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def trace(request, monkeypatch) -> Trace:
-    folder, arrays = request.param.parent, dict(np.load(request.param))
-    inputs = dict(np.load(folder / "inputs.npz"))
-    cameras = tuple(name.removeprefix("image/") for name in inputs if name.startswith("image/"))
-    decay = {"weight_decay": 0.05, "clip_norm": 0.5} if request.param.stem.endswith("_wd") else {}
-    config = TrainConfig(
+def read_config(case: Case, recorded: dict[str, Any]) -> TrainConfig:
+    names = {"lr": "peak_lr", "final_lr": "decay_lr", "beta1": "b1", "beta2": "b2", "clip_norm": "clip_gradient_norm"}
+    names |= {name: name for name in ("eps", "weight_decay", "warmup_steps", "decay_steps")}
+    return TrainConfig(
         robot=TABLETOP,
         data=DataConfig(path="unused"),
-        model=read_model(folder, cameras),
-        optimizer=OptimizerConfig(lr=1e-3, final_lr=1e-4, warmup_steps=3, decay_steps=10, **decay),
-        ema_decay=0.9,
+        model=case.config,
+        optimizer=OptimizerConfig(**{ours: recorded[theirs] for ours, theirs in names.items()}),
+        ema_decay=recorded["ema_decay"] or 0.0,
+        frozen="none" if recorded["frozen"] == "none" else "adapted",
+        frozen_dtype="bfloat16" if "bfloat16" in recorded["frozen"] else "float32",
     )
+
+
+def start(case: Case, config: TrainConfig) -> TrainState:
+    """The state before the first step, with the recorded weights."""
     state = TrainState.initial(config)
-    state.model.load_state_dict(from_openpi_tree(dict(np.load(folder / "params.npz")), config.model))
-    for name, parameter in state.parameters.items():
-        state.average[name].copy_(parameter.detach())
-    draws = dict(np.load(folder / "train_trace.npz"))  # the other trace has the same
-    if "noise" in draws:
-        pairs = zip(draws["noise"], draws["time"], strict=True)
-        drawn = [(torch.from_numpy(noise)[:, None], torch.from_numpy(time)[:, None]) for noise, time in pairs]
-        monkeypatch.setattr(loop, "draw_noise", lambda seed, step, *size: drawn[step])
-    return Trace(arrays, config, state, read_batch(inputs, cameras))
+    state.model.load_state_dict(from_openpi_tree(case.params, config.model))
+    for name, average in state.average.items():
+        average.copy_(state.parameters[name].detach())
+    return state
 
 
-def test_ten_steps(trace):
-    arrays, state = trace.arrays, trace.state
-    found = [train_step(state, trace.batch, trace.config) for _ in range(10)]
-    np.testing.assert_allclose([float(m["loss"]) for m in found], arrays["loss"], rtol=2e-4)
-    np.testing.assert_allclose([float(m["grad_norm"]) for m in found], arrays["grad_norm"], rtol=5e-4)
-    np.testing.assert_allclose([m["learning_rate"] for m in found], arrays["lr"], rtol=1e-6)
-    assert learning_rate(10, trace.config.optimizer) == pytest.approx(1e-4)
-    ours = {"final_param": state.model.state_dict(), "final_ema": state.inference_weights()}
-    trees = {kind: to_openpi_tree(weights, trace.config.model) for kind, weights in ours.items()}
-    recorded = [key for key in arrays if key.startswith("final_")]
-    assert len(recorded) >= 12
-    for key in recorded:
-        kind, _, path = key.partition("/")
-        np.testing.assert_allclose(trees[kind][path], arrays[key], atol=3e-4, err_msg=key)
+def tensors(case: Case, paths: frozenset[str]) -> set[str]:
+    """Our names for arrays of the reference."""
+    tree = openpi_arrays(case.config)
+    return {name for path in paths for layer in tree[path].names for name in layer}
+
+
+def run(case: Case, file: Path) -> Arrays:
+    """Our trace, under the names of the recorded one."""
+    recorded = settings(case, file.stem)
+    config = read_config(case, recorded)
+    state = start(case, config)
+    frozen = tensors(case, case.frozen if config.frozen == "adapted" else frozenset())
+    unreached = {n: p for n, p in state.model.named_parameters() if n not in state.parameters and n not in frozen}
+    averages = {name: p.detach().clone() for name, p in unreached.items()}
+    steps: list[dict[str, float]] = []
+    before = to_openpi_tree(state.model.state_dict(), case.config)
+    for step in range(recorded["steps"]):
+        metrics = train_step(state, case.batch(), config)
+        with torch.no_grad():
+            for name, p in unreached.items():
+                # Nothing reads these (see `trainable_parameters`), so we leave them alone; the reference's decay.
+                p.mul_(1 - learning_rate(step, config.optimizer) * config.optimizer.weight_decay)
+                averages[name].lerp_(p, 1 - config.ema_decay)
+        now = to_openpi_tree(state.model.state_dict(), case.config)
+        average = to_openpi_tree(state.inference_weights() | averages, case.config)
+        found = {"loss": metrics["loss"], "grad_norm": metrics["grad_norm"], "lr": metrics["learning_rate"]}
+        found |= {"update_norm": norm({path: now[path] - before[path] for path in now}), "param_norm_all": norm(now)}
+        found |= {"ema_param_norm_all": norm(average), "param_norm_kernels": norm(kernels(now))}
+        steps.append({name: float(value) for name, value in found.items()})
+        before = now
+    trace = {name: np.array([step[name] for step in steps]) for name in steps[0]}
+    final = {"final_param": now, "final_ema": average}
+    return trace | {f"{kind}/{path}": value for kind, tree in final.items() for path, value in tree.items()}
+
+
+def norm(tree: Arrays) -> float:
+    return float(np.sqrt(sum(np.square(value, dtype=np.float64).sum() for value in tree.values())))
+
+
+def kernels(tree: Arrays) -> Arrays:
+    return {path: value for path, value in tree.items() if value.ndim > 1 and not path.endswith(NOT_A_KERNEL)}
+
+
+@cache
+def trace(case: Case, file: Path) -> Arrays:
+    draws = read_arrays(case.folder / "train_trace.npz") | read_arrays(file)  # others have the draws of the first
+    with pytest.MonkeyPatch.context() as patch:
+        if "noise" in draws:
+            noise, time = (torch.from_numpy(draws[name])[:, :, None] for name in ("noise", "time"))
+            patch.setattr(loop, "draw_noise", lambda seed, step, *size: (noise[step], time[step]))
+        return run(case, file)
+
+
+@over("case", "file", "name", values=keys(CASES, "train_trace*.npz", skip=f"{INPUTS}|{NOISE}"))
+def test_traces(case, file, name, measure):
+    found = trace(case, file)
+    assert name in found, f"unread golden keys: {name} is nothing that a training step changes"
+    row = tolerance_of(name, TRACE)
+    measure(row.quantity, row.error(found[name], read_arrays(file)[name]), row.limit)
+
+
+@over("case", values=CASES)
+def test_what_is_frozen(case):
+    """Of the arrays that the loss can reach, training leaves alone those that the reference leaves alone."""
+    require_frozen(case.config, case.frozen)

@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
     reference: str
     ours: str
-    """`{layer}` where the reference stacks layers. Two names with `|` between them: it stacks both after the layers."""
+    """`{layer}` where the reference stacks layers. Names with `|` between them: it stacks those after the layers."""
     axes: str
     order: str
 
@@ -62,10 +62,12 @@ VISION_BLOCK = (
     Row("MlpBlock_0/Dense_1/bias", "down_proj.bias", "D", "D"),
 )
 
-# `{e}` is empty for the first expert and `_1` for the second.
+# `{e}` is empty for the first expert and `_1` for the second. Where every head has keys and values of its own, the
+# reference keeps queries, keys and values in one array; else queries apart.
 EXPERT_LAYER = (
     Row("attn/q_einsum{e}/w", "q_proj.weight", "NDH", "NH D"),
     Row("attn/kv_einsum{e}/w", "k_proj.weight|v_proj.weight", "GDH", "GH D"),
+    Row("attn/qkv_einsum{e}/w", "q_proj.weight|k_proj.weight|v_proj.weight", "NDH", "NH D"),
     Row("attn/attn_vec_einsum{e}/w", "out_proj.weight", "NHD", "D NH"),
     Row("mlp{e}/gating_einsum", "mlp.gate_proj.weight|mlp.up_proj.weight", "DM", "M D"),
     Row("mlp{e}/linear", "mlp.down_proj.weight", "MD", "D M"),
@@ -76,6 +78,8 @@ ATTENTION_LORA = (
     Row("attn/q_einsum{e}/lora_b", "q_proj.lora_b", "NRH", "N H R"),
     Row("attn/kv_einsum{e}/lora_a", "k_proj.lora_a|v_proj.lora_a", "GDR", "GR D"),
     Row("attn/kv_einsum{e}/lora_b", "k_proj.lora_b|v_proj.lora_b", "GRH", "G H R"),
+    Row("attn/qkv_einsum{e}/lora_a", "q_proj.lora_a|k_proj.lora_a|v_proj.lora_a", "NDR", "NR D"),
+    Row("attn/qkv_einsum{e}/lora_b", "q_proj.lora_b|k_proj.lora_b|v_proj.lora_b", "NRH", "N H R"),
     Row("attn/attn_vec_einsum{e}/lora_a", "out_proj.lora_a", "NHR", "R NH"),
     Row("attn/attn_vec_einsum{e}/lora_b", "out_proj.lora_b", "NRD", "N D R"),
 )
@@ -119,7 +123,7 @@ class Array(NamedTuple):
     """One array of the reference's tree, resolved for a config."""
 
     names: tuple[tuple[str, ...], ...]
-    """Our tensors, [layer][part]: one layer where nothing is stacked, two parts where a pair is."""
+    """Our tensors, [layer][part]: one layer where nothing is stacked, several parts where a pair or triple is."""
     shape: tuple[int, ...]
     axes: tuple[int, ...]
     """Sizes of one layer and part in the reference."""
@@ -197,9 +201,11 @@ def _expert(
     sizes = {"D": size.width, "E": 3 * size.width, "M": size.mlp_dim}
     sizes |= {"N": size.num_heads, "G": size.num_kv_heads, "H": size.head_dim, "1": 1}
     theirs, ours = "PaliGemma/llm/layers/", f"gemma.blocks.{{layer}}.experts.{name}."
+    absent = "attn/q_einsum attn/kv_einsum" if size.num_heads == size.num_kv_heads else "attn/qkv_einsum"
     updates = ((ATTENTION_LORA, adapters.attention), (FEED_FORWARD_LORA, adapters.feed_forward))
     for rows, rank in ((EXPERT_LAYER, 0), *((rows, lora.rank) for rows, lora in updates if lora is not None)):
-        named = tuple(row._replace(reference=row.reference.format(e=suffix)) for row in rows)
+        present = [row for row in rows if not row.reference.startswith(tuple(absent.split()))]
+        named = tuple(row._replace(reference=row.reference.format(e=suffix)) for row in present)
         yield from _resolve(named, theirs, ours, sizes | {"R": rank}, size.depth)
     yield from _resolve(norm, f"{theirs}pre_attention_norm{suffix}/", f"{ours}attention_norm.", sizes, size.depth)
     yield from _resolve(norm, f"{theirs}pre_ffw_norm{suffix}/", f"{ours}mlp_norm.", sizes, size.depth)
