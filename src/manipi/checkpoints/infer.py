@@ -96,38 +96,41 @@ def _read_jax(source: Source, base: ModelConfig) -> dict[str, Any]:
             image_size=grid * patch,
         ),
         "vocab_size": read(names["embedding"])[0],
-        "vlm": _jax_size(read, f"{root}llm/layers/", ""),
+        "vlm": _jax_size(source, f"{root}llm/layers/", ""),
         "vlm_adapters": _jax_adapters(source.shapes, f"{root}llm/layers/", "", base.vlm_adapters),
     }
     if not source.vlm_only and not isinstance(base, Pi0FastConfig):
         fields["action_dim"] = read(names["actions"])[0]
-        fields["action_expert"] = _jax_size(read, f"{root}llm/layers/", "_1")
+        fields["action_expert"] = _jax_size(source, f"{root}llm/layers/", "_1")
         fields["action_adapters"] = _jax_adapters(source.shapes, f"{root}llm/layers/", "_1", base.action_adapters)
     return fields
 
 
-def _jax_size(read: Callable[[str], tuple[int, ...]], layers: str, suffix: str) -> GemmaSize:
+def _jax_size(source: Source, layers: str, suffix: str) -> GemmaSize:
+    read = _shape(source)
     depth, heads, head_dim, width = read(f"{layers}attn/attn_vec_einsum{suffix}/w")
+    # Where every head has keys and values of its own, they lie in one array with the queries.
+    joint = f"{layers}attn/qkv_einsum{suffix}/w" in source.shapes
     return GemmaSize(
         width=width,
         depth=depth,
         mlp_dim=read(f"{layers}mlp{suffix}/linear")[1],
         num_heads=heads,
-        num_kv_heads=read(f"{layers}attn/kv_einsum{suffix}/w")[2],
+        num_kv_heads=heads if joint else read(f"{layers}attn/kv_einsum{suffix}/w")[2],
         head_dim=head_dim,
     )
 
 
 def _jax_adapters(shapes: dict[str, tuple[int, ...]], layers: str, suffix: str, like: Adapters) -> Adapters:
-    def lora(name: str, like: LoRA | None) -> LoRA | None:
-        if name not in shapes:
+    def lora(like: LoRA | None, *names: str) -> LoRA | None:
+        found = [shapes[name][-1] for name in names if name in shapes]
+        if not found:
             return None
-        rank = shapes[name][-1]
-        return like if like is not None and like.rank == rank else LoRA(rank=rank, alpha=float(rank))
+        return like if like is not None and like.rank == found[0] else LoRA(rank=found[0], alpha=float(found[0]))
 
     return Adapters(
-        attention=lora(f"{layers}attn/q_einsum{suffix}/lora_a", like.attention),
-        feed_forward=lora(f"{layers}mlp{suffix}/gating_einsum_lora_a", like.feed_forward),
+        attention=lora(like.attention, *(f"{layers}attn/{q}_einsum{suffix}/lora_a" for q in ("q", "qkv"))),
+        feed_forward=lora(like.feed_forward, f"{layers}mlp{suffix}/gating_einsum_lora_a"),
     )
 
 
