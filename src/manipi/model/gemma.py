@@ -90,7 +90,7 @@ class RMSNorm(nn.Module):
         nn.init.zeros_(self.scale)
 
     def forward(self, x_BTD: Tensor, cond_BCD: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return F.rms_norm(x_BTD, self.scale.shape, (1 + self.scale).float(), eps=1e-6), None
+        return F.rms_norm(x_BTD, self.scale.shape, 1 + self.scale.float(), eps=1e-6), None
 
 
 class AdaptiveRMSNorm(nn.Module):
