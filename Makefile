@@ -35,8 +35,8 @@ layers: $(READY)
 size: $(READY)  ## lines per room, and the house's budgets
 	$(BIN)/python benchmarks/size.py
 
-parity: $(READY)  ## every golden case of the reference, as a table
-	$(TEST_ENV) $(BIN)/python -m pytest -q tests/parity
+parity: $(READY)  ## every golden case of the reference, as a table (MANIPI_GOLDEN=folder:folder for others)
+	$(TEST_ENV) $(BIN)/python -m pytest -q --no-header --show-capture=no --tb=short -r fE tests/parity
 
 bench: bench-cli bench-serve  ## every benchmark: a table, and as its last line one JSON object each
 

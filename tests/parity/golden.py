@@ -37,6 +37,7 @@ from manipi.train.state import trainable_parameters
 
 SHARED = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[2].parent / "shared"))
 GOLDENS = [Path(folder) for folder in os.environ.get("MANIPI_GOLDEN", str(SHARED / "golden")).split(":")]
+assert "MANIPI_GOLDEN" not in os.environ or all(folder.is_dir() for folder in GOLDENS), f"no such folder in {GOLDENS}"
 KINDS = {"pi0": Pi0Config, "pi05": Pi05Config, "pi0_fast": Pi0FastConfig}
 ABSENT = f"no golden cases under {', '.join(map(str, GOLDENS))}; set MANIPI_SHARED or MANIPI_GOLDEN"
 

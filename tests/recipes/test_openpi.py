@@ -165,7 +165,7 @@ def test_structure(name):
     assert isinstance(c.model, Pi0FastConfig) or c.model.action_expert == GemmaSize(**narrow, **gemma)
     slots = ("base", "base_1", "wrist") if fast and c.robot.name == "droid" else ("base", "left_wrist", "right_wrist")
     assert c.model.cameras == slots
-    assert c.tokenizer == ("byte" if debug else "gs://big_vision/paligemma_tokenizer.model")
+    assert c.tokenizer.partition("#")[0] == ("byte" if debug else "gs://big_vision/paligemma_tokenizer.model")
     if fast:
         assert c.action_tokenizer == ACTION_TOKENIZERS.get(name, "hf://physical-intelligence/fast")
     assert c.robot.default_prompt == PROMPTS.get(name)

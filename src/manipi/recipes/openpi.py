@@ -3,14 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
+from manipi.checkpoints.released import ASSETS, CHECKPOINTS
 from manipi.model.config import REFERENCE, Adapters, LoRA, ModelConfig, Pi0Config, Pi0FastConfig
 from manipi.robots.robot import Robot
 from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig
 
-CHECKPOINTS = "gs://openpi-assets/checkpoints"
-TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
-FAST = "hf://physical-intelligence/fast"
-"""The FAST tokenizer that was fitted to many robots."""
+TOKENIZER, FAST = ASSETS["paligemma_tokenizer"], ASSETS["fast_tokenizer"]
 FAST_CAMERAS = ("base", "base_1", "wrist")
 """Slots of π0-FAST on DROID."""
 

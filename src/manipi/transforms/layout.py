@@ -32,14 +32,17 @@ class ModelLayout:
             **actions,
             "images": images,
             "image_valid": image_valid,
-            # Longer than that only for π0-FAST, which has read it in the prompt.
-            "state": self._pad(sample["state"][: self.model.action_dim]),
+            "state": self._pad(self._state(sample["state"])),
             "action_dim_valid": np.arange(self.model.action_dim) < self.action_size,
         }
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
         # π0-FAST hands on token ids, which have no action dimensions yet.
         return actions_HA if actions_HA.ndim == 1 else actions_HA[..., : self.action_size]
+
+    def _state(self, state_S: np.ndarray) -> np.ndarray:
+        # π0-FAST has read the state in the prompt, however long; its network takes none.
+        return state_S[: self.model.action_dim] if isinstance(self.model, Pi0FastConfig) else state_S
 
     def _cameras(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         size = self.model.vision.image_size
