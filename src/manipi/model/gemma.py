@@ -11,8 +11,9 @@ span; within that, `attention_mask` decides:
                ▲─────────────┘                │
                ▲───────────────▲──────────────┘
 
-The residual stream is float32 and matrices compute in the dtype of the spans' tokens, so that under bfloat16 the roundings
-of one layer do not add up over the next ones. The norms have it in float32 anyway, and would save that copy for backward.
+The residual stream is float32 and matrices compute in the dtype of the spans' tokens, so that under bfloat16 the
+roundings of one layer do not add up over the next ones. The norms have it in float32 anyway, and would save that copy
+for backward.
 
 Shape suffixes: B batch, T query tokens, S key tokens, D expert width, C conditioning rows, N query heads,
 G key/value heads, H head dim.
@@ -174,7 +175,7 @@ class Geometry(NamedTuple):
     rope: tuple[Tensor, Tensor]
     """Cosines and sines of the tokens' rotations, each [B, T, 1, H/2]."""
     bias_B1TS: Tensor
-    """Added to the attention logits: 0 where a key is seen, `MASKED` where not. In the dtype that the span computes in."""
+    """Added to the attention logits: 0 where a key is seen, `MASKED` where not. Its dtype is the one to compute in."""
 
 
 class Block(nn.Module):
