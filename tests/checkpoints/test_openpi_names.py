@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ import torch
 from manipi.checkpoints.openpi_names import from_openpi_tree, openpi_arrays, to_openpi_tree
 from manipi.errors import WeightsMismatchError
 from manipi.model import VLA
-from manipi.model.config import GemmaSize, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
+from manipi.model.config import Adapters, GemmaSize, LoRA, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
 
 SIZES = {
     "vision": VisionSize(width=6, depth=2, mlp_dim=10, num_heads=2, patch_size=2, image_size=4),
@@ -14,8 +16,15 @@ SIZES = {
     "action_dim": 5,
 }
 EXPERT = GemmaSize(width=4, depth=3, mlp_dim=14, num_heads=4, num_kv_heads=2, head_dim=2)
-CONFIGS = [Pi0Config(**SIZES, action_expert=EXPERT), Pi05Config(**SIZES, action_expert=EXPERT), Pi0FastConfig(**SIZES)]
-every_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+# As many key/value heads as query heads: the reference joins the three projections.
+JOINED = {"vlm": replace(SIZES["vlm"], num_kv_heads=4), "vlm_adapters": Adapters(attention=LoRA(rank=3, alpha=3))}
+CONFIGS = [
+    Pi0Config(**SIZES, action_expert=EXPERT),
+    Pi05Config(**SIZES, action_expert=EXPERT),
+    Pi0FastConfig(**SIZES),
+    Pi0FastConfig(**SIZES | JOINED),
+]
+every_config = pytest.mark.parametrize("config", CONFIGS, ids=["pi0", "pi05", "pi0_fast", "pi0_fast, joined"])
 
 
 def state_of(config):
@@ -49,6 +58,16 @@ def test_heads_and_layers_are_where_the_reference_has_them():
     np.testing.assert_array_equal(tree["PaliGemma/llm/layers/attn/q_einsum/w"][layer, head], q.T)
     v = state[f"gemma.blocks.{layer}.experts.action.v_proj.weight"][size:]
     np.testing.assert_array_equal(tree["PaliGemma/llm/layers/attn/kv_einsum_1/w"][layer, 1, 1], v.T)
+
+
+def test_joined_projections_are_queries_keys_values():
+    config = CONFIGS[3]
+    tree = to_openpi_tree(state := state_of(config), config)
+    layer, head, size = 2, 3, config.vlm.head_dim
+    for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        weight = state[f"gemma.blocks.{layer}.experts.vlm.{name}.weight"][head * size : (head + 1) * size]
+        np.testing.assert_array_equal(tree["PaliGemma/llm/layers/attn/qkv_einsum/w"][layer, part, head], weight.T)
+    assert not any("/q_einsum/" in path or "/kv_einsum/" in path for path in tree)
 
 
 def test_the_error_lists_everything_that_does_not_match():

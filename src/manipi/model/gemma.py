@@ -244,9 +244,9 @@ class Gemma(nn.Module):
         nn.init.normal_(self.token_embedding, std=self.width**-0.5, generator=generator)
 
     def embed(self, ids_BT: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B T D"]:
-        """Token embeddings times √width. Factor and product are in the table's own dtype, as in the reference."""
-        scale = torch.tensor(self.width**0.5, dtype=self.token_embedding.dtype)
-        return (F.embedding(ids_BT, self.token_embedding) * scale).to(dtype)
+        """Token embeddings times √width. The factor is rounded to the table's own dtype, as in the reference."""
+        factor = torch.tensor(self.width**0.5, dtype=self.token_embedding.dtype).float()
+        return (F.embedding(ids_BT, self.token_embedding).float() * factor).to(dtype)
 
     def logits(self, x: Float[Tensor, "*any D"]) -> Float[Tensor, "*any V"]:
         """float32 logits over the vocabulary, by the transposed token embedding.
