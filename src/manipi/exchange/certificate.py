@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -111,5 +111,6 @@ def answer_streamed(reader: Callable[[str], Tensor], described: Checkpoint) -> n
 
 
 def _meta(config: ModelConfig) -> VLA:
+    """Computing in float32, which shows the weights' differences rather than the computation's roundings."""
     with torch.device("meta"):
-        return VLA(config)
+        return VLA(replace(config, dtype="float32"))
