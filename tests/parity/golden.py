@@ -102,6 +102,8 @@ class Case:
     def cameras(self) -> tuple[str, ...]:
         """In the order of their tokens, which the recorded prefix shows whatever order the names have."""
         names = [name.removeprefix("image/") for name in self.inputs if name.startswith("image/")]
+        if not all(f"siglip/{name}" in self.outputs for name in names):
+            return tuple(names)
         prefix = self.outputs["input_tokens" if "input_tokens" in self.outputs else "prefix_tokens"]
         slots = np.split(prefix[:, : len(names) * self.num_tokens], len(names), axis=1)
         tokens = {name: self.outputs[f"siglip/{name}"] for name in names}

@@ -61,9 +61,8 @@ def image_tokens(case: Case, model: VLA) -> Quantities:
     found = {f"siglip/{camera}": tokens[:, index] for index, camera in enumerate(case.cameras)}
     for index, camera in enumerate(case.cameras):
         encoded = found[f"siglip_with_posemb/{camera}"] = model.vision.embed_patches(images[:, index])
-        encoded = encoded.to(model.dtype)
         for block in model.vision.blocks:
-            encoded = block(encoded)
+            encoded = block(encoded, model.dtype)
         found[f"siglip_encoded/{camera}"] = model.vision.final_norm(encoded)
     return found
 

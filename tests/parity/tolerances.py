@@ -19,6 +19,8 @@ class Tolerance(NamedTuple):
     """Against each value itself, or against the array's largest."""
     names: str
     """Regular expression of the recorded names."""
+    noise: float = 0.0
+    """An error that is rounding, however small the value: some gradients are zero in exact arithmetic."""
 
     def error(self, found: np.ndarray, expected: np.ndarray) -> float:
         """The largest error; infinite where shapes differ or a value is not a number."""
@@ -26,10 +28,10 @@ class Tolerance(NamedTuple):
             return float("inf")
         found, expected = found.astype(np.float64), expected.astype(np.float64)
         errors = np.abs(found - expected)
-        if self.measured == "relative":
-            errors = errors / np.where(expected == 0, 1, np.abs(expected))
-        elif self.measured == "of the largest" and expected.any():
-            errors = errors / np.abs(expected).max()
+        if self.measured != "absolute":
+            values = np.abs(expected) if self.measured == "relative" else np.abs(expected).max(initial=0.0)
+            scale = np.maximum(values, self.noise / self.limit)
+            errors = errors / np.where(scale == 0, 1, scale)
         largest = float(errors.max(initial=0.0))
         return largest if np.isfinite(largest) else float("inf")
 
@@ -55,8 +57,8 @@ OUTPUTS = (
     Tolerance("logits", 1e-4, "absolute", f"{_CASE}logits|{_CASE}target_logp|(decode|eos).*/(logits|top2_margin)"),
     Tolerance("greedy tokens", 0, "absolute", "(decode|eos).*/tokens"),
     Tolerance("gradient norm", 1e-3, "relative", "grad_global_norm(_trainable)?"),
-    Tolerance("gradient norm of each parameter", 1e-3, "relative", "grad_norm/.+"),
-    Tolerance("gradients", 1e-3, "of the largest", "grad/.+"),
+    Tolerance("gradient norm of each parameter", 1e-3, "relative", "grad_norm/.+", noise=1e-6),
+    Tolerance("gradients", 1e-3, "of the largest", "grad/.+", noise=1e-6),
 )
 
 TRACE = (

@@ -1,6 +1,7 @@
 """Layers whose parameters keep their own dtype and that compute in the dtype of what flows through them.
 
-Parameters may be float32 masters while activations are bfloat16; no autocast is involved. Norms compute in float32.
+Parameters may be float32 masters while activations are bfloat16; no autocast is involved. Norms stand on residual
+streams, which are float32: with them, the roundings of one layer do not add up over the next ones.
 `init_weights` of each layer is one row of the table in `VLA.init_weights`.
 """
 
@@ -42,7 +43,7 @@ class ZeroLinear(Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm in float32, whatever the dtype of x."""
+    """Layer norm, in and out in float32."""
 
     def reset_parameters(self) -> None:
         """Leaves the memory as it is, like `Linear`."""
@@ -52,5 +53,4 @@ class LayerNorm(nn.LayerNorm):
         nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        normed = F.layer_norm(input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
-        return normed.to(input.dtype)
+        return F.layer_norm(input, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)

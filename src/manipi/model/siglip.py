@@ -13,7 +13,7 @@ from manipi.model.layers import LayerNorm, Linear
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm transformer block: bidirectional attention, then an MLP with tanh GELU."""
+    """Pre-norm transformer block: bidirectional attention, then an MLP with tanh GELU. The residual is float32."""
 
     def __init__(self, size: VisionSize):
         super().__init__()
@@ -27,15 +27,15 @@ class VisionBlock(nn.Module):
         self.up_proj = Linear(size.width, size.mlp_dim)
         self.down_proj = Linear(size.mlp_dim, size.width)
 
-    def forward(self, x_BPD: Tensor) -> Tensor:
-        normed_BPD = self.attention_norm(x_BPD)
+    def forward(self, x_BPD: Tensor, dtype: torch.dtype) -> Tensor:
+        normed_BPD = self.attention_norm(x_BPD).to(dtype)
         q_BNPH, k_BNPH, v_BNPH = (
             proj(normed_BPD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         attended_BNPH = F.scaled_dot_product_attention(q_BNPH, k_BNPH, v_BNPH)
         x_BPD = x_BPD + self.out_proj(attended_BNPH.transpose(1, 2).flatten(-2))
-        return x_BPD + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x_BPD)), approximate="tanh"))
+        return x_BPD + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x_BPD).to(dtype)), approximate="tanh"))
 
 
 class SigLIP(nn.Module):
@@ -63,10 +63,10 @@ class SigLIP(nn.Module):
 
         Patches are embedded in float32, as in the reference; the blocks compute in `dtype`.
         """
-        x_BPD = self.embed_patches(images).to(dtype)
+        x_BPD = self.embed_patches(images)
         for block in self.blocks:
-            x_BPD = block(x_BPD)
-        return self.head(self.final_norm(x_BPD))
+            x_BPD = block(x_BPD, dtype)
+        return self.head(self.final_norm(x_BPD).to(dtype))
 
     def embed_patches(self, images_Bhw3: Tensor) -> Tensor:
         """Patches in row-major order, each flattened row by row with its channels last, plus their positions."""
