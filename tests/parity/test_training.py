@@ -77,6 +77,9 @@ def run(case: Case, file: Path) -> Arrays:
     frozen = tensors(case, case.frozen if config.frozen == "adapted" else frozenset())
     unreached = {n: p for n, p in state.model.named_parameters() if n not in state.parameters and n not in frozen}
     averages = {name: p.detach().clone() for name, p in unreached.items()}
+    kept = {n: p.detach() for n, p in state.model.named_parameters() if n in frozen}
+    drifting, dtype = dict(kept), getattr(torch, config.frozen_dtype)
+    decay, rest = torch.tensor(config.ema_decay, dtype=dtype), torch.tensor(1 - config.ema_decay, dtype=dtype)
     steps: list[dict[str, float]] = []
     before = to_openpi_tree(state.model.state_dict(), case.config)
     for step in range(recorded["steps"]):
@@ -87,7 +90,9 @@ def run(case: Case, file: Path) -> Arrays:
                 p.mul_(1 - learning_rate(step, config.optimizer) * config.optimizer.weight_decay)
                 averages[name].lerp_(p, 1 - config.ema_decay)
         now = to_openpi_tree(state.model.state_dict(), case.config)
-        average = to_openpi_tree(state.inference_weights() | averages, case.config)
+        # Ours keep their value. The reference averages frozen weights too, in bfloat16, where they drift.
+        drifting = {name: average * decay + kept[name] * rest for name, average in drifting.items()}
+        average = to_openpi_tree(state.inference_weights() | averages | drifting, case.config)
         found = {"loss": metrics["loss"], "grad_norm": metrics["grad_norm"], "lr": metrics["learning_rate"]}
         found |= {"update_norm": norm({path: now[path] - before[path] for path in now}), "param_norm_all": norm(now)}
         found |= {"ema_param_norm_all": norm(average), "param_norm_kernels": norm(kernels(now))}
