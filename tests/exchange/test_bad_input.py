@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,9 +15,11 @@ from manipi.errors import (
     ConfigError,
     IntegrityError,
     NormStatsError,
+    SelfTestError,
     StorageError,
     WeightsMismatchError,
 )
+from manipi.exchange.certificate import certify
 from manipi.exchange.importing import Wanted, import_checkpoint
 from manipi.model.config import Pi05Config
 from manipi.policy import Policy
@@ -108,6 +111,34 @@ def test_nan(torch_copy, refused):
     gate[3, 4] = float("nan")
     change(torch_copy, **{GATE: gate})
     refused(torch_copy, IntegrityError, "NaN or infinity", GATE)
+
+
+def test_an_output_matrix_that_is_not_the_embedding(torch_copy, refused):
+    lm_head = "paligemma_with_expert.paligemma.lm_head.weight"
+    embedding = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+    change(torch_copy, **{embedding: weight(torch_copy, lm_head)})
+    import_checkpoint(torch_copy, torch_copy.parent / "both", None)
+    change(torch_copy, **{embedding: weight(torch_copy, lm_head) + 1})
+    refused(torch_copy, WeightsMismatchError, lm_head, embedding)
+
+
+def test_another_answer_than_before_is_no_certificate(jax):
+    model = Pi05Config()
+    with pytest.raises(SelfTestError, match=r"a largest difference of 0\.5"):
+        certify("a", jax, "openpi-jax", np.ones((2, 3)), np.full((2, 3), 1.5), model=model, read=[], written={})
+
+
+def test_sizes_that_only_the_user_knows(jax, trained, tmp_path):
+    policy = Policy.load(trained("pi0"))
+    wanted = Wanted(robot=policy.robot, model=policy.config.model, tokenizers=policy.tokenizers)
+    for horizon in (2, 5):
+        stats = jax / "assets/tabletop/norm_stats.json"
+        fields = json.loads(stats.read_text())
+        fields.pop("manipi", None)  # as openpi writes it, which says nothing of a horizon
+        stats.write_text(json.dumps(fields))
+        target = tmp_path / f"horizon_{horizon}"
+        import_checkpoint(jax, target, replace(wanted, sizes={"action_horizon": horizon}))
+        assert Policy.load(target).config.model.action_horizon == horizon
 
 
 def test_another_kind_of_policy(jax, refused, trained):

@@ -110,7 +110,15 @@ def seal(folder: Path) -> None:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Raises CheckpointError where there is none, IntegrityError where a file is missing or altered."""
     verify(folder)
-    return replace(read_description(folder), weights=load_file(folder / "model.safetensors"))
+    described = read_description(folder)
+    if described.self_test is None:
+        raise IntegrityError(
+            expected="a recorded answer, which loading replays",
+            found="no self_test.npz",
+            where=str(folder),
+            next="write the checkpoint again; without it nothing shows that the policy is the one that was trained",
+        )
+    return replace(described, weights=load_file(folder / "model.safetensors"))
 
 
 def read_description(folder: Path) -> Checkpoint:

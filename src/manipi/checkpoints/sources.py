@@ -20,7 +20,7 @@ from manipi.checkpoints.openpi_names import Array, openpi_arrays, require_match,
 from manipi.checkpoints.orbax import OrbaxStore
 from manipi.checkpoints.torch_names import PREFIXES, Prefixes, torch_arrays
 from manipi.checkpoints.weight_store import NpzStore, SafetensorsStore, Store
-from manipi.errors import CheckpointError, IntegrityError
+from manipi.errors import CheckpointError, IntegrityError, WeightsMismatchError
 from manipi.model.config import ModelConfig
 
 Layout: TypeAlias = Literal["openpi-jax", "openpi-torch", "lerobot", "paligemma", "paligemma-npz"]
@@ -48,9 +48,7 @@ class Source:
         """What the layout has for this config, by the names in the store."""
         if self.prefixes is not None:
             tree = torch_arrays(config, self.prefixes)
-            embedding, lm_head = f"{self.prefixes.language}embed_tokens.weight", self.prefixes.lm_head
-            if embedding not in self.shapes and lm_head in self.shapes:  # tied, and saved under the other name
-                tree[lm_head] = tree.pop(embedding)
+            tree[self._embedding] = tree.pop(f"{self.prefixes.language}embed_tokens.weight")
             return tree
         tree = openpi_arrays(config)
         if self.layout == "openpi-jax":
@@ -59,19 +57,41 @@ class Source:
         return {path.replace("PaliGemma/", "params/", 1): array for path, array in vlm.items()}
 
     def check(self, config: ModelConfig) -> None:
-        """Compare names and shapes with the config's. Raises WeightsMismatchError with all that differ."""
-        found, prefixes = dict(self.shapes), self.prefixes
+        """Compare names and shapes with the config's, and the two copies of a tied embedding with each other.
+
+        Raises:
+            WeightsMismatchError: all names and shapes that differ, or two embeddings where there should be one.
+        """
+        found = dict(self.shapes)
         expected = {name: array.shape for name, array in self.arrays(config).items()}
-        embedding = f"{prefixes.language}embed_tokens.weight" if prefixes else ""
-        if self.layout == "paligemma" and embedding in found:  # transformers pads the vocabulary to a multiple of 64
-            found[embedding] = (min(found[embedding][0], config.vocab_size), *found[embedding][1:])
+        if self.layout == "paligemma":  # transformers pads the vocabulary to a multiple of 64
+            rows, width = found.get(self._embedding, (0, 0))
+            found[self._embedding] = (min(rows, config.vocab_size), width)
         require_match(expected, found, self.store.where, self.unused)
+        if self.prefixes is not None and self.prefixes.lm_head in self.unused:
+            self._require_tied(self.prefixes.lm_head)
+
+    def _require_tied(self, lm_head: str) -> None:
+        if not torch.equal(self.store.read(self._embedding), self.store.read(lm_head)):
+            raise WeightsMismatchError(
+                expected="an output matrix that is the token embedding again, as in every π policy",
+                found=f"other numbers in {lm_head} than in {self._embedding}",
+                where=self.store.where,
+                next="ask whoever trained it: one of the two would be lost",
+            )
+
+    @property
+    def _embedding(self) -> str:
+        """Where a PyTorch layout keeps the token embedding, which is saved under one of its two names, or both."""
+        assert self.prefixes is not None
+        name = f"{self.prefixes.language}embed_tokens.weight"
+        return self.prefixes.lm_head if name not in self.shapes and self.prefixes.lm_head in self.shapes else name
 
     @property
     def unused(self) -> tuple[str, ...]:
         """Tensors of the layout that no computation reads: output matrices."""
         names = (self.prefixes.lm_head, self.prefixes.expert_lm_head) if self.prefixes else ()
-        return tuple(name for name in names if name in self.shapes)
+        return tuple(name for name in names if name in self.shapes and name != self._embedding)
 
     def tensors(self, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         """Our tensors by name, in their stored dtype, one layer in memory at a time.
@@ -81,15 +101,12 @@ class Source:
         """
         for path, array in self.arrays(config).items():
             for layer in range(len(array.names)):
-                yield from self._layer(path, array, layer, config)
+                yield from self.layer(path, array, layer, config)
 
-    def reader(self, config: ModelConfig) -> "Reader":
-        """Our tensors one by one, by name."""
-        return Reader(self, config)
-
-    def _layer(self, path: str, array: Array, layer: int, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    def layer(self, path: str, array: Array, layer: int, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+        """Our tensors of one layer of one array. Raises as `tensors` does."""
         values = self.store.read(path, layer if len(array.names) > 1 else None)
-        if self.layout == "paligemma" and path.endswith("embed_tokens.weight"):
+        if self.layout == "paligemma" and path == self._embedding:
             values = values[: config.vocab_size]
         if not torch.isfinite(values).all():
             raise IntegrityError(
@@ -117,7 +134,7 @@ class Reader:
     def __call__(self, name: str) -> Tensor:
         place = self._places[name]
         if self._last is None or self._last[0] != place:
-            self._last = (place, dict(self._source._layer(place[0], self._arrays[place[0]], place[1], self._config)))
+            self._last = (place, dict(self._source.layer(place[0], self._arrays[place[0]], place[1], self._config)))
         return self._last[1][name]
 
 

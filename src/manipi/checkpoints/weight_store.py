@@ -8,6 +8,7 @@ Store
 
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -100,21 +101,17 @@ def _npz_headers(path: Path) -> Iterator[tuple[str, ArrayInfo]]:
             yield entry.removesuffix(".npy"), ArrayInfo(shape, to_torch(np.empty(0, dtype)).dtype)
 
 
-class _damage:
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
     """What a library says of a broken file, as an IntegrityError that names the file."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __enter__(self) -> None:
-        if not self._path.exists():
-            raise CheckpointError(
-                expected="a file of weights", found="no such file", where=str(self._path), next="check the path"
-            )
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, SafetensorError | zipfile.BadZipFile | EOFError | ValueError | OSError):
-            raise damaged(self._path, error) from error
+    if not path.exists():
+        raise CheckpointError(
+            expected="a file of weights", found="no such file", where=str(path), next="check the path"
+        )
+    try:
+        yield
+    except (SafetensorError, zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+        raise damaged(path, error) from error
 
 
 def damaged(path: Path, error: BaseException) -> IntegrityError:

@@ -1,5 +1,6 @@
 """`manipi import`: another project's checkpoint becomes ours."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,9 @@ def main(arguments: Sequence[str]) -> None:
     from manipi.exchange.importing import import_adapters, import_checkpoint
     from manipi.exchange.wanted import wanted_from
 
-    path = fetch(resolve(args.source), offline=args.offline or None)
+    if args.offline:
+        os.environ["MANIPI_OFFLINE"] = "1"  # the tokenizers may be fetched too
+    path = fetch(resolve(args.source))
     if args.base is not None:
         certificate = import_adapters(path, args.base, args.target)
     else:

@@ -1,17 +1,21 @@
 """What an import or export proves: nothing was lost, and the policy answers as it did before."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from manipi.checkpoints.native import Checkpoint
-from manipi.checkpoints.sources import Source, stream_weights
+from manipi.checkpoints.native import Checkpoint, SelfTest
+from manipi.checkpoints.sources import Reader, Source, stream_weights
+from manipi.checkpoints.weight_store import ArrayInfo
+from manipi.errors import SelfTestError
 from manipi.model import VLA, ModelInput
 from manipi.model.config import ModelConfig, Pi0FastConfig
+from manipi.policy import SELF_TEST_TOLERANCE, Policy
 from manipi.robots.robot import Robot
 from manipi.transforms import pipeline
 from manipi.types import Sample
@@ -54,9 +58,51 @@ class Certificate:
         ]
 
 
-def certify(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """The largest difference and the largest magnitude."""
-    return float(np.abs(before - after).max()), float(np.abs(before).max())
+def certify(
+    source: str,
+    target: Path,
+    layout: str,
+    before: np.ndarray,
+    after: np.ndarray,
+    *,
+    model: ModelConfig,
+    read: Iterable[torch.dtype],
+    written: Mapping[str, ArrayInfo],
+    unused: tuple[str, ...] = (),
+) -> Certificate:
+    """The certificate of an import or export.
+
+    Args:
+        before, after: answers, as of `answer`.
+        read: dtypes of the tensors that were read.
+        written: shape and dtype of ours, as they were written.
+
+    Raises:
+        SelfTestError: the answers differ by more than the written dtypes explain.
+    """
+    dtypes = count_dtypes(info.dtype for info in written.values())
+    difference, magnitude = float(np.abs(before - after).max()), float(np.abs(before).max())
+    tolerance = SELF_TEST_TOLERANCE["bfloat16" if "bfloat16" in dtypes else "float32"] * magnitude
+    if not difference <= tolerance:
+        raise SelfTestError(
+            expected=f"the answer of before, within {tolerance:.2g}",
+            found=f"a largest difference of {difference:.3g}",
+            where=f"{source} → {target} ({layout})",
+            next="keep the weights' dtype (--dtype stored); with that it is a defect of manipi's: report it",
+        )
+    return Certificate(
+        source=source,
+        target=str(target),
+        layout=layout,
+        tensors=len(written),
+        parameters=sum(torch.Size(info.shape).numel() for info in written.values()),
+        dtypes_before=count_dtypes(read),
+        dtypes_after=dtypes,
+        unused=unused,
+        compared="logits" if isinstance(model, Pi0FastConfig) else "actions",
+        difference=difference,
+        magnitude=magnitude,
+    )
 
 
 def count_dtypes(tensors: Iterable[torch.dtype]) -> dict[str, int]:
@@ -74,6 +120,14 @@ def example_observation(robot: Robot, image_size: int) -> Sample:
 def example_noise(config: ModelConfig) -> np.ndarray:
     """[H, A], the same for everyone."""
     return np.random.default_rng(1).normal(size=(config.action_horizon, config.action_dim)).astype(np.float32)
+
+
+def record_self_test(checkpoint: Checkpoint) -> SelfTest:
+    """What the policy answers to the example now, in its own dtype."""
+    observation = example_observation(checkpoint.robot, checkpoint.config.model.vision.image_size)
+    noise = example_noise(checkpoint.config.model)
+    actions = Policy.from_checkpoint(checkpoint).infer(observation, noise)["actions"]
+    return SelfTest(observation, noise, actions)
 
 
 @torch.no_grad()
@@ -99,14 +153,9 @@ def answer_of_weights(weights: Mapping[str, Tensor], described: Checkpoint) -> n
 
 
 def answer_of_source(source: Source, described: Checkpoint) -> np.ndarray:
-    """The answer of a foreign checkpoint in its own dtype, one layer in memory at a time."""
-    return answer_streamed(source.reader(described.config.model), described)
-
-
-def answer_streamed(reader: Callable[[str], Tensor], described: Checkpoint) -> np.ndarray:
-    """The answer of weights that are read by name when their layer runs."""
+    """The answer of a foreign checkpoint's weights as they are stored, one layer in memory at a time."""
     model = _meta(described.config.model)
-    stream_weights(model, reader)
+    stream_weights(model, Reader(source, described.config.model))
     return answer(model.eval(), described)
 
 

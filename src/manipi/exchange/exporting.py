@@ -8,11 +8,13 @@ manipi         our own, for merging adapters into the matrices
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from manipi.checkpoints.native import Checkpoint, read_checkpoint, seal, write_description
@@ -29,10 +31,10 @@ from manipi.exchange.certificate import (
     answer_of_source,
     answer_of_weights,
     certify,
-    count_dtypes,
+    record_self_test,
 )
 from manipi.exchange.importing import DESCRIPTION
-from manipi.model.config import ModelConfig, Pi0Config, Pi0FastConfig
+from manipi.model.config import GEMMA_2B, GEMMA_300M, ModelConfig, Pi0Config, Pi0FastConfig
 from manipi.records import write_json
 from manipi.storage import atomic_directory
 from manipi.transforms.normalize import save_norm_stats
@@ -52,6 +54,7 @@ def export_checkpoint(
     Raises:
         CheckpointError: the checkpoint is damaged.
         ConfigError: the layout has no place for the policy or its adapters.
+        SelfTestError: the policy answers otherwise than before.
     """
     checkpoint = read_checkpoint(folder)
     exported = merge_adapters(checkpoint) if merge else checkpoint
@@ -60,21 +63,16 @@ def export_checkpoint(
     with atomic_directory(target) as partial:
         _WRITERS[to](partial, exported, dtype)
         after = _read_back(partial, to, exported)
-    difference, magnitude = certify(before, after)
-    weights = exported.weights.values()
-    return Certificate(
-        source=str(folder),
-        target=str(target),
-        layout=to,
-        tensors=len(exported.weights),
-        parameters=sum(w.numel() for w in weights),
-        dtypes_before=count_dtypes(w.dtype for w in checkpoint.weights.values()),
-        dtypes_after=count_dtypes(dtype or w.dtype for w in weights),
-        unused=(),
-        compared="logits" if isinstance(exported.config.model, Pi0FastConfig) else "actions",
-        difference=difference,
-        magnitude=magnitude,
-    )
+        return certify(
+            str(folder),
+            target,
+            to,
+            before,
+            after,
+            model=exported.config.model,
+            read=[w.dtype for w in checkpoint.weights.values()],
+            written={name: ArrayInfo(tuple(w.shape), dtype or w.dtype) for name, w in exported.weights.items()},
+        )
 
 
 def _require_place(model: ModelConfig, to: Target, folder: Path) -> None:
@@ -166,7 +164,8 @@ def _write_manipi(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | Non
     infos = {name: ArrayInfo(tuple(w.shape), dtype or w.dtype) for name, w in weights.items()}
     tensors = ((name, w.to(infos[name].dtype)) for name, w in weights.items())
     write_safetensors(folder / "model.safetensors", infos, tensors)
-    write_description(folder, checkpoint)
+    written = replace(checkpoint, weights=load_file(folder / "model.safetensors"))
+    write_description(folder, replace(written, self_test=record_self_test(written)))
     seal(folder)
 
 
@@ -179,14 +178,18 @@ def _write_companions(folder: Path, checkpoint: Checkpoint) -> None:
     write_description(folder / DESCRIPTION, checkpoint)
 
 
+_VARIANTS = {GEMMA_2B: "gemma_2b", GEMMA_300M: "gemma_300m"}
+"""openpi has names for these sizes alone."""
+
+
 def _openpi_config(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, object]:
     model = checkpoint.config.model
     precision = str(dtype or checkpoint.weights["head.action_in.weight"].dtype).removeprefix("torch.")
     return {
         "action_dim": model.action_dim,
         "action_horizon": model.action_horizon,
-        "paligemma_variant": "gemma_2b",
-        "action_expert_variant": "gemma_300m",
+        "paligemma_variant": _VARIANTS.get(model.vlm),
+        "action_expert_variant": None if isinstance(model, Pi0FastConfig) else _VARIANTS.get(model.action_expert),
         "precision": precision,
     }
 

@@ -6,7 +6,8 @@ the rest     robot, horizon, prompt format, tokenizers: from a recipe or robot, 
              own exports carry
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,6 @@ from manipi.checkpoints.infer import infer_config
 from manipi.checkpoints.native import (
     Checkpoint,
     PolicyConfig,
-    SelfTest,
     read_checkpoint,
     read_description,
     seal,
@@ -34,12 +34,9 @@ from manipi.exchange.certificate import (
     answer_of_source,
     answer_of_weights,
     certify,
-    count_dtypes,
-    example_noise,
-    example_observation,
+    record_self_test,
 )
-from manipi.model.config import ModelConfig, Pi0Config, Pi0FastConfig
-from manipi.policy import Policy
+from manipi.model.config import ModelConfig, Pi0Config
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory
 from manipi.tokenizers import Tokenizers
@@ -57,6 +54,8 @@ class Wanted:
     robot: Robot
     model: ModelConfig | None = None
     """Horizon, token budget, cameras, dtype, compat; None: the released policies' settings."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Fields of the model config that are other ones."""
     norm_mode: NormMode | None = None
     """None: z-score for π0, quantiles for the others, as openpi trains."""
     tokenizers: Tokenizers
@@ -79,9 +78,9 @@ def import_checkpoint(
         CheckpointError: see `manipi.checkpoints.sources`.
         NormStatsError: no statistics, several to choose from, or statistics of another robot.
         ConfigError: the source does not describe itself, and nothing else does.
+        SelfTestError: the policy answers otherwise than before.
     """
     source = open_source(path)
-    read = {name: info.dtype for name, info in source.store.arrays.items() if name not in source.unused}
     _require_policy(source)
     described = describe(source, wanted)
     model = described.config.model
@@ -91,22 +90,20 @@ def import_checkpoint(
         infos = _write_weights(source, model, folder / "model.safetensors", dtype)
         whole = replace(described, weights=load_file(folder / "model.safetensors"))
         after = answer_of_weights(whole.weights, whole)
-        write_description(folder, replace(whole, self_test=_self_test(whole)))
+        certificate = certify(
+            str(path),
+            target,
+            source.layout,
+            before,
+            after,
+            model=model,
+            read=[info.dtype for name, info in source.store.arrays.items() if name not in source.unused],
+            written=infos,
+            unused=source.unused,
+        )
+        write_description(folder, replace(whole, self_test=record_self_test(whole)))
         seal(folder)
-    difference, magnitude = certify(before, after)
-    return Certificate(
-        source=str(path),
-        target=str(target),
-        layout=source.layout,
-        tensors=len(infos),
-        parameters=sum(torch.Size(info.shape).numel() for info in infos.values()),
-        dtypes_before=count_dtypes(read.values()),
-        dtypes_after=count_dtypes(info.dtype for info in infos.values()),
-        unused=source.unused,
-        compared="logits" if isinstance(model, Pi0FastConfig) else "actions",
-        difference=difference,
-        magnitude=magnitude,
-    )
+    return certificate
 
 
 def import_adapters(path: Path, base: Path, target: Path) -> Certificate:
@@ -117,22 +114,12 @@ def import_adapters(path: Path, base: Path, target: Path) -> Certificate:
     """
     adapted = read_adapters(path, read_checkpoint(base))
     before = answer_of_weights(adapted.weights, adapted)
-    tested = replace(adapted, self_test=_self_test(adapted))
-    write_checkpoint(target, tested)
-    difference, magnitude = certify(before, answer_of_weights(read_checkpoint(target).weights, adapted))
-    dtypes = count_dtypes(w.dtype for w in adapted.weights.values())
-    return Certificate(
-        source=f"{path} on {base}",
-        target=str(target),
-        layout="adapters",
-        tensors=len(adapted.weights),
-        parameters=sum(w.numel() for w in adapted.weights.values()),
-        dtypes_before=dtypes,
-        dtypes_after=dtypes,
-        unused=(),
-        compared="logits" if isinstance(adapted.config.model, Pi0FastConfig) else "actions",
-        difference=difference,
-        magnitude=magnitude,
+    write_checkpoint(target, replace(adapted, self_test=record_self_test(adapted)))
+    after = answer_of_weights(read_checkpoint(target).weights, adapted)
+    infos = {name: ArrayInfo(tuple(w.shape), w.dtype) for name, w in adapted.weights.items()}
+    read = [w.dtype for w in adapted.weights.values()]
+    return certify(
+        f"{path} on {base}", target, "adapters", before, after, model=adapted.config.model, read=read, written=infos
     )
 
 
@@ -150,7 +137,7 @@ def describe(source: Source, wanted: Wanted | None) -> Checkpoint:
             where=str(source.path),
             next="add --recipe NAME (manipi recipes), or --robot FILE.py:NAME",
         )
-    model = infer_config(source, like=wanted.model)
+    model = replace(infer_config(source, like=wanted.model), **wanted.sizes)
     mode = wanted.norm_mode or ("zscore" if isinstance(model, Pi0Config) else "quantile")
     step = int(source.path.name) if source.path.name.isdigit() else 0
     return Checkpoint(
@@ -202,10 +189,3 @@ def _write_weights(source: Source, config: ModelConfig, path: Path, dtype: torch
     bar = tqdm(source.tensors(config), total=len(infos), desc="weights", unit="tensor", disable=len(infos) < 500)
     write_safetensors(path, infos, ((name, tensor.to(infos[name].dtype)) for name, tensor in bar))
     return infos
-
-
-def _self_test(checkpoint: Checkpoint) -> SelfTest:
-    policy = Policy.from_checkpoint(checkpoint)
-    observation = example_observation(checkpoint.robot, checkpoint.config.model.vision.image_size)
-    noise = example_noise(checkpoint.config.model)
-    return SelfTest(observation, noise, policy.infer(observation, noise)["actions"])

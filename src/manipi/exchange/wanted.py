@@ -1,12 +1,10 @@
 """What weights cannot tell, from a recipe, a robot and flags."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from manipi.checkpoints.released import ASSETS
 from manipi.checkpoints.tokenizers import open_action_tokenizer, open_text_tokenizer
-from manipi.errors import ConfigError
 from manipi.exchange.importing import Wanted
 from manipi.model.config import Pi0FastConfig
 from manipi.robots.robot import Robot
@@ -39,16 +37,7 @@ def wanted_from(
     if config is None and robot is None:
         return None
     model = config.model if config is not None else None
-    changes = {name: value for name, value in sizes.items() if value is not None}
-    if changes and model is None:
-        raise ConfigError(
-            expected="a recipe whose sizes are changed",
-            found=f"{', '.join(changes)} without one",
-            where="manipi import",
-            next="add --recipe NAME (manipi recipes)",
-        )
-    model = replace(model, **changes) if model is not None else None
-    speaks_codes = isinstance(model, Pi0FastConfig)
+    speaks_codes = isinstance(model, Pi0FastConfig) or bool(action_tokenizer)
     action_source = action_tokenizer or (config.action_tokenizer if config is not None else "fit")
     if action_source == "fit":  # there is nothing to fit it to; the released policies speak the published one
         action_source = ASSETS["fast_tokenizer"]
@@ -62,6 +51,7 @@ def wanted_from(
     return Wanted(
         robot=chosen,
         model=model,
+        sizes={name: value for name, value in sizes.items() if value is not None},
         norm_mode=config.norm_mode if config is not None else None,
         tokenizers=Tokenizers(text, action),
         norm_stats=norm_stats,
