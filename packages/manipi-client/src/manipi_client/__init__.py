@@ -1,7 +1,11 @@
-"""The robot's side of a policy server: wire format, client, action-chunk broker and runtime. No torch, no manipi."""
+"""The robot's side of a policy server: wire format, client, action-chunk broker and runtime. No torch, no manipi.
 
-from manipi_client.broker import ActionChunkBroker
-from manipi_client.client import WebsocketPolicy
+The errors are here at once; everything else is imported at its first use, because websockets take a while.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from manipi_client.errors import (
     ActionChunkError,
     ConnectError,
@@ -14,8 +18,12 @@ from manipi_client.errors import (
     ProtocolError,
     RemoteInferenceError,
 )
-from manipi_client.policy import Policy
-from manipi_client.runtime import Agent, Environment, PolicyAgent, Runtime, Subscriber
+
+if TYPE_CHECKING:
+    from manipi_client.broker import ActionChunkBroker
+    from manipi_client.client import WebsocketPolicy
+    from manipi_client.policy import Policy
+    from manipi_client.runtime import Agent, Environment, PolicyAgent, Runtime, Subscriber
 
 __version__ = "0.1.0"
 
@@ -39,3 +47,16 @@ __all__ = [
     "Subscriber",
     "WebsocketPolicy",
 ]
+
+_MODULES = {
+    "ActionChunkBroker": "broker",
+    "WebsocketPolicy": "client",
+    "Policy": "policy",
+    **dict.fromkeys(("Agent", "Environment", "PolicyAgent", "Runtime", "Subscriber"), "runtime"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
