@@ -8,7 +8,6 @@ a single device does; the default is one chunk per layer. Needs about 35 GB of d
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -59,7 +58,7 @@ def main() -> None:
 
 def _import(source: Path, target: Path, dtype: str) -> None:
     wanted = Wanted(robot=ROBOT, model=MODEL, tokenizers=Tokenizers(ByteTokenizer()))
-    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    idle = _peak()
     began, cpu = time.perf_counter(), time.process_time()
     certificate = import_checkpoint(source, target, wanted, dtype=getattr(torch, dtype))
     size = (target / "model.safetensors").stat().st_size / GIB
@@ -67,7 +66,7 @@ def _import(source: Path, target: Path, dtype: str) -> None:
         "parameters": certificate.parameters,
         "dtype": dtype,
         "weights_gib": round(size, 2),
-        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 2),
+        "peak_gib": round(_peak(), 2),
         "bound_gib": round(size + 2, 2),
         "idle_gib": round(idle, 2),
         "difference": certificate.difference,
@@ -76,6 +75,12 @@ def _import(source: Path, target: Path, dtype: str) -> None:
     }
     print("\n".join(f"{name:<14}{text}" for name, text in certificate.rows()))
     print(json.dumps(result))
+
+
+def _peak() -> float:
+    """GiB. Unlike ru_maxrss, the kernel's high-water mark does not begin at the parent's when a process is started."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / GIB
 
 
 def _write_random(folder: Path, *, whole: bool) -> None:
