@@ -25,12 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from manipi.errors import CheckpointError, IntegrityError
-from manipi.model.config import CONFIG_TYPES, ModelConfig
+from manipi.model.config import CONFIG_TYPES, ModelConfig, NormMode
 from manipi.records import from_json, read_json, write_json
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory
 from manipi.tokenizers import Tokenizers
-from manipi.transforms.normalize import NormMode, load_norm_stats, save_norm_stats
+from manipi.transforms.normalize import load_norm_stats, save_norm_stats
 from manipi.types import NormStats, Sample
 
 MANIFEST = "manifest.json"

@@ -19,7 +19,8 @@ def parse(kind: type[_T], arguments: Sequence[str], command: str, *, default: _T
     Raises:
         ConfigError: values that parse but contradict each other, as the config's own `__post_init__` says.
     """
-    settings = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+    # A comment gives the reason for a field, which is no help with it.
+    settings = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
     start = tyro.MISSING_NONPROP if default is None else default
     said = io.StringIO()
     try:

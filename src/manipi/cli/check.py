@@ -6,13 +6,16 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from manipi.cli.arguments import parse
 from manipi.cli.result import table, write_result
-from manipi.data.check import CHECKS, CheckReport, Finding, check_dataset
 from manipi.recipes.registry import load_robot
+
+if TYPE_CHECKING:
+    from manipi.data.check import CheckReport, Finding
 
 SHOWN = 5
 """Findings of one kind that the screen shows; `--json` has all of them."""
@@ -42,6 +45,9 @@ class _Check:
 def main(arguments: Sequence[str]) -> None:
     """Print the findings, errors first."""
     args = parse(_Check, arguments, "check")
+
+    from manipi.data.check import check_dataset
+
     robot = load_robot(args.robot) if args.robot else None
     report = check_dataset(args.dataset, robot=robot, quick=args.quick, num_workers=args.num_workers)
     write_result(report, args.json)
@@ -49,8 +55,10 @@ def main(arguments: Sequence[str]) -> None:
     sys.exit(1 if report.count("error") else 0)
 
 
-def render(report: CheckReport, *, quick: bool) -> str:
+def render(report: "CheckReport", *, quick: bool) -> str:
     """The findings as blocks of text, then how many there are of each kind."""
+    from manipi.data.check import CHECKS
+
     size = f"{report.num_episodes} episodes · {report.num_frames:,} frames · {len(report.cameras)} cameras"
     pictures = "first and last pictures" if quick else "every picture"
     parts = [f"{report.root}\n{size} · {pictures} decoded" if report.num_frames else report.root]
@@ -66,6 +74,6 @@ def render(report: CheckReport, *, quick: bool) -> str:
     return "\n\n".join(parts if report.findings else [*parts, "nothing is wrong with it"])
 
 
-def _block(finding: Finding) -> str:
+def _block(finding: "Finding") -> str:
     lines = [f"{finding.severity:<8} {finding.check}  {finding.where}", *textwrap.wrap(finding.what, 108)]
     return "\n         ".join([*lines, f"→ {finding.next}"])

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import tyro
 
 from manipi.cli.arguments import parse
@@ -13,10 +12,10 @@ from manipi.cli.result import table, write_result
 from manipi.recipes.registry import load_recipe
 from manipi.robots.robot import Robot
 from manipi.train.config import TrainConfig
-from manipi.types import NormStats
 
 if TYPE_CHECKING:
     from manipi.tokenizers.fast import ReconstructionReport
+    from manipi.types import NormStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +76,10 @@ def main(arguments: Sequence[str]) -> None:
     write_result({"stats": stats, "suspicious": notes, "fast": report}, args.json)
 
 
-def stats_table(stats: NormStats, robot: Robot) -> str:
+def stats_table(stats: "NormStats", robot: Robot) -> str:
     """One row per dimension, as the model sees it."""
+    import numpy as np
+
     rows = []
     for kind, field in (("state", stats.state), ("actions", stats.actions)):
         names = list(_state_names(robot) if kind == "state" else _action_names(robot))
@@ -88,8 +89,10 @@ def stats_table(stats: NormStats, robot: Robot) -> str:
     return table(rows, ("dimension", "name", "mean", "std", "q01", "q99", "min", "max"))
 
 
-def _report_table(report: "ReconstructionReport", stats: NormStats, config: TrainConfig) -> str:
+def _report_table(report: "ReconstructionReport", stats: "NormStats", config: TrainConfig) -> str:
     """What the round trip through codes costs each dimension, normalised and in the units of its action group."""
+    import numpy as np
+
     from manipi.transforms.normalize import unnormalize
 
     # Normalisation is linear: a normalised 1 is worth the same everywhere.

@@ -36,11 +36,11 @@ from manipi.exchange.certificate import (
     certify,
     record_self_test,
 )
-from manipi.model.config import ModelConfig, Pi0Config
+from manipi.model.config import ModelConfig, NormMode, Pi0Config
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory
 from manipi.tokenizers import Tokenizers
-from manipi.transforms.normalize import NormMode, read_openpi_stats
+from manipi.transforms.normalize import read_openpi_stats
 from manipi.types import NormStats
 
 DESCRIPTION = "manipi"

@@ -14,6 +14,9 @@ from typing import Any, Literal, TypeAlias, get_args
 from manipi.errors import ConfigError, unknown_name
 
 DType: TypeAlias = Literal["float32", "bfloat16"]
+NormMode: TypeAlias = Literal["zscore", "quantile"]
+"""The scale of the states and actions that the weights know; `transforms.normalize` applies it."""
+
 
 CAMERA_SLOTS = ("base", "left_wrist", "right_wrist")
 """The slots of the released weights, in the order in which their image tokens stand in the prefix."""

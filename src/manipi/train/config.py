@@ -7,9 +7,8 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from manipi.errors import ConfigError
-from manipi.model.config import DType, ModelConfig, Pi05Config
+from manipi.model.config import DType, ModelConfig, NormMode, Pi05Config
 from manipi.robots.robot import Robot
-from manipi.transforms.normalize import NormMode
 
 _WHOLE = PrimitiveConstructorSpec[Robot](
     nargs=1,

@@ -6,17 +6,16 @@ quantile    (x - q01) / (q99 - q01 + 1e-6) * 2 - 1        q01 -> -1, q99 -> 1
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import numpy as np
 
 from manipi.errors import NormStatsError
+from manipi.model.config import NormMode
 from manipi.records import fingerprint, from_json, json_bytes, read_json, to_json
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_write
 from manipi.types import FieldStats, NormStats, Sample
 
-NormMode: TypeAlias = Literal["zscore", "quantile"]
 EPSILON = 1e-6
 
 

@@ -21,13 +21,13 @@ from typing import Protocol
 import numpy as np
 
 from manipi.errors import ConfigError, NormStatsError
-from manipi.model.config import ModelConfig, Pi0FastConfig
+from manipi.model.config import ModelConfig, NormMode, Pi0FastConfig
 from manipi.robots.robot import Robot
 from manipi.tokenizers import Tokenizers
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.images import ResizeImages
 from manipi.transforms.layout import ModelLayout
-from manipi.transforms.normalize import Normalize, NormMode, contract
+from manipi.transforms.normalize import Normalize, contract
 from manipi.transforms.observation import ReadRobot
 from manipi.transforms.tokenize import tokenize_step
 from manipi.types import Frame, NormStats, Observation, Sample
