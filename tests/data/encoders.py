@@ -10,7 +10,11 @@ from manipi.data.dataset import frames
 from manipi.errors import BadValueError
 
 CAMERA = "observation.images.top"
-read = partial(frames, cameras=[CAMERA], state_keys=["observation.state"], action_key="action", horizon=4)
+_read = partial(frames, cameras=[CAMERA], state_keys=["observation.state"], action_key="action", horizon=4)
+
+
+def samples(encode, dataset, rows):
+    return [encode(frame) for frame in _read(dataset, rows)]
 
 
 def encode(frame):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ def batches(dataset, encoders):
 
     def batches(encode="encode", count=4, data=dataset, **options):
         sampler = Sampler(data.num_frames, 16, seed=1, fingerprint=data.fingerprint)
-        with Loader(data, sampler, getattr(encoders, encode), read=encoders.read, **options) as loader:
+        samples = partial(encoders.samples, getattr(encoders, encode), data)
+        with Loader(samples, sampler, **options) as loader:
             result = [(step, batch) for step, batch, wait in itertools.islice(loader, count) if wait > 0]
         assert multiprocessing.active_children() == []
         return result
@@ -101,6 +103,7 @@ def test_crashed_worker_shows_its_traceback(batches, capfd):
 
 ORPHAN = """
 import multiprocessing, sys, time
+from functools import partial
 import encoders
 from manipi.data.dataset import open_dataset
 from manipi.data.loader import Loader
@@ -108,7 +111,8 @@ from manipi.data.sampler import Sampler
 
 if __name__ == "__main__":
     dataset = open_dataset(sys.argv[1])
-    loader = iter(Loader(dataset, Sampler(50, 16, seed=1), encoders.encode, read=encoders.read, num_workers=2))
+    samples = partial(encoders.samples, encoders.encode, dataset)
+    loader = iter(Loader(samples, Sampler(50, 16, seed=1), num_workers=2))
     next(loader), next(loader)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     time.sleep(60)

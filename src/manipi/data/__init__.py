@@ -9,6 +9,7 @@
 | `cache` | decoded pictures, at the size the model takes, in a memory-mapped file |
 | `subset` | some episodes of a dataset as a dataset of their own |
 | `sampler`, `split` | which rows form step s; train and held-out episodes |
+| `source` | a dataset as a robot's pipeline reads it: rows in, samples out |
 | `loader` | batches, from worker processes |
 | `stats` | norm stats |
 | `check`, `describe` | what is wrong with a dataset; what is in it, and a robot that would fit |

@@ -20,10 +20,9 @@ from typing import Self, TypeAlias
 
 import numpy as np
 
-from manipi.data.dataset import Dataset
 from manipi.data.sampler import Sampler
 from manipi.errors import ManipiError, TrainingError
-from manipi.types import Frame, Sample
+from manipi.types import Sample
 
 Batch: TypeAlias = dict[str, np.ndarray]
 """Samples stacked along a first axis."""
@@ -33,28 +32,24 @@ Batch: TypeAlias = dict[str, np.ndarray]
 class _Task:
     """What a worker needs to make the batch of any step. Everything in it pickles."""
 
-    dataset: Dataset
+    samples: Callable[[np.ndarray], Sequence[Sample]]
     sampler: Sampler
-    read: Callable[[Dataset, np.ndarray], Sequence[Frame]]
-    encode: Callable[[Frame], Sample]
     rank: int
     world_size: int
 
     def batch(self, step: int) -> Batch:
-        rows = self.sampler.rows(step, self.rank, self.world_size)
-        samples = [self.encode(frame) for frame in self.read(self.dataset, rows)]
+        samples = self.samples(self.sampler.rows(step, self.rank, self.world_size))
         return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
 
 
 class Loader:
     """Endless `(step, batch, wait_seconds)` from `start_step` on.
 
-        with Loader(dataset, sampler, pipeline.encode, read=partial(frames, cameras=…), num_workers=2) as loader:
+        with Loader(source.samples, sampler, num_workers=2) as loader:
             for step, batch, wait in loader: ...
 
     Args:
-        encode: one frame to one sample; picklable, as is `read`.
-        read: the frames at some rows of the dataset.
+        samples: the encoded samples at some rows, in their order (`data.source`); picklable.
         num_workers: 0 makes batches in the caller's process; any number gives the same batches.
         prefetch: batches that each worker makes ahead, at least 1.
 
@@ -65,18 +60,16 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        samples: Callable[[np.ndarray], Sequence[Sample]],
         sampler: Sampler,
-        encode: Callable[[Frame], Sample],
         *,
-        read: Callable[[Dataset, np.ndarray], Sequence[Frame]],
         num_workers: int = 0,
         start_step: int = 0,
         prefetch: int = 2,
         rank: int = 0,
         world_size: int = 1,
     ):
-        self._task = _Task(dataset=dataset, sampler=sampler, read=read, encode=encode, rank=rank, world_size=world_size)
+        self._task = _Task(samples=samples, sampler=sampler, rank=rank, world_size=world_size)
         self._num_workers, self._start_step, self._prefetch = num_workers, start_step, prefetch
         self._workers: list[_Worker] = []
 

@@ -26,11 +26,11 @@ from jaxtyping import Bool, Float, Int64
 from tqdm import tqdm
 
 from manipi.data.dataset import Dataset, action_chunks
+from manipi.data.source import frames_of
 from manipi.data.stats import NEAR_CONSTANT, read_state
 from manipi.policy import Policy
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_write
-from manipi.train.data import frames_of
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.pipeline import observation_of
 

@@ -1,7 +1,6 @@
 """From a training config to encoded batches: dataset, split, statistics, tokenizers and the one pipeline."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +8,10 @@ import numpy as np
 from manipi.checkpoints.fetch import fetch
 from manipi.checkpoints.tokenizers import open_action_tokenizer, open_text_tokenizer
 from manipi.data.cache import CachedDataset
-from manipi.data.dataset import Dataset, action_chunks, frames, open_dataset
+from manipi.data.dataset import Dataset, action_chunks, open_dataset
 from manipi.data.loader import Loader
 from manipi.data.sampler import Sampler, permutation
+from manipi.data.source import Source, frames_of
 from manipi.data.split import split_episodes
 from manipi.data.stats import compute_norm_stats, read_state
 from manipi.errors import ConfigError, NormStatsError
@@ -64,23 +64,8 @@ class TrainingData:
         """Endless encoded batches from `start_step` on."""
         c = self.config
         sampler = Sampler(self.train_rows, c.batch_size, seed=c.seed, fingerprint=self.dataset.fingerprint)
-        read = partial(frames_of, c.robot, c.model.action_horizon)
-        encode = self.pipeline.encode_frame
-        return Loader(
-            self.to_train_on, sampler, encode, read=read, num_workers=c.data.num_workers, start_step=start_step
-        )
-
-
-def frames_of(robot: Robot, action_horizon: int, dataset: Dataset, rows: np.ndarray) -> list[Frame]:
-    """The rows as frames with just the features that the robot names."""
-    return frames(
-        dataset,
-        rows,
-        cameras=[robot.dataset_key(key) for key in robot.cameras.values()],
-        state_keys=[robot.dataset_key(s.key) for s in robot.state],
-        action_key=robot.dataset_key(robot.action_key),
-        horizon=action_horizon,
-    )
+        source = Source(dataset=self.to_train_on, pipeline=self.pipeline, action_horizon=c.model.action_horizon)
+        return Loader(source.samples, sampler, num_workers=c.data.num_workers, start_step=start_step)
 
 
 def prepare(config: TrainConfig, folder: Path) -> TrainingData:
