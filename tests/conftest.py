@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -15,6 +16,10 @@ from manipi.recipes.registry import load_recipe
 from manipi.robots.tabletop import TABLETOP
 from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig
 from manipi.train.loop import train
+
+# Examples have no deadline: timings are no tests.
+hypothesis.settings.register_profile("manipi", deadline=None)
+hypothesis.settings.load_profile("manipi")
 
 IMAGE_SIZE = 16
 EPISODE_LENGTHS = (12, 7, 9, 3, 11, 8, 10, 5)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from manipi.checkpoints.native import Checkpoint, PolicyConfig, SelfTest, read_checkpoint
-from manipi.errors import ConfigError, SelfTestError, WeightsMismatchError
+from manipi.errors import ConfigError, SelfTestError, WeightsMismatchError, unknown_name
 from manipi.model import VLA, ModelInput
 from manipi.model.config import Pi0FastConfig
 from manipi.robots.robot import Robot
@@ -45,17 +45,26 @@ class Policy:
         self.reset()
 
     @staticmethod
-    def load(folder: Path, *, device: str = "cpu", seed: int = 0) -> "Policy":
+    def load(folder: Path, *, robot: str | None = None, device: str = "cpu", seed: int = 0) -> "Policy":
         """Read a checkpoint, verify its hashes and replay its self-test.
+
+        Args:
+            robot: which of those that it was trained on; None: the recipe's own.
 
         Raises:
             CheckpointError: the folder is incomplete or altered, or the self-test does not repeat.
+            UnknownNameError: it was not trained on that robot.
         """
         checkpoint = read_checkpoint(Path(folder))
         assert checkpoint.self_test is not None
         policy = Policy.from_checkpoint(checkpoint, device=device, seed=seed)
         policy.check(checkpoint.self_test, where=str(folder))
-        return policy
+        if robot in (None, policy.robot.name):
+            return policy
+        if robot not in checkpoint.other_robots:
+            known = (policy.robot.name, *checkpoint.other_robots)
+            raise unknown_name(f"robot of {folder}", robot, known, next="serve it to a robot that it was trained on")
+        return Policy(policy.model, policy.config, *checkpoint.other_robots[robot], policy.tokenizers, seed=seed)
 
     @staticmethod
     def from_checkpoint(checkpoint: Checkpoint, *, device: str = "cpu", seed: int = 0) -> "Policy":

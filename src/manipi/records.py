@@ -26,8 +26,8 @@ def to_json(value: Any) -> Any:
         return {str(k): to_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_json(v) for v in value]
-    if hasattr(value, "tolist"):  # of numpy, which takes a tenth of a second to import, and no recipe needs
-        return value.tolist()
+    if to_list := getattr(value, "tolist", None):  # NumPy's, which takes long to import and which no recipe needs
+        return to_list()
     return str(value) if isinstance(value, Path) else value
 
 

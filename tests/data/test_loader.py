@@ -16,7 +16,7 @@ import pytest
 
 from manipi.data.cache import CachedDataset
 from manipi.data.loader import Loader
-from manipi.data.sampler import Sampler
+from manipi.data.sampler import Sampler, Stream
 from manipi.errors import BadValueError, TrainingError
 
 CAMERA = "observation.images.top"
@@ -33,7 +33,7 @@ def batches(dataset, encoders):
     """The first batches of a loader, with its process count in between."""
 
     def batches(encode="encode", count=4, data=dataset, **options):
-        sampler = Sampler(data.num_frames, 16, seed=1, fingerprint=data.fingerprint)
+        sampler = Sampler(Stream(data.num_frames, seed=1, fingerprint=data.fingerprint), 16)
         samples = partial(encoders.samples, getattr(encoders, encode), data)
         with Loader(samples, sampler, **options) as loader:
             result = [(step, batch) for step, batch, wait in itertools.islice(loader, count) if wait > 0]
@@ -53,7 +53,7 @@ def assert_equal(a, b):
 
 def test_batches_are_those_of_the_sampler(batches, dataset, episodes):
     for step, batch in batches():
-        rows = Sampler(50, 16, seed=1, fingerprint=dataset.fingerprint).rows(step)
+        rows = Sampler(Stream(50, seed=1, fingerprint=dataset.fingerprint), 16).rows(step)
         assert batch["image"].shape == (16, 32, 48, 3)
         places = [(e, f) for e, f in batch["place"].tolist()]
         assert [dataset.episodes[e].start + f for e, f in places] == rows.tolist()
@@ -107,12 +107,12 @@ from functools import partial
 import encoders
 from manipi.data.dataset import open_dataset
 from manipi.data.loader import Loader
-from manipi.data.sampler import Sampler
+from manipi.data.sampler import Sampler, Stream
 
 if __name__ == "__main__":
     dataset = open_dataset(sys.argv[1])
     samples = partial(encoders.samples, encoders.encode, dataset)
-    loader = iter(Loader(samples, Sampler(50, 16, seed=1), num_workers=2))
+    loader = iter(Loader(samples, Sampler(Stream(50, seed=1), 16), num_workers=2))
     next(loader), next(loader)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     time.sleep(60)

@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manipi.data.sampler import Sampler, permutation
+from manipi.data.sampler import ROUND, MixedStream, Sampler, Stream, deal, permutation
 from manipi.data.split import split_episodes
 from manipi.errors import ConfigError, DatasetNotFoundError
 
@@ -20,7 +20,7 @@ seeds = st.integers(0, 2**32)
 
 @given(sizes, sizes, seeds)
 def test_every_epoch_visits_every_row_once(num_rows, batch_size, seed):
-    sampler = Sampler(num_rows, batch_size, seed=seed)
+    sampler = Sampler(Stream(num_rows, seed=seed), batch_size)
     steps = -(-3 * num_rows // batch_size)
     drawn = np.concatenate([sampler.rows(step) for step in range(steps)])[: 3 * num_rows]
     epochs = np.sort(drawn.reshape(3, num_rows), axis=1)
@@ -29,14 +29,14 @@ def test_every_epoch_visits_every_row_once(num_rows, batch_size, seed):
 
 @given(sizes, st.integers(1, 16), st.sampled_from([1, 2, 4]), seeds, st.integers(0, 1000))
 def test_ranks_share_the_batch(num_rows, share, world_size, seed, step):
-    sampler = Sampler(num_rows, share * world_size, seed=seed)
+    sampler = Sampler(Stream(num_rows, seed=seed), share * world_size)
     parts = [sampler.rows(step, rank, world_size) for rank in range(world_size)]
     np.testing.assert_array_equal(np.concatenate(parts), sampler.rows(step))
 
 
 @given(sizes, sizes, seeds, st.lists(st.integers(0, 10_000), max_size=5))
 def test_a_step_does_not_depend_on_the_steps_before(num_rows, batch_size, seed, steps):
-    used, fresh = (Sampler(num_rows, batch_size, seed=seed) for _ in range(2))
+    used, fresh = (Sampler(Stream(num_rows, seed=seed), batch_size) for _ in range(2))
     for step in steps:
         used.rows(step)
     np.testing.assert_array_equal(used.rows(77), fresh.rows(77))
@@ -45,7 +45,7 @@ def test_a_step_does_not_depend_on_the_steps_before(num_rows, batch_size, seed, 
 
 def test_order_follows_seed_epoch_and_dataset():
     orders = {
-        tuple(Sampler(50, 50, seed=seed, fingerprint=fingerprint).rows(step))
+        tuple(Sampler(Stream(50, seed=seed, fingerprint=fingerprint), 50).rows(step))
         for seed in (0, 1)
         for fingerprint in ("a", "b")
         for step in (0, 1)
@@ -61,19 +61,67 @@ def test_order_is_the_same_for_ever():
 
 
 def test_rows_to_draw_from():
-    sampler = Sampler(np.array([7, 3, 9]), 2, seed=0, shuffle=False)
+    sampler = Sampler(Stream(np.array([7, 3, 9]), seed=0, shuffle=False), 2)
     assert [sampler.rows(step).tolist() for step in range(3)] == [[7, 3], [9, 7], [3, 9]]
-    assert sorted(Sampler(np.array([7, 3, 9]), 3, seed=5).rows(2).tolist()) == [3, 7, 9]
+    assert sorted(Sampler(Stream(np.array([7, 3, 9]), seed=5), 3).rows(2).tolist()) == [3, 7, 9]
 
 
 def test_uneven_ranks():
     with pytest.raises(ConfigError, match=r"(?s)4 ranks share evenly.*found 10\n.*--batch-size 8"):
-        Sampler(20, 10, seed=0).rows(0, rank=1, world_size=4)
+        Sampler(Stream(20, seed=0), 10).rows(0, rank=1, world_size=4)
 
 
 def test_no_rows():
     with pytest.raises(DatasetNotFoundError, match="rows to draw from"):
-        Sampler(np.array([], dtype=np.int64), 4, seed=0)
+        Stream(np.array([], dtype=np.int64), seed=0)
+
+
+# Mixtures -------------------------------------------------------------------------------------------------
+
+
+def mixture(seed=1, weights=(3, 1)):
+    return MixedStream([Stream(50, seed=seed, fingerprint="a"), Stream(7, seed=seed)], weights, [0, 50], seed=seed)
+
+
+@settings(max_examples=10)
+@given(seeds, st.integers(0, 500))
+def test_mixture_deals_by_weight_and_visits_every_row_equally(seed, first):
+    rows = mixture(seed).at(np.arange(first * ROUND, (first + 1) * ROUND))
+    counts = np.bincount(rows, minlength=57)
+    assert counts[:50].sum() == ROUND * 3 // 4
+    assert np.ptp(counts[:50]) <= 2  # a round begins and ends within an epoch
+    assert np.ptp(counts[50:]) <= 2
+
+
+@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=9))
+def test_deal(weights):
+    counts = deal(weights)
+    assert counts.sum() == ROUND
+    assert np.abs(counts - np.array(weights) / sum(weights) * ROUND).max() < 1
+
+
+def test_mixture_of_one_is_its_part():
+    alone = Stream(50, seed=1, fingerprint="a")
+    places = np.arange(3 * ROUND)
+    np.testing.assert_array_equal(MixedStream([alone], [0.3], [0], seed=1).at(places), alone.at(places))
+
+
+def test_mixture_on_ranks_and_after_a_resume():
+    whole = Sampler(mixture(), 16).rows(1000)
+    for world_size in (2, 4):
+        parts = [Sampler(mixture(), 16).rows(1000, rank, world_size) for rank in range(world_size)]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+    used = Sampler(mixture(), 16)
+    for step in range(990, 1000):
+        used.rows(step)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(used)).rows(1000), whole)
+    assert not np.array_equal(Sampler(mixture(seed=2), 16).rows(1000), whole)
+
+
+@pytest.mark.parametrize("weights", [(1, 0), (1, -1), (1, float("nan")), (1, 1e-6)])
+def test_bad_weights(weights):
+    with pytest.raises(ConfigError, match="weights above 0"):
+        mixture(weights=weights)
 
 
 # Split ----------------------------------------------------------------------------------------------------

@@ -102,11 +102,11 @@ def test_suspicious_dimensions():
 
 
 def test_the_file_is_reused_and_has_openpis_layout(tiny, tmp_path):
-    first = prepare(tiny(), tmp_path).stats
+    first = prepare(tiny(), tmp_path).stats["tabletop"]
     path = tmp_path / "norm_stats.json"
     assert json.loads(path.read_text())["norm_stats"]["state"].keys() == {"mean", "std", "q01", "q99"}
     before = path.stat().st_mtime_ns
-    again = prepare(tiny(), tmp_path).stats
+    again = prepare(tiny(), tmp_path).stats["tabletop"]
     assert path.stat().st_mtime_ns == before
     np.testing.assert_array_equal(again.actions.mean, first.actions.mean)
     assert load_norm_stats(path).num_frames == first.num_frames
@@ -122,7 +122,7 @@ def test_statistics_of_another_dataset(tiny, tmp_path):
     prepare(tiny(), tmp_path)
     path = tmp_path / "norm_stats.json"
     spoil(path, data="0123456789abcdef")
-    with pytest.raises(NormStatsError, match=r"an older state of it \(0123456789ab\)") as error:
+    with pytest.raises(NormStatsError, match=r"an older state of them \(0123456789ab\)") as error:
         prepare(tiny(), tmp_path)
     assert error.value.where == str(path)
     assert error.value.next.startswith(f"delete {path}")

@@ -62,7 +62,7 @@ def test_its_robot_is_found_by_name(recipe):
 def test_a_whole_observation_fits_the_models_tokens(recipe, tmp_path):
     """The instruction and seven numbers of the state leave room in `max_token_len`."""
     data = prepare(recipe, tmp_path)
-    sample = data.pipeline.encode_frame(data.frames(data.train_rows[:1])[0])
+    sample = data.main.source.samples(data.main.rows[:1])[0]
     assert 15 < sample["token_valid"].sum() < len(sample["token_valid"])
 
 
@@ -74,7 +74,7 @@ def _missing_feature(recipe, folder):
 def _wrong_observation(recipe, folder):
     seen = observation()
     seen["wrist"] = seen.pop("wrist_image")
-    prepare(recipe, folder).pipeline.encode(seen)
+    prepare(recipe, folder).main.source.pipeline.encode(seen)
 
 
 def _contradiction(recipe, folder):

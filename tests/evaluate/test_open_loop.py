@@ -38,8 +38,8 @@ def predictions(policy, split):
 
 def test_split_is_that_of_the_training(checkpoint, split, tmp_path):
     trained = prepare(read_config(checkpoint.parents[1]), tmp_path)
-    np.testing.assert_array_equal(split.held_out_rows, trained.held_out_rows)
-    np.testing.assert_array_equal(split.train_rows, trained.train_rows)
+    np.testing.assert_array_equal(split.held_out_rows, trained.main.held_out)
+    np.testing.assert_array_equal(split.train_rows, trained.main.rows)
     assert len(split.held_out_rows) == 24
 
 

@@ -193,8 +193,8 @@ def test_a_run_in_the_scale_of_another(trained, tiny, toy_dataset, tmp_path):
     config = replace(config, data=replace(config.data, norm_stats=str(tmp_path / "assets")))
     prepare(config, tmp_path)
     data = prepare(config, tmp_path)
-    np.testing.assert_array_equal(data.stats.state.mean, other.state.mean + 1)
-    assert data.stats.data == other.data == data.dataset.fingerprint
+    np.testing.assert_array_equal(data.stats["tabletop"].state.mean, other.state.mean + 1)
+    assert data.stats["tabletop"].data == other.data
 
 
 # ---- resuming
@@ -268,7 +268,7 @@ def test_a_run_that_never_began_does_not_block_its_folder(tiny, tmp_path):
         train(wrong, tmp_path / "run", show=False)
     folder = train(config, tmp_path / "run", show=False)
     # Nor do the statistics of other episodes stay.
-    assert Policy.load(folder).norm_stats.num_frames == len(prepare(config, tmp_path / "other").train_rows)
+    assert Policy.load(folder).norm_stats.num_frames == len(prepare(config, tmp_path / "other").main.rows)
 
 
 # ---- what goes wrong

@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from manipi.checkpoints.fetch import fetch
 from manipi.checkpoints.infer import infer_config
 from manipi.checkpoints.native import MANIFEST, verify
 from manipi.checkpoints.openpi_names import require_match
 from manipi.checkpoints.released import resolve
 from manipi.checkpoints.sources import open_source
 from manipi.model import VLA
+from manipi.remote.fetch import fetch
 
 
 def load_initial_weights(model: VLA, source: str) -> list[str]:

@@ -5,6 +5,7 @@
     ├─ config.json          PolicyConfig: model, normalisation, sampling steps
     ├─ robot.json           the robot it was trained for
     ├─ norm_stats.json      openpi's layout, plus provenance
+    ├─ robots/NAME/         the same two files of every other robot that it was trained on
     ├─ tokenizer/           what the tokenizers need
     ├─ self_test.npz        one observation, its noise, and the action chunk that the trainer computed
     ├─ train_state/         optimizer and raw weights, where training may go on from here
@@ -16,7 +17,7 @@ It appears by one rename or not at all, and reading it verifies every hash.
 import errno
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,8 @@ class Checkpoint:
     tokenizers: Tokenizers
     self_test: SelfTest | None
     """None only while the trainer is still making it."""
+    other_robots: Mapping[str, tuple[Robot, NormStats]] = field(default_factory=dict)
+    """Those that the policy was trained on besides, by name."""
 
 
 def write_checkpoint(
@@ -94,12 +97,24 @@ def write_checkpoint(
 def write_description(folder: Path, checkpoint: Checkpoint) -> None:
     """Everything but the weights, into an existing folder."""
     write_json(folder / "config.json", checkpoint.config)
-    write_json(folder / "robot.json", checkpoint.robot)
-    save_norm_stats(checkpoint.norm_stats, folder / "norm_stats.json")
+    _write_robot(folder, checkpoint.robot, checkpoint.norm_stats)
+    for name, (robot, stats) in checkpoint.other_robots.items():
+        _write_robot(folder / "robots" / name, robot, stats)
     (folder / "tokenizer").mkdir()
     checkpoint.tokenizers.save(folder / "tokenizer")
     if checkpoint.self_test is not None:
         _save_self_test(checkpoint.self_test, folder / "self_test.npz")
+
+
+def _write_robot(folder: Path, robot: Robot, stats: NormStats) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "robot.json", robot)
+    save_norm_stats(stats, folder / "norm_stats.json")
+
+
+def _read_robot(folder: Path) -> tuple[Robot, NormStats]:
+    path = folder / "robot.json"
+    return Robot.from_json(read_json(path), str(path)), load_norm_stats(folder / "norm_stats.json")
 
 
 def seal(folder: Path) -> None:
@@ -125,13 +140,15 @@ def read_description(folder: Path) -> Checkpoint:
     """What `write_description` wrote; the weights are empty."""
     config = from_json(read_json(folder / "config.json"), (PolicyConfig, *CONFIG_TYPES), str(folder / "config.json"))
     test = folder / "self_test.npz"
+    robot, stats = _read_robot(folder)
     return Checkpoint(
         weights={},
         config=config,
-        robot=Robot.from_json(read_json(folder / "robot.json"), str(folder / "robot.json")),
-        norm_stats=load_norm_stats(folder / "norm_stats.json"),
+        robot=robot,
+        norm_stats=stats,
         tokenizers=Tokenizers.load(folder / "tokenizer"),
         self_test=_load_self_test(test) if test.is_file() else None,
+        other_robots={path.name: _read_robot(path) for path in sorted((folder / "robots").glob("*"))},
     )
 
 

@@ -8,9 +8,9 @@ FSQ     STEP/params/ (Orbax)  STEP/config/metadata (JSON)        as gs://openpi-
 import json
 from pathlib import Path
 
-from manipi.checkpoints.fetch import fetch
 from manipi.checkpoints.orbax import read_tree
 from manipi.errors import TokenizerError
+from manipi.remote.fetch import fetch
 from manipi.tokenizers import (
     ActionTokenizer,
     BinningTokenizer,

@@ -16,6 +16,7 @@ COMMANDS = {
     "serve": "serve a checkpoint over websocket, in openpi's protocol",
     "import": "make another project's checkpoint ours: openpi (Orbax, PyTorch), LeRobot; by name, folder or URL",
     "export": "write a checkpoint in openpi's or LeRobot's layout; its adapters alone, or merged",
+    "filter": "choose the frames of a dataset that are worth training on; the dataset stays as it is",
     "stats": "compute norm stats of a recipe's data and report suspicious dimensions",
     "check": "read a dataset in full and report what is wrong with it",
     "inspect": "show a dataset, a checkpoint, or what a recipe does to its first frame",

@@ -66,9 +66,9 @@ def main(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from manipi.checkpoints.fetch import fetch
     from manipi.exchange.importing import import_adapters, import_checkpoint
     from manipi.exchange.wanted import wanted_from
+    from manipi.remote.fetch import fetch
 
     if args.offline:
         os.environ["MANIPI_OFFLINE"] = "1"  # the tokenizers may be fetched too

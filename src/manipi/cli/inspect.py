@@ -105,19 +105,20 @@ def _recipe(target: str) -> Any:
     print(f"{target}\n")
     _section("config", "\n".join(_settings(config)))
     _section("tokens", _draw(config.model))
-    if not config.data.is_local:
-        print(
-            f"no frame to show: the recipe has no dataset on this disk\nnext  manipi train {target} --data.path FOLDER"
-        )
+    elsewhere = [one.path for one in config.data.datasets if not Path(one.path).expanduser().is_dir()]
+    if elsewhere or not config.data.datasets:
+        found = f"not on this disk: {', '.join(elsewhere)}" if elsewhere else "the recipe has no dataset of its own"
+        print(f"no frame to show; {found}\nnext  manipi train {target} --data.path FOLDER")
         return {"config": config, "tokens": token_layout(config.model)}
     with tempfile.TemporaryDirectory() as folder:
         # Frames are decoded as they are needed: one is enough here.
         uncached = dataclasses.replace(config, data=dataclasses.replace(config.data, cache="none"))
         data = prepare(uncached, Path(folder))
-    frame = data.frames(data.train_rows[:1])[0]
+    source = data.main.source
+    frame = source.frames(data.main.rows[:1])[0]
     sample = observation_of(frame, config.robot)
-    stages = trace(data.pipeline, sample)
-    encoded = data.pipeline.encode(sample)[0]
+    stages = trace(source.pipeline, sample)
+    encoded = source.pipeline.encode(sample)[0]
     tokens = encoded["tokens"][encoded["token_valid"]].tolist()
     _section(f"the first frame, episode {frame.episode}, behind every step (• new or changed)", _stages(stages))
     _section(f"{len(tokens)} of {len(encoded['tokens'])} prompt tokens", f"{data.tokenizers.text.decode(tokens)!r}")

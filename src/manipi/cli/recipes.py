@@ -7,6 +7,7 @@ from pathlib import Path
 from manipi.cli.arguments import parse
 from manipi.cli.result import table, write_result
 from manipi.recipes.registry import RECIPES, load_recipe
+from manipi.train.config import DatasetConfig
 
 RELEASED = "gs://openpi-assets/checkpoints/"
 HEADER = ("recipe", "model", "robot", "dataset", "init", "steps", "batch")
@@ -27,6 +28,10 @@ class _Recipes:
     """Write the list to this file."""
 
 
+def _dataset(one: DatasetConfig) -> str:
+    return one.path if one.weight == 1 else f"{one.weight:g} {one.path}"
+
+
 def main(arguments: Sequence[str]) -> None:
     """Print the table."""
     args = parse(_Recipes, arguments, "recipes")
@@ -34,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     for name in RECIPES:
         config = load_recipe(name)
         model = type(config.model).__name__.removesuffix("Config")
-        dataset = config.data.path or " + ".join(f"{s.weight:g} {s.name}" for s in config.data.rlds) or "–"
+        dataset = " + ".join(_dataset(one) for one in config.data.datasets) or "–"
         init = config.init.removeprefix(RELEASED) or "–"
         rows.append((name, model, config.robot.name, dataset, init, config.steps, config.batch_size))
     print(table(rows, HEADER))

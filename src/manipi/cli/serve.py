@@ -17,6 +17,8 @@ class _Serve:
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint folder, such as runs/NAME/checkpoints/STEP."""
+    robot: str | None = None
+    """Which of the robots that it was trained on; the recipe's own unless named."""
     host: str = "127.0.0.1"
     """Address to listen on; your own computer only, unless --allow-public."""
     port: int = 8000
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
 
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    policy = Policy.load(args.checkpoint, device=args.device, seed=args.seed)
+    policy = Policy.load(args.checkpoint, robot=args.robot, device=args.device, seed=args.seed)
     server = PolicyServer(policy, args.host, args.port, allow_public=args.allow_public)
 
     def ready(host: str, port: int) -> None:

@@ -47,7 +47,6 @@ def main(arguments: Sequence[str]) -> None:
     """Print the statistics."""
     args = parse(_Stats, arguments, "stats")
 
-    from manipi.data.split import split_episodes
     from manipi.data.stats import compute_norm_stats, suspicious_dimensions
     from manipi.storage import atomic_directory
     from manipi.tokenizers import FastTokenizer
@@ -55,8 +54,8 @@ def main(arguments: Sequence[str]) -> None:
     from manipi.transforms.normalize import save_norm_stats
 
     config = load_recipe(args.target)
-    dataset = open_demonstrations(config)
-    rows, _ = split_episodes(dataset, holdout=config.data.holdout, seed=config.seed)
+    one = next(one for one in open_demonstrations(config) if one.robot == config.robot)
+    dataset, rows = one.dataset, one.rows
     stats = compute_norm_stats(dataset, config.robot, config.model.action_horizon, rows)
     notes = suspicious_dimensions(stats)
     print(f"{len(rows):,} frames of training episodes in {dataset.root}\n\n{stats_table(stats, config.robot)}\n")

@@ -10,6 +10,8 @@
 | `subset` | some episodes of a dataset as a dataset of their own |
 | `sampler`, `split` | which rows form step s; train and held-out episodes |
 | `source` | a dataset as a robot's pipeline reads it: rows in, samples out |
+| `mixture` | several datasets and robots in one stream |
+| `idle`, `filters`, `mask` | frames that are not worth training on; the rules, and the file that keeps the rest |
 | `loader` | batches, from worker processes |
 | `stats` | norm stats |
 | `check`, `describe` | what is wrong with a dataset; what is in it, and a robot that would fit |

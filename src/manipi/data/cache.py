@@ -71,6 +71,9 @@ class CachedDataset(Dataset):
     def prompt(self, row: int) -> str:
         return self._dataset.prompt(row)
 
+    def subtask(self, row: int) -> str:
+        return self._dataset.subtask(row)
+
     def _fingerprint(self) -> str:
         return self._dataset.fingerprint
 

@@ -13,13 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
 from manipi.errors import BadValueError, ConfigError, DatasetNotFoundError, MissingFeatureError
 from manipi.types import Frame
+
+PromptSource: TypeAlias = Literal["task", "subtask"]
+"""What the policy is told: the instruction of the episode, or of the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,19 @@ class Dataset(abc.ABC):
     @abc.abstractmethod
     def prompt(self, row: int) -> str:
         """The instruction at a row."""
+
+    def subtask(self, row: int) -> str:
+        """What the robot does at a row, finer than the instruction. Raises MissingFeatureError where none are kept."""
+        raise MissingFeatureError(
+            expected="subtasks: meta/subtasks.parquet and a column subtask_index",
+            found="none",
+            where=str(self.root),
+            next="--data.prompt task  # uses the instruction of the episode",
+        )
+
+    def episode_key(self, position: int) -> str:
+        """What an episode is called in files about the dataset: its number, or its recording's path."""
+        return str(self.episodes[position].index)
 
     @abc.abstractmethod
     def _read_column(self, key: str) -> np.ndarray:
@@ -183,8 +199,10 @@ def frames(
     state_keys: Sequence[str],
     action_key: str,
     horizon: int,
+    prompt: PromptSource = "task",
 ) -> list[Frame]:
     """The frames at some rows, each with the action chunk of `horizon` steps that begins there."""
+    prompt_at = dataset.prompt if prompt == "task" else dataset.subtask
     rows = np.asarray(rows, dtype=np.int64)
     pictures = {camera: dataset.images(camera, rows) for camera in cameras}
     states = {key: dataset.column(key)[rows] for key in state_keys}
@@ -196,7 +214,7 @@ def frames(
             observation={key: values[i] for key, values in observed.items()},
             actions=actions[i],
             action_valid=valid[i],
-            prompt=dataset.prompt(row),
+            prompt=prompt_at(row),
             episode=dataset.episodes[position].index,
             index=row - dataset.episodes[position].start,
         )
@@ -239,7 +257,7 @@ def open_dataset(path: str | Path, episodes: Sequence[int] = ()) -> Dataset:
             expected="the folder of a LeRobot dataset, with meta/info.json in it",
             found="a file" if root.exists() else "nothing",
             where=str(root),
-            next=f"ls {root.parent}  # then give the right path, or download the dataset there",
+            next=f"ls {root.parent}  # then give the right path (in training: --data.path, or --data.root for mixtures)",
         )
     dataset = LeRobotDataset(root)
     return EpisodeSubset(dataset, episodes) if episodes else dataset

@@ -58,6 +58,15 @@ class LeRobotDataset(Dataset):
     def prompt(self, row: int) -> str:
         return self._index.tasks[int(self._task_indices[row])]
 
+    def subtask(self, row: int) -> str:
+        if not self._index.subtasks or "subtask_index" not in self.features:
+            return super().subtask(row)
+        number = int(self.column("subtask_index")[row, 0])
+        if number not in self._index.subtasks:
+            known = f"subtask_index among {sorted(self._index.subtasks)}"
+            broken(self.root, known, str(number), f"{self.root}, {self.locate(row)}")
+        return self._index.subtasks[number]
+
     @cached_property
     def _task_indices(self) -> np.ndarray:
         indices = self._read_column("task_index")[:, 0]

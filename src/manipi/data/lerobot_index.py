@@ -37,6 +37,8 @@ class LeRobotIndex:
     features: dict[str, Feature]
     episodes: list[Episode]
     tasks: dict[int, str]
+    subtasks: dict[int, str]
+    """None where the dataset has none."""
     tables: list[Path]
     """The data tables, in row order."""
     clips: dict[str, list[Clip]]
@@ -95,6 +97,7 @@ def _read_v2(info: Mapping[str, Any], root: Path) -> LeRobotIndex:
         features=_features(info),
         episodes=_episodes(numbers, [row["length"] for row in rows], [row["tasks"] for row in rows]),
         tasks=tasks,
+        subtasks=_subtasks(root),
         tables=[path(info["data_path"], number) for number in numbers],
         clips=clips,
         metadata=[meta / "info.json", meta / "episodes.jsonl", meta / "tasks.jsonl"],
@@ -123,17 +126,26 @@ def _read_v3(info: Mapping[str, Any], root: Path) -> LeRobotIndex:
         fps=info["fps"],
         features=_features(info),
         episodes=_episodes(columns["episode_index"], columns["length"], columns["tasks"]),
-        tasks=_read_v3_tasks(root),
+        tasks=_texts(root, "task"),
+        subtasks=_subtasks(root),
         tables=[root / info["data_path"].format(chunk_index=chunk, file_index=file) for chunk, file in places],
         clips=clips,
         metadata=[root / "meta/info.json", root / "meta/tasks.parquet", *episode_files],
     )
 
 
-def _read_v3_tasks(root: Path) -> dict[int, str]:
-    """Task texts are the table's pandas index, which lerobot 0.4 stores without a name."""
-    columns = read_columns(root / "meta/tasks.parquet", ["task_index", "__index_level_0__"], root).to_pydict()
-    return dict(zip(columns["task_index"], columns["__index_level_0__"], strict=True))
+def _texts(root: Path, kind: str) -> dict[int, str]:
+    """Texts of tasks or subtasks by number. They are the table's pandas index, which lerobot 0.4 stores unnamed."""
+    path, number = root / f"meta/{kind}s.parquet", f"{kind}_index"
+    with parquet_errors(path, root):
+        names = pq.read_schema(path).names
+    text = kind if kind in names else "__index_level_0__"
+    columns = read_columns(path, [number, text], root).to_pydict()
+    return dict(zip(columns[number], columns[text], strict=True))
+
+
+def _subtasks(root: Path) -> dict[int, str]:
+    return _texts(root, "subtask") if (root / "meta/subtasks.parquet").exists() else {}
 
 
 def _features(info: Mapping[str, Any]) -> dict[str, Feature]:

@@ -1,12 +1,21 @@
-"""Which rows form step s: a pure function of the seed, the step and the dataset. There is no state to save.
+"""Which rows form step s: a pure function of the seed, the step and the datasets. There is no state to save.
 
 step        0        1        2        3       4 …          batches of 4 from 6 rows
 rows     3 0 5 2  4 1|2 5  0 4 3 1|  5 1 …                  | a new epoch: another permutation of all rows
 rank 0   3 0      4 1      0 4                              each rank takes its slice of the same batch
 rank 1       5 2      2 5      3 1
+
+A mixture first deals the places of the stream out to its parts, by their weights, then draws from each part's own
+endless stream. Places are dealt in rounds, so that how often a part had its turn before a place is known without
+going there:
+
+place    0 1 2 3 4 5 6 7 | 8 9 …       a round of 8, weights 3 : 1
+part     a a b a a a b a | a b …       each round deals every part its share, in an order of its own
+draw     0 1 0 2 3 4 1 5 | 6 2 …       the part's own stream goes on through all rounds
 """
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -14,40 +23,130 @@ from jaxtyping import Int64
 
 from manipi.errors import ConfigError, DatasetNotFoundError
 
+ROUND = 1 << 14
+"""Places per round of a mixture; shares of the parts are exact to one of them."""
 
-class Sampler:
-    """Endless batches of rows; every epoch visits each row once, and batches run on across its end.
+
+class Stream:
+    """The endless stream of one dataset's rows: every epoch visits each of them once.
 
     Args:
         rows: the rows to draw from, or their number.
-        batch_size: over all ranks.
         fingerprint: of the dataset; another dataset gives another order.
         shuffle: False gives the rows as they stand.
     """
 
-    def __init__(
-        self,
-        rows: Int64[np.ndarray, " N"] | int,
-        batch_size: int,
-        *,
-        seed: int,
-        fingerprint: str = "",
-        shuffle: bool = True,
-    ):
+    def __init__(self, rows: Int64[np.ndarray, " N"] | int, *, seed: int, fingerprint: str = "", shuffle: bool = True):
         self._all = np.asarray(rows, dtype=np.int64) if isinstance(rows, np.ndarray) else np.arange(rows)
         if not len(self._all):
             raise DatasetNotFoundError(
                 expected="rows to draw from",
                 found="none",
                 where="sampler",
-                next="lower --data.holdout, or add episodes",
+                next="lower --data.holdout, keep more frames, or add episodes",
             )
-        self.batch_size, self.seed, self.fingerprint, self.shuffle = batch_size, seed, fingerprint, shuffle
+        self.seed, self.fingerprint, self.shuffle = seed, fingerprint, shuffle
         # A batch may touch two epochs.
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
+    def __len__(self) -> int:
+        return len(self._all)
+
     def __reduce__(self) -> tuple:
-        return _sampler, (self._all, self.batch_size, self.seed, self.fingerprint, self.shuffle)
+        return _stream, (self._all, self.seed, self.fingerprint, self.shuffle)
+
+    def at(self, places: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """The rows at some places of the stream."""
+        epochs, within = np.divmod(places, len(self._all))
+        rows = np.empty(len(places), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            rows[epochs == epoch] = self._epoch(epoch)[within[epochs == epoch]]
+        return rows
+
+    def _draw_epoch(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return self._all
+        return self._all[permutation(len(self._all), f"{self.seed}/{epoch}/{self.fingerprint}")]
+
+
+def _stream(rows: np.ndarray, seed: int, fingerprint: str, shuffle: bool) -> Stream:
+    return Stream(rows, seed=seed, fingerprint=fingerprint, shuffle=shuffle)
+
+
+class MixedStream:
+    """Several streams as one. The rows of part k come out with `offsets[k]` added, so that they stay apart.
+
+    Args:
+        weights: share of the places of each part, relative to the others'.
+
+    Raises:
+        ConfigError: a weight is not positive, or so small that a round has no place for it.
+    """
+
+    def __init__(self, parts: Sequence[Stream], weights: Sequence[float], offsets: Sequence[int], *, seed: int):
+        self.parts, self.seed, self._offsets = parts, seed, offsets
+        self._weights, self._counts = tuple(weights), deal(weights)
+        self._round = lru_cache(maxsize=2)(self._deal_round)
+
+    def __reduce__(self) -> tuple:
+        return _mixed, (self.parts, self._weights, self._offsets, self.seed)
+
+    def at(self, places: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """The rows at some places of the stream."""
+        rounds, within = np.divmod(places, ROUND)
+        owner, draw = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
+        for number in np.unique(rounds).tolist():
+            here = rounds == number
+            owners, turns = self._round(number)
+            owner[here] = owners[within[here]]
+            draw[here] = turns[within[here]] + number * self._counts[owner[here]]
+        rows = np.empty(len(places), np.int64)
+        for k in np.unique(owner).tolist():
+            rows[owner == k] = self.parts[k].at(draw[owner == k]) + self._offsets[k]
+        return rows
+
+    def _deal_round(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Whose turn each place of a round is, and how many turns that part had in the round before."""
+        owners = np.repeat(np.arange(len(self._counts)), self._counts)
+        owners = owners[permutation(ROUND, f"mixture/{self.seed}/{number}")]
+        order = np.argsort(owners, kind="stable")
+        turns = np.empty(ROUND, np.int64)
+        turns[order] = np.arange(ROUND) - np.repeat(np.cumsum(self._counts) - self._counts, self._counts)
+        return owners, turns
+
+
+def _mixed(parts: Sequence[Stream], weights: Sequence[float], offsets: Sequence[int], seed: int) -> MixedStream:
+    return MixedStream(parts, weights, offsets, seed=seed)
+
+
+def deal(weights: Sequence[float]) -> Int64[np.ndarray, " parts"]:
+    """Places of a round per part, proportional to the weights (largest remainders). Raises ConfigError: see above."""
+    shares = np.array(weights, dtype=np.float64)
+    valid = np.isfinite(shares).all() and (shares > 0).all()
+    exact = shares / shares.sum() * ROUND if valid else shares
+    if not valid or exact.min() < 1:
+        raise ConfigError(
+            expected=f"weights above 0, none below 1/{ROUND} of their sum",
+            found=", ".join(f"{weight:g}" for weight in weights),
+            where="weights of the mixture",
+            next="give each dataset a larger weight, or leave it out",
+        )
+    counts = np.floor(exact).astype(np.int64)
+    rest = np.argsort(counts - exact, kind="stable")
+    counts[rest[: ROUND - counts.sum()]] += 1
+    return counts
+
+
+class Sampler:
+    """Batches of rows; they run on across the ends of epochs.
+
+    Args:
+        stream: what to draw from.
+        batch_size: over all ranks.
+    """
+
+    def __init__(self, stream: Stream | MixedStream, batch_size: int):
+        self.stream, self.batch_size = stream, batch_size
 
     def rows(self, step: int, rank: int = 0, world_size: int = 1) -> Int64[np.ndarray, " n"]:
         """The rows of one rank at one step, [batch_size / world_size].
@@ -63,21 +162,7 @@ class Sampler:
                 next=f"--batch-size {self.batch_size // world_size * world_size or world_size}",
             )
         share = self.batch_size // world_size
-        drawn = np.arange(share) + step * self.batch_size + rank * share
-        epochs, places = np.divmod(drawn, len(self._all))
-        rows = np.empty(share, np.int64)
-        for epoch in np.unique(epochs).tolist():
-            rows[epochs == epoch] = self._epoch(epoch)[places[epochs == epoch]]
-        return rows
-
-    def _draw_epoch(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return self._all
-        return self._all[permutation(len(self._all), f"{self.seed}/{epoch}/{self.fingerprint}")]
-
-
-def _sampler(rows: np.ndarray, batch_size: int, seed: int, fingerprint: str, shuffle: bool) -> Sampler:
-    return Sampler(rows, batch_size, seed=seed, fingerprint=fingerprint, shuffle=shuffle)
+        return self.stream.at(np.arange(share) + step * self.batch_size + rank * share)
 
 
 def permutation(n: int, key: str) -> Int64[np.ndarray, " n"]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
-from manipi.data.dataset import Dataset, frames
+from manipi.data.dataset import Dataset, PromptSource, frames
 from manipi.robots.robot import Robot
 from manipi.transforms.pipeline import Pipeline
 from manipi.types import Frame, Sample
@@ -18,17 +18,20 @@ class Source:
     dataset: Dataset
     pipeline: Pipeline
     action_horizon: int
+    prompt: PromptSource = "task"
 
     def frames(self, rows: Int64[np.ndarray, " n"]) -> list[Frame]:
         """Raw frames in the dataset's keys, with action chunks of the model's horizon."""
-        return frames_of(self.pipeline.robot, self.action_horizon, self.dataset, rows)
+        return frames_of(self.pipeline.robot, self.action_horizon, self.dataset, rows, self.prompt)
 
     def samples(self, rows: Int64[np.ndarray, " n"]) -> list[Sample]:
         """The rows as the model's training input."""
         return [self.pipeline.encode_frame(frame) for frame in self.frames(rows)]
 
 
-def frames_of(robot: Robot, action_horizon: int, dataset: Dataset, rows: Int64[np.ndarray, " n"]) -> list[Frame]:
+def frames_of(
+    robot: Robot, action_horizon: int, dataset: Dataset, rows: Int64[np.ndarray, " n"], prompt: PromptSource = "task"
+) -> list[Frame]:
     """The rows as frames with just the features that the robot names."""
     return frames(
         dataset,
@@ -37,4 +40,5 @@ def frames_of(robot: Robot, action_horizon: int, dataset: Dataset, rows: Int64[n
         state_keys=[robot.dataset_key(s.key) for s in robot.state],
         action_key=robot.dataset_key(robot.action_key),
         horizon=action_horizon,
+        prompt=prompt,
     )

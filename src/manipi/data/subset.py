@@ -45,6 +45,9 @@ class EpisodeSubset(Dataset):
     def prompt(self, row: int) -> str:
         return self._dataset.prompt(int(self._rows[row]))
 
+    def subtask(self, row: int) -> str:
+        return self._dataset.subtask(int(self._rows[row]))
+
     def _fingerprint(self) -> str:
         return fingerprint([self._dataset.fingerprint, self._numbers])
 

@@ -1,6 +1,6 @@
 """Which rows a policy has not seen: the split of its run, or a new one that the user asks for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxtyping import Int64
@@ -10,7 +10,7 @@ from manipi.data.dataset import Dataset, open_dataset
 from manipi.data.split import split_episodes
 from manipi.errors import ConfigError
 from manipi.policy import Policy
-from manipi.train.data import check_features
+from manipi.train.data import check_features, data_fingerprint, open_demonstrations
 from manipi.train.run import read_config
 
 
@@ -47,16 +47,20 @@ def open_split(checkpoint: Path, policy: Policy, data: str | None) -> Split:
     if run is None:
         raise _no_split("a checkpoint in its run's folder, runs/NAME/checkpoints/STEP", "no config.json", checkpoint)
     config = read_config(run)
-    dataset = open_dataset(data or config.data.path, config.data.episodes)
-    if dataset.fingerprint != policy.norm_stats.data:
-        raise _no_split(
-            f"the data that the policy was trained on ({policy.norm_stats.data[:12]})",
-            f"other data ({dataset.fingerprint[:12]})",
-            dataset.root,
-        )
     if not config.data.holdout:
         raise _no_split("a run with held-out episodes", "data.holdout 0: it trained on all of them", run)
-    return _split(dataset, policy, config.data.holdout, config.seed, f"the run's own (holdout {config.data.holdout:g})")
+    if data:
+        config = replace(config, data=replace(config.data, path=data))
+    mine = [one for one in open_demonstrations(config) if one.robot.name == config.robot.name]
+    if data_fingerprint(mine) != policy.norm_stats.data:
+        raise _no_split(
+            f"the data that the policy was trained on ({policy.norm_stats.data[:12]})",
+            f"other data ({data_fingerprint(mine)[:12]})",
+            mine[0].dataset.root,
+        )
+    origin = f"the run's own (holdout {config.data.holdout:g})"
+    first = mine[0]
+    return Split(dataset=first.dataset, train_rows=first.rows, held_out_rows=first.held_out, origin=origin)
 
 
 def new_split(policy: Policy, data: str, *, holdout: float, seed: int) -> Split:

@@ -6,14 +6,13 @@ from manipi.model.config import ModelConfig, Pi0Config, Pi0FastConfig, Pi05Confi
 from manipi.recipes import openpi
 from manipi.recipes.droid import DROID
 from manipi.robots.droid import droid
-from manipi.train.config import RldsSet, TrainConfig
+from manipi.train.config import DatasetConfig, TrainConfig
 
-SIMULATED = RldsSet(
-    name="polaris_droid_cotrain_dataset",
-    version="1.0.0",
+SIMULATED = DatasetConfig(
+    path="polaris_droid_cotrain_dataset/1.0.0",
     weight=0.1,
-    keep_ranges="gs://openpi-assets/droid/polaris_droid_cotrain_dataset_sample_ranges_v1_0_0.json",
-    action_space="joint_position",
+    keep="gs://openpi-assets/droid/polaris_droid_cotrain_dataset_sample_ranges_v1_0_0.json",
+    fields="droid_joint_position",
 )
 
 
@@ -48,7 +47,7 @@ def _cotrain(name: str, model: ModelConfig) -> TrainConfig:
         droid(action_space="joint_position", wrist_slot=wrist_slot),
         model,
         f"{openpi.CHECKPOINTS}/polaris/{name}",
-        data=openpi.data(stats=f"polaris/{name}/assets/droid", rlds=(replace(DROID, weight=0.9), SIMULATED)),
+        data=openpi.data(stats=f"polaris/{name}/assets/droid", mixture=(replace(DROID, weight=0.9), SIMULATED)),
         optimizer=openpi.STEADY,
         steps=1_000,
         batch_size=128,

@@ -1,6 +1,6 @@
 """The settings of a training run. Structure is Python (a recipe), numbers are flags. No torch here."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import tyro
@@ -21,17 +21,22 @@ _WHOLE = PrimitiveConstructorSpec[Robot](
 
 
 @dataclass(frozen=True, kw_only=True)
-class RldsSet:
-    """One RLDS dataset of a mixture, as the reference trains on DROID."""
+class DatasetConfig:
+    """One dataset of a mixture."""
 
-    name: str
-    version: str
+    path: str
+    """Folder or URL, seen from `DataConfig.root`: LeRobot (v2.0 to v3.0), or RLDS as NAME/VERSION."""
     weight: float = 1.0
-    """Its share of the samples, beside the other weights."""
-    keep_ranges: str = ""
-    """File or URL of a JSON object: per episode, the ranges of steps that are worth training on; empty: all steps."""
-    action_space: Literal["joint_position", "joint_velocity"] = "joint_position"
-    """Which of the recorded commands are the actions."""
+    """Its share of the samples, relative to the other weights."""
+    robot: Robot | None = None
+    """The one that recorded it, with its statistics and keys of its own; None: the recipe's."""
+    keep: str = ""
+    """File or URL of the frames to keep (`manipi filter`, or openpi's ranges of DROID); empty: all."""
+    episodes: tuple[int, ...] = ()
+    """Numbers of the episodes to use; none named: all of them."""
+    prompt: Literal["task", "subtask"] = "task"
+    fields: str = ""
+    """RLDS only: which of its features are cameras, state and actions (`data.rlds`); empty: each under its own name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,24 +44,37 @@ class DataConfig:
     """Where the demonstrations are and how they are read."""
 
     path: str = ""
-    """Folder of a LeRobot dataset (v2.0 to v3.0). Empty: the recipe has none of its own, and training needs one."""
-    rlds: Annotated[tuple[RldsSet, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
-    """The mixture that the recipe was made for. RLDS is not read yet: convert it, and name the result in `path`."""
+    """Folder or URL of one dataset, instead of the recipe's. Empty: the recipe's, or training has none."""
+    root: str = ""
+    """Folder or URL that holds the datasets of the recipe's mixture; empty: the current folder."""
+    mixture: Annotated[tuple[DatasetConfig, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
+    """Several datasets, where there is no `path`."""
+    keep: str = ""
+    """Of `path`: file or URL of the frames to keep (`manipi filter`); empty: all."""
     norm_stats: str = ""
     """Folder or URL with the norm_stats.json of released weights, to go on in their scale; empty: compute them."""
     episodes: tuple[int, ...] = ()
-    """Numbers of the episodes to use; none named: all of them."""
+    """Of `path`: numbers of the episodes to use; none named: all of them."""
+    prompt: Literal["task", "subtask"] = "task"
+    """Of `path`: what the policy is told, the episode's task or the step's subtask."""
+    skip_bad_episodes: bool = False
+    """Leave out episodes that `manipi check` finds broken, and say which; otherwise they stop the run."""
     holdout: float = 0.1
-    """Share of the episodes kept out of training, for evaluation."""
+    """Share of each dataset's episodes kept out of training, for evaluation."""
     num_workers: int = 1
     """Processes that read and encode batches; 0 reads inside the training process."""
     cache: Literal["none", "frames"] = "none"
     """`frames` decodes every video once, at the size that the model takes, into a memory-mapped file in the run."""
 
     @property
-    def is_local(self) -> bool:
-        """Whether `path` names a folder of this computer, which may be absent all the same."""
-        return bool(self.path) and "://" not in self.path
+    def datasets(self) -> tuple[DatasetConfig, ...]:
+        """What to train on: `path` alone, or else the mixture."""
+        if not self.path:
+            return tuple(replace(one, path=self._under_root(one.path)) for one in self.mixture)
+        return (DatasetConfig(path=self.path, keep=self.keep, episodes=self.episodes, prompt=self.prompt),)
+
+    def _under_root(self, path: str) -> str:
+        return path if not self.root or "://" in path or path.startswith("/") else f"{self.root.rstrip('/')}/{path}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,21 +1,26 @@
 """From a training config to encoded batches: dataset, split, statistics, tokenizers and the one pipeline."""
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from manipi.checkpoints.fetch import fetch
 from manipi.checkpoints.tokenizers import open_action_tokenizer, open_text_tokenizer
 from manipi.data.cache import CachedDataset
 from manipi.data.dataset import Dataset, action_chunks, open_dataset
 from manipi.data.loader import Loader
+from manipi.data.mask import read_mask
+from manipi.data.mixture import Mixture, Part, Share
 from manipi.data.sampler import Sampler, permutation
-from manipi.data.source import Source, frames_of
+from manipi.data.source import Source
 from manipi.data.split import split_episodes
 from manipi.data.stats import compute_norm_stats, read_state
 from manipi.errors import ConfigError, NormStatsError
 from manipi.model.config import Pi0FastConfig
+from manipi.records import fingerprint
+from manipi.remote.fetch import fetch
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory
 from manipi.tokenizers import (
@@ -24,93 +29,151 @@ from manipi.tokenizers import (
     FastTokenizer,
     Tokenizers,
 )
-from manipi.train.config import DataConfig, TrainConfig
+from manipi.train.config import DatasetConfig, TrainConfig
 from manipi.transforms import pipeline
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.normalize import load_norm_stats, normalize, read_openpi_stats, save_norm_stats
-from manipi.transforms.pipeline import Pipeline, observation_of
-from manipi.types import Frame, NormStats, Sample
+from manipi.transforms.pipeline import observation_of
+from manipi.types import NormStats, Sample
 
 FIT_CHUNKS, FIT_CODES = 4_096, 1_024
 """Action chunks that a FAST tokenizer is fitted to, and the most codes that it learns."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingSet(Part):
+    """One dataset of the run. Its `source` reads it as it is on disk, pictures in full size."""
+
+    to_train_on: Source
+    """The same, from the cache where there is one."""
+
+
 @dataclass(frozen=True)
 class TrainingData:
-    """Everything that stands between the dataset's files and the model."""
+    """Everything that stands between the datasets' files and the model."""
 
     config: TrainConfig
-    dataset: Dataset
-    """As it is on disk, pictures in full size."""
-    to_train_on: Dataset
-    """The same, from the cache where there is one."""
-    train_rows: np.ndarray
-    held_out_rows: np.ndarray
-    stats: NormStats
+    sets: tuple[TrainingSet, ...]
+    stats: Mapping[str, NormStats]
+    """Per robot, by its name."""
     tokenizers: Tokenizers
-    pipeline: Pipeline
 
-    def frames(self, rows: np.ndarray) -> list[Frame]:
-        """Raw frames in the dataset's keys, with action chunks of the model's horizon."""
-        return frames_of(self.config.robot, self.config.model.action_horizon, self.dataset, rows)
+    @property
+    def main(self) -> TrainingSet:
+        """The first set of the recipe's own robot."""
+        return next(one for one in self.sets if one.source.pipeline.robot == self.config.robot)
+
+    @property
+    def other_robots(self) -> dict[str, tuple[Robot, NormStats]]:
+        """Those of the mixture beside the recipe's, with their statistics."""
+        robots = {robot.name: robot for robot in (one.source.pipeline.robot for one in self.sets)}
+        return {name: (robot, self.stats[name]) for name, robot in robots.items() if name != self.config.robot.name}
 
     def example(self) -> Sample:
-        """The first held-out observation (or training one, where none is held out), in the robot's keys."""
-        rows = self.held_out_rows if len(self.held_out_rows) else self.train_rows
-        observation = observation_of(self.frames(rows[:1])[0], self.config.robot)
+        """The main set's first held-out observation (or training one, where none is held out), in the robot's keys."""
+        rows = self.main.held_out if len(self.main.held_out) else self.main.rows
+        observation = observation_of(self.main.source.frames(rows[:1])[0], self.config.robot)
         return {k: v for k, v in observation.items() if k not in ("actions", "action_valid")}
 
     def loader(self, start_step: int) -> Loader:
         """Endless encoded batches from `start_step` on."""
         c = self.config
-        sampler = Sampler(self.train_rows, c.batch_size, seed=c.seed, fingerprint=self.dataset.fingerprint)
-        source = Source(dataset=self.to_train_on, pipeline=self.pipeline, action_horizon=c.model.action_horizon)
-        return Loader(source.samples, sampler, num_workers=c.data.num_workers, start_step=start_step)
+        mixture = Mixture([replace(one, source=one.to_train_on) for one in self.sets])
+        sampler = Sampler(mixture.stream(c.seed), c.batch_size)
+        return Loader(mixture.samples, sampler, num_workers=c.data.num_workers, start_step=start_step)
+
+    def report(self) -> list[Share]:
+        """What the run sees of each set."""
+        return Mixture(self.sets).report(self.config.steps * self.config.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A dataset of the run, before there are statistics and with them a pipeline."""
+
+    settings: DatasetConfig
+    robot: Robot
+    dataset: Dataset
+    rows: np.ndarray
+    held_out: np.ndarray
 
 
 def prepare(config: TrainConfig, folder: Path) -> TrainingData:
     """Open, check and encode the data of a run; statistics and tokenizers are kept in `folder` and reused.
 
     Raises:
-        DataError: the dataset is absent, broken, or lacks what the robot names.
-        ConfigError: the robot does not fit the model, or the recipe has no dataset.
+        DataError: a dataset is absent, broken, or lacks what its robot names.
+        ConfigError: a robot does not fit the model, or the recipe has no dataset.
     """
-    pipeline.check_fit(config.robot, config.model)
-    dataset = open_demonstrations(config)
-    train_rows, held_out_rows = split_episodes(dataset, holdout=config.data.holdout, seed=config.seed)
-    stats = _stats(config, dataset, train_rows, folder / "norm_stats.json")
-    tokenizers = _tokenizers(config, dataset, train_rows, stats, folder / "tokenizer")
-    steps = pipeline.build(config.robot, config.model, stats, tokenizers, config.norm_mode)
-    to_train_on = _cached(config, dataset, folder / "cache") if config.data.cache == "frames" else dataset
-    return TrainingData(config, dataset, to_train_on, train_rows, held_out_rows, stats, tokenizers, steps)
+    opened = open_demonstrations(config)
+    stats = {name: _stats(config, group, folder) for name, group in _by_robot(opened).items()}
+    mine = [one for one in opened if one.robot == config.robot]
+    tokenizers = _tokenizers(config, mine[0], stats[config.robot.name], folder / "tokenizer")
+    sets = tuple(_training_set(config, one, stats[one.robot.name], tokenizers, folder / "cache") for one in opened)
+    return TrainingData(config, sets, stats, tokenizers)
 
 
-def _cached(config: TrainConfig, dataset: Dataset, folder: Path) -> Dataset:
+def open_demonstrations(config: TrainConfig) -> list[Opened]:
+    """The datasets of a recipe, which have what their robots name, split and masked. Raises as `prepare` does."""
+    if not config.data.datasets:
+        raise _no_demonstrations("a recipe without a dataset of its own")
+    opened = [_open(config, settings) for settings in config.data.datasets]
+    if config.robot not in [one.robot for one in opened]:
+        raise _no_demonstrations(f"only demonstrations of {', '.join(sorted({one.robot.name for one in opened}))}")
+    return opened
+
+
+def _open(config: TrainConfig, settings: DatasetConfig) -> Opened:
+    robot = settings.robot or config.robot
+    pipeline.check_fit(robot, config.model)
+    dataset = open_dataset(settings.path, settings.episodes)
+    check_features(dataset, robot)
+    rows, held_out = split_episodes(dataset, holdout=config.data.holdout, seed=config.seed)
+    if settings.keep:
+        keep = read_mask(fetch(settings.keep), dataset)
+        rows, held_out = rows[keep[rows]], held_out[keep[held_out]]
+    return Opened(settings=settings, robot=robot, dataset=dataset, rows=rows, held_out=held_out)
+
+
+def _by_robot(opened: Sequence[Opened]) -> dict[str, list[Opened]]:
+    """The sets of each robot, which share their statistics."""
+    groups: dict[str, list[Opened]] = {}
+    for one in opened:
+        groups.setdefault(one.robot.name, []).append(one)
+    for name, group in groups.items():
+        if len({one.robot.contract() for one in group}) > 1:
+            raise ConfigError(
+                expected=f"one layout of states and actions per robot, in all datasets of {name!r}",
+                found="several",
+                where="TrainConfig.data.mixture",
+                next="give the robots names of their own; each then has its own statistics",
+            )
+    return groups
+
+
+def _training_set(
+    config: TrainConfig, one: Opened, stats: NormStats, tokenizers: Tokenizers, cache: Path
+) -> TrainingSet:
+    steps = pipeline.build(one.robot, config.model, stats, tokenizers, config.norm_mode)
+    horizon, prompt = config.model.action_horizon, one.settings.prompt
+    source = Source(dataset=one.dataset, pipeline=steps, action_horizon=horizon, prompt=prompt)
+    cached = replace(source, dataset=_cached(config, one, cache)) if config.data.cache == "frames" else source
+    weight = one.settings.weight
+    return TrainingSet(source=source, to_train_on=cached, rows=one.rows, held_out=one.held_out, weight=weight)
+
+
+def _cached(config: TrainConfig, one: Opened, folder: Path) -> Dataset:
     """The same samples after encoding, bit for bit: the cache resizes as the pipeline does."""
-    cameras = [config.robot.dataset_key(key) for key in config.robot.cameras.values()]
-    return CachedDataset(dataset, cameras, folder, config.model.vision.image_size)
+    cameras = [one.robot.dataset_key(key) for key in one.robot.cameras.values()]
+    return CachedDataset(one.dataset, cameras, folder, config.model.vision.image_size)
 
 
-def open_demonstrations(config: TrainConfig) -> Dataset:
-    """The dataset of a recipe, which has what its robot names. Raises as `prepare` does."""
-    if not config.data.is_local:
-        raise _no_demonstrations(config.data)
-    dataset = open_dataset(config.data.path, config.data.episodes)
-    check_features(dataset, config.robot)
-    return dataset
-
-
-def _no_demonstrations(data: DataConfig) -> ConfigError:
-    folder = "--data.path FOLDER, a LeRobot dataset with what the recipe's robot names"
-    if data.path:
-        found, next = f"the URL {data.path}, which is not read yet", f"download it; then {folder}"
-    elif data.rlds:
-        sets = " and ".join(f"{s.name} {s.version}" for s in data.rlds)
-        found, next = f"RLDS sets, which are not read yet: {sets}", f"convert them to LeRobot; then {folder}"
-    else:
-        found, next = "a recipe without a dataset of its own", folder
+def _no_demonstrations(found: str) -> ConfigError:
     return ConfigError(
-        expected="the folder of a LeRobot dataset to train on", found=found, where="TrainConfig.data", next=next
+        expected="demonstrations of the recipe's robot to train on",
+        found=found,
+        where="TrainConfig.data",
+        next="--data.path FOLDER|URL, a dataset with what the recipe's robot names",
     )
 
 
@@ -122,23 +185,33 @@ def check_features(dataset: Dataset, robot: Robot) -> None:
         dataset.require(robot.dataset_key(key), "vector", size)
 
 
-def _stats(config: TrainConfig, dataset: Dataset, rows: np.ndarray, path: Path) -> NormStats:
+def _stats(config: TrainConfig, group: Sequence[Opened], folder: Path) -> NormStats:
+    """Statistics of one robot over all of its sets. The recipe's own robot has the run's norm_stats.json."""
+    robot, horizon = group[0].robot, config.model.action_horizon
+    path = folder / ("norm_stats.json" if robot.name == config.robot.name else f"robots/{robot.name}/norm_stats.json")
+    data = data_fingerprint(group)
     if not path.exists():
-        if config.data.norm_stats:
+        if config.data.norm_stats and robot.name == config.robot.name:
             # From now on the run is tied to its data, although the numbers are those of other demonstrations.
-            stats = replace(_released_stats(config), data=dataset.fingerprint)
+            stats = replace(_released_stats(config), data=data)
         else:
-            stats = compute_norm_stats(dataset, config.robot, config.model.action_horizon, rows)
+            stats = replace(compute_norm_stats(group[0].dataset, robot, horizon, group[0].rows), data=data)
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_norm_stats(stats, path)
     stats = load_norm_stats(path)
-    if stats.data != dataset.fingerprint:
+    if stats.data != data:
         raise NormStatsError(
-            expected=f"statistics of this dataset ({dataset.fingerprint[:12]})",
-            found=f"statistics of another, or of an older state of it ({stats.data[:12]})",
+            expected=f"statistics of these demonstrations ({data[:12]})",
+            found=f"statistics of others, or of an older state of them ({stats.data[:12]})",
             where=str(path),
             next=f"delete {path} to compute them again, or start a new run folder",
         )
     return stats
+
+
+def data_fingerprint(group: Sequence[Opened]) -> str:
+    """Of the rows that a robot's statistics are of: changes with the data, the split, the masks."""
+    return fingerprint([[one.dataset.fingerprint, hashlib.sha256(one.rows.tobytes()).hexdigest()] for one in group])
 
 
 def _released_stats(config: TrainConfig) -> NormStats:
@@ -146,22 +219,22 @@ def _released_stats(config: TrainConfig) -> NormStats:
     return read_openpi_stats(path, config.robot, config.model.action_horizon)
 
 
-def _tokenizers(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats, folder: Path) -> Tokenizers:
+def _tokenizers(config: TrainConfig, one: Opened, stats: NormStats, folder: Path) -> Tokenizers:
     if folder.is_dir():
         return Tokenizers.load(folder)
-    action = _action_tokenizer(config, dataset, rows, stats) if isinstance(config.model, Pi0FastConfig) else None
+    action = _action_tokenizer(config, one, stats) if isinstance(config.model, Pi0FastConfig) else None
     tokenizers = Tokenizers(open_text_tokenizer(config.tokenizer, action), action)
     with atomic_directory(folder) as partial:
         tokenizers.save(partial)
     return tokenizers
 
 
-def _action_tokenizer(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats) -> ActionTokenizer:
+def _action_tokenizer(config: TrainConfig, one: Opened, stats: NormStats) -> ActionTokenizer:
     if config.action_tokenizer != "fit":
         return open_action_tokenizer(config.action_tokenizer)
     # The codes live behind the text's ids in the model's vocabulary.
     room = config.model.vocab_size - ByteTokenizer.NUM_TEXT_IDS if config.tokenizer == "byte" else FIT_CODES
-    return FastTokenizer.fit(chunks_to_fit(config, dataset, rows, stats), vocab_size=min(room, FIT_CODES))
+    return FastTokenizer.fit(chunks_to_fit(config, one.dataset, one.rows, stats), vocab_size=min(room, FIT_CODES))
 
 
 def chunks_to_fit(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats) -> np.ndarray:

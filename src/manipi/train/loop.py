@@ -19,7 +19,7 @@ from manipi.train.config import TrainConfig
 from manipi.train.data import TrainingData, prepare
 from manipi.train.noise import draw_noise
 from manipi.train.optimizer import clip_gradients, learning_rate, parameter_norm, update, update_average
-from manipi.train.progress import ProgressLog, plot_loss
+from manipi.train.progress import ProgressLog, plot_loss, show_mixture
 from manipi.train.run import Run
 from manipi.train.state import TrainState
 
@@ -42,6 +42,8 @@ def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show
     run = Run(folder, config)
     run.tidy()
     data = prepare(config, run.folder)
+    if show and len(data.sets) > 1:
+        show_mixture(data.report())
     end = config.steps if stop_at is None else min(stop_at, config.steps)
 
     # ---- weights: 1. the run's newest checkpoint, 2. those that `init` names, 3. the seed's
@@ -113,9 +115,10 @@ def save(run: Run, state: TrainState, data: TrainingData) -> None:
         weights=state.inference_weights(),
         config=PolicyConfig(model=run.config.model, norm_mode=run.config.norm_mode, step=state.step),
         robot=run.config.robot,
-        norm_stats=data.stats,
+        norm_stats=data.stats[run.config.robot.name],
         tokenizers=data.tokenizers,
         self_test=None,
+        other_robots=data.other_robots,
     )
     test = self_test_for(Policy.from_checkpoint(bare), data.example())
     write_checkpoint(run.checkpoint(state.step), replace(bare, self_test=test), state.save)

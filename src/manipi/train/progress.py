@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from manipi.data.mixture import Share
 from manipi.storage import atomic_write
 from manipi.train.run import Run
 
@@ -48,6 +49,15 @@ class ProgressLog:
 
     def _begin_window(self) -> None:
         self._started, self._wait, self._window = time.perf_counter(), 0.0, list[Mapping[str, Tensor | float]]()
+
+
+def show_mixture(shares: Sequence[Share]) -> None:
+    """What the run sees of each dataset, one line per set."""
+    width = max(len(one.dataset) for one in shares)
+    tqdm.write(f"{'dataset':<{width}}  share  epochs   episodes       frames  held out  left out  robot")
+    for one in shares:
+        numbers = f"{one.episodes:>9,} {one.frames:>12,} {one.held_out:>9,} {one.left_out:>9,}"
+        tqdm.write(f"{one.dataset:<{width}} {one.share:6.1%} {one.epochs:7.2f}  {numbers}  {one.robot}")
 
 
 def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:

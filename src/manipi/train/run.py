@@ -21,9 +21,9 @@ from manipi.model.config import CONFIG_TYPES
 from manipi.records import from_json, json_bytes, read_json, to_json
 from manipi.robots.robot import ROBOT_TYPES
 from manipi.storage import atomic_write, remove_partial, storage_errors
-from manipi.train.config import DataConfig, OptimizerConfig, RldsSet, TrainConfig
+from manipi.train.config import DataConfig, DatasetConfig, OptimizerConfig, TrainConfig
 
-MAY_CHANGE = ("data.num_workers", "data.path", "keep_checkpoints", "keep_every", "num_threads", "steps")
+MAY_CHANGE = ("data.num_workers", "data.path", "data.root", "keep_checkpoints", "keep_every", "num_threads", "steps")
 """Settings that a resumed run may bring anew: they change neither a batch nor an update. That another path holds the
 same data, the norm stats' fingerprint says."""
 
@@ -111,7 +111,7 @@ class Run:
 def read_config(folder: Path) -> TrainConfig:
     """The config that a run's folder was started with."""
     path = folder / "config.json"
-    kinds = (TrainConfig, DataConfig, RldsSet, OptimizerConfig, *ROBOT_TYPES, *CONFIG_TYPES)
+    kinds = (TrainConfig, DataConfig, DatasetConfig, OptimizerConfig, *ROBOT_TYPES, *CONFIG_TYPES)
     return from_json(read_json(path), kinds, str(path))
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from manipi.checkpoints import stores
-from manipi.checkpoints.fetch import fetch, home, verify
-from manipi.checkpoints.stores import BLOCK
 from manipi.errors import FetchError, StorageError, UnknownNameError
+from manipi.remote import stores
+from manipi.remote.fetch import fetch, home, verify
+from manipi.remote.stores import BLOCK
 
-FETCH = "import sys; from manipi.checkpoints.fetch import fetch; print(fetch(sys.argv[1], show=False))"
+FETCH = "import sys; from manipi.remote.fetch import fetch; print(fetch(sys.argv[1], show=False))"
 WRONG = "0" * 32
 
 

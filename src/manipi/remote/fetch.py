@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from manipi.checkpoints.stores import SCHEMES, Store, StoreFile, fetch_error
 from manipi.errors import FetchError, unknown_name
 from manipi.records import json_bytes, read_json
+from manipi.remote.stores import SCHEMES, Store, StoreFile, fetch_error
 from manipi.storage import atomic_write, storage_errors
 
 PARALLEL = 4
@@ -135,7 +135,7 @@ def _require_network(url: str, offline: bool | None) -> None:
             f"{url} among the downloads, as {switches[0] if offline is None else 'offline=True'} forbids the network",
             f"nothing at {_target(url)}",
             url,
-            f"where there is a network, run fetch({url!r}) of manipi.checkpoints.fetch, then copy {home()} here",
+            f"where there is a network, run fetch({url!r}) of manipi.remote.fetch, then copy {home()} here",
         )
 
 
@@ -205,7 +205,7 @@ def _checked_hash(path: Path, file: StoreFile) -> str:
 def _digest(path: Path, algorithm: str) -> str:
     with path.open("rb") as file:
         if algorithm == "crc32c":
-            import google_crc32c  # pyright: ignore[reportMissingImports]  # comes with gcsfs, and only Google's store gives this sum
+            import google_crc32c  # only Google's store gives this sum
 
             checksum = google_crc32c.Checksum()
             while data := file.read(1 << 20):
