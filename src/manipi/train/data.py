@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from manipi.checkpoints.fetch import fetch
+from manipi.checkpoints.importing import require_tokenizer
 from manipi.checkpoints.tokenizers import open_action_tokenizer, open_text_tokenizer
 from manipi.data.cache import CachedDataset
 from manipi.data.dataset import Dataset, action_chunks, frames, open_dataset
@@ -89,6 +90,7 @@ def prepare(config: TrainConfig, folder: Path) -> TrainingData:
     Raises:
         DataError: the dataset is absent, broken, or lacks what the robot names.
         ConfigError: the robot does not fit the model, or the recipe has no dataset.
+        TokenizerError: another project's weights to start from, and not the tokenizer that they were trained with.
     """
     pipeline.check_fit(config.robot, config.model)
     dataset = open_demonstrations(config)
@@ -166,6 +168,8 @@ def _tokenizers(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: 
         return Tokenizers.load(folder)
     action = _action_tokenizer(config, dataset, rows, stats) if isinstance(config.model, Pi0FastConfig) else None
     tokenizers = Tokenizers(open_text_tokenizer(config.tokenizer, action), action)
+    if config.init:
+        require_tokenizer(config.init, config.model.vocab_size, tokenizers.text)
     with atomic_directory(folder) as partial:
         tokenizers.save(partial)
     return tokenizers
