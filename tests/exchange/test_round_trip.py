@@ -1,6 +1,7 @@
 """Out and in again: every layout keeps every bit, and the certificate says so."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +14,9 @@ from manipi.checkpoints.importing import load_initial_weights
 from manipi.checkpoints.native import read_checkpoint
 from manipi.checkpoints.orbax import read_tree
 from manipi.cli import main
-from manipi.errors import ConfigError, IntegrityError, WeightsMismatchError
+from manipi.errors import ConfigError, IntegrityError, NormStatsError, WeightsMismatchError
 from manipi.exchange.exporting import export_checkpoint
-from manipi.exchange.importing import import_adapters, import_checkpoint
+from manipi.exchange.importing import Wanted, import_adapters, import_checkpoint
 from manipi.model import VLA
 from manipi.model.config import NO_ADAPTERS
 from manipi.policy import Policy
@@ -155,3 +156,39 @@ def test_the_commands(checkpoints, tmp_path, capsys):
     assert "all accounted for" in capsys.readouterr().out
     results = [json.loads((tmp_path / f"{name}.json").read_text()) for name in "ei"]
     assert all(result["difference"] == 0 for result in results)
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_norm_stats_come_back_from_lerobots_preprocessor(exported, checkpoints, tmp_path, kind):
+    folder, before = lerobot_alone(exported(kind, "lerobot"), tmp_path), read_checkpoint(checkpoints(kind))
+    wanted = Wanted(robot=before.robot, model=before.config.model, tokenizers=before.tokenizers)
+    import_checkpoint(folder, tmp_path / "back", replace(wanted, norm_mode=before.config.norm_mode))
+    after = read_checkpoint(tmp_path / "back").norm_stats
+    for field in ("state", "actions"):
+        for name in ("mean", "std", "q01", "q99"):
+            expected = getattr(getattr(before.norm_stats, field), name)
+            np.testing.assert_array_equal(getattr(getattr(after, field), name), expected.astype(np.float32))
+
+
+def test_a_preprocessor_that_normalises_otherwise_is_refused(exported, checkpoints, tmp_path):
+    folder, before = lerobot_alone(exported("pi05", "lerobot"), tmp_path), read_checkpoint(checkpoints("pi05"))
+    wanted = Wanted(robot=before.robot, model=before.config.model, tokenizers=before.tokenizers, norm_mode="zscore")
+    with pytest.raises(NormStatsError, match="MEAN_STD for state and actions"):
+        import_checkpoint(folder, tmp_path / "back", wanted)
+    pipeline = json.loads((folder / "policy_preprocessor.json").read_text())
+    for step in pipeline["steps"]:
+        step.pop("state_file", None)  # as a base is published, which was trained on no robot in particular
+    (folder / "policy_preprocessor.json").write_text(json.dumps(pipeline))
+    with pytest.raises(NormStatsError, match="with a state_file"):
+        import_checkpoint(folder, tmp_path / "back", replace(wanted, norm_mode="quantile"))
+
+
+def test_fast_has_no_processors_that_would_decode_with_other_codes(exported):
+    assert not list(exported("pi0_fast", "lerobot").glob("policy_*"))
+
+
+def lerobot_alone(folder, tmp_path):
+    """A copy with nothing in it that LeRobot does not write."""
+    copy = tmp_path / "lerobot"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("manipi", "assets"))
+    return copy

@@ -1,5 +1,6 @@
 """Training on a toy dataset: it learns, it stops loudly, and a resumed run is the undisturbed one, bit for bit."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,7 +16,15 @@ from safetensors.torch import load_file
 
 from manipi.checkpoints.native import verify
 from manipi.checkpoints.openpi_names import openpi_arrays
-from manipi.errors import BadValueError, CheckpointError, ConfigError, MissingFeatureError, StorageError, TrainingError
+from manipi.errors import (
+    BadValueError,
+    CheckpointError,
+    ConfigError,
+    MissingFeatureError,
+    StorageError,
+    TokenizerError,
+    TrainingError,
+)
 from manipi.model import ModelInput
 from manipi.model.config import Adapters, LoRA, Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.policy import Policy
@@ -181,6 +190,16 @@ def test_a_run_begins_with_the_weights_of_init(kind, trained, tiny, tmp_path):
     assert all(torch.equal(begun[name], value) for name, value in served.items())
     shutil.rmtree(source)
     assert train(config, tmp_path / "run", show=False).name == "2"  # the run has its own weights by now
+
+
+def test_released_weights_are_trained_with_their_own_tokenizer_alone(trained, tiny, tmp_path):
+    (tmp_path / "released").mkdir()
+    for source, refused in ((tmp_path / "released", True), (trained("pi05"), False)):
+        config = tiny(init=str(source))
+        config = replace(config, model=replace(config.model, vocab_size=257_152))
+        expected = pytest.raises(TokenizerError, match=r"(?s)PaliGemma's tokenizer.*found a byte tokenizer")
+        with expected if refused else contextlib.nullcontext():
+            prepare(config, tmp_path / f"run_{refused}")
 
 
 def test_a_run_in_the_scale_of_another(trained, tiny, toy_dataset, tmp_path):

@@ -14,6 +14,7 @@ from manipi.checkpoints.released import resolve
 from manipi.checkpoints.sources import open_source
 from manipi.model import VLA
 from manipi.remote.fetch import fetch
+from manipi.tokenizers import PALIGEMMA_VOCABULARY, TextTokenizer, require_paligemma
 
 
 def load_initial_weights(model: VLA, source: str) -> list[str]:
@@ -41,6 +42,18 @@ def load_initial_weights(model: VLA, source: str) -> list[str]:
     foreign.check(config)
     shapes = {n: a.our_shape for a in foreign.arrays(config).values() for layer in a.names for n in layer}
     return _fill(model, shapes, foreign.tensors(config), path, vlm_only=foreign.vlm_only)
+
+
+def require_tokenizer(source: str, vocab_size: int, text: TextTokenizer) -> None:
+    """That a model of `vocab_size` reads prompts in the ids that the weights of `source` were trained with.
+
+    Raises:
+        TokenizerError: not PaliGemma's tokenizer, where another project's weights have its vocabulary.
+        FetchError: the weights cannot be had.
+    """
+    # Our own checkpoints may have been trained with any tokenizer, whatever the size of their embedding.
+    if vocab_size == PALIGEMMA_VOCABULARY and not (fetch(resolve(source)) / MANIFEST).is_file():
+        require_paligemma(text)
 
 
 def _fill(

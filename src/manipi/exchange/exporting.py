@@ -2,7 +2,7 @@
 
 openpi-jax     params/ (Orbax), assets/<robot>/norm_stats.json
 openpi-torch   model.safetensors, config.json, assets/…
-lerobot        model.safetensors, config.json
+lerobot        model.safetensors, config.json, policy_preprocessor.json and policy_postprocessor.json with norm stats
 adapters       adapters.safetensors: the low-rank updates alone, and the hash of the weights that they belong to
 manipi         our own, for merging adapters into the matrices
 """
@@ -34,6 +34,7 @@ from manipi.exchange.certificate import (
     record_self_test,
 )
 from manipi.exchange.importing import DESCRIPTION
+from manipi.exchange.lerobot_processors import MODES, write_processors
 from manipi.model.config import GEMMA_2B, GEMMA_300M, ModelConfig, Pi0Config, Pi0FastConfig
 from manipi.records import write_json
 from manipi.storage import atomic_directory
@@ -135,7 +136,9 @@ def _write_torch(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None
 
 def _write_lerobot(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
     _write_safetensors(folder, checkpoint, dtype, "lerobot")
-    write_json(folder / "config.json", _lerobot_config(checkpoint))
+    config = _lerobot_config(checkpoint)
+    write_json(folder / "config.json", config)
+    write_processors(folder, checkpoint, config)
 
 
 def _write_safetensors(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, layout: str) -> None:
@@ -198,7 +201,7 @@ def _lerobot_config(checkpoint: Checkpoint) -> dict[str, object]:
     """The fields of LeRobot's policy configs that the checkpoint settles."""
     model, robot = checkpoint.config.model, checkpoint.robot
     kind = "pi0_fast" if isinstance(model, Pi0FastConfig) else "pi0" if isinstance(model, Pi0Config) else "pi05"
-    mode = {"zscore": "MEAN_STD", "quantile": "QUANTILES"}[checkpoint.config.norm_mode]
+    mode = MODES[checkpoint.config.norm_mode]
     size = model.vision.image_size
     images = {f"observation.images.{slot}": {"type": "VISUAL", "shape": [3, size, size]} for slot in robot.cameras}
     state = {"observation.state": {"type": "STATE", "shape": [robot.state_size]}}

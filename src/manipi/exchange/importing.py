@@ -1,7 +1,7 @@
 """Other projects' checkpoints become ours: a folder that is enough to serve.
 
 weights      the source's tensors, streamed one layer at a time; strict in both directions
-norm stats   assets/<asset id>/norm_stats.json beside the weights
+norm stats   assets/<asset id>/norm_stats.json beside the weights, or LeRobot's policy_preprocessor.json
 the rest     robot, horizon, prompt format, tokenizers: from a recipe or robot, or from the `manipi/` folder that our
              own exports carry
 """
@@ -36,6 +36,7 @@ from manipi.exchange.certificate import (
     certify,
     record_self_test,
 )
+from manipi.exchange.lerobot_processors import PREPROCESSOR, read_processor_stats
 from manipi.model.config import ModelConfig, NormMode, Pi0Config
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory
@@ -60,7 +61,7 @@ class Wanted:
     """None: z-score for π0, quantiles for the others, as openpi trains."""
     tokenizers: Tokenizers
     norm_stats: Path | None = None
-    """Their file; None: the one in the checkpoint's assets."""
+    """Their file; None: the one in the checkpoint's assets, or its LeRobot preprocessor."""
     asset_id: str = ""
     """Which of several."""
 
@@ -144,7 +145,7 @@ def describe(source: Source, wanted: Wanted | None) -> Checkpoint:
         weights={},
         config=PolicyConfig(model=model, norm_mode=mode, step=step),
         robot=wanted.robot,
-        norm_stats=_norm_stats(source.path, wanted, model.action_horizon),
+        norm_stats=_norm_stats(source.path, wanted, model.action_horizon, mode),
         tokenizers=wanted.tokenizers,
         self_test=None,
     )
@@ -160,13 +161,15 @@ def _require_policy(source: Source) -> None:
         )
 
 
-def _norm_stats(path: Path, wanted: Wanted, horizon: int) -> NormStats:
+def _norm_stats(path: Path, wanted: Wanted, horizon: int, mode: NormMode) -> NormStats:
     if wanted.norm_stats is not None:
         return read_openpi_stats(wanted.norm_stats, wanted.robot, horizon)
     root = path.parent if path.name == "params" else path
     found = {
         p.parent.relative_to(root / "assets").as_posix(): p for p in sorted(root.glob("assets/**/norm_stats.json"))
     }
+    if not found and (root / PREPROCESSOR).is_file():
+        return read_processor_stats(root, wanted.robot, horizon, mode)
     names = ", ".join(found) or "none"
     if wanted.asset_id and wanted.asset_id not in found:
         raise _no_stats(f"norm stats of {wanted.asset_id!r}", f"those of {names}", root, "name one of them: --asset-id")

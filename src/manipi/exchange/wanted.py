@@ -8,10 +8,8 @@ from manipi.checkpoints.tokenizers import open_action_tokenizer, open_text_token
 from manipi.exchange.importing import Wanted
 from manipi.model.config import Pi0FastConfig
 from manipi.robots.robot import Robot
-from manipi.tokenizers import SentencePieceTokenizer, Tokenizers, require_paligemma
+from manipi.tokenizers import PALIGEMMA_VOCABULARY, SentencePieceTokenizer, Tokenizers, require_paligemma
 from manipi.train.config import TrainConfig
-
-PALIGEMMA_VOCABULARY = 257_152
 
 
 def wanted_from(

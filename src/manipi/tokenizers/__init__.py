@@ -9,6 +9,7 @@ from manipi.tokenizers.fsq import FsqTokenizer
 from manipi.tokenizers.prompts import TokenizedPrompt, extract_codes, fast_prompt, pi0_prompt, pi05_prompt
 from manipi.tokenizers.text import (
     PALIGEMMA_PIECES_SHA256,
+    PALIGEMMA_VOCABULARY,
     ByteTokenizer,
     SentencePieceTokenizer,
     TextTokenizer,
@@ -19,6 +20,7 @@ from manipi.tokenizers.text import (
 
 __all__ = [
     "PALIGEMMA_PIECES_SHA256",
+    "PALIGEMMA_VOCABULARY",
     "ActionTokenizer",
     "BinningTokenizer",
     "ByteTokenizer",

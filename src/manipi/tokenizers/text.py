@@ -238,6 +238,9 @@ def load_tokenizer(reference: TokenizerReference, directory: str | Path) -> Text
 PALIGEMMA_PIECES_SHA256 = "6da6857da842c35d0cd307b61eba47c6139ed03b8f588a5e03ce9a5e0742dcd6"
 """`SentencePieceTokenizer.pieces_sha256` of PaliGemma's vocabulary, the one of every released checkpoint."""
 
+PALIGEMMA_VOCABULARY = 257_152
+"""Its ids, and the rows of the released models' token embedding."""
+
 
 def require_paligemma(tokenizer: TextTokenizer) -> None:
     """For models of 257,152 ids. Raises TokenizerError where the vocabulary is not PaliGemma's, id by id."""

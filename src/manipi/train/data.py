@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from manipi.checkpoints.importing import require_tokenizer
 from manipi.checkpoints.tokenizers import open_action_tokenizer, open_text_tokenizer
 from manipi.data.cache import CachedDataset
 from manipi.data.dataset import Dataset, action_chunks, open_dataset
@@ -104,6 +105,7 @@ def prepare(config: TrainConfig, folder: Path) -> TrainingData:
     Raises:
         DataError: a dataset is absent, broken, or lacks what its robot names.
         ConfigError: a robot does not fit the model, or the recipe has no dataset.
+        TokenizerError: another project's weights to start from, and not the tokenizer that they were trained with.
     """
     opened = open_demonstrations(config)
     stats = {name: _stats(config, group, folder) for name, group in _by_robot(opened).items()}
@@ -224,6 +226,8 @@ def _tokenizers(config: TrainConfig, one: Opened, stats: NormStats, folder: Path
         return Tokenizers.load(folder)
     action = _action_tokenizer(config, one, stats) if isinstance(config.model, Pi0FastConfig) else None
     tokenizers = Tokenizers(open_text_tokenizer(config.tokenizer, action), action)
+    if config.init:
+        require_tokenizer(config.init, config.model.vocab_size, tokenizers.text)
     with atomic_directory(folder) as partial:
         tokenizers.save(partial)
     return tokenizers

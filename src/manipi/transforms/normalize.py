@@ -100,23 +100,31 @@ def _plain(field: FieldStats) -> dict[str, list[float] | None]:
 def read_openpi_stats(path: Path, robot: Robot, action_horizon: int) -> NormStats:
     """The statistics of an openpi checkpoint, `assets/<asset id>/norm_stats.json`, for this robot; ours as they are.
 
-    openpi pads them to the model's width: they are cut to the robot's. Without extremes, `min` and `max` are the
-    quantiles, or three deviations from the mean; quantiles that the file does not have are NaN, which `Normalize`
-    refuses. openpi's file does not say which conversions it was computed behind: that the robot's are the same is
-    the caller's word.
-
     Raises:
-        NormStatsError: no such file, not openpi's layout, fewer dimensions than the robot has, or impossible numbers.
+        NormStatsError: no such file, not openpi's layout, or as `stats_from_fields` says.
     """
     data = read_json(path) if path.is_file() else {}
     if "manipi" in data:
         return load_norm_stats(path)
-    found, where = data.get("norm_stats"), str(path)
+    found = data.get("norm_stats")
     if not isinstance(found, dict) or not {"state", "actions"} <= found.keys():
         keys = sorted(found) if isinstance(found, dict) else sorted(data)
         raise _unusable(
-            "a key 'norm_stats' with 'state' and 'actions'", f"keys {keys}" if data else "no such file", where
+            "a key 'norm_stats' with 'state' and 'actions'", f"keys {keys}" if data else "no such file", str(path)
         )
+    return stats_from_fields(found, robot, action_horizon, str(path))
+
+
+def stats_from_fields(found: dict[str, dict], robot: Robot, action_horizon: int, where: str) -> NormStats:
+    """Statistics that another project computed: `mean`, `std`, `q01` and `q99` of `state` and `actions`.
+
+    openpi pads them to the model's width: they are cut to the robot's. Without extremes, `min` and `max` are the
+    quantiles, or three deviations from the mean; absent quantiles are NaN, which `Normalize` refuses. Nobody says which
+    conversions they were computed behind: that the robot's are the same is the caller's word.
+
+    Raises:
+        NormStatsError: fewer dimensions than the robot has, or impossible numbers.
+    """
     return NormStats(
         state=_read_field(found["state"], robot.state_size, f"{where}, state"),
         actions=_read_field(found["actions"], robot.model_action_size, f"{where}, actions"),

@@ -7,7 +7,7 @@ import numpy as np
 
 from manipi.errors import ConfigError
 from manipi.model.config import Compat, ModelConfig, Pi0FastConfig, Pi05Config
-from manipi.tokenizers import ActionTokenizer, CodeConstraint, TextTokenizer, Tokenizers, extract_codes
+from manipi.tokenizers import ActionTokenizer, ByteTokenizer, CodeConstraint, TextTokenizer, Tokenizers, extract_codes
 from manipi.tokenizers.prompts import fast_prompt, pi05_prompt
 from manipi.types import Sample
 
@@ -67,7 +67,7 @@ def tokenize_step(model: ModelConfig, tokenizers: Tokenizers, action_size: int) 
     """The step that fits the model.
 
     Raises:
-        ConfigError: a tokenizer is missing or too large for the model.
+        ConfigError: a tokenizer is missing, too large for the model, or none for a quirk that is asked for.
         TokenizerError: the model could not decode a chunk; see `CodeConstraint`.
     """
     text = tokenizers.text
@@ -81,9 +81,20 @@ def tokenize_step(model: ModelConfig, tokenizers: Tokenizers, action_size: int) 
     if not isinstance(model, Pi0FastConfig):
         with_state = isinstance(model, Pi05Config) and model.state_in_prompt
         return TokenizePrompt(text, model.max_token_len, with_state, model.compat)
+    _require_spelled_codes(model.compat, text)
     code_constraint(model, tokenizers, action_size)  # What cannot be served is not trained either.
     action = _action_tokenizer(tokenizers)
     return TokenizeActions(text, action, model.max_token_len, model.action_horizon, action_size, model.compat)
+
+
+def _require_spelled_codes(compat: Compat, text: TextTokenizer) -> None:
+    if compat.fast_text_round_trip and isinstance(text, ByteTokenizer):
+        raise ConfigError(
+            expected="a SentencePiece tokenizer, whose action codes can be read from their text again",
+            found="the byte tokenizer, which writes code 7 as '<code7>' and reads seven characters",
+            where="Compat.fast_text_round_trip",
+            next="leave that switch off, which extracts the codes without text; or use PaliGemma's tokenizer",
+        )
 
 
 def code_constraint(model: Pi0FastConfig, tokenizers: Tokenizers, action_size: int) -> CodeConstraint:
