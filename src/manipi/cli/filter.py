@@ -49,9 +49,9 @@ def main(arguments: Sequence[str]) -> None:
     else:
         states, action = guess_keys(dataset)
     mask, keep, effects = filter_dataset(dataset, args.rules, state_keys=states, action_key=action)
-    total = len(keep)
+    total, lost_whole = len(keep), len(mask.keep) - sum(map(bool, mask.keep.values()))
     rows = [(e.rule, e.frames, f"{e.frames / total:.1%}", e.episodes) for e in effects]
-    rows.append(("all together", total - int(keep.sum()), f"{1 - keep.mean():.1%}", ""))
+    rows.append(("all together", total - int(keep.sum()), f"{1 - keep.mean():.1%}", lost_whole))
     print(f"{dataset.root}\n{total:,} frames; movement seen in {', '.join(states)} and {action}\n")
     print(table(rows, ("left out by", "frames", "share", "whole episodes")))
     print(f"\n{preview(dataset, keep)}")

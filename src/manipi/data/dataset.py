@@ -257,7 +257,7 @@ def open_dataset(path: str | Path, episodes: Sequence[int] = ()) -> Dataset:
             expected="the folder of a LeRobot dataset, with meta/info.json in it",
             found="a file" if root.exists() else "nothing",
             where=str(root),
-            next=f"ls {root.parent}  # then give the right path (in training: --data.path, or --data.root for mixtures)",
+            next=f"ls {root.parent}  # then give the right path (--data.path, or --data.root for mixtures)",
         )
     dataset = LeRobotDataset(root)
     return EpisodeSubset(dataset, episodes) if episodes else dataset
