@@ -18,8 +18,16 @@ _STORAGE_ERRNOS = (
 """No room, no right, and a file in the way."""
 
 
+def home() -> Path:
+    """The folder for what is made or fetched once and then used by every run: MANIPI_HOME, or ~/.cache/manipi."""
+    return Path(os.environ.get("MANIPI_HOME") or "~/.cache/manipi").expanduser().absolute()
+
+
+_NEXT = "free some space or choose another folder; nothing half-written was left"
+
+
 @contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path, next: str = _NEXT) -> Iterator[Path]:
     """A temporary sibling of `target` that takes its name when the block ends well, and vanishes when it does not.
 
     A process that is killed inside the block leaves the sibling behind, for `remove_partial`.
@@ -29,7 +37,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     """
     target = Path(target)
     _require_absent(target)
-    with storage_errors(target):
+    with storage_errors(target, next):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
         partial.chmod(0o755)  # mkdtemp makes private folders; ours is handed to other users and machines
@@ -64,9 +72,7 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def storage_errors(
-    where: Path, next: str = "free some space or choose another folder; nothing half-written was left"
-) -> Iterator[None]:
+def storage_errors(where: Path, next: str = _NEXT) -> Iterator[None]:
     """A full disk, a forbidden folder or a file where a folder is needed as a StorageError that names the place."""
     try:
         yield

@@ -147,7 +147,7 @@ def test_a_missing_dataset(tmp_path):
     stderr = run("train", "tabletop", "--data.path", str(absent), "--run-dir", str(tmp_path / "run"), code=1).stderr
     assert stderr == (
         "\nmanipi train: DatasetNotFoundError\n"
-        "expected the folder of a LeRobot dataset, with meta/info.json in it\n"
+        "expected the folder of a LeRobot dataset, with meta/info.json in it, or of an RLDS dataset's version\n"
         "   found nothing\n"
         f"   where {absent}\n"
         f"    next ls {tmp_path}  # then give the right path, or download the dataset there\n"

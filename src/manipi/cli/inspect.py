@@ -43,10 +43,16 @@ def main(arguments: Sequence[str]) -> None:
     path = Path(args.target).expanduser()
     if not path.is_dir():
         write_result(_recipe(args.target), args.json)
-    elif (path / "meta/info.json").is_file():
+    elif _is_dataset(path):
         write_result(_dataset(path), args.json)
     else:
         write_result(_checkpoint(path), args.json)
+
+
+def _is_dataset(path: Path) -> bool:
+    from manipi.data.rlds_index import find_version
+
+    return (path / "meta/info.json").is_file() or find_version(path) is not None
 
 
 def _dataset(path: Path) -> Any:

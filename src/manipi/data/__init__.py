@@ -4,6 +4,8 @@
 |---|---|
 | `dataset` | what every reader offers; `open_dataset`, `frames`, `action_chunks` |
 | `lerobot`, `lerobot_index` | LeRobot v2.0, v2.1 and v3.0: tables and pictures, metadata |
+| `rlds`, `rlds_index` | RLDS (DROID, Open X-Embodiment): episodes, metadata and the index of record files |
+| `rlds_fields`, `tfrecord` | which features become which keys; record files, without TensorFlow |
 | `lerobot_writer`, `lerobot_stats` | LeRobot v3.0, written whole or not at all |
 | `video` | exact frames out of video files, and into them |
 | `cache` | decoded pictures, at the size the model takes, in a memory-mapped file |

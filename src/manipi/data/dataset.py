@@ -49,6 +49,8 @@ class Episode:
     length: int
     task: str
     """The instruction; the first one where an episode has several."""
+    key: str = ""
+    """What the dataset's makers call it in files of theirs, where they do."""
 
 
 class Dataset(abc.ABC):
@@ -239,25 +241,31 @@ def action_chunks(
 def open_dataset(path: str | Path, episodes: Sequence[int] = ()) -> Dataset:
     """Open a dataset folder with the reader of its format and version.
 
+    LeRobot has meta/info.json in it; RLDS features.json, dataset_info.json and *.tfrecord* files, and is read as
+    `rlds.open_rlds` does that is given no map and split.
+
     Args:
         episodes: the numbers of those to use; none named: all of them.
 
     Raises:
         DatasetNotFoundError: no such folder, or no frames in it.
         DatasetFormatError: an unknown version, or metadata that are missing or broken.
-        ConfigError: no episode of that number.
+        ConfigError: no episode of that number; of RLDS: several versions, or no map of its features.
     """
     # The readers build on this module, so that they can only be imported from inside the function.
     from manipi.data.lerobot import LeRobotDataset
+    from manipi.data.rlds import open_rlds
+    from manipi.data.rlds_index import find_version
     from manipi.data.subset import EpisodeSubset
 
     root = Path(path).expanduser().resolve()
     if not root.is_dir():
         raise DatasetNotFoundError(
-            expected="the folder of a LeRobot dataset, with meta/info.json in it",
+            expected="the folder of a LeRobot dataset, with meta/info.json in it, or of an RLDS dataset's version",
             found="a file" if root.exists() else "nothing",
             where=str(root),
             next=f"ls {root.parent}  # then give the right path (--data.path, or --data.root for mixtures)",
         )
-    dataset = LeRobotDataset(root)
+    is_lerobot = (root / "meta/info.json").is_file()
+    dataset = LeRobotDataset(root) if is_lerobot or find_version(root) is None else open_rlds(root)
     return EpisodeSubset(dataset, episodes) if episodes else dataset

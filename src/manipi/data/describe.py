@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 from manipi.data.dataset import Dataset, Feature
 from manipi.records import read_json
@@ -33,12 +34,12 @@ class DatasetSummary:
 
 def describe_dataset(dataset: Dataset) -> DatasetSummary:
     """Reads the metadata only; no table and no picture."""
-    info = read_json(dataset.root / "meta/info.json")
+    version, robot_type = _origin(dataset.root)
     lengths = sorted(episode.length for episode in dataset.episodes)
     return DatasetSummary(
         root=str(dataset.root),
-        version=f"LeRobot {info['codebase_version']}",
-        robot_type=info.get("robot_type") or "unknown",
+        version=version,
+        robot_type=robot_type or "unknown",
         fps=dataset.fps,
         num_episodes=len(lengths),
         num_frames=dataset.num_frames,
@@ -46,8 +47,17 @@ def describe_dataset(dataset: Dataset) -> DatasetSummary:
         episode_frames=(lengths[0], lengths[len(lengths) // 2], lengths[-1]),
         features=dataset.features,
         tasks=dict(Counter(episode.task for episode in dataset.episodes).most_common()),
-        robot=sketch_robot(dataset, info.get("robot_type") or dataset.name),
+        robot=sketch_robot(dataset, robot_type or dataset.name),
     )
+
+
+def _origin(root: Path) -> tuple[str, str]:
+    """Format and version, and the robot where the dataset names it."""
+    if (root / "meta/info.json").is_file():
+        info = read_json(root / "meta/info.json")
+        return f"LeRobot {info['codebase_version']}", info.get("robot_type") or ""
+    info = read_json(root / "dataset_info.json")
+    return f"RLDS {info['name']} {info.get('version', '')}".strip(), ""
 
 
 def sketch_robot(dataset: Dataset, name: str) -> str:

@@ -26,18 +26,13 @@ from urllib.parse import quote
 from manipi.errors import FetchError, unknown_name
 from manipi.records import json_bytes, read_json
 from manipi.remote.stores import SCHEMES, Store, StoreFile, fetch_error
-from manipi.storage import atomic_write, storage_errors
+from manipi.storage import atomic_write, home, storage_errors
 
 PARALLEL = 4
 ROUNDS = 3
 RERELEASED = 1739750400.0
 """2025-02-17, in seconds since 1970: openpi replaced checkpoints until then, and itself drops older copies."""
 _ROOM = "free some space or choose another folder with MANIPI_HOME; what was fetched is kept, and continued next time"
-
-
-def home() -> Path:
-    """The folder that holds all downloads."""
-    return Path(os.environ.get("MANIPI_HOME") or "~/.cache/manipi").expanduser().absolute()
 
 
 def fetch(source: str, *, offline: bool | None = None, show: bool = True) -> Path:
