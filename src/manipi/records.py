@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from manipi.errors import ConfigError, IntegrityError, unknown_name
+from manipi.errors import ConfigError, IntegrityError, ManipiError, unknown_name
 
 
 def to_json(value: Any) -> Any:
@@ -66,14 +66,13 @@ def _construct(kind: type, values: dict[str, Any], where: str) -> Any:
     return kind(**values)
 
 
-def read_json(path: Path) -> Any:
-    """The parsed file. Raises IntegrityError where it is absent or no JSON."""
+def read_json(path: Path, error: type[ManipiError] = IntegrityError) -> Any:
+    """The parsed file. Raises `error` where it is absent or no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise IntegrityError(
-            expected="a JSON file", found=str(error), where=str(path), next="restore the file or write it again"
-        ) from error
+    except (OSError, ValueError) as cause:
+        next = "restore the file or write it again"
+        raise error(expected="a JSON file", found=str(cause), where=str(path), next=next) from cause
 
 
 def json_bytes(value: Any) -> bytes:

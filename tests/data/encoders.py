@@ -22,8 +22,9 @@ def encode(frame):
     return {"image": frame.observation[CAMERA], "actions": frame.actions, "valid": frame.action_valid, "place": place}
 
 
-def every_array(frame):
-    return {**frame.observation, "actions": frame.actions, "valid": frame.action_valid}
+def every_sample(dataset, rows, **keys):
+    found = frames(dataset, rows, action_key="actions", horizon=2, **keys)
+    return [{**frame.observation, "actions": frame.actions, "valid": frame.action_valid} for frame in found]
 
 
 def refuse_episode_2(frame):

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoders import every_array
+from encoders import every_sample
 from PIL import Image
 from records import checksum, delimited, example, leaf, write_rlds
 
-from manipi.data.dataset import frames, open_dataset
+from manipi.data.dataset import open_dataset
 from manipi.data.describe import describe_dataset
 from manipi.data.loader import Loader
+from manipi.data.mask import read_mask
 from manipi.data.rlds import RldsDataset, open_rlds
-from manipi.data.rlds_fields import RldsFields, droid_fields, keep_ranges_mask
-from manipi.data.sampler import Sampler
+from manipi.data.rlds_fields import RldsFields, droid_fields
+from manipi.data.sampler import Sampler, Stream
+from manipi.data.source import frames_of
 from manipi.data.subset import EpisodeSubset
 from manipi.data.tfrecord import Example
 from manipi.errors import (
@@ -34,7 +36,7 @@ from manipi.errors import (
 )
 from manipi.records import from_json, to_json
 from manipi.robots.droid import droid
-from manipi.train.data import check_features, frames_of
+from manipi.train.data import check_features
 
 PLAIN = RldsFields(fps=10)
 DROID = droid_fields("joint_position")
@@ -341,7 +343,7 @@ def test_ranges_keep_what_they_name(droidlike, tmp_path):
     keys = [episode.key for episode in dataset.episodes]
     path = tmp_path / "ranges.json"
     path.write_text(json.dumps({keys[0]: [[0, 3], [5, 7]], keys[2]: [[88, 1000], [-4, 1], [4, 4]], "other": [[0, 9]]}))
-    mask = keep_ranges_mask(dataset, path)
+    mask = read_mask(path, dataset)
     assert mask.shape == (300,)
     # openpi's rule, one look-up per frame.
     table = {f"{k}--{t}" for k, ranges in json.loads(path.read_text()).items() for a, b in ranges for t in range(a, b)}
@@ -350,9 +352,9 @@ def test_ranges_keep_what_they_name(droidlike, tmp_path):
     assert mask.sum() == 8
     path.write_text('{"other": [[0, 9]]}')
     with pytest.raises(ConfigError, match="success/6"):
-        keep_ranges_mask(dataset, path)
+        read_mask(path, dataset)
     with pytest.raises(DatasetFormatError, match="absent"):
-        keep_ranges_mask(dataset, tmp_path / "absent.json")
+        read_mask(tmp_path / "absent.json", dataset)
 
 
 # ---- the index
@@ -360,11 +362,11 @@ def test_ranges_keep_what_they_name(droidlike, tmp_path):
 
 def test_workers_open_the_index_that_is_there(droidlike):
     dataset = open_rlds(droidlike, fields=DROID)
-    sampler = Sampler(np.arange(300), 4, seed=0, fingerprint=dataset.fingerprint)
-    read = partial(frames, cameras=dataset.cameras, state_keys=["joint_position"], action_key="actions", horizon=2)
+    sampler = Sampler(Stream(np.arange(300), seed=0, fingerprint=dataset.fingerprint), 4)
+    keys = {"cameras": dataset.cameras, "state_keys": ["joint_position"]}
     batches = []
     for workers in (0, 2):
-        with Loader(dataset, sampler, every_array, read=read, num_workers=workers) as loader:
+        with Loader(partial(every_sample, dataset, **keys), sampler, num_workers=workers) as loader:
             batches.append([batch for _, (_, batch, _) in zip(range(3), loader, strict=False)])
     for ours, theirs in zip(*batches, strict=True):
         for key in ours:

@@ -86,10 +86,6 @@ class Dataset(abc.ABC):
             next="--data.prompt task  # uses the instruction of the episode",
         )
 
-    def episode_key(self, position: int) -> str:
-        """What an episode is called in files about the dataset: its number, or its recording's path."""
-        return str(self.episodes[position].index)
-
     @abc.abstractmethod
     def _read_column(self, key: str) -> np.ndarray:
         """All values of a vector feature, [N, d], floats as float32 and the rest as int64."""
@@ -238,14 +234,16 @@ def action_chunks(
     return dataset.column(action_key)[np.minimum(steps, ends - 1)], steps < ends
 
 
-def open_dataset(path: str | Path, episodes: Sequence[int] = ()) -> Dataset:
+def open_dataset(
+    path: str | Path, episodes: Sequence[int] = (), *, fields: str = "", split: str = "train", seed: int = 0
+) -> Dataset:
     """Open a dataset folder with the reader of its format and version.
 
-    LeRobot has meta/info.json in it; RLDS features.json, dataset_info.json and *.tfrecord* files, and is read as
-    `rlds.open_rlds` does that is given no map and split.
+    LeRobot has meta/info.json in it; RLDS features.json, dataset_info.json and *.tfrecord* files.
 
     Args:
         episodes: the numbers of those to use; none named: all of them.
+        fields, split, seed: of RLDS, as `rlds.open_rlds` takes them; `fields` names a map of `rlds_fields.BY_NAME`.
 
     Raises:
         DatasetNotFoundError: no such folder, or no frames in it.
@@ -255,6 +253,7 @@ def open_dataset(path: str | Path, episodes: Sequence[int] = ()) -> Dataset:
     # The readers build on this module, so that they can only be imported from inside the function.
     from manipi.data.lerobot import LeRobotDataset
     from manipi.data.rlds import open_rlds
+    from manipi.data.rlds_fields import BY_NAME
     from manipi.data.rlds_index import find_version
     from manipi.data.subset import EpisodeSubset
 
@@ -267,5 +266,8 @@ def open_dataset(path: str | Path, episodes: Sequence[int] = ()) -> Dataset:
             next=f"ls {root.parent}  # then give the right path (--data.path, or --data.root for mixtures)",
         )
     is_lerobot = (root / "meta/info.json").is_file()
-    dataset = LeRobotDataset(root) if is_lerobot or find_version(root) is None else open_rlds(root)
+    if is_lerobot or find_version(root) is None:
+        dataset: Dataset = LeRobotDataset(root)
+    else:
+        dataset = open_rlds(root, fields=BY_NAME[fields] if fields else None, split=split, seed=seed)
     return EpisodeSubset(dataset, episodes) if episodes else dataset

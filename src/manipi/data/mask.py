@@ -18,7 +18,7 @@ from jaxtyping import Bool
 
 from manipi.data.dataset import Dataset
 from manipi.data.idle import true_ranges
-from manipi.errors import ConfigError
+from manipi.errors import ConfigError, DatasetFormatError
 from manipi.records import from_json, read_json, to_json
 from manipi.storage import atomic_write
 
@@ -44,19 +44,24 @@ def mask_of(dataset: Dataset, keep_N: Bool[np.ndarray, " N"], rules: tuple[str, 
     return Mask(dataset=dataset.fingerprint, rules=rules, keep=dict(parts))
 
 
-def read_mask(path: Path, dataset: Dataset) -> Bool[np.ndarray, " N"]:
+def read_mask(path: str | Path, dataset: Dataset) -> Bool[np.ndarray, " N"]:
     """Which rows of `dataset` the file keeps.
 
     Raises:
         ConfigError: the file belongs to another dataset, or keeps frames that an episode does not have.
-        IntegrityError: it is absent or no JSON.
+        DatasetFormatError: it is absent or no JSON.
     """
-    data = read_json(path)
+    path = Path(path)
+    data = read_json(path, DatasetFormatError)
     if "type" not in data:  # openpi's
-        keys = [dataset.episode_key(k) for k in range(len(dataset.episodes))]
-        lengths = {key: e.length for key, e in zip(keys, dataset.episodes, strict=True)}
+        keys = [episode.key or str(episode.index) for episode in dataset.episodes]
+        lengths = {key: episode.length for key, episode in zip(keys, dataset.episodes, strict=True)}
         # Its users look steps up in it one by one, so that what lies beyond an episode is never asked for.
-        data = {k: [(s, min(e, lengths[k])) for s, e in ranges] for k, ranges in data.items() if k in lengths}
+        data = {
+            k: [(max(s, 0), max(min(e, lengths[k]), 0)) for s, e in ranges]
+            for k, ranges in data.items()
+            if k in lengths
+        }
         return _rows(dataset, keys, data, path)
     mask: Mask = from_json(data, (Mask,), str(path))
     if mask.dataset != dataset.fingerprint:

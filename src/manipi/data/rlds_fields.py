@@ -14,10 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from jaxtyping import Bool
-
-from manipi.data.dataset import Dataset
 from manipi.data.tfrecord import read_json
 from manipi.errors import ConfigError, unknown_name
 from manipi.records import from_json, to_json
@@ -92,6 +88,10 @@ KNOWN = {"droid": _DROID, "polaris_droid_cotrain_dataset": _DROID, "bridge_datas
 """By the name in dataset_info.json, for commands that are given no map."""
 
 
+BY_NAME = {f"droid_{space}": droid_fields(space) for space in ("joint_position", "joint_velocity")}
+"""For recipes, which name the map that they were made for."""
+
+
 def find_fields(root: Path, name: str) -> RldsFields:
     """The map beside the dataset's files, or the one of its name. Raises ConfigError where there is neither."""
     path = root / FIELDS_FILE
@@ -107,30 +107,3 @@ def find_fields(root: Path, name: str) -> RldsFields:
         where=str(root),
         next=f"""echo '{{"fps": 10}}' > {path}  # its real rate; more fields: manipi.data.rlds_fields""",
     )
-
-
-def keep_ranges_mask(dataset: Dataset, path: str | Path) -> Bool[np.ndarray, " N"]:
-    """Which rows a file of ranges keeps: true for frames [start, end) of the ranges under their episode's key.
-
-        {"gs://…/recordings/MP4--/…/trajectory.h5": [[0, 31], [50, 120]], …}
-
-    Format and rule are openpi's (its droid_rlds_dataset.py): an episode that the file does not name is left out, and
-    what a range names beyond the episode's frames has no effect.
-
-    Raises:
-        ConfigError: the file names no episode of the dataset.
-        DatasetFormatError: the file is absent or no JSON.
-    """
-    ranges = read_json(Path(path))
-    mask = np.zeros(dataset.num_frames, dtype=bool)
-    for episode in dataset.episodes:
-        for start, end in ranges.get(episode.key, ()):
-            mask[episode.start + max(start, 0) : episode.start + max(min(end, episode.length), 0)] = True
-    if not any(episode.key in ranges for episode in dataset.episodes):
-        raise ConfigError(
-            expected=f"ranges for the dataset's episodes, such as {dataset.episodes[0].key!r}",
-            found=f"{len(ranges)} keys, such as {next(iter(ranges), '')!r}",
-            where=str(path),
-            next="name the file that was made for this dataset and version",
-        )
-    return mask

@@ -36,7 +36,7 @@ class DatasetConfig:
     """Numbers of the episodes to use; none named: all of them."""
     prompt: Literal["task", "subtask"] = "task"
     fields: str = ""
-    """RLDS only: which of its features are cameras, state and actions (`data.rlds`); empty: each under its own name."""
+    """RLDS only: its map in `data.rlds_fields.BY_NAME`; empty: the one beside its files, or of its name."""
 
 
 @dataclass(frozen=True, kw_only=True)

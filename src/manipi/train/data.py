@@ -128,7 +128,7 @@ def open_demonstrations(config: TrainConfig) -> list[Opened]:
 def _open(config: TrainConfig, settings: DatasetConfig) -> Opened:
     robot = settings.robot or config.robot
     pipeline.check_fit(robot, config.model)
-    dataset = open_dataset(settings.path, settings.episodes)
+    dataset = open_dataset(settings.path, settings.episodes, fields=settings.fields, seed=config.seed)
     check_features(dataset, robot)
     rows, held_out = split_episodes(dataset, holdout=config.data.holdout, seed=config.seed)
     if settings.keep:
