@@ -1,5 +1,6 @@
 """A learnable toy dataset, and training configs so small that a run takes a second."""
 
+import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -117,3 +118,11 @@ def trained(tiny, tmp_path_factory) -> Callable[[str], Path]:
         return made[kind]
 
     return train_once
+
+
+@pytest.fixture(scope="session")
+def shared_datasets() -> Path:
+    shared = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[1] / "../shared")) / "datasets"
+    if not shared.is_dir():
+        pytest.skip(f"the sample datasets are not at {shared}; set MANIPI_SHARED")
+    return shared.resolve()

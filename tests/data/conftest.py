@@ -1,4 +1,3 @@
-import os
 import subprocess
 from pathlib import Path
 
@@ -16,14 +15,6 @@ FEATURES = {
 }
 LENGTHS = (20, 7, 13, 1, 9)
 TASKS = ("push the block", "öffne die Schublade")
-
-
-@pytest.fixture(scope="session")
-def shared_datasets() -> Path:
-    shared = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[2] / "../shared")) / "datasets"
-    if not shared.is_dir():
-        pytest.skip(f"the sample datasets are not at {shared}; set MANIPI_SHARED")
-    return shared.resolve()
 
 
 def make_episode(number: int, length: int) -> dict[str, np.ndarray]:

@@ -32,7 +32,7 @@ class _Inspect:
     """
 
     target: tyro.conf.Positional[str]
-    """A dataset's folder, a checkpoint's folder, a recipe, or path/to/file.py:function."""
+    """A dataset's folder or URL, a checkpoint's folder, a recipe, or path/to/file.py:function."""
     json: Path | None = None
     """Write what is shown to this file."""
 
@@ -41,7 +41,9 @@ def main(arguments: Sequence[str]) -> None:
     """Show the target."""
     args = parse(_Inspect, arguments, "inspect")
     path = Path(args.target).expanduser()
-    if not path.is_dir():
+    if "://" in args.target:
+        write_result(_dataset(args.target), args.json)
+    elif not path.is_dir():
         write_result(_recipe(args.target), args.json)
     elif _is_dataset(path):
         write_result(_dataset(path), args.json)
@@ -55,14 +57,14 @@ def _is_dataset(path: Path) -> bool:
     return (path / "meta/info.json").is_file() or find_version(path) is not None
 
 
-def _dataset(path: Path) -> Any:
+def _dataset(path: Path | str) -> Any:
     from manipi.data.dataset import open_dataset
     from manipi.data.describe import describe_dataset
 
     summary = describe_dataset(open_dataset(path))
     shortest, median, longest = summary.episode_frames
     _facts(
-        path.name,
+        Path(path).name,
         format=summary.version,
         folder=summary.root,
         robot=summary.robot_type,

@@ -18,7 +18,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
-from manipi.errors import BadValueError, ConfigError, DatasetNotFoundError, MissingFeatureError
+from manipi.errors import BadValueError, ConfigError, DatasetNotFoundError, FetchError, MissingFeatureError
+from manipi.remote.fetch import fetch
 from manipi.types import Frame
 
 PromptSource: TypeAlias = Literal["task", "subtask"]
@@ -234,11 +235,24 @@ def action_chunks(
     return dataset.column(action_key)[np.minimum(steps, ends - 1)], steps < ends
 
 
+def fetch_tables(url: str) -> Path:
+    """The local folder of a dataset elsewhere: what can be read without pictures is there, of RLDS everything."""
+    try:
+        meta = fetch(f"{url}/meta")
+    except FetchError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        return fetch(url)
+    fetch(f"{url}/data")
+    return meta.parent
+
+
 def open_dataset(
     path: str | Path, episodes: Sequence[int] = (), *, fields: str = "", split: str = "train", seed: int = 0
 ) -> Dataset:
-    """Open a dataset folder with the reader of its format and version.
+    """Open a dataset with the reader of its format and version.
 
+    Of a URL, metadata and tables are fetched; LeRobot's videos are when they are first needed, RLDS files at once.
     LeRobot has meta/info.json in it; RLDS features.json, dataset_info.json and *.tfrecord* files.
 
     Args:
@@ -247,6 +261,7 @@ def open_dataset(
 
     Raises:
         DatasetNotFoundError: no such folder, or no frames in it.
+        FetchError: the URL cannot be read.
         DatasetFormatError: an unknown version, or metadata that are missing or broken.
         ConfigError: no episode of that number; of RLDS: several versions, or no map of its features.
     """
@@ -257,7 +272,7 @@ def open_dataset(
     from manipi.data.rlds_index import find_version
     from manipi.data.subset import EpisodeSubset
 
-    root = Path(path).expanduser().resolve()
+    root = fetch_tables(str(path)) if "://" in str(path) else Path(path).expanduser().resolve()
     if not root.is_dir():
         raise DatasetNotFoundError(
             expected="the folder of a LeRobot dataset, with meta/info.json in it, or of an RLDS dataset's version",

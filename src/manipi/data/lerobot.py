@@ -15,6 +15,7 @@ from PIL import Image
 from manipi.data.dataset import Dataset
 from manipi.data.lerobot_index import broken, parquet_errors, read_columns, read_index
 from manipi.data.video import VideoFrames
+from manipi.remote.fetch import fetch, origin
 
 _FOOTER_BYTES = 1 << 20
 _ROW_GROUPS = 8
@@ -33,6 +34,7 @@ class LeRobotDataset(Dataset):
         self._index = index = read_index(root)
         super().__init__(root=root, name=root.name, fps=index.fps, features=index.features, episodes=index.episodes)
         self._videos = VideoFrames()
+        self._origin = origin(root / "meta").removesuffix("/meta")
         self._pictures = lru_cache(maxsize=_ROW_GROUPS)(_read_pictures)
 
     def __reduce__(self) -> tuple:
@@ -125,7 +127,13 @@ class LeRobotDataset(Dataset):
         position = int(self.episode_of(np.asarray(row)))
         clip = self._index.clips[camera][position]
         seconds = clip.start + (row - self.episodes[position].start) / self.fps
-        return self._videos.frame(clip.path, seconds, where=f"{clip.path}, {self.locate(row)}")
+        return self._videos.frame(self._here(clip.path), seconds, where=f"{clip.path}, {self.locate(row)}")
+
+    def _here(self, path: Path) -> Path:
+        """A video of a dataset whose metadata were fetched comes when it is first needed."""
+        if not self._origin or path.exists():
+            return path
+        return fetch(f"{self._origin}/{path.relative_to(self.root)}", show=False)
 
     def _read_picture(self, camera: str, row: int) -> np.ndarray:
         start, path, group = self._row_groups[bisect_right(self._row_groups, row, key=lambda entry: entry[0]) - 1]

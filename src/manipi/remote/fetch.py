@@ -68,6 +68,11 @@ def fetch(source: str, *, offline: bool | None = None, show: bool = True) -> Pat
     return path
 
 
+def origin(path: Path) -> str:
+    """The address that a file or folder was fetched from; empty where it was not fetched by itself."""
+    return _manifest(path).get("source", "")
+
+
 def verify(path: Path) -> None:
     """Hash every file of a download again. Raises FetchError where one differs from what was fetched."""
     files = _manifest(path)["files"]
@@ -213,9 +218,10 @@ def _target(url: str) -> Path:
     """Where a source lies. Quoted and joined by `+`, two sources never share a name."""
     scheme, *parts = (quote(part, safe="@=:") for part in url.rstrip("/").replace("://", "/").split("/"))
     folder = "+".join((scheme, *parts[:-1]))
-    if len(folder) > 200 or len(parts[-1]) > 200:  # a file system takes 255 bytes
-        return home() / f"{scheme}+{hashlib.sha256(url.encode()).hexdigest()}" / parts[-1][-100:]
-    return home() / folder / parts[-1]
+    if len(folder) > 200:  # a file system takes 255 bytes
+        folder = f"{scheme}+{hashlib.sha256(folder.encode()).hexdigest()}"
+    name = parts[-1]
+    return home() / folder / (name if len(name) <= 200 else hashlib.sha256(name.encode()).hexdigest())
 
 
 def _manifest(target: Path) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""Datasets in a store: metadata and tables come at once, videos when they are first needed."""
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from manipi.data.dataset import open_dataset
+from manipi.errors import FetchError
+from manipi.remote import stores
+from manipi.remote.fetch import home
+
+CAMERA = "observation.images.cam_high"
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    for name in ("MANIPI_OFFLINE", "HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MANIPI_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(stores, "PAUSES", (0.01, 0.02, 0.03, 0.04, 0.05))
+
+
+@pytest.fixture
+def serve(store, shared_datasets):
+    """Put a dataset's files into the store; its URL."""
+
+    def serve(name: str) -> str:
+        folder = shared_datasets / name
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                store.files[f"{name}/{path.relative_to(folder)}"] = path.read_bytes()
+        return f"{store.url}/{name}"
+
+    return serve
+
+
+def videos() -> list[Path]:
+    return [path for path in home().rglob("*.mp4") if ".partial" not in str(path)]
+
+
+@pytest.mark.parametrize("name", ["synthetic_lerobot_v30", "synthetic_lerobot_v21"])
+def test_videos_come_when_they_are_needed(serve, store, shared_datasets, name):
+    dataset, local = open_dataset(serve(name)), open_dataset(shared_datasets / name)
+    np.testing.assert_array_equal(dataset.column("action"), local.column("action"))
+    assert dataset.fingerprint == local.fingerprint
+    assert not videos()
+    rows = np.array([3, 44])
+    np.testing.assert_array_equal(dataset.images(CAMERA, rows), local.images(CAMERA, rows))
+    assert len(videos()) == (1 if name.endswith("v30") else 2)
+    store.files.clear()
+    again = open_dataset(f"{store.url}/{name}")
+    np.testing.assert_array_equal(again.images(CAMERA, rows), local.images(CAMERA, rows))
+
+
+def test_processes_share_what_they_fetch(serve, shared_datasets):
+    url = serve("synthetic_lerobot_v30")
+    open_dataset(url)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        sums = pool.map(_brightness, [url, url])
+    assert sums[0] == sums[1] == _brightness(str(shared_datasets / "synthetic_lerobot_v30"))
+    assert len(videos()) == 1
+
+
+def _brightness(source: str) -> int:
+    return int(open_dataset(source).images(CAMERA, np.arange(5)).sum())
+
+
+def test_a_video_that_the_store_has_lost(serve, store):
+    dataset = open_dataset(serve("synthetic_lerobot_v30"))
+    for name in [name for name in store.files if name.endswith(".mp4")]:
+        del store.files[name]
+    with pytest.raises(FetchError, match=r"cam_high.*file-000\.mp4"):
+        dataset.images(CAMERA, np.array([0]))
+
+
+def test_rlds_comes_as_a_whole(serve, shared_datasets):
+    name = "synthetic_droid_rlds/droidlike/1.0.0"
+    dataset, local = open_dataset(serve(name), fields="droid_joint_position"), shared_datasets / name
+    expected = open_dataset(local, fields="droid_joint_position")
+    np.testing.assert_array_equal(dataset.column("joint_position"), expected.column("joint_position"))
+
+
+def test_no_dataset_there(store):
+    store.add(weights=10)
+    with pytest.raises(FetchError):
+        open_dataset(f"{store.url}/nothing")
