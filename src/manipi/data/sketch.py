@@ -240,8 +240,8 @@ class NormStatsSketch:
                 next="write it again: manipi stats TARGET --sketch FILE",
             ) from error
         sketches = [
-            Sketch(num, Fraction(total), Fraction(squares), *rest, part)
-            for (num, total, squares, *rest, _), part in zip(about, counts, strict=True)
+            Sketch(num, Fraction(total), Fraction(squares), low, high, exponent, first, part)
+            for (num, total, squares, low, high, exponent, first, _), part in zip(about, counts, strict=True)
         ]
         return NormStatsSketch(
             state=tuple(sketches[:split]),

@@ -6,7 +6,7 @@ statistics are of what the model sees. Steps beyond the end of an episode do not
 Each action group is taken apart from the others, for what it costs:
 
     absolute   an action is in the chunks of the rows before it: each is counted once, with the number of these
-    relative   each of the H steps of a row is another number; whole runs of rows at a time, as windows on the column
+    relative   each of the H steps of a row is another number; many rows at a time, as windows on the column
 
 Rows are worked through in blocks, in threads or on a Ray cluster. A block is a span of row numbers, whoever works on
 it, and sketches merge exactly: the statistics are the same to the last bit however many workers there are.
@@ -18,7 +18,7 @@ of command and state.
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -31,13 +31,13 @@ from tqdm import tqdm
 from manipi.data.dataset import Dataset
 from manipi.data.sketch import NormStatsSketch, Sketch, field_of
 from manipi.errors import ConfigError, unknown_name
-from manipi.robots.robot import Robot
+from manipi.robots.robot import ActionGroup, Joints, Robot
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.pipeline import contract
 from manipi.types import FieldStats, NormStats
 
-BLOCK = 1 << 19
-"""Numbers per dimension that are in memory at a time."""
+BLOCK, BLOCKS = 1 << 18, 16
+"""Numbers per dimension that a worker has in memory at a time, and blocks that it takes at a time."""
 NEAR_CONSTANT = 1e-4
 """A dimension whose q01 and q99 are closer than this makes tiny differences huge once normalised."""
 FAR = 10
@@ -162,6 +162,7 @@ class _Group:
     steps: range
     commands_NA: np.ndarray
     state_NS: np.ndarray
+    """The dimensions that match the commands, where the group is relative."""
     ends_N: np.ndarray
     """The row after the last of the episode, for every row."""
 
@@ -188,24 +189,17 @@ class _Group:
         return self._to_model(command, self.state_NS[:0]).reshape(self.size, -1), chunks[used]
 
     def _relative(self, rows: np.ndarray) -> Values:
-        """Runs of consecutive rows, as windows [S, run, H] on a column that lies in one piece."""
+        """Windows of H commands, minus the state that they begin at; of incomplete ones what is in the episode."""
         first, num = rows[0], len(self.steps)
         commands = self.commands_NA[first + self.steps.start : rows[-1] + self.steps.stop].T
-        missing = rows[-1] - first + num - commands.shape[1]
-        commands, state = (
-            np.pad(commands, ((0, 0), (0, missing))),
-            np.ascontiguousarray(self.state_NS[first : rows[-1] + 1].T),
-        )
+        commands = np.pad(commands, ((0, 0), (0, rows[-1] - first + num - commands.shape[1])), mode="edge")
+        windows = np.moveaxis(sliding_window_view(commands, num, axis=1), 0, -1)
+        seen = self._to_model(windows, np.ascontiguousarray(self.state_NS[first : rows[-1] + 1].T).T)
         valid = rows[:, None] + np.array(self.steps) < self.ends_N[rows][:, None]
         complete = valid[:, -1]
-        breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(complete) != 0)) + 1
-        parts = []
-        for run in np.split(np.arange(len(rows)), breaks):
-            begin, end = rows[run[0]] - first, rows[run[-1]] - first + 1
-            windows = sliding_window_view(commands[:, begin : end + num - 1], num, axis=1)
-            seen = self._to_model(np.moveaxis(windows, 0, -1), state[:, begin:end].T)
-            parts.append(seen.reshape(self.size, -1) if complete[run[0]] else seen[:, valid[run]])
-        return np.concatenate(parts, axis=1), None
+        whole = np.take(seen, rows[complete] - first, axis=1).reshape(self.size, -1)
+        rest = np.take(seen, rows[~complete] - first, axis=1)[:, valid[~complete]]
+        return np.concatenate([whole, rest], axis=1), None
 
     def _to_model(self, command_nHA: np.ndarray, state_nS: np.ndarray) -> np.ndarray:
         seen = ActionSpace(self.robot).to_model(command_nHA, state_nS)
@@ -216,16 +210,30 @@ _Part: TypeAlias = _Columns | _Group
 
 
 def _parts(dataset: Dataset, robot: Robot, steps: range) -> list[_Part]:
-    """The state, and each action group."""
+    """The state, and each action group; joints that are relative, each apart, so that blocks stay small."""
     state, commands = read_state(dataset, robot), dataset.column(robot.dataset_key(robot.action_key))
     ends = np.repeat(dataset.ends, dataset.ends - dataset.starts)
     parts: list[_Part] = [_Columns(ActionSpace(robot).state_to_model(state))]
+    for group, start in _independent_groups(robot):
+        base = robot.state_start(group, start)
+        alone = replace(robot, actions=(replace(group, state_start=0 if group.relative else base),))
+        matching = state[:, base : base + group.size]
+        parts.append(_Group(alone, steps, commands[:, start : start + group.size], matching, ends))
+    return parts
+
+
+def _independent_groups(robot: Robot) -> Iterator[tuple[ActionGroup, int]]:
+    """With their offsets in the command."""
     start = 0
     for group in robot.actions:
-        alone = replace(robot, actions=(replace(group, state_start=robot.state_start(group, start)),))
-        parts.append(_Group(alone, steps, commands[:, start : start + group.size], state, ends))
+        if isinstance(group, Joints) and group.relative:
+            base = robot.state_start(group, start)
+            for d in range(group.size):
+                signs = group.signs[d : d + 1]
+                yield replace(group, size=1, signs=signs, low=None, high=None, state_start=base + d), start + d
+        else:
+            yield group, start
         start += group.size
-    return parts
 
 
 # Blocks and workers -------------------------------------------------------------------------------------------------
@@ -251,50 +259,84 @@ def _sketch_inside(
     parts: Sequence[_Part], rows: np.ndarray, intervals: Sequence[Sequence[Interval]], workers: Workers
 ) -> list[list[Sketch]]:
     """Sketches of the values inside intervals [low, high), for each dimension of all parts as many as are given."""
-    rows, ends = np.sort(rows), np.cumsum([part.size for part in parts]).tolist()
-    merged = [[Sketch.of(np.zeros(0)) for _ in some] for some in intervals]
-    for part, end in zip(parts, ends, strict=True):
-        dims = slice(end - part.size, end)
-        blocks = rows // (1 << (BLOCK // part.numbers_per_row).bit_length() - 1)
-        tasks = [(part, block, intervals[dims]) for block in np.split(rows, np.flatnonzero(np.diff(blocks)) + 1)]
-        for found in _run(_sketch_block, tasks, workers):
-            merged[dims] = [
-                [a.merge(b) for a, b in zip(old, new, strict=True)]
-                for old, new in zip(merged[dims], found, strict=True)
-            ]
+    rows, tasks, places, end = np.sort(rows), list[_Task](), list[slice](), 0
+    for part in parts:
+        dims, end = slice(end, end + part.size), end + part.size
+        blocks = _blocks(rows, part)
+        tasks += [(part, blocks[i : i + BLOCKS], intervals[dims]) for i in range(0, len(blocks), BLOCKS)]
+        places += [dims] * (len(tasks) - len(places))
+    merged = [[Sketch.of(np.zeros(0))] * len(some) for some in intervals]
+    for dims, found in zip(places, _run(tasks, workers), strict=True):
+        pairs = zip(merged[dims], found, strict=True)
+        merged[dims] = [[a.merge(b) for a, b in zip(old, new, strict=True)] for old, new in pairs]
     return merged
 
 
-def _sketch_block(part: _Part, rows: np.ndarray, intervals: Sequence[Sequence[Interval]]) -> list[list[Sketch]]:
-    values, weights = part.values(rows)
-    return [
-        [_sketch_interval(v, weights, interval) for interval in some] for v, some in zip(values, intervals, strict=True)
-    ]
+def _blocks(rows: np.ndarray, part: _Part) -> list[np.ndarray]:
+    """Rows that ascend, cut at multiples of a power of two."""
+    bits = (BLOCK // part.numbers_per_row).bit_length() - 1
+    return np.split(rows, np.flatnonzero(np.diff(rows >> bits)) + 1)
 
 
-def _sketch_interval(values: np.ndarray, weights: np.ndarray | None, interval: Interval) -> Sketch:
-    if interval == WHOLE:
-        return Sketch.of(values, weights)
-    inside = (values >= interval[0]) & (values < interval[1])
-    return Sketch.of(values[inside], None if weights is None else weights[inside])
+def _sketch_blocks(
+    part: _Part, blocks: Sequence[np.ndarray], intervals: Sequence[Sequence[Interval]]
+) -> list[list[Sketch]]:
+    """As `_sketch_inside`, for one part."""
+    gathered = [[_Gathered(interval) for interval in some] for some in intervals]
+    for rows in blocks:
+        values, weights = part.values(rows)
+        for dimension, some in zip(values, gathered, strict=True):
+            for inside in some:
+                inside.add(dimension, weights)
+    return [[inside.finish() for inside in some] for some in gathered]
 
 
-_Task: TypeAlias = tuple[_Part, np.ndarray, Sequence[Sequence[Interval]]]
+class _Gathered:
+    """Sketches values of one interval some hundred thousand at a time: for fewer, a sketch costs as much."""
+
+    def __init__(self, interval: Interval):
+        self._interval, self._sketch = interval, Sketch.of(np.zeros(0))
+        self._values, self._weights = list[np.ndarray](), list[np.ndarray]()
+
+    def add(self, values: np.ndarray, weights: np.ndarray | None) -> None:
+        if self._interval != WHOLE:
+            inside = (values >= self._interval[0]) & (values < self._interval[1])
+            values, weights = values[inside], None if weights is None else weights[inside]
+        self._values.append(values)
+        if weights is not None:
+            self._weights.append(weights)
+        if sum(map(len, self._values)) >= BLOCK // 2:
+            self.finish()
+
+    def finish(self) -> Sketch:
+        """Of all that was added."""
+        if self._values:
+            more = Sketch.of(_joined(self._values), _joined(self._weights) if self._weights else None)
+            self._sketch = self._sketch.merge(more)
+            self._values, self._weights = [], []
+        return self._sketch
+
+
+def _joined(pieces: list[np.ndarray]) -> np.ndarray:
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+_Task: TypeAlias = tuple[_Part, list[np.ndarray], Sequence[Sequence[Interval]]]
 _Found: TypeAlias = list[list[Sketch]]
 
 
-def _run(function: Callable[..., _Found], tasks: Sequence[_Task], workers: Workers) -> Iterator[_Found]:
-    """What the tasks return, in their order, with a progress bar where there is more than one."""
-    progress = tqdm(total=len(tasks), desc="norm stats", unit="block", leave=False, disable=len(tasks) < 2 or None)
+def _run(tasks: Sequence[_Task], workers: Workers) -> Iterator[_Found]:
+    """What `_sketch_blocks` returns for the tasks, in their order, with a progress bar where it takes long."""
+    progress = tqdm(total=len(tasks), desc="norm stats", unit="block", leave=False, delay=1, disable=None)
     with progress, ThreadPoolExecutor(workers.threads or os.cpu_count()) as threads:
         # Threads are enough: numpy lets go of the interpreter in every operation that takes long here.
-        found: Iterable[_Found] = _run_on_ray(function, tasks) if workers.ray else threads.map(function, *zip(*tasks))
+        found: Iterable[_Found] = _run_on_ray(tasks) if workers.ray else threads.map(_sketch_blocks, *zip(*tasks))
         for one in found:
             progress.update()
             yield one
 
 
-def _run_on_ray(function: Callable[..., _Found], tasks: Sequence[_Task]) -> Iterator[_Found]:
+def _run_on_ray(tasks: Sequence[_Task]) -> Iterator[_Found]:
     try:
         import ray
     except ImportError as error:
@@ -303,9 +345,10 @@ def _run_on_ray(function: Callable[..., _Found], tasks: Sequence[_Task]) -> Iter
         ) from error
     if not ray.is_initialized():
         ray.init()
-    part = ray.put(tasks[0][0])  # the columns travel once to each machine
-    remote = ray.remote(function)
-    yield from map(ray.get, [remote.remote(part, *rest) for _, *rest in tasks])
+    # The columns travel once to each machine.
+    parts = {id(part): ray.put(part) for part, *_ in tasks}
+    remote = ray.remote(_sketch_blocks)
+    yield from map(ray.get, [remote.remote(parts[id(part)], *rest) for part, *rest in tasks])
 
 
 # What to look at ----------------------------------------------------------------------------------------------------
