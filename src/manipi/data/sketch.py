@@ -65,7 +65,7 @@ class Sketch:
         bins = values * 2.0**-exponent
         np.floor(bins, out=bins)
         bins -= first
-        counts = np.bincount(bins.astype(np.intp), weights).astype(np.int64)
+        counts = np.bincount(bins.astype(np.intp), weights).astype(np.int64, copy=False)
         num, total, squares = int(counts.sum()), *_sums(values, weights)
         return cls(num, total, squares, low, high, exponent, first, counts)
 
@@ -85,10 +85,13 @@ class Sketch:
 
     def _coarsened(self, exponent: int) -> tuple[int, np.ndarray]:
         """First bin and counts with bins of the width 2 to the `exponent`, which is not narrower than the own."""
-        if exponent == self.exponent:
-            return self.first, self.counts
-        bins = (self.first + np.arange(len(self.counts))) >> min(exponent - self.exponent, 63)
-        return int(bins[0]), np.bincount(bins - bins[0], self.counts).astype(np.int64)
+        first, counts = self.first, self.counts
+        # No bin's number has more than 24 bits, so that halving once more would change nothing.
+        for _ in range(min(exponent - self.exponent, 32)):
+            pairs = np.zeros((first % 2 + len(counts) + 1) // 2 * 2, np.int64)
+            pairs[first % 2 : first % 2 + len(counts)] = counts
+            first, counts = first // 2, pairs[::2] + pairs[1::2]
+        return first, counts
 
     @property
     def mean(self) -> float:
@@ -154,9 +157,9 @@ def _sums(values: np.ndarray, weights: np.ndarray | None) -> tuple[Fraction, Fra
     # The sums of distances are small, so that nothing is lost where values are far from 0 and close together.
     centre, num = Fraction(float(values[0])), len(values) if weights is None else int(weights.sum())
     distances = np.subtract(values, float(values[0]), dtype=np.float64)
-    total = Fraction(float((distances if weights is None else distances * weights).sum()))
-    np.square(distances, out=distances)
-    squares = Fraction(float((distances if weights is None else distances * weights).sum()))
+    weighted = distances if weights is None else distances * weights
+    # Not `@`, whose last bit depends on the threads of the library behind it.
+    total, squares = Fraction(float(weighted.sum())), Fraction(float(np.einsum("i,i->", weighted, distances)))
     return total + num * centre, squares + 2 * centre * total + num * centre**2
 
 

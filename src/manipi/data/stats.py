@@ -189,17 +189,16 @@ class _Group:
         return self._to_model(command, self.state_NS[:0]).reshape(self.size, -1), chunks[used]
 
     def _relative(self, rows: np.ndarray) -> Values:
-        """Windows of H commands, minus the state that they begin at; of incomplete ones what is in the episode."""
-        first, num = rows[0], len(self.steps)
-        commands = self.commands_NA[first + self.steps.start : rows[-1] + self.steps.stop].T
-        commands = np.pad(commands, ((0, 0), (0, rows[-1] - first + num - commands.shape[1])), mode="edge")
-        windows = np.moveaxis(sliding_window_view(commands, num, axis=1), 0, -1)
-        seen = self._to_model(windows, np.ascontiguousarray(self.state_NS[first : rows[-1] + 1].T).T)
-        valid = rows[:, None] + np.array(self.steps) < self.ends_N[rows][:, None]
-        complete = valid[:, -1]
-        whole = np.take(seen, rows[complete] - first, axis=1).reshape(self.size, -1)
-        rest = np.take(seen, rows[~complete] - first, axis=1)[:, valid[~complete]]
-        return np.concatenate([whole, rest], axis=1), None
+        """Windows of H commands, minus the state that they begin at; of those that end early what is in the episode."""
+        first, last, num = rows[0], rows[-1], len(self.steps)
+        columns = np.minimum(np.arange(first + self.steps.start, last + self.steps.stop), len(self.commands_NA) - 1)
+        windows = sliding_window_view(self.commands_NA[columns], num, axis=0)
+        seen = self._to_model(np.swapaxes(windows, 1, 2), self.state_NS[first : last + 1])
+        complete = rows + self.steps.stop <= self.ends_N[rows]
+        whole, rest = rows[complete], rows[~complete]
+        valid = rest[:, None] + np.array(self.steps) < self.ends_N[rest][:, None]
+        pieces = [np.take(seen, whole - first, axis=1).reshape(self.size, -1), seen[:, rest - first][:, valid]]
+        return np.concatenate(pieces, axis=1), None
 
     def _to_model(self, command_nHA: np.ndarray, state_nS: np.ndarray) -> np.ndarray:
         seen = ActionSpace(self.robot).to_model(command_nHA, state_nS)
