@@ -41,7 +41,7 @@ class _Stats:
     per_step: bool = False
     """Also take the actions at each step of the chunk apart; in full in the file of --json."""
     min_range: tuple[str, ...] = ()
-    """Widen dimensions with q01 and q99 closer than this, in their own units: one number for all, NAME=NUMBER for one."""
+    """Widen dimensions with q01 and q99 closer than this, in their own units: a number for all, NAME=NUMBER for one."""
     workers: int = 0
     """Threads; 0: one per processor. The result does not depend on it."""
     ray: bool = False

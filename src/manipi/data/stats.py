@@ -16,6 +16,7 @@ of command and state.
 """
 
 import hashlib
+import importlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -337,7 +338,7 @@ def _run(tasks: Sequence[_Task], workers: Workers) -> Iterator[_Found]:
 
 def _run_on_ray(tasks: Sequence[_Task]) -> Iterator[_Found]:
     try:
-        import ray
+        ray = importlib.import_module("ray")
     except ImportError as error:
         raise ConfigError(
             expected="the package ray", found="it is not installed", where="--ray", next="pip install 'manipi[ray]'"

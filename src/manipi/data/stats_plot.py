@@ -33,6 +33,7 @@ def plot_stats(
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
 
     rows = [math.ceil(len(some) / 7) for some in names]
     figure = plt.figure(figsize=(14, 1.55 * sum(rows) + 0.6 * len(rows) + 0.5), dpi=110, layout="constrained")
@@ -53,9 +54,9 @@ def plot_stats(
             axis.set_title(
                 f"{d} · {_short(labels[d])}", fontsize=8, loc="left", color=WIDENED if widened else INK, pad=3
             )
-    legend = [plt.Line2D([], [], color=EDGES, linestyle="--", label="q01 and q99")]
+    legend = [Line2D([], [], color=EDGES, linestyle="--", label="q01 and q99")]
     if raw is not None:
-        legend.append(plt.Line2D([], [], color=WIDENED, linestyle="--", label="widened to the floor"))
+        legend.append(Line2D([], [], color=WIDENED, linestyle="--", label="widened to the floor"))
     figure.legend(handles=legend, loc="upper right", ncols=len(legend), fontsize=9, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
