@@ -203,7 +203,7 @@ ARMS = {
 }
 
 
-@pytest.mark.parametrize("block", [64, 1 << 18])
+@pytest.mark.parametrize("block", [2048, 1 << 18])
 @pytest.mark.parametrize("kind", ["all", "split", "shuffled with holes"])
 @pytest.mark.parametrize("arm", ARMS)
 def test_equal_to_chunks_laid_out_in_full(shared_datasets, monkeypatch, arm, kind, block):
@@ -266,6 +266,7 @@ def sketch_share(root: Path, rows: np.ndarray, path: Path) -> None:
     sketch_norm_stats(open_dataset(root), TABLETOP, HORIZON, rows).save(path)
 
 
+@pytest.mark.slow
 def test_processes_do_not_show(toy, toy_dataset, tmp_path, monkeypatch):
     """Sketches of shares of the rows, from processes of their own, through files, merged in any order."""
     monkeypatch.setattr(stats_module, "BLOCK", 8)

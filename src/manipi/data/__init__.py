@@ -10,6 +10,6 @@
 | `subset` | some episodes of a dataset as a dataset of their own |
 | `sampler`, `split` | which rows form step s; train and held-out episodes |
 | `loader` | batches, from worker processes |
-| `stats` | norm stats |
+| `stats`, `sketch`, `stats_plot` | norm stats; pieces of them that merge; a picture of them |
 | `check`, `describe` | what is wrong with a dataset; what is in it, and a robot that would fit |
 """

@@ -198,8 +198,11 @@ class _Group:
         complete = rows + self.steps.stop <= self.ends_N[rows]
         whole, rest = rows[complete], rows[~complete]
         valid = rest[:, None] + np.array(self.steps) < self.ends_N[rest][:, None]
-        pieces = [np.take(seen, whole - first, axis=1).reshape(self.size, -1), seen[:, rest - first][:, valid]]
-        return np.concatenate(pieces, axis=1), None
+        values = np.empty((self.size, len(whole) * num + int(valid.sum())), np.float32)
+        in_full = values[:, : len(whole) * num].reshape(self.size, len(whole), num)
+        np.take(seen, whole - first, axis=1, out=in_full, mode="clip")  # other modes would copy once more
+        values[:, len(whole) * num :] = seen[:, rest - first][:, valid]
+        return values, None
 
     def _to_model(self, command_nHA: np.ndarray, state_nS: np.ndarray) -> np.ndarray:
         seen = ActionSpace(self.robot).to_model(command_nHA, state_nS)
