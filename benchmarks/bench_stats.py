@@ -129,7 +129,7 @@ def decoding(dataset: Dataset, cameras: int) -> Rate:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--openpi", type=Path)
-    parser.add_argument("--episodes", type=int, default=4_000)
+    parser.add_argument("--episodes", type=int, default=600)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = write(Path(folder) / "columns", args.episodes, pictures=False)

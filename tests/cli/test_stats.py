@@ -47,7 +47,8 @@ def test_floors_steps_and_picture(manipi, recipe_file, tmp_path):
     assert np.array(steps["q01"]).shape == (10, 14)
     assert np.min(steps["min"]) == stats.actions.min.min()
     assert "step 0" in done.stdout
-    assert Image.open(plot).size[0] > 1000
+    with Image.open(plot) as picture:
+        assert picture.size[0] > 1000
     sketch = NormStatsSketch.load(tmp_path / "sketch.npz")
     np.testing.assert_array_equal([s.mean for s in sketch.actions], stats.actions.mean)
 
