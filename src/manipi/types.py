@@ -62,3 +62,5 @@ class NormStats:
     """Fingerprint of the robot's state and action layout and of the action horizon."""
     data: str
     """Fingerprint of the dataset; empty where the statistics were imported."""
+    rows: str = ""
+    """Fingerprint of the rows that count: split, mask, chosen episodes; empty where it is not known."""

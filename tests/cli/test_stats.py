@@ -1,7 +1,9 @@
 import json
 
 import numpy as np
+from PIL import Image
 
+from manipi.data.sketch import NormStatsSketch
 from manipi.tokenizers import FastTokenizer
 from manipi.transforms.normalize import load_norm_stats
 
@@ -30,6 +32,34 @@ def test_suspicious_dimension(manipi, recipe_file, tmp_path):
     done = manipi("stats", f"{recipe_file}:my_recipe")
     assert done.returncode == 0, done.stderr
     assert "actions[13] never moves: q01 0, q99 0" in done.stdout
+
+
+def test_floors_steps_and_picture(manipi, recipe_file, tmp_path):
+    answer, plot, out = tmp_path / "answer.json", tmp_path / "stats.png", tmp_path / "norm_stats.json"
+    flags = ("--json", answer, "--plot", plot, "--out", out, "--per-step", "--sketch", tmp_path / "sketch.npz")
+    done = manipi("stats", f"{recipe_file}:my_recipe", "--min-range", "actions[3]=9", "0.0001", *flags)
+    assert done.returncode == 0, done.stderr
+    (note,) = json.loads(answer.read_text())["widened"]
+    assert note.startswith("actions[3] widened to a range of 9, from ")
+    assert note in done.stdout
+    stats, steps = load_norm_stats(out), json.loads(answer.read_text())["per_step"]
+    assert stats.actions.q99[3] - stats.actions.q01[3] == 9
+    assert np.array(steps["q01"]).shape == (10, 14)
+    assert np.min(steps["min"]) == stats.actions.min.min()
+    assert "step 0" in done.stdout
+    with Image.open(plot) as picture:
+        assert picture.size[0] > 1000
+    sketch = NormStatsSketch.load(tmp_path / "sketch.npz")
+    np.testing.assert_array_equal([s.mean for s in sketch.actions], stats.actions.mean)
+
+
+def test_mistyped_floor(manipi, recipe_file):
+    done = manipi("stats", f"{recipe_file}:my_recipe", "--min-range", "actions[3]=wide")
+    assert done.returncode == 1
+    assert "a number, or NAME=NUMBER" in done.stderr
+    done = manipi("stats", f"{recipe_file}:my_recipe", "--min-range", "action[3]=0.1")
+    assert done.returncode == 1
+    assert "did you mean actions[3]" in done.stderr
 
 
 def test_feature_that_the_dataset_lacks(manipi, recipe_file):

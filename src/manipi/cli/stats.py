@@ -9,22 +9,25 @@ import tyro
 
 from manipi.cli.arguments import parse
 from manipi.cli.result import table, write_result
+from manipi.errors import ConfigError
 from manipi.recipes.registry import load_recipe
 from manipi.robots.robot import Robot
 from manipi.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from manipi.tokenizers.fast import ReconstructionReport
-    from manipi.types import NormStats
+    from manipi.types import FieldStats, NormStats
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Stats:
-    """Compute the norm stats of a recipe's training episodes, and name suspicious dimensions.
+    """Compute the norm stats of a recipe's training episodes, and name suspicious dimensions. No picture is read.
 
     manipi stats tabletop --out norm_stats.json
 
-    manipi stats my_robot.py:my_recipe
+    manipi stats my_robot.py:my_recipe --plot stats.png
+
+    manipi stats my_robot.py:my_recipe --min-range 0.01 actions[13]=0.05 --out norm_stats.json
 
     manipi stats my_robot.py:my_recipe --fit-fast fast_tokenizer
     """
@@ -33,6 +36,18 @@ class _Stats:
     """A recipe, or path/to/file.py:function."""
     out: Path | None = None
     """Save them here, in openpi's layout."""
+    plot: Path | None = None
+    """Draw a histogram of every dimension, with q01 and q99, into this PNG."""
+    per_step: bool = False
+    """Also take the actions at each step of the chunk apart; in full in the file of --json."""
+    min_range: tuple[str, ...] = ()
+    """Widen dimensions with q01 and q99 closer than this, in their own units: a number for all, NAME=NUMBER for one."""
+    workers: int = 0
+    """Threads; 0: one per processor. The result does not depend on it."""
+    ray: bool = False
+    """Work on the Ray cluster that this process belongs to, or on one started here."""
+    sketch: Path | None = None
+    """Save what statistics of several datasets or machines can be merged from (manipi.data.sketch)."""
     fit_fast: Path | None = None
     """Fit a FAST tokenizer to the normalised action chunks, save it in this new folder, and say what it loses."""
     fast_scale: float = 10
@@ -47,22 +62,41 @@ def main(arguments: Sequence[str]) -> None:
     """Print the statistics."""
     args = parse(_Stats, arguments, "stats")
 
-    from manipi.data.stats import compute_norm_stats, suspicious_dimensions
+    from manipi.data import stats as norm_stats
     from manipi.storage import atomic_directory
     from manipi.tokenizers import FastTokenizer
     from manipi.train.data import chunks_to_fit, open_demonstrations
     from manipi.transforms.normalize import save_norm_stats
 
-    config = load_recipe(args.target)
+    config, floors = load_recipe(args.target), _floors(args.min_range)
     one = next(one for one in open_demonstrations(config) if one.robot == config.robot)
-    dataset, rows = one.dataset, one.rows
-    stats = compute_norm_stats(dataset, config.robot, config.model.action_horizon, rows)
-    notes = suspicious_dimensions(stats)
-    print(f"{len(rows):,} frames of training episodes in {dataset.root}\n\n{stats_table(stats, config.robot)}\n")
+    dataset, robot, rows = one.dataset, one.robot, one.rows
+    wanted = (dataset, robot, config.model.action_horizon, rows)
+    workers = norm_stats.Workers(threads=args.workers, ray=args.ray)
+    sketch = norm_stats.sketch_norm_stats(*wanted, workers=workers)
+    raw = norm_stats.compute_norm_stats(*wanted, workers=workers, sketch=sketch)
+    stats = norm_stats.with_min_range(raw, floors)
+    per_step = norm_stats.per_step_stats(*wanted, workers=workers) if args.per_step else None
+    notes = [*norm_stats.suspicious_dimensions(raw), *norm_stats.beyond_limits(dataset, robot, rows)]
+    widened = norm_stats.widened_dimensions(raw, stats)
+    print(f"{len(rows):,} frames of training episodes in {dataset.root}\n\n{stats_table(stats, robot)}\n")
     print("suspicious\n" + "\n".join(f"  {note}" for note in notes) if notes else "nothing suspicious")
+    if widened:
+        print("\nwidened\n" + "\n".join(f"  {note}" for note in widened))
+    if per_step is not None:
+        print(f"\nq01 to q99 at each step of the chunk\n\n{_per_step_table(per_step, robot)}")
     if args.out is not None:
         save_norm_stats(stats, args.out)
         print(f"\nsaved  {args.out}")
+    if args.sketch is not None:
+        sketch.save(args.sketch)
+        print(f"\nsaved  {args.sketch}")
+    if args.plot is not None:
+        from manipi.data.stats_plot import plot_stats
+
+        names = (list(_state_names(robot)), list(_action_names(robot)))
+        plot_stats(sketch, stats, names, args.plot, raw=raw if floors else None)
+        print(f"\nsaved  {args.plot}")
     report = None
     if args.fit_fast is not None:
         chunks = chunks_to_fit(config, dataset, rows, stats)
@@ -72,7 +106,37 @@ def main(arguments: Sequence[str]) -> None:
             tokenizer.save(folder)
         print(f"\nFAST with {tokenizer.vocab_size:,} codes, on {len(chunks):,} chunks\n")
         print(f"{_report_table(report, stats, config)}\n\nsaved  {args.fit_fast}")
-    write_result({"stats": stats, "suspicious": notes, "fast": report}, args.json)
+    answer = {"stats": stats, "suspicious": notes, "widened": widened, "per_step": per_step, "fast": report}
+    write_result(answer, args.json)
+
+
+def _floors(texts: Sequence[str]) -> dict[str, float]:
+    """["0.01", "actions[13]=0.05"] -> {"": 0.01, "actions[13]": 0.05}."""
+    floors = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            floors[name] = float(number)
+        except ValueError as error:
+            raise ConfigError(
+                expected="a number, or NAME=NUMBER as in actions[13]=0.05",
+                found=repr(text),
+                where="--min-range",
+                next="manipi stats TARGET  # lists the names",
+            ) from error
+    return floors
+
+
+def _per_step_table(field: "FieldStats", robot: Robot) -> str:
+    """At most six steps of the chunk, evenly spread; the first and the last among them."""
+    import numpy as np
+
+    steps = sorted(set(np.linspace(0, len(field.q01) - 1, 6).round().astype(int).tolist()))
+    rows = [
+        (f"actions[{d}]", name, *(f"{field.q01[h, d]:.4g} … {field.q99[h, d]:.4g}" for h in steps))
+        for d, name in enumerate(_action_names(robot))
+    ]
+    return table(rows, ("dimension", "name", *(f"step {h}" for h in steps)))
 
 
 def stats_table(stats: "NormStats", robot: Robot) -> str:

@@ -15,6 +15,6 @@
 | `mixture` | several datasets and robots in one stream |
 | `idle`, `filters`, `mask` | frames that are not worth training on; the rules, and the file that keeps the rest |
 | `loader` | batches, from worker processes |
-| `stats` | norm stats |
+| `stats`, `sketch`, `stats_plot` | norm stats; pieces of them that merge; a picture of them |
 | `check`, `describe` | what is wrong with a dataset; what is in it, and a robot that would fit |
 """

@@ -237,13 +237,14 @@ def action_chunks(
 
 def fetch_tables(url: str) -> Path:
     """The local folder of a dataset elsewhere: what can be read without pictures is there, of RLDS everything."""
+    url = url.rstrip("/")
     try:
-        meta = fetch(f"{url}/meta")
+        meta = fetch(f"{url}/meta/")
     except FetchError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
-        return fetch(url)
-    fetch(f"{url}/data")
+        return fetch(f"{url}/")
+    fetch(f"{url}/data/")
     return meta.parent
 
 

@@ -34,7 +34,7 @@ class LeRobotDataset(Dataset):
         self._index = index = read_index(root)
         super().__init__(root=root, name=root.name, fps=index.fps, features=index.features, episodes=index.episodes)
         self._videos = VideoFrames()
-        self._origin = origin(root / "meta").removesuffix("/meta")
+        self._origin = origin(root / "meta").removesuffix("/meta/")
         self._pictures = lru_cache(maxsize=_ROW_GROUPS)(_read_pictures)
 
     def __reduce__(self) -> tuple:

@@ -2,37 +2,132 @@
 
 State and actions pass through the same `ActionSpace` as in training, the actions over the whole chunk, so the
 statistics are of what the model sees. Steps beyond the end of an episode do not count.
+
+Each action group is taken apart from the others, for what it costs:
+
+    absolute   an action is in the chunks of the rows before it: each is counted once, with the number of these
+    relative   each of the H steps of a row is another number; many rows at a time, as windows on the column
+
+Rows are worked through in blocks, in threads or on a Ray cluster. A block is a span of row numbers, whoever works on
+it, and sketches merge exactly: the statistics are the same to the last bit however many workers there are.
+
+Shape letters: N rows of the dataset, n rows asked for, D dimensions, m numbers, H action horizon, A and S dimensions
+of command and state.
 """
 
+import hashlib
+import importlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
 import numpy as np
+from jaxtyping import Int64
+from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
-from manipi.data.dataset import Dataset, action_chunks
-from manipi.robots.robot import Robot
+from manipi.data.dataset import Dataset
+from manipi.data.sketch import NormStatsSketch, Sketch, field_of
+from manipi.errors import ConfigError, unknown_name
+from manipi.robots.robot import ActionGroup, Joints, Robot
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.pipeline import contract
 from manipi.types import FieldStats, NormStats
 
-BLOCK = 65_536
+BLOCK, BLOCKS = 1 << 18, 16
+"""Numbers per dimension that a worker has in memory at a time, and blocks that it takes at a time."""
 NEAR_CONSTANT = 1e-4
 """A dimension whose q01 and q99 are closer than this makes tiny differences huge once normalised."""
+FAR = 10
+"""An outlier lies this many times the distance between q01 and q99 beyond them."""
+NORMAL_RANGE = 4.6527
+"""Distance between q01 and q99 of a normal distribution, in standard deviations."""
+
+Interval: TypeAlias = tuple[float, float]
+Values: TypeAlias = tuple[np.ndarray, np.ndarray | None]
+"""Numbers [D, m] that have been converted, and how often each counts [m]; None: once."""
+WHOLE: Interval = (-math.inf, math.inf)
 
 
-def compute_norm_stats(dataset: Dataset, robot: Robot, action_horizon: int, rows: np.ndarray) -> NormStats:
-    """Exact mean, std, min, max and quantiles over `rows` (global frame numbers)."""
-    state = read_state(dataset, robot)
-    key, space, blocks = robot.dataset_key(robot.action_key), ActionSpace(robot), []
-    for start in tqdm(range(0, len(rows), BLOCK), desc="norm stats", unit="block", disable=len(rows) <= BLOCK):
-        block = rows[start : start + BLOCK]
-        chunks, valid = action_chunks(dataset, block, action_key=key, horizon=action_horizon)
-        blocks.append(space.to_model(chunks, state[block])[valid].astype(np.float32))
-    return NormStats(
-        state=field_stats(space.state_to_model(state[rows])),
-        actions=field_stats(np.concatenate(blocks)),
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Who works on the blocks: so many threads here, or the Ray cluster that this process belongs to."""
+
+    threads: int = 0
+    """0: one per processor."""
+    ray: bool = False
+
+
+def compute_norm_stats(
+    dataset: Dataset,
+    robot: Robot,
+    action_horizon: int,
+    rows: Int64[np.ndarray, " n"],
+    *,
+    workers: Workers = Workers(),
+    sketch: NormStatsSketch | None = None,
+    min_range: float | Mapping[str, float] = 0.0,
+) -> NormStats:
+    """Exact mean, std, min, max and quantiles over `rows` (global frame numbers, in any order).
+
+    Args:
+        sketch: of the same rows, where there is one already; saves the first of two passes.
+        min_range: as `with_min_range` takes it.
+
+    Raises:
+        ConfigError: no rows; no such dimension; Ray is wanted and not installed.
+    """
+    sketch = sketch or sketch_norm_stats(dataset, robot, action_horizon, rows, workers=workers)
+    parts = _parts(dataset, robot, range(action_horizon))
+    zoomed = _zoom(parts, rows, [*sketch.state, *sketch.actions], workers)
+    stats = sketch.stats(zoomed[: robot.state_size], zoomed[robot.state_size :])
+    return with_min_range(stats, min_range)
+
+
+def sketch_norm_stats(
+    dataset: Dataset, robot: Robot, action_horizon: int, rows: Int64[np.ndarray, " n"], *, workers: Workers = Workers()
+) -> NormStatsSketch:
+    """What norm stats over `rows` are made of, to be merged with that of other rows, datasets and machines."""
+    if not len(rows):
+        raise ConfigError(
+            expected="at least one frame", found="none", where="rows of norm stats", next="choose fewer filters"
+        )
+    sketches = _sketch(_parts(dataset, robot, range(action_horizon)), rows, workers)
+    return NormStatsSketch(
+        state=tuple(sketches[: robot.state_size]),
+        actions=tuple(sketches[robot.state_size :]),
         num_frames=len(rows),
         contract=contract(robot, action_horizon),
-        data=dataset.fingerprint,
+        sources=((dataset.fingerprint, rows_fingerprint(rows)),),
     )
+
+
+def per_step_stats(
+    dataset: Dataset, robot: Robot, action_horizon: int, rows: Int64[np.ndarray, " n"], *, workers: Workers = Workers()
+) -> FieldStats:
+    """Exact statistics of the actions at each step of the chunk, [H, A]; NaN where no episode is that long."""
+    fields = []
+    for step in tqdm(range(action_horizon), desc="per step", unit="step", disable=None):
+        parts = _parts(dataset, robot, range(step, step + 1))[1:]
+        sketches = _sketch(parts, rows, workers)
+        fields.append(field_of(sketches, _zoom(parts, rows, sketches, workers)))
+    names = ("mean", "std", "q01", "q99", "min", "max")
+    return FieldStats(*(np.stack([getattr(field, name) for field in fields]) for name in names))
+
+
+def field_stats(values: np.ndarray) -> FieldStats:
+    """[N, dim] -> exact statistics per dimension, float64."""
+    parts, rows = [_Columns(values)], np.arange(len(values))
+    sketches = _sketch(parts, rows, Workers(threads=1))
+    return field_of(sketches, _zoom(parts, rows, sketches, Workers(threads=1)))
+
+
+def rows_fingerprint(rows: Int64[np.ndarray, " n"]) -> str:
+    """Hex digest of which rows there are, in whatever order: of the split, the mask and the chosen episodes."""
+    return hashlib.sha256(np.sort(np.asarray(rows, dtype="<i8")).tobytes()).hexdigest()
 
 
 def read_state(dataset: Dataset, robot: Robot) -> np.ndarray:
@@ -41,18 +136,288 @@ def read_state(dataset: Dataset, robot: Robot) -> np.ndarray:
     return np.concatenate(parts, axis=-1) if parts else np.zeros((dataset.num_frames, 0), np.float32)
 
 
-def field_stats(values: np.ndarray) -> FieldStats:
-    """[N, dim] -> statistics per dimension, float64."""
-    columns = [values[:, d].astype(np.float64) for d in range(values.shape[1])]
-    per_dim = [(c.mean(), c.std(), *np.quantile(c, (0.01, 0.99)), c.min(), c.max()) for c in columns]
-    return FieldStats(*np.array(per_dim, dtype=np.float64).reshape(-1, 6).T)
+# Numbers, as the model sees them ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """A vector at the rows themselves."""
+
+    columns_ND: np.ndarray
+    numbers_per_row: int = 1
+
+    def values(self, rows: np.ndarray) -> Values:
+        return np.ascontiguousarray(self.columns_ND[rows].T), None
+
+    @property
+    def size(self) -> int:
+        return self.columns_ND.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """One action group at some steps of the chunks that begin at the rows."""
+
+    robot: Robot
+    """With this group alone."""
+    steps: range
+    commands_NA: np.ndarray
+    state_NS: np.ndarray
+    """The dimensions that match the commands, where the group is relative."""
+    ends_N: np.ndarray
+    """The row after the last of the episode, for every row."""
+
+    @property
+    def size(self) -> int:
+        return self.robot.model_action_size
+
+    @property
+    def numbers_per_row(self) -> int:
+        return len(self.steps) if self.robot.actions[0].relative else 1
+
+    def values(self, rows: np.ndarray) -> Values:
+        rows = rows[rows + self.steps.start < self.ends_N[rows]]
+        if not len(rows):
+            return np.zeros((self.size, 0), np.float32), None
+        return self._relative(rows) if self.robot.actions[0].relative else self._absolute(rows)
+
+    def _absolute(self, rows: np.ndarray) -> Values:
+        begin, end = rows + self.steps.start, np.minimum(rows + self.steps.stop, self.ends_N[rows])
+        first, length = begin[0], end.max() - begin[0] + 1
+        chunks = np.cumsum(np.bincount(begin - first, minlength=length) - np.bincount(end - first, minlength=length))
+        used = np.flatnonzero(chunks)
+        command = self.commands_NA[first + used][:, None]
+        return self._to_model(command, self.state_NS[:0]).reshape(self.size, -1), chunks[used]
+
+    def _relative(self, rows: np.ndarray) -> Values:
+        """Windows of H commands, minus the state that they begin at; of those that end early what is in the episode."""
+        first, last, num = rows[0], rows[-1], len(self.steps)
+        columns = np.minimum(np.arange(first + self.steps.start, last + self.steps.stop), len(self.commands_NA) - 1)
+        windows = sliding_window_view(self.commands_NA[columns], num, axis=0)
+        seen = self._to_model(np.swapaxes(windows, 1, 2), self.state_NS[first : last + 1])
+        complete = rows + self.steps.stop <= self.ends_N[rows]
+        whole, rest = rows[complete], rows[~complete]
+        valid = rest[:, None] + np.array(self.steps) < self.ends_N[rest][:, None]
+        values = np.empty((self.size, len(whole) * num + int(valid.sum())), np.float32)
+        in_full = values[:, : len(whole) * num].reshape(self.size, len(whole), num)
+        np.take(seen, whole - first, axis=1, out=in_full, mode="clip")  # other modes would copy once more
+        values[:, len(whole) * num :] = seen[:, rest - first][:, valid]
+        return values, None
+
+    def _to_model(self, command_nHA: np.ndarray, state_nS: np.ndarray) -> np.ndarray:
+        seen = ActionSpace(self.robot).to_model(command_nHA, state_nS)
+        return np.ascontiguousarray(np.moveaxis(seen, -1, 0), np.float32)
+
+
+_Part: TypeAlias = _Columns | _Group
+
+
+def _parts(dataset: Dataset, robot: Robot, steps: range) -> list[_Part]:
+    """The state, and each action group; joints that are relative, each apart, so that blocks stay small."""
+    state, commands = read_state(dataset, robot), dataset.column(robot.dataset_key(robot.action_key))
+    ends = np.repeat(dataset.ends, dataset.ends - dataset.starts)
+    parts: list[_Part] = [_Columns(ActionSpace(robot).state_to_model(state))]
+    for group, start in _independent_groups(robot):
+        base = robot.state_start(group, start)
+        alone = replace(robot, actions=(replace(group, state_start=0 if group.relative else base),))
+        matching = state[:, base : base + group.size]
+        parts.append(_Group(alone, steps, commands[:, start : start + group.size], matching, ends))
+    return parts
+
+
+def _independent_groups(robot: Robot) -> Iterator[tuple[ActionGroup, int]]:
+    """With their offsets in the command."""
+    start = 0
+    for group in robot.actions:
+        if isinstance(group, Joints) and group.relative:
+            base = robot.state_start(group, start)
+            for d in range(group.size):
+                signs = group.signs[d : d + 1]
+                yield replace(group, size=1, signs=signs, low=None, high=None, state_start=base + d), start + d
+        else:
+            yield group, start
+        start += group.size
+
+
+# Blocks and workers -------------------------------------------------------------------------------------------------
+
+
+def _sketch(parts: Sequence[_Part], rows: np.ndarray, workers: Workers) -> list[Sketch]:
+    """One per dimension of all parts."""
+    everything = [[WHOLE]] * sum(part.size for part in parts)
+    return [only for (only,) in _sketch_inside(parts, rows, everything, workers)]
+
+
+def _zoom(
+    parts: Sequence[_Part], rows: np.ndarray, sketches: Sequence[Sketch], workers: Workers
+) -> list[dict[int, Sketch]]:
+    """For each dimension the sketches of the values in the bins that quantiles lie in."""
+    bins = [sketch.bins_to_zoom() for sketch in sketches]
+    intervals = [[sketch.bounds(bin) for bin in some] for sketch, some in zip(sketches, bins, strict=True)]
+    inside = _sketch_inside(parts, rows, intervals, workers)
+    return [dict(zip(some, found, strict=True)) for some, found in zip(bins, inside, strict=True)]
+
+
+def _sketch_inside(
+    parts: Sequence[_Part], rows: np.ndarray, intervals: Sequence[Sequence[Interval]], workers: Workers
+) -> list[list[Sketch]]:
+    """Sketches of the values inside intervals [low, high), for each dimension of all parts as many as are given."""
+    rows, tasks, places, end = np.sort(rows), list[_Task](), list[slice](), 0
+    for part in parts:
+        dims, end = slice(end, end + part.size), end + part.size
+        blocks = _blocks(rows, part)
+        tasks += [(part, blocks[i : i + BLOCKS], intervals[dims]) for i in range(0, len(blocks), BLOCKS)]
+        places += [dims] * (len(tasks) - len(places))
+    merged = [[Sketch.of(np.zeros(0))] * len(some) for some in intervals]
+    for dims, found in zip(places, _run(tasks, workers), strict=True):
+        pairs = zip(merged[dims], found, strict=True)
+        merged[dims] = [[a.merge(b) for a, b in zip(old, new, strict=True)] for old, new in pairs]
+    return merged
+
+
+def _blocks(rows: np.ndarray, part: _Part) -> list[np.ndarray]:
+    """Rows that ascend, cut at multiples of a power of two."""
+    bits = (BLOCK // part.numbers_per_row).bit_length() - 1
+    return np.split(rows, np.flatnonzero(np.diff(rows >> bits)) + 1)
+
+
+def _sketch_blocks(
+    part: _Part, blocks: Sequence[np.ndarray], intervals: Sequence[Sequence[Interval]]
+) -> list[list[Sketch]]:
+    """As `_sketch_inside`, for one part."""
+    gathered = [[_Gathered(interval) for interval in some] for some in intervals]
+    for rows in blocks:
+        values, weights = part.values(rows)
+        for dimension, some in zip(values, gathered, strict=True):
+            for inside in some:
+                inside.add(dimension, weights)
+    return [[inside.finish() for inside in some] for some in gathered]
+
+
+class _Gathered:
+    """Sketches values of one interval some hundred thousand at a time: for fewer, a sketch costs as much."""
+
+    def __init__(self, interval: Interval):
+        self._interval, self._sketch = interval, Sketch.of(np.zeros(0))
+        self._values, self._weights = list[np.ndarray](), list[np.ndarray]()
+
+    def add(self, values: np.ndarray, weights: np.ndarray | None) -> None:
+        if self._interval != WHOLE:
+            inside = (values >= self._interval[0]) & (values < self._interval[1])
+            values, weights = values[inside], None if weights is None else weights[inside]
+        self._values.append(values)
+        if weights is not None:
+            self._weights.append(weights)
+        if sum(map(len, self._values)) >= BLOCK // 2:
+            self.finish()
+
+    def finish(self) -> Sketch:
+        """Of all that was added."""
+        if self._values:
+            more = Sketch.of(_joined(self._values), _joined(self._weights) if self._weights else None)
+            self._sketch = self._sketch.merge(more)
+            self._values, self._weights = [], []
+        return self._sketch
+
+
+def _joined(pieces: list[np.ndarray]) -> np.ndarray:
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+_Task: TypeAlias = tuple[_Part, list[np.ndarray], Sequence[Sequence[Interval]]]
+_Found: TypeAlias = list[list[Sketch]]
+
+
+def _run(tasks: Sequence[_Task], workers: Workers) -> Iterator[_Found]:
+    """What `_sketch_blocks` returns for the tasks, in their order, with a progress bar where it takes long."""
+    progress = tqdm(total=len(tasks), desc="norm stats", unit="block", leave=False, delay=1, disable=None)
+    with progress, ThreadPoolExecutor(workers.threads or os.cpu_count()) as threads:
+        # Threads are enough: numpy lets go of the interpreter in every operation that takes long here.
+        found: Iterable[_Found] = _run_on_ray(tasks) if workers.ray else threads.map(_sketch_blocks, *zip(*tasks))
+        for one in found:
+            progress.update()
+            yield one
+
+
+def _run_on_ray(tasks: Sequence[_Task]) -> Iterator[_Found]:
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError as error:
+        raise ConfigError(
+            expected="the package ray", found="it is not installed", where="--ray", next="pip install 'manipi[ray]'"
+        ) from error
+    if not ray.is_initialized():
+        ray.init()
+    # The columns travel once to each machine.
+    parts = {id(part): ray.put(part) for part, *_ in tasks}
+    remote = ray.remote(_sketch_blocks)
+    yield from map(ray.get, [remote.remote(parts[id(part)], *rest) for part, *rest in tasks])
+
+
+# What to look at ----------------------------------------------------------------------------------------------------
+
+
+def with_min_range(stats: NormStats, min_range: float | Mapping[str, float]) -> NormStats:
+    """Dimensions with q01 and q99 closer than a floor are widened around their middle, and their std with them.
+
+    Args:
+        min_range: in the units of the dimension as the model sees it; one for all, or by name: {"actions[6]": 0.05}.
+
+    Raises:
+        ConfigError: no such dimension, or a floor below 0.
+    """
+    floors = {"": min_range} if isinstance(min_range, int | float) else dict(min_range)
+    fields = {"state": stats.state, "actions": stats.actions}
+    known = {f"{name}[{d}]" for name, field in fields.items() for d in range(field.mean.size)}
+    for name, floor in floors.items():
+        if name and name not in known:
+            raise unknown_name("dimension", name, known, next="manipi stats TARGET  # lists them")
+        if not 0 <= floor < math.inf:
+            raise ConfigError(expected="a range of 0 or more", found=f"{floor}", where="min_range", next="correct it")
+    widened = {}
+    for name, field in fields.items():
+        floor = np.array([floors.get(f"{name}[{d}]", floors.get("", 0.0)) for d in range(field.mean.size)])
+        narrow, middle = field.q99 - field.q01 < floor, (field.q01 + field.q99) / 2
+        q01, q99 = (np.where(narrow, middle + side * floor / 2, q) for side, q in ((-1, field.q01), (1, field.q99)))
+        std = np.where(narrow, np.maximum(field.std, floor / NORMAL_RANGE), field.std)
+        widened[name] = replace(field, q01=q01, q99=q99, std=std)
+    return replace(stats, **widened)
+
+
+def widened_dimensions(before: NormStats, after: NormStats) -> list[str]:
+    """Plain sentences about what `with_min_range` changed."""
+    return [
+        f"{name}[{d}] widened to a range of {new.q99[d] - new.q01[d]:.6g}, from {old.q99[d] - old.q01[d]:.6g}"
+        for name, old, new in (("state", before.state, after.state), ("actions", before.actions, after.actions))
+        for d in np.flatnonzero((old.q01 != new.q01) | (old.q99 != new.q99))
+    ]
 
 
 def suspicious_dimensions(stats: NormStats) -> list[str]:
-    """Plain sentences about dimensions that normalisation would blow up or that never move."""
+    """Plain sentences about dimensions that normalisation would blow up, that never move, or with wild outliers."""
     notes = []
     for name, field in (("state", stats.state), ("actions", stats.actions)):
-        for d in np.flatnonzero(field.q99 - field.q01 < NEAR_CONSTANT):
+        width = field.q99 - field.q01
+        for d in np.flatnonzero(width < NEAR_CONSTANT):
             kind = "never moves" if field.min[d] == field.max[d] else "hardly moves"
             notes.append(f"{name}[{d}] {kind}: q01 {field.q01[d]:.6g}, q99 {field.q99[d]:.6g}")
+        beyond = np.maximum(field.q01 - field.min, field.max - field.q99)
+        for d in np.flatnonzero((width >= NEAR_CONSTANT) & (beyond > FAR * width)):
+            between = f"q01 {field.q01[d]:.6g}, q99 {field.q99[d]:.6g}"
+            ranges = f"up to {beyond[d] / width[d]:.0f} times their distance beyond them"
+            notes.append(f"{name}[{d}] has outliers, {field.min[d]:.6g} to {field.max[d]:.6g}: {between}, {ranges}")
+    return notes
+
+
+def beyond_limits(dataset: Dataset, robot: Robot, rows: Int64[np.ndarray, " n"]) -> list[str]:
+    """Plain sentences about commands outside the limits that the robot states, in its own units."""
+    commands, notes, start = dataset.column(robot.dataset_key(robot.action_key)), [], 0
+    for group in robot.actions:
+        lows, highs = group.low or (-math.inf,) * group.size, group.high or (math.inf,) * group.size
+        for d, low, high in zip(range(start, start + group.size), lows, highs):
+            values = commands[rows, d]
+            if outside := int(np.count_nonzero((values < low) | (values > high))):
+                found, limits = f"{values.min():.6g} to {values.max():.6g}", f"limits {low:.6g} to {high:.6g}"
+                notes.append(f"command[{d}] is outside the robot's limits in {outside:,} frames: {found}, {limits}")
+        start += group.size
     return notes

@@ -10,7 +10,7 @@ from manipi.data.dataset import Dataset, open_dataset
 from manipi.data.split import split_episodes
 from manipi.errors import ConfigError
 from manipi.policy import Policy
-from manipi.train.data import check_features, data_fingerprint, open_demonstrations
+from manipi.train.data import check_features, open_demonstrations, provenance_of
 from manipi.train.run import read_config
 
 
@@ -52,10 +52,11 @@ def open_split(checkpoint: Path, policy: Policy, data: str | None) -> Split:
     if data:
         config = replace(config, data=replace(config.data, path=data))
     mine = [one for one in open_demonstrations(config) if one.robot.name == config.robot.name]
-    if data_fingerprint(mine) != policy.norm_stats.data:
+    trained_on = (policy.norm_stats.data, policy.norm_stats.rows)
+    if (found := provenance_of(mine)) != trained_on:
         raise _no_split(
-            f"the data that the policy was trained on ({policy.norm_stats.data[:12]})",
-            f"other data ({data_fingerprint(mine)[:12]})",
+            f"the data that the policy was trained on ({trained_on[0][:12]}, frames {trained_on[1][:12]})",
+            f"other data ({found[0][:12]}, frames {found[1][:12]})",
             mine[0].dataset.root,
         )
     origin = f"the run's own (holdout {config.data.holdout:g})"

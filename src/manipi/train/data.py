@@ -1,6 +1,5 @@
 """From a training config to encoded batches: dataset, split, statistics, tokenizers and the one pipeline."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +14,12 @@ from manipi.data.loader import Loader
 from manipi.data.mask import read_mask
 from manipi.data.mixture import Mixture, Part, Share
 from manipi.data.sampler import Sampler, permutation
+from manipi.data.sketch import merge_sketches, provenance
 from manipi.data.source import Source
 from manipi.data.split import split_episodes
-from manipi.data.stats import compute_norm_stats, read_state
+from manipi.data.stats import compute_norm_stats, read_state, rows_fingerprint, sketch_norm_stats
 from manipi.errors import ConfigError, NormStatsError
 from manipi.model.config import Pi0FastConfig
-from manipi.records import fingerprint
 from manipi.remote.fetch import fetch
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory
@@ -189,31 +188,37 @@ def check_features(dataset: Dataset, robot: Robot) -> None:
 
 def _stats(config: TrainConfig, group: Sequence[Opened], folder: Path) -> NormStats:
     """Statistics of one robot over all of its sets. The recipe's own robot has the run's norm_stats.json."""
-    robot, horizon = group[0].robot, config.model.action_horizon
-    path = folder / ("norm_stats.json" if robot.name == config.robot.name else f"robots/{robot.name}/norm_stats.json")
-    data = data_fingerprint(group)
+    robot, (data, rows) = group[0].robot, provenance_of(group)
+    own = robot.name == config.robot.name
+    path = folder / ("norm_stats.json" if own else f"robots/{robot.name}/norm_stats.json")
     if not path.exists():
-        if config.data.norm_stats and robot.name == config.robot.name:
+        if config.data.norm_stats and own:
             # From now on the run is tied to its data, although the numbers are those of other demonstrations.
-            stats = replace(_released_stats(config), data=data)
+            stats = replace(_released_stats(config), data=data, rows=rows)
         else:
-            stats = replace(compute_norm_stats(group[0].dataset, robot, horizon, group[0].rows), data=data)
+            stats = _compute_stats(group, config.model.action_horizon)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_norm_stats(stats, path)
     stats = load_norm_stats(path)
-    if stats.data != data:
+    if (stats.data, stats.rows or rows) != (data, rows):
         raise NormStatsError(
-            expected=f"statistics of these demonstrations ({data[:12]})",
-            found=f"statistics of others, or of an older state of them ({stats.data[:12]})",
+            expected=f"statistics of these demonstrations ({data[:12]}, frames {rows[:12]})",
+            found=f"statistics of others, or of an older state of them ({stats.data[:12]}, frames {stats.rows[:12]})",
             where=str(path),
             next=f"delete {path} to compute them again, or start a new run folder",
         )
     return stats
 
 
-def data_fingerprint(group: Sequence[Opened]) -> str:
-    """Of the rows that a robot's statistics are of: changes with the data, the split, the masks."""
-    return fingerprint([[one.dataset.fingerprint, hashlib.sha256(one.rows.tobytes()).hexdigest()] for one in group])
+def _compute_stats(group: Sequence[Opened], horizon: int) -> NormStats:
+    if len(group) == 1:
+        return compute_norm_stats(group[0].dataset, group[0].robot, horizon, group[0].rows)
+    return merge_sketches([sketch_norm_stats(one.dataset, one.robot, horizon, one.rows) for one in group])
+
+
+def provenance_of(group: Sequence[Opened]) -> tuple[str, str]:
+    """Fingerprints of the data and of the rows that a robot's statistics are of."""
+    return provenance([(one.dataset.fingerprint, rows_fingerprint(one.rows)) for one in group])
 
 
 def _released_stats(config: TrainConfig) -> NormStats:

@@ -89,7 +89,8 @@ def load_norm_stats(path: Path) -> NormStats:
             where=str(path),
             next="compute them: manipi stats TARGET",
         )
-    return from_json(data["manipi"], (NormStats, FieldStats), str(path))
+    # Files of before statistics knew their rows lack these.
+    return from_json({"rows": "", **data["manipi"]}, (NormStats, FieldStats), str(path))
 
 
 def _plain(field: FieldStats) -> dict[str, list[float] | None]:

@@ -1,0 +1,167 @@
+"""Norm stats of a 14-dimensional robot: frames per second on two cores, and beside openpi's own way.
+
+Rates are frames per second of processor time, times two, which is what two free cores give; wall time is printed
+beside them. `memory`: the columns are there; `parquet`: they are read from a LeRobot dataset first.
+
+openpi's script (scripts/compute_norm_stats.py) passes every frame, pictures decoded, through its loader, and batches
+of 32 through its class RunningStats. It needs JAX and an old LeRobot, so two parts of it are measured instead, on
+the frames and chunks of the same kind: the class itself, and the decoding of as many pictures as its loader decodes,
+by our own reader, which is faster than LeRobot's. Together they bound the script's rate from above.
+
+    python benchmarks/bench_stats.py --openpi FOLDER      a git repository of openpi, to read the class from
+"""
+
+import argparse
+import importlib.util
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from harness import Measure, report
+
+from manipi.data.dataset import Dataset, Feature, action_chunks, open_dataset
+from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.data.stats import Workers, compute_norm_stats
+from manipi.robots import Joints, Robot, State
+
+HORIZON, DIMS, LENGTH, CORES = 50, 14, 500, 2
+REPEATS, OPENPI_FRAMES, BATCH = 3, 8_192, 32
+
+
+def robot(*, relative: bool) -> Robot:
+    state = (State("observation.state", DIMS),)
+    actions = (Joints(DIMS, relative=relative),)
+    return Robot(name="bench", cameras={"base": "top"}, state=state, actions=actions, action_key="action")
+
+
+def write(root: Path, episodes: int, *, pictures: bool) -> Path:
+    """Smooth random walks; with pictures of 480 by 640, as in the sets that openpi is fine-tuned on."""
+    vector = Feature(kind="vector", shape=(DIMS,), dtype="float32")
+    features = {"observation.state": vector, "action": vector}
+    if pictures:
+        features["top"] = Feature(kind="image", shape=(480, 640, 3), dtype="video")
+    rng = np.random.default_rng(0)
+    with LeRobotWriter(root, fps=50, features=features, robot_type="bench") as writer:
+        for _ in range(episodes):
+            action = np.sin(np.cumsum(rng.normal(0, 0.02, (LENGTH, DIMS)), axis=0)).astype(np.float32)
+            state = action + rng.normal(0, 0.01, action.shape).astype(np.float32)
+            episode = {"observation.state": state, "action": action}
+            if pictures:
+                noise = rng.integers(0, 256, (LENGTH, 15, 20, 3), dtype=np.uint8)
+                episode["top"] = noise.repeat(32, axis=1).repeat(32, axis=2)
+            writer.add_episode(episode, task="bench")
+    return root
+
+
+@dataclass
+class Rate:
+    frames: int
+    cpu_s: float
+    wall_s: float
+
+    @property
+    def two_cores(self) -> float:
+        return CORES * self.frames / self.cpu_s
+
+
+def timed(frames: int, run: Callable[[], object]) -> Rate:
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return Rate(frames, time.process_time() - cpu, time.perf_counter() - wall)
+
+
+def ours(dataset: Dataset, *, relative: bool) -> Rate:
+    rows = np.arange(dataset.num_frames)
+    workers = Workers(threads=CORES)
+    return timed(
+        len(rows), lambda: compute_norm_stats(dataset, robot(relative=relative), HORIZON, rows, workers=workers)
+    )
+
+
+def running_stats(repository: Path) -> type:
+    """openpi's class, from its repository, into a temporary module; nothing of it is kept."""
+    source = ["git", "-C", str(repository), "show", "HEAD:src/openpi/shared/normalize.py"]
+    text = subprocess.run(source, capture_output=True, text=True, check=True).stdout
+    # Its file layer needs packages that the class does not.
+    text = text[text.index("class RunningStats") : text.index("class _NormStatsDict")]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "running_stats.py"
+        header = "import numpy as np\nfrom types import SimpleNamespace as NormStats\n\n\n"
+        path.write_text(f"from __future__ import annotations\n{header}{text}")
+        spec = importlib.util.spec_from_file_location("running_stats", path)
+        assert spec
+        assert spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module.RunningStats
+
+
+def theirs(kind: type, dataset: Dataset) -> Rate:
+    """Relative chunks in batches of 32 through openpi's class; making the chunks is not counted."""
+    rows = np.arange(OPENPI_FRAMES)
+    state = dataset.column("observation.state")[rows]
+    chunks = action_chunks(dataset, rows, action_key="action", horizon=HORIZON)[0] - state[:, None]
+    stats = {"state": kind(), "actions": kind()}
+
+    def run() -> None:
+        for start in range(0, OPENPI_FRAMES, BATCH):
+            stats["state"].update(state[start : start + BATCH])
+            stats["actions"].update(chunks[start : start + BATCH])
+
+    return timed(OPENPI_FRAMES, run)
+
+
+def decoding(dataset: Dataset, cameras: int) -> Rate:
+    """As many pictures as a loader decodes for a frame of a robot with so many cameras."""
+    rows = np.arange(0, dataset.num_frames, 2)
+    return timed(
+        len(rows),
+        lambda: [
+            dataset.images("top", rows[i : i + BATCH]) for _ in range(cameras) for i in range(0, len(rows), BATCH)
+        ],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--openpi", type=Path)
+    parser.add_argument("--episodes", type=int, default=600)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = write(Path(folder) / "columns", args.episodes, pictures=False)
+        rates: dict[str, list[Rate]] = {}
+        kind = running_stats(args.openpi) if args.openpi else None
+        filmed = open_dataset(write(Path(folder) / "filmed", 1, pictures=True)) if args.openpi else None
+        for _ in range(REPEATS):
+            for relative, name in ((False, "absolute"), (True, "relative")):
+                dataset = open_dataset(root)
+                rates.setdefault(f"{name}, parquet", []).append(ours(dataset, relative=relative))
+                rates.setdefault(f"{name}, memory", []).append(ours(dataset, relative=relative))
+            if kind and filmed:
+                rates.setdefault("openpi's RunningStats", []).append(theirs(kind, dataset))
+                rates.setdefault("decoding, 3 cameras", []).append(decoding(filmed, 3))
+    middle = {name: sorted(some, key=lambda rate: rate.two_cores)[REPEATS // 2] for name, some in rates.items()}
+    for name, rate in middle.items():
+        wall = f"{rate.frames / rate.wall_s:>12,.0f} frames/s on the wall"
+        print(f"{name:<24}{rate.two_cores:>12,.0f} frames/s on two cores{wall}   cpu {rate.cpu_s:.2f} s")
+    goals = {"absolute": 1e6, "relative": 2e5}
+    measures = [
+        Measure(name=name, value=rate.two_cores, unit="frames/s", goal=goals[name.split(",")[0]], at_most=False)
+        for name, rate in middle.items()
+        if name.split(",")[0] in goals
+    ]
+    if kind:
+        class_s, decoding_s = (1 / middle[name].two_cores for name in ("openpi's RunningStats", "decoding, 3 cameras"))
+        ratio = middle["relative, parquet"].two_cores * (class_s + decoding_s)
+        measures.append(
+            Measure(name="relative, beside openpi's way", value=ratio, unit="times", goal=1_000, at_most=False)
+        )
+    report(measures)
+
+
+if __name__ == "__main__":
+    main()
