@@ -3,7 +3,7 @@
 | module | |
 |---|---|
 | `dataset` | what every reader offers; `open_dataset`, `frames`, `action_chunks` |
-| `lerobot`, `lerobot_index` | LeRobot v2.0, v2.1 and v3.0: tables and pictures, metadata |
+| `lerobot`, `lerobot_index`, `lerobot_tables` | LeRobot v2.0, v2.1 and v3.0: the reader, metadata, tables |
 | `lerobot_writer`, `lerobot_stats` | LeRobot v3.0, written whole or not at all |
 | `video` | exact frames out of video files, and into them |
 | `cache` | decoded pictures, at the size the model takes, in a memory-mapped file |
@@ -11,5 +11,7 @@
 | `sampler`, `split` | which rows form step s; train and held-out episodes |
 | `loader` | batches, from worker processes |
 | `stats` | norm stats |
-| `check`, `describe` | what is wrong with a dataset; what is in it, and a robot that would fit |
+| `idle` | frames in which a robot does nothing |
+| `check`, `checks` | what is wrong with a dataset; the episodes that cannot be trained on |
+| `view`, `describe` | an episode to look at; what is in a dataset, and a robot that would fit |
 """

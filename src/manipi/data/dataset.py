@@ -107,6 +107,10 @@ class Dataset(abc.ABC):
         episode = self.episodes[int(self.episode_of(np.asarray(row)))]
         return f"episode {episode.index}, frame {row - episode.start}"
 
+    def place(self, row: int) -> str:
+        """The file, where a reader knows it, and `locate(row)`."""
+        return f"{self.root}, {self.locate(row)}"
+
     def column(self, key: str) -> np.ndarray:
         """All values of a vector feature, [N, d] float32 or int64; read once, then kept in RAM, read-only.
 
@@ -170,7 +174,7 @@ class Dataset(abc.ABC):
         raise BadValueError(
             expected=f"finite numbers in {key!r}",
             found=f"{values[row, dimension]} in dimension {dimension}, and {len(bad)} such values in all",
-            where=f"{self.root}, {self.locate(row)}",
+            where=self.place(row),
             next=f"manipi check {self.root}  # lists every bad episode, to repair or leave out",
         )
 
@@ -241,5 +245,5 @@ def open_dataset(path: str | Path, episodes: Sequence[int] = ()) -> Dataset:
             where=str(root),
             next=f"ls {root.parent}  # then give the right path, or download the dataset there",
         )
-    dataset = LeRobotDataset(root)
-    return EpisodeSubset(dataset, episodes) if episodes else dataset
+    dataset = LeRobotDataset(root, sorted(episodes))
+    return dataset if list(episodes) == sorted(episodes) else EpisodeSubset(dataset, episodes)
