@@ -10,7 +10,6 @@ import pytest
 
 from manipi.data.dataset import action_chunks, frames, open_dataset
 from manipi.errors import (
-    BadValueError,
     ConfigError,
     DatasetFormatError,
     DatasetNotFoundError,
@@ -85,15 +84,9 @@ def test_empty(root, counts):
         open_dataset(root)
 
 
-def test_unknown_version(root):
-    edit_info(root, codebase_version="v9.9")
-    with pytest.raises(DatasetFormatError, match=r"(?s)v2.0, v2.1, v3.0.*'v9.9'.*convert"):
-        open_dataset(root)
-
-
 def test_counts_disagree(root):
     edit_info(root, total_frames=51)
-    with pytest.raises(DatasetFormatError, match=r"(?s)51 frames in all episodes.*found 50\n"):
+    with pytest.raises(DatasetFormatError, match=r"(?s)51 frames in all.*found 50\n.*manipi check"):
         open_dataset(root)
 
 
@@ -137,32 +130,10 @@ def test_truncated_table(root):
         open_dataset(root).column("action")
 
 
-def test_missing_column(root):
-    pq.write_table(pq.read_table(root / TABLE).drop(["action"]), root / TABLE)
-    with pytest.raises(DatasetFormatError, match=rf"(?s)columns action\n.*only observation\.state.*{TABLE}"):
-        open_dataset(root).column("action")
-
-
 def test_wrong_width(root):
     edit_info_feature(root, "action", shape=[4])
     with pytest.raises(DatasetFormatError, match=r"(?s)4 numbers per row in 'action'.*100 numbers in 50 rows"):
         open_dataset(root).column("action")
-
-
-def test_rows_out_of_order(root):
-    table = pq.read_table(root / TABLE)
-    pq.write_table(table.take(np.r_[25:50, 0:25]), root / TABLE)
-    with pytest.raises(DatasetFormatError, match="episode_index 0 in row 0"):
-        open_dataset(root).column("action")
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_bad_value(root, value):
-    edit_table(root, "action", lambda values: values.__setitem__((22, 1), value))
-    dataset = open_dataset(root)
-    with pytest.raises(BadValueError, match=rf"(?s)'action'.*{value} in dimension 1.*episode 1, frame 2.*manipi check"):
-        dataset.column("action")
-    assert np.isfinite(dataset.column("observation.state")).all()
 
 
 def test_missing_camera(dataset):
@@ -182,12 +153,6 @@ def test_require_checks_kind_and_size(dataset):
 def test_rows_beyond_the_end(dataset):
     with pytest.raises(ConfigError, match=r"(?s)between 0 and 49.*rows -1 to 50"):
         dataset.images(CAMERA, np.array([50, -1]))
-
-
-def test_unknown_task(root):
-    edit_table(root, "task_index", lambda values: values.__setitem__((3, 0), 7))
-    with pytest.raises(DatasetFormatError, match=r"(?s)task_index among \[0, 1\].*found \[7\]"):
-        open_dataset(root).prompt(0)
 
 
 def test_broken_picture_in_a_table(shared_datasets, tmp_path):
@@ -211,19 +176,6 @@ def test_missing_video(root):
     (root / VIDEO).unlink()
     with pytest.raises(DatasetFormatError, match=rf"(?s)found nothing.*{VIDEO}, episode 2, frame 1\n.*hf download"):
         open_dataset(root).images(CAMERA, np.array([28]))
-
-
-def test_truncated_video(root):
-    content = (root / VIDEO).read_bytes()
-    (root / VIDEO).write_bytes(content[: len(content) // 2])
-    with pytest.raises(DatasetFormatError, match=rf"(?s){VIDEO}, episode 4, frame 8"):
-        open_dataset(root).images(CAMERA, np.array([49]))
-
-
-def test_video_of_another_size(root):
-    edit_info_feature(root, CAMERA, shape=[32, 50, 3])
-    with pytest.raises(DatasetFormatError, match=r"(?s)\(32, 50, 3\).*\(32, 48, 3\).*episode 0, frame 4"):
-        open_dataset(root).images(CAMERA, np.array([4]))
 
 
 def edit_info(root, **entries):

@@ -19,6 +19,7 @@ COMMANDS = {
     "filter": "choose the frames of a dataset that are worth training on; the dataset stays as it is",
     "stats": "compute norm stats of a recipe's data and report suspicious dimensions",
     "check": "read a dataset in full and report what is wrong with it",
+    "view": "write cameras and curves of an episode as a page for the browser",
     "inspect": "show a dataset, a checkpoint, or what a recipe does to its first frame",
     "recipes": "list the recipes",
     "doctor": "say what this machine and this installation can do",

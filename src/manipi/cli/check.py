@@ -15,7 +15,7 @@ from manipi.cli.result import table, write_result
 from manipi.recipes.registry import load_robot
 
 if TYPE_CHECKING:
-    from manipi.data.check import CheckReport, Finding
+    from manipi.data.checks.report import CheckReport, Finding
 
 SHOWN = 5
 """Findings of one kind that the screen shows; `--json` has all of them."""
@@ -27,17 +27,23 @@ class _Check:
 
     manipi check path/to/dataset --quick
 
+    manipi check path/to/dataset --html report.html --strict
+
     manipi check path/to/dataset --robot my_robot.py:ROBOT --json findings.json
     """
 
     dataset: tyro.conf.Positional[Path]
-    """Folder of a LeRobot dataset."""
+    """Folder of a dataset."""
     robot: str | None = None
     """Also check what this robot names: a recipe, or path/to/file.py:NAME of a recipe or a Robot."""
     quick: bool = False
     """Decode only the first and the last picture of each episode."""
     num_workers: int | None = None
     """Threads that decode pictures; one per processor core unless given."""
+    strict: bool = False
+    """Exit with 1 when there are warnings, too."""
+    html: Path | None = None
+    """Write the findings with pictures, and every episode at a glance, to this file, which stands alone."""
     json: Path | None = None
     """Write the findings to this file."""
 
@@ -47,17 +53,20 @@ def main(arguments: Sequence[str]) -> None:
     args = parse(_Check, arguments, "check")
 
     from manipi.data.check import check_dataset
+    from manipi.data.checks.page import write_check_page
 
     robot = load_robot(args.robot) if args.robot else None
     report = check_dataset(args.dataset, robot=robot, quick=args.quick, num_workers=args.num_workers)
     write_result(report, args.json)
+    if args.html is not None:
+        write_check_page(args.html, report)
     print(render(report, quick=args.quick))
-    sys.exit(1 if report.count("error") else 0)
+    sys.exit(1 if report.count("error") or (args.strict and report.count("warning")) else 0)
 
 
 def render(report: "CheckReport", *, quick: bool) -> str:
     """The findings as blocks of text, then how many there are of each kind."""
-    from manipi.data.check import CHECKS
+    from manipi.data.checks.report import CHECKS
 
     size = f"{report.num_episodes} episodes · {report.num_frames:,} frames · {len(report.cameras)} cameras"
     pictures = "first and last pictures" if quick else "every picture"

@@ -3,7 +3,7 @@
 | module | |
 |---|---|
 | `dataset` | what every reader offers; `open_dataset`, `frames`, `action_chunks` |
-| `lerobot`, `lerobot_index` | LeRobot v2.0, v2.1 and v3.0: tables and pictures, metadata |
+| `lerobot`, `lerobot_index`, `lerobot_tables` | LeRobot v2.0, v2.1 and v3.0: the reader, metadata, tables |
 | `rlds`, `rlds_index` | RLDS (DROID, Open X-Embodiment): episodes, metadata and the index of record files |
 | `rlds_fields`, `tfrecord` | which features become which keys; record files, without TensorFlow |
 | `lerobot_writer`, `lerobot_stats` | LeRobot v3.0, written whole or not at all |
@@ -16,5 +16,6 @@
 | `idle`, `filters`, `mask` | frames that are not worth training on; the rules, and the file that keeps the rest |
 | `loader` | batches, from worker processes |
 | `stats`, `sketch`, `stats_plot` | norm stats; pieces of them that merge; a picture of them |
-| `check`, `describe` | what is wrong with a dataset; what is in it, and a robot that would fit |
+| `check`, `checks` | what is wrong with a dataset; the episodes that cannot be trained on |
+| `view`, `describe` | an episode to look at; what is in a dataset, and a robot that would fit |
 """

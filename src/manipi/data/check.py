@@ -1,81 +1,38 @@
 """Read a dataset in full, and say what is wrong with it.
 
     check        error                                          warning
-    metadata     files that are missing or disagree             an instruction without text
-    tables       missing columns, rows, episodes                two episodes with the same numbers
+    metadata     entries that are missing, twice or disagree
+    tables       missing columns, rows, episodes                tables of no episode
     numbering    frame_index, index, task_index
     timestamps   not ascending                                  not 1/fps apart
-    values       NaN, infinity                                  dimensions that never move, jumps
+    values       NaN, infinity                                  dimensions that never move, jumps, clipped commands
+    movement                                                    pauses, shaking, episodes that are alike
+    language                                                    no instruction, one instruction in several spellings
     pictures     frames that cannot be decoded                  a video longer than its episodes
-    robot        a feature that the dataset lacks               another rate than the dataset's
+    robot        a feature that the dataset lacks               another rate than the dataset's, commands beyond limits
 
-Nothing stops at the first finding: a table that cannot be read is reported, and the others are read all the same.
-Pictures are decoded by the reader that training uses, so what passes here trains.
-
-Shape letters: N rows, E episodes, d dimensions.
+Nothing stops at the first finding: what cannot be read is reported, and the rest is read all the same. Tables and
+pictures pass through the reader that training uses, so what passes here trains.
 """
 
-import hashlib
 import os
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeAlias
 
-import av
 import numpy as np
-import pyarrow as pa
-from av.error import FFmpegError
-from tqdm import tqdm
 
-from manipi.data.dataset import Dataset, Episode, open_dataset
-from manipi.data.lerobot_index import LeRobotIndex, read_columns, read_index
-from manipi.data.stats import NEAR_CONSTANT
-from manipi.errors import DataError, DatasetFormatError
+from manipi.data.checks import episodes as whole
+from manipi.data.checks import values
+from manipi.data.checks.lerobot import open_lerobot
+from manipi.data.checks.pictures import picture_findings
+from manipi.data.checks.report import CheckReport, EpisodeFacts, Finding, from_error, warning
+from manipi.data.checks.values import Signal
+from manipi.data.dataset import Dataset, open_dataset
+from manipi.data.describe import is_action
+from manipi.errors import DataError
 from manipi.robots.robot import Robot
-
-CHECKS = ("metadata", "tables", "numbering", "timestamps", "values", "pictures", "robot")
-NUMBERING = ("episode_index", "frame_index", "index", "task_index", "timestamp")
-SPACING = 0.1
-"""Timestamps may be off by this share of a frame."""
-JUMP, USUAL_SHARE = 8.0, 0.9
-"""A jump is a step of more than `JUMP` times what the largest steps of `USUAL_SHARE` of the episodes stay below.
-Episodes are compared, not steps, because a gripper that snaps shut does so in most episodes and in hardly any frame."""
-_BLOCK = 32
-"""Pictures decoded at a time."""
-
-Columns: TypeAlias = Mapping[str, np.ndarray]
-"""Values [N, d] of every vector feature, and [N] of what numbers the rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing that is wrong."""
-
-    severity: Literal["error", "warning"]
-    check: str
-    where: str
-    """File, episode and frame."""
-    what: str
-    next: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckReport:
-    """What was read, and what was found in it."""
-
-    root: str
-    num_episodes: int = 0
-    num_frames: int = 0
-    cameras: tuple[str, ...] = ()
-    findings: tuple[Finding, ...] = ()
-
-    def count(self, severity: str, check: str | None = None) -> int:
-        return sum(f.severity == severity and check in (None, f.check) for f in self.findings)
 
 
 def check_dataset(
@@ -84,269 +41,118 @@ def check_dataset(
     """Check everything about the dataset at `root`; what is wrong is in the report, never raised.
 
     Args:
-        robot: also check that the dataset has what this robot names.
+        robot: also check that the dataset has what this robot names, and stays within its limits.
         quick: decode the first and the last picture of each episode only.
         num_workers: threads that decode pictures; by default one per processor core.
     """
+    root = Path(root).expanduser().resolve()
     try:
-        dataset, index = open_dataset(root), read_index(root)
+        findings, rows, to_decode = _open(root, None)
     except DataError as error:
-        return CheckReport(root=str(root), findings=(_from_error(error, "metadata", root),))
-    columns, unreadable = _read_tables(index, root)
-    findings = [*_metadata(index), *unreadable]
-    if columns:
-        findings += [*_rows(index, columns, complete=not unreadable), *_values(index, columns)]
-    findings += [*_video_lengths(index, root), *_pictures(dataset, quick, num_workers or os.cpu_count() or 1)]
+        return CheckReport(root=str(root), findings=_located(root, [from_error(error, "metadata")]))
+    facts: tuple[EpisodeFacts, ...] = ()
+    if rows is not None:
+        signals, bad = values.read_signals(rows)
+        found, facts = _look_into(rows, signals, robot)
+        findings += [*bad, *found]
+    if to_decode is not None:
+        workers = num_workers or os.cpu_count() or 1
+        findings += picture_findings(to_decode, to_decode.cameras, quick=quick, num_workers=workers)
+    dataset = to_decode or rows
+    if dataset is None:
+        return CheckReport(root=str(root), findings=_located(root, findings))
     if robot is not None:
         findings += _robot(dataset, robot)
     return CheckReport(
         root=str(root),
-        num_episodes=len(index.episodes),
+        num_episodes=len(dataset.episodes),
         num_frames=dataset.num_frames,
+        fps=dataset.fps,
         cameras=tuple(dataset.cameras),
-        findings=tuple(replace(f, where=f.where.replace(f"{dataset.root}/", "")) for f in findings),
+        findings=_located(root, findings),
+        episodes=facts,
+        tasks=dict(Counter(e.task for e in dataset.episodes).most_common()),
     )
 
 
-def _error(check: str, where: str, what: str, next: str) -> Finding:
-    return Finding(severity="error", check=check, where=where, what=what, next=next)
+def sort_episodes(
+    root: Path, *, robot: Robot | None = None, num_workers: int | None = None
+) -> tuple[tuple[int, ...], dict[int, str]]:
+    """The numbers of the episodes that training can use; and of those that it cannot, each with its first error.
+
+    Cheap enough for the start of a run: metadata, tables, numbering, timestamps, numbers that are not finite, and the
+    first and last picture of each episode. Open the sound ones with `open_dataset(root, episodes=…)`, which touches no
+    file of the bad ones.
+
+    Args:
+        robot: look at the features alone that this robot names; None: at all of them.
+
+    Raises:
+        DataError: something is wrong that no choice of episodes avoids.
+    """
+    root, keys = Path(root).expanduser().resolve(), None
+    if robot is not None:
+        keys = {
+            robot.dataset_key(k) for k in (*robot.cameras.values(), *(s.key for s in robot.state), robot.action_key)
+        }
+    findings, rows, to_decode = _open(root, keys)
+    if rows is not None:
+        findings += values.read_signals(rows, keys)[1]
+    if to_decode is not None:
+        cameras = [camera for camera in to_decode.cameras if keys is None or camera in keys]
+        workers = num_workers or os.cpu_count() or 1
+        findings += picture_findings(to_decode, cameras, quick=True, num_workers=workers)
+    bad: dict[int, str] = {}
+    for finding in _located(root, findings):
+        for number in finding.episodes if finding.severity == "error" else ():
+            bad.setdefault(number, f"{finding.where}: {finding.what}")
+    sound = [episode.index for episode in rows.episodes if episode.index not in bad] if rows is not None else []
+    return tuple(sound), dict(sorted(bad.items()))
 
 
-def _warning(check: str, where: str, what: str, next: str) -> Finding:
-    return Finding(severity="warning", check=check, where=where, what=what, next=next)
+def _open(root: Path, keys: set[str] | None) -> tuple[list[Finding], Dataset | None, Dataset | None]:
+    """What the format's own checks find, the episodes whose rows can be read, and those whose pictures can be tried."""
+    if (root / "meta").is_dir():
+        return open_lerobot(root, keys)
+    dataset = open_dataset(root)
+    return list(_timestamps(dataset)), dataset, dataset
 
 
-def _from_error(error: DataError, check: str, root: Path) -> Finding:
-    next = error.next.replace("<folder>", str(root))
-    return _error(check, error.where, f"expected {error.expected}; found {error.found}", next)
+def _timestamps(dataset: Dataset) -> Iterator[Finding]:
+    """Of a format whose reader does not look at them."""
+    if "timestamp" in dataset.features:
+        seconds = dataset.column("timestamp")[:, 0]
+        for e in dataset.episodes:
+            yield from values.uneven_timestamps(e.index, seconds[e.start : e.start + e.length], dataset.fps)
 
 
-def _metadata(index: LeRobotIndex) -> Iterator[Finding]:
-    where = "meta/"
-    for number, count in Counter(e.index for e in index.episodes).items():
-        if count > 1:
-            yield _error("metadata", where, f"episode {number} is listed {count} times", "keep one of the entries")
-    for episode in index.episodes:
-        if episode.length < 1:
-            next = "delete the episode from the dataset"
-            yield _error("metadata", where, f"episode {episode.index} has {episode.length} frames", next)
-        if not episode.task.strip():
-            next = "write what the robot does there; the policy is told nothing otherwise"
-            yield _warning("metadata", where, f"episode {episode.index} has no instruction", next)
-
-
-# Tables -------------------------------------------------------------------------------------------------------------
-
-
-def _read_tables(index: LeRobotIndex, root: Path) -> tuple[Columns, list[Finding]]:
-    """All vectors of all tables that can be read, one below the other, and what is wrong with the other tables."""
-    vectors = [key for key, feature in index.features.items() if feature.kind == "vector"]
-    names, tables, findings = list(dict.fromkeys((*NUMBERING, *vectors))), [], []
-    for path in tqdm(index.tables, desc="tables", unit="file"):
-        try:
-            table = read_columns(path, names, root)
-        except DatasetFormatError as error:
-            findings.append(_from_error(error, "tables", root))
-            continue
-        if not len(table):
-            continue
-        arrays = {name: _array(table.column(name)) for name in names}
-        ragged = [name for name, values in arrays.items() if len(values) != len(table)]
-        for name in ragged:
-            what = f"{name!r} has rows of different lengths, or without numbers"
-            findings.append(_error("tables", str(path), what, "convert the dataset again"))
-        if not ragged:
-            tables.append(arrays)
-    return {name: np.concatenate([table[name] for table in tables]) for name in names} if tables else {}, findings
-
-
-def _array(column: pa.ChunkedArray) -> np.ndarray:
-    """[N] or, for lists, [N, d]; another length where rows have different numbers of values."""
-    values = column.combine_chunks()
-    nested, rows = pa.types.is_nested(values.type), max(len(values), 1)
-    while pa.types.is_nested(values.type):
-        values = values.flatten()
-    flat = values.to_numpy(zero_copy_only=False)
-    if not nested or len(flat) % rows:
-        return flat
-    return flat.reshape(rows, -1)
-
-
-def _runs(columns: Columns) -> list[tuple[int, slice]]:
-    """Episode number and rows of each run of equal `episode_index`."""
-    numbers = columns["episode_index"]
-    bounds = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
-    return [(int(numbers[start]), slice(start, end)) for start, end in pairwise(bounds)]
-
-
-def _rows(index: LeRobotIndex, columns: Columns, *, complete: bool) -> Iterator[Finding]:
-    """Every run of rows against the episode that the metadata promise."""
-    episodes, seen, digests = {e.index: e for e in index.episodes}, set[int](), dict[bytes, int]()
-    for number, rows in _runs(columns):
-        where, episode, count = f"episode {number}", episodes.get(number), rows.stop - rows.start
-        if episode is None or number in seen:
-            what = "occurs twice in the data tables" if number in seen else "is in the data tables, not in the metadata"
-            yield _error("tables", where, f"episode_index {number} {what}", "convert or record the dataset again")
-            continue
-        seen.add(number)
-        if count != episode.length:
-            what = f"{count} rows in the data tables, {episode.length} in the metadata"
-            yield _error("tables", where, what, "convert the dataset again; every later frame is misplaced")
-            continue
-        yield from _numbering(index, episode, {name: columns[name][rows] for name in NUMBERING})
-        twin = digests.setdefault(_digest(columns, rows), number)
-        if twin != number:
-            yield _warning("tables", where, f"the same numbers as episode {twin}", "delete one of the two")
-    if complete:
-        for number in sorted(e.index for e in index.episodes if e.length and e.index not in seen):
-            yield _error("tables", f"episode {number}", "no rows in the data tables", "convert the dataset again")
-
-
-def _digest(columns: Columns, rows: slice) -> bytes:
-    floats = [v[rows] for k, v in columns.items() if k not in NUMBERING and v.dtype.kind == "f"]
-    return hashlib.sha256(b"".join(v.tobytes() for v in floats) or str(rows).encode()).digest()
-
-
-def _numbering(index: LeRobotIndex, episode: Episode, columns: Columns) -> Iterator[Finding]:
-    frame, seconds = np.arange(episode.length), columns["timestamp"].astype(np.float64)
-    for name, expected in (("frame_index", frame), ("index", frame + episode.start)):
-        if (wrong := np.flatnonzero(columns[name] != expected)).size:
-            at = int(wrong[0])
-            what = f"{name} is {columns[name][at]} where {expected[at]} belongs ({_frames(wrong.size)} in all)"
-            yield _error("numbering", f"episode {episode.index}, frame {at}", what, "number the rows again")
-    unknown = [int(i) for i in np.unique(columns["task_index"]) if not index.tasks.get(int(i), "").strip()]
-    if unknown:
-        what, next = f"task_index {unknown} has no text in meta/tasks", "add the instruction's text"
-        yield _error("numbering", f"episode {episode.index}", what, next)
-    step = np.diff(seconds)
-    if (back := np.flatnonzero(step <= 0)).size:
-        at = int(back[0])
-        what = f"the time goes from {seconds[at]:.4f} s to {seconds[at + 1]:.4f} s ({_frames(back.size)} in all)"
-        yield _error("timestamps", f"episode {episode.index}, frame {at + 1}", what, "sort the rows by time")
-    elif (off := np.flatnonzero(np.abs(step * index.fps - 1) > SPACING)).size:
-        at = int(off[0])
-        what = f"{step[at]:.4f} s after the frame before, not 1/{index.fps:g} s ({_frames(off.size)} in all)"
-        next = "resample the episode, or correct fps in meta/info.json"
-        yield _warning("timestamps", f"episode {episode.index}, frame {at + 1}", what, next)
-
-
-def _frames(count: int) -> str:
-    return f"{count} frame{'s' if count > 1 else ''}"
-
-
-# Values -------------------------------------------------------------------------------------------------------------
-
-
-def _values(index: LeRobotIndex, columns: Columns) -> Iterator[Finding]:
-    runs = _runs(columns)
-    for key, values in columns.items():
-        if key in NUMBERING or values.dtype.kind != "f":
-            continue
-        values_Nd, feature = values.reshape(len(values), -1).astype(np.float64), index.features[key]
-        named = len(feature.names) == values_Nd.shape[1]
-        names = [f"{key}[{d}]" + (f" {feature.names[d]!r}" if named else "") for d in range(values_Nd.shape[1])]
-        for number, rows in runs:
-            yield from _not_finite(names, number, values_Nd[rows])
-        values_Nd[~np.isfinite(values_Nd)] = np.nan
-        yield from _still(names, values_Nd)
-        yield from _jumps(names, values_Nd, runs)
-
-
-def _not_finite(names: list[str], episode: int, values_Nd: np.ndarray) -> Iterator[Finding]:
-    bad = np.argwhere(~np.isfinite(values_Nd))
-    if len(bad):
-        frame, d = bad[0].tolist()
-        what = f"{values_Nd[frame, d]} in {names[d]} ({len(bad)} value{'s' if len(bad) > 1 else ''} in the episode)"
-        next = "repair the values, or leave the episode out; training stops at them"
-        yield _error("values", f"episode {episode}, frame {frame}", what, next)
-
-
-def _still(names: list[str], values_Nd: np.ndarray) -> Iterator[Finding]:
-    finite = values_Nd[np.isfinite(values_Nd).all(axis=1)]
-    if not len(finite):
-        return
-    low, high = np.quantile(finite, (0.01, 0.99), axis=0)
-    if (still := np.flatnonzero(high - low < NEAR_CONSTANT)).size:
-        what = f"98 % of the values lie within {NEAR_CONSTANT:g} in {', '.join(names[d] for d in still)}"
-        next = "leave out what the robot does not use; normalisation would turn its noise into large numbers"
-        yield _warning("values", "all episodes", what, next)
-
-
-def _jumps(names: list[str], values_Nd: np.ndarray, runs: list[tuple[int, slice]]) -> Iterator[Finding]:
-    steps_Nd = np.abs(np.diff(values_Nd, axis=0, prepend=values_Nd[:1]))
-    starts = [rows.start for _, rows in runs]
-    steps_Nd[starts] = 0  # there is no step from one episode to the next
-    largest_Ed = np.nan_to_num(np.fmax.reduceat(steps_Nd, starts, axis=0))
-    usual_d = np.quantile(largest_Ed, USUAL_SHARE, axis=0, method="lower")
-    # A dimension that rests in most episodes has no usual step to compare with.
-    excess_Ed = np.divide(largest_Ed, usual_d, out=np.zeros_like(largest_Ed), where=usual_d > 0)
-    for e in np.flatnonzero((excess_Ed > JUMP).any(axis=1)).tolist():
-        number, rows = runs[e]
-        d = int(excess_Ed[e].argmax())
-        frame = int(np.nanargmax(steps_Nd[rows, d]))
-        what = f"{names[d]} steps by {largest_Ed[e, d]:.3g}, in most episodes by at most {usual_d[d]:.3g}"
-        next = "look at the frame: a lost packet, an angle that wraps, a sensor that was reset?"
-        yield _warning("values", f"episode {number}, frame {frame}", what, next)
-
-
-# Pictures -----------------------------------------------------------------------------------------------------------
-
-
-def _video_lengths(index: LeRobotIndex, root: Path) -> Iterator[Finding]:
-    """Pictures that a video has beyond those of its episodes. Those that it lacks show when they are decoded."""
-    for clips in index.clips.values():
-        promised = Counter[Path]()
-        for clip, episode in zip(clips, index.episodes, strict=True):
-            promised[clip.path] += episode.length
-        for path, count in promised.items():
-            found = _video_length(path)
-            if found is not None and found > count:
-                what = f"{_frames(found)}, and only {count} in the episodes that it belongs to"
-                yield _warning("pictures", str(path), what, "look whether pictures and rows are shifted")
-
-
-def _video_length(path: Path) -> int | None:
-    try:
-        with av.open(str(path)) as container:
-            return container.streams.video[0].frames
-    except (FFmpegError, IndexError):
-        return None  # decoding reports it, with the episodes concerned
-
-
-def _pictures(dataset: Dataset, quick: bool, num_workers: int) -> list[Finding]:
-    """Decode every camera of every episode; the first damaged picture of each is reported."""
-    jobs = [(camera, position) for camera in dataset.cameras for position in range(len(dataset.episodes))]
-    local = threading.local()
-
-    def begin() -> None:
-        local.dataset = open_dataset(dataset.root)
-
-    def decode(job: tuple[str, int]) -> Finding | None:
-        return _decode(local.dataset, *job, quick=quick)
-
-    with ThreadPoolExecutor(num_workers, initializer=begin) as pool:
-        try:
-            bar = tqdm(pool.map(decode, jobs), total=len(jobs), desc="pictures", unit="clip")
-            return [finding for finding in bar if finding is not None]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _decode(dataset: Dataset, camera: str, position: int, *, quick: bool) -> Finding | None:
-    episode = dataset.episodes[position]
-    rows = episode.start + np.arange(episode.length)
-    if quick:
-        rows = rows[[0, -1]] if episode.length else rows
-    try:
-        for start in range(0, len(rows), _BLOCK):
-            dataset.images(camera, rows[start : start + _BLOCK])
-    except DataError as error:
-        return _from_error(error, "pictures", dataset.root)
-    return None
-
-
-# Robot --------------------------------------------------------------------------------------------------------------
+def _look_into(
+    dataset: Dataset, signals: Sequence[Signal], robot: Robot | None
+) -> tuple[list[Finding], tuple[EpisodeFacts, ...]]:
+    idle_N, findings, jerks = whole.find_idle(dataset, signals, robot), [], []
+    for signal in signals:
+        jerk_Ed = values.jerk(dataset, signal)
+        findings += [*values.still(signal), *values.jumps(dataset, signal), *values.shaking(dataset, signal, jerk_Ed)]
+        if is_action(signal.key):
+            findings += values.clipped(dataset, signal, idle_N)
+        jerks.append(jerk_Ed[:, signal.moving_d])
+    findings += [*whole.pauses(dataset, idle_N), *whole.alike(dataset, signals), *whole.language(dataset)]
+    if robot is not None:
+        findings += values.beyond_limits(dataset, robot, list(signals))
+    jerk_E = np.concatenate([np.zeros((len(dataset.episodes), 0)), *jerks], axis=1)
+    jerk_E = jerk_E.mean(axis=1) if jerk_E.shape[1] else np.zeros(len(jerk_E))
+    facts = [
+        EpisodeFacts(
+            index=e.index,
+            length=e.length,
+            task=e.task,
+            idle=float(idle_N[e.start : e.start + e.length].mean()),
+            jerk=float(jerk),
+            motion=motion,
+        )
+        for e, jerk, motion in zip(dataset.episodes, jerk_E, whole.speed_curves(dataset, signals), strict=True)
+    ]
+    return findings, tuple(facts)
 
 
 def _robot(dataset: Dataset, robot: Robot) -> Iterator[Finding]:
@@ -356,7 +162,20 @@ def _robot(dataset: Dataset, robot: Robot) -> Iterator[Finding]:
         try:
             dataset.require(robot.dataset_key(key), "image" if size is None else "vector", size)
         except DataError as error:
-            yield _from_error(error, "robot", dataset.root)
+            yield from_error(error, "robot")
     if robot.control_hz != dataset.fps:
         what = f"{robot.name!r} runs at {robot.control_hz:g} Hz, the dataset at {dataset.fps:g} Hz"
-        yield _warning("robot", "control_hz", what, "set control_hz; chunks would be executed at another speed")
+        yield warning("robot", what, "set control_hz; chunks would be executed at another speed")
+
+
+def _located(root: Path, findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """With paths as seen from the dataset's folder."""
+    return tuple(
+        replace(
+            f,
+            where=f.where.replace(f"{root}/", ""),
+            what=f.what.replace(f"{root}/", ""),
+            next=f.next.replace("<folder>", str(root)),
+        )
+        for f in findings
+    )

@@ -122,6 +122,10 @@ class Dataset(abc.ABC):
         episode = self.episodes[int(self.episode_of(np.asarray(row)))]
         return f"episode {episode.index}, frame {row - episode.start}"
 
+    def place(self, row: int) -> str:
+        """The file, where a reader knows it, and `locate(row)`."""
+        return f"{self.root}, {self.locate(row)}"
+
     def column(self, key: str) -> np.ndarray:
         """All values of a vector feature, [N, d] float32 or int64; read once, then kept in RAM, read-only.
 
@@ -185,7 +189,7 @@ class Dataset(abc.ABC):
         raise BadValueError(
             expected=f"finite numbers in {key!r}",
             found=f"{values[row, dimension]} in dimension {dimension}, and {len(bad)} such values in all",
-            where=f"{self.root}, {self.locate(row)}",
+            where=self.place(row),
             next=f"manipi check {self.root}  # lists every bad episode, to repair or leave out",
         )
 
@@ -281,9 +285,8 @@ def open_dataset(
             where=str(root),
             next=f"ls {root.parent}  # then give the right path (--data.path, or --data.root for mixtures)",
         )
-    is_lerobot = (root / "meta/info.json").is_file()
-    if is_lerobot or find_version(root) is None:
-        dataset: Dataset = LeRobotDataset(root)
-    else:
-        dataset = open_rlds(root, fields=BY_NAME[fields] if fields else None, split=split, seed=seed)
+    if (root / "meta/info.json").is_file() or find_version(root) is None:
+        dataset: Dataset = LeRobotDataset(root, sorted(episodes))
+        return dataset if list(episodes) == sorted(episodes) else EpisodeSubset(dataset, episodes)
+    dataset = open_rlds(root, fields=BY_NAME[fields] if fields else None, split=split, seed=seed)
     return EpisodeSubset(dataset, episodes) if episodes else dataset

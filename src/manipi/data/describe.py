@@ -60,13 +60,26 @@ def _origin(root: Path) -> tuple[str, str]:
     return f"RLDS {info['name']} {info.get('version', '')}".strip(), ""
 
 
+def is_action(key: str) -> bool:
+    """Whether a feature of that name holds commands, by the habits of those who name them."""
+    return key.split(".")[-1].startswith("action")
+
+
+def is_state(key: str) -> bool:
+    return any(word in key for word in _STATE_WORDS)
+
+
+def is_gripper(name: str) -> bool:
+    return any(word in name.lower() for word in _GRIPPER_WORDS)
+
+
 def sketch_robot(dataset: Dataset, name: str) -> str:
     """Python source of a `Robot` with every camera, state and action that the features' names suggest."""
     vectors = {key: feature for key, feature in dataset.features.items() if feature.kind == "vector"}
     floats = {key: feature for key, feature in vectors.items() if "float" in feature.dtype and key != "timestamp"}
-    action_key = next((key for key in floats if key.split(".")[-1].startswith("action")), "action")
+    action_key = next((key for key in floats if is_action(key)), "action")
     action = floats.get(action_key, Feature(kind="vector", shape=(1,), dtype="float32"))
-    states = {k: f for k, f in floats.items() if k != action_key and any(word in k for word in _STATE_WORDS)}
+    states = {k: f for k, f in floats.items() if k != action_key and is_state(k)}
     cameras = "".join(f'        "{slot}": "{key}",\n' for slot, key in _slots(dataset.cameras))
     state = "".join(f'        State("{key}", {feature.shape[0]}),\n' for key, feature in states.items())
     return f"""\

@@ -54,7 +54,8 @@ def idle_frames(
     when every dimension's highest and lowest value in it differ by at most `share` of its range, or by one step of its
     encoder (the smallest difference that it ever shows, where that is under a quarter of the range). A slow drift is a
     movement, therefore, and a held position is none. An action dimension that is a rate must also stay within `share`
-    of its range from zero, since a constant velocity moves the robot. The pause is all frames of all still windows.
+    of its range from zero, since a constant velocity moves the robot. The pause is all frames of all still windows, but
+    for those on both sides of a sudden step: a gripper that snaps shut while the arm waits is what there is to learn.
 
     Dimensions whose range is under 1e-4 are not asked. One that trembles all the time, as an arm that is not used may,
     hides every pause: leave it out. What is not sure to be a pause is none.
@@ -87,6 +88,8 @@ def idle_frames(
         # How many still windows begin at a frame, less those that ended before it.
         changes_T = np.pad(still_w.astype(int), (0, window)) - np.pad(still_w.astype(int), (window, 0))
         idle_N[start:end] = np.cumsum(changes_T[:-1]) > 0
+        stepped_T = (np.abs(np.diff(values_NM[start:end], axis=0)) > limit_M)[:, asked_M].any(axis=1)
+        idle_N[start:end] &= ~(np.append(stepped_T, False) | np.append(False, stepped_T))
     return idle_N
 
 

@@ -3,18 +3,20 @@
 import hashlib
 import io
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from manipi.data.dataset import Dataset
-from manipi.data.lerobot_index import broken, parquet_errors, read_columns, read_index
+from manipi.data.lerobot_index import open_index
+from manipi.data.lerobot_tables import ROW_COLUMNS, broken, parquet_errors, read_values, row_faults
 from manipi.data.video import VideoFrames
+from manipi.errors import DataError
 from manipi.remote.fetch import fetch, origin
 
 _FOOTER_BYTES = 1 << 20
@@ -25,31 +27,36 @@ _ROW_GROUPS = 8
 class LeRobotDataset(Dataset):
     """A LeRobot dataset folder.
 
+    Args:
+        numbers: the episodes to use, in ascending order, where not all: files of others are not touched.
+
     Raises:
         DatasetNotFoundError: no episodes or frames.
         DatasetFormatError: an unknown version; metadata or tables that are missing, broken or disagree.
+        ConfigError: no episode of that number.
     """
 
-    def __init__(self, root: Path):
-        self._index = index = read_index(root)
+    def __init__(self, root: Path, numbers: Sequence[int] = ()):
+        self._index = index = open_index(root, numbers)
+        self._numbers, self._tables = tuple(numbers), list(dict.fromkeys(index.tables))
         super().__init__(root=root, name=root.name, fps=index.fps, features=index.features, episodes=index.episodes)
         self._videos = VideoFrames()
         self._origin = origin(root / "meta").removesuffix("/meta/")
         self._pictures = lru_cache(maxsize=_ROW_GROUPS)(_read_pictures)
 
     def __reduce__(self) -> tuple:
-        return LeRobotDataset, (self.root,)
+        return LeRobotDataset, (self.root, self._numbers)
 
     def _fingerprint(self) -> str:
         """SHA-256 over names and contents of metadata and tables.
 
         Tables that hold pictures are too big to be read for this; their footer tells the size and range of each column.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(f"{self._numbers}".encode() if self._numbers else b"")
         for path in self._index.metadata:
             digest.update(f"{path.relative_to(self.root)}\n".encode() + path.read_bytes())
         holds_pictures = any(self.features[key].dtype == "image" for key in self.cameras)
-        for path in self._index.tables:
+        for path in self._tables:
             with parquet_errors(path, self.root), path.open("rb") as file:
                 size = path.stat().st_size
                 file.seek(max(0, size - _FOOTER_BYTES) if holds_pictures else 0)
@@ -69,46 +76,42 @@ class LeRobotDataset(Dataset):
             broken(self.root, known, str(number), f"{self.root}, {self.locate(row)}")
         return self._index.subtasks[number]
 
+    def place(self, row: int) -> str:
+        return f"{self._index.tables[int(self.episode_of(np.asarray(row)))]}, {self.locate(row)}"
+
     @cached_property
     def _task_indices(self) -> np.ndarray:
-        indices = self._read_column("task_index")[:, 0]
-        unknown = set(np.unique(indices).tolist()) - self._index.tasks.keys()
-        if unknown:
-            broken(self.root, f"task_index among {sorted(self._index.tasks)}", f"{sorted(unknown)}", "the data tables")
-        return indices
+        return self._read_column("task_index")[:, 0]
 
     # Tables -----------------------------------------------------------------------------------------------------
 
     def _read_column(self, key: str) -> np.ndarray:
-        self._check_row_order()
         width = int(np.prod(self.features[key].shape)) if key in self.features else 1
-        return self._concatenate(key, width)
+        return self._concatenate({key: width})[key][self._table_rows]
 
     @cached_property
-    def _row_order(self) -> np.ndarray:
-        return self._concatenate("episode_index", 1)[:, 0]
-
-    def _check_row_order(self) -> None:
-        """Rows are addressed by position, so every row must lie in the episode that the metadata put there."""
+    def _table_rows(self) -> np.ndarray:
+        """Which row of the tables each row is. Rows are addressed by position, so they must be as promised."""
+        found = self._concatenate(ROW_COLUMNS)
+        numbers, seconds, tasks = (found[key][:, 0] for key in ROW_COLUMNS)
+        rows = np.flatnonzero(np.isin(numbers, self._numbers)) if self._numbers else np.arange(len(numbers))
         expected = np.repeat([e.index for e in self.episodes], [e.length for e in self.episodes])
-        if np.array_equal(expected, self._row_order):
-            return
-        if len(expected) != len(self._row_order):
-            broken(self.root, f"{len(expected)} rows in the data tables", f"{len(self._row_order)}", "data/")
-        row = int(np.argmax(expected != self._row_order))
-        found = f"episode_index {self._row_order[row]}"
-        broken(self.root, f"episode_index {expected[row]} in row {row}", found, self.root / "data")
+        if np.array_equal(expected, numbers[rows]) and np.isin(tasks[rows], list(self._index.tasks)).all():
+            ascends = np.diff(seconds[rows]) > 0
+            if ascends[np.diff(expected) == 0].all():
+                return rows
+        raise self._row_fault()
 
-    def _concatenate(self, key: str, width: int) -> np.ndarray:
-        return np.concatenate([self._read_values(path, key, width) for path in self._index.tables])
+    def _row_fault(self) -> DataError:
+        for path, promised in self._index.by_table().items():
+            values = read_values(path, ROW_COLUMNS, self.root)
+            for fault in row_faults(path, self.root, promised, self._index.tasks, values, only=bool(self._numbers)):
+                return fault.error
+        raise AssertionError("the fast test and row_faults disagree")
 
-    def _read_values(self, path: Path, key: str, width: int) -> np.ndarray:
-        column = read_columns(path, [key], self.root).column(0)
-        values = _numbers(column)
-        if len(values) != len(column) * width:
-            found = f"{len(values)} numbers in {len(column)} rows"
-            broken(self.root, f"{width} numbers per row in {key!r}, as meta/info.json says", found, path)
-        return values.astype(np.float32 if values.dtype.kind == "f" else np.int64).reshape(-1, width)
+    def _concatenate(self, widths: dict[str, int]) -> dict[str, np.ndarray]:
+        parts = [read_values(path, widths, self.root) for path in self._tables]
+        return {key: np.concatenate([part[key] for part in parts]) for key in widths}
 
     # Pictures ---------------------------------------------------------------------------------------------------
 
@@ -119,9 +122,13 @@ class LeRobotDataset(Dataset):
             image = read(camera, row)
             if image.shape != images.shape[1:]:
                 expected = f"a picture of shape {images.shape[1:]}, as meta/info.json says"
-                broken(self.root, expected, f"{image.shape}", f"{camera}, {self.locate(row)}")
+                broken(self.root, expected, f"{image.shape}", f"{self._file(camera, row)}, {self.locate(row)}")
             images[i] = image
         return images
+
+    def _file(self, camera: str, row: int) -> Path:
+        position = int(self.episode_of(np.asarray(row)))
+        return self._index.clips[camera][position].path if camera in self._index.clips else self._index.tables[position]
 
     def _read_video_frame(self, camera: str, row: int) -> np.ndarray:
         position = int(self.episode_of(np.asarray(row)))
@@ -136,8 +143,9 @@ class LeRobotDataset(Dataset):
         return fetch(f"{self._origin}/{path.relative_to(self.root)}", show=False)
 
     def _read_picture(self, camera: str, row: int) -> np.ndarray:
-        start, path, group = self._row_groups[bisect_right(self._row_groups, row, key=lambda entry: entry[0]) - 1]
-        encoded = self._pictures(path, group, camera)[row - start]
+        stored = int(self._table_rows[row])
+        start, path, group = self._row_groups[bisect_right(self._row_groups, stored, key=lambda entry: entry[0]) - 1]
+        encoded = self._pictures(path, group, camera)[stored - start]
         try:
             return np.asarray(Image.open(io.BytesIO(encoded["bytes"])).convert("RGB"))
         except OSError as error:
@@ -147,7 +155,7 @@ class LeRobotDataset(Dataset):
     def _row_groups(self) -> list[tuple[int, Path, int]]:
         """The smallest readable parts of the tables: first row, table, number within the table."""
         groups, start = [], 0
-        for path in self._index.tables:
+        for path in self._tables:
             with parquet_errors(path, self.root):
                 metadata = pq.read_metadata(path)
             for number in range(metadata.num_row_groups):
@@ -158,11 +166,3 @@ class LeRobotDataset(Dataset):
 
 def _read_pictures(path: Path, group: int, camera: str) -> list[dict[str, Any]]:
     return pq.ParquetFile(path).read_row_group(group, columns=[camera]).column(0).to_pylist()
-
-
-def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """All numbers of a column of numbers or of (nested) lists of numbers, flat."""
-    values = column.combine_chunks()
-    while pa.types.is_nested(values.type):
-        values = values.flatten()
-    return values.to_numpy(zero_copy_only=False)

@@ -7,16 +7,18 @@ v3   meta/episodes/**, meta/tasks.parquet       many episodes per table and per 
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manipi.data.dataset import Episode, Feature
+from manipi.data.lerobot_tables import Fault, broken, format_error, parquet_errors, read_columns, see_check
+from manipi.data.subset import require_episodes
 from manipi.errors import DatasetFormatError, DatasetNotFoundError
 
 
@@ -40,19 +42,72 @@ class LeRobotIndex:
     subtasks: dict[int, str]
     """None where the dataset has none."""
     tables: list[Path]
-    """The data tables, in row order."""
+    """Per episode, the data table that its rows are in."""
     clips: dict[str, list[Clip]]
     """Per feature that is stored as video, one clip per episode."""
     metadata: list[Path]
+    promised: tuple[int, int]
+    """Episodes and frames that meta/info.json counts."""
+    unreadable: list[DatasetFormatError]
+    """What is wrong with entries of episodes that cannot be read, and are left out of all the above."""
+
+    def by_table(self) -> dict[Path, list[Episode]]:
+        """The episodes that each data table holds, in row order."""
+        tables: dict[Path, list[Episode]] = {}
+        for path, episode in zip(self.tables, self.episodes, strict=True):
+            tables.setdefault(path, []).append(episode)
+        return tables
+
+    def only(self, numbers: Sequence[int], root: Path) -> "LeRobotIndex":
+        """The index of some episodes, in ascending order; ConfigError where there is no episode of a number."""
+        require_episodes([e.index for e in self.episodes], numbers, root)
+        kept = [i for i, episode in enumerate(self.episodes) if episode.index in set(numbers)]
+        starts = itertools.accumulate((self.episodes[i].length for i in kept), initial=0)
+        return replace(
+            self,
+            episodes=[replace(self.episodes[i], start=start) for i, start in zip(kept, starts)],
+            tables=[self.tables[i] for i in kept],
+            clips={key: [clips[i] for i in kept] for key, clips in self.clips.items()},
+        )
 
 
-def read_index(root: Path) -> LeRobotIndex:
-    """Read the metadata of any known version.
+def open_index(root: Path, numbers: Sequence[int]) -> LeRobotIndex:
+    """The metadata of a dataset, or of the episodes of it with these numbers, where those are sound.
 
     Raises:
         DatasetNotFoundError: no episodes or frames.
         DatasetFormatError: an unknown version; metadata that are missing, broken or disagree.
+        ConfigError: no episode of that number.
     """
+    index = read_index(root)
+    for fault in metadata_faults(index, root):
+        if not numbers or set(numbers) & set(fault.episodes):
+            raise fault.error
+    return index.only(numbers, root) if numbers else index
+
+
+def metadata_faults(index: LeRobotIndex, root: Path) -> Iterator[Fault]:
+    """What the metadata say that cannot be."""
+    meta, next, listed = root / "meta", see_check(root), Counter(episode.index for episode in index.episodes)
+    lost = tuple(sorted(set(range(index.promised[0])) - listed.keys()))
+    yield from (Fault(error, lost) for error in index.unreadable)
+    for number, count in listed.items():
+        if count > 1:
+            yield Fault(format_error(root, f"episode {number} once", f"{count} entries of it", meta, next), (number,))
+    for e in index.episodes:
+        if e.length < 1:
+            where = f"{meta}, episode {e.index}"
+            yield Fault(format_error(root, "at least one frame", f"{e.length} frames", where, next), (e.index,))
+    for what, counted, promised in zip(
+        ("episodes", "frames"), (len(index.episodes), sum(e.length for e in index.episodes)), index.promised
+    ):
+        if counted != promised and not index.unreadable:
+            expected = f"{promised} {what} in all, as meta/info.json says"
+            yield Fault(format_error(root, expected, str(counted), meta, next), lost if what == "episodes" else ())
+
+
+def read_index(root: Path) -> LeRobotIndex:
+    """Read the metadata of any known version, sound or not; `metadata_faults` tells. Raises as `open_index` does."""
     info = _read_json(root / "meta/info.json", root)
     readers = {"v2.0": _read_v2, "v2.1": _read_v2, "v3.0": _read_v3}
     version = info.get("codebase_version")
@@ -69,19 +124,15 @@ def read_index(root: Path) -> LeRobotIndex:
         index = readers[version](info, root)
     except KeyError as error:
         broken(root, f"an entry {error} in the metadata", "none", root / "meta")
-    num_frames = sum(episode.length for episode in index.episodes)
-    if not num_frames:
-        raise _empty(root)
-    if num_frames != info.get("total_frames", num_frames):
-        expected = f"{info['total_frames']} frames in all episodes, as meta/info.json says"
-        broken(root, expected, str(num_frames), root / "meta")
+    if not any(episode.length for episode in index.episodes):
+        raise index.unreadable[0] if index.unreadable else _empty(root)
     return index
 
 
 def _read_v2(info: Mapping[str, Any], root: Path) -> LeRobotIndex:
-    meta = root / "meta"
-    rows = sorted(_read_json(meta / "episodes.jsonl", root, lines=True), key=lambda row: row["episode_index"])
-    tasks = {row["task_index"]: row["task"] for row in _read_json(meta / "tasks.jsonl", root, lines=True)}
+    meta, unreadable = root / "meta", []
+    rows = sorted(_read_lines(meta / "episodes.jsonl", root, unreadable), key=lambda row: row["episode_index"])
+    tasks = {row["task_index"]: row["task"] for row in _read_lines(meta / "tasks.jsonl", root)}
 
     def path(template: str, episode: int, **names: str) -> Path:
         chunk = episode // info["chunks_size"]
@@ -101,6 +152,8 @@ def _read_v2(info: Mapping[str, Any], root: Path) -> LeRobotIndex:
         tables=[path(info["data_path"], number) for number in numbers],
         clips=clips,
         metadata=[meta / "info.json", meta / "episodes.jsonl", meta / "tasks.jsonl"],
+        promised=_promised(info, numbers, [row["length"] for row in rows]),
+        unreadable=unreadable,
     )
 
 
@@ -112,9 +165,17 @@ def _read_v3(info: Mapping[str, Any], root: Path) -> LeRobotIndex:
     clip_columns = {key: [f"videos/{key}/{name}" for name in (*place, "from_timestamp")] for key in _video_keys(info)}
     data_columns = [f"data/{name}" for name in place]
     wanted = ["episode_index", "length", "tasks", *data_columns, *itertools.chain.from_iterable(clip_columns.values())]
-    table = pa.concat_tables([read_columns(path, wanted, root) for path in episode_files]).sort_by("episode_index")
+    tables, unreadable = {}, []
+    for path in episode_files:
+        try:
+            tables[path] = read_columns(path, wanted, root)
+        except DatasetFormatError as error:
+            unreadable.append(error)
+    if not tables:
+        raise unreadable[0]
+    table = pa.concat_tables(tables.values()).sort_by("episode_index")
     columns = {name: table.column(name).to_pylist() for name in wanted}
-    places = dict.fromkeys(zip(*(columns[name] for name in data_columns), strict=True))
+    places = zip(*(columns[name] for name in data_columns), strict=True)
     clips = {
         key: [
             Clip(path=root / info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file), start=start)
@@ -130,7 +191,9 @@ def _read_v3(info: Mapping[str, Any], root: Path) -> LeRobotIndex:
         subtasks=_subtasks(root),
         tables=[root / info["data_path"].format(chunk_index=chunk, file_index=file) for chunk, file in places],
         clips=clips,
-        metadata=[root / "meta/info.json", root / "meta/tasks.parquet", *episode_files],
+        metadata=[root / "meta/info.json", root / "meta/tasks.parquet", *tables],
+        promised=_promised(info, columns["episode_index"], columns["length"]),
+        unreadable=unreadable,
     )
 
 
@@ -181,47 +244,41 @@ def _episodes(numbers: list[int], lengths: list[int], tasks: list[list[str]]) ->
     ]
 
 
+def _promised(info: Mapping[str, Any], numbers: list[int], lengths: list[int]) -> tuple[int, int]:
+    return info.get("total_episodes", len(numbers)), info.get("total_frames", sum(lengths))
+
+
 # Files --------------------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path, root: Path, *, lines: bool = False) -> Any:
-    if not path.is_file():
-        broken(root, "a metadata file", "nothing", path)
-    text = path.read_text(encoding="utf-8")
+def _read_json(path: Path, root: Path) -> Any:
     try:
-        return [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
+        return json.loads(_read_text(path, root))
     except json.JSONDecodeError as error:
         broken(root, "JSON", str(error), path)
 
 
-def read_columns(path: Path, names: list[str], root: Path) -> pa.Table:
-    """Some columns of a parquet file of the dataset at `root`; DatasetFormatError when file or columns are missing."""
-    with parquet_errors(path, root):
-        table = pq.ParquetFile(path)
-        if missing := [name for name in names if name not in table.schema_arrow.names]:
-            expected = f"the columns {', '.join(missing)}"
-            broken(root, expected, f"only {', '.join(table.schema_arrow.names)}", path)
-        return table.read(columns=names)
+def _read_lines(path: Path, root: Path, unreadable: list[DatasetFormatError] | None = None) -> list[Any]:
+    """One JSON value per line; a line that is none raises, or is added to `unreadable` and left out."""
+    values = []
+    for number, line in enumerate(_read_text(path, root).split("\n"), start=1):
+        try:
+            values += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            fault = format_error(root, "JSON", str(error), f"{path}, line {number}")
+            if unreadable is None:
+                raise fault from error
+            unreadable.append(fault)
+    return values
 
 
-@contextmanager
-def parquet_errors(path: Path, root: Path) -> Iterator[None]:
+def _read_text(path: Path, root: Path) -> str:
     try:
-        yield
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        broken(root, "a parquet file", "nothing", path)
-    except (pa.ArrowInvalid, OSError) as error:  # Arrow reports a damaged page as an OSError
-        broken(root, "a readable parquet file", str(error), path)
-
-
-def broken(root: Path, expected: str, found: str, where: str | Path) -> NoReturn:
-    """Raise the error for a dataset whose files are missing, damaged or disagree."""
-    raise DatasetFormatError(
-        expected=expected,
-        found=found,
-        where=str(where),
-        next=f"hf download <dataset> --repo-type dataset --local-dir {root}  # fetches what is missing or broken",
-    )
+        broken(root, "a metadata file", "nothing", path)
+    except (OSError, UnicodeDecodeError) as error:
+        broken(root, "a readable metadata file", str(error), path)
 
 
 def _empty(root: Path) -> DatasetNotFoundError:

@@ -1,7 +1,8 @@
 """Some episodes of a dataset as a dataset of their own: to leave bad episodes out, or to begin with a few."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -23,14 +24,7 @@ class EpisodeSubset(Dataset):
     def __init__(self, dataset: Dataset, numbers: Sequence[int]):
         self._dataset, self._numbers = dataset, tuple(numbers)
         by_number = {episode.index: episode for episode in dataset.episodes}
-        unknown = [number for number in numbers if number not in by_number]
-        if unknown or len(set(numbers)) < len(numbers):
-            raise ConfigError(
-                expected=f"each episode once, from {min(by_number)} to {max(by_number)}",
-                found=f"unknown {unknown}" if unknown else f"{list(numbers)}",
-                where=f"--data.episodes of {dataset.root}",
-                next=f"manipi inspect {dataset.root}  # lists the episodes",
-            )
+        require_episodes(by_number, numbers, dataset.root)
         chosen = [by_number[number] for number in numbers]
         self._rows = np.concatenate([np.arange(e.start, e.start + e.length) for e in chosen])
         starts = np.cumsum([0, *(e.length for e in chosen)]).tolist()
@@ -48,6 +42,9 @@ class EpisodeSubset(Dataset):
     def subtask(self, row: int) -> str:
         return self._dataset.subtask(int(self._rows[row]))
 
+    def place(self, row: int) -> str:
+        return self._dataset.place(int(self._rows[row]))
+
     def _fingerprint(self) -> str:
         return fingerprint([self._dataset.fingerprint, self._numbers])
 
@@ -56,3 +53,15 @@ class EpisodeSubset(Dataset):
 
     def _read_images(self, camera: str, rows: np.ndarray) -> np.ndarray:
         return self._dataset.images(camera, self._rows[rows])
+
+
+def require_episodes(known: Collection[int], numbers: Sequence[int], root: Path) -> None:
+    """Raises ConfigError where a dataset has no episode of a number, or one is named twice."""
+    unknown = [number for number in numbers if number not in known]
+    if unknown or len(set(numbers)) < len(numbers):
+        raise ConfigError(
+            expected=f"each episode once, from {min(known)} to {max(known)}",
+            found=f"unknown {unknown}" if unknown else f"{list(numbers)}",
+            where=f"--data.episodes of {root}",
+            next=f"manipi inspect {root}  # lists the episodes",
+        )

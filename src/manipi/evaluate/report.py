@@ -1,22 +1,15 @@
 """The demonstration's report: one HTML file that needs nothing beside itself, and the same numbers as JSON."""
 
-import base64
-import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
-
-import av
-import numpy as np
-from jaxtyping import UInt8
 
 from manipi.evaluate.rollout import Trial
 from manipi.evaluate.statistics import SuccessRate
+from manipi.page import data_uri, encode_mp4, fact_rows, percent, render
 from manipi.records import to_json
 from manipi.storage import atomic_write
 
@@ -64,8 +57,7 @@ def write_report(path: Path, report: DemoReport) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    template = Template(files("manipi.evaluate").joinpath("report_template.html").read_text(encoding="utf-8"))
-    atomic_write(path, template.substitute(_fields(report)).encode())
+    atomic_write(path, render("manipi.evaluate", "report_template.html", _fields(report)))
 
 
 def _fields(report: DemoReport) -> dict[str, str]:
@@ -74,18 +66,18 @@ def _fields(report: DemoReport) -> dict[str, str]:
     return {
         "title": "From demonstrations to a moving arm",
         "summary": _summary(report),
-        "rate": _percent(trained.rate),
+        "rate": percent(trained.rate),
         "counts": f"{trained.k} of {trained.n}",
-        "interval": f"{_percent(trained.low)} to {_percent(trained.high)}",
+        "interval": f"{percent(trained.low)} to {percent(trained.high)}",
         "comparison": _comparison(report.success),
         "bars": "\n".join(_bar(name, report.success[name]) for name in VARIANTS),
         "filmed": _filmed(report),
         "films": _films(report),
         "training": _training(report.settings),
-        "loss": _data_uri("image/png", report.loss_png.read_bytes()),
-        "seconds": _rows([*_durations(report.seconds)], total=True),
-        "latency": _rows([(f"{name[1:]} % within", f"{ms:.1f} ms") for name, ms in report.latency_ms.items()]),
-        "settings": _rows(_settings(report)),
+        "loss": data_uri("image/png", report.loss_png.read_bytes()),
+        "seconds": fact_rows([*_durations(report.seconds)], total=True),
+        "latency": fact_rows([(f"{name[1:]} % within", f"{ms:.1f} ms") for name, ms in report.latency_ms.items()]),
+        "settings": fact_rows(_settings(report)),
         "everything": escape(json.dumps(to_json(report.settings), indent=2, ensure_ascii=False)),
         "commands": _commands(report),
     }
@@ -168,8 +160,8 @@ def _bar(name: str, rate: SuccessRate) -> str:
 <svg viewBox="0 0 100 20" preserveAspectRatio="none" role="img" aria-label="{title}: {rate}">{lines}
 <rect class="fill" x="0" y="4" width="{value:.2f}" height="12"/>
 <line class="whisker" x1="{low:.2f}" x2="{high:.2f}" y1="10" y2="10"/>{ends}</svg>
-<div class="numbers"><b>{_percent(rate.rate)}</b><small>{rate.k} of {rate.n}<br>{_percent(rate.low)} to \
-{_percent(rate.high)}</small></div></div>"""
+<div class="numbers"><b>{percent(rate.rate)}</b><small>{rate.k} of {rate.n}<br>{percent(rate.low)} to \
+{percent(rate.high)}</small></div></div>"""
 
 
 def _filmed(report: DemoReport) -> str:
@@ -197,7 +189,10 @@ def _films(report: DemoReport) -> str:
 
 def _film(trial: Trial, fps: int) -> str:
     assert trial.frames is not None
-    source = _data_uri("video/mp4", encode_mp4(trial.frames, fps))
+    height, width = trial.frames.shape[1:3]
+    # The last picture stands for a second, so that a loop shows how it ended.
+    frames = (*trial.frames, *fps * [trial.frames[-1]])
+    source = data_uri("video/mp4", encode_mp4(frames, fps, height=height, width=width))
     kind, outcome = ("good", "success") if trial.success else ("bad", OUTCOMES.get(trial.failure, str(trial.failure)))
     prompt = escape(trial.prompt)
     return f"""<figure><video src="{source}" aria-label="{prompt}" autoplay muted loop playsinline></video>
@@ -205,37 +200,6 @@ def _film(trial: Trial, fps: int) -> str:
 seed&nbsp;{trial.seed}</figcaption></figure>"""
 
 
-def encode_mp4(frames: UInt8[np.ndarray, "T h w 3"], fps: int) -> bytes:
-    """H.264 in yuv420p, which every browser plays; small, where the writer of training data is exact.
-
-    The last picture stands for a second, so that a loop shows how it ended.
-    """
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "24", "preset": "slow", "threads": "1"})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        for image in (*frames, *fps * [frames[-1]]):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()
-
-
 def _durations(seconds: Mapping[str, float]) -> Iterable[tuple[str, str]]:
     for stage, value in (*seconds.items(), ("together", sum(seconds.values()))):
         yield stage.replace("_", " "), f"{value:,.1f} s"
-
-
-def _rows(rows: Sequence[tuple[str, str]], *, total: bool = False) -> str:
-    marks = [" class=total" if total and i == len(rows) - 1 else "" for i in range(len(rows))]
-    return "\n".join(
-        f'<tr{mark}><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
-        for mark, (name, value) in zip(marks, rows, strict=True)
-    )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
-
-
-def _data_uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from manipi.checkpoints.importing import require_tokenizer
 from manipi.checkpoints.tokenizers import open_action_tokenizer, open_text_tokenizer
 from manipi.data.cache import CachedDataset
-from manipi.data.dataset import Dataset, action_chunks, open_dataset
+from manipi.data.check import sort_episodes
+from manipi.data.dataset import Dataset, action_chunks, fetch_tables, open_dataset
 from manipi.data.loader import Loader
 from manipi.data.mask import read_mask
 from manipi.data.mixture import Mixture, Part, Share
@@ -127,13 +129,26 @@ def open_demonstrations(config: TrainConfig) -> list[Opened]:
 def _open(config: TrainConfig, settings: DatasetConfig) -> Opened:
     robot = settings.robot or config.robot
     pipeline.check_fit(robot, config.model)
-    dataset = open_dataset(settings.path, settings.episodes, fields=settings.fields, seed=config.seed)
+    episodes = _sound(settings, robot) if config.data.skip_bad_episodes else settings.episodes
+    dataset = open_dataset(settings.path, episodes, fields=settings.fields, seed=config.seed)
     check_features(dataset, robot)
     rows, held_out = split_episodes(dataset, holdout=config.data.holdout, seed=config.seed)
     if settings.keep:
         keep = read_mask(fetch(settings.keep), dataset)
         rows, held_out = rows[keep[rows]], held_out[keep[held_out]]
     return Opened(settings=settings, robot=robot, dataset=dataset, rows=rows, held_out=held_out)
+
+
+def _sound(settings: DatasetConfig, robot: Robot) -> tuple[int, ...]:
+    """The episodes that `manipi check` finds sound; says which are left out. None named: all."""
+    root = fetch_tables(settings.path) if "://" in settings.path else Path(settings.path).expanduser()
+    sound, bad = sort_episodes(root, robot=robot)
+    wanted = settings.episodes or (*sound, *bad)
+    for number in sorted(set(wanted) & set(bad)):
+        tqdm.write(f"left out  {root.name}, episode {number}: {bad[number]}")
+    if not set(wanted) & set(sound):
+        raise _no_demonstrations(f"no sound episode in {root}")
+    return tuple(number for number in wanted if number not in bad) if bad else settings.episodes
 
 
 def _by_robot(opened: Sequence[Opened]) -> dict[str, list[Opened]]:

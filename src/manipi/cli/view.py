@@ -1,0 +1,46 @@
+"""`manipi view`: cameras and curves of an episode, as a page for the browser."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from manipi.cli.arguments import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class _View:
+    """Write cameras and curves of an episode as one HTML file, which needs nothing beside itself.
+
+    manipi view path/to/dataset
+
+    manipi view path/to/dataset 17 --out episode.html
+
+    manipi view path/to/dataset 17 --rerun
+    """
+
+    dataset: tyro.conf.Positional[Path]
+    """Folder of a dataset."""
+    episode: tyro.conf.Positional[int | None] = None
+    """Number of the episode; the first one unless given."""
+    out: Path | None = None
+    """The file to write; view-<dataset>-<episode>.html, or .rrd with --rerun, unless given."""
+    rerun: bool = False
+    """Write a recording for the rerun viewer instead: pip install 'manipi[view]'."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the page or the recording."""
+    args = parse(_View, arguments, "view")
+
+    from manipi.data.dataset import open_dataset
+    from manipi.data.view import write_rerun, write_view
+
+    number = args.episode if args.episode is not None else open_dataset(args.dataset).episodes[0].index
+    dataset = open_dataset(args.dataset, episodes=(number,))
+    kind, write = ("rrd", write_rerun) if args.rerun else ("html", write_view)
+    path = args.out or Path(f"view-{dataset.name}-{number}.{kind}")
+    write(path, dataset)
+    opens = f"rerun {path}" if args.rerun else "open it in a browser"
+    print(f"{path}  ({path.stat().st_size / 1e6:.1f} MB): {opens}")

@@ -1,0 +1,58 @@
+"""Pictures, decoded by the reader that training uses: what passes here trains."""
+
+import copy
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from manipi.data.checks.report import Finding, from_error
+from manipi.data.dataset import Dataset
+from manipi.errors import DataError
+
+_BLOCK = 32
+"""Pictures decoded at a time."""
+
+
+def picture_findings(dataset: Dataset, cameras: Sequence[str], *, quick: bool, num_workers: int) -> list[Finding]:
+    """The first damaged picture of each camera and episode; `quick` looks at the first and the last alone."""
+    jobs = [(camera, position) for camera in cameras for position in range(len(dataset.episodes))]
+    local = threading.local()
+
+    def begin() -> None:
+        local.dataset = copy.copy(dataset)  # opens the files again: decoders are no thread's but one
+
+    def decode(job: tuple[str, int]) -> Finding | None:
+        return _decode(local.dataset, *job, quick=quick)
+
+    with ThreadPoolExecutor(num_workers, initializer=begin) as pool:
+        try:
+            bar = tqdm(pool.map(decode, jobs), total=len(jobs), desc="pictures", unit="clip", leave=False)
+            return [finding for finding in bar if finding is not None]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _decode(dataset: Dataset, camera: str, position: int, *, quick: bool) -> Finding | None:
+    episode = dataset.episodes[position]
+    rows = episode.start + np.arange(episode.length)
+    blocks = rows[[0, -1], None] if quick else np.split(rows, range(_BLOCK, len(rows), _BLOCK))
+    for block in blocks:
+        try:
+            dataset.images(camera, block)
+        except DataError as error:
+            frame = _first_broken(dataset, camera, block)
+            return from_error(error, "pictures", (episode.index,), frame - episode.start)
+    return None
+
+
+def _first_broken(dataset: Dataset, camera: str, rows: np.ndarray) -> int:
+    for row in rows.tolist():
+        try:
+            dataset.images(camera, np.array([row]))
+        except DataError:
+            return row
+    return int(rows[0])
