@@ -18,7 +18,10 @@ FPS, LENGTHS, REST = 10, (30, 20, 25), slice(8, 18)
 
 @pytest.fixture(scope="module")
 def paused(tmp_path_factory):
-    """Three episodes of steady movement; the first rests in steps 8 to 17, and the second never succeeds."""
+    """Three episodes of steady movement; the first rests in steps 8 to 17, and the second never succeeds.
+
+    The rest begins and ends with a step, and what stands on both sides of a step is no pause.
+    """
     vector = Feature(kind="vector", shape=(1,), dtype="float32")
     root = tmp_path_factory.mktemp("paused") / "dataset"
     features = {"observation.state": vector, "action": vector, "next.success": vector}
@@ -41,13 +44,13 @@ def apply(dataset, **rules):
 @pytest.mark.parametrize(
     ("rules", "left_out"),
     [
-        ({"idle": 0.5}, range(8, 18)),
+        ({"idle": 0.5}, range(9, 17)),
         ({"idle": 2.0}, ()),
         ({"trim_start": 0.2}, (0, 1, 30, 31, 50, 51)),
         ({"trim_end": 0.3}, (27, 28, 29, 47, 48, 49, 72, 73, 74)),
         ({"success": "next.success"}, range(30, 50)),
         ({"without": (2,)}, range(50, 75)),
-        ({"without": (2,), "idle": 0.5}, (*range(8, 18), *range(50, 75))),
+        ({"without": (2,), "idle": 0.5}, (*range(9, 17), *range(50, 75))),
     ],
 )
 def test_rules(paused, rules, left_out):
@@ -80,8 +83,8 @@ def test_unknown_episode(paused):
 def test_preview_shows_what_is_left_out(paused):
     _, keep, _ = apply(paused, idle=0.5)
     lines = preview(paused, keep, width=30).splitlines()
-    assert lines[1].split()[1] == "█" * 8 + "░" * 10 + "█" * 12
-    assert lines[1].endswith("67% of 30")
+    assert lines[1].split()[1] == "█" * 9 + "░" * 8 + "█" * 13
+    assert lines[1].endswith("73% of 30")
     assert lines[2].split()[1] == "█" * 20
 
 
@@ -97,7 +100,7 @@ def test_the_file_gives_back_the_rows(paused, tmp_path):
     mask, keep, _ = apply(paused, idle=0.5, without=(1,))
     mask.save(tmp_path / "keep.json")
     np.testing.assert_array_equal(read_mask(tmp_path / "keep.json", paused), keep)
-    assert json.loads((tmp_path / "keep.json").read_text())["keep"]["0"] == [[0, 8], [18, 30]]
+    assert json.loads((tmp_path / "keep.json").read_text())["keep"]["0"] == [[0, 9], [17, 30]]
 
 
 def test_openpis_file(paused, tmp_path):

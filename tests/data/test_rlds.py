@@ -123,7 +123,7 @@ def test_droid_is_what_its_robot_names(droidlike):
         parts = [plain.column(f"action_dict/{name}") for name in (space, "gripper_position")]
         np.testing.assert_array_equal(actions, np.concatenate(parts, axis=1))
     with pytest.raises(UnknownNameError, match="joint_position"):
-        droid_fields("joint_positions")
+        droid_fields("joint_positions")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_row_shows_one_outside_camera_and_one_instruction(droidlike):
