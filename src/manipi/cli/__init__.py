@@ -17,6 +17,7 @@ COMMANDS = {
     "import": "make another project's checkpoint ours: openpi (Orbax, PyTorch), LeRobot; by name, folder or URL",
     "export": "write a checkpoint in openpi's or LeRobot's layout; its adapters alone, or merged",
     "stats": "compute norm stats of a recipe's data and report suspicious dimensions",
+    "convert": "make a LeRobot dataset of ALOHA, DROID, LIBERO, robomimic, Zarr or RLDS recordings",
     "check": "read a dataset in full and report what is wrong with it",
     "inspect": "show a dataset, a checkpoint, or what a recipe does to its first frame",
     "recipes": "list the recipes",

@@ -5,6 +5,8 @@
 | `dataset` | what every reader offers; `open_dataset`, `frames`, `action_chunks` |
 | `lerobot`, `lerobot_index` | LeRobot v2.0, v2.1 and v3.0: tables and pictures, metadata |
 | `lerobot_writer`, `lerobot_stats` | LeRobot v3.0, written whole or not at all |
+| `lerobot_episode` | one episode, encoded apart from the dataset that it will be in |
+| `convert`, `sources/` | other formats to LeRobot v3.0, by several processes; one reader per format |
 | `video` | exact frames out of video files, and into them |
 | `cache` | decoded pictures, at the size the model takes, in a memory-mapped file |
 | `subset` | some episodes of a dataset as a dataset of their own |
