@@ -1,6 +1,7 @@
 """Folders and files that appear whole or not at all."""
 
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -36,7 +37,7 @@ def atomic_directory(target: Path, next: str = _NEXT) -> Iterator[Path]:
         StorageError: `target` exists already, the disk is full, or the folder cannot be written.
     """
     target = Path(target)
-    _require_absent(target)
+    require_absent(target)
     with storage_errors(target, next):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -44,7 +45,7 @@ def atomic_directory(target: Path, next: str = _NEXT) -> Iterator[Path]:
         try:
             yield partial
             _sync(partial)
-            _require_absent(target)  # another process may have made it meanwhile
+            require_absent(target)  # another process may have made it meanwhile
             partial.rename(target)
             _sync_entry(target.parent)
         except BaseException:
@@ -52,9 +53,9 @@ def atomic_directory(target: Path, next: str = _NEXT) -> Iterator[Path]:
             raise
 
 
-def remove_partial(folder: Path) -> None:
-    """Delete what killed processes left half-written in `folder`; no other process may be writing there."""
-    for partial in folder.glob(".*.partial"):
+def remove_partial(folder: Path, name: str | None = None) -> None:
+    """Delete what killed processes left half-written in `folder`, or of one `name` there; no other may be writing."""
+    for partial in folder.glob(".*.partial" if name is None else f".{glob.escape(name)}.*.partial"):
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
@@ -88,7 +89,8 @@ def storage_errors(where: Path, next: str = _NEXT) -> Iterator[None]:
         ) from error
 
 
-def _require_absent(target: Path) -> None:
+def require_absent(target: Path) -> None:
+    """StorageError where something of that name exists."""
     if target.exists():
         raise StorageError(
             expected="a folder that does not exist yet",

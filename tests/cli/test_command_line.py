@@ -85,7 +85,9 @@ def test_a_reader_that_has_enough_is_no_error(arguments):
 
 def test_an_unknown_command():
     stderr = run("trian", code=1).stderr
-    assert stderr.startswith("\nmanipi trian: UnknownNameError\nexpected a command, one of: check, demo, doctor, eval,")
+    assert stderr.startswith(
+        "\nmanipi trian: UnknownNameError\nexpected a command, one of: check, convert, demo, doctor,"
+    )
     assert stderr.endswith("    next did you mean train?\n")
 
 

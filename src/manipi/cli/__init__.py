@@ -18,6 +18,7 @@ COMMANDS = {
     "export": "write a checkpoint in openpi's or LeRobot's layout; its adapters alone, or merged",
     "filter": "choose the frames of a dataset that are worth training on; the dataset stays as it is",
     "stats": "compute norm stats of a recipe's data and report suspicious dimensions",
+    "convert": "make a LeRobot dataset of ALOHA, DROID, LIBERO, robomimic, Zarr or RLDS recordings",
     "check": "read a dataset in full and report what is wrong with it",
     "view": "write cameras and curves of an episode as a page for the browser",
     "inspect": "show a dataset, a checkpoint, or what a recipe does to its first frame",

@@ -7,6 +7,8 @@
 | `rlds`, `rlds_index` | RLDS (DROID, Open X-Embodiment): episodes, metadata and the index of record files |
 | `rlds_fields`, `tfrecord` | which features become which keys; record files, without TensorFlow |
 | `lerobot_writer`, `lerobot_stats` | LeRobot v3.0, written whole or not at all |
+| `lerobot_episode` | one episode, encoded apart from the dataset that it will be in |
+| `convert`, `sources/` | other formats to LeRobot v3.0, by several processes; one reader per format |
 | `video` | exact frames out of video files, and into them |
 | `cache` | decoded pictures, at the size the model takes, in a memory-mapped file |
 | `subset` | some episodes of a dataset as a dataset of their own |

@@ -30,9 +30,13 @@ def vector_stats(columns: Mapping[str, np.ndarray]) -> dict[str, EpisodeStats]:
     return stats
 
 
-def image_stats(images: UInt8[np.ndarray, "T h w 3"]) -> EpisodeStats:
-    """From a histogram of a few pictures spread over the episode; exact for those."""
-    chosen = images[np.linspace(0, len(images) - 1, min(len(images), _PICTURES)).astype(int)]
+def chosen_pictures(length: int) -> list[int]:
+    """The few frames of an episode whose pictures the image statistics look at."""
+    return np.linspace(0, length - 1, min(length, _PICTURES)).astype(int).tolist()
+
+
+def image_stats(chosen: UInt8[np.ndarray, "n h w 3"]) -> EpisodeStats:
+    """From a histogram of a few pictures; exact for those."""
     levels = np.arange(256) / 255
     weights = np.stack([np.bincount(chosen[..., c].ravel(), minlength=256) for c in range(3)]) / chosen[..., 0].size
     mean = weights @ levels

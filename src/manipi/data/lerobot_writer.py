@@ -4,21 +4,23 @@ The folder, schemas and statistics are those of lerobot 0.4, which opens the res
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manipi.data.dataset import Feature
-from manipi.data.lerobot_stats import EpisodeStats, image_stats, merge, vector_stats
-from manipi.data.video import VideoWriter
-from manipi.errors import BadValueError, ConfigError, MissingFeatureError
+from manipi.data.lerobot_episode import EpisodeEncoder, Pictures, read_episode, video_file
+from manipi.data.lerobot_stats import EpisodeStats, merge, vector_stats
+from manipi.errors import ConfigError
 from manipi.storage import atomic_directory
 
 _DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -29,7 +31,7 @@ _ROWS_PER_GROUP = 16_384
 _EPISODES_PER_GROUP = 1_000
 _DEFAULTS = {"timestamp": "float32"} | dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), "int64")
 
-_File = TypeVar("_File", "_TableFile", VideoWriter)
+_File = TypeVar("_File", "_TableFile", "_VideoFile")
 
 
 class LeRobotWriter:
@@ -40,9 +42,8 @@ class LeRobotWriter:
 
     Args:
         root: a folder that does not exist yet.
-        features: pictures (uint8 [h, w, 3], stored as video) and vectors (float32 or int64 [d]) by key.
+        features, fps, pix_fmt, crf: how episodes are encoded, see `EpisodeEncoder`.
         data_mb, video_mb: a new table or video file begins at this size.
-        pix_fmt, crf: how pictures are encoded, see `VideoWriter`.
 
     Raises:
         StorageError: `root` exists, the disk is full, or the folder cannot be written. Nothing half-written stays.
@@ -62,9 +63,8 @@ class LeRobotWriter:
     ):
         self.root, self.fps, self.features, self.robot_type = Path(root), fps, dict(features), robot_type
         self.num_episodes = self.num_frames = 0
-        for key, feature in self.features.items():
-            _check_feature(key, feature)
-        self._pix_fmt, self._closed = pix_fmt, False
+        self._encoder = EpisodeEncoder(features=self.features, fps=fps, pix_fmt=pix_fmt, crf=crf)
+        self._closed = False
         self._tasks: dict[str, int] = {}
         self._totals: dict[str, EpisodeStats] = {}
         self._limits = {"data_files_size_in_mb": data_mb, "video_files_size_in_mb": video_mb}
@@ -73,13 +73,11 @@ class LeRobotWriter:
         self._tables = _Files(
             self._folder, _DATA, partial(_TableFile, rows_per_group=_ROWS_PER_GROUP), limit_mb=data_mb
         )
-        self._videos: dict[str, _Files[VideoWriter]] = {}
-        for key, feature in self.features.items():
-            if feature.kind == "image":
-                height, width, _ = feature.shape
-                begin = partial(VideoWriter, fps=fps, height=height, width=width, pix_fmt=pix_fmt, crf=crf)
-                template = _VIDEO.replace("{video_key}", key)
-                self._videos[key] = _Files(self._folder, template, begin, limit_mb=video_mb)
+        begin = partial(_VideoFile, fps=fps)
+        self._videos = {
+            key: _Files(self._folder, _VIDEO.replace("{video_key}", key), begin, limit_mb=video_mb)
+            for key in self._encoder.cameras
+        }
         self._episodes = _TableFile(self._folder / _EPISODES, rows_per_group=_EPISODES_PER_GROUP)
 
     def __enter__(self) -> Self:
@@ -105,89 +103,60 @@ class LeRobotWriter:
                 files.close()
             self._write_metadata()
 
-    def add_episode(self, data: Mapping[str, np.ndarray], *, task: str) -> None:
+    def add_episode(self, data: Mapping[str, np.ndarray | Pictures], *, task: str | Sequence[str]) -> None:
         """Append one episode.
 
         Args:
-            data: per feature the values of all T frames, [T, h, w, 3] or [T, d].
-            task: the instruction.
+            data: per feature the values of all T frames, [T, h, w, 3] or [T, d]; pictures may also come in blocks.
+            task: the instruction, or one per frame.
 
         Raises:
             MissingFeatureError: a feature without values, or values without a feature.
             ConfigError: no frames, or a shape or type that differs from the feature's.
             BadValueError: NaN or infinity.
         """
-        length = self._check(data)
-        vectors = {
-            key: np.asarray(data[key]).astype(feature.dtype)
-            for key, feature in self.features.items()
-            if feature.kind == "vector"
-        }
-        vectors |= self._default_columns(length, self._tasks.setdefault(task, len(self._tasks)))
-        stats = {key: image_stats(data[key]) for key in self._videos} | vector_stats(vectors)
-        row = {"episode_index": self.num_episodes, "tasks": [task], "length": length}
-        row |= self._write_rows(vectors)
-        row |= {"dataset_from_index": self.num_frames, "dataset_to_index": self.num_frames + length}
+        with TemporaryDirectory(dir=self._folder) as folder:
+            self._encoder.encode(Path(folder), data, task, where=f"{self.root}, episode {self.num_episodes}")
+            self.add_encoded(Path(folder))
+
+    def add_encoded(self, folder: Path) -> None:
+        """Append the episode that an `EpisodeEncoder` with the same settings wrote to `folder`."""
+        episode = read_episode(folder)
+        tasks = np.array([self._tasks.setdefault(task, len(self._tasks)) for task in episode.tasks])
+        numbering = self._numbering(episode.length, tasks[episode.task_index_T])
+        stats = episode.stats | vector_stats(numbering)
+        row = {"episode_index": self.num_episodes, "tasks": episode.tasks, "length": episode.length}
+        row |= self._write_rows(episode.columns | numbering)
+        row |= {"dataset_from_index": self.num_frames, "dataset_to_index": self.num_frames + episode.length}
         for key in self._videos:
-            row |= self._write_video(key, data[key])
+            row |= self._append_video(key, video_file(folder, key))
         row |= {f"stats/{key}/{name}": values.tolist() for key, part in stats.items() for name, values in part.items()}
         row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
         self._episodes.add(pa.table({name: [value] for name, value in row.items()}))
         self._totals = {key: merge(self._totals[key], part) if self._totals else part for key, part in stats.items()}
         self.num_episodes += 1
-        self.num_frames += length
+        self.num_frames += episode.length
 
-    def _write_rows(self, vectors: Mapping[str, np.ndarray]) -> dict[str, int]:
-        self._tables.current().add(_rows_table(vectors))
+    def _write_rows(self, columns: Mapping[str, np.ndarray]) -> dict[str, int]:
+        self._tables.current().add(_rows_table(columns))
         return {f"data/{name}": value for name, value in self._tables.place.items()}
 
-    def _write_video(self, key: str, images: np.ndarray) -> dict[str, float]:
+    def _append_video(self, key: str, episode: Path) -> dict[str, float]:
         video = self._videos[key].current()
         start = video.num_frames / self.fps
-        video.add(images)
+        video.append(episode)
         times = {"from_timestamp": start, "to_timestamp": video.num_frames / self.fps}
         return {f"videos/{key}/{name}": value for name, value in (self._videos[key].place | times).items()}
 
-    def _default_columns(self, length: int, task: int) -> dict[str, np.ndarray]:
+    def _numbering(self, length: int, task_index_T: np.ndarray) -> dict[str, np.ndarray]:
         frame = np.arange(length)
         return {
             "timestamp": (frame / self.fps).astype(np.float32)[:, None],
             "frame_index": frame[:, None],
             "episode_index": np.full((length, 1), self.num_episodes),
             "index": self.num_frames + frame[:, None],
-            "task_index": np.full((length, 1), task),
+            "task_index": task_index_T[:, None],
         }
-
-    def _check(self, data: Mapping[str, np.ndarray]) -> int:
-        where = f"{self.root}, episode {self.num_episodes}"
-        if data.keys() != self.features.keys():
-            raise MissingFeatureError(
-                expected=f"values for {', '.join(sorted(self.features))}",
-                found=", ".join(sorted(data)),
-                where=where,
-                next="pass add_episode one array per feature that LeRobotWriter was given",
-            )
-        length = max(len(values) for values in data.values())
-        for key, feature in self.features.items():
-            values = np.asarray(data[key])
-            wanted = np.dtype(np.uint8 if feature.kind == "image" else feature.dtype)
-            castable = np.can_cast(values.dtype, wanted, "same_kind")
-            if values.shape != (length, *feature.shape) or not length or not castable:
-                raise ConfigError(
-                    expected=f"{key!r} as {feature.dtype} of shape {(length or 'T', *feature.shape)}",
-                    found=f"{values.dtype} of shape {values.shape}",
-                    where=where,
-                    next="give every feature the same number of frames, at least one, in its own shape and type",
-                )
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
-                frame = int(np.argwhere(~np.isfinite(values))[0, 0])
-                raise BadValueError(
-                    expected=f"finite numbers in {key!r}",
-                    found="NaN or infinity",
-                    where=f"{where}, frame {frame}",
-                    next="repair the recording, or leave this episode out",
-                )
-        return length
 
     def _write_metadata(self) -> None:
         info = {
@@ -216,7 +185,7 @@ class LeRobotWriter:
         if key not in self._videos:
             return {"dtype": feature.dtype, "shape": list(feature.shape), "names": list(feature.names) or None}
         height, width, channels = feature.shape
-        video = {"height": height, "width": width, "codec": "h264", "pix_fmt": self._pix_fmt}
+        video = {"height": height, "width": width, "codec": "h264", "pix_fmt": self._encoder.pix_fmt}
         video |= {"is_depth_map": False, "fps": self.fps, "channels": channels}
         return {
             "dtype": "video",
@@ -224,17 +193,6 @@ class LeRobotWriter:
             "names": ["height", "width", "channels"],
             "info": {f"video.{name}": value for name, value in video.items()} | {"has_audio": False},
         }
-
-
-def _check_feature(key: str, feature: Feature) -> None:
-    is_picture = feature.kind == "image" and len(feature.shape) == 3 and feature.shape[2] == 3
-    if not is_picture and (feature.kind != "vector" or len(feature.shape) != 1):
-        raise ConfigError(
-            expected="pictures of shape (h, w, 3) and vectors of shape (d,)",
-            found=f"{feature.kind} of shape {feature.shape}",
-            where=f"feature {key!r}",
-            next="reshape the feature, or leave it out",
-        )
 
 
 # Files --------------------------------------------------------------------------------------------------------------
@@ -268,6 +226,31 @@ class _TableFile:
         self._file = self._file or pq.ParquetWriter(self._path, table.schema)
         self._file.write_table(table)
         self._waiting, self._num_waiting = [], 0
+
+
+class _VideoFile:
+    """One MP4 file, put together from the packets of episodes that all begin with a keyframe."""
+
+    def __init__(self, path: Path, *, fps: int):
+        self._container, self._fps = av.open(str(path), "w"), fps
+        self._stream: av.VideoStream | None = None
+        self.num_frames = self.num_bytes = 0
+
+    def append(self, episode: Path) -> None:
+        with av.open(str(episode)) as source:
+            stream = source.streams.video[0]
+            self._stream = self._stream or self._container.add_stream_from_template(stream)
+            start = round(self.num_frames / self._fps / (stream.time_base or 1))
+            for packet in source.demux(stream):
+                if packet.pts is None or packet.dts is None:  # the empty packet that ends a stream
+                    continue
+                packet.pts, packet.dts, packet.stream = packet.pts + start, packet.dts + start, self._stream
+                self.num_frames += 1
+                self.num_bytes += packet.size
+                self._container.mux(packet)
+
+    def close(self) -> None:
+        self._container.close()
 
 
 class _Files(Generic[_File]):

@@ -1,0 +1,350 @@
+"""Recordings in any format that `sources` reads become a LeRobot v3.0 dataset, encoded by several processes.
+
+    SOURCE ──open──> episode ──encode──> .TARGET.parts/episode-000042/ ──┐   each process, one episode at a time
+                                                                         │
+    TARGET  <──rename──  packets and tables, one behind the other  <─────┘   at the end, one process
+
+An episode's folder takes its name when it is complete. A conversion that was killed therefore goes on with the
+episodes that have none, and comes to the same bytes. `TARGET` appears when all is done, and the parts vanish.
+"""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from manipi.data.dataset import Feature
+from manipi.data.lerobot_episode import EpisodeEncoder, Pictures
+from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.data.sources.source import EpisodeSource, SourceEpisode
+from manipi.errors import ConfigError, DataError, MissingFeatureError, StorageError
+from manipi.records import fingerprint, json_bytes, read_json, to_json
+from manipi.storage import atomic_directory, atomic_write, remove_partial, require_absent, storage_errors
+from manipi.transforms.images import resize_with_pad
+
+_PARTS = "episode-*"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertSettings:
+    """What becomes of the episodes. `None` and empty: as the source has it."""
+
+    task: str = ""
+    """The instruction of frames that have none."""
+    fps: int | None = None
+    robot_type: str = ""
+    joins: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Vectors made of others: the name of the whole, and its parts in order."""
+    resize: tuple[int, int] | None = None
+    """Height and width; the aspect is kept, and the rest black."""
+    rotate: Literal[0, 180] = 0
+    """Degrees by which every picture is turned."""
+    exclude: tuple[str, ...] = ()
+    """Vectors and cameras to leave out, by the names that they would have."""
+    pix_fmt: Literal["yuv420p", "yuv444p"] = "yuv420p"
+    crf: int = 23
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.crf <= 51 or min((self.fps or 1, *(self.resize or (1,)))) < 1 or self.fps == 0:
+            raise ConfigError(
+                expected="crf from 0 to 51; fps, height and width of at least 1",
+                found=f"crf {self.crf}, fps {self.fps}, size {self.resize}",
+                where="ConvertSettings",
+                next="correct the flag",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertReport:
+    """What was converted."""
+
+    target: str
+    num_episodes: int
+    num_frames: int
+    reused: int
+    """Episodes that an earlier, interrupted conversion had encoded."""
+    skipped: tuple[tuple[str, str], ...]
+    """Bad episodes that were left out, and why."""
+
+
+def convert(
+    source: EpisodeSource,
+    target: Path,
+    settings: ConvertSettings,
+    *,
+    num_workers: int = 1,
+    skip_bad: bool = False,
+    show: bool = True,
+) -> ConvertReport:
+    """Write `target`, or go on writing it. Memory holds one episode's vectors and a block of its pictures per process.
+
+    Args:
+        num_workers: processes that encode; 0 encodes in the caller's. Any number gives the same bytes.
+        skip_bad: leave out episodes that cannot be converted, where otherwise the first one ends it.
+
+    Raises:
+        ConfigError: no rate, instruction or part of a join; another conversion to `target` was begun or is going on.
+        DataError: an episode that cannot be read; the others that are encoded stay for the next attempt.
+        StorageError: `target` exists, or the disk is full.
+    """
+    target = target.expanduser().absolute()
+    parts = target.with_name(f".{target.name}.parts")
+    require_absent(target)
+    encoder = _encoder(source, settings, skip_bad)
+    with _resumable(target, parts):
+        _check_same(parts, source, settings)
+        job = _Job(source=source, encoder=encoder, settings=settings, parts=parts, skip_bad=skip_bad)
+        todo = [number for number in range(len(source.names)) if not job.folder(number).exists()]
+        reused = len(source.names) - len(todo)
+        bad: dict[int, str] = {}
+        with tqdm(total=len(source.names), initial=reused, desc="encode", unit="episode", disable=not show) as bar:
+            for number, error in _run(job, todo, num_workers):
+                bad |= {number: error} if error else {}
+                bar.update()
+        folders = [job.folder(number) for number in range(len(source.names)) if number not in bad]
+        writer = _assemble(folders, target, encoder, settings.robot_type or source.robot_type, show)
+    return ConvertReport(
+        target=str(target),
+        num_episodes=writer.num_episodes,
+        num_frames=writer.num_frames,
+        reused=reused,
+        skipped=tuple((source.names[number], bad[number]) for number in sorted(bad)),
+    )
+
+
+@contextmanager
+def _resumable(target: Path, parts: Path) -> Iterator[None]:
+    """The folder of the parts, alone in it; it vanishes when the block ends well, and stays when it does not."""
+    try:
+        with storage_errors(target):
+            parts.mkdir(parents=True, exist_ok=True)
+            with FileLock(parts / "lock", timeout=0):
+                remove_partial(parts)
+                remove_partial(target.parent, target.name)
+                yield
+                shutil.rmtree(parts)
+    except Timeout:
+        raise ConfigError(
+            expected="one conversion at a time to a folder",
+            found="another one that is going on",
+            where=str(target),
+            next="wait for it, or choose another folder",
+        ) from None
+    except StorageError as error:
+        next = f"make room, or allow writing there, and run the same command again; finished episodes wait in {parts}"
+        raise StorageError(expected=error.expected, found=error.found, where=error.where, next=next) from error
+
+
+def _check_same(parts: Path, source: EpisodeSource, settings: ConvertSettings) -> None:
+    """What was begun in `parts` must be this conversion, or its episodes would not belong together."""
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(source.files())]
+    wanted = {
+        "settings": to_json(settings),
+        "source": str(source.root),
+        "episodes and files": fingerprint([list(source.names), stamps, source.drop_skipped]),
+        "encoder": av.__version__,
+    }
+    path = parts / "conversion.json"
+    if not any(parts.glob(_PARTS)):
+        atomic_write(path, json_bytes(wanted))
+    begun = read_json(path)
+    if changed := [name for name, value in wanted.items() if begun.get(name) != value]:
+        raise ConfigError(
+            expected="the conversion that was begun there, to go on with it",
+            found=f"another: {', '.join(changed)} changed",
+            where=str(parts),
+            next=f"repeat the first command, or start afresh with: rm -r {parts}",
+        )
+
+
+def _encoder(source: EpisodeSource, settings: ConvertSettings, skip_bad: bool) -> EpisodeEncoder:
+    """Features and rate, from the first episode that can be read."""
+    fps = settings.fps or source.fps
+    if fps is None or fps != round(fps):
+        raise ConfigError(
+            expected="a whole number of frames per second",
+            found="none in the source" if fps is None else f"{fps}",
+            where=str(source.root),
+            next="--fps N",
+        )
+    for name in source.names:
+        try:
+            features = _features(source, name, settings)
+        except (DataError, ConfigError):
+            if not skip_bad or name == source.names[-1]:
+                raise
+            continue
+        return EpisodeEncoder(features=features, fps=round(fps), pix_fmt=settings.pix_fmt, crf=settings.crf)
+    raise AssertionError("a source has at least one episode")
+
+
+def _features(source: EpisodeSource, name: str, settings: ConvertSettings) -> dict[str, Feature]:
+    with source.open(name) as episode:
+        features = {}
+        for key, values in _data(episode, source, settings, name).items():
+            if isinstance(values, np.ndarray):
+                names = source.dimension_names.get(key, ())
+                names = names if len(names) == values.shape[1] else ()
+                features[key] = Feature(kind="vector", shape=values.shape[1:], dtype=str(values.dtype), names=names)
+            else:
+                shape = next((block.shape[1:] for block in values), ())
+                features[key] = Feature(kind="image", shape=shape, dtype="video")
+        _task(episode, settings, f"{source.root}, {name}")
+    return features
+
+
+# One episode --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What a process needs to encode any episode. Everything in it pickles."""
+
+    source: EpisodeSource
+    encoder: EpisodeEncoder
+    settings: ConvertSettings
+    parts: Path
+    skip_bad: bool
+
+    def folder(self, number: int) -> Path:
+        return self.parts / f"episode-{number:06d}"
+
+    def __call__(self, number: int) -> tuple[int, str]:
+        """Encode an episode; its number, and why it was skipped."""
+        name = self.source.names[number]
+        where = f"{self.source.root}, {name}"
+        try:
+            with self.source.open(name) as episode, atomic_directory(self.folder(number)) as folder:
+                task = _task(episode, self.settings, where)
+                self.encoder.encode(folder, _data(episode, self.source, self.settings, name), task, where)
+        except (DataError, ConfigError) as error:
+            if not self.skip_bad:
+                raise
+            return number, f"{error.where}: expected {error.expected}, found {error.found}"
+        return number, ""
+
+
+def _data(
+    episode: SourceEpisode, source: EpisodeSource, settings: ConvertSettings, name: str
+) -> Mapping[str, np.ndarray | Pictures]:
+    """The vectors, those joined of others, and the pictures, turned and resized."""
+    columns = dict(episode.columns)
+    usual = [(whole, parts) for whole, parts in source.joins if all(part in columns for part in parts)]
+    for whole, parts in (*settings.joins, *usual):
+        if missing := [part for part in parts if part not in episode.columns]:
+            raise MissingFeatureError(
+                expected=f"the vectors {', '.join(missing)}, to join into {whole!r}",
+                found=f"only {', '.join(episode.columns)}",
+                where=f"{source.root}, {name}",
+                next=f"--join {whole}=NAME,NAME",
+            )
+        if (whole, parts) in settings.joins or whole not in columns:
+            columns[whole] = np.concatenate([episode.columns[part] for part in parts], axis=1)
+    data = columns | {camera: _Shown(blocks, settings) for camera, blocks in episode.pictures.items()}
+    if unknown := set(settings.exclude) - data.keys():
+        raise MissingFeatureError(
+            expected=f"features to leave out, among {', '.join(data)}",
+            found=", ".join(sorted(unknown)),
+            where=f"{source.root}, {name}",
+            next="--exclude NAME",
+        )
+    return {key: values for key, values in data.items() if key not in settings.exclude}
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Pictures as the dataset is to show them."""
+
+    blocks: Iterable[np.ndarray]
+    settings: ConvertSettings
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for block in self.blocks:
+            turned = block[:, ::-1, ::-1] if self.settings.rotate else block
+            if self.settings.resize and turned.shape[1:3] != self.settings.resize:
+                turned = np.stack([resize_with_pad(image, *self.settings.resize) for image in turned])
+            yield turned
+
+
+def _task(episode: SourceEpisode, settings: ConvertSettings, where: str) -> str | list[str]:
+    """The instruction, or one per frame."""
+    tasks = [text or settings.task for text in ([episode.task] if isinstance(episode.task, str) else episode.task)]
+    if not all(tasks):
+        raise ConfigError(
+            expected="an instruction, which tells the policy what to do",
+            found="none in the source",
+            where=where,
+            next='--task "what the robot does there"',
+        )
+    return tasks[0] if isinstance(episode.task, str) else tasks
+
+
+# Processes ----------------------------------------------------------------------------------------------------------
+
+_job: "_Job | None" = None
+"""A worker's own; sent once, since it names every episode."""
+
+
+def _run(job: _Job, numbers: list[int], num_workers: int) -> Iterator[tuple[int, str]]:
+    """Results in the order in which they are ready."""
+    if not num_workers:
+        yield from map(job, numbers)
+        return
+    # A forked process would inherit the locks of the video encoder's threads.
+    context = multiprocessing.get_context("spawn")
+    watched, held = context.Pipe(duplex=False)
+    with ProcessPoolExecutor(num_workers, context, initializer=_begin, initargs=(job, watched)) as pool:
+        try:
+            for future in as_completed([pool.submit(_encode, number) for number in numbers]):
+                yield future.result()
+        except BrokenProcessPool:
+            raise DataError(
+                expected="processes that encode until all is done",
+                found="the end of one (killed, often for want of memory)",
+                where=str(job.source.root),
+                next="run the same command again, with a smaller --num-workers",
+            ) from None
+        except BaseException:
+            held.close()  # and so ends the workers, in the middle of what they do
+            raise
+
+
+def _begin(job: _Job, watched: Connection) -> None:
+    """Prepare a worker, which ends when the parent lets go of the pipe, be it because it was killed."""
+    global _job
+    _job = job
+    # Ctrl-C reaches the whole process group; the parent ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
+
+
+def _end_with(watched: Connection) -> None:
+    watched.poll(None)
+    os._exit(1)
+
+
+def _encode(number: int) -> tuple[int, str]:
+    assert _job, "the worker has begun"
+    return _job(number)
+
+
+def _assemble(folders: list[Path], target: Path, encoder: EpisodeEncoder, robot_type: str, show: bool) -> LeRobotWriter:
+    settings = {"features": encoder.features, "fps": encoder.fps, "pix_fmt": encoder.pix_fmt, "crf": encoder.crf}
+    with LeRobotWriter(target, robot_type=robot_type, **settings) as writer:
+        for folder in tqdm(folders, desc="assemble", unit="episode", disable=not show):
+            writer.add_encoded(folder)
+    return writer

@@ -1,0 +1,41 @@
+"""Whatever `open_dataset` opens, as a source of episodes: LeRobot, RLDS."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from manipi.data.dataset import open_dataset
+from manipi.data.sources.source import Blocks, EpisodeSource, SourceEpisode, vector
+
+_NUMBERING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+"""What the writer numbers anew."""
+
+
+class DatasetSource(EpisodeSource):
+    """The episodes of a `Dataset`, with their vectors, pictures and, frame by frame, tasks. Texts are not kept."""
+
+    def __init__(self, root: Path):
+        super().__init__(root)
+        self._dataset = dataset = open_dataset(root)
+        self.fps = dataset.fps
+        self._episodes = {str(episode.index): episode for episode in dataset.episodes}
+        self.names = list(self._episodes)
+        self._vectors = [k for k, f in dataset.features.items() if f.kind == "vector" and k not in _NUMBERING]
+        self.dimension_names = {key: dataset.features[key].names for key in self._vectors}
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[SourceEpisode]:
+        dataset, episode = self._dataset, self._episodes[name]
+        rows = range(episode.start, episode.start + episode.length)
+
+        def read(camera: str, start: int, stop: int) -> np.ndarray:
+            return dataset.images(camera, np.arange(start, stop))
+
+        yield SourceEpisode(
+            columns={key: vector(dataset.column(key)[rows.start : rows.stop]) for key in self._vectors},
+            pictures={c: Blocks(partial(read, c), rows.start, rows.stop) for c in dataset.cameras},
+            task=[dataset.prompt(row) for row in rows],
+        )

@@ -1,0 +1,193 @@
+"""What every source of episodes offers, and which one reads a folder or file."""
+
+import abc
+import importlib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+import numpy as np
+from jaxtyping import UInt8
+
+from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, unknown_name
+
+FORMATS = {
+    "aloha": ("hdf5:AlohaSource", "episode_N.hdf5 with observations/qpos, observations/images/CAMERA, action"),
+    "droid": ("droid:DroidSource", "folders with trajectory.h5 and recordings/MP4/SERIAL.mp4"),
+    "libero": ("hdf5:RobomimicSource", "TASK_demo.hdf5 files with data/demo_N/obs and actions"),
+    "robomimic": ("hdf5:RobomimicSource", "one .hdf5 file with data/demo_N/obs and actions"),
+    "zarr": ("replay_buffer:ReplayBufferSource", "a .zarr folder or .zarr.zip with data/NAME, meta/episode_ends"),
+    "lerobot": ("dataset:DatasetSource", "meta/info.json, tables and videos of LeRobot v2 or v3"),
+    "rlds": ("dataset:DatasetSource", "features.json and record files of TFDS"),
+}
+"""Per name the class that reads the format, and what its files look like."""
+BLOCK = 16
+"""Pictures in RAM at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceEpisode:
+    """One open episode of T frames; its pictures are read as they are asked for."""
+
+    columns: Mapping[str, np.ndarray]
+    """Vectors [T, d], float32 or int64."""
+    pictures: Mapping[str, Iterable[UInt8[np.ndarray, "n h w 3"]]]
+    """Per camera its pictures in blocks, anew from the first whenever they are iterated."""
+    task: str | Sequence[str] = ""
+    """The instruction, or one per frame; empty where the source has none."""
+
+
+class EpisodeSource(abc.ABC):
+    """Episodes by name. Holds paths and settings only, so that it pickles; files are open inside `open` alone.
+
+    Raises:
+        DatasetNotFoundError: no episode at `root`.
+        DatasetFormatError: a file is missing, damaged, or laid out differently.
+        ConfigError: the library that reads the format is not installed.
+    """
+
+    names: Sequence[str]
+    """Of the episodes, in order."""
+    robot_type: str = "unknown"
+    fps: float | None = None
+    """None where the source does not say."""
+    joins: Sequence[tuple[str, tuple[str, ...]]] = ()
+    """Vectors that belong together in this format: the name of the whole, and its parts, where all of them exist."""
+    dimension_names: Mapping[str, tuple[str, ...]] = {}
+    marks_skipped: bool = False
+    """Whether frames are marked in which the robot did not take commands, and `drop_skipped` leaves them out."""
+    drop_skipped: bool = False
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    @abc.abstractmethod
+    def open(self, name: str) -> AbstractContextManager[SourceEpisode]:
+        """The episode of that name."""
+
+    def files(self) -> Iterable[Path]:
+        """Files that differ when the episodes do."""
+        return [self.root] if self.root.is_file() else (path for path in self.root.rglob("*") if path.is_file())
+
+
+def open_source(root: Path, format: str | None = None, *, drop_skipped: bool = False) -> EpisodeSource:
+    """The source at a folder or file, recognised by its files unless the format is named.
+
+    Raises:
+        UnknownNameError: no such format.
+        ConfigError: the format does not mark skipped frames, and they are to be dropped.
+        DatasetNotFoundError, DatasetFormatError: nothing there, or in no known format.
+    """
+    root = root.expanduser().absolute()
+    if format is not None and format not in FORMATS:
+        raise unknown_name("format", format, FORMATS, next="leave --format out; it is recognised by the files")
+    if not root.exists():
+        raise DatasetNotFoundError(
+            expected="a recording", found="nothing", where=str(root), next=f"ls {root.parent}  # then give the path"
+        )
+    format = format or _recognise(root)
+    module, _, kind = FORMATS[format][0].partition(":")
+    source: EpisodeSource = getattr(importlib.import_module(f"manipi.data.sources.{module}"), kind)(root)
+    if not source.names:
+        raise DatasetNotFoundError(
+            expected=f"at least one episode: {FORMATS[format][1]}",
+            found="none",
+            where=str(root),
+            next="give another folder, or another --format",
+        )
+    if drop_skipped and not source.marks_skipped:
+        raise ConfigError(
+            expected="a format that marks skipped frames: droid",
+            found=format,
+            where="--drop-skipped",
+            next="leave the flag out",
+        )
+    source.drop_skipped = drop_skipped
+    return source
+
+
+def _recognise(root: Path) -> str:
+    if root.name.endswith((".zarr", ".zarr.zip")) or (root / "meta/episode_ends").is_dir():
+        return "zarr"
+    if (root / "meta/info.json").is_file():
+        return "lerobot"
+    if any(root.glob("features.json")) or any(root.glob("*/features.json")):
+        return "rlds"
+    if any(root.rglob("trajectory.h5")):
+        return "droid"
+    if files := find_files(root, "*.hdf5", "*.h5"):
+        from manipi.data.sources.hdf5 import recognise
+
+        return recognise(files)
+    known = "; ".join(f"{name}: {files}" for name, (_, files) in FORMATS.items())
+    found = sorted(path.name for path in root.iterdir())[:5] if root.is_dir() else [root.name]
+    raise DatasetFormatError(
+        expected=f"one of the formats {known}",
+        found=", ".join(found) or "an empty folder",
+        where=str(root),
+        next="give the folder that holds these files, or name the format with --format",
+    )
+
+
+# What the sources share ---------------------------------------------------------------------------------------------
+
+
+def find_files(root: Path, *patterns: str) -> list[Path]:
+    """`root` itself where it is a file, else what lies below it, numbers in names counted as numbers."""
+    found = {root} if root.is_file() else {path for pattern in patterns for path in root.rglob(pattern)}
+    return sorted(found, key=lambda path: by_number(str(path)))
+
+
+def by_number(name: str) -> list[tuple[int, str]]:
+    """A sorting key that puts demo_10 behind demo_9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def vector(values: np.ndarray) -> np.ndarray:
+    """Any numbers of T frames as [T, d]: floats as float32, the rest as int64."""
+    return values.reshape(len(values), math.prod(values.shape[1:])).astype(
+        np.float32 if values.dtype.kind == "f" else np.int64
+    )
+
+
+def optional_module(name: str) -> ModuleType:
+    """A library of the extra `convert`; ConfigError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ConfigError(
+            expected=f"the library {name}, which reads this format",
+            found="not installed",
+            where="the Python environment",
+            next="pip install 'manipi[convert]'",
+        ) from None
+
+
+def broken(expected: str, found: str, where: str | Path) -> NoReturn:
+    """Raise the error for a file that is missing, damaged, or laid out differently."""
+    raise DatasetFormatError(
+        expected=expected,
+        found=found,
+        where=str(where),
+        next="copy the file again or repair it; --skip-bad-episodes leaves such episodes out",
+    )
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The pictures start…stop of a camera out of `read(start, stop)`, block by block."""
+
+    read: Callable[[int, int], np.ndarray]
+    start: int
+    stop: int
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for start in range(self.start, self.stop, BLOCK):
+            yield self.read(start, min(start + BLOCK, self.stop))
