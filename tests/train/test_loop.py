@@ -28,7 +28,7 @@ from manipi.train.state import TrainState, is_frozen, trainable_parameters
 from manipi.transforms.normalize import load_norm_stats, save_norm_stats
 
 KINDS = ("pi05", "pi0", "pi0_fast")
-OF_THE_CLOCK = {"time", "samples_per_s", "data_wait"}
+OF_THE_CLOCK = {"time", "samples_per_s", "data_wait", "data_wait_p95"}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 

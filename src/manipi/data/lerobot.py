@@ -14,7 +14,8 @@ from PIL import Image
 
 from manipi.data.dataset import Dataset
 from manipi.data.lerobot_index import broken, parquet_errors, read_columns, read_index
-from manipi.data.video import VideoFrames
+from manipi.data.shared import SharedArray
+from manipi.data.video import VideoFrames, decoders_for
 
 _FOOTER_BYTES = 1 << 20
 _ROW_GROUPS = 8
@@ -32,7 +33,8 @@ class LeRobotDataset(Dataset):
     def __init__(self, root: Path):
         self._index = index = read_index(root)
         super().__init__(root=root, name=root.name, fps=index.fps, features=index.features, episodes=index.episodes)
-        self._videos = VideoFrames()
+        pictures = [index.features[camera].shape for camera in index.clips]
+        self._videos = VideoFrames(decoders_for(max((h * w for h, w, _ in pictures), default=0)))
         self._pictures = lru_cache(maxsize=_ROW_GROUPS)(_read_pictures)
 
     def __reduce__(self) -> tuple:
@@ -56,11 +58,12 @@ class LeRobotDataset(Dataset):
         return digest.hexdigest()
 
     def prompt(self, row: int) -> str:
-        return self._index.tasks[int(self._task_indices[row])]
+        if "task_index" not in self._columns:
+            self._columns["task_index"] = SharedArray(self._read_task_indices())
+        return self._index.tasks[int(self._columns["task_index"].array[row, 0])]
 
-    @cached_property
-    def _task_indices(self) -> np.ndarray:
-        indices = self._read_column("task_index")[:, 0]
+    def _read_task_indices(self) -> np.ndarray:
+        indices = self._read_column("task_index")
         unknown = set(np.unique(indices).tolist()) - self._index.tasks.keys()
         if unknown:
             broken(self.root, f"task_index among {sorted(self._index.tasks)}", f"{sorted(unknown)}", "the data tables")
