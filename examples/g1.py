@@ -43,7 +43,7 @@ def pi05_g1() -> TrainConfig:
     )
     return TrainConfig(
         robot=G1,
-        data=DataConfig(path=str(DATASETS / "g1_bottle_lerobot_v30"), holdout=0.25, cache="frames"),
+        data=DataConfig(path=str(DATASETS / "g1_bottle_lerobot_v30"), holdout=0.25, cache="raw"),
         model=model,
         optimizer=OptimizerConfig(lr=2e-3, final_lr=1e-4, warmup_steps=30, decay_steps=300, weight_decay=1e-4),
         steps=300,

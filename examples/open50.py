@@ -40,7 +40,7 @@ def pi0_open50() -> TrainConfig:
     )
     # The sample of this dataset comes with the pictures of these six of its fifty episodes.
     data = DataConfig(
-        path=str(DATASETS / "open50_lerobot_v3"), episodes=(3, 4, 5, 6, 10, 11), holdout=0.17, cache="frames"
+        path=str(DATASETS / "open50_lerobot_v3"), episodes=(3, 4, 5, 6, 10, 11), holdout=0.17, cache="raw"
     )
     return TrainConfig(
         robot=TWO_ARMS,

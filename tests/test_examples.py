@@ -49,7 +49,7 @@ def test_trains_and_evaluates(case, tmp_path, capsys):
 def test_cache_changes_nothing(tmp_path):
     """Training from cached pictures gives the same weights, bit for bit."""
     config = recipe("open50")
-    cached = replace(config, data=replace(config.data, cache="frames"))
+    cached = replace(config, data=replace(config.data, cache="raw"))
     plain, same = (
         load_file(train(c, tmp_path / c.data.cache, show=False) / "model.safetensors") for c in (config, cached)
     )

@@ -64,7 +64,7 @@ ROBOT = Robot(
 def my_recipe() -> TrainConfig:
     model = Pi05Config(vision=VISION_TINY_8, vlm=GEMMA_TINY, action_expert=GEMMA_TINY_EXPERT, vocab_size=1024,
                        action_dim=16, action_horizon=10, max_token_len=60)
-    data = DataConfig(path={str(shared_datasets / "synthetic_lerobot_v30")!r}, cache="frames")
+    data = DataConfig(path={str(shared_datasets / "synthetic_lerobot_v30")!r}, cache="raw")
     return TrainConfig(robot=ROBOT, model=model, data=data)
 """)
     return path

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from manipi.data.cache import CachedDataset
+from manipi.data.dataset import open_dataset
 from manipi.data.loader import Loader
 from manipi.data.sampler import Sampler, Stream
 from manipi.errors import BadValueError, TrainingError
@@ -77,9 +79,56 @@ def test_ranks_share_a_batch(batches):
         np.testing.assert_array_equal(joined, whole[step][1]["place"])
 
 
-def test_cached_pictures_through_workers(batches, dataset, tmp_path):
-    cached = CachedDataset(dataset, [CAMERA], tmp_path, show=False)
-    assert_equal(batches(data=cached, num_workers=1), batches())
+@pytest.mark.parametrize("format", ["raw", "jpeg"])
+def test_cached_pictures_through_workers(batches, dataset, tmp_path, format):
+    # Seven batches of 16 from 50 rows: the first epoch fills the cache, later ones read it.
+    cached = CachedDataset(dataset, [CAMERA], tmp_path / "workers", format=format)
+    alone = CachedDataset(dataset, [CAMERA], tmp_path / "alone", format=format)
+    assert_equal(batches(data=cached, num_workers=2, count=7), batches(data=alone, count=7))
+    if format == "raw":
+        assert_equal(batches(data=cached, num_workers=1, count=7), batches(count=7))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_step_1000_is_the_same(batches, dataset, tmp_path, world_size, workers):
+    cached = CachedDataset(dataset, [CAMERA], tmp_path)
+    (expected,) = batches(count=1, start_step=1000)
+    for data in (dataset, cached):
+        resumed = {"data": data, "num_workers": workers, "start_step": 999, "count": 2, "world_size": world_size}
+        ranks = [batches(rank=rank, **resumed)[1] for rank in range(world_size)]
+        assert_equal(
+            [(1000, {key: np.concatenate([rank[1][key] for rank in ranks]) for key in expected[1]})], [expected]
+        )
+
+
+def test_workers_use_the_columns_that_were_read(batches, written, tmp_path):
+    root = shutil.copytree(written, tmp_path / "set")
+    dataset = open_dataset(root)
+    expected = batches(data=dataset)
+    shutil.rmtree(root / "data")
+    assert_equal(batches(data=dataset, num_workers=2), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_piles_up_over_epochs(dataset, encoders, workers):
+    sampler = Sampler(dataset.num_frames, 16, seed=1)
+    counts = []
+    with Loader(partial(encoders.samples, encoders.encode, dataset), sampler, num_workers=workers) as loader:
+        for step, _, _ in loader:
+            pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+            counts.append([sum(is_durable(file) for file in Path(f"/proc/{pid}/fd").iterdir()) for pid in pids])
+            if step == 40:
+                break
+    assert np.min(counts[20:], axis=0).tolist() == np.min(counts[8:20], axis=0).tolist()
+
+
+def is_durable(file: Path) -> bool:
+    """An open file other than a batch on its way."""
+    try:
+        return "memfd" not in os.readlink(file)
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,15 +1,19 @@
 """Every frame of every layout of file is found exactly, whatever the order of the requests."""
 
+import os
+from pathlib import Path
+
 import av
 import numpy as np
 import pytest
 
-from manipi.data.video import VideoFrames, VideoWriter
+from manipi.data.video import VideoFrames, VideoWriter, decoders_for
 from manipi.errors import ConfigError, DatasetFormatError
 
 COUNT, FPS = 60, 30
 LAYOUTS = {
     "keyframe every second frame": {"g": "2", "bf": "0"},
+    "keyframe every second frame, as lerobot encodes": {"g": "2"},
     "long groups with B-frames": {"g": "30", "bf": "3", "sc_threshold": "0"},
     "one keyframe": {"g": "1000", "bf": "2", "sc_threshold": "0"},
 }
@@ -88,9 +92,17 @@ def test_more_files_than_open_decoders(tmp_path):
         writer = VideoWriter(path, fps=FPS, height=16, width=16)
         writer.add(np.full((2, 16, 16, 3), 10 * i, np.uint8))
         writer.close()
-    videos = VideoFrames()
+    videos = VideoFrames(num_decoders=3)
     for i in [*range(20), *range(20)]:
         assert videos.frame(paths[i], 1 / FPS, where="").mean() == pytest.approx(10 * i, abs=2)
+    held = [os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    assert sum(path.startswith(str(tmp_path)) for path in held) == 3
+
+
+def test_fewer_decoders_of_larger_pictures():
+    small, hd, huge = decoders_for(84 * 84), decoders_for(720 * 1280), decoders_for(10**9)
+    assert 128 == small > hd > huge == 1
+    assert hd * 720 * 1280 * 9 <= 256 << 20
 
 
 def test_full_chroma_keeps_small_colours(tmp_path):
@@ -106,3 +118,18 @@ def test_full_chroma_keeps_small_colours(tmp_path):
 def test_odd_size_needs_full_chroma(tmp_path):
     with pytest.raises(ConfigError, match=r"(?s)even height and width.*33x35.*yuv444p"):
         VideoWriter(tmp_path / "a.mp4", fps=10, height=33, width=35)
+
+
+def test_open_groups_in_order(tmp_path):
+    path = tmp_path / "open.mp4"
+    options = {"g": "12", "bf": "3", "sc_threshold": "0", "x264-params": "open-gop=1:b-adapt=0", "crf": "10"}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(COUNT):
+            image = np.full((48, 64, 3), 4 * i + 10, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    videos = VideoFrames()
+    found = [videos.frame(path, number / FPS, where="").mean() for number in range(COUNT)]
+    np.testing.assert_array_equal(np.rint((np.array(found) - 10) / 4), np.arange(COUNT))

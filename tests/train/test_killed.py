@@ -16,7 +16,7 @@ from manipi.records import write_json
 from manipi.train.config import TrainConfig
 from manipi.train.loop import train
 
-OF_THE_CLOCK = {"time", "samples_per_s", "data_wait"}
+OF_THE_CLOCK = {"time", "samples_per_s", "data_wait", "data_wait_p95"}
 RECIPE = """
 from pathlib import Path
 from manipi.train.run import read_config

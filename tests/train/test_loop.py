@@ -37,7 +37,7 @@ from manipi.train.state import TrainState, is_frozen, trainable_parameters
 from manipi.transforms.normalize import load_norm_stats, save_norm_stats
 
 KINDS = ("pi05", "pi0", "pi0_fast")
-OF_THE_CLOCK = {"time", "samples_per_s", "data_wait"}
+OF_THE_CLOCK = {"time", "samples_per_s", "data_wait", "data_wait_p95"}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -233,7 +233,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(kind, tiny, tmp_path):
 
 def test_workers_make_no_difference(tiny, tmp_path):
     config = tiny(steps=3)
-    other = replace(config, data=replace(config.data, num_workers=2, cache="frames"))
+    other = replace(config, data=replace(config.data, num_workers=2, cache="raw"))
     folders = [train(c, tmp_path / str(i), show=False) for i, c in enumerate((config, other))]
     weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert weights[0] == weights[1]

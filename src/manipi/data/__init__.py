@@ -10,13 +10,14 @@
 | `lerobot_episode` | one episode, encoded apart from the dataset that it will be in |
 | `convert`, `sources/` | other formats to LeRobot v3.0, by several processes; one reader per format |
 | `video` | exact frames out of video files, and into them |
-| `cache` | decoded pictures, at the size the model takes, in a memory-mapped file |
+| `cache` | decoded pictures, at the size the model takes, kept on disk from their first use on |
 | `subset` | some episodes of a dataset as a dataset of their own |
 | `sampler`, `split` | which rows form step s; train and held-out episodes |
 | `source` | a dataset as a robot's pipeline reads it: rows in, samples out |
 | `mixture` | several datasets and robots in one stream |
 | `idle`, `filters`, `mask` | frames that are not worth training on; the rules, and the file that keeps the rest |
 | `loader` | batches, from worker processes |
+| `shared` | memory that processes share: batches on their way, and columns |
 | `stats`, `sketch`, `stats_plot` | norm stats; pieces of them that merge; a picture of them |
 | `check`, `checks` | what is wrong with a dataset; the episodes that cannot be trained on |
 | `view`, `describe` | an episode to look at; what is in a dataset, and a robot that would fit |

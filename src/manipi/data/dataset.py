@@ -12,12 +12,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, SupportsIndex, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
+from manipi.data.shared import SharedArray
 from manipi.errors import BadValueError, ConfigError, DatasetNotFoundError, FetchError, MissingFeatureError
 from manipi.remote.fetch import fetch
 from manipi.types import Frame
@@ -57,14 +59,19 @@ class Episode:
 class Dataset(abc.ABC):
     """Base of all readers. A reader opens its metadata, and says how to read a column and some pictures.
 
-    Readers pickle by re-opening `root`, so that worker processes share neither file handles nor decoders.
+    Readers pickle by re-opening `root`, so that worker processes share neither file handles nor decoders; the columns
+    that were read before a process is spawned it finds in shared memory.
     """
 
     def __init__(
         self, *, root: Path, fps: float, features: Mapping[str, Feature], episodes: Sequence[Episode], name: str
     ):
         self.root, self.fps, self.features, self.episodes, self.name = root, fps, features, episodes, name
-        self._columns: dict[str, np.ndarray] = {}
+        self._columns: dict[str, SharedArray] = {}
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
+        made_by, arguments = self.__reduce__()[:2]
+        return made_by, arguments, {"_columns": self._columns if get_spawning_popen() else {}}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -127,7 +134,7 @@ class Dataset(abc.ABC):
         return f"{self.root}, {self.locate(row)}"
 
     def column(self, key: str) -> np.ndarray:
-        """All values of a vector feature, [N, d] float32 or int64; read once, then kept in RAM, read-only.
+        """All values of a vector feature, [N, d] float32 or int64; read once, then kept in shared memory, read-only.
 
         Raises:
             MissingFeatureError: the dataset has no vector of that name.
@@ -138,9 +145,8 @@ class Dataset(abc.ABC):
             self.require(key, "vector")
             values = self._read_column(key)
             self._check_finite(key, values)
-            values.setflags(write=False)
-            self._columns[key] = values
-        return self._columns[key]
+            self._columns[key] = SharedArray(values)
+        return self._columns[key].array
 
     def images(self, camera: str, rows: Int64[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w 3"]:
         """The pictures of some rows, in the order asked for; read in file order, where neighbours are cheap.

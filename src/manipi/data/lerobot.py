@@ -15,7 +15,8 @@ from PIL import Image
 from manipi.data.dataset import Dataset
 from manipi.data.lerobot_index import open_index
 from manipi.data.lerobot_tables import ROW_COLUMNS, broken, parquet_errors, read_values, row_faults
-from manipi.data.video import VideoFrames
+from manipi.data.shared import SharedArray
+from manipi.data.video import VideoFrames, decoders_for
 from manipi.errors import DataError
 from manipi.remote.fetch import fetch, origin
 
@@ -40,7 +41,8 @@ class LeRobotDataset(Dataset):
         self._index = index = open_index(root, numbers)
         self._numbers, self._tables = tuple(numbers), list(dict.fromkeys(index.tables))
         super().__init__(root=root, name=root.name, fps=index.fps, features=index.features, episodes=index.episodes)
-        self._videos = VideoFrames()
+        pictures = [index.features[camera].shape for camera in index.clips]
+        self._videos = VideoFrames(decoders_for(max((h * w for h, w, _ in pictures), default=0)))
         self._origin = origin(root / "meta").removesuffix("/meta/")
         self._pictures = lru_cache(maxsize=_ROW_GROUPS)(_read_pictures)
 
@@ -65,7 +67,9 @@ class LeRobotDataset(Dataset):
         return digest.hexdigest()
 
     def prompt(self, row: int) -> str:
-        return self._index.tasks[int(self._task_indices[row])]
+        if "task_index" not in self._columns:
+            self._columns["task_index"] = SharedArray(self._read_column("task_index"))
+        return self._index.tasks[int(self._columns["task_index"].array[row, 0])]
 
     def subtask(self, row: int) -> str:
         if not self._index.subtasks or "subtask_index" not in self.features:
@@ -78,10 +82,6 @@ class LeRobotDataset(Dataset):
 
     def place(self, row: int) -> str:
         return f"{self._index.tables[int(self.episode_of(np.asarray(row)))]}, {self.locate(row)}"
-
-    @cached_property
-    def _task_indices(self) -> np.ndarray:
-        return self._read_column("task_index")[:, 0]
 
     # Tables -----------------------------------------------------------------------------------------------------
 

@@ -1,31 +1,35 @@
 """Batches of encoded samples, made in worker processes in an order that does not depend on their number.
 
 worker 0   step 0   step 2   step 4 …     each worker takes every W-th step,
-worker 1   step 1   step 3   step 5 …     and sends its batches through a pipe of its own;
+worker 1   step 1   step 3   step 5 …     and hands its batches over in shared memory;
 caller     0  1  2  3  4  5 …             so the caller only takes turns.
 """
 
 import itertools
+import mmap
 import multiprocessing
+import os
 import signal
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import recv_handle, send_handle
 from types import TracebackType
 from typing import Self, TypeAlias
 
 import numpy as np
 
 from manipi.data.sampler import Sampler
+from manipi.data.shared import nameless_file
 from manipi.errors import ManipiError, TrainingError
 from manipi.types import Sample
 
 Batch: TypeAlias = dict[str, np.ndarray]
 """Samples stacked along a first axis."""
+
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +41,11 @@ class _Task:
     rank: int
     world_size: int
 
+    def samples_at(self, step: int) -> Sequence[Sample]:
+        return self.samples(self.sampler.rows(step, self.rank, self.world_size))
+
     def batch(self, step: int) -> Batch:
-        samples = self.samples(self.sampler.rows(step, self.rank, self.world_size))
+        samples = self.samples_at(step)
         return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
 
 
@@ -108,17 +115,21 @@ class _Worker:
     def __init__(self, task: _Task, first: int, stride: int, prefetch: int):
         # A forked process would inherit the locks of torch's and Arrow's threads, perhaps held.
         context = multiprocessing.get_context("spawn")
-        self._results, sending = context.Pipe(duplex=False)
+        self._worker, caller = context.Pipe()
         self._process: BaseProcess = context.Process(
-            target=_work, args=(task, first, stride, prefetch, sending), daemon=True
+            target=_work, args=(task, first, stride, prefetch, caller), daemon=True
         )
         self._process.start()
-        # With our copy of the sending end closed, the death of the worker reads as the end of the pipe.
-        sending.close()
+        # With our copy of its end closed, the death of the worker reads as the end of the pipe.
+        caller.close()
 
     def receive(self) -> Batch:
         try:
-            result = self._results.recv()
+            result = self._worker.recv()
+            if isinstance(result, ManipiError):
+                raise result
+            descriptor = recv_handle(self._worker)
+            self._worker.send_bytes(_TAKEN)
         except (EOFError, OSError):  # before or in the middle of a batch
             self._process.join()
             raise TrainingError(
@@ -127,32 +138,59 @@ class _Worker:
                 where=f"data worker, process {self._process.pid}",
                 next="see its traceback above, or run with --data.num-workers 0 to have it in the main process",
             ) from None
-        if isinstance(result, ManipiError):
-            raise result
-        return result
+        return _arrays(_map(descriptor), result)
 
     def stop(self) -> None:
         self._process.terminate()
         self._process.join()
-        self._results.close()
+        self._worker.close()
 
 
-def _work(task: _Task, first: int, stride: int, prefetch: int, sending: Connection) -> None:
+_TAKEN = b"taken"
+
+
+def _work(task: _Task, first: int, stride: int, prefetch: int, caller: Connection) -> None:
     """The life of a worker: every `stride`-th step, until it is ended, raises, or finds its parent gone."""
     # Ctrl-C reaches the whole process group; the parent ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    steps = itertools.count(first, stride)
-    # One thread makes batches ahead while this one sends.
-    maker = ThreadPoolExecutor(max_workers=1)
-    ahead = deque(maker.submit(task.batch, step) for step in itertools.islice(steps, prefetch))
     try:
-        while True:
-            batch = ahead.popleft().result()
-            ahead.append(maker.submit(task.batch, next(steps)))
-            sending.send(batch)
+        for made, step in enumerate(itertools.count(first, stride)):
+            samples = task.samples_at(step)
+            if made >= prefetch:
+                caller.recv_bytes()  # the word that a batch has been taken
+            _send(samples, caller)
     except ManipiError as error:
-        sending.send(error)
-    except BrokenPipeError:
+        caller.send(error)
+    except (BrokenPipeError, ConnectionResetError, EOFError):
         pass  # The parent is gone, and with it the reason for this process.
+
+
+# Batches in shared memory -------------------------------------------------------------------------------------------
+
+_Layout: TypeAlias = dict[str, tuple[np.dtype, tuple[int, ...], int]]
+"""Per array its dtype, shape and place: a batch stands in a file of its own, which lives as long as its arrays."""
+
+
+def _send(samples: Sequence[Sample], caller: Connection) -> None:
+    layout, size = _Layout(), 0
+    for key, value in samples[0].items():
+        layout[key] = (value.dtype, (len(samples), *value.shape), size)
+        size += -(-value.nbytes * len(samples) // _ALIGNMENT) * _ALIGNMENT
+    descriptor = nameless_file(size)
+    for key, array in _arrays(mmap.mmap(descriptor, 0), layout).items():
+        np.stack([sample[key] for sample in samples], out=array)
+    caller.send(layout)
+    send_handle(caller, descriptor, 0)
+    os.close(descriptor)
+
+
+def _map(descriptor: int) -> mmap.mmap:
+    """A map, which keeps the file alive by itself."""
+    try:
+        return mmap.mmap(descriptor, 0)
     finally:
-        maker.shutdown(wait=False, cancel_futures=True)
+        os.close(descriptor)
+
+
+def _arrays(memory: mmap.mmap, layout: _Layout) -> Batch:
+    return {key: np.ndarray(shape, dtype, memory, place) for key, (dtype, shape, place) in layout.items()}

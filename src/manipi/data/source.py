@@ -20,6 +20,12 @@ class Source:
     action_horizon: int
     prompt: PromptSource = "task"
 
+    def __post_init__(self) -> None:
+        # Read once, here: what the workers would each read they then find in shared memory.
+        frames_of(
+            self.pipeline.robot, self.action_horizon, self.dataset, np.zeros(1, np.int64), self.prompt, pictures=False
+        )
+
     def frames(self, rows: Int64[np.ndarray, " n"]) -> list[Frame]:
         """Raw frames in the dataset's keys, with action chunks of the model's horizon."""
         return frames_of(self.pipeline.robot, self.action_horizon, self.dataset, rows, self.prompt)
@@ -30,13 +36,19 @@ class Source:
 
 
 def frames_of(
-    robot: Robot, action_horizon: int, dataset: Dataset, rows: Int64[np.ndarray, " n"], prompt: PromptSource = "task"
+    robot: Robot,
+    action_horizon: int,
+    dataset: Dataset,
+    rows: Int64[np.ndarray, " n"],
+    prompt: PromptSource = "task",
+    *,
+    pictures: bool = True,
 ) -> list[Frame]:
     """The rows as frames with just the features that the robot names."""
     return frames(
         dataset,
         rows,
-        cameras=[robot.dataset_key(key) for key in robot.cameras.values()],
+        cameras=[robot.dataset_key(key) for key in robot.cameras.values()] if pictures else [],
         state_keys=[robot.dataset_key(s.key) for s in robot.state],
         action_key=robot.dataset_key(robot.action_key),
         horizon=action_horizon,

@@ -6,29 +6,39 @@ workers share; with a keyframe every second frame (as LeRobot encodes) a seek de
 
 from collections.abc import Iterator
 from fractions import Fraction
-from functools import lru_cache
+from itertools import chain, pairwise
 from pathlib import Path
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
 from manipi.errors import ConfigError, DatasetFormatError
 
-_OPEN_FILES = 16
-"""Decoders kept open per reader; a decoder of 480×640 holds a few MB."""
-_SCAN_FRAMES = 4
-"""Up to this many frames ahead, decoding on is cheaper than a seek."""
+_DECODER_MB, _MOST_DECODERS = 256, 128
+"""Bounds on the decoders that a reader keeps open: their memory, and their number, since each holds a file."""
+
+
+def decoders_for(pixels: int) -> int:
+    """How many decoders of pictures of that size fit the bounds; each holds about six of them, of 1.5 bytes a pixel."""
+    return max(1, min(_MOST_DECODERS, (_DECODER_MB << 20) // (9 * pixels))) if pixels else _MOST_DECODERS
 
 
 class VideoFrames:
-    """Random access to the frames of many video files, through a few open decoders."""
+    """Random access to the frames of many video files, through a few open decoders.
 
-    def __init__(self):
-        # The cache drops the decoder that was used longest ago, and dropping it closes its file.
-        self._decoder = lru_cache(maxsize=_OPEN_FILES)(_Decoder)
+    Opening a file again costs about two random frames, so that many decoders pay where files are few. With more files
+    than decoders, rows in file order open each file at most once per batch.
+    """
+
+    def __init__(self, num_decoders: int = 16):
+        self._num_decoders = num_decoders
+        self._decoders: dict[Path, _Decoder] = {}
+        """The one used last stands last."""
 
     def frame(self, path: Path, seconds: float, *, where: str) -> UInt8[np.ndarray, "h w 3"]:
         """The one frame shown at a time, RGB. Consecutive frames are decoded without a seek.
@@ -42,8 +52,19 @@ class VideoFrames:
         try:
             return self._decoder(path).frame(seconds)
         except (FFmpegError, _NoFrame) as error:
-            self._decoder.cache_clear()
+            self._close(path)
             raise _broken(f"a frame at {seconds:.3f} s", str(error), where) from error
+
+    def _decoder(self, path: Path) -> "_Decoder":
+        self._decoders[path] = decoder = self._decoders.pop(path, None) or _Decoder(path)
+        if len(self._decoders) > self._num_decoders:
+            self._close(next(iter(self._decoders)))
+        return decoder
+
+    def _close(self, path: Path) -> None:
+        # FFmpeg's objects refer to each other; left to the garbage collector, they would stay open for long.
+        if decoder := self._decoders.pop(path, None):
+            decoder.close()
 
 
 def _broken(expected: str, found: str, where: str) -> DatasetFormatError:
@@ -65,53 +86,75 @@ class _Decoder:
     def __init__(self, path: Path):
         self._container = av.open(str(path))
         self._stream = self._container.streams.video[0]
-        self._stream.thread_type = "NONE"
+        codec = self._stream.codec_context
+        codec.thread_type = "NONE"
         # dav1d has threads of its own, which decode frames that a seek then throws away.
-        self._stream.codec_context.thread_count = 1
+        codec.thread_count = 1
         # A damaged frame is an error, where FFmpeg would rather paint over it.
-        self._stream.codec_context.options = {"err_detect": "explode"}
+        codec.options = {"err_detect": "explode"}
+        self._tick = float(self._stream.time_base or 1)
         self._period = float(1 / (self._stream.average_rate or 30))
         self._reformatter = VideoReformatter()
         self._ahead: Iterator[av.VideoFrame] = iter(())
         self._last: av.VideoFrame | None = None
+        self._longest_run = 1
+        """Most frames decoded from a keyframe on to reach another: what a seek can cost."""
 
     def frame(self, seconds: float) -> np.ndarray:
         return self._reformatter.reformat(self._find(seconds), format="rgb24").to_ndarray()
 
-    def _find(self, seconds: float) -> av.VideoFrame:
-        if self._last is not None:
-            ahead = (seconds - _time(self._last)) / self._period
-            if abs(ahead) < 0.25:
-                return self._last
-            if 0 < ahead < _SCAN_FRAMES + 0.25:
-                return self._scan(seconds)
-        self._seek(seconds)
-        return self._scan(seconds)
+    def close(self) -> None:
+        self._container.close()
 
-    def _seek(self, seconds: float) -> None:
-        """Go to the keyframe before a time, and decode it."""
+    def _find(self, seconds: float) -> av.VideoFrame:
+        if self._last is not None and -0.25 < self._frames_from_last(seconds) < self._longest_run + 0.25:
+            return self._scan(seconds)
+        return self._seek(seconds)
+
+    def _seek(self, seconds: float) -> av.VideoFrame:
+        """Go to the keyframe before a time, and decode on from there."""
         # A quarter of a frame later, so that rounding to the file's time base cannot fall into the frame before.
-        target = int((seconds + 0.25 * self._period) / float(self._stream.time_base or 1))
+        target = int((seconds + 0.25 * self._period) / self._tick)
         self._container.seek(target, stream=self._stream, backward=True)
-        self._ahead = self._container.decode(self._stream)
+        self._ahead = _decode(self._container, self._stream)
         self._last = next(self._ahead, None)
+        run = 0 if self._last is None else round(self._frames_from_last(seconds))
+        found = self._scan(seconds)
+        self._longest_run = max(self._longest_run, run)
+        return found
 
     def _scan(self, seconds: float) -> av.VideoFrame:
         """Decode on until a time; the frame there must be the one asked for, and whole."""
-        frame = self._last
-        while frame is not None and _time(frame) < seconds - 0.25 * self._period:
-            frame = self._last = next(self._ahead, None)
-        if frame is None:
+        while self._last is not None and self._frames_from_last(seconds) > 0.25:
+            self._last = next(self._ahead, None)
+        if self._last is None:
             raise _NoFrame("the end of the file: it is truncated, or shorter than its metadata say")
-        if abs(_time(frame) - seconds) > 0.25 * self._period:
-            raise _NoFrame(f"the next frame at {_time(frame):.3f} s")
-        if frame.is_corrupt:
+        if self._frames_from_last(seconds) < -0.25:
+            raise _NoFrame(f"the next frame at {self._time(self._last):.3f} s")
+        if self._last.is_corrupt:
             raise _NoFrame("a damaged frame")
-        return frame
+        return self._last
+
+    def _frames_from_last(self, seconds: float) -> float:
+        assert self._last is not None
+        return (seconds - self._time(self._last)) / self._period
+
+    def _time(self, frame: av.VideoFrame) -> float:
+        return (frame.pts or 0) * self._tick
 
 
-def _time(frame: av.VideoFrame) -> float:
-    return float(frame.time or 0.0)
+def _decode(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
+    """The frames from here on. Decoders hold frames back until later packets show that none comes before them; at the
+    end of a closed group of pictures they are told that none does, and need not decode into the next group for it."""
+    codec, started = stream.codec_context, False
+    for packet, following in pairwise(chain(container.demux(stream), [av.Packet()])):
+        # In an open group, what follows the keyframe is shown before it, and needs the group before.
+        is_open = following.pts is not None and packet.pts is not None and following.pts < packet.pts
+        if started and packet.is_keyframe and not is_open:
+            yield from codec.decode(None)
+            codec.flush_buffers()
+        started = True
+        yield from codec.decode(packet)
 
 
 class VideoWriter:

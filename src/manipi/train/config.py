@@ -63,8 +63,11 @@ class DataConfig:
     """Share of each dataset's episodes kept out of training, for evaluation."""
     num_workers: int = 1
     """Processes that read and encode batches; 0 reads inside the training process."""
-    cache: Literal["none", "frames"] = "none"
-    """`frames` decodes every video once, at the size that the model takes, into a memory-mapped file in the run."""
+    cache: Literal["none", "raw", "jpeg"] = "none"
+    """Keep decoded pictures in the run's folder, at the size that the model takes: as they are, or in a seventh of the
+    room as JPEG, which changes them a little."""
+    cache_gb: float = 50.0
+    """The most room that they may take per dataset."""
 
     @property
     def datasets(self) -> tuple[DatasetConfig, ...]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ class ProgressLog:
     def record(self, step: int, metrics: Mapping[str, Tensor | float], wait: float) -> None:
         """Count one step; `wait` is the time in seconds that it waited for data."""
         self._window.append(metrics)
-        self._wait += wait
+        self._waits.append(wait)
         self._bar.update()
         if step % self._every == 0 or step == self._bar.total:
             self._write(step)
@@ -41,14 +42,20 @@ class ProgressLog:
     def _write(self, step: int) -> None:
         seconds, count = time.perf_counter() - self._started, len(self._window)
         means = {name: sum(float(m[name]) for m in self._window) / count for name in self._window[0]}
-        speed = {"samples_per_s": count * self._batch_size / seconds, "data_wait": self._wait / seconds}
+        speed = {"samples_per_s": count * self._batch_size / seconds, **data_wait(self._waits, seconds)}
         self._run.log({"step": step, **means, **speed, "time": time.time()})
-        shown = f"loss {means['loss']:.4f}, {speed['samples_per_s']:.0f} samples/s, data wait {speed['data_wait']:.0%}"
-        self._bar.set_postfix_str(shown)
+        wait = f"data wait {speed['data_wait']:.0%}, p95 {1e3 * speed['data_wait_p95']:.0f} ms"
+        self._bar.set_postfix_str(f"loss {means['loss']:.4f}, {speed['samples_per_s']:.0f} samples/s, {wait}")
         self._begin_window()
 
     def _begin_window(self) -> None:
-        self._started, self._wait, self._window = time.perf_counter(), 0.0, list[Mapping[str, Tensor | float]]()
+        self._started, self._waits = time.perf_counter(), list[float]()
+        self._window = list[Mapping[str, Tensor | float]]()
+
+
+def data_wait(waits: Sequence[float], seconds: float) -> dict[str, float]:
+    """Share of the time that steps waited for data, and the wait in seconds that one step in twenty exceeds."""
+    return {"data_wait": sum(waits) / seconds, "data_wait_p95": float(np.percentile(waits, 95))}
 
 
 def show_mixture(shares: Sequence[Share]) -> None:

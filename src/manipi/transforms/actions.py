@@ -7,6 +7,7 @@ The state stays as the robot sends it but for groups with signs or a linkage.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -64,8 +65,8 @@ class ActionSpace:
 
 
 def _with_offsets(robot: Robot) -> list[tuple[ActionGroup, int]]:
-    offsets = np.cumsum([0, *(g.size for g in robot.actions)])
-    return list(zip(robot.actions, offsets.tolist(), strict=False))
+    offsets = accumulate((g.size for g in robot.actions), initial=0)
+    return list(zip(robot.actions, offsets, strict=False))
 
 
 def _base(group: ActionGroup, action_start: int, state: np.ndarray) -> np.ndarray | None:

@@ -54,5 +54,6 @@ class ModelLayout:
         return np.stack(images), valid
 
     def _pad(self, x: np.ndarray) -> np.ndarray:
-        width = self.model.action_dim - x.shape[-1]
-        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width)]).astype(np.float32)
+        # np.pad gives the same, ten times as slowly.
+        zeros = np.zeros((*x.shape[:-1], self.model.action_dim - x.shape[-1]), np.float32)
+        return np.concatenate([x, zeros], axis=-1).astype(np.float32, copy=False)
