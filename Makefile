@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 # Threads of the tests' own processes would fight over the cores with pytest-xdist's.
 TEST_ENV := OMP_NUM_THREADS=1
+SHARED := $(if $(MANIPI_SHARED),$(MANIPI_SHARED),../shared)
 
-.PHONY: install demo test lint types layers size parity bench bench-cli bench-serve docs clean help
+.PHONY: install demo test lint types layers size parity bench bench-cli bench-serve bench-data test-lerobot docs clean help
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -38,7 +39,7 @@ size: $(READY)  ## lines per room, and the house's budgets
 parity: $(READY)  ## every golden case of the reference, as a table (MANIPI_GOLDEN=folder:folder for others)
 	$(TEST_ENV) $(BIN)/python -m pytest -q --no-header --show-capture=no --tb=short -r fE tests/parity
 
-bench: bench-cli bench-serve  ## every benchmark: a table, and as its last line one JSON object each
+bench: bench-cli bench-serve bench-data  ## every benchmark: a table, and as its last line one JSON object each
 
 bench-cli: $(READY)  ## how long the command line takes to answer
 	$(BIN)/python benchmarks/bench_cli.py
@@ -46,8 +47,30 @@ bench-cli: $(READY)  ## how long the command line takes to answer
 bench-serve: $(READY)  ## what the server adds to the bare policy call
 	$(BIN)/python benchmarks/bench_serve.py
 
+bench-data: $(READY)  ## norm stats, loader, RLDS, conversion (MANIPI_LEROBOT_PYTHON=python of lerobot, OPENPI=its repository: beside them)
+	$(BIN)/python benchmarks/bench_stats.py $(if $(OPENPI),--openpi $(OPENPI))
+	$(BIN)/python benchmarks/bench_loader.py
+	$(BIN)/python benchmarks/bench_rlds.py --data $(SHARED)/datasets/synthetic_droid_rlds/droidlike
+	$(BIN)/python benchmarks/bench_convert.py $(SHARED)/datasets/aloha_sim_transfer_cube_hdf5
+
+LEROBOT := .venv-lerobot
+test-lerobot: $(READY) $(LEROBOT)/.installed  ## lerobot 0.4.4, in an environment of its own, opens what we write
+	MANIPI_LEROBOT_PYTHON=$(abspath $(LEROBOT)/bin/python) $(BIN)/python -m pytest -q tests/data/test_lerobot_opens.py
+
+$(LEROBOT)/.installed:
+	test -x $(LEROBOT)/bin/python || $(PYTHON) -m venv $(LEROBOT)
+	$(LEROBOT)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 'datasets>=4,<4.2' \
+	  'huggingface_hub>=0.34.2,<0.36' 'av>=15,<16' 'numpy<2.3' packaging jsonlines einops draccus==0.10.0 deepdiff imageio \
+	  termcolor tqdm pandas pyserial torchcodec==0.13.0
+	$(LEROBOT)/bin/pip install --quiet --disable-pip-version-check --no-deps lerobot==0.4.4 torchvision==0.28.0 accelerate \
+	  psutil pyyaml safetensors
+	# torchcodec looks for FFmpeg by its plain names, which are those of PyAV's copy but for a hash.
+	cd $(LEROBOT)/lib/python*/site-packages/av.libs && for f in libav*-*.so.* libsw*-*.so.*; do \
+	  ln -sf $$f $${f%%-*}.so.$$(echo $$f | sed -E 's/.*\.so\.([0-9]+)\..*/\1/'); done
+	@touch $@
+
 docs: $(READY)  ## check that the documentation's links, commands and file tree are true
 	$(BIN)/python -m pytest -q tests/docs
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(LEROBOT) .pytest_cache .ruff_cache .import_linter_cache

@@ -125,8 +125,8 @@ def test_every_recipe_has_its_numbers_as_flags(name, capsys):
 def test_a_recipe_that_has_no_dataset(tmp_path):
     for command in (["train", "pi0_droid", "--run-dir", str(tmp_path)], ["stats", "pi0_droid"]):
         stderr = run(*command, code=1).stderr
-        assert "ConfigError\nexpected the folder of a LeRobot dataset to train on" in stderr
-        assert "next --data.path FOLDER, a LeRobot dataset with what the recipe's robot names" in stderr
+        assert "ConfigError\nexpected demonstrations of the recipe's robot to train on" in stderr
+        assert "next --data.path FOLDER|URL, a dataset with what the recipe's robot names" in stderr
 
 
 def test_the_table_of_recipes():
@@ -134,7 +134,7 @@ def test_the_table_of_recipes():
     assert lines[0].split() == ["recipe", "model", "robot", "dataset", "init", "steps", "batch"]
     assert len(lines) == 1 + len(RECIPES)
     rows = {line.split()[0]: line for line in lines}
-    assert "0.9 droid + 0.1 polaris_droid_cotrain_dataset" in rows["pi0_droid_jointpos_polaris"]
+    assert "0.9 droid/1.0.1 + 0.1 polaris_droid_cotrain_dataset/1.0.0" in rows["pi0_droid_jointpos_polaris"]
     assert rows["pi0_aloha"].split()[1:] == ["Pi0", "aloha", "–", "pi0_base", "30000", "32"]
 
 
@@ -152,7 +152,7 @@ def test_a_missing_dataset(tmp_path):
         "expected the folder of a LeRobot dataset, with meta/info.json in it, or of an RLDS dataset's version\n"
         "   found nothing\n"
         f"   where {absent}\n"
-        f"    next ls {tmp_path}  # then give the right path, or download the dataset there\n"
+        f"    next ls {tmp_path}  # then give the right path (--data.path, or --data.root for mixtures)\n"
     )
 
 

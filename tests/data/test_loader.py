@@ -112,7 +112,7 @@ def test_workers_use_the_columns_that_were_read(batches, written, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nothing_piles_up_over_epochs(dataset, encoders, workers):
-    sampler = Sampler(dataset.num_frames, 16, seed=1)
+    sampler = Sampler(Stream(dataset.num_frames, seed=1), 16)
     counts = []
     with Loader(partial(encoders.samples, encoders.encode, dataset), sampler, num_workers=workers) as loader:
         for step, _, _ in loader:

@@ -80,7 +80,7 @@ def check_task_prompts(entry: dict[str, Any], folder: Path) -> None:
             assert open_dataset(folder).prompt(places[case["task_index"]]) == case["prompt"]
     table = pq.read_table(folder / "meta/tasks.parquet")
     pq.write_table(table.slice(1), folder / "meta/tasks.parquet")
-    with pytest.raises(DatasetFormatError, match="task_index among"):
+    with pytest.raises(DatasetFormatError, match="a task_index with a text, among"):
         open_dataset(folder).prompt(0)
 
 

@@ -1,6 +1,7 @@
 """Datasets in a store: metadata and tables come at once, videos when they are first needed."""
 
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,17 +55,21 @@ def test_videos_come_when_they_are_needed(serve, store, shared_datasets, name):
     np.testing.assert_array_equal(again.images(CAMERA, rows), local.images(CAMERA, rows))
 
 
+BRIGHTNESS = f"""
+import sys, numpy as np
+from manipi.data.dataset import open_dataset
+print(open_dataset(sys.argv[1]).images({CAMERA!r}, np.arange(5)).sum())
+"""
+
+
 def test_processes_share_what_they_fetch(serve, shared_datasets):
-    url = serve("synthetic_lerobot_v30")
-    open_dataset(url)
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        sums = pool.map(_brightness, [url, url])
-    assert sums[0] == sums[1] == _brightness(str(shared_datasets / "synthetic_lerobot_v30"))
+    sources = [serve("synthetic_lerobot_v30")] * 2 + [str(shared_datasets / "synthetic_lerobot_v30")]
+    commands = [[sys.executable, "-c", BRIGHTNESS, source] for source in sources]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    sums = {process.communicate(timeout=60)[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert len(sums) == 1
     assert len(videos()) == 1
-
-
-def _brightness(source: str) -> int:
-    return int(open_dataset(source).images(CAMERA, np.arange(5)).sum())
 
 
 def test_a_video_that_the_store_has_lost(serve, store):

@@ -9,7 +9,7 @@ Released checkpoints have leaves without a suffix; those of openpi's training en
 """
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from manipi.errors import CheckpointError, ConfigError
 from manipi.records import read_json, write_json
 
 _METADATA = "_METADATA"
+_PIECE = 16 << 20
+"""Compressed bytes in memory at a time."""
 
 
 class OrbaxStore:
@@ -69,12 +71,41 @@ class OrbaxStore:
 
     def _spill(self, name: str) -> np.ndarray:
         if name not in self._spilled:
-            values = self._read(self._arrays[name])
+            array = self._arrays[name]
             with tempfile.TemporaryFile() as file:  # the mapping keeps it alive, without a name
-                values.tofile(file)
+                for block in self._blocks(array):
+                    file.write(block)
                 file.flush()
-                self._spilled[name] = np.memmap(file, values.dtype, mode="r", shape=values.shape)
+                self._spilled[name] = np.memmap(file, array.dtype.numpy_dtype, mode="r", shape=array.shape)
         return self._spilled[name]
+
+    def _blocks(self, array: Any) -> Iterator[memoryview | bytes]:
+        """The array's bytes in order; of a single zstd chunk, as Orbax writes them, a piece at a time."""
+        spec = array.spec().to_json()["metadata"]
+        plain = spec["chunks"] == spec["shape"] and spec["order"] == "C" and not spec["filters"]
+        if not plain or (spec["compressor"] or {}).get("id") != "zstd":
+            yield np.ascontiguousarray(self._read(array)).reshape(-1).view(np.uint8).data
+            return
+        import zstandard
+
+        unpack = zstandard.ZstdDecompressor().decompressobj()
+        key, start = spec.get("dimension_separator", ".").join("0" * len(spec["shape"])), 0
+        try:
+            while not unpack.eof:
+                piece = _piece(array.kvstore, key, start)
+                start += len(piece)
+                yield unpack.decompress(piece)
+        except (zstandard.ZstdError, ValueError) as error:
+            raise damaged(self._folder, error) from error
+
+
+def _piece(kvstore: Any, key: str, start: int) -> bytes:
+    try:
+        return kvstore.read(key, byte_range=slice(start, start + _PIECE)).result().value
+    except ValueError as error:
+        if "OUT_OF_RANGE" not in str(error):
+            raise
+        return kvstore.read(key, byte_range=slice(start, None)).result().value  # the last one is shorter
 
 
 def read_tree(folder: Path) -> dict[str, np.ndarray]:

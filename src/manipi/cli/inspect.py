@@ -113,10 +113,11 @@ def _recipe(target: str) -> Any:
     print(f"{target}\n")
     _section("config", "\n".join(_settings(config)))
     _section("tokens", _draw(config.model))
-    elsewhere = [one.path for one in config.data.datasets if not Path(one.path).expanduser().is_dir()]
-    if elsewhere or not config.data.datasets:
-        found = f"not on this disk: {', '.join(elsewhere)}" if elsewhere else "the recipe has no dataset of its own"
-        print(f"no frame to show; {found}\nnext  manipi train {target} --data.path FOLDER")
+    paths = [one.path for one in config.data.datasets]
+    own = bool(config.data.path) and "://" not in config.data.path
+    if not own and not (paths and all(Path(path).expanduser().is_dir() for path in paths)):
+        found = f"not on this disk: {', '.join(paths)}" if paths else "the recipe has no dataset of its own"
+        print(f"no frame to show: {found}\nnext  manipi train {target} --data.path FOLDER")
         return {"config": config, "tokens": token_layout(config.model)}
     with tempfile.TemporaryDirectory() as folder:
         # Frames are decoded as they are needed: one is enough here.

@@ -67,11 +67,12 @@ class Dataset(abc.ABC):
         self, *, root: Path, fps: float, features: Mapping[str, Feature], episodes: Sequence[Episode], name: str
     ):
         self.root, self.fps, self.features, self.episodes, self.name = root, fps, features, episodes, name
-        self._columns: dict[str, SharedArray] = {}
+        self._columns: dict[str, SharedArray | np.ndarray] = {}
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
         made_by, arguments = self.__reduce__()[:2]
-        return made_by, arguments, {"_columns": self._columns if get_spawning_popen() else {}}
+        shared = {key: kept for key, kept in self._columns.items() if isinstance(kept, SharedArray)}
+        return made_by, arguments, {"_columns": shared if get_spawning_popen() else {}}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -145,8 +146,10 @@ class Dataset(abc.ABC):
             self.require(key, "vector")
             values = self._read_column(key)
             self._check_finite(key, values)
-            self._columns[key] = SharedArray(values)
-        return self._columns[key].array
+            # What a file holds already, processes share through it.
+            self._columns[key] = values if isinstance(values.base, np.memmap) else SharedArray(values)
+        kept = self._columns[key]
+        return kept.array if isinstance(kept, SharedArray) else kept
 
     def images(self, camera: str, rows: Int64[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w 3"]:
         """The pictures of some rows, in the order asked for; read in file order, where neighbours are cheap.

@@ -73,15 +73,20 @@ def is_gripper(name: str) -> bool:
     return any(word in name.lower() for word in _GRIPPER_WORDS)
 
 
+def state_and_action_keys(dataset: Dataset) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The vectors whose names suggest state, and those whose names suggest commands."""
+    names = [k for k, f in dataset.features.items() if f.kind == "vector" and "float" in f.dtype and k != "timestamp"]
+    actions = tuple(filter(is_action, names))
+    return tuple(name for name in names if is_state(name) and name not in actions), actions
+
+
 def sketch_robot(dataset: Dataset, name: str) -> str:
     """Python source of a `Robot` with every camera, state and action that the features' names suggest."""
-    vectors = {key: feature for key, feature in dataset.features.items() if feature.kind == "vector"}
-    floats = {key: feature for key, feature in vectors.items() if "float" in feature.dtype and key != "timestamp"}
-    action_key = next((key for key in floats if is_action(key)), "action")
-    action = floats.get(action_key, Feature(kind="vector", shape=(1,), dtype="float32"))
-    states = {k: f for k, f in floats.items() if k != action_key and is_state(k)}
+    states, actions = state_and_action_keys(dataset)
+    action_key = actions[0] if actions else "action"
+    action = dataset.features.get(action_key, Feature(kind="vector", shape=(1,), dtype="float32"))
     cameras = "".join(f'        "{slot}": "{key}",\n' for slot, key in _slots(dataset.cameras))
-    state = "".join(f'        State("{key}", {feature.shape[0]}),\n' for key, feature in states.items())
+    state = "".join(f'        State("{key}", {dataset.features[key].shape[0]}),\n' for key in states)
     return f"""\
 from manipi.robots import Gripper, Joints, Robot, State
 

@@ -15,11 +15,10 @@ import numpy as np
 from jaxtyping import Bool
 
 from manipi.data.dataset import Dataset
+from manipi.data.describe import state_and_action_keys
 from manipi.data.idle import droid_keep_ranges, idle_frames
 from manipi.data.mask import Mask, mask_of
 from manipi.errors import ConfigError
-
-_STATE, _ACTION = ("state", "qpos", "joint", "proprio"), ("action", "command")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,18 +121,12 @@ def _droid_keep(dataset: Dataset, key: str) -> np.ndarray:
 
 
 def guess_keys(dataset: Dataset) -> tuple[tuple[str, ...], str]:
-    """The state features and the action feature that the names suggest, where no robot names them.
-
-    Raises:
-        ConfigError: no feature looks like one of the two.
-    """
-    names = [k for k, f in dataset.features.items() if f.kind == "vector" and "float" in f.dtype and k != "timestamp"]
-    actions = [name for name in names if any(word in name.rpartition(".")[2] for word in _ACTION)]
-    states = tuple(name for name in names if name not in actions and any(word in name for word in _STATE))
+    """The state features and the action feature, where no robot names them. Raises ConfigError where names do not."""
+    states, actions = state_and_action_keys(dataset)
     if not states or not actions:
         raise ConfigError(
             expected="features for state and actions that their names give away",
-            found=f"vectors {', '.join(names) or 'none'}",
+            found=f"vectors {', '.join(k for k, f in dataset.features.items() if f.kind == 'vector') or 'none'}",
             where=str(dataset.root),
             next="--robot RECIPE|FILE.py:NAME  # names them",
         )

@@ -15,7 +15,6 @@ from PIL import Image
 from manipi.data.dataset import Dataset
 from manipi.data.lerobot_index import open_index
 from manipi.data.lerobot_tables import ROW_COLUMNS, broken, parquet_errors, read_values, row_faults
-from manipi.data.shared import SharedArray
 from manipi.data.video import VideoFrames, decoders_for
 from manipi.errors import DataError
 from manipi.remote.fetch import fetch, origin
@@ -67,9 +66,7 @@ class LeRobotDataset(Dataset):
         return digest.hexdigest()
 
     def prompt(self, row: int) -> str:
-        if "task_index" not in self._columns:
-            self._columns["task_index"] = SharedArray(self._read_column("task_index"))
-        return self._index.tasks[int(self._columns["task_index"].array[row, 0])]
+        return self._index.tasks[int(self.column("task_index")[row, 0])]
 
     def subtask(self, row: int) -> str:
         if not self._index.subtasks or "subtask_index" not in self.features:

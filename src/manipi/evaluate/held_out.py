@@ -8,7 +8,7 @@ from numpy import ndarray
 
 from manipi.data.dataset import Dataset, open_dataset
 from manipi.data.split import split_episodes
-from manipi.errors import ConfigError
+from manipi.errors import ConfigError, MissingFeatureError
 from manipi.policy import Policy
 from manipi.train.data import check_features, open_demonstrations, provenance_of
 from manipi.train.run import read_config
@@ -51,8 +51,13 @@ def open_split(checkpoint: Path, policy: Policy, data: str | None) -> Split:
         raise _no_split("a run with held-out episodes", "data.holdout 0: it trained on all of them", run)
     if data:
         config = replace(config, data=replace(config.data, path=data))
-    mine = [one for one in open_demonstrations(config) if one.robot.name == config.robot.name]
     trained_on = (policy.norm_stats.data, policy.norm_stats.rows)
+    try:
+        mine = [one for one in open_demonstrations(config) if one.robot.name == config.robot.name]
+    except MissingFeatureError as error:
+        raise _no_split(
+            "the data that the policy was trained on", f"data without {error.expected}", error.where
+        ) from error
     if (found := provenance_of(mine)) != trained_on:
         raise _no_split(
             f"the data that the policy was trained on ({trained_on[0][:12]}, frames {trained_on[1][:12]})",
@@ -76,7 +81,7 @@ def _split(dataset: Dataset, policy: Policy, holdout: float, seed: int, origin: 
     return Split(dataset=dataset, train_rows=train, held_out_rows=held_out, origin=origin)
 
 
-def _no_split(expected: str, found: str, where: Path) -> ConfigError:
+def _no_split(expected: str, found: str, where: Path | str) -> ConfigError:
     return ConfigError(
         expected=expected,
         found=found,

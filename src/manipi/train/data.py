@@ -173,22 +173,17 @@ def _training_set(
     steps = pipeline.build(one.robot, config.model, stats, tokenizers, config.norm_mode)
     horizon, prompt = config.model.action_horizon, one.settings.prompt
     source = Source(dataset=one.dataset, pipeline=steps, action_horizon=horizon, prompt=prompt)
-    cached = replace(source, dataset=_cached(config, one, cache)) if config.data.cache != "none" else source
+    cached = replace(source, dataset=_cached(config, one, cache))
     weight = one.settings.weight
     return TrainingSet(source=source, to_train_on=cached, rows=one.rows, held_out=one.held_out, weight=weight)
 
 
 def _cached(config: TrainConfig, one: Opened, folder: Path) -> Dataset:
-    """The same samples after encoding, bit for bit: the cache resizes as the pipeline does."""
-    cameras = [one.robot.dataset_key(key) for key in one.robot.cameras.values()]
-    return CachedDataset(
-        one.dataset,
-        cameras,
-        folder,
-        config.model.vision.image_size,
-        format=config.data.cache,
-        max_gb=config.data.cache_gb,
-    )
+    """The same samples after encoding (`raw`: bit for bit): the cache resizes as the pipeline does."""
+    if config.data.cache == "none":
+        return one.dataset
+    cameras, size = [one.robot.dataset_key(key) for key in one.robot.cameras.values()], config.model.vision.image_size
+    return CachedDataset(one.dataset, cameras, folder, size, format=config.data.cache, max_gb=config.data.cache_gb)
 
 
 def _no_demonstrations(found: str) -> ConfigError:
