@@ -1,5 +1,6 @@
 """The reference's 31 recipes: their numbers, by hand from its configs, and two real steps of each in miniature."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from manipi.data.dataset import Feature
+from manipi.data.dataset import Feature, open_dataset
 from manipi.data.lerobot_writer import LeRobotWriter
 from manipi.errors import ManipiError, UnknownNameError
 from manipi.model.config import REFERENCE, Compat, GemmaSize, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
@@ -274,3 +275,29 @@ def test_two_steps_make_a_policy(name, demonstrations, tmp_path):
     assert actions.shape == (4, recipe.robot.action_size)
     assert np.isfinite(actions).all()
     assert policy.metadata["step"] == 2
+
+
+# ---- DROID as it is published
+
+
+@pytest.mark.parametrize("name", ["pi05_full_droid_finetune", "pi0_fast_droid_jointpos_polaris"])
+def test_mixtures_of_record_files(name, shared_datasets, tmp_path, monkeypatch):
+    """The recipe's own sets, masks and shares, with the synthetic set in place of DROID and of the simulated part."""
+    monkeypatch.setenv("MANIPI_HOME", str(tmp_path / "home"))
+    synthetic, recipe = shared_datasets / "synthetic_droid_rlds/droidlike/1.0.0", load_recipe(name)
+    keys = [episode.key for episode in open_dataset(synthetic, fields="droid_joint_position").episodes]
+    ranges = tmp_path / "ranges.json"
+    ranges.write_text(json.dumps({keys[0]: [[5, 60]], keys[2]: [[0, 40], [50, 70]]}))
+    for one in recipe.data.mixture:
+        (tmp_path / "data" / one.path).parent.mkdir(parents=True)
+        (tmp_path / "data" / one.path).symlink_to(synthetic)
+    sets = tuple(replace(one, keep=str(ranges)) for one in recipe.data.mixture)
+    data = DataConfig(root=str(tmp_path / "data"), mixture=sets, holdout=0.0, num_workers=0)
+    config = replace(miniature(recipe, tmp_path), data=data, batch_size=10)
+    folder = train(config, tmp_path / "run", show=False)
+    prepared = prepare(config, tmp_path / "run")
+    assert [share.frames for share in prepared.report()] == [115] * len(sets)
+    weights = [one.weight for one in sets]
+    assert [share.share for share in prepared.report()] == pytest.approx([w / sum(weights) for w in weights], abs=1e-4)
+    actions = Policy.load(folder).infer(prepared.example())["actions"]
+    assert actions.shape == (4, 8)

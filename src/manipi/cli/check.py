@@ -32,8 +32,8 @@ class _Check:
     manipi check path/to/dataset --robot my_robot.py:ROBOT --json findings.json
     """
 
-    dataset: tyro.conf.Positional[Path]
-    """Folder of a dataset."""
+    dataset: tyro.conf.Positional[str]
+    """Folder or URL of a dataset; all of it is fetched."""
     robot: str | None = None
     """Also check what this robot names: a recipe, or path/to/file.py:NAME of a recipe or a Robot."""
     quick: bool = False
@@ -54,9 +54,11 @@ def main(arguments: Sequence[str]) -> None:
 
     from manipi.data.check import check_dataset
     from manipi.data.checks.page import write_check_page
+    from manipi.remote.fetch import fetch
 
     robot = load_robot(args.robot) if args.robot else None
-    report = check_dataset(args.dataset, robot=robot, quick=args.quick, num_workers=args.num_workers)
+    folder = fetch(f"{args.dataset.rstrip('/')}/") if "://" in args.dataset else Path(args.dataset)
+    report = check_dataset(folder, robot=robot, quick=args.quick, num_workers=args.num_workers)
     write_result(report, args.json)
     if args.html is not None:
         write_check_page(args.html, report)

@@ -20,8 +20,8 @@ class _View:
     manipi view path/to/dataset 17 --rerun
     """
 
-    dataset: tyro.conf.Positional[Path]
-    """Folder of a dataset."""
+    dataset: tyro.conf.Positional[str]
+    """Folder or URL of a dataset."""
     episode: tyro.conf.Positional[int | None] = None
     """Number of the episode; the first one unless given."""
     out: Path | None = None
