@@ -28,6 +28,18 @@ def test_same_pictures_without_the_videos(written, tmp_path):
         np.testing.assert_array_equal(served.images(CAMERA, ROWS), expected)
 
 
+@pytest.mark.parametrize("format", ["raw", "jpeg"])
+def test_filled_ahead(written, tmp_path, format):
+    root = shutil.copytree(written, tmp_path / "set")
+    expected = CachedDataset(open_dataset(root), [CAMERA], tmp_path / "other", format=format).images(CAMERA, ROWS)
+    cached = CachedDataset(open_dataset(root), [CAMERA], tmp_path / "cache", format=format)
+    cached.images(CAMERA, ROWS[:2])
+    cached.fill(show=False)
+    shutil.rmtree(root / "videos")
+    np.testing.assert_array_equal(cached.images(CAMERA, ROWS), expected)
+    cached.fill(show=False)  # nothing is left to do
+
+
 def test_the_rest_is_the_dataset(dataset, tmp_path):
     cached = CachedDataset(dataset, [], tmp_path)
     keys = {"cameras": [CAMERA], "state_keys": ["observation.state"], "action_key": "action", "horizon": 3}

@@ -21,7 +21,8 @@ from typing import Literal, TypeAlias
 import google_crc32c
 import numpy as np
 import simplejpeg
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
+from tqdm import tqdm
 
 from manipi.data.dataset import Dataset
 from manipi.data.shared import allocate
@@ -32,6 +33,8 @@ from manipi.transforms.images import resize_with_pad
 CacheFormat: TypeAlias = Literal["raw", "jpeg"]
 _BLOCK = 4096
 _QUALITY = 95
+_ROWS = 256
+"""Pictures decoded at a time while the cache is filled ahead."""
 
 
 class CachedDataset(Dataset):
@@ -109,6 +112,15 @@ class CachedDataset(Dataset):
         self._check_rows(rows)
         return self._read_images(camera, rows)  # in any order: none is nearer than another
 
+    def fill(self, *, show: bool = True) -> None:
+        """Decode all that is not there yet, in file order: less work in all than in the sampler's, but done now."""
+        for camera, kept in self._pictures.items():
+            missing = kept.missing()
+            with tqdm(total=len(missing), desc=f"decode {camera}", unit="frame", disable=not show) as progress:
+                for start in range(0, len(missing), _ROWS):
+                    self.images(camera, missing[start : start + _ROWS])
+                    progress.update(len(missing[start : start + _ROWS]))
+
     def _read_images(self, camera: str, rows: np.ndarray) -> np.ndarray:
         kept, shape = self._pictures[camera], self.features[camera].shape
         images = np.empty((len(rows), *shape), np.uint8)
@@ -167,6 +179,10 @@ class _Pictures:
         # Room that is taken now cannot be missing in the middle of a run.
         os.truncate(file, size) if holes else allocate(file, size)
         return file
+
+    def missing(self) -> Int64[np.ndarray, " n"]:
+        """The rows without a picture."""
+        return np.flatnonzero(self._entries == 0)
 
     def read(self, row: int, image: UInt8[np.ndarray, "h w 3"]) -> bool:
         """Fill in the picture of a row, if it is there."""

@@ -66,6 +66,8 @@ class DataConfig:
     cache: Literal["none", "raw", "jpeg"] = "none"
     """Keep decoded pictures in the run's folder, at the size that the model takes: as they are, or in a seventh of the
     room as JPEG, which changes them a little."""
+    cache_ahead: bool = False
+    """Decode everything before the first step, which is less work in all, and not during the first epoch."""
     cache_gb: float = 50.0
     """The most room that they may take per dataset."""
 

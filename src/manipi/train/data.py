@@ -183,7 +183,10 @@ def _cached(config: TrainConfig, one: Opened, folder: Path) -> Dataset:
     if config.data.cache == "none":
         return one.dataset
     cameras, size = [one.robot.dataset_key(key) for key in one.robot.cameras.values()], config.model.vision.image_size
-    return CachedDataset(one.dataset, cameras, folder, size, format=config.data.cache, max_gb=config.data.cache_gb)
+    cached = CachedDataset(one.dataset, cameras, folder, size, format=config.data.cache, max_gb=config.data.cache_gb)
+    if config.data.cache_ahead:
+        cached.fill()
+    return cached
 
 
 def _no_demonstrations(found: str) -> ConfigError:
