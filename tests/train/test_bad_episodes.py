@@ -60,3 +60,17 @@ def test_sound_data_are_the_same_with_and_without(on, toy_dataset, tmp_path):
 def test_nothing_sound_is_left(on, broken, tmp_path):
     with pytest.raises(ConfigError, match="no sound episode"):
         prepare(on(broken, skip_bad_episodes=True, episodes=(3,)), tmp_path / "run")
+
+
+def test_dimensions_that_never_move_are_named(on, toy_dataset, tmp_path, capsys):
+    root = shutil.copytree(toy_dataset, tmp_path / "still")
+    [path] = root.glob("data/**/*.parquet")
+    table = pq.read_table(path)
+    actions = np.stack(table["actions"].to_pylist()).astype(np.float32)
+    actions[:, 3] = 1.0
+    place = table.schema.get_field_index("actions")
+    column = pa.FixedSizeListArray.from_arrays(pa.array(actions.ravel()), 4)
+    pq.write_table(table.set_column(place, table.schema.field(place), column), path)
+    prepare(on(root), tmp_path / "run")
+    said = capsys.readouterr()
+    assert "norm stats of tabletop: actions[3] never moves" in said.out + said.err

@@ -19,7 +19,7 @@ from manipi.data.sampler import Sampler, permutation
 from manipi.data.sketch import merge_sketches, provenance
 from manipi.data.source import Source
 from manipi.data.split import split_episodes
-from manipi.data.stats import compute_norm_stats, read_state, rows_fingerprint, sketch_norm_stats
+from manipi.data.stats import compute_norm_stats, read_state, rows_fingerprint, sketch_norm_stats, suspicious_dimensions
 from manipi.errors import ConfigError, NormStatsError
 from manipi.model.config import Pi0FastConfig
 from manipi.remote.fetch import fetch
@@ -217,6 +217,8 @@ def _stats(config: TrainConfig, group: Sequence[Opened], folder: Path) -> NormSt
             stats = replace(_released_stats(config), data=data, rows=rows)
         else:
             stats = _compute_stats(group, config.model.action_horizon)
+            for note in suspicious_dimensions(stats):
+                tqdm.write(f"norm stats of {robot.name}: {note}")
         path.parent.mkdir(parents=True, exist_ok=True)
         save_norm_stats(stats, path)
     stats = load_norm_stats(path)
