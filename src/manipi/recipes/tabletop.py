@@ -30,7 +30,7 @@ def pi05_tabletop() -> TrainConfig:
     """π0.5: the state is text, the timestep modulates the expert."""
     return TrainConfig(
         robot=TABLETOP,
-        data=DataConfig(path="runs/demo/dataset", cache="raw", cache_ahead=True, num_workers=0, holdout=0.02),
+        data=DataConfig(path="runs/demo/dataset", cache="raw", cache_fill="ahead", num_workers=0, holdout=0.02),
         model=Pi05Config(action_expert=EXPERT, **SIZES),
         optimizer=OptimizerConfig(
             lr=2e-3, final_lr=4e-5, warmup_steps=100, decay_steps=4_000, weight_decay=1e-4, clip_norm=1.0

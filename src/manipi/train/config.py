@@ -64,10 +64,9 @@ class DataConfig:
     num_workers: int = 1
     """Processes that read and encode batches; 0 reads inside the training process."""
     cache: Literal["none", "raw", "jpeg"] = "none"
-    """Keep decoded pictures in the run's folder, at the size that the model takes: as they are, or in a seventh of the
-    room as JPEG, which changes them a little."""
-    cache_ahead: bool = False
-    """Decode everything before the first step, which is less work in all, and not during the first epoch."""
+    """Keep decoded pictures in the run, at the model's size; JPEG takes a seventh of the room and changes them a bit."""
+    cache_fill: Literal["first_epoch", "ahead"] = "first_epoch"
+    """When they are decoded: as they are first needed, or all before the first step, which is less work in all."""
     cache_gb: float = 50.0
     """The most room that they may take per dataset."""
 

@@ -184,7 +184,7 @@ def _cached(config: TrainConfig, one: Opened, folder: Path) -> Dataset:
         return one.dataset
     cameras, size = [one.robot.dataset_key(key) for key in one.robot.cameras.values()], config.model.vision.image_size
     cached = CachedDataset(one.dataset, cameras, folder, size, format=config.data.cache, max_gb=config.data.cache_gb)
-    if config.data.cache_ahead:
+    if config.data.cache_fill == "ahead":
         cached.fill()
     return cached
 

@@ -23,7 +23,17 @@ from manipi.robots.robot import ROBOT_TYPES
 from manipi.storage import atomic_write, remove_partial, storage_errors
 from manipi.train.config import DataConfig, DatasetConfig, OptimizerConfig, TrainConfig
 
-MAY_CHANGE = ("data.num_workers", "data.path", "data.root", "keep_checkpoints", "keep_every", "num_threads", "steps")
+MAY_CHANGE = (
+    "data.cache_fill",
+    "data.cache_gb",
+    "data.num_workers",
+    "data.path",
+    "data.root",
+    "keep_checkpoints",
+    "keep_every",
+    "num_threads",
+    "steps",
+)
 """Settings that a resumed run may bring anew: they change neither a batch nor an update. That another path holds the
 same data, the norm stats' fingerprint says."""
 
