@@ -64,7 +64,7 @@ class DataConfig:
     num_workers: int = 1
     """Processes that read and encode batches; 0 reads inside the training process."""
     cache: Literal["none", "raw", "jpeg"] = "none"
-    """Keep decoded pictures in the run, at the model's size; JPEG takes a seventh of the room and changes them a bit."""
+    """Keep decoded pictures in the run, at the model's size. JPEG: a seventh of the room, slightly other pixels."""
     cache_fill: Literal["first_epoch", "ahead"] = "first_epoch"
     """When they are decoded: as they are first needed, or all before the first step, which is less work in all."""
     cache_gb: float = 50.0
