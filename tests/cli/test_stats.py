@@ -93,3 +93,20 @@ def test_fitting_fast(manipi, recipe_file, tmp_path):
     assert "a folder that does not exist yet" in again.stderr
     assert manipi("stats", target, "--fit-fast", tmp_path / "b", "--fast-codes", "9").returncode == 1
     assert not (tmp_path / "b").exists()
+
+
+def test_a_mixture_has_the_statistics_of_all_its_sets(manipi, toy_dataset, tmp_path):
+    recipe = tmp_path / "mixed.py"
+    recipe.write_text(f"""
+from dataclasses import replace
+from manipi.recipes.tabletop import pi05_tabletop
+from manipi.train.config import DataConfig, DatasetConfig, TrainConfig
+
+def mixed() -> TrainConfig:
+    sets = tuple(DatasetConfig(path={str(toy_dataset)!r}, episodes=e) for e in ((0, 1, 2), (3, 4, 5, 6, 7)))
+    return replace(pi05_tabletop(), data=DataConfig(mixture=sets, holdout=0.0))
+""")
+    done = manipi("stats", f"{recipe}:mixed", "--json", tmp_path / "stats.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "stats.json").read_text())["stats"]["num_frames"] == 65
+    assert done.stdout.startswith("65 frames of training episodes in ")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ class _Stats:
     plot: Path | None = None
     """Draw a histogram of every dimension, with q01 and q99, into this PNG."""
     per_step: bool = False
-    """Also take the actions at each step of the chunk apart; in full in the file of --json."""
+    """Also take the actions at each step of the chunk apart (of a mixture's first dataset); in full in --json."""
     min_range: tuple[str, ...] = ()
     """Widen dimensions with q01 and q99 closer than this, in their own units: a number for all, NAME=NUMBER for one."""
     workers: int = 0
@@ -49,7 +50,7 @@ class _Stats:
     sketch: Path | None = None
     """Save what statistics of several datasets or machines can be merged from (manipi.data.sketch)."""
     fit_fast: Path | None = None
-    """Fit a FAST tokenizer to the normalised action chunks, save it in this new folder, and say what it loses."""
+    """Fit FAST to the normalised chunks (of a mixture's first dataset), save it in this folder, say what it loses."""
     fast_scale: float = 10
     """Finer is more exact and costs more codes."""
     fast_codes: int = 1024
@@ -63,23 +64,27 @@ def main(arguments: Sequence[str]) -> None:
     args = parse(_Stats, arguments, "stats")
 
     from manipi.data import stats as norm_stats
+    from manipi.data.sketch import NormStatsSketch
     from manipi.storage import atomic_directory
     from manipi.tokenizers import FastTokenizer
     from manipi.train.data import chunks_to_fit, open_demonstrations
     from manipi.transforms.normalize import save_norm_stats
 
     config, floors = load_recipe(args.target), _floors(args.min_range)
-    one = next(one for one in open_demonstrations(config) if one.robot == config.robot)
-    dataset, robot, rows = one.dataset, one.robot, one.rows
-    wanted = (dataset, robot, config.model.action_horizon, rows)
+    robot, horizon = config.robot, config.model.action_horizon
+    sets = [one for one in open_demonstrations(config) if one.robot.name == robot.name]
     workers = norm_stats.Workers(threads=args.workers, ray=args.ray)
-    sketch = norm_stats.sketch_norm_stats(*wanted, workers=workers)
-    raw = norm_stats.compute_norm_stats(*wanted, workers=workers, sketch=sketch)
+    wanted = [(one.dataset, one.robot, horizon, one.rows) for one in sets]
+    sketch = reduce(NormStatsSketch.merge, [norm_stats.sketch_norm_stats(*one, workers=workers) for one in wanted])
+    exact = len(sets) == 1  # of several, q01 and q99 within 2⁻¹⁵ of the range, as in training
+    raw = norm_stats.compute_norm_stats(*wanted[0], workers=workers, sketch=sketch) if exact else sketch.stats()
     stats = norm_stats.with_min_range(raw, floors)
-    per_step = norm_stats.per_step_stats(*wanted, workers=workers) if args.per_step else None
-    notes = [*norm_stats.suspicious_dimensions(raw), *norm_stats.beyond_limits(dataset, robot, rows)]
+    per_step = norm_stats.per_step_stats(*wanted[0], workers=workers) if args.per_step else None
+    limits = [note for one in sets for note in norm_stats.beyond_limits(one.dataset, robot, one.rows)]
+    notes = [*norm_stats.suspicious_dimensions(raw), *limits]
     widened = norm_stats.widened_dimensions(raw, stats)
-    print(f"{len(rows):,} frames of training episodes in {dataset.root}\n\n{stats_table(stats, robot)}\n")
+    places = ", ".join(str(one.dataset.root) for one in sets)
+    print(f"{stats.num_frames:,} frames of training episodes in {places}\n\n{stats_table(stats, robot)}\n")
     print("suspicious\n" + "\n".join(f"  {note}" for note in notes) if notes else "nothing suspicious")
     if widened:
         print("\nwidened\n" + "\n".join(f"  {note}" for note in widened))
@@ -99,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"\nsaved  {args.plot}")
     report = None
     if args.fit_fast is not None:
-        chunks = chunks_to_fit(config, dataset, rows, stats)
+        chunks = chunks_to_fit(config, sets[0].dataset, sets[0].rows, stats)
         tokenizer = FastTokenizer.fit(chunks, scale=args.fast_scale, vocab_size=args.fast_codes)
         report = tokenizer.reconstruction_report(chunks)
         with atomic_directory(args.fit_fast) as folder:
