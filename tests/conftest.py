@@ -1,6 +1,7 @@
 """A learnable toy dataset, and training configs so small that a run takes a second."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,6 +88,14 @@ def tiny(toy_dataset) -> Callable[..., TrainConfig]:
         return replace(recipe, **settings | changes)
 
     return shrink
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: jobs in the background of a shell are started deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -244,6 +244,7 @@ def test_after_a_timeout_a_late_answer_is_never_read_as_a_fresh_one(observation)
         assert policy.infer({**observation, "prompt": "fresh"})["for"] == "fresh"
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_call_leaves_no_answer_behind(observation):
     def slow(observed):
         time.sleep(0.4 if observed["prompt"] == "slow" else 0)
