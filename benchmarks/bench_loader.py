@@ -32,7 +32,7 @@ from manipi.data.cache import CachedDataset, CacheFormat
 from manipi.data.dataset import Dataset, Feature, open_dataset
 from manipi.data.lerobot_writer import LeRobotWriter
 from manipi.data.loader import Loader
-from manipi.data.sampler import Sampler
+from manipi.data.sampler import Sampler, Stream
 from manipi.data.source import Source
 from manipi.data.stats import compute_norm_stats
 from manipi.data.video import VideoFrames
@@ -170,7 +170,7 @@ def beside_lerobot(name: str, root: Path) -> Measure:
     dataset = open_dataset(root)
     skip, count, batch = 2 * WORKERS, 6, 16
     shown = source(dataset)
-    sampler = Sampler(dataset.num_frames, batch, seed=0, fingerprint=dataset.fingerprint)
+    sampler = Sampler(Stream(dataset.num_frames, seed=0, fingerprint=dataset.fingerprint), batch)
     rows = [sampler.rows(step).tolist() for step in range((TURNS + 2) * (skip + count))]
     task = {"root": str(root), "action": shown.pipeline.robot.action_key, "fps": dataset.fps, "horizon": HORIZON}
     task |= {"batch": batch, "workers": WORKERS, "skip": skip, "count": count, "rows": [*chain(*rows)]}
@@ -205,7 +205,7 @@ def beside_lerobot(name: str, root: Path) -> Measure:
 @contextmanager
 def batches(source: Source, rows: np.ndarray | None = None, *, num_workers: int) -> Iterator[Iterator]:
     rows = np.arange(source.dataset.num_frames) if rows is None else rows
-    with Loader(source.samples, Sampler(rows, BATCH, seed=0), num_workers=num_workers) as loader:
+    with Loader(source.samples, Sampler(Stream(rows, seed=0), BATCH), num_workers=num_workers) as loader:
         yield iter(loader)
 
 

@@ -8,10 +8,12 @@
 Released checkpoints have leaves without a suffix; those of openpi's training end in `value`. Both read alike.
 """
 
+import os
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -45,7 +47,7 @@ class OrbaxStore:
             )
         self._arrays = {path: self._open(key) for path, key in _keys(self._folder)}
         self.arrays = {path: ArrayInfo(tuple(a.shape), _torch_dtype(a)) for path, a in self._arrays.items()}
-        self._spilled: dict[str, np.ndarray] = {}
+        self._spilled: dict[str, IO[bytes]] = {}
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
         array = self._arrays[name]
@@ -53,7 +55,7 @@ class OrbaxStore:
             return to_torch(self._read(array))
         if array.chunk_layout.read_chunk.shape[0] > 1:
             # Each slice would decode the whole chunk anew; on disk it can wait for the next layer.
-            return to_torch(self._spill(name)[layer].copy())
+            return to_torch(self._read_spilled(name, layer))
         return to_torch(self._read(array[layer]))
 
     def _open(self, key: str) -> Any:
@@ -69,15 +71,20 @@ class OrbaxStore:
         except ValueError as error:
             raise damaged(self._folder, error) from error
 
-    def _spill(self, name: str) -> np.ndarray:
+    def _read_spilled(self, name: str, layer: int) -> np.ndarray:
+        """One layer out of a nameless file. Read, not mapped: pages of a map would count as memory of this process."""
+        array = self._arrays[name]
         if name not in self._spilled:
-            array = self._arrays[name]
-            with tempfile.TemporaryFile() as file:  # the mapping keeps it alive, without a name
-                for block in self._blocks(array):
-                    file.write(block)
-                file.flush()
-                self._spilled[name] = np.memmap(file, array.dtype.numpy_dtype, mode="r", shape=array.shape)
-        return self._spilled[name]
+            self._spilled[name] = file = tempfile.TemporaryFile()  # noqa: SIM115  # for as long as the store lives
+            weakref.finalize(self, file.close)
+            for block in self._blocks(array):
+                file.write(block)
+            file.flush()
+        values = np.empty(array.shape[1:], array.dtype.numpy_dtype)
+        place, memory = layer * values.nbytes, values.reshape(-1).view(np.uint8).data
+        if os.preadv(self._spilled[name].fileno(), [memory], place) < values.nbytes:
+            raise damaged(self._folder, EOFError(f"{name} ends before its layer {layer}"))
+        return values
 
     def _blocks(self, array: Any) -> Iterator[memoryview | bytes]:
         """The array's bytes in order; of a single zstd chunk, as Orbax writes them, a piece at a time."""
