@@ -8,6 +8,7 @@
 Released checkpoints have leaves without a suffix; those of openpi's training end in `value`. Both read alike.
 """
 
+import importlib
 import os
 import tempfile
 import weakref
@@ -93,8 +94,7 @@ class OrbaxStore:
         if not plain or (spec["compressor"] or {}).get("id") != "zstd":
             yield np.ascontiguousarray(self._read(array)).reshape(-1).view(np.uint8).data
             return
-        import zstandard
-
+        zstandard = _package("zstandard")
         unpack = zstandard.ZstdDecompressor().decompressobj()
         key, start = spec.get("dimension_separator", ".").join("0" * len(spec["shape"])), 0
         try:
@@ -189,13 +189,16 @@ def _to_numpy(values: Tensor) -> np.ndarray:
 
 
 def _tensorstore() -> Any:
+    return _package("tensorstore")
+
+
+def _package(name: str) -> Any:
     try:
-        import tensorstore
+        return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            expected="the package tensorstore, which reads and writes Orbax checkpoints",
+            expected=f"the package {name}, which reads and writes Orbax checkpoints",
             found="no such package",
             where="this Python environment",
             next="pip install 'manipi[openpi]'",
         ) from error
-    return tensorstore
