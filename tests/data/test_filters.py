@@ -10,7 +10,7 @@ from manipi.data.dataset import Feature, open_dataset
 from manipi.data.filters import Rules, filter_dataset, guess_keys, preview
 from manipi.data.lerobot_writer import LeRobotWriter
 from manipi.data.mask import mask_of, read_mask
-from manipi.errors import ConfigError, MissingFeatureError
+from manipi.errors import ConfigError, DatasetFormatError, MissingFeatureError
 from manipi.train.data import prepare
 
 FPS, LENGTHS, REST = 10, (30, 20, 25), slice(8, 18)
@@ -91,6 +91,23 @@ def test_preview_shows_what_is_left_out(paused):
 def test_keys_by_their_names(paused, shared_datasets):
     assert guess_keys(paused) == (("observation.state",), "action")
     assert guess_keys(open_dataset(shared_datasets / "open50_lerobot_v3")) == (("state",), "actions")
+
+
+def test_a_constant_velocity_is_no_pause(tmp_path):
+    """Commands that are rates move the robot while they stay the same, whatever is observed."""
+    features = {"action.velocity": Feature(kind="vector", shape=(1,), dtype="float32")}
+    speed = np.repeat([0.0, 1.0, 0.5], 20).astype(np.float32)[:, None]
+    with LeRobotWriter(tmp_path / "set", fps=FPS, features=features, robot_type="arm") as writer:
+        writer.add_episode({"action.velocity": speed}, task="go")
+    dataset = open_dataset(tmp_path / "set")
+    _, keep, _ = filter_dataset(dataset, Rules(idle=0.5), state_keys=(), action_key="action.velocity")
+    assert keep.sum() == 41  # all but the standstill, whose last frame stays because a step follows
+
+
+def test_a_file_that_is_no_object(paused, tmp_path):
+    (tmp_path / "keep.json").write_text("[1, 2]")
+    with pytest.raises(DatasetFormatError, match="a JSON list"):
+        read_mask(tmp_path / "keep.json", paused)
 
 
 # ---- the file

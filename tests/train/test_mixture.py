@@ -71,15 +71,13 @@ def test_batches_hold_the_shares(mixed, tmp_path):
     prompts = []
     with data.loader(0) as loader:
         for step, batch, _ in loader:
-            prompts += [data.tokenizers.text.decode(t[v].tolist()) for t, v in zip(*token_arrays(batch))]
+            prompts += [
+                data.tokenizers.text.decode(t[v].tolist()) for t, v in zip(batch["tokens"], batch["token_valid"])
+            ]
             if step == 49:
                 break
     assert 0.15 < np.mean(["wave" in prompt for prompt in prompts]) < 0.35
     assert all("wave" in prompt or "reach it" in prompt for prompt in prompts)
-
-
-def token_arrays(batch):
-    return batch["tokens"], batch["token_valid"]
 
 
 def test_every_robot_has_its_own_scale(mixed, tmp_path):

@@ -135,7 +135,7 @@ class Dataset(abc.ABC):
         return f"{self.root}, {self.locate(row)}"
 
     def column(self, key: str) -> np.ndarray:
-        """All values of a vector feature, [N, d] float32 or int64; read once, then kept in shared memory, read-only.
+        """All values of a vector feature, [N, d] float32 or int64; read once and read-only; processes share it.
 
         Raises:
             MissingFeatureError: the dataset has no vector of that name.

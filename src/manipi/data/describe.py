@@ -10,6 +10,7 @@ from manipi.data.dataset import Dataset, Feature
 from manipi.records import read_json
 
 _STATE_WORDS, _GRIPPER_WORDS = ("state", "qpos", "joint", "proprio"), ("grip", "jaw")
+_RATE_WORDS = ("vel", "delta", "/s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,11 @@ def is_action(key: str) -> bool:
 
 def is_state(key: str) -> bool:
     return any(word in key for word in _STATE_WORDS)
+
+
+def is_rate(name: str) -> bool:
+    """Whether a dimension of that name is a velocity or an offset per step, not a position."""
+    return any(word in name.lower() for word in _RATE_WORDS)
 
 
 def is_gripper(name: str) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from manipi.data.dataset import Dataset
-from manipi.data.describe import state_and_action_keys
+from manipi.data.describe import is_rate, state_and_action_keys
 from manipi.data.idle import droid_keep_ranges, idle_frames
 from manipi.data.mask import Mask, mask_of
 from manipi.errors import ConfigError
@@ -82,11 +82,9 @@ def _apply(
     frame_N = np.arange(dataset.num_frames)
     start_N, end_N = (edges[dataset.episode_of(frame_N)] for edges in (dataset.starts, dataset.ends))
     if rules.idle:
-        state_NS = np.concatenate([dataset.column(key) for key in state_keys], axis=1)
-        options = {"fps": dataset.fps, "starts": dataset.starts, "share": rules.idle_share}
         yield (
             f"pauses of {rules.idle:g} s within {rules.idle_share:.1%} of the range",
-            idle_frames(state_NS, dataset.column(action_key), min_idle=rules.idle, **options),
+            _idle(dataset, rules, state_keys, action_key),
         )
     if rules.droid_idle:
         yield f"DROID's pauses in {rules.droid_idle}", ~_droid_keep(dataset, rules.droid_idle)
@@ -110,6 +108,20 @@ def _apply(
             f"episodes {', '.join(map(str, rules.without))}",
             np.isin(numbers, rules.without)[dataset.episode_of(frame_N)],
         )
+
+
+def _idle(dataset: Dataset, rules: Rules, state_keys: tuple[str, ...], action_key: str) -> np.ndarray:
+    states = [dataset.column(key) for key in state_keys]  # none, where the robot observes none
+    action_NA, names = dataset.column(action_key), dataset.features[action_key].names
+    return idle_frames(
+        np.concatenate([np.zeros((dataset.num_frames, 0), np.float32), *states], axis=1),
+        action_NA,
+        fps=dataset.fps,
+        starts=dataset.starts,
+        min_idle=rules.idle,
+        share=rules.idle_share,
+        rates_A=np.array([is_rate(f"{action_key} {name}") for name in names or ("",) * action_NA.shape[1]]),
+    )
 
 
 def _droid_keep(dataset: Dataset, key: str) -> np.ndarray:

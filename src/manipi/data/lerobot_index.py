@@ -40,7 +40,7 @@ class LeRobotIndex:
     episodes: list[Episode]
     tasks: dict[int, str]
     subtasks: dict[int, str]
-    """None where the dataset has none."""
+    """Empty where the dataset has none."""
     tables: list[Path]
     """Per episode, the data table that its rows are in."""
     clips: dict[str, list[Clip]]

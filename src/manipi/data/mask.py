@@ -49,10 +49,17 @@ def read_mask(path: str | Path, dataset: Dataset) -> Bool[np.ndarray, " N"]:
 
     Raises:
         ConfigError: the file belongs to another dataset, or keeps frames that an episode does not have.
-        DatasetFormatError: it is absent or no JSON.
+        DatasetFormatError: it is absent, or no JSON object.
     """
     path = Path(path)
     data = read_json(path, DatasetFormatError)
+    if not isinstance(data, dict):
+        raise DatasetFormatError(
+            expected="an object of ranges by episode",
+            found=f"a JSON {type(data).__name__}",
+            where=str(path),
+            next="name a file of `manipi filter`, or openpi's of DROID",
+        )
     if "type" not in data:  # openpi's
         keys = [episode.key or str(episode.index) for episode in dataset.episodes]
         lengths = {key: episode.length for key, episode in zip(keys, dataset.episodes, strict=True)}

@@ -411,13 +411,10 @@ def suspicious_dimensions(stats: NormStats) -> list[str]:
 
 def beyond_limits(dataset: Dataset, robot: Robot, rows: Int64[np.ndarray, " n"]) -> list[str]:
     """Plain sentences about commands outside the limits that the robot states, in its own units."""
-    commands, notes, start = dataset.column(robot.dataset_key(robot.action_key)), [], 0
-    for group in robot.actions:
-        lows, highs = group.low or (-math.inf,) * group.size, group.high or (math.inf,) * group.size
-        for d, low, high in zip(range(start, start + group.size), lows, highs):
-            values = commands[rows, d]
-            if outside := int(np.count_nonzero((values < low) | (values > high))):
-                found, limits = f"{values.min():.6g} to {values.max():.6g}", f"limits {low:.6g} to {high:.6g}"
-                notes.append(f"command[{d}] is outside the robot's limits in {outside:,} frames: {found}, {limits}")
-        start += group.size
+    commands, notes = dataset.column(robot.dataset_key(robot.action_key)), []
+    for d, (low, high) in enumerate(zip(*robot.limits, strict=True)):
+        values = commands[rows, d]
+        if outside := int(np.count_nonzero((values < low) | (values > high))):
+            found, limits = f"{values.min():.6g} to {values.max():.6g}", f"limits {low:.6g} to {high:.6g}"
+            notes.append(f"command[{d}] is outside the robot's limits in {outside:,} frames: {found}, {limits}")
     return notes

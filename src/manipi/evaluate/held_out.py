@@ -33,7 +33,7 @@ def run_folder(checkpoint: Path) -> Path | None:
 
 
 def open_split(checkpoint: Path, policy: Policy, data: str | None) -> Split:
-    """The split that the policy was trained with.
+    """The split that the policy was trained with; of a mixture, that of its robot's first dataset.
 
     Args:
         data: where the dataset is now; None: where it was in training.

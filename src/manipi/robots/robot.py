@@ -11,6 +11,7 @@ There are no functions in it, so it compares, prints, and travels as JSON inside
 metadata. A robot needs no place inside this package: any Python file that builds a `Robot` will do.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
@@ -228,6 +229,13 @@ class Robot:
     def model_action_size(self) -> int:
         """Dimensions of an action as the model sees it (rotations are 6D there)."""
         return sum(g.model_size for g in self.actions)
+
+    @property
+    def limits(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Lowest and highest command, [A] each, in the robot's own units; infinite where a group states none."""
+        low = (value for group in self.actions for value in group.low or (-math.inf,) * group.size)
+        high = (value for group in self.actions for value in group.high or (math.inf,) * group.size)
+        return tuple(low), tuple(high)
 
     def dataset_key(self, key: str) -> str:
         return self.dataset_keys.get(key, key)

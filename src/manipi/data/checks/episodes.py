@@ -13,7 +13,7 @@ import numpy as np
 from manipi.data.checks.report import Finding, warning
 from manipi.data.checks.values import Signal
 from manipi.data.dataset import Dataset
-from manipi.data.describe import is_action, is_state
+from manipi.data.describe import is_action, is_rate, is_state
 from manipi.data.idle import idle_frames
 from manipi.robots.robot import Robot
 
@@ -23,7 +23,6 @@ ALIKE, POINTS, BLOCK = 0.01, 16, 512
 """Episodes are alike whose dimensions all differ by less than this share of their range, at this many moments."""
 BINS = 40
 """Points of the speed curve in `EpisodeFacts`."""
-_RATES = ("vel", "delta", "/s")
 
 
 def find_idle(dataset: Dataset, signals: Sequence[Signal], robot: Robot | None) -> np.ndarray:
@@ -39,7 +38,7 @@ def find_idle(dataset: Dataset, signals: Sequence[Signal], robot: Robot | None) 
     if not state and not actions:
         return np.zeros(dataset.num_frames, bool)
     empty = np.zeros((dataset.num_frames, 0), np.float32)
-    rates = [any(word in name.lower() for word in _RATES) for s in actions for name in s.names]
+    rates = [is_rate(name) for s in actions for name in s.names]
     return idle_frames(
         np.concatenate([empty, *(s.values_Nd for s in state)], axis=1),
         np.concatenate([empty, *(s.values_Nd for s in actions)], axis=1),

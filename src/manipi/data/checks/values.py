@@ -161,12 +161,11 @@ def clipped(dataset: Dataset, signal: Signal, idle_N: np.ndarray) -> Iterator[Fi
 
 def beyond_limits(dataset: Dataset, robot: Robot, signals: list[Signal]) -> Iterator[Finding]:
     """Commands outside the low and high of the robot's action groups."""
-    low_A = np.concatenate([np.broadcast_to(-np.inf if g.low is None else g.low, g.size) for g in robot.actions])
-    high_A = np.concatenate([np.broadcast_to(np.inf if g.high is None else g.high, g.size) for g in robot.actions])
+    low_A, high_A = (np.array(limits, np.float32) for limits in robot.limits)
     for signal in signals:
         if signal.key != robot.dataset_key(robot.action_key) or signal.values_Nd.shape[1] != robot.action_size:
             continue
-        outside_NA = (signal.values_Nd < low_A.astype(np.float32)) | (signal.values_Nd > high_A.astype(np.float32))
+        outside_NA = (signal.values_Nd < low_A) | (signal.values_Nd > high_A)
         for d in np.flatnonzero(outside_NA.any(axis=0)).tolist():
             row, count = int(outside_NA[:, d].argmax()), frames(int(outside_NA[:, d].sum()))
             episode = dataset.episodes[int(dataset.episode_of(np.asarray(row)))]
