@@ -34,6 +34,8 @@ from manipi.types import FieldStats, NormStats
 BITS = 16
 """There are at most 2¹⁶ + 1 bins."""
 QUANTILES = (0.01, 0.99)
+_PIECE = 1 << 17
+"""Numbers that stay in a processor's own cache while they are worked on."""
 _FLOAT32_BITS, _SMALLEST = 24, -100
 """No bin is narrower than the steps between the largest float32 values, nor than 2⁻¹⁰⁰."""
 _NOTHING: Mapping[int, "Sketch"] = MappingProxyType({})
@@ -59,15 +61,9 @@ class Sketch:
         """Of finite numbers [n], each counted once or, with integer `weights` [n], that often."""
         if not values.size:
             return cls(0, Fraction(0), Fraction(0), math.inf, -math.inf, _SMALLEST, 0, np.zeros(0, np.int64))
-        low, high = float(values.min()), float(values.max())
-        exponent = _exponent(low, high)
-        first = math.floor(low * 2.0**-exponent)
-        bins = values * 2.0**-exponent
-        np.floor(bins, out=bins)
-        bins -= first
-        counts = np.bincount(bins.astype(np.intp), weights).astype(np.int64, copy=False)
-        num, total, squares = int(counts.sum()), *_sums(values, weights)
-        return cls(num, total, squares, low, high, exponent, first, counts)
+        tally = Tally(float(values.min()), float(values.max()))
+        tally.add(values, weights)
+        return tally.sketch()
 
     def merge(self, other: "Sketch") -> "Sketch":
         """Of the values of both."""
@@ -145,6 +141,39 @@ class Sketch:
     @cached_property
     def _ends(self) -> np.ndarray:
         return np.cumsum(self.counts)
+
+
+class Tally:
+    """The making of a sketch of numbers whose smallest and largest are known before."""
+
+    def __init__(self, low: float, high: float):
+        self._low, self._high = low, high
+        self._num, self._total, self._squares = 0, Fraction(0), Fraction(0)
+        if low > high:  # of no numbers at all
+            return
+        self._exponent = _exponent(low, high)
+        self._first, last = (math.floor(value * 2.0**-self._exponent) for value in (low, high))
+        self._counts = np.zeros(last - self._first + 1, np.int64)
+
+    def add(self, values: np.ndarray, weights: np.ndarray | None = None) -> None:
+        for start in range(0, len(values), _PIECE):
+            piece = slice(start, start + _PIECE)
+            self._add(values[piece], None if weights is None else weights[piece])
+
+    def _add(self, values: np.ndarray, weights: np.ndarray | None) -> None:
+        scaled = values * 2.0**-self._exponent
+        np.floor(scaled, out=scaled)
+        scaled -= self._first
+        np.add.at(self._counts, scaled.astype(np.intp), 1 if weights is None else weights)
+        total, squares = _sums(values, weights)
+        self._num += len(values) if weights is None else int(weights.sum())
+        self._total, self._squares = self._total + total, self._squares + squares
+
+    def sketch(self) -> Sketch:
+        if not self._num:
+            return Sketch.of(np.zeros(0))
+        sums = (self._num, self._total, self._squares)
+        return Sketch(*sums, self._low, self._high, self._exponent, self._first, self._counts)
 
 
 def _exponent(low: float, high: float) -> int:

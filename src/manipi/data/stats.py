@@ -3,11 +3,6 @@
 State and actions pass through the same `ActionSpace` as in training, the actions over the whole chunk, so the
 statistics are of what the model sees. Steps beyond the end of an episode do not count.
 
-Each action group is taken apart from the others, for what it costs:
-
-    absolute   an action is in the chunks of the rows before it: each is counted once, with the number of these
-    relative   each of the H steps of a row is another number; many rows at a time, as windows on the column
-
 Rows are worked through in blocks, in threads or on a Ray cluster. A block is a span of row numbers, whoever works on
 it, and sketches merge exactly: the statistics are the same to the last bit however many workers there are.
 
@@ -26,18 +21,17 @@ from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Int64
-from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
+from manipi.data.chunk_values import WHOLE, Columns, Interval, Offsets, Part, parts_of
 from manipi.data.dataset import Dataset
-from manipi.data.sketch import NormStatsSketch, Sketch, field_of
+from manipi.data.sketch import NormStatsSketch, Sketch, Tally, field_of
 from manipi.errors import ConfigError, unknown_name
-from manipi.robots.robot import ActionGroup, Joints, Robot
-from manipi.transforms.actions import ActionSpace
+from manipi.robots.robot import Robot
 from manipi.transforms.pipeline import contract
 from manipi.types import FieldStats, NormStats
 
-BLOCK, BLOCKS = 1 << 18, 16
+BLOCK, BLOCKS = 1 << 21, 2
 """Numbers per dimension that a worker has in memory at a time, and blocks that it takes at a time."""
 NEAR_CONSTANT = 1e-4
 """A dimension whose q01 and q99 are closer than this makes tiny differences huge once normalised."""
@@ -45,11 +39,6 @@ FAR = 10
 """An outlier lies this many times the distance between q01 and q99 beyond them."""
 NORMAL_RANGE = 4.6527
 """Distance between q01 and q99 of a normal distribution, in standard deviations."""
-
-Interval: TypeAlias = tuple[float, float]
-Values: TypeAlias = tuple[np.ndarray, np.ndarray | None]
-"""Numbers [D, m] that have been converted, and how often each counts [m]; None: once."""
-WHOLE: Interval = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +70,7 @@ def compute_norm_stats(
         ConfigError: no rows; no such dimension; Ray is wanted and not installed.
     """
     sketch = sketch or sketch_norm_stats(dataset, robot, action_horizon, rows, workers=workers)
-    parts = _parts(dataset, robot, range(action_horizon))
+    parts = parts_of(dataset, robot, read_state(dataset, robot), range(action_horizon))
     zoomed = _zoom(parts, rows, [*sketch.state, *sketch.actions], workers)
     stats = sketch.stats(zoomed[: robot.state_size], zoomed[robot.state_size :])
     return with_min_range(stats, min_range)
@@ -95,7 +84,7 @@ def sketch_norm_stats(
         raise ConfigError(
             expected="at least one frame", found="none", where="rows of norm stats", next="choose fewer filters"
         )
-    sketches = _sketch(_parts(dataset, robot, range(action_horizon)), rows, workers)
+    sketches = _sketch(parts_of(dataset, robot, read_state(dataset, robot), range(action_horizon)), rows, workers)
     return NormStatsSketch(
         state=tuple(sketches[: robot.state_size]),
         actions=tuple(sketches[robot.state_size :]),
@@ -111,7 +100,7 @@ def per_step_stats(
     """Exact statistics of the actions at each step of the chunk, [H, A]; NaN where no episode is that long."""
     fields = []
     for step in tqdm(range(action_horizon), desc="per step", unit="step", disable=None):
-        parts = _parts(dataset, robot, range(step, step + 1))[1:]
+        parts = parts_of(dataset, robot, read_state(dataset, robot), range(step, step + 1))[1:]
         sketches = _sketch(parts, rows, workers)
         fields.append(field_of(sketches, _zoom(parts, rows, sketches, workers)))
     names = ("mean", "std", "q01", "q99", "min", "max")
@@ -120,7 +109,7 @@ def per_step_stats(
 
 def field_stats(values: np.ndarray) -> FieldStats:
     """[N, dim] -> exact statistics per dimension, float64."""
-    parts, rows = [_Columns(values)], np.arange(len(values))
+    parts, rows = [Columns(values)], np.arange(len(values))
     sketches = _sketch(parts, rows, Workers(threads=1))
     return field_of(sketches, _zoom(parts, rows, sketches, Workers(threads=1)))
 
@@ -136,120 +125,17 @@ def read_state(dataset: Dataset, robot: Robot) -> np.ndarray:
     return np.concatenate(parts, axis=-1) if parts else np.zeros((dataset.num_frames, 0), np.float32)
 
 
-# Numbers, as the model sees them ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Columns:
-    """A vector at the rows themselves."""
-
-    columns_ND: np.ndarray
-    numbers_per_row: int = 1
-
-    def values(self, rows: np.ndarray) -> Values:
-        return np.ascontiguousarray(self.columns_ND[rows].T), None
-
-    @property
-    def size(self) -> int:
-        return self.columns_ND.shape[1]
-
-
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """One action group at some steps of the chunks that begin at the rows."""
-
-    robot: Robot
-    """With this group alone."""
-    steps: range
-    commands_NA: np.ndarray
-    state_NS: np.ndarray
-    """The dimensions that match the commands, where the group is relative."""
-    ends_N: np.ndarray
-    """The row after the last of the episode, for every row."""
-
-    @property
-    def size(self) -> int:
-        return self.robot.model_action_size
-
-    @property
-    def numbers_per_row(self) -> int:
-        return len(self.steps) if self.robot.actions[0].relative else 1
-
-    def values(self, rows: np.ndarray) -> Values:
-        rows = rows[rows + self.steps.start < self.ends_N[rows]]
-        if not len(rows):
-            return np.zeros((self.size, 0), np.float32), None
-        return self._relative(rows) if self.robot.actions[0].relative else self._absolute(rows)
-
-    def _absolute(self, rows: np.ndarray) -> Values:
-        begin, end = rows + self.steps.start, np.minimum(rows + self.steps.stop, self.ends_N[rows])
-        first, length = begin[0], end.max() - begin[0] + 1
-        chunks = np.cumsum(np.bincount(begin - first, minlength=length) - np.bincount(end - first, minlength=length))
-        used = np.flatnonzero(chunks)
-        command = self.commands_NA[first + used][:, None]
-        return self._to_model(command, self.state_NS[:0]).reshape(self.size, -1), chunks[used]
-
-    def _relative(self, rows: np.ndarray) -> Values:
-        """Windows of H commands, minus the state that they begin at; of those that end early what is in the episode."""
-        first, last, num = rows[0], rows[-1], len(self.steps)
-        columns = np.minimum(np.arange(first + self.steps.start, last + self.steps.stop), len(self.commands_NA) - 1)
-        windows = sliding_window_view(self.commands_NA[columns], num, axis=0)
-        seen = self._to_model(np.swapaxes(windows, 1, 2), self.state_NS[first : last + 1])
-        complete = rows + self.steps.stop <= self.ends_N[rows]
-        whole, rest = rows[complete], rows[~complete]
-        valid = rest[:, None] + np.array(self.steps) < self.ends_N[rest][:, None]
-        values = np.empty((self.size, len(whole) * num + int(valid.sum())), np.float32)
-        in_full = values[:, : len(whole) * num].reshape(self.size, len(whole), num)
-        np.take(seen, whole - first, axis=1, out=in_full, mode="clip")  # other modes would copy once more
-        values[:, len(whole) * num :] = seen[:, rest - first][:, valid]
-        return values, None
-
-    def _to_model(self, command_nHA: np.ndarray, state_nS: np.ndarray) -> np.ndarray:
-        seen = ActionSpace(self.robot).to_model(command_nHA, state_nS)
-        return np.ascontiguousarray(np.moveaxis(seen, -1, 0), np.float32)
-
-
-_Part: TypeAlias = _Columns | _Group
-
-
-def _parts(dataset: Dataset, robot: Robot, steps: range) -> list[_Part]:
-    """The state, and each action group; joints that are relative, each apart, so that blocks stay small."""
-    state, commands = read_state(dataset, robot), dataset.column(robot.dataset_key(robot.action_key))
-    ends = np.repeat(dataset.ends, dataset.ends - dataset.starts)
-    parts: list[_Part] = [_Columns(ActionSpace(robot).state_to_model(state))]
-    for group, start in _independent_groups(robot):
-        base = robot.state_start(group, start)
-        alone = replace(robot, actions=(replace(group, state_start=0 if group.relative else base),))
-        matching = state[:, base : base + group.size]
-        parts.append(_Group(alone, steps, commands[:, start : start + group.size], matching, ends))
-    return parts
-
-
-def _independent_groups(robot: Robot) -> Iterator[tuple[ActionGroup, int]]:
-    """With their offsets in the command."""
-    start = 0
-    for group in robot.actions:
-        if isinstance(group, Joints) and group.relative:
-            base = robot.state_start(group, start)
-            for d in range(group.size):
-                signs = group.signs[d : d + 1]
-                yield replace(group, size=1, signs=signs, low=None, high=None, state_start=base + d), start + d
-        else:
-            yield group, start
-        start += group.size
-
-
 # Blocks and workers -------------------------------------------------------------------------------------------------
 
 
-def _sketch(parts: Sequence[_Part], rows: np.ndarray, workers: Workers) -> list[Sketch]:
+def _sketch(parts: Sequence[Part], rows: np.ndarray, workers: Workers) -> list[Sketch]:
     """One per dimension of all parts."""
     everything = [[WHOLE]] * sum(part.size for part in parts)
     return [only for (only,) in _sketch_inside(parts, rows, everything, workers)]
 
 
 def _zoom(
-    parts: Sequence[_Part], rows: np.ndarray, sketches: Sequence[Sketch], workers: Workers
+    parts: Sequence[Part], rows: np.ndarray, sketches: Sequence[Sketch], workers: Workers
 ) -> list[dict[int, Sketch]]:
     """For each dimension the sketches of the values in the bins that quantiles lie in."""
     bins = [sketch.bins_to_zoom() for sketch in sketches]
@@ -259,7 +145,7 @@ def _zoom(
 
 
 def _sketch_inside(
-    parts: Sequence[_Part], rows: np.ndarray, intervals: Sequence[Sequence[Interval]], workers: Workers
+    parts: Sequence[Part], rows: np.ndarray, intervals: Sequence[Sequence[Interval]], workers: Workers
 ) -> list[list[Sketch]]:
     """Sketches of the values inside intervals [low, high), for each dimension of all parts as many as are given."""
     rows, tasks, places, end = np.sort(rows), list[_Task](), list[slice](), 0
@@ -275,16 +161,18 @@ def _sketch_inside(
     return merged
 
 
-def _blocks(rows: np.ndarray, part: _Part) -> list[np.ndarray]:
+def _blocks(rows: np.ndarray, part: Part) -> list[np.ndarray]:
     """Rows that ascend, cut at multiples of a power of two."""
     bits = (BLOCK // part.numbers_per_row).bit_length() - 1
     return np.split(rows, np.flatnonzero(np.diff(rows >> bits)) + 1)
 
 
 def _sketch_blocks(
-    part: _Part, blocks: Sequence[np.ndarray], intervals: Sequence[Sequence[Interval]]
+    part: Part, blocks: Sequence[np.ndarray], intervals: Sequence[Sequence[Interval]]
 ) -> list[list[Sketch]]:
     """As `_sketch_inside`, for one part."""
+    if isinstance(part, Offsets):
+        return [_sketch_offsets(part, blocks, *intervals)]
     gathered = [[_Gathered(interval) for interval in some] for some in intervals]
     for rows in blocks:
         values, weights = part.values(rows)
@@ -294,8 +182,29 @@ def _sketch_blocks(
     return [[inside.finish() for inside in some] for some in gathered]
 
 
+def _sketch_offsets(part: Offsets, blocks: Sequence[np.ndarray], intervals: Sequence[Interval]) -> list[Sketch]:
+    """With the extremes of every row at hand, the numbers of most rows need not be looked at for a narrow interval."""
+    blocks = [some for rows in blocks if len(some := part.with_steps(rows))]
+    if not blocks:
+        return [Sketch.of(np.zeros(0))] * len(intervals)
+    extremes = [part.extremes(rows) for rows in blocks]
+    if intervals == [WHOLE]:
+        low, high = min(float(low.min()) for low, _ in extremes), max(float(high.max()) for _, high in extremes)
+        counted = Tally(low, high)
+        for rows in blocks:
+            counted.add(part.values(rows)[0][0])
+        return [counted.sketch()]
+    gathered = [_Gathered(interval) for interval in intervals]
+    for rows, (low, high) in zip(blocks, extremes, strict=True):
+        reach = np.any([(high >= begin) & (low < end) for begin, end in intervals], axis=0)
+        ((values,), _) = part.values(rows[reach])
+        for inside in gathered:
+            inside.add(values, None)
+    return [inside.finish() for inside in gathered]
+
+
 class _Gathered:
-    """Sketches values of one interval some hundred thousand at a time: for fewer, a sketch costs as much."""
+    """Sketches values of one interval many at a time: for fewer, a sketch costs as much."""
 
     def __init__(self, interval: Interval):
         self._interval, self._sketch = interval, Sketch.of(np.zeros(0))
@@ -308,7 +217,7 @@ class _Gathered:
         self._values.append(values)
         if weights is not None:
             self._weights.append(weights)
-        if sum(map(len, self._values)) >= BLOCK // 2:
+        if sum(map(len, self._values)) >= 2 * BLOCK:
             self.finish()
 
     def finish(self) -> Sketch:
@@ -324,7 +233,7 @@ def _joined(pieces: list[np.ndarray]) -> np.ndarray:
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
-_Task: TypeAlias = tuple[_Part, list[np.ndarray], Sequence[Sequence[Interval]]]
+_Task: TypeAlias = tuple[Part, list[np.ndarray], Sequence[Sequence[Interval]]]
 _Found: TypeAlias = list[list[Sketch]]
 
 
