@@ -67,6 +67,22 @@ def test_any_number_of_workers_gives_the_same(batches, workers):
     assert_equal(batches(num_workers=workers, count=7), batches(count=7))
 
 
+def test_rooms_are_used_again_once_their_arrays_are_gone(dataset, encoders):
+    """An array that somebody keeps, if only a part of it, is never overwritten; the memory of the others is."""
+    sampler = Sampler(Stream(dataset.num_frames, seed=1, fingerprint=dataset.fingerprint), 16)
+    samples = partial(encoders.samples, encoders.encode, dataset)
+    with Loader(samples, sampler, num_workers=1, prefetch=2) as loader:
+        steps = iter(loader)
+        kept = next(steps)[1]["image"][3:4]
+        copy, places = kept.copy(), set()
+        for _, batch, _ in itertools.islice(steps, 20):
+            places.add(batch["image"].__array_interface__["data"][0])
+            del batch
+    np.testing.assert_array_equal(kept, copy)
+    assert kept.__array_interface__["data"][0] not in places
+    assert len(places) <= 4  # two made ahead, the one that is looked at, and the one whose end is not yet told
+
+
 def test_resume_gives_the_same(batches):
     assert_equal(batches(num_workers=2, start_step=3, count=2), batches(count=5)[3:])
 

@@ -189,10 +189,12 @@ class _Pictures:
         entry = int(self._entries[row])
         if not entry:
             return False
-        data = os.pread(self._frames, entry >> 32, row * self._slot)
-        if _entry(data) != entry:
+        data = image.reshape(-1) if self._format == "raw" else np.empty(entry >> 32, np.uint8)
+        length = os.preadv(self._frames, [data.data], row * self._slot)
+        if length != entry >> 32 or _entry(data) != entry:
             return False
-        image[...] = self._decode(data)
+        if self._format == "jpeg":
+            image[...] = self._decode(data)
         return True
 
     def write(self, row: int, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
@@ -208,13 +210,13 @@ class _Pictures:
                 _write(self._present, _entry(data).to_bytes(8, "little"), row * 8)
         return self._decode(data)
 
-    def _decode(self, data: bytes) -> np.ndarray:
+    def _decode(self, data: bytes | np.ndarray) -> np.ndarray:
         if self._format == "raw":
             return np.frombuffer(data, np.uint8).reshape(self._shape)
         return simplejpeg.decode_jpeg(data)
 
 
-def _entry(data: bytes) -> int:
+def _entry(data: bytes | np.ndarray) -> int:
     """Length and checksum in one number, so that they are written as one."""
     return len(data) << 32 | google_crc32c.value(data)
 

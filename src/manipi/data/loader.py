@@ -6,11 +6,13 @@ caller     0  1  2  3  4  5 …             so the caller only takes turns.
 """
 
 import itertools
+import math
 import mmap
 import multiprocessing
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -120,6 +122,7 @@ class _Worker:
             target=_work, args=(task, first, stride, prefetch, caller), daemon=True
         )
         self._process.start()
+        self._rooms, self._left = dict[int, mmap.mmap](), list[int]()
         # With our copy of its end closed, the death of the worker reads as the end of the pipe.
         caller.close()
 
@@ -128,8 +131,11 @@ class _Worker:
             result = self._worker.recv()
             if isinstance(result, ManipiError):
                 raise result
-            descriptor = recv_handle(self._worker)
-            self._worker.send_bytes(_TAKEN)
+            number, layout, is_new = result
+            if is_new:
+                self._rooms[number] = _map(recv_handle(self._worker))
+            # Arrays may end in any thread, and this while.
+            self._worker.send([self._left.pop() for _ in range(len(self._left))])
         except (EOFError, OSError):  # before or in the middle of a batch
             self._process.join()
             raise TrainingError(
@@ -138,7 +144,13 @@ class _Worker:
                 where=f"data worker, process {self._process.pid}",
                 next="see its traceback above, or run with --data.num-workers 0 to have it in the main process",
             ) from None
-        return _arrays(_map(descriptor), result)
+        # The arrays keep the whole alive, and its end says that the room behind it may be used again.
+        whole = np.frombuffer(self._rooms[number], np.uint8)
+        weakref.finalize(whole, self._leave, number).atexit = False
+        return _arrays(whole, layout)
+
+    def _leave(self, number: int) -> None:
+        self._left.append(number)
 
     def stop(self) -> None:
         self._process.terminate()
@@ -146,19 +158,17 @@ class _Worker:
         self._worker.close()
 
 
-_TAKEN = b"taken"
-
-
 def _work(task: _Task, first: int, stride: int, prefetch: int, caller: Connection) -> None:
     """The life of a worker: every `stride`-th step, until it is ended, raises, or finds its parent gone."""
     # Ctrl-C reaches the whole process group; the parent ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    rooms = _Rooms(caller)
     try:
         for made, step in enumerate(itertools.count(first, stride)):
             samples = task.samples_at(step)
             if made >= prefetch:
-                caller.recv_bytes()  # the word that a batch has been taken
-            _send(samples, caller)
+                rooms.free += caller.recv()  # the word that a batch has been taken, and which rooms were left
+            rooms.send(samples)
     except ManipiError as error:
         caller.send(error)
     except (BrokenPipeError, ConnectionResetError, EOFError):
@@ -168,20 +178,40 @@ def _work(task: _Task, first: int, stride: int, prefetch: int, caller: Connectio
 # Batches in shared memory -------------------------------------------------------------------------------------------
 
 _Layout: TypeAlias = dict[str, tuple[np.dtype, tuple[int, ...], int]]
-"""Per array its dtype, shape and place: a batch stands in a file of its own, which lives as long as its arrays."""
+"""Per array its dtype, shape and place."""
 
 
-def _send(samples: Sequence[Sample], caller: Connection) -> None:
-    layout, size = _Layout(), 0
-    for key, value in samples[0].items():
-        layout[key] = (value.dtype, (len(samples), *value.shape), size)
-        size += -(-value.nbytes * len(samples) // _ALIGNMENT) * _ALIGNMENT
-    descriptor = nameless_file(size)
-    for key, array in _arrays(mmap.mmap(descriptor, 0), layout).items():
-        np.stack([sample[key] for sample in samples], out=array)
-    caller.send(layout)
-    send_handle(caller, descriptor, 0)
-    os.close(descriptor)
+class _Rooms:
+    """The worker's side: each batch stands in a file that lives as long as its arrays, and then has the next batch.
+
+    Fresh memory takes longer to come by than a batch to be copied into it.
+    """
+
+    def __init__(self, caller: Connection):
+        self._caller, self._rooms = caller, list[mmap.mmap]()
+        self.free = list[int]()
+
+    def send(self, samples: Sequence[Sample]) -> None:
+        layout, size = _Layout(), 0
+        for key, value in samples[0].items():
+            layout[key] = (value.dtype, (len(samples), *value.shape), size)
+            size += -(-value.nbytes * len(samples) // _ALIGNMENT) * _ALIGNMENT
+        number = next((i for i in self.free if len(self._rooms[i]) >= size), None)
+        if number is not None:
+            self.free.remove(number)
+            self._fill(number, samples, layout)
+            self._caller.send((number, layout, False))
+            return
+        descriptor = nameless_file(size)
+        self._rooms.append(mmap.mmap(descriptor, 0))
+        self._fill(-1, samples, layout)
+        self._caller.send((len(self._rooms) - 1, layout, True))
+        send_handle(self._caller, descriptor, 0)
+        os.close(descriptor)
+
+    def _fill(self, number: int, samples: Sequence[Sample], layout: _Layout) -> None:
+        for key, array in _arrays(np.frombuffer(self._rooms[number], np.uint8), layout).items():
+            np.stack([sample[key] for sample in samples], out=array)
 
 
 def _map(descriptor: int) -> mmap.mmap:
@@ -192,5 +222,8 @@ def _map(descriptor: int) -> mmap.mmap:
         os.close(descriptor)
 
 
-def _arrays(memory: mmap.mmap, layout: _Layout) -> Batch:
-    return {key: np.ndarray(shape, dtype, memory, place) for key, (dtype, shape, place) in layout.items()}
+def _arrays(whole: np.ndarray, layout: _Layout) -> Batch:
+    return {
+        key: whole[place : place + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        for key, (dtype, shape, place) in layout.items()
+    }
