@@ -6,12 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from manipi.errors import ConfigError
+from manipi.errors import CheckpointError, ConfigError, WeightsMismatchError
 from manipi.model import VLA, ModelInput
-from manipi.model.config import Adapters, GemmaSize, LoRA, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
+from manipi.model.config import Adapters, GemmaSize, LoRA, Pi0FastConfig, Pi05Config, VisionSize
+from manipi.policy import Policy
 from manipi.recipes.registry import load_recipe
-from manipi.train import loop
+from manipi.train.accumulate import accumulate_gradients
 from manipi.train.config import ComputeConfig, OptimizerConfig
 from manipi.train.loop import train, train_step
 from manipi.train.state import TrainState
@@ -139,7 +141,7 @@ def test_a_parameter_has_a_gradient_iff_it_is_trained(kind, trained, tiny):
     for parameter in state.model.parameters():
         # Adapters and adaptive norms start at zero, where no gradient flows through them yet.
         torch.nn.init.normal_(parameter, std=0.1)
-    loop.accumulate_gradients(state.model, batch_for(config), draws(config), 1)
+    accumulate_gradients(state.model, batch_for(config), draws(config), 1)
     parameters = dict(state.model.named_parameters())
     reached = {name for name, p in parameters.items() if p.grad is not None and p.grad.abs().max() > 0}
     assert {n for n in state.parameters.keys() ^ reached if "k_proj.bias" not in n} == set()
@@ -224,7 +226,7 @@ def test_parts_are_weighed_by_what_is_real(tiny):
     config = tiny("pi05")
     state, inputs, drawn = TrainState.initial(config), batch_for(config), draws(config)
     parts = [state.model(part, *(d[i : i + 1] for d in drawn)) for i, part in enumerate(inputs.split(4))]
-    whole = loop.accumulate_gradients(state.model, inputs, drawn, 4)
+    whole = accumulate_gradients(state.model, inputs, drawn, 4)
     assert float(state.model.loss_weight(inputs, 2)) == sum(float(part.weight) for part in parts)
     assert float(torch.stack([part.loss.detach() for part in parts]).mean()) != pytest.approx(float(whole), rel=1e-3)
     torch.testing.assert_close(whole, state.model(inputs, *drawn).loss.detach())
@@ -233,7 +235,7 @@ def test_parts_are_weighed_by_what_is_real(tiny):
 def test_an_empty_batch_has_no_loss(tiny):
     config = tiny("pi05")
     inputs = replace(batch_for(config), action_valid=torch.zeros(4, config.model.action_horizon, dtype=torch.bool))
-    assert float(loop.accumulate_gradients(TrainState.initial(config).model, inputs, draws(config), 2)) == 0.0
+    assert float(accumulate_gradients(TrainState.initial(config).model, inputs, draws(config), 2)) == 0.0
 
 
 def test_a_batch_that_does_not_divide(tiny):
@@ -244,26 +246,28 @@ def test_a_batch_that_does_not_divide(tiny):
 def test_parts_save_memory(tiny):
     """Bytes that backward keeps, the weights apart: a quarter with four parts."""
     config = tiny("pi05")
-    kept = []
-    for accumulate in (1, 4):
-        state, held, peak = TrainState.initial(config), 0, 0
-        weights = {p.data_ptr() for p in state.model.parameters()}
+    one, four = (peak_of_saved_bytes(TrainState.initial(config).model, config, parts) for parts in (1, 4))
+    assert four < 0.3 * one
 
-        class Held:
-            def __init__(self, tensor):
-                nonlocal held, peak
-                self.tensor, self.size = tensor, 0 if tensor.data_ptr() in weights else tensor.nbytes
-                held += self.size
-                peak = max(peak, held)
 
-            def __del__(self):
-                nonlocal held
-                held -= self.size
+def peak_of_saved_bytes(model, config, parts: int) -> int:
+    held, peak = 0, 0
+    weights = {p.data_ptr() for p in model.parameters()}
 
-        with torch.autograd.graph.saved_tensors_hooks(Held, lambda one: one.tensor):
-            loop.accumulate_gradients(state.model, batch_for(config), draws(config), accumulate)
-        kept.append(peak)
-    assert kept[1] < 0.3 * kept[0]
+    class Saved:
+        def __init__(self, tensor):
+            nonlocal held, peak
+            self.tensor, self.size = tensor, 0 if tensor.data_ptr() in weights else tensor.nbytes
+            held += self.size
+            peak = max(peak, held)
+
+        def __del__(self):
+            nonlocal held
+            held -= self.size
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        accumulate_gradients(model, batch_for(config), draws(config), parts)
+    return peak
 
 
 # ---- precision
@@ -286,22 +290,29 @@ def test_precision(precision, weights, compute, tiny, tmp_path):
 
 
 def resumes_exactly(config, folder) -> None:
-    whole = train(config, folder / "whole", show=False)
-    train(config, folder / "parts", stop_at=2, show=False)
-    parts = train(config, folder / "parts", show=False)
-    states = [TrainState.initial(config), TrainState.initial(config)]
-    for state, checkpoint in zip(states, (whole, parts), strict=True):
-        state.load(checkpoint / "train_state")
-    left, right = (state._tensors() for state in states)
+    """Four steps equal two, a save, a load and two more, bit for bit."""
+    whole, parts = TrainState.initial(config), TrainState.initial(config)
+    inputs = batch_for(config)
+    for _ in range(4):
+        train_step(whole, inputs, config)
+    for _ in range(2):
+        train_step(parts, inputs, config)
+    parts.save(folder / "state")
+    resumed = TrainState.initial(config)
+    begun = {name: tensor.clone() for name, tensor in resumed._tensors().items()}
+    resumed.load(folder / "state")
+    for _ in range(2):
+        train_step(resumed, inputs, config)
+    left, right = whole._tensors(), resumed._tensors()
+    assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
-    begun = TrainState.initial(config)._tensors()
     assert any(not torch.equal(left[name], begun[name]) for name in left if name.startswith("weights."))
 
 
 def test_a_dtype_beside_the_precision(tiny):
     model = replace(tiny().model, dtype="float32")
     assert tiny(model=model).policy_model.dtype == "float32"
-    with pytest.raises(ConfigError, match="--compute.precision fp32"):
+    with pytest.raises(ConfigError, match=r"--compute\.precision fp32"):
         tiny(model=model, compute=ComputeConfig(precision="bf16"))
 
 
@@ -329,3 +340,84 @@ def test_moments_of_8_bits_without_torchao(tiny, tmp_path):
 def test_sgd_has_no_8_bits():
     with pytest.raises(ConfigError, match="32 for SGD"):
         OptimizerConfig(kind="sgd", state_bits=8)
+
+
+# ---- a frozen base of 4 bits
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="no bitsandbytes: manipi[low-bit]")
+def test_a_base_of_4_bits(tiny, tmp_path):
+    config = adapted(tiny, "pi05", trained="qlora", frozen_dtype="bfloat16", steps=2)
+    low_rank = TrainState.initial(replace(config, trained="lora"))
+    state = TrainState.initial(config)
+    assert state.parameters.keys() == low_rank.parameters.keys()
+    rows = parameter_table(state.model, state.parameters, config.optimizer)
+    assert {r.group: r.parameters for r in rows if r.trained} == {
+        group: count for group, (count, _) in by_hand(config.model, "lora").items()
+    }
+    v, e = config.model.vlm, config.model.action_expert
+    norms = {"vlm": 2 * v.width, "action_expert": 2 * norm_size(e.width, True)}
+    matrices = {
+        "vlm": v.depth * (layer(v, False)[0] - norms["vlm"]),
+        "action_expert": e.depth * (layer(e, True)[0] - norms["action_expert"]),
+    }
+    assert {r.group: r.parameters for r in rows if r.dtype == "nf4"} == matrices
+    # 4 bits and a 32-bit factor for 64 of them.
+    compressed = [b for n, b in state.model.named_buffers() if n.endswith(("codes", "absmax"))]
+    assert sum(b.nbytes for b in compressed) == pytest.approx(sum(matrices.values()) * 4.5 / 8, rel=0.01)
+
+    # What is computed, forth and back, is what the expanded matrices give, which are what is served.
+    expanded = TrainState.initial(replace(config, trained="lora"))
+    expanded.model.load_state_dict(state.inference_weights())
+    inputs, drawn = batch_for(config), draws(config)
+    for one in (state, expanded):
+        accumulate_gradients(one.model, inputs, drawn, 1)
+    for name, parameter in state.parameters.items():
+        torch.testing.assert_close(parameter.grad, expanded.parameters[name].grad, msg=name)
+    kept = [peak_of_saved_bytes(one.model, config, 1) for one in (state, low_rank)]
+    assert kept[0] <= kept[1]
+    resumes_exactly(config, tmp_path)
+    Policy.load(train(config, tmp_path / "run", show=False))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_a_base_of_4_bits_without_bitsandbytes(tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r"(?s)bitsandbytes.*pip install 'manipi\[low-bit\]'"):
+        train(adapted(tiny, "pi05", trained="qlora"), tmp_path, show=False)
+
+
+# ---- weights to go on from
+
+
+def test_a_run_goes_on_from_another_whatever_its_adapters(tiny, trained, tmp_path):
+    plain = trained("pi05")
+    low_rank = adapted(tiny, "pi05", trained="lora", init=str(plain.parents[1]), ema_decay=0.0, steps=2)
+    state = TrainState.initial(low_rank, low_rank.init)
+    served = load_file(plain / "model.safetensors")
+    assert all(torch.equal(state.model.state_dict()[name], value) for name, value in served.items())
+    train(low_rank, tmp_path / "low_rank", show=False)
+    back = TrainState.initial(tiny("pi05"), str(tmp_path / "low_rank"))
+    assert not [name for name in back.parameters if "lora" in name]
+    theirs = TrainState.initial(low_rank, str(tmp_path / "low_rank"))
+    inputs, drawn = batch_for(low_rank), draws(low_rank)
+    found, wanted = back.model(inputs, *drawn).loss, theirs.model(inputs, *drawn).loss
+    torch.testing.assert_close(found, wanted)
+    with torch.no_grad():
+        for name, parameter in theirs.model.named_parameters():
+            parameter.mul_(0.0 if name.endswith("lora_b") else 1.0)
+    assert float(theirs.model(inputs, *drawn).loss) != pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_adapters_of_another_rank(tiny, tmp_path):
+    config = adapted(tiny, "pi05", trained="lora", steps=1)
+    train(config, tmp_path / "run", show=False)
+    other = Adapters(attention=LoRA(rank=3, alpha=3.0), feed_forward=LoRA(rank=3, alpha=3.0))
+    config = replace(config, model=replace(config.model, vlm_adapters=other))
+    with pytest.raises(WeightsMismatchError, match=r"lora_a \(4, 32\) instead of \(6, 32\)"):
+        TrainState.initial(config, str(tmp_path / "run"))
+
+
+def test_a_run_without_a_checkpoint(tiny, tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="let that run reach its first checkpoint"):
+        TrainState.initial(tiny("pi05"), str(tmp_path / "run"))

@@ -176,9 +176,9 @@ class TrainConfig:
     norm_mode: NormMode = "quantile"
     """How state and actions are normalised; the released π0 uses zscore, the others quantile."""
     init: str = ""
-    """Weights to start from: a checkpoint's or run's folder, a released name such as `pi05_base`, a URL; empty: the seed's."""
+    """Weights to start from: folder of a checkpoint or run, a released name (`pi05_base`), a URL; empty: the seed's."""
     trained: Trained = "full"
-    """`lora`: of experts with adapters, those alone; `qlora`: what they adapt has 4 bits; see `manipi.train.trained`."""
+    """`lora`: of experts with adapters, those alone; `qlora`: their matrices in 4 bits (`manipi.train.trained`)."""
     frozen_dtype: DType = "float32"
     """How frozen weights are kept, in memory and in checkpoints."""
     steps: int = 30_000

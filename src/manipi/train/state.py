@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from manipi.checkpoints.importing import load_initial_weights
 from manipi.errors import CheckpointError
 from manipi.model import VLA
+from manipi.model.nf4 import plain_weights
 from manipi.train.config import TrainConfig
 from manipi.train.optimizer import make_optimizer, set_rate
 from manipi.train.trained import by_rate, freeze
@@ -50,7 +51,7 @@ class TrainState:
 
     def inference_weights(self) -> dict[str, Tensor]:
         """What is served: the averaged weights, or the raw ones where there is no average."""
-        return {**self.model.state_dict(), **self.average}
+        return {**plain_weights(self.model), **self.average}
 
     def save(self, folder: Path) -> None:
         """Write raw weights, average, optimizer moments and step as a torch DCP folder. Raises OSError."""

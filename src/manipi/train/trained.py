@@ -23,7 +23,9 @@ from torch import nn
 from manipi.errors import ConfigError
 from manipi.model import VLA
 from manipi.model.config import NO_ADAPTERS, ModelConfig, Pi0FastConfig
-from manipi.train.config import OptimizerConfig, Trained, TrainConfig
+from manipi.model.lora import AdaptedLinear
+from manipi.model.nf4 import NF4Matrix
+from manipi.train.config import OptimizerConfig, TrainConfig, Trained
 
 
 def group_of(name: str) -> str:
@@ -38,7 +40,8 @@ def group_of(name: str) -> str:
 def is_trained(name: str, model: ModelConfig, trained: Trained) -> bool:
     """Whether the mode trains this parameter, if a loss reaches it.
 
-    With `lora`, as in openpi, an expert with adapters keeps everything else, and vision and heads are trained.
+    With `lora`, as in openpi, an expert with adapters keeps everything else, and vision and heads are trained. `qlora`
+    trains the same, with the adapted matrices in 4 bits.
     """
     group = group_of(name)
     if trained == "expert_only":
@@ -67,8 +70,12 @@ def trainable_parameters(model: VLA, trained: Trained) -> dict[str, nn.Parameter
 
 def freeze(model: VLA, config: TrainConfig) -> dict[str, nn.Parameter]:
     """Keep what is not trained as `frozen_dtype` and the rest as the precision says. Returns what is trained."""
-    parameters = trainable_parameters(model, config.trained)
     frozen, kept = getattr(torch, config.frozen_dtype), getattr(torch, config.compute.master_dtype)
+    if config.trained == "qlora":
+        for module in model.modules():
+            if isinstance(module, AdaptedLinear):
+                module.compress(frozen)
+    parameters = trainable_parameters(model, config.trained)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in parameters)
         parameter.data = parameter.data.to(kept if is_trained(name, model.config, config.trained) else frozen)
@@ -101,6 +108,10 @@ def parameter_table(model: VLA, parameters: Mapping[str, nn.Parameter], config: 
     for name, parameter in model.named_parameters():
         key = group_of(name), name in parameters, str(parameter.dtype).removeprefix("torch.")
         counts[key] = counts.get(key, 0) + parameter.numel()
+    for name, module in model.named_modules():
+        if isinstance(module, NF4Matrix):
+            key = group_of(name), False, "nf4"
+            counts[key] = counts.get(key, 0) + module.shape.numel()
     rates = {group: config.lr * scale for group, scale in asdict(config.lr_scale).items()}
     return [
         ParameterRow(group, count, trained, dtype, rates[group] * trained)
