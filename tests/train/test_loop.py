@@ -33,7 +33,8 @@ from manipi.train.config import OptimizerConfig
 from manipi.train.data import prepare
 from manipi.train.loop import train, train_step
 from manipi.train.run import Run, read_config
-from manipi.train.state import TrainState, is_frozen, trainable_parameters
+from manipi.train.state import TrainState
+from manipi.train.trained import is_trained, trainable_parameters
 from manipi.transforms.normalize import load_norm_stats, save_norm_stats
 
 KINDS = ("pi05", "pi0", "pi0_fast")
@@ -138,8 +139,9 @@ LORA = Adapters(attention=LoRA(rank=2, alpha=2.0), feed_forward=LoRA(rank=2, alp
     [("pi0", ("vlm",)), ("pi0", ("action",)), ("pi0", ("vlm", "action")), ("pi05", ("vlm",)), ("pi0_fast", ("vlm",))],
 )
 def test_only_adapters_of_an_adapted_expert_move(kind, adapted, tiny, tmp_path):
-    config = tiny(kind, steps=5, save_every=5, ema_decay=0.0, frozen_dtype="bfloat16")
-    config = replace(config, model=replace(config.model, **{f"{name}_adapters": LORA for name in adapted}))
+    model = replace(tiny(kind).model, **{f"{name}_adapters": LORA for name in adapted})
+    settings = {"model": model, "trained": "lora", "frozen_dtype": "bfloat16", "ema_decay": 0.0}
+    config = tiny(kind, steps=5, save_every=5, **settings)
     state = TrainState.initial(config)
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     state.load(train(config, tmp_path, show=False) / "train_state")
@@ -153,8 +155,8 @@ def test_only_adapters_of_an_adapted_expert_move(kind, adapted, tiny, tmp_path):
     assert {before[name].dtype for name in frozen} == {torch.bfloat16}
     assert {p.dtype for name, p in before.items() if name not in frozen} == {torch.float32}
     Policy.load(tmp_path / "checkpoints/5")
-    everything = replace(config, frozen="none")
-    assert set(trainable_parameters(state.model, freeze=False)) == set(TrainState.initial(everything).parameters)
+    everything = replace(config, trained="full")
+    assert set(trainable_parameters(state.model, "full")) == set(TrainState.initial(everything).parameters)
     assert not set(state.parameters) & frozen
 
 
@@ -172,7 +174,13 @@ def test_frozen_as_the_reference_freezes(path):
         model = replace(model, vlm_adapters=LORA, action_adapters=LORA)
     arrays = openpi_arrays(model)
     assert set(arrays) == set(tree["parameters"])
-    ours = {name for name, array in arrays.items() for layer in array.names for part in layer if is_frozen(part, model)}
+    ours = {
+        name
+        for name, array in arrays.items()
+        for layer in array.names
+        for part in layer
+        if not is_trained(part, model, "lora")
+    }
     assert ours == set(tree["frozen_parameters_by_default_filter"])
 
 

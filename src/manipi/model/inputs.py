@@ -72,6 +72,14 @@ class ModelInput:
         present = {name: value for name, value in vars(self).items() if value is not None}
         return dataclasses.replace(self, **{name: t.to(device, non_blocking=True) for name, t in present.items()})
 
+    def split(self, parts: int) -> "list[ModelInput]":
+        """The batch in equal parts, in order."""
+        per_sample = {name: value for name, value in vars(self).items() if value is not None}
+        if self.action_dim_valid is not None and self.action_dim_valid.ndim == 1:
+            del per_sample["action_dim_valid"]
+        chunks = zip(*(value.chunk(parts) for value in per_sample.values()), strict=True)
+        return [dataclasses.replace(self, **dict(zip(per_sample, chunk, strict=True))) for chunk in chunks]
+
     def check(self, config: ModelConfig) -> None:
         """Compare shapes with the model's.
 

@@ -89,6 +89,13 @@ class VLA(nn.Module):
             return FlowLoss(loss, per_step[:, 0], weight)
         return self._flow_loss(inputs, noise, timestep)
 
+    def loss_weight(self, inputs: ModelInput, num_draws: int = 1) -> Float[Tensor, ""]:
+        """How much the batch counts in a mean over batches: the `weight` that `forward` returns, from its masks."""
+        if isinstance(self.config, Pi0FastConfig):
+            return torch.tensor(float(inputs.batch_size), device=inputs.tokens.device)
+        step_valid_BH, dim_valid_BA = self._action_masks(inputs)
+        return num_draws * (step_valid_BH.sum(1) * dim_valid_BA.sum(1)).sum().float()
+
     @torch.no_grad()
     def sample(
         self, inputs: ModelInput, noise: Float[Tensor, "B *K H A"], num_steps: int = 10

@@ -1,13 +1,13 @@
 """The settings of a training run. Structure is Python (a recipe), numbers are flags. No torch here."""
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from manipi.errors import ConfigError
-from manipi.model.config import DType, ModelConfig, NormMode, Pi05Config
+from manipi.model.config import DType, ModelConfig, NormMode, Pi0FastConfig, Pi05Config
 from manipi.robots.robot import Robot
 
 _WHOLE = PrimitiveConstructorSpec[Robot](
@@ -81,6 +81,48 @@ class DataConfig:
         return path if not self.root or "://" in path or path.startswith("/") else f"{self.root.rstrip('/')}/{path}"
 
 
+Precision: TypeAlias = Literal["bf16", "fp32", "pure_bf16"]
+Trained: TypeAlias = Literal["full", "lora", "qlora", "expert_only", "vision_frozen"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How a step is computed."""
+
+    precision: Precision = "bf16"
+    """bf16: float32 weights, bfloat16 compute; fp32: all float32; pure_bf16: weights and moments bfloat16 as well."""
+
+    @property
+    def dtype(self) -> DType:
+        """What the model computes in, and will when it is served."""
+        return "float32" if self.precision == "fp32" else "bfloat16"
+
+    @property
+    def master_dtype(self) -> DType:
+        """What trained weights are kept in."""
+        return "bfloat16" if self.precision == "pure_bf16" else "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRScale:
+    """Multipliers of the learning rate, by group of parameters (`manipi.train.trained`)."""
+
+    vision: float = 1.0
+    vlm: float = 1.0
+    action_expert: float = 1.0
+    heads: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, scale in vars(self).items():
+            if not scale > 0:
+                raise ConfigError(
+                    expected="a multiplier above 0",
+                    found=str(scale),
+                    where=f"TrainConfig.optimizer.lr_scale.{name}",
+                    next="to keep weights as they are set --trained (expert_only, vision_frozen, lora)",
+                )
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """An optimizer under a linear warm-up and a decay; the defaults are openpi's, whose SGD and rsqrt peak at 5e-5."""
@@ -107,8 +149,13 @@ class OptimizerConfig:
     nesterov: bool = False
     clip_norm: float = 1.0
     """Largest global gradient norm; 0: any, as the reference has it for SGD."""
+    lr_scale: LRScale = LRScale()
+    state_bits: Literal[32, 8] = 32
+    """AdamW: bits per moment; 8 needs torchao (Dettmers et al. 2022)."""
 
     def __post_init__(self) -> None:
+        if self.kind == "sgd" and self.state_bits != 32:
+            raise _out_of_range("optimizer.state_bits", "32 for SGD", self.state_bits)
         if self.nesterov and not self.momentum > 0:
             raise _out_of_range("optimizer.momentum", "above 0 for nesterov", self.momentum)
 
@@ -121,6 +168,7 @@ class TrainConfig:
     data: DataConfig
     model: tyro.conf.AvoidSubcommands[ModelConfig] = field(default_factory=Pi05Config)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     tokenizer: str = "byte"
     """`byte`, or the path of a SentencePiece model such as PaliGemma's."""
     action_tokenizer: str = "fit"
@@ -128,14 +176,16 @@ class TrainConfig:
     norm_mode: NormMode = "quantile"
     """How state and actions are normalised; the released π0 uses zscore, the others quantile."""
     init: str = ""
-    """Weights to start from: a checkpoint's folder, a released name such as `pi05_base`, a URL; empty: the seed's."""
-    frozen: Literal["adapted", "none"] = "adapted"
-    """`adapted`: of an expert with low-rank adapters, nothing else is trained; `none`: everything is."""
+    """Weights to start from: folder of a checkpoint or run, a released name (`pi05_base`), a URL; empty: the seed's."""
+    trained: Trained = "full"
+    """`lora`: of experts with adapters, those alone; `qlora`: their matrices in 4 bits (`manipi.train.trained`)."""
     frozen_dtype: DType = "float32"
     """How frozen weights are kept, in memory and in checkpoints."""
     steps: int = 30_000
     batch_size: int = 32
     """Observations per step."""
+    accumulate: int = 1
+    """Parts of a batch that follow each other and make one step: less memory, the same update up to rounding."""
     noise_draws: int = 1
     """Noise and timestep draws per observation, all on one prefix (flow models)."""
     ema_decay: float = 0.99
@@ -151,7 +201,7 @@ class TrainConfig:
     """CPU threads of torch; 0 leaves torch's choice."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "noise_draws", "log_every", "save_every", "keep_checkpoints"):
+        for name in ("steps", "batch_size", "accumulate", "noise_draws", "log_every", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise _out_of_range(name, "at least 1", getattr(self, name))
         if self.keep_every < 0:
@@ -160,6 +210,39 @@ class TrainConfig:
             raise _out_of_range("ema_decay", "from 0 to below 1", self.ema_decay)
         if not 0 <= self.data.holdout < 1:
             raise _out_of_range("data.holdout", "from 0 to below 1", self.data.holdout)
+        if self.batch_size % self.accumulate:
+            raise _out_of_range("accumulate", f"a divisor of the batch size {self.batch_size}", self.accumulate)
+        self._check_model()
+
+    @property
+    def policy_model(self) -> ModelConfig:
+        """The model with the dtype that it computes in, which `compute.precision` alone decides."""
+        return replace(self.model, dtype=self.compute.dtype)
+
+    def _check_model(self) -> None:
+        """That the model has what is to be trained, and no dtype of its own."""
+        if self.model.dtype == "float32" and self.compute.dtype != "float32":
+            raise ConfigError(
+                expected="compute.precision alone to say what the model computes in",
+                found=f"model.dtype float32, precision {self.compute.precision}",
+                where="TrainConfig.model.dtype",
+                next='leave it out and set compute=ComputeConfig(precision="fp32"), or --compute.precision fp32',
+            )
+        adapted = self.model.vlm_adapters or getattr(self.model, "action_adapters", None)
+        if self.trained in ("lora", "qlora") and not adapted:
+            raise ConfigError(
+                expected=f"adapters to train with trained={self.trained!r}",
+                found="a model without any",
+                where="TrainConfig.trained",
+                next="set vlm_adapters or action_adapters of the model, or --trained full",
+            )
+        if self.trained == "expert_only" and isinstance(self.model, Pi0FastConfig):
+            raise ConfigError(
+                expected="a flow policy with trained='expert_only'",
+                found="π0-FAST, which has no action expert",
+                where="TrainConfig.trained",
+                next="choose --trained full, vision_frozen or lora",
+            )
 
 
 def _out_of_range(name: str, expected: str, found: float) -> ConfigError:

@@ -9,19 +9,23 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from manipi.checkpoints.native import Checkpoint, PolicyConfig, write_checkpoint
 from manipi.errors import TrainingError
 from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
 from manipi.policy import Policy, self_test_for
+from manipi.storage import atomic_write
+from manipi.train.accumulate import accumulate_gradients
 from manipi.train.config import TrainConfig
 from manipi.train.data import TrainingData, prepare
 from manipi.train.noise import draw_noise
-from manipi.train.optimizer import clip_gradients, learning_rate, parameter_norm, update, update_average
+from manipi.train.optimizer import gradient_norm, learning_rate, parameter_norm, update, update_average
 from manipi.train.progress import ProgressLog, plot_loss, show_mixture
 from manipi.train.run import Run
 from manipi.train.state import TrainState
+from manipi.train.trained import format_table, parameter_table, require_packages
 
 
 def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show: bool = True) -> Path:
@@ -34,13 +38,14 @@ def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show
 
     Raises:
         TrainingError: the folder belongs to another run, or the loss is not finite.
-        DataError, ConfigError: see `manipi.train.data.prepare`.
+        DataError, ConfigError: see `manipi.train.data.prepare`; ConfigError also where a package is missing.
         StorageError: a checkpoint could not be written; the ones before it are untouched.
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     run = Run(folder, config)
     run.tidy()
+    require_packages(config)
     data = prepare(config, run.folder)
     if show and len(data.sets) > 1:
         show_mixture(data.report())
@@ -55,6 +60,10 @@ def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show
         state = TrainState.initial(config, config.init)
         save(run, state, data)
     run.forget_after(state.step)
+    table = format_table(parameter_table(state.model, state.parameters, config.optimizer))
+    atomic_write(run.folder / "parameters.txt", f"{table}\n".encode())
+    if show:
+        tqdm.write(table)
 
     # ---- loop
     log = ProgressLog(run, state.step, end, batch_size=config.batch_size, every=config.log_every, show=show)
@@ -77,26 +86,25 @@ def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> di
     Raises:
         TrainingError: the loss or the gradient is not finite; the weights are those before the step.
     """
-    loss = _loss(state, inputs, config)
-    loss.backward()
+    loss = accumulate_gradients(state.model, inputs, _draws(state, inputs, config), config.accumulate)
     parameters = list(state.parameters.values())
-    norm = clip_gradients(parameters, config.optimizer)
-    _require_finite(loss.detach(), norm, state.step)
-    update(state.optimizer, state.step, config.optimizer)
+    norm = gradient_norm(parameters)
+    _require_finite(loss, norm, state.step)
+    update(state.optimizer, state.step, config.optimizer, norm)
     if state.average:
         update_average(list(state.average.values()), parameters, config.ema_decay)
     rate = learning_rate(state.step, config.optimizer)
     state.step += 1
     norms = {"grad_norm": norm, "param_norm": parameter_norm(parameters)}
-    return {"loss": loss.detach(), **norms, "learning_rate": rate}
+    return {"loss": loss, **norms, "learning_rate": rate}
 
 
-def _loss(state: TrainState, inputs: ModelInput, config: TrainConfig) -> Tensor:
+def _draws(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tuple[Tensor, ...]:
+    """Noise and timesteps of the step, where the policy has any."""
     if isinstance(config.model, Pi0FastConfig):
-        return state.model(inputs).loss
+        return ()
     size = (config.model.action_horizon, config.model.action_dim)
-    noise, timestep = draw_noise(config.seed, state.step, inputs.batch_size, config.noise_draws, *size)
-    return state.model(inputs, noise, timestep).loss
+    return draw_noise(config.seed, state.step, inputs.batch_size, config.noise_draws, *size)
 
 
 def _require_finite(loss: Tensor, norm: Tensor, step: int) -> None:
@@ -113,7 +121,7 @@ def save(run: Run, state: TrainState, data: TrainingData) -> None:
     """Write the state's checkpoint with a self-test, then delete what is too old."""
     bare = Checkpoint(
         weights=state.inference_weights(),
-        config=PolicyConfig(model=run.config.model, norm_mode=run.config.norm_mode, step=state.step),
+        config=PolicyConfig(model=run.config.policy_model, norm_mode=run.config.norm_mode, step=state.step),
         robot=run.config.robot,
         norm_stats=data.stats[run.config.robot.name],
         tokenizers=data.tokenizers,

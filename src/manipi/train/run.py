@@ -6,6 +6,7 @@ runs/NAME/
 ├─ tokenizer/
 ├─ cache/            decoded pictures, where they are kept
 ├─ metrics.jsonl     one line per logged step
+├─ parameters.txt    what is trained, by group
 ├─ loss.png
 └─ checkpoints/STEP/ see manipi.checkpoints.native
 """
@@ -21,7 +22,7 @@ from manipi.model.config import CONFIG_TYPES
 from manipi.records import from_json, json_bytes, read_json, to_json
 from manipi.robots.robot import ROBOT_TYPES
 from manipi.storage import atomic_write, remove_partial, storage_errors
-from manipi.train.config import DataConfig, DatasetConfig, OptimizerConfig, TrainConfig
+from manipi.train.config import ComputeConfig, DataConfig, DatasetConfig, LRScale, OptimizerConfig, TrainConfig
 
 MAY_CHANGE = (
     "data.cache_fill",
@@ -121,8 +122,8 @@ class Run:
 def read_config(folder: Path) -> TrainConfig:
     """The config that a run's folder was started with."""
     path = folder / "config.json"
-    kinds = (TrainConfig, DataConfig, DatasetConfig, OptimizerConfig, *ROBOT_TYPES, *CONFIG_TYPES)
-    return from_json(read_json(path), kinds, str(path))
+    kinds = (TrainConfig, DataConfig, DatasetConfig, OptimizerConfig, LRScale, ComputeConfig)
+    return from_json(read_json(path), (*kinds, *ROBOT_TYPES, *CONFIG_TYPES), str(path))
 
 
 def _another_run(changes: list[str], where: Path) -> TrainingError:

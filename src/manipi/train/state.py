@@ -17,34 +17,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from manipi.checkpoints.importing import load_initial_weights
 from manipi.errors import CheckpointError
 from manipi.model import VLA
-from manipi.model.config import NO_ADAPTERS, ModelConfig, Pi0FastConfig
+from manipi.model.nf4 import plain_weights
 from manipi.train.config import TrainConfig
-from manipi.train.optimizer import make_optimizer
-
-
-def trainable_parameters(model: VLA, *, freeze: bool = True) -> dict[str, nn.Parameter]:
-    """The parameters that the loss can reach, by name, without the frozen ones where `freeze`.
-
-    A flow loss reads the language model's last layer through its keys and values alone, so that layer's queries, output
-    projection and MLP, and the norm behind it, never get a gradient.
-    """
-    dead: tuple[str, ...] = ()
-    if not isinstance(model.config, Pi0FastConfig):
-        last = f"gemma.blocks.{len(model.gemma.blocks) - 1}.experts.vlm."
-        dead = (f"{last}q_proj.", f"{last}out_proj.", f"{last}mlp_norm.", f"{last}mlp.", "gemma.final_norms.vlm.")
-    reached = {name: p for name, p in model.named_parameters() if not name.startswith(dead or ("\0",))}
-    return {name: p for name, p in reached.items() if not (freeze and is_frozen(name, model.config))}
-
-
-def is_frozen(name: str, model: ModelConfig) -> bool:
-    """Whether a parameter belongs to an expert with adapters and to none of these: it keeps its value, as in openpi.
-
-    The token embedding is the language model's. Vision, projections and action MLPs are nobody's, and always trained.
-    """
-    adapters = {"vlm": model.vlm_adapters, "action": getattr(model, "action_adapters", NO_ADAPTERS)}
-    *path, leaf = name.split(".")
-    expert = "vlm" if leaf == "token_embedding" else next((part for part in path if part in adapters), "")
-    return bool(adapters.get(expert)) and not leaf.startswith("lora_")
+from manipi.train.optimizer import make_optimizer, set_rate
+from manipi.train.trained import by_rate, freeze
 
 
 @dataclass
@@ -61,25 +37,21 @@ class TrainState:
 
     @staticmethod
     def initial(config: TrainConfig, init: str = "") -> "TrainState":
-        """Weights from the seed, then those that `init` names, in float32: the master copy of what is trained.
-
-        The model computes in `config.model.dtype`, whatever its parameters are kept in.
-        """
-        model = VLA(config.model)
+        """Weights from the seed, then those that `init` names, kept as `manipi.train.trained.freeze` says."""
+        model = VLA(config.policy_model)
         model.init_weights(config.seed)
         if init:
             load_initial_weights(model, init)
-        parameters = trainable_parameters(model, freeze=config.frozen == "adapted")
-        if config.frozen == "adapted":
-            _freeze(model, getattr(torch, config.frozen_dtype))
-        average = {n: p.detach().clone() for n, p in parameters.items()} if config.ema_decay else {}
-        optimizer = make_optimizer(parameters.values(), config.optimizer)
+        parameters = freeze(model, config)
+        averaged = parameters if config.ema_decay else {}
+        average = {name: p.detach().to(torch.float32, copy=True) for name, p in averaged.items()}
+        optimizer = make_optimizer(by_rate(parameters, config.optimizer), config.optimizer, config.seed)
         _make_moments(optimizer)
         return TrainState(model, parameters, average, optimizer)
 
     def inference_weights(self) -> dict[str, Tensor]:
         """What is served: the averaged weights, or the raw ones where there is no average."""
-        return {**self.model.state_dict(), **self.average}
+        return {**plain_weights(self.model), **self.average}
 
     def save(self, folder: Path) -> None:
         """Write raw weights, average, optimizer moments and step as a torch DCP folder. Raises OSError."""
@@ -110,8 +82,13 @@ class TrainState:
         tensors |= {f"weights.{name}": value for name, value in self.model.state_dict().items()}
         for name, parameter in self.parameters.items():
             for kind, value in self.optimizer.state[parameter].items():
-                tensors[f"{kind}.{name}"] = value
+                tensors |= {f"{kind}{part}.{name}": one for part, one in _plain(value).items()}
         return tensors | {f"average.{name}": value for name, value in self.average.items()}
+
+
+def _plain(moment: Tensor) -> dict[str, Tensor]:
+    """A moment as plain tensors: torchao's of 8 bits consists of codes and their scales."""
+    return {f".{k}": getattr(moment, k) for k in ("codes", "scale")} if hasattr(moment, "codes") else {"": moment}
 
 
 @contextmanager
@@ -127,27 +104,17 @@ def _first_failure(error: CheckpointException) -> str:
     return f"{type(failure).__name__}: {failure}".splitlines()[0]
 
 
-def _freeze(model: VLA, dtype: torch.dtype) -> None:
-    for name, parameter in model.named_parameters():
-        if is_frozen(name, model.config):
-            parameter.requires_grad_(False)
-            parameter.data = parameter.data.to(dtype)
-
-
 def _make_moments(optimizer: torch.optim.Optimizer) -> None:
     """Give the optimizer its moments before the first step, so that every checkpoint holds the same tensors.
 
     It makes them itself in a step; here that is a step of rate 0 on zero gradients, which is then forgotten.
     """
-    rates = [group["lr"] for group in optimizer.param_groups]
+    set_rate(optimizer, 0.0)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
     for moments in optimizer.state.values():
         if "step" in moments:  # AdamW counts, SGD does not
             moments["step"].zero_()
