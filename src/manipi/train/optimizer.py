@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from manipi.model.shards import global_norm
 from manipi.train.config import OptimizerConfig
 
 
@@ -33,7 +34,10 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> Tensor:
     """Scale the gradients to a global norm of at most `clip_norm`, if there is one. Returns the norm before that."""
-    return torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
+    parameters = list(parameters)
+    norm = global_norm([p.grad for p in parameters if p.grad is not None])
+    torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm or math.inf, norm)
+    return norm
 
 
 def update(optimizer: torch.optim.Optimizer, step: int, config: OptimizerConfig) -> None:
@@ -52,4 +56,4 @@ def update_average(average: Sequence[Tensor], parameters: Sequence[Tensor], deca
 
 def parameter_norm(parameters: Iterable[Tensor]) -> Tensor:
     """L2 norm over all matrices; vectors such as biases and norm scales do not count."""
-    return torch.linalg.vector_norm(torch.stack([p.detach().norm() for p in parameters if p.ndim > 1]))
+    return global_norm([p for p in parameters if p.ndim > 1])

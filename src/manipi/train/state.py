@@ -18,8 +18,10 @@ from manipi.checkpoints.importing import load_initial_weights
 from manipi.errors import CheckpointError
 from manipi.model import VLA
 from manipi.model.config import NO_ADAPTERS, ModelConfig, Pi0FastConfig
+from manipi.model.shards import whole
 from manipi.train.config import TrainConfig
 from manipi.train.optimizer import make_optimizer
+from manipi.train.parallel import ALONE, World, shard_model
 
 
 def trainable_parameters(model: VLA, *, freeze: bool = True) -> dict[str, nn.Parameter]:
@@ -58,34 +60,51 @@ class TrainState:
     """The averaged parameters by name; empty without averaging."""
     optimizer: torch.optim.Optimizer
     step: int = 0
+    world: World = ALONE
+    """The processes that hold the state, each a part of every tensor."""
 
     @staticmethod
-    def initial(config: TrainConfig, init: str = "") -> "TrainState":
+    def initial(config: TrainConfig, init: str = "", world: World = ALONE) -> "TrainState":
         """Weights from the seed, then those that `init` names, in float32: the master copy of what is trained.
 
-        The model computes in `config.model.dtype`, whatever its parameters are kept in.
+        The model computes in `config.model.dtype`, whatever its parameters are kept in. No process ever has memory for
+        more than its part of them.
         """
-        model = VLA(config.model)
+        with torch.device("meta"):
+            model = VLA(config.model)
+        if config.frozen == "adapted":
+            _freeze(model, getattr(torch, config.frozen_dtype))
+        shard_model(model, world)
+        model.to_empty(device=world.device)
         model.init_weights(config.seed)
         if init:
             load_initial_weights(model, init)
         parameters = trainable_parameters(model, freeze=config.frozen == "adapted")
-        if config.frozen == "adapted":
-            _freeze(model, getattr(torch, config.frozen_dtype))
         average = {n: p.detach().clone() for n, p in parameters.items()} if config.ema_decay else {}
         optimizer = make_optimizer(parameters.values(), config.optimizer)
         _make_moments(optimizer)
-        return TrainState(model, parameters, average, optimizer)
+        return TrainState(model, parameters, average, optimizer, world=world)
 
     def inference_weights(self) -> dict[str, Tensor]:
-        """What is served: the averaged weights, or the raw ones where there is no average."""
-        return {**self.model.state_dict(), **self.average}
+        """What is served: the averaged weights, or the raw ones where there is no average. Empty but on rank 0.
+
+        All processes have to call it. Whole tensors come one by one, so that no process but rank 0 ever has them all.
+        """
+        served, weights = {**self.model.state_dict(), **self.average}, {}
+        for name, tensor in served.items():
+            gathered = whole(tensor)
+            if self.world.leads:
+                weights[name] = gathered.cpu()
+        return weights
 
     def save(self, folder: Path) -> None:
-        """Write raw weights, average, optimizer moments and step as a torch DCP folder. Raises OSError."""
+        """Write raw weights, average, optimizer moments and step as a torch DCP folder. Raises OSError.
+
+        Every process writes what it holds, and calls this with the same folder; any number of them can load it.
+        """
         try:
             with _one_process():
-                save(self._tensors(), checkpoint_id=folder, no_dist=True)
+                save(self._tensors(), checkpoint_id=folder, no_dist=self.world.size == 1)
         except CheckpointException as error:  # no Exception for Python, and on a full disk no OSError within either
             raise OSError(errno.EIO, _first_failure(error), str(folder)) from error
 
@@ -94,7 +113,7 @@ class TrainState:
         tensors = self._tensors()
         try:
             with _one_process():
-                load(tensors, checkpoint_id=folder, no_dist=True)
+                load(tensors, checkpoint_id=folder, no_dist=self.world.size == 1)
         except CheckpointException as error:
             raise CheckpointError(
                 expected="the training state of this model and optimizer",
