@@ -3,7 +3,6 @@
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from manipi.checkpoints.released import resolve
 from manipi.checkpoints.sources import open_source
 from manipi.errors import CheckpointError
 from manipi.model import VLA
+from manipi.model.shards import fill
 from manipi.remote.fetch import fetch
 from manipi.tokenizers import PALIGEMMA_VOCABULARY, TextTokenizer, require_paligemma
 
@@ -97,7 +97,6 @@ def _fill(
     kept = [name for name in parameters if name not in theirs and (vlm_only or ".lora_" in name)]
     ours = {name: tuple(p.shape) for name, p in parameters.items() if name not in kept}
     require_match(ours, theirs, str(path))
-    with torch.no_grad():
-        for name, tensor in tensors:
-            parameters[name].copy_(tensor)
+    for name, tensor in tensors:
+        fill(parameters[name], tensor)
     return kept

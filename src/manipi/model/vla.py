@@ -13,7 +13,7 @@ H action horizon, A action dimensions, D width.
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from manipi.errors import ConfigError
 from manipi.model.autoregressive import AllowedNext, TokenLoss, greedy_decode, token_loss
@@ -22,6 +22,7 @@ from manipi.model.flow import FlowHead, FlowLoss, Pi0Head, Pi05Head, flow_loss, 
 from manipi.model.gemma import Expert, Gemma, KVCache, Span
 from manipi.model.inputs import ModelInput
 from manipi.model.layers import Initialised
+from manipi.model.shards import fill
 from manipi.model.siglip import SigLIP
 
 
@@ -50,7 +51,7 @@ class VLA(nn.Module):
         self.init_weights(seed=0)
 
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter. The same seed gives the same weights on the same kind of device.
+        """Fill every parameter. The same seed gives the same weights on any device and over any number of processes.
 
         linear layers           normal, std 1/√fan_in; bias 0
         token embedding         normal, std 1/√width: unit variance after the multiplication by √width
@@ -59,11 +60,12 @@ class VLA(nn.Module):
         adaptive modulation     0, so that the action expert starts as the identity (adaLN-zero)
         adapters                A normal, std 1/√fan_in; B 0, so that the update starts at nothing
         """
-        device = next(self.parameters()).device
-        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+        if next(self.parameters()).is_meta:
+            return
+        generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if module is not self and isinstance(module, Initialised):
-                module.init_weights(generator)
+                _init_whole(module, generator)
 
     def forward(
         self,
@@ -204,3 +206,15 @@ class VLA(nn.Module):
     def _wrong_policy(self, expected: str, instead: str) -> ConfigError:
         found = type(self.config).__name__
         return ConfigError(expected=expected, found=found, where="VLA.config", next=f"call {instead} instead")
+
+
+def _init_whole(module: Initialised, generator: Generator) -> None:
+    """Initialise a module's own parameters as plain float32 ones on the CPU, then copy what it holds of them."""
+    assert isinstance(module, nn.Module)
+    own = dict(module.named_parameters(recurse=False))
+    for name, parameter in own.items():
+        setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device="cpu"), requires_grad=False))
+    module.init_weights(generator)
+    for name, parameter in own.items():
+        fill(parameter, getattr(module, name).data)
+        setattr(module, name, parameter)

@@ -161,6 +161,27 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How processes share the model: on a mesh of `replicate` copies, each of them cut into `shard` parts."""
+
+    replicate: int = 1
+    """Copies of the model. As many as processes: each has it whole, as under DDP."""
+    shard: int = 0
+    """Parts of a copy (FSDP); 0: what `replicate` leaves, so that without both there is one copy over all processes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU for each process where there are GPUs, else the processor."""
+    timeout_minutes: float = 30.0
+    """How long a process waits for the others. Longer than statistics, a cache filled ahead, and a save take."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("replicate", 1), ("shard", 0)):
+            if getattr(self, name) < least:
+                raise _out_of_range(f"parallel.{name}", f"at least {least}", getattr(self, name))
+        if not self.timeout_minutes > 0:
+            raise _out_of_range("parallel.timeout_minutes", "above 0", self.timeout_minutes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run, complete: it is written into the run's folder and compared on resume."""
 
@@ -169,6 +190,7 @@ class TrainConfig:
     model: tyro.conf.AvoidSubcommands[ModelConfig] = field(default_factory=Pi05Config)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tokenizer: str = "byte"
     """`byte`, or the path of a SentencePiece model such as PaliGemma's."""
     action_tokenizer: str = "fit"
@@ -183,7 +205,7 @@ class TrainConfig:
     """How frozen weights are kept, in memory and in checkpoints."""
     steps: int = 30_000
     batch_size: int = 32
-    """Observations per step."""
+    """Observations per step, over all processes."""
     accumulate: int = 1
     """Parts of a batch that follow each other and make one step: less memory, the same update up to rounding."""
     noise_draws: int = 1

@@ -77,12 +77,15 @@ class TrainingData:
         observation = observation_of(self.main.source.frames(rows[:1])[0], self.config.robot)
         return {k: v for k, v in observation.items() if k not in ("actions", "action_valid")}
 
-    def loader(self, start_step: int) -> Loader:
-        """Endless encoded batches from `start_step` on."""
+    def loader(self, start_step: int, rank: int = 0, world_size: int = 1) -> Loader:
+        """Endless encoded batches from `start_step` on: the part of them that is this rank's."""
         c = self.config
         mixture = Mixture([replace(one, source=one.to_train_on) for one in self.sets])
         sampler = Sampler(mixture.stream(c.seed), c.batch_size)
-        return Loader(mixture.samples, sampler, num_workers=c.data.num_workers, start_step=start_step)
+        workers = c.data.num_workers
+        return Loader(
+            mixture.samples, sampler, num_workers=workers, start_step=start_step, rank=rank, world_size=world_size
+        )
 
     def report(self) -> list[Share]:
         """What the run sees of each set."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from manipi.model.shards import global_norm
 from manipi.train.config import OptimizerConfig
 from manipi.train.rounding import StochasticAdamW, step_seed
 
@@ -71,8 +71,7 @@ def _adamw_8bit(groups: list[Any], lr: float, seed: int, **settings: Any) -> tor
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Global L2 norm of the gradients, over all shards."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return global_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def clip_scale(norm: Tensor, config: OptimizerConfig) -> Tensor | None:
@@ -115,4 +114,4 @@ def update_average(average: Sequence[Tensor], parameters: Sequence[Tensor], deca
 
 def parameter_norm(parameters: Iterable[Tensor]) -> Tensor:
     """L2 norm over all matrices; vectors such as biases and norm scales do not count."""
-    return torch.linalg.vector_norm(torch.stack([p.detach().norm() for p in parameters if p.ndim > 1]))
+    return global_norm([p for p in parameters if p.ndim > 1])

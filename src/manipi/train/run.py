@@ -22,7 +22,15 @@ from manipi.model.config import CONFIG_TYPES
 from manipi.records import from_json, json_bytes, read_json, to_json
 from manipi.robots.robot import ROBOT_TYPES
 from manipi.storage import atomic_write, remove_partial, storage_errors
-from manipi.train.config import ComputeConfig, DataConfig, DatasetConfig, LRScale, OptimizerConfig, TrainConfig
+from manipi.train.config import (
+    ComputeConfig,
+    DataConfig,
+    DatasetConfig,
+    LRScale,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 
 MAY_CHANGE = (
     "data.cache_fill",
@@ -33,6 +41,10 @@ MAY_CHANGE = (
     "keep_checkpoints",
     "keep_every",
     "num_threads",
+    "parallel.device",
+    "parallel.replicate",
+    "parallel.shard",
+    "parallel.timeout_minutes",
     "steps",
 )
 """Settings that a resumed run may bring anew: they change neither a batch nor an update. That another path holds the
@@ -122,8 +134,8 @@ class Run:
 def read_config(folder: Path) -> TrainConfig:
     """The config that a run's folder was started with."""
     path = folder / "config.json"
-    kinds = (TrainConfig, DataConfig, DatasetConfig, OptimizerConfig, LRScale, ComputeConfig)
-    return from_json(read_json(path), (*kinds, *ROBOT_TYPES, *CONFIG_TYPES), str(path))
+    own = (TrainConfig, DataConfig, DatasetConfig, OptimizerConfig, LRScale, ComputeConfig, ParallelConfig)
+    return from_json(read_json(path), (*own, *ROBOT_TYPES, *CONFIG_TYPES), str(path))
 
 
 def _another_run(changes: list[str], where: Path) -> TrainingError:

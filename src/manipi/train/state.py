@@ -18,9 +18,11 @@ from manipi.checkpoints.importing import load_initial_weights
 from manipi.errors import CheckpointError
 from manipi.model import VLA
 from manipi.model.nf4 import plain_weights
+from manipi.model.shards import whole
 from manipi.train.config import TrainConfig
 from manipi.train.optimizer import make_optimizer, set_rate
-from manipi.train.trained import by_rate, freeze
+from manipi.train.parallel import ALONE, World, shard_model
+from manipi.train.trained import by_rate, compress, keep, trainable_parameters
 
 
 @dataclass
@@ -34,30 +36,51 @@ class TrainState:
     """The averaged parameters by name; empty without averaging."""
     optimizer: torch.optim.Optimizer
     step: int = 0
+    world: World = ALONE
+    """The processes that hold the state, each a part of every tensor."""
 
     @staticmethod
-    def initial(config: TrainConfig, init: str = "") -> "TrainState":
-        """Weights from the seed, then those that `init` names, kept as `manipi.train.trained.freeze` says."""
-        model = VLA(config.policy_model)
+    def initial(config: TrainConfig, init: str = "", world: World = ALONE) -> "TrainState":
+        """Weights from the seed, then those that `init` names, kept as `manipi.train.trained.keep` says.
+
+        No process ever has memory for more than its part of them.
+        """
+        with torch.device("meta"):
+            model = VLA(config.policy_model)
+        keep(model, config)
+        shard_model(model, world)
+        model.to_empty(device=world.device)
         model.init_weights(config.seed)
         if init:
             load_initial_weights(model, init)
-        parameters = freeze(model, config)
+        compress(model, config)
+        parameters = trainable_parameters(model, config.trained)
         averaged = parameters if config.ema_decay else {}
         average = {name: p.detach().to(torch.float32, copy=True) for name, p in averaged.items()}
         optimizer = make_optimizer(by_rate(parameters, config.optimizer), config.optimizer, config.seed)
         _make_moments(optimizer)
-        return TrainState(model, parameters, average, optimizer)
+        return TrainState(model, parameters, average, optimizer, world=world)
 
     def inference_weights(self) -> dict[str, Tensor]:
-        """What is served: the averaged weights, or the raw ones where there is no average."""
-        return {**plain_weights(self.model), **self.average}
+        """What is served: the averaged weights, or the raw ones where there is no average. Empty but on rank 0.
+
+        All processes have to call it. Whole tensors come one by one, so that no process but rank 0 ever has them all.
+        """
+        served, weights = {**plain_weights(self.model), **self.average}, {}
+        for name, tensor in served.items():
+            gathered = whole(tensor)
+            if self.world.leads:
+                weights[name] = gathered.cpu()
+        return weights
 
     def save(self, folder: Path) -> None:
-        """Write raw weights, average, optimizer moments and step as a torch DCP folder. Raises OSError."""
+        """Write raw weights, average, optimizer moments and step as a torch DCP folder. Raises OSError.
+
+        Every process writes what it holds, and calls this with the same folder; any number of them can load it.
+        """
         try:
             with _one_process():
-                save(self._tensors(), checkpoint_id=folder, no_dist=True)
+                save(self._tensors(), checkpoint_id=folder, no_dist=self.world.size == 1)
         except CheckpointException as error:  # no Exception for Python, and on a full disk no OSError within either
             raise OSError(errno.EIO, _first_failure(error), str(folder)) from error
 
@@ -66,7 +89,7 @@ class TrainState:
         tensors = self._tensors()
         try:
             with _one_process():
-                load(tensors, checkpoint_id=folder, no_dist=True)
+                load(tensors, checkpoint_id=folder, no_dist=self.world.size == 1)
         except CheckpointException as error:
             raise CheckpointError(
                 expected="the training state of this model and optimizer",

@@ -68,18 +68,20 @@ def trainable_parameters(model: VLA, trained: Trained) -> dict[str, nn.Parameter
     return {name: p for name, p in reached.items() if is_trained(name, model.config, trained)}
 
 
-def freeze(model: VLA, config: TrainConfig) -> dict[str, nn.Parameter]:
-    """Keep what is not trained as `frozen_dtype` and the rest as the precision says. Returns what is trained."""
+def keep(model: VLA, config: TrainConfig) -> None:
+    """Keep what is not trained as `frozen_dtype` and the rest as the precision says; ask gradients of what is."""
     frozen, kept = getattr(torch, config.frozen_dtype), getattr(torch, config.compute.master_dtype)
-    if config.trained == "qlora":
-        for module in model.modules():
-            if isinstance(module, AdaptedLinear):
-                module.compress(frozen)
     parameters = trainable_parameters(model, config.trained)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in parameters)
         parameter.data = parameter.data.to(kept if is_trained(name, model.config, config.trained) else frozen)
-    return parameters
+
+
+def compress(model: VLA, config: TrainConfig) -> None:
+    """With `qlora`, what adapters adapt goes to 4 bits."""
+    for module in model.modules() if config.trained == "qlora" else ():
+        if isinstance(module, AdaptedLinear):
+            module.compress(getattr(torch, config.frozen_dtype))
 
 
 def by_rate(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:

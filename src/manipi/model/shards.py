@@ -1,0 +1,42 @@
+"""Tensors of which each process holds a shard (torch's DTensor), beside plain ones: whole to shard, and back.
+
+A plain tensor passes through every function here as it is, so that one process and many run the same code.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+
+
+@torch.no_grad()
+def fill(target: Tensor, whole: Tensor) -> None:
+    """Copy the whole tensor, or this process's shard of it, into `target`; every process has the same `whole`."""
+    if isinstance(target, DTensor):
+        mesh, placements = target.device_mesh, target.placements
+        whole = distribute_tensor(whole.to(mesh.device_type), mesh, placements, src_data_rank=None)
+    target.copy_(whole)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, on its device. All processes have to ask at the same time."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """L2 norm over all elements of all tensors, the same on every process.
+
+    Shards meet in one reduction; torch's own sum over DTensors would take one for every tensor.
+    """
+    norm = torch.nn.utils.get_total_norm([local(t.detach()) for t in tensors])
+    first = tensors[0]
+    if not isinstance(first, DTensor):
+        return norm
+    parts = [Replicate() if placement.is_replicate() else Partial() for placement in first.placements]
+    return DTensor.from_local(norm.square(), first.device_mesh, parts).full_tensor().sqrt()
