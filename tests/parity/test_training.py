@@ -61,7 +61,7 @@ def start(case: Case, config: TrainConfig) -> TrainState:
     state = TrainState.initial(config)
     state.model.load_state_dict(from_openpi_tree(case.params, config.model))
     for name, average in state.average.items():
-        average.copy_(state.parameters[name].detach())
+        average.copy_(state.optimized[name].detach())
     return state
 
 

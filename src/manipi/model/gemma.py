@@ -233,6 +233,7 @@ class Gemma(nn.Module):
         self.width, self.head_dim = first.width, first.head_dim
         self.kv_shape = (first.num_kv_heads, first.head_dim)
         self.token_embedding = nn.Parameter(torch.empty(vocab_size, first.width))
+        self.sparse_embedding_gradient = False
         self.blocks = nn.ModuleList(
             Block({name: ExpertLayer(expert) for name, expert in experts.items()}) for _ in range(first.depth)
         )
@@ -246,7 +247,8 @@ class Gemma(nn.Module):
     def embed(self, ids_BT: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B T D"]:
         """Token embeddings times √width. The factor is rounded to the table's own dtype, as in the reference."""
         factor = torch.tensor(self.width**0.5, dtype=self.token_embedding.dtype).float()
-        return (F.embedding(ids_BT, self.token_embedding).float() * factor).to(dtype)
+        rows_BTD = F.embedding(ids_BT, self.token_embedding, sparse=self.sparse_embedding_gradient)
+        return (rows_BTD.float() * factor).to(dtype)
 
     def logits(self, x: Float[Tensor, "*any D"]) -> Float[Tensor, "*any V"]:
         """float32 logits over the vocabulary, by the transposed token embedding.

@@ -6,6 +6,7 @@ Shape letters: B batch, C camera slots, L prompt tokens, H action horizon, A act
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ class ModelInput:
         present = {name: value for name, value in vars(self).items() if value is not None}
         return dataclasses.replace(self, **{name: t.to(device, non_blocking=True) for name, t in present.items()})
 
-    def split(self, parts: int) -> "list[ModelInput]":
+    def split(self, parts: int) -> list[Self]:
         """The batch in equal parts, in order."""
         per_sample = {name: value for name, value in vars(self).items() if value is not None}
         if self.action_dim_valid is not None and self.action_dim_valid.ndim == 1:

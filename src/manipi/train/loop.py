@@ -106,9 +106,11 @@ def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> di
     parameters = list(state.parameters.values())
     norm = gradient_norm(parameters)
     _require_finite(loss, norm, state.step)
+    state.gather_rows()
     update(state.optimizer, state.step, config.optimizer, norm)
     if state.average:
-        update_average(list(state.average.values()), parameters, config.ema_decay)
+        update_average(list(state.average.values()), list(state.optimized.values()), config.ema_decay)
+    state.scatter_rows()
     rate = learning_rate(state.step, config.optimizer)
     state.step += 1
     norms = {"grad_norm": norm, "param_norm": parameter_norm(parameters)}

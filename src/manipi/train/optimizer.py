@@ -42,7 +42,7 @@ def make_optimizer(parameters: Groups, config: OptimizerConfig, seed: int = 0) -
         return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True)
     betas = (config.beta1, config.beta2)
     settings: dict[str, Any] = {"betas": betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    groups = list(parameters)
+    groups: list[Any] = list(parameters)
     first = next(p for one in groups for p in (one["params"] if isinstance(one, dict) else [one]))
     if config.state_bits == 8:
         return _adamw_8bit(groups, config.lr, seed, **settings)
@@ -70,8 +70,15 @@ def _adamw_8bit(groups: list[Any], lr: float, seed: int, **settings: Any) -> tor
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Global L2 norm of the gradients, over all shards."""
-    return global_norm([p.grad for p in parameters if p.grad is not None])
+    """Global L2 norm of the gradients, over all shards. Sparse ones are coalesced for good."""
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+            gradients.append(parameter.grad.values())
+        elif parameter.grad is not None:
+            gradients.append(parameter.grad)
+    return global_norm(gradients)
 
 
 def clip_scale(norm: Tensor, config: OptimizerConfig) -> Tensor | None:

@@ -66,12 +66,10 @@ class StochasticAdamW(torch.optim.Optimizer):
                     generators[device] = Generator(device).manual_seed(step_seed(self._seed, step))
                 state["step"] += 1
                 for part in _chunks(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]):
-                    self._update(*part, group, step + 1, generators[device])
+                    self._update(part, group, step + 1, generators[device])
 
-    def _update(
-        self, weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, group: dict, step: int, generator: Generator
-    ) -> None:
-        (beta1, beta2), lr = group["betas"], group["lr"]
+    def _update(self, part: tuple[Tensor, ...], group: dict[str, Any], step: int, generator: Generator) -> None:
+        (weight, grad, mean, square), (beta1, beta2), lr = part, group["betas"], group["lr"]
         g = grad.float() if self.grad_scale is None else grad.float() / self.grad_scale
         m, v = mean.float().lerp_(g, 1 - beta1), square.float().lerp_(g.square(), 1 - beta2)
         denominator = (v / (1 - beta2**step)).sqrt_().add_(group["eps"])

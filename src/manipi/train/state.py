@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -22,6 +24,7 @@ from manipi.model.shards import whole
 from manipi.train.config import TrainConfig
 from manipi.train.optimizer import make_optimizer, set_rate
 from manipi.train.parallel import ALONE, World, shard_model
+from manipi.train.rows import NAME, TouchedRows, room_for_rows, rows_are_enough, spread_rows
 from manipi.train.trained import by_rate, compress, keep, trainable_parameters
 
 
@@ -33,8 +36,10 @@ class TrainState:
     parameters: dict[str, nn.Parameter]
     """What is trained, by name."""
     average: dict[str, Tensor]
-    """The averaged parameters by name; empty without averaging."""
+    """The averages of `optimized`, by name; empty without averaging."""
     optimizer: torch.optim.Optimizer
+    rows: TouchedRows | None = None
+    """The part of the token embedding that has been read, where the rest need not be optimized."""
     step: int = 0
     world: World = ALONE
     """The processes that hold the state, each a part of every tensor."""
@@ -55,18 +60,41 @@ class TrainState:
             load_initial_weights(model, init)
         compress(model, config)
         parameters = trainable_parameters(model, config.trained)
-        averaged = parameters if config.ema_decay else {}
+        rows = TouchedRows(parameters[NAME]) if NAME in parameters and rows_are_enough(config, world) else None
+        model.gemma.sparse_embedding_gradient = rows is not None
+        optimized = parameters if rows is None else parameters | {NAME: rows.weight}
+        averaged = optimized if config.ema_decay else {}
         average = {name: p.detach().to(torch.float32, copy=True) for name, p in averaged.items()}
-        optimizer = make_optimizer(by_rate(parameters, config.optimizer), config.optimizer, config.seed)
+        optimizer = make_optimizer(by_rate(optimized, config.optimizer), config.optimizer, config.seed)
         _make_moments(optimizer)
-        return TrainState(model, parameters, average, optimizer, world=world)
+        return TrainState(model, parameters, average, optimizer, rows, world=world)
+
+    @property
+    def optimized(self) -> dict[str, nn.Parameter]:
+        """What the optimizer sees: the parameters, or of the token embedding the rows that have been read."""
+        return self.parameters if self.rows is None else self.parameters | {NAME: self.rows.weight}
+
+    def gather_rows(self) -> None:
+        """Before an update: give the optimizer the gradients of single rows."""
+        if self.rows is not None:
+            if (gradient := self.rows.table.grad) is not None:
+                self.rows.grow(gradient.indices()[0], self.optimizer, self.average)
+            self.rows.take_gradient()
+
+    def scatter_rows(self) -> None:
+        """After an update: give the model its rows."""
+        if self.rows is not None:
+            self.rows.write_back()
 
     def inference_weights(self) -> dict[str, Tensor]:
         """What is served: the averaged weights, or the raw ones where there is no average. Empty but on rank 0.
 
         All processes have to call it. Whole tensors come one by one, so that no process but rank 0 ever has them all.
         """
-        served, weights = {**plain_weights(self.model), **self.average}, {}
+        average = dict(self.average)
+        if self.rows is not None and average:
+            average[NAME] = self.rows.table.detach().float().index_copy(0, self.rows.index, average[NAME])
+        served, weights = {**plain_weights(self.model), **average}, {}
         for name, tensor in served.items():
             gathered = whole(tensor)
             if self.world.leads:
@@ -86,10 +114,18 @@ class TrainState:
 
     def load(self, folder: Path) -> None:
         """Restore in place what `save` wrote. Raises CheckpointError where that does not fit this state."""
+        stored = FileSystemReader(folder).read_metadata().state_dict_metadata.get("rows")
+        count = stored.size[0] if isinstance(stored, TensorStorageMetadata) else None
+        if self.rows is not None:
+            everything = torch.arange(len(self.rows.table), device=self.rows.table.device)
+            self.rows.grow(everything[:count], self.optimizer, self.average)
         tensors = self._tensors()
+        rows = room_for_rows(tensors, count) if self.rows is None and count is not None else {}
+        if count is None:
+            tensors.pop("rows", None)
         try:
             with _one_process():
-                load(tensors, checkpoint_id=folder, no_dist=self.world.size == 1)
+                load(tensors | rows, checkpoint_id=folder, no_dist=self.world.size == 1)
         except CheckpointException as error:
             raise CheckpointError(
                 expected="the training state of this model and optimizer",
@@ -98,12 +134,17 @@ class TrainState:
                 next="go on with the manipi version that wrote it, or start a new run folder",
             ) from error
         self.step = int(tensors["step"])
+        if self.rows is not None:
+            self.rows.read_again()
+        if rows:
+            spread_rows(rows, tensors)
 
     def _tensors(self) -> dict[str, Any]:
         """One flat name -> tensor map, sharing memory with the state."""
         tensors: dict[str, Any] = {"step": torch.tensor(self.step)}
         tensors |= {f"weights.{name}": value for name, value in self.model.state_dict().items()}
-        for name, parameter in self.parameters.items():
+        tensors |= {} if self.rows is None else {"rows": self.rows.index}
+        for name, parameter in self.optimized.items():
             for kind, value in self.optimizer.state[parameter].items():
                 tensors |= {f"{kind}{part}.{name}": one for part, one in _plain(value).items()}
         return tensors | {f"average.{name}": value for name, value in self.average.items()}
