@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from manipi.errors import ManipiError
 from manipi.model import ModelInput
 from manipi.model.shards import whole
 from manipi.train.config import TrainConfig
@@ -65,8 +66,10 @@ def _be(rank: int, size: int, port: int, answer: Connection, work: Callable, arg
     torch.set_num_threads(1)
     try:
         answer.send(work(*arguments))
-    except Exception as error:
-        answer.send(error if type(error).__module__ == "manipi.errors" else RuntimeError(repr(error)))
+    except ManipiError as error:
+        answer.send(error)
+    except ValueError as error:  # not ours: what `fail_once` is given
+        answer.send(error)
 
 
 # ---- what they do

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from manipi.records import write_json
-from manipi.train.run import Run
 from tests.train import ranks
 from tests.train.ranks import Ranks
 from tests.train.test_killed import RECIPE, without_clock
+
+from manipi.records import write_json
+from manipi.train.run import Run
 
 FIRST, SECOND, PORT = "10.213.77.1", "10.213.77.2", 29_577
 
@@ -67,10 +67,10 @@ def die(host: str) -> None:
 def start(hosts: list[str], rank: int, folder: Path, run: Path) -> subprocess.Popen:
     line = f"--run-dir {run} --processes 1 --nodes 2 --node-rank {rank} --rendezvous {FIRST}:{PORT} --max-restarts 2"
     train = [sys.executable, "-m", "manipi", "train", f"{folder}/recipe.py:recipe", *line.split()]
-    output = (folder / f"{hosts[rank]}.log").open("a")
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"}
     command = ["ip", "netns", "exec", hosts[rank], *train]
-    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    with (folder / f"{hosts[rank]}.log").open("a") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 
 @pytest.mark.slow
@@ -81,7 +81,6 @@ def test_two_hosts_of_which_one_dies_train_what_one_does(tiny, hosts, tmp_path):
     (tmp_path / "recipe.py").write_text(RECIPE.format(folder=str(tmp_path)))
     run = Run(tmp_path / "hosts", config)
     first, second = (start(hosts, rank, tmp_path, run.folder) for rank in (0, 1))
-    undisturbed = Ranks(2, ranks.run, config, tmp_path / "host").all_well()[0]
 
     def said() -> str:
         return "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
@@ -96,6 +95,7 @@ def test_two_hosts_of_which_one_dies_train_what_one_does(tiny, hosts, tmp_path):
     assert 4 in run.steps()
     assert run.steps()[-1] < 16
     second = start(hosts, 1, tmp_path, run.folder)
+    undisturbed = Ranks(2, ranks.run, config, tmp_path / "host").all_well()[0]
     for host in (first, second):
         assert host.wait(max(1, deadline - time.monotonic())) == 0, said()
     assert "-m torch.distributed.run --nproc-per-node 1 --max-restarts 2 --nnodes 2" in said()

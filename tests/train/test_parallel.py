@@ -1,15 +1,21 @@
 """Several processes train what one trains: the same losses, gradients and weights, whatever the mesh."""
 
+import re
+import shlex
 import shutil
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.train import ranks
+from tests.train.ranks import Ranks
 
 from manipi.checkpoints.native import verify
+from manipi.cli.train import parse_train
 from manipi.errors import ConfigError, StorageError, TrainingError
 from manipi.model.config import Adapters, LoRA
 from manipi.policy import Policy
@@ -17,8 +23,6 @@ from manipi.train.config import ParallelConfig
 from manipi.train.launch import Launch, mesh_shape, without_launch_flags
 from manipi.train.parallel import ALONE
 from manipi.train.run import Run
-from tests.train import ranks
-from tests.train.ranks import Ranks
 
 OF_THE_CLOCK = {"time", "samples_per_s", "data_wait", "data_wait_p95"}
 LORA = Adapters(attention=LoRA(rank=2, alpha=2.0), feed_forward=LoRA(rank=2, alpha=2.0))
@@ -187,18 +191,34 @@ def test_the_mesh(tiny, size, parallel, shape):
 
 
 def test_the_torchrun_line(tiny):
-    flags = ["r.py:f", "--nodes=2", "--node_rank", "1", "--steps", "9", "--gpus", "2", "--rendezvous", "head:29500"]
+    flags = ["r.py:f", "--nodes=2", "--node_rank", "0", "--steps", "9", "--gpus", "2", "--rendezvous", "head:29500"]
     assert without_launch_flags(flags) == ["r.py:f", "--steps", "9"]
-    line = Launch(nodes=2, node_rank=1, gpus=2, rendezvous="head:29500").command(tiny(), flags)
+    line = Launch(nodes=2, gpus=2, rendezvous="head:29500").command(tiny(), flags)
     assert " ".join(line[1:]) == (
         "-m torch.distributed.run --nproc-per-node 2 --max-restarts 0 --nnodes 2 --rdzv-backend c10d"
-        " --rdzv-endpoint head:29500 --rdzv-conf is_host=0 -m manipi train r.py:f --steps 9 --parallel.device=cuda"
+        " --rdzv-endpoint head:29500 --rdzv-conf is_host=1 --local-addr head"
+        " -m manipi train r.py:f --steps 9 --parallel.device=cuda"
     )
     alone = Launch(processes=4, max_restarts=3).command(tiny(), ["tabletop"])
     assert alone[2:] == [
         *("torch.distributed.run", "--nproc-per-node", "4", "--max-restarts", "3", "--standalone"),
         *("-m", "manipi", "train", "tabletop", "--parallel.device=cpu"),
     ]
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "skypilot.yaml"])
+def test_the_examples_flags(tiny, name):
+    """Their command lines, with numbers for the cluster's variables."""
+    text = (Path(__file__).parents[2] / "examples" / name).read_text().replace("\\\n", "")
+    line = re.search(r"manipi train (.*--max-restarts \d+)", text)[1]
+    line = re.sub(r'"\$\(.*?\)(:\d+)"|"\$HEAD"', "127.0.0.1:29500", line)
+    numbers = {"NNODES": "2", "NUM_NODES": "2", "NODEID": "1", "NODE_RANK": "1", "ON_NODE": "8", "PER_NODE": "8"}
+    line = re.sub(r'"\$\w*?(NUM_NODES|NNODES|NODEID|NODE_RANK|ON_NODE|PER_NODE)"', lambda m: numbers[m[1]], line)
+    _, *flags = shlex.split(line)
+    launch = parse_train("tabletop", tiny(batch_size=16), flags).launch
+    assert (launch.nodes, launch.node_rank, launch.gpus, launch.max_restarts) == (2, 1, 8, 3)
+    torchrun = launch.command(tiny(batch_size=16), ["tabletop", *flags])
+    assert torchrun[torchrun.index("--local-addr") + 1] == "127.0.0.1"
 
 
 @pytest.mark.parametrize(
@@ -208,6 +228,7 @@ def test_the_torchrun_line(tiny):
         ({"nodes": 2}, "one of the two"),
         ({"gpus": 1, "node_rank": 1}, "--node-rank below --nodes"),
         ({"gpus": 1, "nodes": 2, "rendezvous": "head"}, "--rendezvous HOST:PORT"),
+        ({"gpus": 1, "nodes": 2, "node_rank": 1, "rendezvous": "no.such.host:1"}, "that this one can reach"),
         ({"gpus": 3}, "3 processes share evenly"),
     ],
 )
