@@ -1,7 +1,9 @@
 """`manipi train`: a recipe, flags over its numbers, and a run folder."""
 
+import os
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,7 @@ from manipi.cli.result import write_result
 from manipi.errors import ConfigError
 from manipi.recipes.registry import RECIPES, load_recipe
 from manipi.train.config import TrainConfig
+from manipi.train.launch import Launch
 
 HELP = f"""usage: manipi train RECIPE|FILE.py:FUNCTION [--flags]
 
@@ -20,6 +23,7 @@ command goes on where it stopped.
 
   manipi train tabletop --run-dir runs/first --steps 2000 --optimizer.lr 1e-3
   manipi train ./my_robot.py:my_recipe                    a recipe in a file of your own
+  manipi train tabletop --gpus 8                          on eight GPUs; several hosts: docs/multi_node.md
   manipi train tabletop --help                            the recipe's numbers, each of them a flag
 
 recipes: {", ".join(RECIPES)}
@@ -37,6 +41,7 @@ class _Train:
     """The run's folder; runs/RECIPE unless named."""
     json: Path | None = None
     """Write the last metrics to this file."""
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = field(default_factory=Launch)
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
@@ -55,14 +60,24 @@ def main(arguments: Sequence[str]) -> None:
     target = arguments[0]
     args = parse_train(target, load_recipe(target), arguments[1:])
     run_dir = args.run_dir or Path("runs") / target.rpartition(":")[2]
+    if args.launch.wanted:
+        _become(args.launch.command(args.config, arguments))
 
     from manipi.train.loop import train
     from manipi.train.run import Run
 
     checkpoint = train(args.config, run_dir)
+    if os.environ.get("RANK", "0") != "0":
+        return  # one of many processes, of which the first speaks
     metrics = Run(run_dir, args.config).read_metrics()
     write_result({"checkpoint": str(checkpoint), **metrics[-1]}, args.json)
     print(f"checkpoint  {checkpoint}\nloss curve  {run_dir / 'loss.png'}\nnext        manipi eval {checkpoint}")
+
+
+def _become(torchrun: list[str]) -> None:
+    print(shlex.join(torchrun), flush=True)
+    # torchrun chooses one thread per process as well, but warns of it.
+    os.execve(torchrun[0], torchrun, {"OMP_NUM_THREADS": "1"} | os.environ)
 
 
 def parse_train(target: str, recipe: TrainConfig, arguments: Sequence[str]) -> _Train:

@@ -15,9 +15,10 @@ the run does not depend on the number of processes beyond the rounding of sums.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -32,6 +33,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from manipi.errors import ConfigError, ManipiError, TrainingError
 from manipi.model import VLA
 from manipi.train.config import TrainConfig
+from manipi.train.launch import mesh_shape
 
 _T = TypeVar("_T")
 
@@ -42,7 +44,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: DeviceMesh | None = None
     """None: one process, plain tensors."""
 
@@ -119,27 +121,6 @@ def open_world(config: TrainConfig) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def mesh_shape(config: TrainConfig, size: int) -> tuple[int, int]:
-    """Rows and columns of the mesh. Raises ConfigError where mesh or batch do not fit `size` processes."""
-    replicate, shard = config.parallel.replicate, config.parallel.shard
-    shard = shard or max(1, size // replicate)
-    if replicate * shard != size:
-        raise ConfigError(
-            expected=f"a mesh of as many processes as there are ({size})",
-            found=f"replicate {replicate} × shard {shard} = {replicate * shard}",
-            where="--parallel.replicate, --parallel.shard",
-            next=f"start {replicate * shard} processes (manipi train … --gpus N), or change the mesh",
-        )
-    if config.batch_size % size:
-        raise ConfigError(
-            expected=f"a batch size that {size} processes share evenly",
-            found=str(config.batch_size),
-            where="--batch-size",
-            next=f"--batch-size {max(config.batch_size // size, 1) * size}",
-        )
-    return replicate, shard
-
-
 def shard_model(model: VLA, world: World) -> None:
     """Let each process hold its part of every parameter; best done under `meta`, before there is any memory.
 
@@ -148,6 +129,8 @@ def shard_model(model: VLA, world: World) -> None:
     """
     if world.mesh is None:
         return
+    # Of a single expert, a block's keys and values are views; nothing here works in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=None)
     for unit in (*model.vision.blocks, *model.gemma.blocks, model):
         fully_shard(unit, mesh=world.mesh, mp_policy=policy)
