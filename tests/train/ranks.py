@@ -15,7 +15,7 @@ from manipi.model import ModelInput
 from manipi.model.shards import whole
 from manipi.train.config import TrainConfig
 from manipi.train.data import prepare
-from manipi.train.loop import _forward, train, train_step
+from manipi.train.loop import add_gradients, train, train_step
 from manipi.train.parallel import ALONE, World, open_world, require_shared
 from manipi.train.state import TrainState
 
@@ -88,13 +88,14 @@ def _steps(config: TrainConfig, folder: Path, world: World) -> tuple[list[float]
     for name, parameter in state.parameters.items():
         if "modulation" in name:
             parameter.data.fill_(0.02)
-    result = _forward(state, ModelInput.from_numpy(batches[0]), config)
-    world.average(result.loss, result.weight)[0].backward()
-    gradients = {name: whole(p.grad) for name, p in state.parameters.items()}
-    state.optimizer.zero_grad(set_to_none=True)
+    inputs = ModelInput.from_numpy(batches[0])
+    add_gradients(state, inputs, config)
+    weight = float(state.model.loss_weight(inputs, config.noise_draws))
+    gradients = {n: g.to_dense() if (g := whole(p.grad)).is_sparse else g for n, p in state.parameters.items()}
+    state.model.zero_grad()
     metrics = [train_step(state, ModelInput.from_numpy(batch), config) for batch in batches]
     numbers = [{name: float(value) for name, value in m.items()} for m in metrics]
-    return float(result.weight), gradients, numbers, state.inference_weights()
+    return weight, gradients, numbers, state.inference_weights()
 
 
 def steps(config: TrainConfig, folder: Path) -> tuple[float, float, dict[str, float]]:

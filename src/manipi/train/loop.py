@@ -101,8 +101,7 @@ def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> di
     Raises:
         TrainingError: the loss or the gradient is not finite; the weights are those before the step.
     """
-    draws = _draws(state, inputs, config)
-    loss = accumulate_gradients(state.model, inputs, draws, config.accumulate, state.world)
+    loss = add_gradients(state, inputs, config)
     parameters = list(state.parameters.values())
     norm = gradient_norm(parameters)
     _require_finite(loss, norm, state.step)
@@ -115,6 +114,12 @@ def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> di
     state.step += 1
     norms = {"grad_norm": norm, "param_norm": parameter_norm(parameters)}
     return {"loss": loss, **norms, "learning_rate": rate}
+
+
+def add_gradients(state: TrainState, inputs: ModelInput, config: TrainConfig) -> Tensor:
+    """Add the gradients of this step's loss to those of the parameters. Returns the loss of the whole batch."""
+    draws = _draws(state, inputs, config)
+    return accumulate_gradients(state.model, inputs, draws, config.accumulate, state.world)
 
 
 def _draws(state: TrainState, inputs: ModelInput, config: TrainConfig) -> list[Tensor]:
