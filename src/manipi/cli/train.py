@@ -14,7 +14,7 @@ from manipi.cli.result import write_result
 from manipi.errors import ConfigError
 from manipi.recipes.registry import RECIPES, load_recipe
 from manipi.train.config import TrainConfig
-from manipi.train.launch import Launch
+from manipi.train.launch import ENVIRONMENT, Launch
 
 HELP = f"""usage: manipi train RECIPE|FILE.py:FUNCTION [--flags]
 
@@ -75,9 +75,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _become(torchrun: list[str]) -> None:
-    print(shlex.join(torchrun), flush=True)
-    # torchrun chooses one thread per process as well, but warns of it.
-    os.execve(torchrun[0], torchrun, {"OMP_NUM_THREADS": "1"} | os.environ)
+    added = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    print(*(f"{name}={value}" for name, value in added.items()), shlex.join(torchrun), flush=True)
+    os.execve(torchrun[0], torchrun, os.environ | added)
 
 
 def parse_train(target: str, recipe: TrainConfig, arguments: Sequence[str]) -> _Train:

@@ -15,6 +15,14 @@ from dataclasses import dataclass, fields
 from manipi.errors import ConfigError
 from manipi.train.config import TrainConfig
 
+ENVIRONMENT = {
+    # torchrun would choose one thread as well, but warns of it.
+    "OMP_NUM_THREADS": "1",
+    # An agent that comes anew, on a host that had died, would never hear where the others' old store is.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+"""For torchrun, where the user has not set them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
