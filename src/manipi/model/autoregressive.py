@@ -55,6 +55,7 @@ def prompt_output(gemma: Gemma, prefix: Span, prompt_len: int) -> Float[Tensor, 
         valid_BT=prefix.valid_BT[:, :-1],
         starts_block_BT=prefix.starts_block_BT[:, :-1],
         position_BT=None if prefix.position_BT is None else prefix.position_BT[:, :-1],
+        plain=prefix.plain,
     )
     return gemma({"vlm": inputs})["vlm"][:, -(prompt_len - 1) :]
 
@@ -111,6 +112,7 @@ def _one_token(gemma: Gemma, ids_B: Tensor, position_B1: Tensor, dtype: torch.dt
         valid_BT=real_B1,
         starts_block_BT=real_B1,
         position_BT=position_B1,
+        plain=True,
     )
 
 
