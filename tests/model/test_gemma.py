@@ -139,3 +139,13 @@ def test_rotation_matches_complex_multiplication():
     torch.testing.assert_close(
         rotate(x, rope(position, 8)).double(), torch.cat([turned.real, turned.imag], -1), **CLOSE
     )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("last", [1, 3, P])
+def test_last_tokens_equal_those_of_all(gemma, prefix, last, causal):
+    span = replaced(prefix, starts_block_BT=torch.full_like(prefix.valid_BT, causal))
+    every, cache = gemma({"vlm": span})["vlm"], KVCache()
+    some = gemma({"vlm": span}, cache, commit=True, last=last)["vlm"]
+    torch.testing.assert_close(some, every[:, -last:], **CLOSE)
+    assert all(keys.shape[1] == P for keys, _ in cache.layers.values())

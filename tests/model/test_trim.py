@@ -125,7 +125,10 @@ def test_no_mask_is_made_where_everything_is_seen(configs, build, batch):
             "vlm": model.embed_prefix(inputs, inputs.kept),
             "action": model.head.suffix(None, noise, time, model.dtype),
         }
-        return [geometry.mask is not None for geometry in model.gemma._place(spans, None)[0].values()]
+        return [
+            geometry.mask is not None
+            for geometry in model.gemma._place(spans, None, {"vlm": 1, "action": H})[0].values()
+        ]
 
     inputs = replace(batch, token_causal=None, image_valid=torch.tensor([[True, False]] * B))
     assert masks(replace(inputs, token_valid=torch.arange(L).expand(B, L) < 4)) == [False, False]

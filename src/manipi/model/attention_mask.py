@@ -51,6 +51,12 @@ class Layout:
             plain=self.plain and later.plain,
         )
 
+    def last(self, num_tokens: int) -> "Layout":
+        """Its last tokens alone."""
+        tensors = (self.valid, self.block, self.branch, self.position)
+        valid, block, branch, position = (x_BT[:, -num_tokens:] for x_BT in tensors)
+        return Layout(valid=valid, block=block, branch=branch, position=position, plain=self.plain)
+
 
 def lay_out(
     past: Layout | None,

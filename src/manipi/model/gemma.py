@@ -149,12 +149,13 @@ class ExpertLayer(nn.Module):
         self.mlp = MLP(size, config.adapters.feed_forward)
 
     def project(
-        self, x_BTD: Tensor, cond_BCD: Tensor | None, dtype: torch.dtype, *, queries: bool
+        self, x_BTD: Tensor, cond_BCD: Tensor | None, dtype: torch.dtype, *, queries: int
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        """Queries [B, T, N, H] where wanted, keys and values [B, T, G, H], and the gate of the attention residual."""
+        """Queries [B, queries, N, H] of the last tokens, keys and values [B, T, G, H] of all, and the gate of the
+        attention residual."""
         normed_BTD, gate = self.attention_norm(x_BTD, cond_BCD)
         normed_BTD = normed_BTD.to(dtype)
-        q = self._heads(self.q_proj(normed_BTD)) if queries else None
+        q = self._heads(self.q_proj(normed_BTD[:, -queries:])) if queries else None
         return q, self._heads(self.k_proj(normed_BTD)), self._heads(self.v_proj(normed_BTD)), gate
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -177,6 +178,7 @@ class Geometry(NamedTuple):
     rope: tuple[Tensor, Tensor]
     """Cosines and sines of the tokens' rotations, each [B, T, 1, H/2]."""
     mask: Mask
+    """Of the queries that are wanted."""
     dtype: torch.dtype
     """The one to compute in."""
 
@@ -199,20 +201,22 @@ class Block(nn.Module):
         past: KeysValues | None,
         *,
         insulate: bool,
-        outputs: Collection[str],
+        outputs: Mapping[str, int],
     ) -> tuple[dict[str, Tensor], KeysValues]:
-        """The spans named in `outputs` after this layer, and the keys and values of everything so far."""
+        """After this layer, as many of each span's last tokens as `outputs` says, and all keys and values so far."""
         results, seen = {}, past
         for name, x_BTD in xs.items():
-            expert, cond, geometry = self._expert(name), conds[name], geometries[name]
-            q, k, v, gate = expert.project(x_BTD, cond, geometry.dtype, queries=name in outputs)
-            q, k = None if q is None else rotate(q, geometry.rope), rotate(k, geometry.rope)
+            expert, cond, geometry, wanted = self._expert(name), conds[name], geometries[name], outputs.get(name, 0)
+            q, k, v, gate = expert.project(x_BTD, cond, geometry.dtype, queries=wanted)
+            k = rotate(k, geometry.rope)
             if seen is not None:
                 before_k, before_v = (seen[0].detach(), seen[1].detach()) if insulate else seen
                 k, v = torch.cat([before_k, k], dim=1), torch.cat([before_v, v], dim=1)
             seen = (k, v)
             if q is not None:
-                results[name] = expert.finish(x_BTD, attend(q, k, v, geometry.mask), gate, cond)
+                cos, sin = geometry.rope
+                attended = attend(rotate(q, (cos[:, -wanted:], sin[:, -wanted:])), k, v, geometry.mask)
+                results[name] = expert.finish(x_BTD[:, -wanted:], attended, gate, cond)
         assert seen is not None, "a forward pass without spans"
         return results, seen
 
@@ -266,6 +270,7 @@ class Gemma(nn.Module):
         commit: bool = False,
         insulate: bool = False,
         outputs: Collection[str] | None = None,
+        last: int | None = None,
     ) -> dict[str, Tensor]:
         """Run each span through its expert, after what is in the cache.
 
@@ -278,18 +283,20 @@ class Gemma(nn.Module):
                 (knowledge insulation, Driess et al. 2025).
             outputs: names of the spans whose result is wanted, all by default. In the last layer the others
                 contribute keys and values only, which saves their attention and MLP.
+            last: how many of the last tokens of those spans are wanted, all by default; likewise.
 
         Returns:
-            The wanted spans after the final norm, each [B, T, D], in float32.
+            The wanted tokens after the final norm, each [B, T, D], in float32.
         """
-        geometries, layout = self._place(spans, None if cache is None else cache.layout)
+        lengths = {name: span.tokens_BTD.shape[1] for name, span in spans.items()}
+        wanted = {name: lengths[name] if last is None else last for name in (lengths if outputs is None else outputs)}
+        geometries, of_last, layout = self._place(spans, None if cache is None else cache.layout, wanted)
         xs = {name: span.tokens_BTD.float() for name, span in spans.items()}
         conds = {n: None if s.cond_BCD is None else s.cond_BCD.to(s.tokens_BTD.dtype) for n, s in spans.items()}
-        wanted = spans.keys() if outputs is None else outputs
         for index, block in enumerate(self.blocks):
             past = None if cache is None else cache.layers.get(index)
-            needed = wanted if index == len(self.blocks) - 1 else spans.keys()
-            xs, keys_values = block(xs, conds, geometries, past, insulate=insulate, outputs=needed)
+            where, needed = (of_last, wanted) if index == len(self.blocks) - 1 else (geometries, lengths)
+            xs, keys_values = block(xs, conds, where, past, insulate=insulate, outputs=needed)
             if commit:
                 assert cache is not None, "nothing to commit to"
                 cache.layers[index] = keys_values
@@ -297,15 +304,20 @@ class Gemma(nn.Module):
             cache.layout = layout
         return {name: self.final_norms[name](x, conds[name])[0] for name, x in xs.items()}
 
-    def _place(self, spans: Mapping[str, Span], past: Layout | None) -> tuple[dict[str, Geometry], Layout | None]:
-        geometries, seen = {}, past
+    def _place(
+        self, spans: Mapping[str, Span], past: Layout | None, wanted: Mapping[str, int]
+    ) -> tuple[dict[str, Geometry], dict[str, Geometry], Layout | None]:
+        """Where the spans stand; the same in the last layer, where less may be wanted; and what the cache gets."""
+        geometries, of_last, seen = {}, {}, past
         for name, span in spans.items():
-            own, dtype = span.follow(seen), span.tokens_BTD.dtype
+            own, (_, t, _), dtype = span.follow(seen), span.tokens_BTD.shape, span.tokens_BTD.dtype
             sees_all = span.plain and (seen is None or seen.plain)
             seen = own if seen is None else seen.then(own)
             mask = None if sees_all else mask_for(own, seen, dtype)
-            geometries[name] = Geometry(rope(own.position, self.head_dim), mask, dtype)
-        return geometries, seen
+            geometries[name] = of_last[name] = Geometry(rope(own.position, self.head_dim), mask, dtype)
+            if mask is not None and 0 < wanted.get(name, 0) < t:
+                of_last[name] = geometries[name]._replace(mask=mask_for(own.last(wanted[name]), seen, dtype))
+        return geometries, of_last, seen
 
 
 def rope(position: Int[Tensor, "B T"], head_dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:

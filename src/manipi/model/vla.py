@@ -201,7 +201,7 @@ class VLA(nn.Module):
         x_BKHA, target_BKHA = interpolate(noise_BKHA, inputs.actions, timestep_BK)
         suffix = head.suffix(inputs.state, x_BKHA, timestep_BK, self.dtype)
         spans = {"vlm": self.embed_prefix(inputs, self._kept(inputs)), "action": suffix}
-        out_BTD = self.gemma(spans, outputs=("action",))["action"]
+        out_BTD = self.gemma(spans, outputs=("action",), last=noise_BKHA.shape[1] * noise_BKHA.shape[2])["action"]
         velocity_BKHA = head.velocity(out_BTD, *noise_BKHA.shape[1:3])
         return flow_loss(velocity_BKHA, target_BKHA, *self._action_masks(inputs))
 

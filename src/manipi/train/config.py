@@ -114,6 +114,18 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How a step computes; not what."""
+
+    recompute: Literal["none", "elementwise", "full"] = "none"
+    """Memory for time: what backward computes once more instead of keeping it. `elementwise`: all but matrices and
+    attention; `full`: each layer, a third more work."""
+    compile: bool = False
+    """Compile each layer with torch.compile, which fuses its element-wise operations: worth it on a GPU and for long
+    runs, since the first step waits for it. Needs a C++ compiler on a processor. Rounds differently."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run, complete: it is written into the run's folder and compared on resume."""
 
@@ -121,6 +133,7 @@ class TrainConfig:
     data: DataConfig
     model: tyro.conf.AvoidSubcommands[ModelConfig] = field(default_factory=Pi05Config)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     tokenizer: str = "byte"
     """`byte`, or the path of a SentencePiece model such as PaliGemma's."""
     action_tokenizer: str = "fit"

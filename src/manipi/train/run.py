@@ -21,9 +21,10 @@ from manipi.model.config import CONFIG_TYPES
 from manipi.records import from_json, json_bytes, read_json, to_json
 from manipi.robots.robot import ROBOT_TYPES
 from manipi.storage import atomic_write, remove_partial, storage_errors
-from manipi.train.config import DataConfig, DatasetConfig, OptimizerConfig, TrainConfig
+from manipi.train.config import ComputeConfig, DataConfig, DatasetConfig, OptimizerConfig, TrainConfig
 
 MAY_CHANGE = (
+    "compute.recompute",
     "data.cache_fill",
     "data.cache_gb",
     "data.num_workers",
@@ -121,7 +122,7 @@ class Run:
 def read_config(folder: Path) -> TrainConfig:
     """The config that a run's folder was started with."""
     path = folder / "config.json"
-    kinds = (TrainConfig, DataConfig, DatasetConfig, OptimizerConfig, *ROBOT_TYPES, *CONFIG_TYPES)
+    kinds = (TrainConfig, ComputeConfig, DataConfig, DatasetConfig, OptimizerConfig, *ROBOT_TYPES, *CONFIG_TYPES)
     return from_json(read_json(path), kinds, str(path))
 
 

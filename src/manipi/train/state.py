@@ -18,6 +18,7 @@ from manipi.checkpoints.importing import load_initial_weights
 from manipi.errors import CheckpointError
 from manipi.model import VLA
 from manipi.model.config import NO_ADAPTERS, ModelConfig, Pi0FastConfig
+from manipi.train.compute import apply_compute
 from manipi.train.config import TrainConfig
 from manipi.train.optimizer import make_optimizer
 
@@ -72,6 +73,7 @@ class TrainState:
         parameters = trainable_parameters(model, freeze=config.frozen == "adapted")
         if config.frozen == "adapted":
             _freeze(model, getattr(torch, config.frozen_dtype))
+        apply_compute(model, config.compute)
         average = {n: p.detach().clone() for n, p in parameters.items()} if config.ema_decay else {}
         optimizer = make_optimizer(parameters.values(), config.optimizer)
         _make_moments(optimizer)
