@@ -55,8 +55,9 @@ def prompt_output(gemma: Gemma, prefix: Span, prompt_len: int) -> Float[Tensor, 
         valid_BT=prefix.valid_BT[:, :-1],
         starts_block_BT=prefix.starts_block_BT[:, :-1],
         position_BT=None if prefix.position_BT is None else prefix.position_BT[:, :-1],
+        plain=prefix.plain,
     )
-    return gemma({"vlm": inputs})["vlm"][:, -(prompt_len - 1) :]
+    return gemma({"vlm": inputs}, last=prompt_len - 1)["vlm"]
 
 
 @torch.no_grad()
@@ -75,10 +76,11 @@ def greedy_decode(
     """
     dtype = prefix.tokens_BTD.dtype
     cache = _reference_cache(gemma, prefix, max_tokens) if compat.fast_contiguous_cache else KVCache()
-    out_BTD = gemma({"vlm": prefix}, cache, commit=True)["vlm"]
+    num_wanted = 1 if prefix.plain else prefix.valid_BT.shape[1]
+    out_BTD = gemma({"vlm": prefix}, cache, commit=True, last=num_wanted)["vlm"]
     prompt_len_B1 = prefix.valid_BT.sum(1, keepdim=True)
     last_B = last_valid(prefix.valid_BT)
-    out_BD = out_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+    out_BD = out_BTD[torch.arange(len(last_B), device=last_B.device), last_B - prefix.valid_BT.shape[1]]
     if compat.fast_contiguous_cache:
         _see_last_slots(cache, prompt_len_B1, max_tokens + last_B[:, None])
     ids_BT = torch.zeros(len(last_B), max_tokens, dtype=torch.long, device=last_B.device)
@@ -111,6 +113,7 @@ def _one_token(gemma: Gemma, ids_B: Tensor, position_B1: Tensor, dtype: torch.dt
         valid_BT=real_B1,
         starts_block_BT=real_B1,
         position_BT=position_B1,
+        plain=True,
     )
 
 

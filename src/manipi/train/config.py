@@ -91,6 +91,12 @@ class ComputeConfig:
 
     precision: Precision = "bf16"
     """bf16: float32 weights, bfloat16 compute; fp32: all float32; pure_bf16: weights and moments bfloat16 as well."""
+    recompute: Literal["none", "elementwise", "full"] = "none"
+    """Memory for time: what backward computes once more instead of keeping it. `elementwise`: all but matrices and
+    attention; `full`: each layer, a third more work."""
+    compile: bool = False
+    """Compile each layer with torch.compile, which fuses its element-wise operations: worth it on a GPU and for long
+    runs, since the first step waits for it. Needs a C++ compiler on a processor. Rounds differently."""
 
     @property
     def dtype(self) -> DType:

@@ -33,6 +33,7 @@ from manipi.train.config import (
 )
 
 MAY_CHANGE = (
+    "compute.recompute",
     "data.cache_fill",
     "data.cache_gb",
     "data.num_workers",

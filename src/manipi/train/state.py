@@ -21,6 +21,7 @@ from manipi.errors import CheckpointError
 from manipi.model import VLA
 from manipi.model.nf4 import plain_weights
 from manipi.model.shards import whole
+from manipi.train.compute import apply_compute
 from manipi.train.config import TrainConfig
 from manipi.train.optimizer import make_optimizer, set_rate
 from manipi.train.parallel import ALONE, World, shard_model
@@ -59,6 +60,7 @@ class TrainState:
         if init:
             load_initial_weights(model, init)
         compress(model, config)
+        apply_compute(model, config.compute)
         parameters = trainable_parameters(model, config.trained)
         rows = TouchedRows(parameters[NAME]) if NAME in parameters and rows_are_enough(config, world) else None
         model.gemma.sparse_embedding_gradient = rows is not None
