@@ -16,7 +16,7 @@ from manipi.train.config import TrainConfig
 HELP = f"""usage: manipi train RECIPE|FILE.py:FUNCTION [--flags]
 
 Train a policy. Structure is Python (a recipe), numbers are flags; the run folder keeps everything, and the same
-command goes on where it stopped.
+command goes on where it stopped. SIGTERM and SIGUSR1 (Slurm, spot machines) save and end it, with exit code 0.
 
   manipi train tabletop --run-dir runs/first --steps 2000 --optimizer.lr 1e-3
   manipi train ./my_robot.py:my_recipe                    a recipe in a file of your own
@@ -35,6 +35,8 @@ class _Train:
 
     run_dir: Path | None = None
     """The run's folder; runs/RECIPE unless named."""
+    resume_from: int | None = None
+    """Go on from the checkpoint of this step, where those after it are damaged: they are deleted."""
     json: Path | None = None
     """Write the last metrics to this file."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -59,9 +61,9 @@ def main(arguments: Sequence[str]) -> None:
     from manipi.train.loop import train
     from manipi.train.run import Run
 
-    checkpoint = train(args.config, run_dir)
+    checkpoint = train(args.config, run_dir, resume_from=args.resume_from)
     metrics = Run(run_dir, args.config).read_metrics()
-    write_result({"checkpoint": str(checkpoint), **metrics[-1]}, args.json)
+    write_result({"checkpoint": str(checkpoint), **(metrics[-1] if metrics else {})}, args.json)
     print(f"checkpoint  {checkpoint}\nloss curve  {run_dir / 'loss.png'}\nnext        manipi eval {checkpoint}")
 
 

@@ -4,70 +4,98 @@ Everything random is a pure function of (seed, step): the sampler's rows, the no
 therefore needs weights, average and optimizer alone, and equals an undisturbed one.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from manipi.checkpoints.native import Checkpoint, PolicyConfig, write_checkpoint
+from manipi.checkpoints.native import Checkpoint, PolicyConfig
 from manipi.errors import TrainingError
 from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
-from manipi.policy import Policy, self_test_for
 from manipi.train.config import TrainConfig
 from manipi.train.data import TrainingData, prepare
+from manipi.train.lock import Lock, alone
 from manipi.train.noise import draw_noise
 from manipi.train.optimizer import clip_gradients, learning_rate, parameter_norm, update, update_average
 from manipi.train.progress import ProgressLog, plot_loss, show_mixture
 from manipi.train.run import Run
+from manipi.train.saving import CheckpointWriter, make_saver, read_window
 from manipi.train.state import TrainState
+from manipi.train.stop_signals import StopSignals
 
 
-def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show: bool = True) -> Path:
+def train(
+    config: TrainConfig, folder: Path, *, stop_at: int | None = None, resume_from: int | None = None, show: bool = True
+) -> Path:
     """Train to `config.steps` from where the folder stands. Returns the newest checkpoint's folder.
+
+    SIGTERM and SIGUSR1 end it after the step in hand, with a checkpoint.
 
     Args:
         folder: the run's folder; made when absent, resumed when it holds the same run.
         stop_at: end earlier, at this step.
+        resume_from: go on from the checkpoint of this step; those after it are damaged, and are deleted.
         show: draw a progress bar.
 
     Raises:
-        TrainingError: the folder belongs to another run, or the loss is not finite.
+        TrainingError: the folder belongs to another run or trainer, or the loss is not finite.
+        CheckpointError: the checkpoint to go on from is damaged.
         DataError, ConfigError: see `manipi.train.data.prepare`.
         StorageError: a checkpoint could not be written; the ones before it are untouched.
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    run = Run(folder, config)
-    run.tidy()
+    with alone(Path(folder)) as lock:
+        run = Run(folder, config)
+        run.tidy()
+        if resume_from is not None:
+            run.rewind(resume_from)
+        end = config.steps if stop_at is None else min(stop_at, config.steps)
+        return _train(run, lock, end, show)
+
+
+def _train(run: Run, lock: Lock, end: int, show: bool) -> Path:
+    config = run.config
     data = prepare(config, run.folder)
     if show and len(data.sets) > 1:
         show_mixture(data.report())
-    end = config.steps if stop_at is None else min(stop_at, config.steps)
 
     # ---- weights: 1. the run's newest checkpoint, 2. those that `init` names, 3. the seed's
     newest = run.newest()
+    state = TrainState.initial(config, config.init if newest is None else "")
     if newest is not None:
-        state = TrainState.initial(config)
         state.load(run.checkpoint(newest) / "train_state")
-    else:
-        state = TrainState.initial(config, config.init)
-        save(run, state, data)
     run.forget_after(state.step)
 
     # ---- loop
-    log = ProgressLog(run, state.step, end, batch_size=config.batch_size, every=config.log_every, show=show)
-    with data.loader(state.step) as loader, log:
+    window = [] if newest is None else read_window(run.checkpoint(newest))
+    log = ProgressLog(
+        run, state.step, end, batch_size=config.batch_size, every=config.log_every, show=show, window=window
+    )
+    writer = CheckpointWriter(run, _unfinished_checkpoint(config, data), data.example())
+    with StopSignals() as stop, log, make_saver(writer, state, lock) as saver, data.loader(state.step) as loader:
+        if newest is None:
+            saver.save(log.window)
         for step, batch, wait in loader:
             if step >= end:
                 break
             metrics = train_step(state, ModelInput.from_numpy(batch, "cpu"), config)
             log.record(state.step, metrics, wait)
-            if state.step % config.save_every == 0 or state.step == end:
-                save(run, state, data)
-    if metrics_so_far := run.read_metrics():
-        plot_loss(metrics_so_far, run.folder / "loss.png")
+            saver.check()
+            stopped_by = stop.received  # once: another may come any time
+            if state.step % config.save_every == 0 or state.step == end or stopped_by:
+                saver.save(log.window)
+            if stopped_by:
+                break
+        saver.wait()
+        if metrics_so_far := run.read_metrics():
+            plot_loss(metrics_so_far, run.folder / "loss.png")
+    if stop.received and state.step < end:
+        tqdm.write(
+            f"{stop.received}: stopped at step {state.step} of {end}, with a checkpoint; the same command goes on"
+        )
     return run.checkpoint(state.step)
 
 
@@ -109,17 +137,14 @@ def _require_finite(loss: Tensor, norm: Tensor, step: int) -> None:
         )
 
 
-def save(run: Run, state: TrainState, data: TrainingData) -> None:
-    """Write the state's checkpoint with a self-test, then delete what is too old."""
-    bare = Checkpoint(
-        weights=state.inference_weights(),
-        config=PolicyConfig(model=run.config.model, norm_mode=run.config.norm_mode, step=state.step),
-        robot=run.config.robot,
-        norm_stats=data.stats[run.config.robot.name],
+def _unfinished_checkpoint(config: TrainConfig, data: TrainingData) -> Checkpoint:
+    """What all checkpoints of a run share; without weights, self-test and step."""
+    return Checkpoint(
+        weights={},
+        config=PolicyConfig(model=config.model, norm_mode=config.norm_mode, step=0),
+        robot=config.robot,
+        norm_stats=data.stats[config.robot.name],
         tokenizers=data.tokenizers,
         self_test=None,
         other_robots=data.other_robots,
     )
-    test = self_test_for(Policy.from_checkpoint(bare), data.example())
-    write_checkpoint(run.checkpoint(state.step), replace(bare, self_test=test), state.save)
-    run.prune()

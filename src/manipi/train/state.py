@@ -2,11 +2,10 @@
 
 import errno
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,15 +78,11 @@ class TrainState:
 
     def inference_weights(self) -> dict[str, Tensor]:
         """What is served: the averaged weights, or the raw ones where there is no average."""
-        return {**self.model.state_dict(), **self.average}
+        return inference_weights(self._tensors())
 
     def save(self, folder: Path) -> None:
         """Write raw weights, average, optimizer moments and step as a torch DCP folder. Raises OSError."""
-        try:
-            with _one_process():
-                save(self._tensors(), checkpoint_id=folder, no_dist=True)
-        except CheckpointException as error:  # no Exception for Python, and on a full disk no OSError within either
-            raise OSError(errno.EIO, _first_failure(error), str(folder)) from error
+        save_tensors(self._tensors(), folder)
 
     def load(self, folder: Path) -> None:
         """Restore in place what `save` wrote. Raises CheckpointError where that does not fit this state."""
@@ -104,14 +99,33 @@ class TrainState:
             ) from error
         self.step = int(tensors["step"])
 
-    def _tensors(self) -> dict[str, Any]:
+    def _tensors(self) -> dict[str, Tensor]:
         """One flat name -> tensor map, sharing memory with the state."""
-        tensors: dict[str, Any] = {"step": torch.tensor(self.step)}
+        tensors: dict[str, Tensor] = {"step": torch.tensor(self.step)}
         tensors |= {f"weights.{name}": value for name, value in self.model.state_dict().items()}
         for name, parameter in self.parameters.items():
             for kind, value in self.optimizer.state[parameter].items():
                 tensors[f"{kind}.{name}"] = value
         return tensors | {f"average.{name}": value for name, value in self.average.items()}
+
+
+def inference_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a training state's `tensors` that are served, by the model's names."""
+    parts = {part: _part(tensors, part) for part in ("weights.", "average.")}
+    return {**parts["weights."], **parts["average."]}
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a training state's tensors as a torch DCP folder. Raises OSError."""
+    try:
+        with _one_process():
+            save(dict(tensors), checkpoint_id=folder, no_dist=True)
+    except CheckpointException as error:  # no Exception for Python, and on a full disk no OSError within either
+        raise OSError(errno.EIO, _first_failure(error), str(folder)) from error
 
 
 @contextmanager
