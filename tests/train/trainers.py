@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -27,36 +28,36 @@ def main(configs: Path, run: Path, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     PRELOADED.set_forkserver_preload(["manipi.train.saving", "manipi.robots.tabletop"])
     forkserver.ensure_running()
-    done = 0
-    while done < kills:
-        writer = run.with_suffix(".writer")
+    writer = run.with_suffix(".writer")
+    (run / "checkpoints").mkdir(parents=True)
+    for _ in range(kills):
+        sys.stdout.flush()
         writer.unlink(missing_ok=True)
         pid = os.fork()
         if not pid:
             train_here(configs, run, writer)
-        saves, delay, both = rng.randint(0, 3), rng.uniform(0, 0.15), rng.random() < 0.5
-        if wait(pid, run, saves, delay):
-            os.kill(pid, signal.SIGKILL)
-            if both and writer.exists():
-                os.kill(int(writer.read_text()), signal.SIGKILL)
-            os.waitpid(pid, 0)
-            done += 1
-        print(f"{saves} saves and {delay:.3f} s, at step {newest(run)},", "with writer" if both else "alone", flush=True)
+        saves, delay, both = rng.randint(0, 1), rng.uniform(0, 0.2), rng.random() < 0.5
+        wait(pid, run, saves, delay)
+        os.kill(pid, signal.SIGKILL)
+        if both and writer.exists():
+            os.kill(int(writer.read_text()), signal.SIGKILL)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+        who = "trainer and writer" if both else "trainer"
+        sys.stdout.write(f"killed {who} {saves} saves and {delay:.3f} s after its start, at step {newest(run)}\n")
     pid = os.fork()
     if not pid:
         train_here(configs, run, writer)
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def wait(pid: int, run: Path, saves: int, delay: float) -> bool:
-    """Until so many checkpoints more and a moment. Returns whether the trainer still runs."""
-    before = newest(run)
-    until = None
+def wait(pid: int, run: Path, saves: int, delay: float) -> None:
+    """Until so many checkpoints more and a moment, or two checkpoints."""
+    before, until = newest(run), None
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
         if until is None and newest(run) >= before + saves:
             until = time.monotonic() + delay
-        if until is not None and time.monotonic() >= until:
-            return True
+        if (until is not None and time.monotonic() >= until) or newest(run) >= before + 2:
+            return
         time.sleep(0.001)
     raise SystemExit("the run ended before it was killed often enough")
 
@@ -77,12 +78,14 @@ def train_here(configs: Path, run: Path, writer: Path) -> None:
     forkserver._forkserver.ensure_running = lambda: None  # it looks for a child of its own, and would start another
     multiprocessing.get_context = lambda _: PRELOADED
     saving.start_helper = start_and_tell
+    code = 1
     try:
         train(read_config(configs), run, show=False)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        os._exit(1)
-    os._exit(0)
+        code = 0
+    finally:
+        if code:
+            traceback.print_exc()
+        os._exit(code)
 
 
 if __name__ == "__main__":

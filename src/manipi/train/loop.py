@@ -74,8 +74,8 @@ def _train(run: Run, lock: Lock, end: int, show: bool) -> Path:
     log = ProgressLog(
         run, state.step, end, batch_size=config.batch_size, every=config.log_every, show=show, window=window
     )
-    writer = CheckpointWriter(run, _unfinished_checkpoint(config, data), data.example())
-    with StopSignals() as stop, log, make_saver(writer, state, lock) as saver, data.loader(state.step) as loader:
+    saving = make_saver(checkpoint_writer(run, data), state, lock)
+    with StopSignals() as stop, log, saving as saver, data.loader(state.step) as loader:
         if newest is None:
             saver.save(log.window)
         for step, batch, wait in loader:
@@ -137,14 +137,15 @@ def _require_finite(loss: Tensor, norm: Tensor, step: int) -> None:
         )
 
 
-def _unfinished_checkpoint(config: TrainConfig, data: TrainingData) -> Checkpoint:
-    """What all checkpoints of a run share; without weights, self-test and step."""
-    return Checkpoint(
+def checkpoint_writer(run: Run, data: TrainingData) -> CheckpointWriter:
+    """Writes the checkpoints of a run, as all of them have it but for weights, self-test and step."""
+    bare = Checkpoint(
         weights={},
-        config=PolicyConfig(model=config.model, norm_mode=config.norm_mode, step=0),
-        robot=config.robot,
-        norm_stats=data.stats[config.robot.name],
+        config=PolicyConfig(model=run.config.model, norm_mode=run.config.norm_mode, step=0),
+        robot=run.config.robot,
+        norm_stats=data.stats[run.config.robot.name],
         tokenizers=data.tokenizers,
         self_test=None,
         other_robots=data.other_robots,
     )
+    return CheckpointWriter(run, bare, data.example())

@@ -56,11 +56,16 @@ class CheckpointWriter:
     example: Sample
     """The observation of the self-test."""
 
-    def write(self, tensors: Mapping[str, Tensor], step: int, window: Window) -> None:
+    def policy(self, tensors: Mapping[str, Tensor]) -> Policy:
+        """The policy of a training state, in whose memory its weights stay."""
+        return Policy.from_checkpoint(replace(self.bare, weights=inference_weights(tensors)))
+
+    def write(self, policy: Policy, tensors: Mapping[str, Tensor], step: int, window: Window) -> None:
         """One checkpoint of a training state; then those that are too old go. Raises StorageError, BadValueError."""
         config = replace(self.bare.config, step=step)
         bare = replace(self.bare, weights=inference_weights(tensors), config=config)
-        test = self_test_for(Policy.from_checkpoint(bare), self.example)
+        policy.reset()
+        test = self_test_for(policy, self.example)
 
         def write_train_state(folder: Path) -> None:
             save_tensors(tensors, folder)
@@ -110,7 +115,7 @@ class Saver:
         self._write(tensors, step, window)
 
     def _write(self, tensors: Mapping[str, Tensor], step: int, window: Window) -> None:
-        self._writer.write(tensors, step, window)
+        self._writer.write(self._writer.policy(tensors), tensors, step, window)
 
     def check(self) -> None:
         """Raise what went wrong with a checkpoint meanwhile."""
@@ -184,7 +189,7 @@ class AsyncSaver(Saver):
         self._writing = False
         try:
             answer = self._connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):
             self._process.join()
             raise TrainingError(
                 expected="a checkpoint from the process that writes them",
@@ -209,9 +214,10 @@ def _serve(writer: CheckpointWriter, snapshot: "Snapshot", lock: Lock, trainer: 
     if writer.run.config.num_threads:
         torch.set_num_threads(writer.run.config.num_threads)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        policy = writer.policy(snapshot.tensors)
         while True:
             step, window = trainer.recv()
-            trainer.send(_error_of(writer, snapshot.tensors, step, window))
+            trainer.send(_error_of(writer, policy, snapshot.tensors, step, window))
 
 
 def _error_of(writer: CheckpointWriter, *arguments: Any) -> ManipiError | None:
@@ -259,7 +265,8 @@ class Snapshot:
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)
             first = next(iter(self.tensors.values()))
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(first.data_ptr(), size, 0))
+            runtime: Any = torch.cuda.cudart()
+            torch.cuda.check_error(int(runtime.cudaHostRegister(first.data_ptr(), size, 0)))
 
     def _map(self, descriptor: int, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]) -> None:
         self._descriptor, self._layout = descriptor, layout
@@ -288,7 +295,8 @@ class Snapshot:
     def copy(self, source: Source) -> None:
         """Fill it. The source must not change until this returns."""
         if source.ready is None:
-            torch._foreach_copy_(list(self.tensors.values()), list(source.tensors.values()))
+            for name, tensor in source.tensors.items():
+                self.tensors[name].copy_(tensor)
             return
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(source.ready)
