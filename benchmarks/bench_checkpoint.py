@@ -34,7 +34,7 @@ from manipi.train.saving import AsyncSaver
 from manipi.train.state import TrainState
 
 MODEL = Pi05Config(
-    vlm=GemmaSize(width=2048, depth=2, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256),
+    vlm=GemmaSize(width=2048, depth=2, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=256),
     action_expert=GemmaSize(width=1024, depth=2, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256),
     vision=VisionSize(width=1152, depth=1, mlp_dim=4304, num_heads=16, patch_size=14, image_size=224),
     vocab_size=1024,
@@ -100,6 +100,7 @@ def _round(
     with times.of("torch.save"):
         torch.save(state._tensors(), file)
     file.unlink()
+    print(", ".join(f"{name} {found[-1]:.3f} s" for name, found in times.found.items()), flush=True)
 
 
 def _report(times: Times, size: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from manipi.checkpoints.native import verify
-from manipi.errors import StorageError, TrainingError
+from manipi.errors import NormStatsError, StorageError, TrainingError
 from manipi.model import ModelInput
 from manipi.records import read_json
 from manipi.train import loop
@@ -24,6 +24,7 @@ from manipi.train.loop import checkpoint_writer, train, train_step
 from manipi.train.run import Run
 from manipi.train.saving import AsyncSaver, Snapshot, read_window
 from manipi.train.state import TrainState
+from manipi.transforms.normalize import load_norm_stats, save_norm_stats
 
 
 class Parts:
@@ -162,6 +163,16 @@ def test_a_folder_that_cannot_be_written(tiny, mount):
     verify(disk / "run/checkpoints/2")
     with pytest.raises(StorageError, match="Read-only file system"):
         train(config, disk / "another", show=False)
+
+
+def test_statistics_of_another_robot(tiny, tmp_path):
+    config = tiny(steps=4)
+    train(config, tmp_path, stop_at=2, show=False)
+    stats = load_norm_stats(tmp_path / "norm_stats.json")
+    save_norm_stats(replace(stats, contract="another robot's"), tmp_path / "norm_stats.json")
+    with pytest.raises(NormStatsError, match="tabletop"):
+        train(config, tmp_path, show=False)
+    assert Run(tmp_path, config).newest() == 2
 
 
 def test_two_trainers_in_one_folder(tiny, tmp_path):
