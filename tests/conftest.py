@@ -84,6 +84,7 @@ def tiny(toy_dataset) -> Callable[..., TrainConfig]:
             "log_every": 1,
             "save_every": 2,
             "num_threads": 1,
+            "async_save": False,
         }
         return replace(recipe, **settings | changes)
 

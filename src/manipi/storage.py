@@ -89,6 +89,15 @@ def storage_errors(where: Path, next: str = _NEXT) -> Iterator[None]:
         ) from error
 
 
+def require_room(where: Path, size: int, next: str) -> None:
+    """StorageError where the disk of `where` has less than `size` bytes left."""
+    free = shutil.disk_usage(_existing(where)).free
+    if free < size:
+        raise StorageError(
+            expected=f"room for {size / 1e6:,.0f} MB", found=f"{free / 1e6:,.0f} MB free", where=str(where), next=next
+        )
+
+
 def require_absent(target: Path) -> None:
     """StorageError where something of that name exists."""
     if target.exists():

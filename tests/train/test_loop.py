@@ -320,11 +320,15 @@ def test_a_corrupted_newest_checkpoint_is_named_with_the_one_before(tiny, traine
     config = tiny("pi05", steps=2)
     with pytest.raises(CheckpointError) as error:
         train(config, run, show=False)
-    assert error.value.expected == "a sound newest checkpoint (step 2)"
+    assert error.value.expected == "a sound checkpoint of step 2"
     assert error.value.where == str(weights)
-    assert error.value.next == f"delete {run / 'checkpoints/2'} and run again; the one before it is step 0"
-    shutil.rmtree(run / "checkpoints/2")
-    assert train(config, run, show=False) == run / "checkpoints/2"
+    assert error.value.next == "--resume-from 0 goes on from the one before it, and deletes this one"
+    with pytest.raises(CheckpointError, match="one of this run's checkpoints: 0, 2"):
+        train(config, run, resume_from=1, show=False)
+    assert train(config, run, resume_from=0, show=False) == run / "checkpoints/2"
+    verify(run / "checkpoints/2")
+    with pytest.raises(CheckpointError, match=r"(?s)found a sound one \(step 2\).*leave --resume-from out"):
+        train(config, run, resume_from=0, show=False)
     flip(run / "checkpoints/0/config.json")
     shutil.rmtree(run / "checkpoints/2")
     with pytest.raises(CheckpointError, match="there is none before it"):

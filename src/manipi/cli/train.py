@@ -19,7 +19,7 @@ from manipi.train.launch import ENVIRONMENT, Launch
 HELP = f"""usage: manipi train RECIPE|FILE.py:FUNCTION [--flags]
 
 Train a policy. Structure is Python (a recipe), numbers are flags; the run folder keeps everything, and the same
-command goes on where it stopped.
+command goes on where it stopped. SIGTERM and SIGUSR1 (Slurm, spot machines) save and end it, with exit code 0.
 
   manipi train tabletop --run-dir runs/first --steps 2000 --optimizer.lr 1e-3
   manipi train ./my_robot.py:my_recipe                    a recipe in a file of your own
@@ -39,6 +39,8 @@ class _Train:
 
     run_dir: Path | None = None
     """The run's folder; runs/RECIPE unless named."""
+    resume_from: int | None = None
+    """Go on from the checkpoint of this step, where those after it are damaged: they are deleted."""
     json: Path | None = None
     """Write the last metrics to this file."""
     launch: Annotated[Launch, tyro.conf.arg(name="")] = field(default_factory=Launch)
@@ -66,11 +68,11 @@ def main(arguments: Sequence[str]) -> None:
     from manipi.train.loop import train
     from manipi.train.run import Run
 
-    checkpoint = train(args.config, run_dir)
+    checkpoint = train(args.config, run_dir, resume_from=args.resume_from)
     if os.environ.get("RANK", "0") != "0":
         return  # one of many processes, of which the first speaks
     metrics = Run(run_dir, args.config).read_metrics()
-    write_result({"checkpoint": str(checkpoint), **metrics[-1]}, args.json)
+    write_result({"checkpoint": str(checkpoint), **(metrics[-1] if metrics else {})}, args.json)
     print(f"checkpoint  {checkpoint}\nloss curve  {run_dir / 'loss.png'}\nnext        manipi eval {checkpoint}")
 
 

@@ -8,21 +8,19 @@ caller     0  1  2  3  4  5 …             so the caller only takes turns.
 import itertools
 import math
 import mmap
-import multiprocessing
 import os
-import signal
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import recv_handle, send_handle
 from types import TracebackType
 from typing import Self, TypeAlias
 
 import numpy as np
 
+from manipi.data.helper import start_helper
 from manipi.data.sampler import Sampler
 from manipi.data.shared import nameless_file
 from manipi.errors import ManipiError, TrainingError
@@ -115,16 +113,8 @@ class _Worker:
     """A worker process, seen from the caller."""
 
     def __init__(self, task: _Task, first: int, stride: int, prefetch: int):
-        # A forked process would inherit the locks of torch's and Arrow's threads, perhaps held.
-        context = multiprocessing.get_context("spawn")
-        self._worker, caller = context.Pipe()
-        self._process: BaseProcess = context.Process(
-            target=_work, args=(task, first, stride, prefetch, caller), daemon=True
-        )
-        self._process.start()
+        self._process, self._worker = start_helper(_work, task, first, stride, prefetch)
         self._rooms, self._left = dict[int, mmap.mmap](), list[int]()
-        # With our copy of its end closed, the death of the worker reads as the end of the pipe.
-        caller.close()
 
     def receive(self) -> Batch:
         try:
@@ -153,15 +143,13 @@ class _Worker:
         self._left.append(number)
 
     def stop(self) -> None:
-        self._process.terminate()
+        self._process.kill()
         self._process.join()
         self._worker.close()
 
 
 def _work(task: _Task, first: int, stride: int, prefetch: int, caller: Connection) -> None:
     """The life of a worker: every `stride`-th step, until it is ended, raises, or finds its parent gone."""
-    # Ctrl-C reaches the whole process group; the parent ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     rooms = _Rooms(caller)
     try:
         for made, step in enumerate(itertools.count(first, stride)):

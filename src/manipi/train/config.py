@@ -225,6 +225,9 @@ class TrainConfig:
     """How many of the newest checkpoints stay."""
     keep_every: int = 0
     """Checkpoints of steps divisible by this stay as well; 0: none."""
+    async_save: bool = True
+    """Checkpoints are written by a process of their own, from a copy of the training state in memory, while training
+    goes on; otherwise training waits for them."""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
 

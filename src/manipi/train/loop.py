@@ -4,69 +4,75 @@ Everything random is a pure function of (seed, step): the sampler's rows, the no
 therefore needs weights, average and optimizer alone, and equals an undisturbed one.
 """
 
-import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from manipi.checkpoints.native import Checkpoint, PolicyConfig, write_checkpoint
-from manipi.errors import ManipiError, TrainingError
+from manipi.checkpoints.native import Checkpoint, PolicyConfig
+from manipi.errors import TrainingError
 from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
-from manipi.policy import Policy, self_test_for
-from manipi.storage import atomic_write, storage_errors
+from manipi.storage import atomic_write
 from manipi.train.accumulate import accumulate_gradients
 from manipi.train.config import TrainConfig
 from manipi.train.data import TrainingData, prepare
+from manipi.train.lock import Lock, alone
 from manipi.train.noise import draw_noise
 from manipi.train.optimizer import gradient_norm, learning_rate, parameter_norm, update, update_average
 from manipi.train.parallel import World, open_world, require_shared
 from manipi.train.progress import ProgressLog, plot_loss, show_mixture
 from manipi.train.run import Run
+from manipi.train.saving import CheckpointWriter, make_saver, read_window
 from manipi.train.state import TrainState
+from manipi.train.stop_signals import StopSignals
 from manipi.train.trained import format_table, parameter_table, require_packages
 
 
-def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show: bool = True) -> Path:
+def train(
+    config: TrainConfig, folder: Path, *, stop_at: int | None = None, resume_from: int | None = None, show: bool = True
+) -> Path:
     """Train to `config.steps` from where the folder stands. Returns the newest checkpoint's folder.
+
+    SIGTERM and SIGUSR1 end it after the step in hand, with a checkpoint.
 
     Args:
         folder: the run's folder; made when absent, resumed when it holds the same run.
         stop_at: end earlier, at this step.
+        resume_from: go on from the checkpoint of this step; those after it are damaged, and are deleted.
         show: draw a progress bar.
 
     Raises:
-        TrainingError: the folder belongs to another run, or the loss is not finite.
+        TrainingError: the folder belongs to another run or trainer, or the loss is not finite.
+        CheckpointError: the checkpoint to go on from is damaged.
         DataError, ConfigError: see `manipi.train.data.prepare`; ConfigError also where a package is missing.
         StorageError: a checkpoint could not be written; the ones before it are untouched.
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     require_packages(config)
-    with open_world(config) as world:
-        return _train(config, folder, world, stop_at, show and world.leads)
+    end = config.steps if stop_at is None else min(stop_at, config.steps)
+    with open_world(config) as world, ExitStack() as stack:
+        locks = list[Lock]()
+        world.once(lambda: locks.append(stack.enter_context(alone(Path(folder)))))
+        run = world.once(lambda: _open_run(folder, config, resume_from))
+        require_shared(run.folder, world)
+        return _train(run, world, locks[0] if locks else None, end, show and world.leads)
 
 
-def _train(config: TrainConfig, folder: Path, world: World, stop_at: int | None, show: bool) -> Path:
-    run = world.once(lambda: _open_run(folder, config))
-    require_shared(run.folder, world)
+def _train(run: Run, world: World, lock: Lock | None, end: int, show: bool) -> Path:
+    config = run.config
     data = world.in_turn(lambda: prepare(config, run.folder))
     if show and len(data.sets) > 1:
         show_mixture(data.report())
-    end = config.steps if stop_at is None else min(stop_at, config.steps)
 
     # ---- weights: 1. the run's newest checkpoint, 2. those that `init` names, 3. the seed's
     newest = world.once(run.newest)
+    state = TrainState.initial(config, config.init if newest is None else "", world)
     if newest is not None:
-        state = TrainState.initial(config, world=world)
         state.load(run.checkpoint(newest) / "train_state")
-    else:
-        state = TrainState.initial(config, config.init, world)
-        save(run, state, data)
     world.once(lambda: run.forget_after(state.step))
     table = format_table(parameter_table(state.model, state.parameters, config.optimizer))
     world.once(lambda: atomic_write(run.folder / "parameters.txt", f"{table}\n".encode()))
@@ -74,24 +80,41 @@ def _train(config: TrainConfig, folder: Path, world: World, stop_at: int | None,
         tqdm.write(table)
 
     # ---- loop
-    log = ProgressLog(run, state.step, end, batch_size=config.batch_size, every=config.log_every, show=show)
-    with data.loader(state.step, world.rank, world.size) as loader, log:
+    window = [] if newest is None else read_window(run.checkpoint(newest))
+    log = ProgressLog(
+        run, state.step, end, batch_size=config.batch_size, every=config.log_every, show=show, window=window
+    )
+    saving = make_saver(checkpoint_writer(run, data), state, lock)
+    with StopSignals() as stop, log, saving as saver, data.loader(state.step, world.rank, world.size) as loader:
+        if newest is None:
+            saver.save(log.window)
         for step, batch, wait in loader:
             if step >= end:
                 break
             metrics = train_step(state, ModelInput.from_numpy(batch, world.device), config)
             if world.leads:
                 log.record(state.step, metrics, wait)
-            if state.step % config.save_every == 0 or state.step == end:
-                save(run, state, data)
-    if world.leads and (metrics_so_far := run.read_metrics()):
-        plot_loss(metrics_so_far, run.folder / "loss.png")
+            saver.check()
+            stopped_by = world.first(stop.received)  # once: another may come any time
+            if state.step % config.save_every == 0 or state.step == end or stopped_by:
+                saver.save(log.window)
+            if stopped_by:
+                break
+        saver.wait()
+        if world.leads and (metrics_so_far := run.read_metrics()):
+            plot_loss(metrics_so_far, run.folder / "loss.png")
+    if stop.received and state.step < end:
+        tqdm.write(
+            f"{stop.received}: stopped at step {state.step} of {end}, with a checkpoint; the same command goes on"
+        )
     return run.checkpoint(state.step)
 
 
-def _open_run(folder: Path, config: TrainConfig) -> Run:
+def _open_run(folder: Path, config: TrainConfig, resume_from: int | None) -> Run:
     run = Run(folder, config)
     run.tidy()
+    if resume_from is not None:
+        run.rewind(resume_from)
     return run
 
 
@@ -141,40 +164,15 @@ def _require_finite(loss: Tensor, norm: Tensor, step: int) -> None:
         )
 
 
-def save(run: Run, state: TrainState, data: TrainingData) -> None:
-    """Write the state's checkpoint with a self-test, then delete what is too old. All processes have to call it."""
-    weights, world = state.inference_weights(), state.world
-    if world.size == 1:
-        _write(run, state, data, weights, state.save)
-        return
-    # Of many processes each writes its part of the training state before rank 0 puts the checkpoint together.
-    parts = run.checkpoints / f".{state.step}.parts.partial"
-    try:
-        with storage_errors(run.checkpoint(state.step)):
-            state.save(parts)
-        world.once(lambda: _write(run, state, data, weights, lambda folder: parts.rename(folder) and None))
-    except ManipiError:
-        if world.leads:
-            shutil.rmtree(parts, ignore_errors=True)
-        raise
-
-
-def _write(
-    run: Run,
-    state: TrainState,
-    data: TrainingData,
-    weights: dict[str, Tensor],
-    write_train_state: Callable[[Path], None],
-) -> None:
+def checkpoint_writer(run: Run, data: TrainingData) -> CheckpointWriter:
+    """Writes the checkpoints of a run, as all of them have it but for weights, self-test and step."""
     bare = Checkpoint(
-        weights=weights,
-        config=PolicyConfig(model=run.config.policy_model, norm_mode=run.config.norm_mode, step=state.step),
+        weights={},
+        config=PolicyConfig(model=run.config.policy_model, norm_mode=run.config.norm_mode, step=0),
         robot=run.config.robot,
         norm_stats=data.stats[run.config.robot.name],
         tokenizers=data.tokenizers,
         self_test=None,
         other_robots=data.other_robots,
     )
-    test = self_test_for(Policy.from_checkpoint(bare), data.example())
-    write_checkpoint(run.checkpoint(state.step), replace(bare, self_test=test), write_train_state)
-    run.prune()
+    return CheckpointWriter(run, bare, data.example())

@@ -66,6 +66,16 @@ class World:
         dist.all_reduce(number)
         return number
 
+    def first(self, word: str) -> str:
+        """What the process of the lowest rank says that says something; all have to ask."""
+        if self.size == 1:
+            return word
+        if not self.total(torch.tensor(float(bool(word)))):  # on the processor, so that no GPU is waited for
+            return ""
+        words = [""] * self.size
+        dist.all_gather_object(words, word)
+        return next(filter(None, words))
+
     def once(self, work: Callable[[], _T]) -> _T:
         """Rank 0 does it. All get what it returns, which has to pickle, or raise what it raises."""
         if self.size == 1:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -14,14 +14,18 @@ from manipi.data.mixture import Share
 from manipi.storage import atomic_write
 from manipi.train.run import Run
 
+Window: TypeAlias = Sequence[Mapping[str, Tensor | float]]
+"""Metrics of consecutive steps."""
+
 
 class ProgressLog:
     """Averages the steps between two log lines; reads numbers off the device only when it writes one."""
 
-    def __init__(self, run: Run, start: int, end: int, *, batch_size: int, every: int, show: bool):
+    def __init__(self, run: Run, start: int, end: int, *, batch_size: int, every: int, show: bool, window: Window = ()):
         self._run, self._every, self._batch_size = run, every, batch_size
         self._bar = tqdm(total=end, initial=start, desc="train", unit="step", disable=not show, smoothing=0.05)
         self._begin_window()
+        self._window.extend(window)
 
     def __enter__(self) -> "ProgressLog":
         return self
@@ -30,6 +34,12 @@ class ProgressLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
+
+    @property
+    def window(self) -> list[dict[str, float]]:
+        """The steps since the last line. A checkpoint keeps them, so that a resumed run's next line is of all of its
+        steps."""
+        return [{name: float(value) for name, value in metrics.items()} for metrics in self._window]
 
     def record(self, step: int, metrics: Mapping[str, Tensor | float], wait: float) -> None:
         """Count one step; `wait` is the time in seconds that it waited for data."""
@@ -42,7 +52,7 @@ class ProgressLog:
     def _write(self, step: int) -> None:
         seconds, count = time.perf_counter() - self._started, len(self._window)
         means = {name: sum(float(m[name]) for m in self._window) / count for name in self._window[0]}
-        speed = {"samples_per_s": count * self._batch_size / seconds, **data_wait(self._waits, seconds)}
+        speed = {"samples_per_s": len(self._waits) * self._batch_size / seconds, **data_wait(self._waits, seconds)}
         self._run.log({"step": step, **means, **speed, "time": time.time()})
         wait = f"data wait {speed['data_wait']:.0%}, p95 {1e3 * speed['data_wait_p95']:.0f} ms"
         self._bar.set_postfix_str(f"loss {means['loss']:.4f}, {speed['samples_per_s']:.0f} samples/s, {wait}")

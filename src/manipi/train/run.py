@@ -33,6 +33,7 @@ from manipi.train.config import (
 )
 
 MAY_CHANGE = (
+    "async_save",
     "compute.recompute",
     "data.cache_fill",
     "data.cache_gb",
@@ -97,24 +98,69 @@ class Run:
         steps = self.steps()
         if not steps:
             return None
-        try:
-            verify(self.checkpoint(steps[-1]))
-        except CheckpointError as error:
-            before = f"the one before it is step {steps[-2]}" if len(steps) > 1 else "there is none before it"
-            raise CheckpointError(
-                expected=f"a sound newest checkpoint (step {steps[-1]})",
-                found=error.found,
-                where=error.where,
-                next=f"delete {self.checkpoint(steps[-1])} and run again; {before}",
-            ) from error
+        self._require_sound(steps[-1])
         return steps[-1]
 
+    def rewind(self, step: int) -> None:
+        """Delete the damaged checkpoints after that of `step`. Raises CheckpointError where one of them is sound."""
+        steps = self.steps()
+        if step not in steps:
+            raise CheckpointError(
+                expected=f"one of this run's checkpoints: {', '.join(map(str, steps)) or 'there is none'}",
+                found=str(step),
+                where=str(self.checkpoints),
+                next="--resume-from one of these steps",
+            )
+        self._require_sound(step)
+        later = steps[steps.index(step) + 1 :]
+        for one in later:
+            if self._is_sound(one):
+                raise CheckpointError(
+                    expected="damaged checkpoints alone after that to resume from",
+                    found=f"a sound one (step {one})",
+                    where=str(self.checkpoint(one)),
+                    next="leave --resume-from out to go on from the newest, or delete what you do not want",
+                )
+        for one in later:
+            self._drop(one)
+
+    def _is_sound(self, step: int) -> bool:
+        try:
+            verify(self.checkpoint(step))
+        except CheckpointError:
+            return False
+        return True
+
+    def _require_sound(self, step: int) -> None:
+        try:
+            verify(self.checkpoint(step))
+        except CheckpointError as error:
+            before = [one for one in self.steps() if one < step]
+            raise CheckpointError(
+                expected=f"a sound checkpoint of step {step}",
+                found=error.found,
+                where=error.where,
+                next=f"--resume-from {before[-1]} goes on from the one before it, and deletes this one"
+                if before
+                else f"there is none before it: delete {self.checkpoint(step)} and start again",
+            ) from error
+
     def prune(self) -> None:
-        """Delete all but the newest `keep_checkpoints` and those of every `keep_every`-th step."""
-        every = self.config.keep_every
-        for step in self.steps()[: -self.config.keep_checkpoints]:
+        """Delete all but the newest `keep_checkpoints` and those of every `keep_every`-th step.
+
+        A checkpoint between two saves, as SIGTERM leaves it, goes with the next and takes no other's place.
+        """
+        every, steps = self.config.keep_every, self.steps()
+        planned = [step for step in steps if step % self.config.save_every == 0 or step == steps[-1]]
+        for step in set(steps) - set(planned[-self.config.keep_checkpoints :]):
             if step == 0 or not every or step % every:
-                shutil.rmtree(self.checkpoint(step))
+                self._drop(step)
+
+    def _drop(self, step: int) -> None:
+        """Delete a checkpoint, which loses its name first: what is left by a kill is no checkpoint."""
+        hidden = self.checkpoints / f".{step}.old.partial"
+        self.checkpoint(step).rename(hidden)
+        shutil.rmtree(hidden)
 
     def log(self, record: dict[str, Any]) -> None:
         with storage_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:

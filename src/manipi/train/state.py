@@ -2,11 +2,10 @@
 
 import errno
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,10 +92,8 @@ class TrainState:
 
         All processes have to call it. Whole tensors come one by one, so that no process but rank 0 ever has them all.
         """
-        average = dict(self.average)
-        if self.rows is not None and average:
-            average[NAME] = self.rows.table.detach().float().index_copy(0, self.rows.index, average[NAME])
-        served, weights = {**plain_weights(self.model), **average}, {}
+        tensors = self._tensors()
+        served, weights = {**plain_weights(self.model), **_average(tensors)}, {}
         for name, tensor in served.items():
             gathered = whole(tensor)
             if self.world.leads:
@@ -108,11 +105,7 @@ class TrainState:
 
         Every process writes what it holds, and calls this with the same folder; any number of them can load it.
         """
-        try:
-            with _one_process():
-                save(self._tensors(), checkpoint_id=folder, no_dist=self.world.size == 1)
-        except CheckpointException as error:  # no Exception for Python, and on a full disk no OSError within either
-            raise OSError(errno.EIO, _first_failure(error), str(folder)) from error
+        save_tensors(self._tensors(), folder, no_dist=self.world.size == 1)
 
     def load(self, folder: Path) -> None:
         """Restore in place what `save` wrote. Raises CheckpointError where that does not fit this state."""
@@ -141,9 +134,9 @@ class TrainState:
         if rows:
             spread_rows(rows, tensors)
 
-    def _tensors(self) -> dict[str, Any]:
+    def _tensors(self) -> dict[str, Tensor]:
         """One flat name -> tensor map, sharing memory with the state."""
-        tensors: dict[str, Any] = {"step": torch.tensor(self.step)}
+        tensors: dict[str, Tensor] = {"step": torch.tensor(self.step)}
         tensors |= {f"weights.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {} if self.rows is None else {"rows": self.rows.index}
         for name, parameter in self.optimized.items():
@@ -155,6 +148,37 @@ class TrainState:
 def _plain(moment: Tensor) -> dict[str, Tensor]:
     """A moment as plain tensors: torchao's of 8 bits consists of codes and their scales."""
     return {f".{k}": getattr(moment, k) for k in ("codes", "scale")} if hasattr(moment, "codes") else {"": moment}
+
+
+def inference_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a training state's `tensors` that are served, by the model's names; not of one with 4-bit matrices."""
+    return {**_part(tensors, "weights."), **_average(tensors)}
+
+
+def _average(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    average = _part(tensors, "average.")
+    if "rows" in tensors and average:  # the others are their own average
+        average[NAME] = tensors[f"weights.{NAME}"].float().index_copy(0, tensors["rows"], average[NAME])
+    return average
+
+
+def growing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that have a row for each one of the token embedding that has been read."""
+    apart = {n: t for n, t in tensors.items() if n.endswith(f".{NAME}") and not n.startswith("weights.") and t.ndim}
+    return {"rows": tensors["rows"], **apart} if "rows" in tensors else {}
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def save_tensors(tensors: Mapping[str, Tensor], folder: Path, *, no_dist: bool = True) -> None:
+    """Write a training state's tensors as a torch DCP folder. Raises OSError."""
+    try:
+        with _one_process():
+            save(dict(tensors), checkpoint_id=folder, no_dist=no_dist)
+    except CheckpointException as error:  # no Exception for Python, and on a full disk no OSError within either
+        raise OSError(errno.EIO, _first_failure(error), str(folder)) from error
 
 
 @contextmanager
