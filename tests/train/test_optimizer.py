@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from manipi.errors import ConfigError
 from manipi.train.config import LRScale, OptimizerConfig
@@ -133,6 +135,39 @@ def test_the_fused_step_is_the_naive_one():
         naive_update(naive, step, config, theirs, oracle, 0.9)
     for found, wanted in zip([*ours, *average], [*theirs, *oracle], strict=True):
         torch.testing.assert_close(found.detach(), wanted.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_sharded_parameters(kind, dtype, mesh):
+    """Every operation of an update has its rule for DTensors, and gives the bits of plain tensors."""
+    config = OptimizerConfig(kind=kind, lr=0.01, warmup_steps=0, weight_decay=0.1)
+    torch.manual_seed(0)
+    start, gradients = torch.randn(16, 8), torch.randn(3, 16, 8)
+
+    def shard(value: torch.Tensor) -> torch.Tensor:
+        return distribute_tensor(value, mesh, [Shard(0)])
+
+    found = []
+    for place in (shard, torch.clone):
+        weight = torch.nn.Parameter(place(start.to(dtype)))
+        average, optimizer = place(start), make_optimizer([weight], config, seed=1)
+        for step, gradient in enumerate(gradients):
+            weight.grad = place(gradient.to(dtype))
+            norm = gradient_norm([weight])
+            update(optimizer, step, config, norm)
+            update_average([average], [weight], 0.9)
+        found.append((norm, weight.detach(), average))
+    for sharded, plain in zip(*found, strict=True):
+        assert torch.equal(sharded.full_tensor() if isinstance(sharded, DTensor) else sharded, plain)
 
 
 def test_multipliers_of_the_learning_rate():

@@ -386,6 +386,11 @@ def test_a_dtype_beside_the_precision(tiny):
         tiny(model=model, compute=ComputeConfig(precision="bf16"))
 
 
+def test_sgd_does_not_round_at_random(tiny):
+    with pytest.raises(ConfigError, match=r"choose --optimizer\.kind adamw"):
+        tiny(compute=ComputeConfig(precision="pure_bf16"), optimizer=OptimizerConfig(kind="sgd"))
+
+
 # ---- states of 8 bits
 
 

@@ -251,13 +251,20 @@ class TrainConfig:
         return replace(self.model, dtype=self.compute.dtype)
 
     def _check_model(self) -> None:
-        """That the model has what is to be trained, and no dtype of its own."""
+        """That the model has what is to be trained, no dtype of its own, and an optimizer that can round."""
         if self.model.dtype == "float32" and self.compute.dtype != "float32":
             raise ConfigError(
                 expected="compute.precision alone to say what the model computes in",
                 found=f"model.dtype float32, precision {self.compute.precision}",
                 where="TrainConfig.model.dtype",
                 next='leave it out and set compute=ComputeConfig(precision="fp32"), or --compute.precision fp32',
+            )
+        if self.compute.precision == "pure_bf16" and self.optimizer.kind == "sgd":
+            raise ConfigError(
+                expected="AdamW with pure_bf16, since it rounds at random",
+                found="SGD, whose small updates bfloat16 would lose",
+                where="TrainConfig.compute.precision",
+                next="choose --optimizer.kind adamw, or --compute.precision bf16",
             )
         adapted = self.model.vlm_adapters or getattr(self.model, "action_adapters", None)
         if self.trained in ("lora", "qlora") and not adapted:
