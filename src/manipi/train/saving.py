@@ -185,8 +185,9 @@ class AsyncSaver(Saver):
         tensors = self._state._tensors()
         fixed = _fixed(tensors)
         source = self._snapshot.source(fixed)
+        rows = {name: tensor.clone() for name, tensor in growing(tensors).items()}
         self._writing, self._copies_state = True, source.tensors is fixed
-        self._copy = self._copier.submit(self._hand_over, source, growing(tensors), self._state.step, window)
+        self._copy = self._copier.submit(self._hand_over, source, rows, self._state.step, window)
 
     def _before_update(self) -> None:
         if self._copies_state:
@@ -234,7 +235,8 @@ def make_saver(writer: CheckpointWriter, state: TrainState, lock: Lock | None) -
 
 
 def _fixed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name not in growing(tensors)}
+    apart = growing(tensors)
+    return {name: tensor for name, tensor in tensors.items() if name not in apart}
 
 
 def _serve(writer: CheckpointWriter, snapshot: "Snapshot", lock: Lock, trainer: Connection) -> None:
