@@ -5,6 +5,7 @@ worker 1   step 1   step 3   step 5 …     and hands its batches over in shared
 caller     0  1  2  3  4  5 …             so the caller only takes turns.
 """
 
+import faulthandler
 import itertools
 import mmap
 import multiprocessing
@@ -28,6 +29,9 @@ from manipi.types import Sample
 
 Batch: TypeAlias = dict[str, np.ndarray]
 """Samples stacked along a first axis."""
+
+ASK_FOR_STACKS = getattr(signal, "SIGUSR2", None)
+"""On this signal a worker prints the stacks of its threads."""
 
 _ALIGNMENT = 64
 
@@ -96,6 +100,15 @@ class Loader:
         finally:
             self.close()
 
+    def rows(self, step: int) -> np.ndarray:
+        """The sampler's rows that this loader's batch of a step is made of."""
+        return self._task.sampler.rows(step, self._task.rank, self._task.world_size)
+
+    def workers(self, step: int) -> list[int]:
+        """Process ids of the workers, first that of the one whose turn it is at a step."""
+        first = (step - self._start_step) % self._num_workers if self._num_workers else 0
+        return [worker.process_id for worker in (*self._workers[first:], *self._workers[:first])]
+
     def close(self) -> None:
         """End the workers."""
         for worker in self._workers:
@@ -140,6 +153,11 @@ class _Worker:
             ) from None
         return _arrays(_map(descriptor), result)
 
+    @property
+    def process_id(self) -> int:
+        assert self._process.pid is not None, "started in __init__"
+        return self._process.pid
+
     def stop(self) -> None:
         self._process.terminate()
         self._process.join()
@@ -153,6 +171,8 @@ def _work(task: _Task, first: int, stride: int, prefetch: int, caller: Connectio
     """The life of a worker: every `stride`-th step, until it is ended, raises, or finds its parent gone."""
     # Ctrl-C reaches the whole process group; the parent ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if ASK_FOR_STACKS:
+        faulthandler.register(ASK_FOR_STACKS, file=2)
     try:
         for made, step in enumerate(itertools.count(first, stride)):
             samples = task.samples_at(step)

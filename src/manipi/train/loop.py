@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from manipi.checkpoints.native import Checkpoint, PolicyConfig, write_checkpoint
-from manipi.errors import TrainingError
 from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
 from manipi.policy import Policy, self_test_for
 from manipi.train.config import TrainConfig
 from manipi.train.data import TrainingData, prepare
+from manipi.train.first_batch import save_first_batch
+from manipi.train.guards import Guards, require_finite
+from manipi.train.loggers import RunLog, require_loggers
 from manipi.train.noise import draw_noise
 from manipi.train.optimizer import clip_gradients, learning_rate, parameter_norm, update, update_average
 from manipi.train.progress import ProgressLog, plot_loss, show_mixture
@@ -33,12 +35,13 @@ def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show
         show: draw a progress bar.
 
     Raises:
-        TrainingError: the folder belongs to another run, or the loss is not finite.
+        TrainingError: the folder belongs to another run, or the loss is not finite (NonFiniteError).
         DataError, ConfigError: see `manipi.train.data.prepare`.
         StorageError: a checkpoint could not be written; the ones before it are untouched.
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    require_loggers(config.log)
     run = Run(folder, config)
     run.tidy()
     data = prepare(config, run.folder)
@@ -57,56 +60,59 @@ def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show
     run.forget_after(state.step)
 
     # ---- loop
-    log = ProgressLog(run, state.step, end, batch_size=config.batch_size, every=config.log_every, show=show)
-    with data.loader(state.step) as loader, log:
-        for step, batch, wait in loader:
+    with (
+        RunLog(run, state.step) as out,
+        data.loader(state.step) as loader,
+        Guards(config.guards, run.folder, loader, data.mixture) as guards,
+        ProgressLog(out, state.step, end, batch_size=config.batch_size, every=config.log_every, show=show) as progress,
+    ):
+        progress.measure(state, config.noise_draws)
+        for step, batch, wait in guards.batches(state.step):
             if step >= end:
                 break
-            metrics = train_step(state, ModelInput.from_numpy(batch, "cpu"), config)
-            log.record(state.step, metrics, wait)
+            if step == 0 and config.guards.first_batch:
+                pictures = save_first_batch(run.folder / "first_batch", batch, loader.rows(0), data)
+                out.log(0, {}, {"camera_views": pictures})
+            with guards.step(step, batch):
+                metrics, sample_loss = train_step(state, ModelInput.from_numpy(batch, "cpu"), config)
+            progress.record(state.step, metrics, wait, batch, guards.spike(step, float(metrics["loss"]), sample_loss))
             if state.step % config.save_every == 0 or state.step == end:
-                save(run, state, data)
+                with guards.phase("the run", f"the checkpoint of step {state.step}"):
+                    save(run, state, data)
     if metrics_so_far := run.read_metrics():
         plot_loss(metrics_so_far, run.folder / "loss.png")
     return run.checkpoint(state.step)
 
 
-def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> dict[str, Tensor | float]:
-    """One update of the state in place. Returns what the log wants, as tensors on the device.
+def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tuple[dict[str, Tensor | float], Tensor]:
+    """One update of the state in place. Returns what the log wants, and the loss of each sample [B].
 
     Raises:
-        TrainingError: the loss or the gradient is not finite; the weights are those before the step.
+        NonFiniteError: the loss or the gradient is not finite; the weights are those before the step.
     """
-    loss = _loss(state, inputs, config)
+    loss, sample_loss = _loss(state, inputs, config)
     loss.backward()
     parameters = list(state.parameters.values())
     norm = clip_gradients(parameters, config.optimizer)
-    _require_finite(loss.detach(), norm, state.step)
+    loss_value, norm_value = require_finite(loss, norm, sample_loss, state.step)
     update(state.optimizer, state.step, config.optimizer)
     if state.average:
         update_average(list(state.average.values()), parameters, config.ema_decay)
     rate = learning_rate(state.step, config.optimizer)
     state.step += 1
-    norms = {"grad_norm": norm, "param_norm": parameter_norm(parameters)}
-    return {"loss": loss.detach(), **norms, "learning_rate": rate}
+    norms = {"grad_norm": norm_value, "param_norm": parameter_norm(parameters)}
+    return {"loss": loss_value, **norms, "learning_rate": rate}, sample_loss
 
 
-def _loss(state: TrainState, inputs: ModelInput, config: TrainConfig) -> Tensor:
+def _loss(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """The loss, and that of each sample [B], without a gradient."""
     if isinstance(config.model, Pi0FastConfig):
-        return state.model(inputs).loss
+        loss, per_sample, _ = state.model(inputs)
+        return loss, per_sample.detach()
     size = (config.model.action_horizon, config.model.action_dim)
     noise, timestep = draw_noise(config.seed, state.step, inputs.batch_size, config.noise_draws, *size)
-    return state.model(inputs, noise, timestep).loss
-
-
-def _require_finite(loss: Tensor, norm: Tensor, step: int) -> None:
-    if not torch.isfinite(loss + norm):
-        raise TrainingError(
-            expected="a finite loss and gradient",
-            found=f"loss {float(loss)}, gradient norm {float(norm)}",
-            where=f"step {step}",
-            next="lower --optimizer.lr or look at the data with `manipi check`; the last checkpoint is intact",
-        )
+    loss, per_step, _ = state.model(inputs, noise, timestep)
+    return loss, per_step.detach().flatten(1).mean(1)
 
 
 def save(run: Run, state: TrainState, data: TrainingData) -> None:

@@ -5,7 +5,10 @@ runs/NAME/
 ├─ norm_stats.json   of the training episodes
 ├─ tokenizer/
 ├─ cache/            decoded pictures, where they are kept
+├─ first_batch/      pictures, tokens, values and pipeline of the first batch
 ├─ metrics.jsonl     one line per logged step
+├─ tensorboard/      and wandb/, where asked for
+├─ bad_batch_STEP.npz  the batch of a step whose loss or gradient was not finite
 ├─ loss.png
 └─ checkpoints/STEP/ see manipi.checkpoints.native
 """
@@ -21,7 +24,7 @@ from manipi.model.config import CONFIG_TYPES
 from manipi.records import from_json, json_bytes, read_json, to_json
 from manipi.robots.robot import ROBOT_TYPES
 from manipi.storage import atomic_write, remove_partial, storage_errors
-from manipi.train.config import DataConfig, DatasetConfig, OptimizerConfig, TrainConfig
+from manipi.train.config import DataConfig, DatasetConfig, GuardConfig, LogConfig, OptimizerConfig, TrainConfig
 
 MAY_CHANGE = (
     "data.cache_fill",
@@ -29,8 +32,10 @@ MAY_CHANGE = (
     "data.num_workers",
     "data.path",
     "data.root",
+    "guards",
     "keep_checkpoints",
     "keep_every",
+    "log",
     "num_threads",
     "steps",
 )
@@ -56,7 +61,7 @@ class Run:
         """Refuse a folder of another run; one that never got as far as a checkpoint has nothing to protect."""
         wanted = to_json(self.config)
         changes = _differences(read_json(stored), wanted) if stored.exists() else []
-        other = [change for setting, change in changes if setting not in MAY_CHANGE]
+        other = [change for setting, change in changes if not _may_change(setting)]
         if other and self.steps():
             raise _another_run(other, stored)
         if changes and not self.steps():
@@ -121,7 +126,16 @@ class Run:
 def read_config(folder: Path) -> TrainConfig:
     """The config that a run's folder was started with."""
     path = folder / "config.json"
-    kinds = (TrainConfig, DataConfig, DatasetConfig, OptimizerConfig, *ROBOT_TYPES, *CONFIG_TYPES)
+    kinds = (
+        TrainConfig,
+        DataConfig,
+        DatasetConfig,
+        OptimizerConfig,
+        GuardConfig,
+        LogConfig,
+        *ROBOT_TYPES,
+        *CONFIG_TYPES,
+    )
     return from_json(read_json(path), kinds, str(path))
 
 
@@ -132,6 +146,10 @@ def _another_run(changes: list[str], where: Path) -> TrainingError:
         where=str(where),
         next="give the new run another folder (--run-dir), or use the old settings to go on with this one",
     )
+
+
+def _may_change(setting: str) -> bool:
+    return any(setting == one or setting.startswith(f"{one}.") for one in MAY_CHANGE)
 
 
 def _differences(stored: Any, wanted: Any, path: str = "") -> list[tuple[str, str]]:
