@@ -122,8 +122,8 @@ class GuardConfig:
     spike_window: int = 200
     """Steps that the running median is of; the first quarter of it passes without a warning."""
     stall_seconds: float = 300.0
-    """Print all stacks when a batch or a step takes longer, and five times its median; the first of each kind, and
-    each save, may take six times as long. 0: never."""
+    """Print all stacks when a batch, a step or a save takes longer than this and five times its median; the first two
+    of each may take six times as long. 0: never."""
     on_stall: Literal["report", "exit"] = "report"
     """`exit`: end the process with code 75 after the report, for a scheduler that starts it again."""
     first_batch: bool = True

@@ -28,8 +28,8 @@ from manipi.storage import atomic_write
 from manipi.train.config import GuardConfig
 
 FIRST_TIME, USUAL_TIMES = 6, 5
-"""A stall is `stall_seconds` times the former where nothing like it has ended yet, and never below the latter times the
-median of its kind."""
+"""A stall is `stall_seconds` times the former for the first two of a kind, and never below the latter times the median
+of its kind."""
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
 STDERR = 2
@@ -134,8 +134,8 @@ class Watchdog:
             self._phase = before
 
     def _limit(self, durations: Sequence[float]) -> float:
-        seconds = self._config.stall_seconds
-        return max(seconds, USUAL_TIMES * statistics.median(durations)) if durations else FIRST_TIME * seconds
+        seconds, usual = self._config.stall_seconds, list(durations)[1:]  # the first one starts workers, or compiles
+        return max(seconds, USUAL_TIMES * statistics.median(usual)) if usual else FIRST_TIME * seconds
 
     def _watch(self) -> None:
         seconds, told = self._config.stall_seconds, None
