@@ -95,6 +95,16 @@ def test_weights_that_diverged_are_not_blamed_on_the_data(tiny, tmp_path):
     assert error.value.next.startswith("lower --optimizer.lr: it is the weights, not a sample")
 
 
+def test_a_full_disk_does_not_hide_why_a_run_ends(outlier, mount, tmp_path):
+    config = outlier(1e30, steps=20, save_every=20, log_every=99, guards=GuardConfig(first_batch=False))
+    disk = mount(64)
+    train(config, disk / "run", stop_at=0, show=False)
+    (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free))
+    with pytest.raises(NonFiniteError, match=f"episode {EPISODE}") as error:
+        train(config, disk / "run", show=False)
+    assert "the batch could not be kept: No space left on device" in error.value.next
+
+
 def test_a_spike_warns_once_and_names_the_sample(outlier, tmp_path, capfd):
     config = outlier(20.0, steps=17, save_every=17, guards=GuardConfig(spike_window=12, spike=8.0))
     train(config, tmp_path / "run", show=False)

@@ -80,6 +80,15 @@ def test_tensorboard_of_a_run_that_was_killed(tiny, tmp_path):
 
 
 @needs("wandb")
+def test_wandb_without_a_key(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match="No API key") as error:
+        RunLog(Run(tmp_path / "run", tiny(log=LogConfig(wandb="online"))), 0)
+    assert error.value.next == "wandb login, or --log.wandb offline"
+
+
+@needs("wandb")
 @pytest.mark.slow
 def test_wandb_offline_goes_on_with_its_id(tiny, tmp_path):
     config = tiny(steps=4, save_every=2, log=LogConfig(wandb="offline", wandb_project="arms"))

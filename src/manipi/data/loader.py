@@ -81,6 +81,7 @@ class Loader:
         world_size: int = 1,
     ):
         self._task = _Task(samples=samples, sampler=sampler, rank=rank, world_size=world_size)
+        self.rank, self.world_size = rank, world_size
         self._num_workers, self._start_step, self._prefetch = num_workers, start_step, prefetch
         self._workers: list[_Worker] = []
 
@@ -102,7 +103,7 @@ class Loader:
 
     def rows(self, step: int) -> np.ndarray:
         """The sampler's rows that this loader's batch of a step is made of."""
-        return self._task.sampler.rows(step, self._task.rank, self._task.world_size)
+        return self._task.sampler.rows(step, self.rank, self.world_size)
 
     def workers(self, step: int) -> list[int]:
         """Process ids of the workers, first that of the one whose turn it is at a step."""

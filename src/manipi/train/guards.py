@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from manipi.data.loader import ASK_FOR_STACKS, Batch, Loader
 from manipi.data.mixture import Mixture, Place
-from manipi.errors import NonFiniteError
+from manipi.errors import NonFiniteError, StorageError
 from manipi.storage import atomic_write
 from manipi.train.config import GuardConfig
 
@@ -108,7 +108,7 @@ class Watchdog:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def __enter__(self) -> "Watchdog":
+    def __enter__(self) -> Self:
         if self._config.stall_seconds:
             self._thread.start()
         return self
@@ -184,30 +184,22 @@ def _ask_for_stacks(pid: int) -> None:
 # Both, around a run --------------------------------------------------------------------------------------------------
 
 
-class Guards:
+class Guards(Watchdog):
     """Around the loop of one run.
 
     with Guards(config.guards, folder, loader, data.mixture) as guards:
-        for step, batch, wait in guards.batches(): ...
+        for step, batch, wait in guards.batches(start):
             with guards.step(step, batch): ...
+            with guards.phase("the run", "the checkpoint"): ...
 
     Args:
         folder: the run's, for the batch of a step that fails.
     """
 
     def __init__(self, config: GuardConfig, folder: Path, loader: Loader, mixture: Mixture):
+        super().__init__(config)
         self._folder, self._loader, self._mixture = folder, loader, mixture
-        self._watchdog, self._spikes = Watchdog(config), SpikeDetector(config)
-        self.phase = self._watchdog.phase
-
-    def __enter__(self) -> "Guards":
-        self._watchdog.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._watchdog.__exit__(kind, error, trace)
+        self._spikes = SpikeDetector(config)
 
     def batches(self, start: int) -> Iterator[tuple[int, Batch, float]]:
         """What the loader gives, from step `start` on."""
@@ -225,7 +217,7 @@ class Guards:
             try:
                 yield
             except NonFiniteError as error:
-                raise self._keep(error, step, batch) from None
+                raise self._blame(error, step, batch) from None
 
     def spike(self, step: int, loss: float, sample_loss: Tensor) -> dict[str, Any] | None:
         """What to log of a loss that leaps, which this also warns of; None for any other."""
@@ -242,22 +234,32 @@ class Guards:
         """Where the samples of a step came from."""
         return self._mixture.places(self._loader.rows(step))
 
-    def _keep(self, error: NonFiniteError, step: int, batch: Batch) -> NonFiniteError:
+    def _blame(self, error: NonFiniteError, step: int, batch: Batch) -> NonFiniteError:
         """The same error with the samples' names, once their batch is on disk."""
-        places, path = self.places(step), self._folder / f"bad_batch_{step}.npz"
+        places = self.places(step)
         bad = [place for place, loss in zip(places, error.sample_loss) if not np.isfinite(loss)]
-        names = {key: np.array([getattr(place, key) for place in places]) for key in ("dataset", "episode", "frame")}
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, sample_loss=np.array(error.sample_loss), **names, **batch)  # type: ignore[arg-type]
-        atomic_write(path, buffer.getvalue())
         named = "; ".join(map(str, bad[:NAMED])) + (f"; {len(bad) - NAMED} more" if len(bad) > NAMED else "")
+        blame = f"of {len(bad)} of {len(places)} samples the loss is" if bad else "the gradient alone is"
+        kept = self._keep({**batch, "sample_loss": np.array(error.sample_loss)}, places, step)
         return NonFiniteError(
             expected=error.expected,
-            found=f"{error.found}; of {len(bad)} of {len(places)} samples{' the loss is not finite' if bad else ''}",
+            found=f"{error.found}; {blame} not finite",
             where=f"step {step}" + (f": {named}" if bad else ""),
-            next=f"{_advice(bad, places)}; the batch is in {path}, the last checkpoint is intact, and the same command "
-            "goes on there and repeats this step",
+            next=f"{_advice(bad, places)}; {kept}; the last checkpoint is intact, and the same command goes on there "
+            "and repeats this step",
         )
+
+    def _keep(self, batch: Batch, places: Sequence[Place], step: int) -> str:
+        """Where the batch is now. On a full disk nowhere, which shall not hide why the run ends."""
+        rank = f"_rank{self._loader.rank}" if self._loader.world_size > 1 else ""
+        path, buffer = self._folder / f"bad_batch_{step}{rank}.npz", io.BytesIO()
+        names = {key: np.array([getattr(place, key) for place in places]) for key in ("dataset", "episode", "frame")}
+        np.savez_compressed(buffer, **names, **batch)  # type: ignore[arg-type]
+        try:
+            atomic_write(path, buffer.getvalue())
+        except StorageError as error:
+            return f"the batch could not be kept: {error.found}"
+        return f"the batch is in {path}"
 
 
 def _advice(bad: Sequence[Place], places: Sequence[Place]) -> str:

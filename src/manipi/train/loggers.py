@@ -59,7 +59,19 @@ class Wandb:
     def __init__(self, run: Run, config: LogConfig):
         wandb = importlib.import_module("wandb")
         self._id, self._picture = run.folder / "wandb_id.txt", wandb.Image
-        self._run = wandb.init(
+        try:
+            self._run = self._init(wandb, run, config)
+        except wandb.Error as error:
+            raise ConfigError(
+                expected="a run of Weights & Biases",
+                found=str(error).splitlines()[0],
+                where="TrainConfig.log.wandb",
+                next="wandb login, or --log.wandb offline",
+            ) from error
+        atomic_write(self._id, self._run.id.encode())
+
+    def _init(self, wandb: Any, run: Run, config: LogConfig) -> Any:
+        return wandb.init(
             project=config.wandb_project,
             name=run.folder.resolve().name,
             id=self._id.read_text().strip() if self._id.exists() else None,
@@ -69,7 +81,6 @@ class Wandb:
             config=to_json(run.config),
             settings=wandb.Settings(silent=True, console="off"),
         )
-        atomic_write(self._id, self._run.id.encode())
 
     def log(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         self._run.log({**numbers, **{name: self._picture(str(path)) for name, path in pictures.items()}}, step=step)
@@ -99,7 +110,7 @@ class RunLog:
     """
 
     def __init__(self, run: Run, start: int, *, lead: bool = True):
-        self._run, self._lead, self._loggers = run, lead, list[Logger]()
+        self._run, self.lead, self._loggers = run, lead, list[Logger]()
         config = run.config.log
         if lead and config.tensorboard:
             self._loggers.append(TensorBoard(run.folder / "tensorboard", start))
@@ -117,7 +128,7 @@ class RunLog:
 
     def log(self, step: int, record: Mapping[str, Any], pictures: Mapping[str, Path] | None = None) -> None:
         """One line: `metrics.jsonl` takes the whole record, loggers its numbers and the pictures."""
-        if not self._lead:
+        if not self.lead:
             return
         if record:
             self._run.log({"step": step, **record})

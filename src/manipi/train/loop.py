@@ -70,7 +70,7 @@ def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show
         for step, batch, wait in guards.batches(state.step):
             if step >= end:
                 break
-            if step == 0 and config.guards.first_batch:
+            if step == 0 and out.lead and config.guards.first_batch:
                 pictures = save_first_batch(run.folder / "first_batch", batch, loader.rows(0), data)
                 out.log(0, {}, {"camera_views": pictures})
             with guards.step(step, batch):
