@@ -9,7 +9,6 @@ from PIL import Image
 
 from manipi.train.data import prepare
 from manipi.train.first_batch import save_first_batch
-from manipi.train.loop import train
 
 
 def with_two_cameras(config):
@@ -85,11 +84,3 @@ def test_pipeline(saved):
     steps = [type(step).__name__ for step in data.main.source.pipeline.steps]
     assert [stage["step"] for stage in said["stages"]] == ["observation", *steps]
     assert said["robot"]["name"] == "tabletop"
-
-
-def test_once_per_run(tiny, tmp_path):
-    config = tiny(steps=2, save_every=1)
-    train(config, tmp_path, stop_at=1, show=False)
-    written = (tmp_path / "first_batch/batch.txt").stat().st_mtime_ns
-    train(config, tmp_path, show=False)
-    assert (tmp_path / "first_batch/batch.txt").stat().st_mtime_ns == written

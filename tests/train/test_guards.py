@@ -152,32 +152,38 @@ def watched(config, folder, num_workers=0):
 
 
 def test_a_worker_that_is_stopped(tiny, tmp_path, capfd):
-    config = tiny(guards=GuardConfig(stall_seconds=1.0))
+    config, said = tiny(guards=GuardConfig(stall_seconds=1.0)), []
+
+    def listen(word: str, seconds: float = 60.0):
+        end = time.monotonic() + seconds
+        while word not in "".join(said) and time.monotonic() < end:
+            said.extend(capfd.readouterr())
+            time.sleep(0.1)
+
+    def listen_and_go_on():
+        listen("stalled: ")
+        os.kill(late, signal.SIGCONT)
+
     with watched(config, tmp_path, num_workers=2) as (loader, guards):
         batches = guards.batches(0)
         for _ in range(2):
             step, _, _ = next(batches)
         capfd.readouterr()  # on a busy machine the first batch may have been late itself
-        late = loader.workers(step + 1)[0]
+        late, other = loader.workers(step + 1)
         os.kill(late, signal.SIGSTOP)
-        go_on = threading.Timer(6.0, os.kill, (late, signal.SIGCONT))
-        go_on.start()
-        began = time.monotonic()
-        while time.monotonic() - began < 5:  # whatever it had made ahead
-            step, _, _ = next(batches)
-        go_on.join()
-        deadline = time.monotonic() + 20
-        said = ""
-        while "_work" not in said and time.monotonic() < deadline:
-            said += "".join(capfd.readouterr())
-            time.sleep(0.1)
-    assert said.count("stalled: ") == 1
-    assert f"stalled: the data loader has been waiting for the batch of step {step} for " in said
-    assert f"data worker, process {late}: T (stopped), whose turn it is" in said
-    other = next(pid for pid in re.findall(r"data worker, process (\d+)", said) if int(pid) != late)
-    assert f"process {other}: S (sleeping)\n" in said
-    assert "test_a_worker_that_is_stopped" in said  # this process' stack
-    assert "_work" in said  # the workers': the other's at once, the stopped one's when it goes on
+        listener = threading.Thread(target=listen_and_go_on)
+        listener.start()
+        while listener.is_alive():  # first whatever it had made ahead
+            next(batches)
+        listen("in _work")
+    text = "".join(said)
+    assert text.count("stalled: ") == 1
+    step = int(re.search(r"stalled: the data loader has been waiting for the batch of step (\d+) for ", text)[1])
+    assert step % 2 == 0, "the turn of the first worker"
+    assert f"data worker, process {late}: T (stopped), whose turn it is" in text
+    assert f"process {other}: S (sleeping)\n" in text
+    assert "test_a_worker_that_is_stopped" in text  # this process' stack
+    assert "in _work" in text  # the workers': the other's at once, the stopped one's when it goes on
 
 
 def test_a_step_that_sleeps(tiny, tmp_path, capfd):
@@ -194,12 +200,14 @@ def test_a_step_that_sleeps(tiny, tmp_path, capfd):
         with guards.phase("the run", "the checkpoint of step 2"):
             time.sleep(0.5)
         assert "stalled" not in "".join(capfd.readouterr())
-        guards._watchdog._durations["the training step"].extend([0.01] * 50)
-        with guards.step(3, {}):
+        for step in range(3, 60):
+            with guards.step(step, {}):
+                pass
+        with guards.step(60, {}):
             forgets_to_end()
     said = "".join(capfd.readouterr())
     assert said.count("stalled: ") == 1
-    assert "stalled: the training step has been waiting for forward, backward and update of step 3 for " in said
+    assert "stalled: the training step has been waiting for forward, backward and update of step 60 for " in said
     assert "forgets_to_end" in said
 
 

@@ -40,8 +40,10 @@ def test_every_line_says_it_all(tiny, tmp_path):
 def test_logging_and_guards_may_change_on_resume(tiny, tmp_path):
     config = tiny(steps=2)
     train(config, tmp_path, stop_at=1, show=False)
+    first_batch = (tmp_path / "first_batch/batch.txt").stat().st_mtime_ns
     other = replace(config, guards=replace(config.guards, spike=5.0), log=LogConfig(wandb_project="another"))
     assert train(other, tmp_path, show=False).name == "2"
+    assert (tmp_path / "first_batch/batch.txt").stat().st_mtime_ns == first_batch  # written once
 
 
 def test_other_ranks_write_nothing(tiny, tmp_path):

@@ -220,7 +220,7 @@ class Guards(Watchdog):
                 raise self._blame(error, step, batch) from None
 
     def spike(self, step: int, loss: float, sample_loss: Tensor) -> dict[str, Any] | None:
-        """What to log of a loss that leaps, which this also warns of; None for any other."""
+        """What to log of a loss that leaps, which this also warns of; None for any other. Steps count from 0."""
         median = self._spikes.median_before(loss)
         if median is None:
             return None

@@ -75,7 +75,8 @@ def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show
                 out.log(0, {}, {"camera_views": pictures})
             with guards.step(step, batch):
                 metrics, sample_loss = train_step(state, ModelInput.from_numpy(batch, "cpu"), config)
-            progress.record(state.step, metrics, wait, batch, guards.spike(step, float(metrics["loss"]), sample_loss))
+                spike = guards.spike(step, float(metrics["loss"]), sample_loss)
+                progress.record(state.step, metrics, wait, batch, spike)
             if state.step % config.save_every == 0 or state.step == end:
                 with guards.phase("the run", f"the checkpoint of step {state.step}"):
                     save(run, state, data)
