@@ -98,7 +98,11 @@ def _draw_sample(
     left, top = corner
     place, prompt = caption
     told = textwrap.wrap(prompt, 28, max_lines=6, placeholder=" …")
-    facts = [f"sample {number}", *place.split(", "), f"{sample['token_valid'].sum()} prompt tokens"]
+    facts = [
+        f"sample {number}",
+        *(line for part in place.split(", ") for line in textwrap.wrap(part, 34)),
+        f"{sample['token_valid'].sum()} prompt tokens",
+    ]
     if "action_valid" in sample:
         facts.append(f"{sample['action_valid'].sum()} of {len(sample['action_valid'])} action steps real")
     draw.multiline_text((left + _GAP, top), "\n".join(told), _INK, _font(15), spacing=4)

@@ -165,8 +165,10 @@ class Watchdog:
 
 def _process_status(pid: int) -> dict[str, str]:
     """Linux' account of a process; empty elsewhere, or where it has gone."""
-    path = Path(f"/proc/{pid}/status")
-    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        lines = []
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
