@@ -85,7 +85,7 @@ def run(case: Case, file: Path) -> Arrays:
     steps: list[dict[str, float]] = []
     before = to_openpi_tree(state.model.state_dict(), case.config)
     for step in range(recorded["steps"]):
-        metrics = train_step(state, case.batch(), config)
+        metrics, _ = train_step(state, case.batch(), config)
         with torch.no_grad():
             for name, p in unreached.items():
                 # Nothing reads these (see `trainable_parameters`), so we leave them alone; the reference's decay.

@@ -79,7 +79,7 @@ def run(config: TrainConfig, folder: Path, stop_at: int | None = None) -> Path:
     return train(config, folder, stop_at=stop_at, show=False)
 
 
-def _steps(config: TrainConfig, folder: Path, world: World) -> tuple[list[float], dict, list[dict], float]:
+def _steps(config: TrainConfig, folder: Path, world: World) -> tuple[float, dict, list[dict], dict]:
     """Loss weight of the first slice, its gradients, the metrics of three steps, and the weights after them."""
     state = TrainState.initial(config, world=world)
     with prepare(config, folder).loader(0, world.rank, world.size) as loader:
@@ -93,12 +93,12 @@ def _steps(config: TrainConfig, folder: Path, world: World) -> tuple[list[float]
     weight = float(state.model.loss_weight(inputs, config.noise_draws))
     gradients = {n: g.to_dense() if (g := whole(p.grad)).is_sparse else g for n, p in state.parameters.items()}
     state.model.zero_grad()
-    metrics = [train_step(state, ModelInput.from_numpy(batch), config) for batch in batches]
+    metrics = [train_step(state, ModelInput.from_numpy(batch), config)[0] for batch in batches]
     numbers = [{name: float(value) for name, value in m.items()} for m in metrics]
     return weight, gradients, numbers, state.inference_weights()
 
 
-def steps(config: TrainConfig, folder: Path) -> tuple[float, float, dict[str, float]]:
+def steps(config: TrainConfig, folder: Path) -> tuple[float, int, dict[str, float]]:
     """Of three steps here and on one process: the first slice's weight, and the largest difference of each kind."""
     with open_world(config) as world:
         world.in_turn(lambda: prepare(config, folder))

@@ -17,9 +17,9 @@ from manipi.checkpoints.native import verify
 from manipi.records import write_json
 from manipi.train.config import TrainConfig
 from manipi.train.loop import train
+from manipi.train.progress import OF_THE_MACHINE
 from manipi.train.run import Run
 
-OF_THE_CLOCK = {"time", "samples_per_s", "data_wait", "data_wait_p95"}
 RECIPE = """
 from pathlib import Path
 from manipi.train.run import read_config
@@ -69,7 +69,7 @@ def log_lines(run: Path) -> list[str]:
 
 
 def without_clock(run: Path) -> list[dict]:
-    return [{k: v for k, v in json.loads(line).items() if k not in OF_THE_CLOCK} for line in log_lines(run)]
+    return [{k: v for k, v in json.loads(line).items() if k not in OF_THE_MACHINE} for line in log_lines(run)]
 
 
 def same_run(config: TrainConfig, one: Path, other: Path) -> None:

@@ -32,18 +32,18 @@ from manipi.robots import State
 from manipi.train.config import OptimizerConfig
 from manipi.train.data import prepare
 from manipi.train.loop import train, train_step
+from manipi.train.progress import OF_THE_MACHINE
 from manipi.train.run import Run, read_config
 from manipi.train.state import TrainState
 from manipi.train.trained import is_trained, trainable_parameters
 from manipi.transforms.normalize import load_norm_stats, save_norm_stats
 
 KINDS = ("pi05", "pi0", "pi0_fast")
-OF_THE_CLOCK = {"time", "samples_per_s", "data_wait", "data_wait_p95"}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def metrics(config, folder) -> list[dict]:
-    return [{k: v for k, v in m.items() if k not in OF_THE_CLOCK} for m in Run(folder, config).read_metrics()]
+    return [{k: v for k, v in m.items() if k not in OF_THE_MACHINE} for m in Run(folder, config).read_metrics()]
 
 
 def same_state(config, one, other) -> None:
@@ -373,7 +373,7 @@ def test_a_loss_that_is_not_finite(tiny, tmp_path):
     config = replace(config, optimizer=replace(config.optimizer, lr=1e30, warmup_steps=0))
     with pytest.raises(TrainingError, match=r"loss (nan|inf)") as error:
         train(config, tmp_path, show=False)
-    assert error.value.where == f"step {len(Run(tmp_path, config).read_metrics())}"
+    assert error.value.where.startswith(f"step {len(Run(tmp_path, config).read_metrics())}")
     run = Run(tmp_path, config)
     assert run.steps() == [0]
     verify(run.checkpoint(0))

@@ -219,7 +219,7 @@ def test_parts_of_a_batch_make_its_step(kind, tiny):
     found = []
     for accumulate in (1, 2, 4):
         state = TrainState.initial(config)
-        metrics = train_step(state, batch_for(config), replace(config, accumulate=accumulate))
+        metrics, _ = train_step(state, batch_for(config), replace(config, accumulate=accumulate))
         found.append({"loss": metrics["loss"], "norm": metrics["grad_norm"], **state.parameters})
     for parts in found[1:]:
         for name, wanted in found[0].items():
@@ -231,7 +231,7 @@ def test_parts_are_weighed_by_what_is_real(tiny):
     config = tiny("pi05")
     state, inputs, drawn = TrainState.initial(config), batch_for(config), draws(config)
     parts = [state.model(part, *(d[i : i + 1] for d in drawn)) for i, part in enumerate(inputs.split(4))]
-    whole = accumulate_gradients(state.model, inputs, drawn, 4)
+    whole, _ = accumulate_gradients(state.model, inputs, drawn, 4)
     assert float(state.model.loss_weight(inputs, 2)) == sum(float(part.weight) for part in parts)
     assert float(torch.stack([part.loss.detach() for part in parts]).mean()) != pytest.approx(float(whole), rel=1e-3)
     torch.testing.assert_close(whole, state.model(inputs, *drawn).loss.detach())
@@ -240,7 +240,7 @@ def test_parts_are_weighed_by_what_is_real(tiny):
 def test_an_empty_batch_has_no_loss(tiny):
     config = tiny("pi05")
     inputs = replace(batch_for(config), action_valid=torch.zeros(4, config.model.action_horizon, dtype=torch.bool))
-    assert float(accumulate_gradients(TrainState.initial(config).model, inputs, draws(config), 2)) == 0.0
+    assert float(accumulate_gradients(TrainState.initial(config).model, inputs, draws(config), 2)[0]) == 0.0
 
 
 def test_a_batch_that_does_not_divide(tiny):

@@ -5,6 +5,7 @@ worker 1   step 1   step 3   step 5 …     and hands its batches over in shared
 caller     0  1  2  3  4  5 …             so the caller only takes turns.
 """
 
+import faulthandler
 import itertools
 import math
 import mmap
@@ -28,6 +29,9 @@ from manipi.types import Sample
 
 Batch: TypeAlias = dict[str, np.ndarray]
 """Samples stacked along a first axis."""
+
+ASK_FOR_STACKS = getattr(signal, "SIGUSR2", None)
+"""On this signal a worker prints the stacks of its threads."""
 
 _ALIGNMENT = 64
 
@@ -77,6 +81,7 @@ class Loader:
         world_size: int = 1,
     ):
         self._task = _Task(samples=samples, sampler=sampler, rank=rank, world_size=world_size)
+        self.rank, self.world_size = rank, world_size
         self._num_workers, self._start_step, self._prefetch = num_workers, start_step, prefetch
         self._workers: list[_Worker] = []
 
@@ -95,6 +100,15 @@ class Loader:
                 yield step, batch, time.perf_counter() - began
         finally:
             self.close()
+
+    def rows(self, step: int) -> np.ndarray:
+        """The sampler's rows that this loader's batch of a step is made of."""
+        return self._task.sampler.rows(step, self.rank, self.world_size)
+
+    def workers(self, step: int) -> list[int]:
+        """Process ids of the workers, first that of the one whose turn it is at a step."""
+        first = (step - self._start_step) % self._num_workers if self._num_workers else 0
+        return [worker.process_id for worker in (*self._workers[first:], *self._workers[:first])]
 
     def close(self) -> None:
         """End the workers."""
@@ -142,6 +156,11 @@ class _Worker:
     def _leave(self, number: int) -> None:
         self._left.append(number)
 
+    @property
+    def process_id(self) -> int:
+        assert self._process.pid is not None, "started in __init__"
+        return self._process.pid
+
     def stop(self) -> None:
         self._process.kill()
         self._process.join()
@@ -151,6 +170,8 @@ class _Worker:
 def _work(task: _Task, first: int, stride: int, prefetch: int, caller: Connection) -> None:
     """The life of a worker: every `stride`-th step, until it is ended, raises, or finds its parent gone."""
     rooms = _Rooms(caller)
+    if ASK_FOR_STACKS:
+        faulthandler.register(ASK_FOR_STACKS, file=2)
     try:
         for made, step in enumerate(itertools.count(first, stride)):
             samples = task.samples_at(step)

@@ -19,8 +19,10 @@ from manipi.train.parallel import ALONE, World
 
 def accumulate_gradients(
     model: VLA, inputs: ModelInput, draws: Sequence[Tensor], parts: int, world: World = ALONE
-) -> Tensor:
-    """Add the gradients of the batch's loss to those of the parameters, part after part. Returns the loss.
+) -> tuple[Tensor, Tensor]:
+    """Add the gradients of the batch's loss to those of the parameters, part after part.
+
+    Returns the loss of the whole batch, and that of each sample here [B].
 
     Args:
         inputs: this process's rows of the batch.
@@ -29,11 +31,12 @@ def accumulate_gradients(
         world: the processes among whom the batch is shared.
     """
     total = world.total(model.loss_weight(inputs, draws[0].shape[1] if draws else 1)).clamp(min=1)
-    loss = torch.zeros((), device=total.device)
+    loss, samples = torch.zeros((), device=total.device), []
     for part, *drawn in zip(inputs.split(parts), *(draw.chunk(parts) for draw in draws), strict=True):
         found = model(part, *drawn)
         share = found.loss * (found.weight / total)
         # Gradients are averaged over processes, although each has a share of the sum.
         (share * world.size).backward()
         loss += share.detach()
-    return world.total(loss)
+        samples.append(found[1].detach().flatten(1).mean(1) if found[1].ndim > 1 else found[1].detach())
+    return world.total(loss), torch.cat(samples)

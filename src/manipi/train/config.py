@@ -188,6 +188,34 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a run watches itself for. None of it changes an update."""
+
+    spike: float = 10.0
+    """Warn of a loss that is this many robust standard deviations above its running median; 0: never."""
+    spike_window: int = 200
+    """Steps that the running median is of; the first quarter of it passes without a warning."""
+    stall_seconds: float = 300.0
+    """Print all stacks when a batch, a step or a save takes longer than this and five times its median; the first two
+    of each may take six times as long. 0: never."""
+    on_stall: Literal["report", "exit"] = "report"
+    """`exit`: end the process with code 75 after the report, for a scheduler that starts it again."""
+    first_batch: bool = True
+    """Write what the first batch looks like to `first_batch/` of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where the log goes beside `metrics.jsonl`; names are openpi's: loss, grad_norm, param_norm, learning_rate …"""
+
+    tensorboard: bool = False
+    """Event files in `tensorboard/` of the run: pip install 'manipi[tensorboard]'."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases: pip install 'manipi[wandb]'. `offline` needs no network; `wandb sync` uploads it later."""
+    wandb_project: str = "manipi"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run, complete: it is written into the run's folder and compared on resume."""
 
@@ -218,6 +246,8 @@ class TrainConfig:
     """Noise and timestep draws per observation, all on one prefix (flow models)."""
     ema_decay: float = 0.99
     """Decay of the averaged weights that are saved for inference; 0 saves the raw ones."""
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     seed: int = 42
     log_every: int = 50
     save_every: int = 1_000
@@ -239,6 +269,11 @@ class TrainConfig:
             raise _out_of_range("keep_every", "at least 0", self.keep_every)
         if not 0 <= self.ema_decay < 1:
             raise _out_of_range("ema_decay", "from 0 to below 1", self.ema_decay)
+        for name in ("spike", "stall_seconds"):
+            if getattr(self.guards, name) < 0:
+                raise _out_of_range(f"guards.{name}", "at least 0", getattr(self.guards, name))
+        if self.guards.spike_window < 8:
+            raise _out_of_range("guards.spike_window", "at least 8", self.guards.spike_window)
         if not 0 <= self.data.holdout < 1:
             raise _out_of_range("data.holdout", "from 0 to below 1", self.data.holdout)
         if self.batch_size % self.accumulate:

@@ -12,14 +12,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from manipi.checkpoints.native import Checkpoint, PolicyConfig
-from manipi.errors import TrainingError
 from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
 from manipi.storage import atomic_write
 from manipi.train.accumulate import accumulate_gradients
 from manipi.train.config import TrainConfig
 from manipi.train.data import TrainingData, prepare
+from manipi.train.first_batch import save_first_batch
+from manipi.train.guards import Guards, require_finite
 from manipi.train.lock import Lock, alone
+from manipi.train.loggers import RunLog, require_loggers
 from manipi.train.noise import draw_noise
 from manipi.train.optimizer import gradient_norm, learning_rate, parameter_norm, update, update_average
 from manipi.train.parallel import World, open_world, require_shared
@@ -45,7 +47,7 @@ def train(
         show: draw a progress bar.
 
     Raises:
-        TrainingError: the folder belongs to another run or trainer, or the loss is not finite.
+        TrainingError: the folder belongs to another run or trainer, or the loss is not finite (NonFiniteError).
         CheckpointError: the checkpoint to go on from is damaged.
         DataError, ConfigError: see `manipi.train.data.prepare`; ConfigError also where a package is missing.
         StorageError: a checkpoint could not be written; the ones before it are untouched.
@@ -53,61 +55,17 @@ def train(
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     require_packages(config)
+    require_loggers(config.log)
     end = config.steps if stop_at is None else min(stop_at, config.steps)
     with open_world(config) as world, ExitStack() as stack:
         locks = list[Lock]()
         world.once(lambda: locks.append(stack.enter_context(alone(Path(folder)))))
         run = world.once(lambda: _open_run(folder, config, resume_from))
         require_shared(run.folder, world)
-        return _train(run, world, locks[0] if locks else None, end, show and world.leads)
-
-
-def _train(run: Run, world: World, lock: Lock | None, end: int, show: bool) -> Path:
-    config = run.config
-    data = world.in_turn(lambda: prepare(config, run.folder))
-    if show and len(data.sets) > 1:
-        show_mixture(data.report())
-
-    # ---- weights: 1. the run's newest checkpoint, 2. those that `init` names, 3. the seed's
-    newest = world.once(run.newest)
-    state = TrainState.initial(config, config.init if newest is None else "", world)
-    if newest is not None:
-        state.load(run.checkpoint(newest) / "train_state")
-    world.once(lambda: run.forget_after(state.step))
-    table = format_table(parameter_table(state.model, state.parameters, config.optimizer))
-    world.once(lambda: atomic_write(run.folder / "parameters.txt", f"{table}\n".encode()))
-    if show:
-        tqdm.write(table)
-
-    # ---- loop
-    window = [] if newest is None else read_window(run.checkpoint(newest))
-    log = ProgressLog(
-        run, state.step, end, batch_size=config.batch_size, every=config.log_every, show=show, window=window
-    )
-    saving = make_saver(checkpoint_writer(run, data), state, lock)
-    with StopSignals() as stop, log, saving as saver, data.loader(state.step, world.rank, world.size) as loader:
-        if newest is None:
-            saver.save(log.window)
-        for step, batch, wait in loader:
-            if step >= end:
-                break
-            metrics = train_step(state, ModelInput.from_numpy(batch, world.device), config)
-            if world.leads:
-                log.record(state.step, metrics, wait)
-            saver.check()
-            stopped_by = world.first(stop.received)  # once: another may come any time
-            if state.step % config.save_every == 0 or state.step == end or stopped_by:
-                saver.save(log.window)
-            if stopped_by:
-                break
-        saver.wait()
-        if world.leads and (metrics_so_far := run.read_metrics()):
-            plot_loss(metrics_so_far, run.folder / "loss.png")
-    if stop.received and state.step < end:
-        tqdm.write(
-            f"{stop.received}: stopped at step {state.step} of {end}, with a checkpoint; the same command goes on"
-        )
-    return run.checkpoint(state.step)
+        data = world.in_turn(lambda: prepare(config, run.folder))
+        state, window = _open_state(run, world, show=show and world.leads)
+        _train(run, data, state, window, locks[0] if locks else None, end, show=show and world.leads)
+        return run.checkpoint(state.step)
 
 
 def _open_run(folder: Path, config: TrainConfig, resume_from: int | None) -> Run:
@@ -118,16 +76,83 @@ def _open_run(folder: Path, config: TrainConfig, resume_from: int | None) -> Run
     return run
 
 
-def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> dict[str, Tensor | float]:
-    """One update of the state in place. Returns what the log wants, as tensors on the device.
+def _open_state(run: Run, world: World, *, show: bool) -> tuple[TrainState, list[dict[str, float]] | None]:
+    """The run's newest checkpoint, or else the weights that `init` names, or else the seed's.
+
+    With it the steps since the checkpoint's last log line; None where there is no checkpoint yet.
+    """
+    config, newest = run.config, world.once(run.newest)
+    state = TrainState.initial(config, config.init if newest is None else "", world)
+    if newest is not None:
+        state.load(run.checkpoint(newest) / "train_state")
+    world.once(lambda: run.forget_after(state.step))
+    table = format_table(parameter_table(state.model, state.parameters, config.optimizer))
+    world.once(lambda: atomic_write(run.folder / "parameters.txt", f"{table}\n".encode()))
+    if show:
+        tqdm.write(table)
+    return state, None if newest is None else read_window(run.checkpoint(newest))
+
+
+def _train(
+    run: Run,
+    data: TrainingData,
+    state: TrainState,
+    window: list[dict[str, float]] | None,
+    lock: Lock | None,
+    end: int,
+    *,
+    show: bool,
+) -> None:
+    config, world = run.config, state.world
+    if show and len(data.sets) > 1:
+        show_mixture(data.report())
+    lines = {"batch_size": config.batch_size, "every": config.log_every, "show": show, "window": window or ()}
+    with (
+        StopSignals() as stop,
+        RunLog(run, state.step, lead=world.leads) as out,
+        ProgressLog(out, state.step, end, **lines) as progress,
+        make_saver(checkpoint_writer(run, data), state, lock) as saver,
+        data.loader(state.step, world.rank, world.size) as loader,
+        Guards(config.guards, run.folder, loader, data.mixture) as guards,
+    ):
+        progress.measure(state, config.noise_draws)
+        if window is None:
+            saver.save(progress.window)
+        for step, batch, wait in guards.batches(state.step):
+            if step >= end:
+                break
+            if step == 0 and out.lead and config.guards.first_batch:
+                pictures = save_first_batch(run.folder / "first_batch", batch, loader.rows(0), data)
+                out.log(0, {}, {"camera_views": pictures})
+            with guards.step(step, batch):
+                metrics, sample_loss = train_step(state, ModelInput.from_numpy(batch, world.device), config)
+                spike = guards.spike(step, float(metrics["loss"]), sample_loss)
+                progress.record(state.step, metrics, wait, batch, spike)
+            saver.check()
+            stopped_by = world.first(stop.received)  # once: another may come any time
+            if state.step % config.save_every == 0 or state.step == end or stopped_by:
+                with guards.phase("the run", f"the checkpoint of step {state.step}"):
+                    saver.save(progress.window)
+            if stopped_by:
+                break
+        saver.wait()
+        if world.leads and (metrics_so_far := run.read_metrics()):
+            plot_loss(metrics_so_far, run.folder / "loss.png")
+    if world.leads and stop.received and state.step < end:
+        said = f"{stop.received}: stopped at step {state.step} of {end}, with a checkpoint"
+        tqdm.write(f"{said}; the same command goes on")
+
+
+def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tuple[dict[str, Tensor | float], Tensor]:
+    """One update of the state in place. Returns what the log wants, and the loss of each sample here [B].
 
     Raises:
-        TrainingError: the loss or the gradient is not finite; the weights are those before the step.
+        NonFiniteError: the loss or the gradient is not finite; the weights are those before the step.
     """
-    loss = add_gradients(state, inputs, config)
+    loss, sample_loss = add_gradients(state, inputs, config)
     parameters = list(state.parameters.values())
     norm = gradient_norm(parameters)
-    _require_finite(loss, norm, state.step)
+    loss_value, norm_value = require_finite(loss, norm, sample_loss, state.step)
     state.gather_rows()
     update(state.optimizer, state.step, config.optimizer, norm)
     if state.average:
@@ -135,12 +160,13 @@ def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> di
     state.scatter_rows()
     rate = learning_rate(state.step, config.optimizer)
     state.step += 1
-    norms = {"grad_norm": norm, "param_norm": parameter_norm(parameters)}
-    return {"loss": loss, **norms, "learning_rate": rate}
+    norms = {"grad_norm": norm_value, "param_norm": parameter_norm(parameters)}
+    return {"loss": loss_value, **norms, "learning_rate": rate}, sample_loss
 
 
-def add_gradients(state: TrainState, inputs: ModelInput, config: TrainConfig) -> Tensor:
-    """Add the gradients of this step's loss to those of the parameters. Returns the loss of the whole batch."""
+def add_gradients(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Add the gradients of this step's loss to those of the parameters. Returns the loss of the whole batch, and that
+    of each sample here [B]."""
     draws = _draws(state, inputs, config)
     return accumulate_gradients(state.model, inputs, draws, config.accumulate, state.world)
 
@@ -152,16 +178,6 @@ def _draws(state: TrainState, inputs: ModelInput, config: TrainConfig) -> list[T
     world, size = state.world, (config.model.action_horizon, config.model.action_dim)
     drawn = draw_noise(config.seed, state.step, inputs.batch_size * world.size, config.noise_draws, *size)
     return [world.slice(whole) for whole in drawn]
-
-
-def _require_finite(loss: Tensor, norm: Tensor, step: int) -> None:
-    if not torch.isfinite(loss + norm):
-        raise TrainingError(
-            expected="a finite loss and gradient",
-            found=f"loss {float(loss)}, gradient norm {float(norm)}",
-            where=f"step {step}",
-            next="lower --optimizer.lr or look at the data with `manipi check`; the last checkpoint is intact",
-        )
 
 
 def checkpoint_writer(run: Run, data: TrainingData) -> CheckpointWriter:

@@ -5,8 +5,11 @@ runs/NAME/
 ├─ norm_stats.json   of the training episodes
 ├─ tokenizer/
 ├─ cache/            decoded pictures, where they are kept
+├─ first_batch/      pictures, tokens, values and pipeline of the first batch
 ├─ metrics.jsonl     one line per logged step
 ├─ parameters.txt    what is trained, by group
+├─ tensorboard/      and wandb/, where asked for
+├─ bad_batch_STEP.npz  the batch of a step whose loss or gradient was not finite
 ├─ loss.png
 └─ checkpoints/STEP/ see manipi.checkpoints.native
 """
@@ -26,6 +29,8 @@ from manipi.train.config import (
     ComputeConfig,
     DataConfig,
     DatasetConfig,
+    GuardConfig,
+    LogConfig,
     LRScale,
     OptimizerConfig,
     ParallelConfig,
@@ -40,8 +45,10 @@ MAY_CHANGE = (
     "data.num_workers",
     "data.path",
     "data.root",
+    "guards",
     "keep_checkpoints",
     "keep_every",
+    "log",
     "num_threads",
     "parallel.device",
     "parallel.replicate",
@@ -71,7 +78,7 @@ class Run:
         """Refuse a folder of another run; one that never got as far as a checkpoint has nothing to protect."""
         wanted = to_json(self.config)
         changes = _differences(read_json(stored), wanted) if stored.exists() else []
-        other = [change for setting, change in changes if setting not in MAY_CHANGE]
+        other = [change for setting, change in changes if not _may_change(setting)]
         if other and self.steps():
             raise _another_run(other, stored)
         if changes and not self.steps():
@@ -181,8 +188,17 @@ class Run:
 def read_config(folder: Path) -> TrainConfig:
     """The config that a run's folder was started with."""
     path = folder / "config.json"
-    own = (TrainConfig, DataConfig, DatasetConfig, OptimizerConfig, LRScale, ComputeConfig, ParallelConfig)
-    return from_json(read_json(path), (*own, *ROBOT_TYPES, *CONFIG_TYPES), str(path))
+    groups = (
+        DataConfig,
+        DatasetConfig,
+        OptimizerConfig,
+        LRScale,
+        ComputeConfig,
+        ParallelConfig,
+        GuardConfig,
+        LogConfig,
+    )
+    return from_json(read_json(path), (TrainConfig, *groups, *ROBOT_TYPES, *CONFIG_TYPES), str(path))
 
 
 def _another_run(changes: list[str], where: Path) -> TrainingError:
@@ -192,6 +208,10 @@ def _another_run(changes: list[str], where: Path) -> TrainingError:
         where=str(where),
         next="give the new run another folder (--run-dir), or use the old settings to go on with this one",
     )
+
+
+def _may_change(setting: str) -> bool:
+    return any(setting == one or setting.startswith(f"{one}.") for one in MAY_CHANGE)
 
 
 def _differences(stored: Any, wanted: Any, path: str = "") -> list[tuple[str, str]]:

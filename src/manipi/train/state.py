@@ -53,13 +53,13 @@ class TrainState:
         with torch.device("meta"):
             model = VLA(config.policy_model)
         keep(model, config)
+        apply_compute(model, config.compute)
         shard_model(model, world)
         model.to_empty(device=world.device)
         model.init_weights(config.seed)
         if init:
             load_initial_weights(model, init)
         compress(model, config)
-        apply_compute(model, config.compute)
         parameters = trainable_parameters(model, config.trained)
         rows = TouchedRows(parameters[NAME]) if NAME in parameters and rows_are_enough(config, world) else None
         model.gemma.sparse_embedding_gradient = rows is not None
