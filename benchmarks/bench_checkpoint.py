@@ -38,6 +38,7 @@ MODEL = Pi05Config(
     action_expert=GemmaSize(width=1024, depth=2, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256),
     vision=VisionSize(width=1152, depth=1, mlp_dim=4304, num_heads=16, patch_size=14, image_size=224),
     vocab_size=1024,
+    dtype="float32",  # bfloat16 is slow on processors without it
 )
 
 
