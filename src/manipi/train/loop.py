@@ -15,6 +15,7 @@ from manipi.errors import TrainingError
 from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
 from manipi.policy import Policy, self_test_for
+from manipi.train.augment import augment
 from manipi.train.config import TrainConfig
 from manipi.train.data import TrainingData, prepare
 from manipi.train.noise import draw_noise
@@ -62,7 +63,7 @@ def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show
         for step, batch, wait in loader:
             if step >= end:
                 break
-            metrics = train_step(state, ModelInput.from_numpy(batch, "cpu"), config)
+            metrics = train_step(state, augment(ModelInput.from_numpy(batch, "cpu"), config, step), config)
             log.record(state.step, metrics, wait)
             if state.step % config.save_every == 0 or state.step == end:
                 save(run, state, data)

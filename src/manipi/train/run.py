@@ -21,7 +21,14 @@ from manipi.model.config import CONFIG_TYPES
 from manipi.records import from_json, json_bytes, read_json, to_json
 from manipi.robots.robot import ROBOT_TYPES
 from manipi.storage import atomic_write, remove_partial, storage_errors
-from manipi.train.config import DataConfig, DatasetConfig, OptimizerConfig, TrainConfig
+from manipi.train.config import (
+    AugmentConfig,
+    DataConfig,
+    DatasetConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 
 MAY_CHANGE = (
     "data.cache_fill",
@@ -33,6 +40,11 @@ MAY_CHANGE = (
     "keep_every",
     "num_threads",
     "steps",
+    "validation.batch_size",
+    "validation.best_by",
+    "validation.every",
+    "validation.raw",
+    "validation.samples",
 )
 """Settings that a resumed run may bring anew: they change neither a batch nor an update. That another path holds the
 same data, the norm stats' fingerprint says."""
@@ -121,8 +133,8 @@ class Run:
 def read_config(folder: Path) -> TrainConfig:
     """The config that a run's folder was started with."""
     path = folder / "config.json"
-    kinds = (TrainConfig, DataConfig, DatasetConfig, OptimizerConfig, *ROBOT_TYPES, *CONFIG_TYPES)
-    return from_json(read_json(path), kinds, str(path))
+    settings = (TrainConfig, DataConfig, DatasetConfig, OptimizerConfig, ValidationConfig, AugmentConfig)
+    return from_json(read_json(path), (*settings, *ROBOT_TYPES, *CONFIG_TYPES), str(path))
 
 
 def _another_run(changes: list[str], where: Path) -> TrainingError:
