@@ -132,9 +132,7 @@ def test_colours(config, inputs):
     for row, camera in np.ndindex(ROWS, len(CAMERAS)):
         pixels = inputs.images[row, camera, ::7].reshape(-1, 3).double().numpy() / 255
         expected = [recoloured(p, numbers[row, camera], settings.augment) for p in pixels]
-        np.testing.assert_allclose(
-            out[row, camera, ::7].reshape(-1, 3).numpy(), np.array(expected) * 2 - 1, atol=2e-6
-        )
+        np.testing.assert_allclose(out[row, camera, ::7].reshape(-1, 3).numpy(), np.array(expected) * 2 - 1, atol=2e-6)
 
 
 def test_brightness_and_contrast_by_hand():
@@ -143,9 +141,7 @@ def test_brightness_and_contrast_by_hand():
     torch.testing.assert_close(adjust_brightness(values, by(-0.5)), by([0.0, 0.1, 0.25, 0.45, 0.5]))
     assert torch.equal(adjust_contrast(values, by(0.0)), values)
     # tan(60°) = √3; the knee is at √3 / (2 + 2√3) = 0.317
-    torch.testing.assert_close(
-        adjust_contrast(values, by(1 / 3)), by([0.0, 0.2 / 3**0.5, 0.5, 1 - 0.1 / 3**0.5, 1.0])
-    )
+    torch.testing.assert_close(adjust_contrast(values, by(1 / 3)), by([0.0, 0.2 / 3**0.5, 0.5, 1 - 0.1 / 3**0.5, 1.0]))
 
 
 # ---- what stays as it is

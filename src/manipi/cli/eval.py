@@ -47,8 +47,9 @@ def main(arguments: Sequence[str]) -> None:
 
     import torch
 
+    from manipi.data.chunk_error import evenly_spaced
     from manipi.evaluate.held_out import new_split, open_split, run_folder
-    from manipi.evaluate.open_loop import evenly_spaced, plot_chunks, predict, score
+    from manipi.evaluate.open_loop import plot_chunks, predict, score
     from manipi.policy import Policy
 
     if args.num_threads:

@@ -74,7 +74,9 @@ def _move(images_Nhw3: Tensor, draws_NP: Tensor, how: AugmentConfig) -> Tensor:
     offset_N2 = draws_NP[:, [1, 0]] * (1 - scale)  # x, y; the picture reaches from -1 to 1
     angle_N = torch.deg2rad(draws_NP[:, 2] * how.rotation)
     cos_N, sin_N = scale * angle_N.cos(), scale * angle_N.sin()
-    matrix_N23 = torch.stack([cos_N, -sin_N, offset_N2[:, 0], sin_N, cos_N, offset_N2[:, 1]], dim=1).unflatten(1, (2, 3))
+    matrix_N23 = torch.stack([cos_N, -sin_N, offset_N2[:, 0], sin_N, cos_N, offset_N2[:, 1]], dim=1).unflatten(
+        1, (2, 3)
+    )
     images_N3hw = images_Nhw3.permute(0, 3, 1, 2)
     grid = F.affine_grid(matrix_N23, list(images_N3hw.shape), align_corners=False)
     return F.grid_sample(images_N3hw, grid, align_corners=False).permute(0, 2, 3, 1)
