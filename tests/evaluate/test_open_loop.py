@@ -107,6 +107,7 @@ def test_errors_by_hand(split, policy):
     np.testing.assert_allclose(error.per_dimension, [0.1, 1 / 7])
     np.testing.assert_allclose(error.per_step, np.array([joint, joint + gripper / 2, joint, joint]) / 2)
     np.testing.assert_allclose(error.share_of_travel, (joint + gripper / 7) / 2)
+    np.testing.assert_allclose(error.per_step_dimension, [[0.1, 0], [0.1, 0.5], [0.1, 0], [0.1, 0]])
     assert (result.frames, result.episodes, result.dimensions) == (2, 2, ("joint", "gripper"))
     # 1 - 0.0804 / 0.6966, where 1 is 0.8933 of the joint's travel and half of the gripper's.
     assert "beats holding position: its error is 88% lower in the mean, lower in 2 of 2" in result.verdict()

@@ -23,6 +23,7 @@ from manipi.train.optimizer import clip_gradients, learning_rate, parameter_norm
 from manipi.train.progress import ProgressLog, plot_loss, show_mixture
 from manipi.train.run import Run
 from manipi.train.state import TrainState
+from manipi.train.validation import Validation
 
 
 def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show: bool = True) -> Path:
@@ -58,6 +59,7 @@ def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show
     run.forget_after(state.step)
 
     # ---- loop
+    validation = Validation(run, data, show=show)
     log = ProgressLog(run, state.step, end, batch_size=config.batch_size, every=config.log_every, show=show)
     with data.loader(state.step) as loader, log:
         for step, batch, wait in loader:
@@ -65,6 +67,9 @@ def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show
                 break
             metrics = train_step(state, augment(ModelInput.from_numpy(batch, "cpu"), config, step), config)
             log.record(state.step, metrics, wait)
+            if validation.due(state.step):
+                # Before the checkpoint of the step: a run that is killed between the two does both again.
+                validation.run(state.step, Policy.from_checkpoint(_served(run, state, data)), state.model)
             if state.step % config.save_every == 0 or state.step == end:
                 save(run, state, data)
     if metrics_so_far := run.read_metrics():
@@ -112,7 +117,15 @@ def _require_finite(loss: Tensor, norm: Tensor, step: int) -> None:
 
 def save(run: Run, state: TrainState, data: TrainingData) -> None:
     """Write the state's checkpoint with a self-test, then delete what is too old."""
-    bare = Checkpoint(
+    bare = _served(run, state, data)
+    test = self_test_for(Policy.from_checkpoint(bare), data.example())
+    write_checkpoint(run.checkpoint(state.step), replace(bare, self_test=test), state.save)
+    run.prune()
+
+
+def _served(run: Run, state: TrainState, data: TrainingData) -> Checkpoint:
+    """What would be served now, without a self-test; it shares its weights with the state."""
+    return Checkpoint(
         weights=state.inference_weights(),
         config=PolicyConfig(model=run.config.model, norm_mode=run.config.norm_mode, step=state.step),
         robot=run.config.robot,
@@ -121,6 +134,3 @@ def save(run: Run, state: TrainState, data: TrainingData) -> None:
         self_test=None,
         other_robots=data.other_robots,
     )
-    test = self_test_for(Policy.from_checkpoint(bare), data.example())
-    write_checkpoint(run.checkpoint(state.step), replace(bare, self_test=test), state.save)
-    run.prune()

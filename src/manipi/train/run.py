@@ -7,10 +7,16 @@ runs/NAME/
 ├─ cache/            decoded pictures, where they are kept
 ├─ metrics.jsonl     one line per logged step
 ├─ loss.png
+├─ validation.jsonl  one line per validation
+├─ validation/       its details: STEP.json, STEP.png, and curves.png over all steps
+├─ best.json         step, number and path of the best checkpoint that there is
+├─ best              a link to that checkpoint
 └─ checkpoints/STEP/ see manipi.checkpoints.native
 """
 
 import json
+import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,7 +66,7 @@ class Run:
     def __init__(self, folder: Path, config: TrainConfig):
         self.folder, self.config = Path(folder), config
         self.checkpoints = self.folder / "checkpoints"
-        self.metrics = self.folder / "metrics.jsonl"
+        self.metrics, self.validations = self.folder / "metrics.jsonl", self.folder / "validation.jsonl"
         self.norm_stats, self.tokenizer = self.folder / "norm_stats.json", self.folder / "tokenizer"
         self._claim(self.folder / "config.json")
 
@@ -107,27 +113,58 @@ class Run:
             ) from error
         return steps[-1]
 
+    def best(self) -> dict[str, Any] | None:
+        """Of the validations whose step has a checkpoint, the one with the lowest `validation.best_by`."""
+        number, steps = self.config.validation.best_by, self.steps()
+        known = [record for record in read_log(self.validations) if record["step"] in steps]
+        return min((r for r in known if math.isfinite(r[number])), key=lambda r: r[number], default=None)
+
     def prune(self) -> None:
-        """Delete all but the newest `keep_checkpoints` and those of every `keep_every`-th step."""
-        every = self.config.keep_every
+        """Delete all but the newest `keep_checkpoints`, those of every `keep_every`-th step, and the best one."""
+        every, best = self.config.keep_every, self.best()
+        if best:
+            self._name_best(best)
         for step in self.steps()[: -self.config.keep_checkpoints]:
-            if step == 0 or not every or step % every:
+            protected = (step and every and step % every == 0) or (best and step == best["step"])
+            if not protected:
                 shutil.rmtree(self.checkpoint(step))
 
+    def _name_best(self, best: dict[str, Any]) -> None:
+        number = self.config.validation.best_by
+        path = self.checkpoint(best["step"]).relative_to(self.folder)
+        described = {"step": best["step"], "by": number, "value": best[number], "path": str(path)}
+        atomic_write(self.folder / "best.json", json_bytes(described))
+        partial = self.folder / f".best.{os.getpid()}.partial"
+        with storage_errors(self.folder / "best"):
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(path, target_is_directory=True)
+            partial.replace(self.folder / "best")
+
     def log(self, record: dict[str, Any]) -> None:
-        with storage_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_log(self.metrics, record)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-        return [json.loads(line) for line in lines]
+        return read_log(self.metrics)
 
     def forget_after(self, step: int) -> None:
         """Drop log lines of steps that a resumed run will do again (a killed run may also leave half a line)."""
-        text = self.metrics.read_text(encoding="utf-8") if self.metrics.exists() else ""
-        whole = text[: text.rfind("\n") + 1].splitlines()
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        atomic_write(self.metrics, "".join(f"{line}\n" for line in kept).encode())
+        for path in (self.metrics, self.validations):
+            if path.exists():
+                text = path.read_text(encoding="utf-8")
+                whole = text[: text.rfind("\n") + 1].splitlines()
+                kept = [line for line in whole if json.loads(line)["step"] <= step]
+                atomic_write(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def append_log(path: Path, record: dict[str, Any]) -> None:
+    """One more line. Raises StorageError where it cannot be written."""
+    with storage_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records so far; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def read_config(folder: Path) -> TrainConfig:
