@@ -101,7 +101,9 @@ def test_accuracy_counts_the_likeliest_tokens(model, batch):
     last = torch.zeros_like(batch.token_loss)
     last[:, -1] = True
     # A causal token at the end is seen by none, so that another one there changes no prediction.
-    batch = replace(batch, token_loss=last, token_valid=batch.token_valid | last, token_causal=batch.token_causal | last)
+    batch = replace(
+        batch, token_loss=last, token_valid=batch.token_valid | last, token_causal=batch.token_causal | last
+    )
     likeliest_B = model.gemma.logits(prompt_output(model.gemma, model.embed_prefix(batch), L)[:, -1]).argmax(-1)
     for wrong in ([], [1], [0, 2]):
         tokens = batch.tokens.clone()

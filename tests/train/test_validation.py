@@ -126,7 +126,8 @@ def test_numbers_frame_by_frame(kind, run, tiny, tmp_path):
     travel = np.quantile(commands, 0.99, axis=0) - np.quantile(commands, 0.01, axis=0)
     for i, frame in enumerate(frames_of(config.robot, 4, data.main.source.dataset, rows)):
         batch = {k: v[None] for k, v in data.main.source.pipeline.encode_frame(frame).items()}
-        loss = policy.model(ModelInput.from_numpy(batch), noise[i : i + 1, 0], timesteps[i : i + 1, 0])
+        with torch.no_grad():
+            loss = policy.model(ModelInput.from_numpy(batch), noise[i : i + 1, 0], timesteps[i : i + 1, 0])
         squared, elements = squared + float(loss.loss * loss.weight), elements + float(loss.weight)
         for draw in noise[i].numpy():
             actions = policy.infer(observation_of(frame, config.robot), draw)["actions"]
@@ -214,7 +215,7 @@ def test_prompts_move_the_actions_of_a_policy_that_reads_them(run, tiny, told, t
     # Without embeddings the words are all the same to it, and both prompts have seven letters.
     embedding.data.zero_()
     deaf = held_out.measure(policy, None)
-    assert deaf.probe.swapped == 0
+    assert deaf.probe.swapped < 1e-6
     assert deaf.probe.noise > 0
     assert "IGNORED" in _about_prompts(deaf)
 
@@ -236,7 +237,9 @@ def judged(tiny, trained, tmp_path):
     def judged(numbers: dict[int, float], **settings) -> Run:
         run = Run(tmp_path, tiny(steps=5, keep_checkpoints=1, **settings))
         for step in range(6):
-            shutil.copytree(trained("pi05"), run.checkpoint(step), ignore=shutil.ignore_patterns("train_state"))
+            shutil.copytree(
+                trained("pi05"), run.checkpoint(step), ignore=shutil.ignore_patterns("train_state", "manifest.json")
+            )
             seal(run.checkpoint(step))
         for step, number in numbers.items():
             append_log(run.validations, {"step": step, "action_error": number, "loss": -number})

@@ -19,7 +19,7 @@ class _Eval:
     """Compare predicted with recorded action chunks, on held-out and on training episodes, beside baselines."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint folder, such as runs/NAME/checkpoints/STEP."""
+    """A checkpoint folder, such as runs/NAME/checkpoints/STEP or runs/NAME/best."""
     data: str | None = None
     """Folder of the dataset. Default: where it was in training."""
     holdout: float | None = None

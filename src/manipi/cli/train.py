@@ -60,9 +60,13 @@ def main(arguments: Sequence[str]) -> None:
     from manipi.train.run import Run
 
     checkpoint = train(args.config, run_dir)
-    metrics = Run(run_dir, args.config).read_metrics()
-    write_result({"checkpoint": str(checkpoint), **metrics[-1]}, args.json)
-    print(f"checkpoint  {checkpoint}\nloss curve  {run_dir / 'loss.png'}\nnext        manipi eval {checkpoint}")
+    run = Run(run_dir, args.config)
+    metrics, best = run.read_metrics(), run.best()
+    write_result({"checkpoint": str(checkpoint), "best": best, **metrics[-1]}, args.json)
+    print(f"checkpoint  {checkpoint}\nloss curve  {run_dir / 'loss.png'}")
+    if best:
+        print(f"best        {run_dir / 'best'}, of step {best['step']}: validation/curves.png")
+    print(f"next        manipi eval {run_dir / 'best' if best else checkpoint}")
 
 
 def parse_train(target: str, recipe: TrainConfig, arguments: Sequence[str]) -> _Train:

@@ -10,7 +10,7 @@ from manipi.train.measure import SetResult
 from manipi.train.progress import figure
 
 POLICY, TRAINING = "#0b6e99", "#c46a1b"
-SIMPLE = {"holding position": ("#7a7a7a", "--"), "the mean action": ("#a9a9a9", ":")}
+SIMPLE = {"holding position": ("#c46a1b", "--"), "the mean action": ("#555555", ":")}
 
 
 def plot_curves(validations: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -32,11 +32,11 @@ def plot_curves(validations: Sequence[Mapping[str, Any]], metrics: Sequence[Mapp
         for key, colour, name in (
             ("swapped_prompt", POLICY, "another frame's prompt"),
             ("blank_prompt", TRAINING, "no prompt"),
-            ("other_noise", "#7a7a7a", "the same, other noise"),
+            ("other_noise", "#7a7a7a", "the same prompt, other noise"),
         ):
             if key in validations[-1]:
                 _curve(prompts, steps, validations, key, colour, name, 100)
-        prompts.set(title="how far actions move", ylabel="% of the travel", ylim=(0, None))
+        prompts.set(title="how far other prompts move the actions", ylabel="% of the travel", ylim=(0, None))
         for axis in (loss, error, prompts):
             axis.set_xlabel("step")
             axis.grid(alpha=0.25)
@@ -82,8 +82,9 @@ def _beside_baselines(axis: Any, result: SetResult) -> None:
     for name, (colour, _) in SIMPLE.items():
         axis.plot(shares[name], places, "|", color=colour, markersize=11, markeredgewidth=2.5, label=name)
     widest = max(np.nanmax(share) for share in shares.values())
+    # Numbers stand at the right, beyond every bar.
     for place, (mine, unit) in enumerate(zip(result.errors["policy"].per_dimension, result.units, strict=True)):
         axis.text(widest * 1.04, place, f"{mine:.3g} {unit}".strip(), va="center", fontsize=8)
     axis.set(xlim=(0, widest * 1.3), ylim=(len(places) - 0.5, -0.5), yticks=[])
     axis.set_xlabel("% of the travel; number: the policy's error", fontsize=8)
-    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
