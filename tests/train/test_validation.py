@@ -14,6 +14,7 @@ from manipi.cli import main
 from manipi.data.chunk_error import dimension_units
 from manipi.data.lerobot_writer import LeRobotWriter
 from manipi.data.source import frames_of
+from manipi.errors import ConfigError
 from manipi.model import ModelInput
 from manipi.policy import Policy
 from manipi.robots import EndEffector, Gripper, Joints, Robot, State
@@ -182,7 +183,7 @@ def test_without_held_out_episodes_there_is_none(tiny, tmp_path, capsys):
     config = tiny(steps=2, validation=SMALL)
     config = replace(config, data=replace(config.data, holdout=0.0))
     train(config, tmp_path)
-    assert "no validation: no episode is held out" in capsys.readouterr().out
+    assert "no validation on dataset: no episode is held out" in capsys.readouterr().out
     assert not (tmp_path / "validation.jsonl").exists()
 
 
@@ -209,14 +210,16 @@ def test_prompts_move_the_actions_of_a_policy_that_reads_them(run, tiny, told, t
     embedding = policy.model.gemma.token_embedding
     embedding.data *= 30
     heard = held_out.measure(policy, None)
+    assert heard.probe.swapped is not None
     assert heard.probe.swapped > 0
     assert heard.probe.blank > 0
     assert "another one moves actions" in _about_prompts(heard)
     # Without embeddings the words are all the same to it, and both prompts have seven letters.
     embedding.data.zero_()
     deaf = held_out.measure(policy, None)
-    assert deaf.probe.swapped < 1e-6
-    assert deaf.probe.noise > 0
+    assert deaf.probe.swapped is not None
+    assert deaf.probe.noise is not None
+    assert deaf.probe.swapped < 1e-6 < deaf.probe.noise
     assert "IGNORED" in _about_prompts(deaf)
 
 
@@ -283,6 +286,12 @@ def test_a_run_names_its_best_checkpoint_for_commands(run, capsys):
     assert steps == {2, 4}
     main(["eval", str(folder / "best"), "--max-frames", "2", "--num-threads", "1"])
     assert "the run's own" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "value"), [("every", -1), ("samples", 0), ("batch_size", 0)])
+def test_settings_out_of_range(name, value):
+    with pytest.raises(ConfigError, match=f"validation.{name}"):
+        ValidationConfig(**{name: value})
 
 
 def test_units_of_dimensions():

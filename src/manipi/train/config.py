@@ -128,6 +128,11 @@ class ValidationConfig:
     best_by: Literal["action_error", "loss"] = "action_error"
     """By which number a checkpoint is the best one, which stays as long as none is better."""
 
+    def __post_init__(self) -> None:
+        for name, lowest in (("every", 0), ("samples", 1), ("batch_size", 1)):
+            if getattr(self, name) < lowest:
+                raise _out_of_range(f"validation.{name}", f"at least {lowest}", getattr(self, name))
+
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:

@@ -4,6 +4,7 @@ The weights are those that would be served now. Numbers go to `validation.jsonl`
 `validation/STEP.json`; pictures are beside it. Which checkpoint is the best follows from them: `Run.best`.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -35,8 +36,17 @@ class Validation:
     def __init__(self, run: Run, data: TrainingData, *, show: bool):
         self._run, self._data, self._show = run, data, show
         self._held_out = [one for one in data.sets if len(one.held_out)]
-        if show and run.config.validation.every and not self._held_out:
-            tqdm.write("no validation: no episode is held out (--data.holdout 0.1 holds out every tenth)")
+        if show and run.config.validation.every:
+            self._say_what_is_missing()
+
+    def _say_what_is_missing(self) -> None:
+        config = self._run.config
+        if without := [one.source.dataset.name for one in self._data.sets if not len(one.held_out)]:
+            tqdm.write(
+                f"no validation on {', '.join(without)}: no episode is held out (--data.holdout 0.1: a tenth is)"
+            )
+        if self._held_out and math.lcm(config.validation.every, config.save_every) > config.steps:
+            tqdm.write("no step before the last is both validated and saved, and could be the best checkpoint")
 
     def due(self, step: int) -> bool:
         """Whether there is one after so many steps."""
