@@ -56,7 +56,7 @@ def atomic_directory(target: Path, next: str = _NEXT) -> Iterator[Path]:
 def remove_partial(folder: Path, name: str | None = None) -> None:
     """Delete what killed processes left half-written in `folder`, or of one `name` there; no other may be writing."""
     for partial in folder.glob(".*.partial" if name is None else f".{glob.escape(name)}.*.partial"):
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        shutil.rmtree(partial) if partial.is_dir() and not partial.is_symlink() else partial.unlink()
 
 
 def atomic_write(path: Path, data: bytes) -> None:

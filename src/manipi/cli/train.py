@@ -71,9 +71,13 @@ def main(arguments: Sequence[str]) -> None:
     checkpoint = train(args.config, run_dir, resume_from=args.resume_from)
     if os.environ.get("RANK", "0") != "0":
         return  # one of many processes, of which the first speaks
-    metrics = Run(run_dir, args.config).read_metrics()
-    write_result({"checkpoint": str(checkpoint), **(metrics[-1] if metrics else {})}, args.json)
-    print(f"checkpoint  {checkpoint}\nloss curve  {run_dir / 'loss.png'}\nnext        manipi eval {checkpoint}")
+    run = Run(run_dir, args.config)
+    metrics, best = [m for m in run.read_metrics() if "learning_rate" in m], run.best()
+    write_result({"checkpoint": str(checkpoint), "best": best, **(metrics[-1] if metrics else {})}, args.json)
+    print(f"checkpoint  {checkpoint}\nloss curve  {run_dir / 'loss.png'}")
+    if best:
+        print(f"best        {run_dir / 'best'}, of step {best['step']}: validation/curves.png")
+    print(f"next        manipi eval {run_dir / 'best' if best else checkpoint}")
 
 
 def _become(torchrun: list[str]) -> None:

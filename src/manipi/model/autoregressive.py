@@ -29,6 +29,8 @@ class TokenLoss(NamedTuple):
     """Mean cross-entropy over the sample's loss tokens, in nats; zero for a sample without any."""
     weight: Float[Tensor, ""]
     """How many samples count, to average over batches exactly."""
+    accuracy: Float[Tensor, ""]
+    """Share of a sample's loss tokens that are the most likely ones; mean over the samples."""
 
 
 def token_loss(
@@ -42,10 +44,17 @@ def token_loss(
     out_BLD = prompt_output(gemma, prefix, tokens_BL.shape[1])
     targets_BL, counts_BL = tokens_BL[:, 1:], token_loss_BL[:, 1:]
     # Only the loss tokens meet the vocabulary: the logits of a full batch would be the largest tensor of all.
-    nll = F.cross_entropy(gemma.logits(out_BLD[counts_BL]), targets_BL[counts_BL], reduction="none")
-    nll_BL = torch.zeros(targets_BL.shape, dtype=nll.dtype, device=nll.device).masked_scatter(counts_BL, nll)
-    per_sample_B = nll_BL.sum(1) / counts_BL.sum(1).clamp(min=1)
-    return TokenLoss(per_sample_B.mean(), per_sample_B, torch.tensor(float(len(per_sample_B)), device=nll.device))
+    logits, targets = gemma.logits(out_BLD[counts_BL]), targets_BL[counts_BL]
+    per_sample_B = _mean_per_sample(F.cross_entropy(logits, targets, reduction="none"), counts_BL)
+    hits_B = _mean_per_sample((logits.detach().argmax(-1) == targets).float(), counts_BL)
+    weight = torch.tensor(float(len(per_sample_B)), device=logits.device)
+    return TokenLoss(per_sample_B.mean(), per_sample_B, weight, hits_B.mean())
+
+
+def _mean_per_sample(values: Tensor, counts_BL: Tensor) -> Tensor:
+    """Means [B] of what stands, one after the other, at the places that count; 0 where none does."""
+    values_BL = torch.zeros(counts_BL.shape, dtype=values.dtype, device=values.device).masked_scatter(counts_BL, values)
+    return values_BL.sum(1) / counts_BL.sum(1).clamp(min=1)
 
 
 def prompt_output(gemma: Gemma, prefix: Span, prompt_len: int) -> Float[Tensor, "B L-1 D"]:

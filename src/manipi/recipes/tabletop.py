@@ -5,7 +5,7 @@ from typing import Any
 
 from manipi.model.config import GemmaSize, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
 from manipi.robots.tabletop import TABLETOP
-from manipi.train.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
+from manipi.train.config import AugmentConfig, ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
 
 IMAGE_SIZE = 56
 VISION = VisionSize(width=64, depth=1, mlp_dim=128, num_heads=2, patch_size=8, image_size=IMAGE_SIZE)
@@ -41,6 +41,7 @@ def pi05_tabletop() -> TrainConfig:
         ema_decay=0.995,
         log_every=50,
         save_every=500,
+        augment=AugmentConfig(enabled=False),  # colours are what the instructions name
     )
 
 

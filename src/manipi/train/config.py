@@ -216,6 +216,56 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """How a run looks at frames of held-out episodes while it trains. None of it changes what is trained."""
+
+    every: int = 1_000
+    """Steps between two validations; there is one at the end, too. 0: none at all."""
+    samples: int = 256
+    """Held-out frames of each dataset, and as many training ones; they stay in memory."""
+    batch_size: int = 32
+    """Frames that the model sees together."""
+    raw: bool = False
+    """Also the loss of the weights that are not averaged."""
+    best_by: Literal["action_error", "loss"] = "action_error"
+    """By which number a checkpoint is the best one, which stays as long as none is better."""
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("every", 0), ("samples", 1), ("batch_size", 1)):
+            if getattr(self, name) < lowest:
+                raise _out_of_range(f"validation.{name}", f"at least {lowest}", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes to the pictures of training; the defaults are what the reference does with augmax 0.4.1."""
+
+    enabled: bool = True
+    crop: float = 0.95
+    """Side of a random crop, as a share of the picture's. Wrist cameras are neither cropped nor rotated."""
+    rotation: float = 5.0
+    """Largest angle either way, in degrees."""
+    colour_probability: float = 0.5
+    """Share of the pictures whose colours change; how far, the following say."""
+    brightness: float = 0.3
+    contrast: float = 0.4
+    hue: float = 0.1
+    """In turns of the colour circle. The reference names none; this is augmax's default."""
+    saturation: float = 0.0
+    """The reference names 0.5, which augmax computes and drops."""
+
+    def __post_init__(self) -> None:
+        for name, highest in (("colour_probability", 1.0), ("hue", 0.5), ("rotation", 180.0), ("saturation", 1.0)):
+            if not 0 <= getattr(self, name) <= highest:
+                raise _out_of_range(f"augment.{name}", f"from 0 to {highest:g}", getattr(self, name))
+        for name in ("brightness", "contrast"):
+            if not 0 <= getattr(self, name) < 1:
+                raise _out_of_range(f"augment.{name}", "from 0 to below 1", getattr(self, name))
+        if not 0 < self.crop <= 1:
+            raise _out_of_range("augment.crop", "above 0, at most 1", self.crop)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run, complete: it is written into the run's folder and compared on resume."""
 
@@ -260,6 +310,8 @@ class TrainConfig:
     goes on; otherwise training waits for them."""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "noise_draws", "log_every", "save_every", "keep_checkpoints"):
@@ -278,6 +330,8 @@ class TrainConfig:
             raise _out_of_range("data.holdout", "from 0 to below 1", self.data.holdout)
         if self.batch_size % self.accumulate:
             raise _out_of_range("accumulate", f"a divisor of the batch size {self.batch_size}", self.accumulate)
+        if self.validation.raw and (self.parallel.replicate > 1 or self.parallel.shard > 1):
+            raise _out_of_range("validation.raw", "False with several processes, whose weights are apart", True)
         self._check_model()
 
     @property

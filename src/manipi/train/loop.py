@@ -16,6 +16,7 @@ from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
 from manipi.storage import atomic_write
 from manipi.train.accumulate import accumulate_gradients
+from manipi.train.augment import augment
 from manipi.train.config import TrainConfig
 from manipi.train.data import TrainingData, prepare
 from manipi.train.first_batch import save_first_batch
@@ -31,6 +32,7 @@ from manipi.train.saving import CheckpointWriter, make_saver, read_window
 from manipi.train.state import TrainState
 from manipi.train.stop_signals import StopSignals
 from manipi.train.trained import format_table, parameter_table, require_packages
+from manipi.train.validation import Validation
 
 
 def train(
@@ -106,12 +108,13 @@ def _train(
     config, world = run.config, state.world
     if show and len(data.sets) > 1:
         show_mixture(data.report())
+    writer, validation = checkpoint_writer(run, data), Validation(run, data, show=show)
     lines = {"batch_size": config.batch_size, "every": config.log_every, "show": show, "window": window or ()}
     with (
         StopSignals() as stop,
         RunLog(run, state.step, lead=world.leads) as out,
         ProgressLog(out, state.step, end, **lines) as progress,
-        make_saver(checkpoint_writer(run, data), state, lock) as saver,
+        make_saver(writer, state, lock) as saver,
         data.loader(state.step, world.rank, world.size) as loader,
         Guards(config.guards, run.folder, loader, data.mixture) as guards,
     ):
@@ -125,10 +128,16 @@ def _train(
                 pictures = save_first_batch(run.folder / "first_batch", batch, loader.rows(0), data)
                 out.log(0, {}, {"camera_views": pictures})
             with guards.step(step, batch):
-                metrics, sample_loss = train_step(state, ModelInput.from_numpy(batch, world.device), config)
+                inputs = ModelInput.from_numpy(batch, world.device)
+                inputs = augment(inputs, config, step, first_row=world.rank * inputs.batch_size)
+                metrics, sample_loss = train_step(state, inputs, config)
                 spike = guards.spike(step, float(metrics["loss"]), sample_loss)
                 progress.record(state.step, metrics, wait, batch, spike)
             saver.check()
+            if validation.due(state.step):
+                # Before the checkpoint of the step: a run that is killed between the two does both again.
+                with guards.phase("validation", f"the validation of step {state.step}"):
+                    _validate(validation, writer, state, out)
             stopped_by = world.first(stop.received)  # once: another may come any time
             if state.step % config.save_every == 0 or state.step == end or stopped_by:
                 with guards.phase("the run", f"the checkpoint of step {state.step}"):
@@ -141,6 +150,15 @@ def _train(
     if world.leads and stop.received and state.step < end:
         said = f"{stop.received}: stopped at step {state.step} of {end}, with a checkpoint"
         tqdm.write(f"{said}; the same command goes on")
+
+
+def _validate(validation: Validation, writer: CheckpointWriter, state: TrainState, out: RunLog) -> None:
+    """With whole weights on the first process, while the others wait."""
+    weights, world = state.inference_weights(), state.world
+    if world.leads:
+        policy = writer.policy(weights, state.step, str(world.device))
+        numbers = validation.run(state.step, policy, state.model)
+        out.log(state.step, {f"val/{name}": value for name, value in numbers.items()})
 
 
 def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tuple[dict[str, Tensor | float], Tensor]:

@@ -1,9 +1,11 @@
 """What a run tells while it goes: a progress bar, `metrics.jsonl`, and the loss curve as a picture."""
 
+import io
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -134,23 +136,26 @@ def show_mixture(shares: Sequence[Share]) -> None:
 
 def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     """The loss and the learning rate over the steps, as a PNG."""
-    import io
+    with figure(path, figsize=(7, 3.5)) as drawing:
+        axis = drawing.subplots()
+        metrics = [m for m in metrics if "learning_rate" in m]
+        steps = [m["step"] for m in metrics]
+        axis.plot(steps, [m["loss"] for m in metrics], color="#0b6e99", linewidth=1.5)
+        axis.set(xlabel="step", ylabel="loss", yscale="log")
+        axis.grid(alpha=0.25, which="both")
+        rate = axis.twinx()
+        rate.plot(steps, [m["learning_rate"] for m in metrics], color="#c46a1b", linewidth=1, linestyle=":")
+        rate.set_ylabel("learning rate (dotted)", color="#c46a1b")
 
-    import matplotlib
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+@contextmanager
+def figure(path: Path, figsize: tuple[float, float]) -> Iterator[Any]:
+    """A figure of matplotlib, which is a PNG once the block has drawn it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    figure, axis = plt.subplots(figsize=(7, 3.5), dpi=110, layout="constrained")
-    metrics = [m for m in metrics if "learning_rate" in m]
-    steps = [m["step"] for m in metrics]
-    axis.plot(steps, [m["loss"] for m in metrics], color="#0b6e99", linewidth=1.5)
-    axis.set(xlabel="step", ylabel="loss", yscale="log")
-    axis.grid(alpha=0.25, which="both")
-    rate = axis.twinx()
-    rate.plot(steps, [m["learning_rate"] for m in metrics], color="#c46a1b", linewidth=1, linestyle=":")
-    rate.set_ylabel("learning rate (dotted)", color="#c46a1b")
+    drawing = Figure(figsize=figsize, dpi=110, layout="constrained")
+    yield drawing
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    plt.close(figure)
+    FigureCanvasAgg(drawing).print_png(buffer)
     atomic_write(path, buffer.getvalue())

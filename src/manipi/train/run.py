@@ -11,10 +11,16 @@ runs/NAME/
 ├─ tensorboard/      and wandb/, where asked for
 ├─ bad_batch_STEP.npz  the batch of a step whose loss or gradient was not finite
 ├─ loss.png
+├─ validation.jsonl  one line per validation
+├─ validation/       its details: STEP.json, STEP.png, and curves.png over all steps
+├─ best.json         step, number and path of the best checkpoint that there is
+├─ best              a link to that checkpoint
 └─ checkpoints/STEP/ see manipi.checkpoints.native
 """
 
 import json
+import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +32,7 @@ from manipi.records import from_json, json_bytes, read_json, to_json
 from manipi.robots.robot import ROBOT_TYPES
 from manipi.storage import atomic_write, remove_partial, storage_errors
 from manipi.train.config import (
+    AugmentConfig,
     ComputeConfig,
     DataConfig,
     DatasetConfig,
@@ -35,6 +42,7 @@ from manipi.train.config import (
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,
+    ValidationConfig,
 )
 
 MAY_CHANGE = (
@@ -55,6 +63,11 @@ MAY_CHANGE = (
     "parallel.shard",
     "parallel.timeout_minutes",
     "steps",
+    "validation.batch_size",
+    "validation.best_by",
+    "validation.every",
+    "validation.raw",
+    "validation.samples",
 )
 """Settings that a resumed run may bring anew: they change neither a batch nor an update. That another path holds the
 same data, the norm stats' fingerprint says."""
@@ -70,7 +83,7 @@ class Run:
     def __init__(self, folder: Path, config: TrainConfig):
         self.folder, self.config = Path(folder), config
         self.checkpoints = self.folder / "checkpoints"
-        self.metrics = self.folder / "metrics.jsonl"
+        self.metrics, self.validations = self.folder / "metrics.jsonl", self.folder / "validation.jsonl"
         self.norm_stats, self.tokenizer = self.folder / "norm_stats.json", self.folder / "tokenizer"
         self._claim(self.folder / "config.json")
 
@@ -152,15 +165,24 @@ class Run:
                 else f"there is none before it: delete {self.checkpoint(step)} and start again",
             ) from error
 
+    def best(self) -> dict[str, Any] | None:
+        """Of the validations whose step has a checkpoint, the one with the lowest `validation.best_by`."""
+        number, steps = self.config.validation.best_by, self.steps()
+        known = [record for record in read_log(self.validations) if record["step"] in steps]
+        return min((r for r in known if math.isfinite(r[number])), key=lambda r: r[number], default=None)
+
     def prune(self) -> None:
-        """Delete all but the newest `keep_checkpoints` and those of every `keep_every`-th step.
+        """Delete all but the newest `keep_checkpoints`, those of every `keep_every`-th step, and the best one.
 
         A checkpoint between two saves, as SIGTERM leaves it, goes with the next and takes no other's place.
         """
-        every, steps = self.config.keep_every, self.steps()
+        every, steps, best = self.config.keep_every, self.steps(), self.best()
+        if best:
+            self._name_best(best)
         planned = [step for step in steps if step % self.config.save_every == 0 or step == steps[-1]]
         for step in set(steps) - set(planned[-self.config.keep_checkpoints :]):
-            if step == 0 or not every or step % every:
+            protected = (step and every and step % every == 0) or (best and step == best["step"])
+            if not protected:
                 self._drop(step)
 
     def _drop(self, step: int) -> None:
@@ -169,36 +191,50 @@ class Run:
         self.checkpoint(step).rename(hidden)
         shutil.rmtree(hidden)
 
+    def _name_best(self, best: dict[str, Any]) -> None:
+        number = self.config.validation.best_by
+        path = self.checkpoint(best["step"]).relative_to(self.folder)
+        described = {"step": best["step"], "by": number, "value": best[number], "path": str(path)}
+        atomic_write(self.folder / "best.json", json_bytes(described))
+        partial = self.folder / f".best.{os.getpid()}.partial"
+        with storage_errors(self.folder / "best"):
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(path, target_is_directory=True)
+            partial.replace(self.folder / "best")
+
     def log(self, record: dict[str, Any]) -> None:
-        with storage_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_log(self.metrics, record)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-        return [json.loads(line) for line in lines]
+        return read_log(self.metrics)
 
     def forget_after(self, step: int) -> None:
         """Drop log lines of steps that a resumed run will do again (a killed run may also leave half a line)."""
-        text = self.metrics.read_text(encoding="utf-8") if self.metrics.exists() else ""
-        whole = text[: text.rfind("\n") + 1].splitlines()
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        atomic_write(self.metrics, "".join(f"{line}\n" for line in kept).encode())
+        for path in (self.metrics, self.validations):
+            if path.exists():
+                text = path.read_text(encoding="utf-8")
+                whole = text[: text.rfind("\n") + 1].splitlines()
+                kept = [line for line in whole if json.loads(line)["step"] <= step]
+                atomic_write(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def append_log(path: Path, record: dict[str, Any]) -> None:
+    """One more line. Raises StorageError where it cannot be written."""
+    with storage_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records so far; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def read_config(folder: Path) -> TrainConfig:
     """The config that a run's folder was started with."""
     path = folder / "config.json"
-    groups = (
-        DataConfig,
-        DatasetConfig,
-        OptimizerConfig,
-        LRScale,
-        ComputeConfig,
-        ParallelConfig,
-        GuardConfig,
-        LogConfig,
-    )
-    return from_json(read_json(path), (TrainConfig, *groups, *ROBOT_TYPES, *CONFIG_TYPES), str(path))
+    data, how = (DataConfig, DatasetConfig, AugmentConfig), (OptimizerConfig, LRScale, ComputeConfig, ParallelConfig)
+    kinds = (TrainConfig, *data, *how, GuardConfig, LogConfig, ValidationConfig, *ROBOT_TYPES, *CONFIG_TYPES)
+    return from_json(read_json(path), kinds, str(path))
 
 
 def _another_run(changes: list[str], where: Path) -> TrainingError:

@@ -58,6 +58,11 @@ class CheckpointWriter:
     example: Sample
     """The observation of the self-test."""
 
+    def policy(self, weights: Mapping[str, Tensor], step: int, device: str = "cpu") -> Policy:
+        """The policy with these weights, in whose memory it may stay."""
+        config = replace(self.bare.config, step=step)
+        return Policy.from_checkpoint(replace(self.bare, weights=weights, config=config), device=device)
+
     def write(
         self, weights: Mapping[str, Tensor], save_state: Callable[[Path], object], step: int, window: Window
     ) -> None:
@@ -67,9 +72,9 @@ class CheckpointWriter:
             weights: that are served.
             save_state: makes a folder of the training state.
         """
-        config = replace(self.bare.config, step=step)
-        bare = replace(self.bare, weights=weights, config=config)
-        test = self_test_for(Policy.from_checkpoint(bare), self.example)
+        policy = self.policy(weights, step)
+        bare = replace(self.bare, weights=weights, config=policy.config)
+        test = self_test_for(policy, self.example)
 
         def write_train_state(folder: Path) -> None:
             save_state(folder)
