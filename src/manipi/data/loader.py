@@ -10,6 +10,7 @@ import itertools
 import math
 import mmap
 import os
+import signal
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
