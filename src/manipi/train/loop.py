@@ -4,6 +4,7 @@ Everything random is a pure function of (seed, step): the sampler's rows, the no
 therefore needs weights, average and optimizer alone, and equals an undisturbed one.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,13 +63,21 @@ def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show
         for step, batch, wait in loader:
             if step >= end:
                 break
-            metrics = train_step(state, ModelInput.from_numpy(batch, "cpu"), config)
+            inputs = ModelInput.from_numpy(batch, "cpu")
+            with _memory_report(config, inputs) if show and state.step + 1 == end else nullcontext():
+                metrics = train_step(state, inputs, config)
             log.record(state.step, metrics, wait)
             if state.step % config.save_every == 0 or state.step == end:
                 save(run, state, data)
     if metrics_so_far := run.read_metrics():
         plot_loss(metrics_so_far, run.folder / "loss.png")
     return run.checkpoint(state.step)
+
+
+def _memory_report(config: TrainConfig, inputs: ModelInput) -> AbstractContextManager[None]:
+    from manipi.train.memory import memory_report  # it takes a step of this module's itself
+
+    return memory_report(config, inputs)
 
 
 def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> dict[str, Tensor | float]:
