@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
@@ -129,7 +129,7 @@ def state_bytes(config: TrainConfig, *, gpus: int = 1) -> int:
 
 def fake_state(config: TrainConfig, fake: FakeTensorMode) -> TrainState:
     """The trainer's state, of tensors without contents."""
-    with fake:
+    with fake, MemoryLog([]):
         return TrainState.initial(config)
 
 
@@ -163,7 +163,7 @@ def gathered_bytes(state: TrainState) -> int:
 
 def step_memory(state: TrainState, batch: ModelInput, config: TrainConfig) -> StepMemory:
     """Take one training step, with real tensors or with fake ones, and say what it had in memory."""
-    log = MemoryLog(known_storages(state, [v for v in vars(batch).values() if v is not None]))
+    log = MemoryLog(known_storages(state, vars(batch).values()))
     watched = [p.register_post_accumulate_grad_hook(log.mark_gradient) for p in state.parameters.values()]
     with log:
         train_step(state, batch, config)
@@ -175,19 +175,18 @@ def step_memory(state: TrainState, batch: ModelInput, config: TrainConfig) -> St
 Known: TypeAlias = list[tuple[torch.UntypedStorage, str]]
 
 
-def known_storages(state: TrainState, batch: Iterable[Tensor]) -> Known:
+def known_storages(state: TrainState, batch: Iterable[Any]) -> Known:
     """Each storage that is there before the step, once, with its part."""
-    parts: dict[str, Any] = {
-        "weights": state.model.state_dict(keep_vars=True),
+    parts = {
+        "weights": [*state.model.parameters(), *state.model.buffers()],
         "average": state.average,
-        "optimizer": dict(state.optimizer.state),
+        "optimizer": list(state.optimizer.state.values()),
         "batch": list(batch),
     }
     found: dict[torch.UntypedStorage, str] = {}
     for part, tensors in parts.items():
-        for tensor in tree_leaves(list(tensors.values()) if isinstance(tensors, dict) else tensors):
-            if isinstance(tensor, Tensor):
-                found.setdefault(tensor.untyped_storage(), part)
+        for storage in storages(tensors):
+            found.setdefault(storage, part)
     return list(found.items())
 
 
@@ -218,16 +217,17 @@ class MemoryLog(TorchDispatchMode):
         if in_backward and not self._in_backward:
             self._backwards.append(self._event)
         self._in_backward = in_backward
-        result = func(*_as_indices(func, args), **(kwargs or {})) if not _is_truth(func, args) else True
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._appear(tensor.untyped_storage())
+        if _asks_for_number(func, args):
+            return True
+        result = func(*_as_indices(func, args), **(kwargs or {}))
+        for storage in storages(result):
+            self._appear(storage)
         return result
 
     def mark_gradient(self, parameter: Tensor) -> None:
         """Called when a parameter has a new gradient."""
-        assert parameter.grad is not None
-        self._appear(parameter.grad.untyped_storage()).part = "gradients"
+        for storage in storages(parameter.grad):
+            self._appear(storage).part = "gradients"
 
     def read(self) -> StepMemory:
         """The curves so far."""
@@ -259,22 +259,41 @@ class MemoryLog(TorchDispatchMode):
         self._alive.pop(key)[1].died = self._event
 
 
-def _is_truth(func: Any, args: Sequence[Any]) -> bool:
-    """Whether the step asks if something fake is true, such as that the loss is finite. It is."""
-    asks = func is torch.ops.aten._local_scalar_dense.default
-    return asks and isinstance(args[0], FakeTensor) and args[0].dtype == torch.bool
+def storages(tensors: Any) -> Iterator[torch.UntypedStorage]:
+    """Those below tensors in any containers, sparse tensors and tensors made of others."""
+    for tensor in tree_leaves(tensors):
+        if is_traceable_wrapper_subclass(tensor):
+            yield from storages([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])
+        elif isinstance(tensor, Tensor) and tensor.layout == torch.sparse_coo:
+            yield from storages([tensor._indices(), tensor._values()])
+        elif isinstance(tensor, Tensor):
+            yield tensor.untyped_storage()
+
+
+def _asks_for_number(func: Any, args: Sequence[Any]) -> bool:
+    """Whether the step asks what a fake truth value or fraction is, such as whether the loss is finite.
+
+    It is true, or 1. A fake integer is a size or an index, of which there is no good guess; torch refuses it.
+    """
+    asks = func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor)
+    return asks and (args[0].dtype == torch.bool or args[0].dtype.is_floating_point)
 
 
 def _as_indices(func: Any, args: tuple) -> tuple:
-    """`values[mask]` with fake values and a real mask, told by the positions where the mask is true.
+    """`values[mask]`, told by the positions where the mask is true, because fake tensors have no count of these.
 
-    Fake tensors have no count of these, as they do not look into masks.
+    A mask that is fake itself counts as true everywhere: more cannot be.
     """
     if func is not torch.ops.aten.index.Tensor or not isinstance(args[0], FakeTensor):
         return args
     is_mask = [isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]]
-    positions = [list(i.nonzero(as_tuple=True)) if mask else [i] for i, mask in zip(args[1], is_mask, strict=True)]
+    positions = [_positions(i) if mask else [i] for i, mask in zip(args[1], is_mask, strict=True)]
     return args[0], [index for group in positions for index in group]
+
+
+def _positions(mask: Tensor) -> tuple[Tensor, ...]:
+    known = torch.ones(mask.shape, dtype=torch.bool) if isinstance(mask, FakeTensor) else mask
+    return known.nonzero(as_tuple=True)
 
 
 @contextmanager
