@@ -25,14 +25,14 @@ def test_what_fits(capsys, tmp_path):
 
 
 def test_what_does_not_fit_exits_with_1_and_names_a_command_that_fits(capsys, tmp_path):
-    arguments = ["tabletop", "--gpu=1.005GB", "--gpus", "1", "--batch-size", "64", "--json", f"{tmp_path}/a.json"]
+    arguments = ["tabletop", "--gpu=1.012GB", "--gpus", "1", "--batch-size", "16", "--json", f"{tmp_path}/a.json"]
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     assert exit.value.code == 1
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
     assert result["fits"] is False
     assert result["found"]["fits"] is True
-    assert result["found"]["command"].startswith("manipi train tabletop --batch-size 64 --")
+    assert result["found"]["command"].startswith("manipi train tabletop --batch-size 16 --")
     assert f"\n  {result['found']['command']}\n" in printed
     assert "lacks" in printed
 
