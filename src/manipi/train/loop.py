@@ -4,7 +4,7 @@ Everything random is a pure function of (seed, step): the sampler's rows, the no
 therefore needs weights, average and optimizer alone, and equals an undisturbed one.
 """
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -130,7 +130,8 @@ def _train(
             with guards.step(step, batch):
                 inputs = ModelInput.from_numpy(batch, world.device)
                 inputs = augment(inputs, config, step, first_row=world.rank * inputs.batch_size)
-                metrics, sample_loss = train_step(state, inputs, config)
+                with _memory_report(config, inputs) if show and state.step + 1 == end else nullcontext():
+                    metrics, sample_loss = train_step(state, inputs, config)
                 spike = guards.spike(step, float(metrics["loss"]), sample_loss)
                 progress.record(state.step, metrics, wait, batch, spike)
             saver.check()
@@ -150,6 +151,12 @@ def _train(
     if world.leads and stop.received and state.step < end:
         said = f"{stop.received}: stopped at step {state.step} of {end}, with a checkpoint"
         tqdm.write(f"{said}; the same command goes on")
+
+
+def _memory_report(config: TrainConfig, inputs: ModelInput) -> AbstractContextManager[None]:
+    from manipi.train.memory import memory_report  # it takes a step of this module's itself
+
+    return memory_report(config, inputs)
 
 
 def _validate(validation: Validation, writer: CheckpointWriter, state: TrainState, out: RunLog) -> None:
