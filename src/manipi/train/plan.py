@@ -1,8 +1,11 @@
 """Which settings let a run fit a GPU, cheapest first."""
 
+import importlib.util
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tqdm import tqdm
 
@@ -59,17 +62,38 @@ class Saving:
     """What is paid for it."""
 
 
+def _with_compute(**changes: Any) -> Callable[[TrainConfig], TrainConfig]:
+    return lambda c: replace(c, compute=replace(c.compute, **changes))
+
+
+def _in_bfloat16(config: TrainConfig) -> TrainConfig:
+    if config.compute.precision != "fp32":
+        return config
+    model = replace(config.model, dtype="bfloat16")  # which otherwise speaks against it
+    return replace(config, model=model, compute=replace(config.compute, precision="bf16"))
+
+
 def _keep_frozen_in_bfloat16(config: TrainConfig) -> TrainConfig:
-    adapted = config.model.vlm_adapters or (
-        not isinstance(config.model, Pi0FastConfig) and config.model.action_adapters
-    )
-    return replace(config, frozen_dtype="bfloat16") if adapted and config.frozen == "adapted" else config
+    return config if config.trained == "full" else replace(config, frozen_dtype="bfloat16")
+
+
+def _eight_bits(config: TrainConfig) -> TrainConfig:
+    """Without torchao there is no such optimizer to forecast."""
+    if config.optimizer.kind != "adamw" or importlib.util.find_spec("torchao") is None:
+        return config
+    return replace(config, optimizer=replace(config.optimizer, state_bits=8))
+
+
+def _experts_alone(config: TrainConfig) -> TrainConfig:
+    if config.trained != "full" or isinstance(config.model, Pi0FastConfig):
+        return config
+    return replace(config, trained="expert_only", frozen_dtype="bfloat16")
 
 
 SAVINGS = (
     Saving(
-        flags="--model.dtype bfloat16",
-        change=lambda c: replace(c, model=replace(c.model, dtype="bfloat16")),
+        flags="--compute.precision bf16",
+        change=_in_bfloat16,
         cost="activations with 8 bits of mantissa, as the released weights were trained",
     ),
     Saving(
@@ -78,17 +102,42 @@ SAVINGS = (
         cost="frozen weights are rounded once, as in the reference",
     ),
     Saving(
+        flags="--compute.recompute elementwise",
+        change=lambda c: _with_compute(recompute="elementwise")(c) if c.compute.recompute == "none" else c,
+        cost="norms and gates are computed twice",
+    ),
+    Saving(
+        flags="--compute.recompute full",
+        change=_with_compute(recompute="full"),
+        cost="every layer's forward pass is computed twice: about a third more work",
+    ),
+    Saving(
         flags="--noise-draws 1",
         change=lambda c: replace(c, noise_draws=1),
         cost="a noisier loss per observation",
+    ),
+    Saving(
+        flags="--optimizer.state-bits 8",
+        change=_eight_bits,
+        cost="moments of 8 bits (pip install 'manipi[low-bit]')",
     ),
     Saving(
         flags="--ema-decay 0",
         change=lambda c: replace(c, ema_decay=0.0),
         cost="what is served is the last step's weights, not their average",
     ),
+    Saving(
+        flags="--compute.precision pure_bf16",
+        change=lambda c: _with_compute(precision="pure_bf16")(c) if c.optimizer.kind == "adamw" else c,
+        cost="weights and moments of 16 bits, whose updates are rounded at random",
+    ),
+    Saving(
+        flags="--trained expert_only --frozen-dtype bfloat16",
+        change=_experts_alone,
+        cost="vision and language model stay as they are",
+    ),
 )
-"""In the order in which they are tried, after the batch; each goes on from the ones before it."""
+"""In the order in which they are tried, after smaller parts of the batch; each goes on from the ones before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +157,7 @@ def fits(memory: StepMemory, capacity: int) -> bool:
 def find_fit(
     config: TrainConfig, memory: StepMemory, capacity: int, *, gpus: int = 1, show: bool = False
 ) -> Fit | None:
-    """The first settings that fit: a smaller batch, then more and more of `SAVINGS`, then more GPUs.
+    """The first settings that fit: more parts of the batch, then more and more of `SAVINGS`, then more GPUs.
 
     Savings that turn out not to be needed are taken back.
 
@@ -149,14 +198,14 @@ class _Search:
     known: dict[str, StepMemory] = field(default_factory=dict)
 
     def with_savings(self, config: TrainConfig, savings: list[Saving]) -> Fit | None:
-        """The largest batch that fits with these settings."""
+        """The fewest parts of the batch that fit with these settings."""
         changed = _apply(config, savings)
         if state_bytes(changed, gpus=self.gpus) + GIB > self.capacity:
             return None
-        batch = self._largest_batch(changed)
-        if batch is None:
+        parts = self._fewest_parts(changed)
+        if parts is None:
             return None
-        cut = [] if batch == config.batch_size else [smaller_batch(batch, config.batch_size)]
+        cut = [] if parts == config.accumulate else [more_parts(parts)]
         changed = _apply(changed, cut)
         return Fit(config=changed, gpus=self.gpus, memory=self._forecast(changed), savings=(*cut, *savings))
 
@@ -169,27 +218,16 @@ class _Search:
                 found, savings = better, fewer
         return found
 
-    def _largest_batch(self, config: TrainConfig) -> int | None:
-        """Of the batches that divide the wanted one and can be shared."""
-        wanted = config.batch_size
-        sizes = [b for b in range(self.gpus, wanted + 1) if wanted % b == 0 and b % self.gpus == 0]
-        least, most = self._left(config, sizes[0]), self._left(config, wanted)
-        if least < 0 or most >= 0:
-            return None if least < 0 else wanted
-        # The peak is the largest of sums that are linear in the batch, and so it is below the straight line.
-        sure = sizes[0] + least * (wanted - sizes[0]) / (least - most)
-        best = max(size for size in sizes if size <= sure)
-        while (larger := sizes[sizes.index(best) + 1]) < wanted:
-            left = self._left(config, best)
-            # By the same rule it is above the line through two smaller ones.
-            at_best = left - (least - left) / max(1, best - sizes[0]) * (larger - best)
-            if at_best < 0 or self._left(config, larger) < 0:
-                break
-            best = larger
-        return best
+    def _fewest_parts(self, config: TrainConfig) -> int | None:
+        """Into how many parts of equal size the batch has to be split; more never need more memory."""
+        rows = config.batch_size // self.gpus
+        choices = [n for n in range(config.accumulate, rows + 1) if rows % n == 0]
+        if not choices or self._left(config, choices[-1]) < 0:
+            return None
+        return choices[bisect_left(choices, True, key=lambda parts: self._left(config, parts) >= 0)]
 
-    def _left(self, config: TrainConfig, batch_size: int) -> int:
-        memory = self._forecast(replace(config, batch_size=batch_size))
+    def _left(self, config: TrainConfig, parts: int) -> int:
+        memory = self._forecast(replace(config, accumulate=parts))
         return self.capacity - memory.peak - memory.reserve
 
     def _forecast(self, config: TrainConfig) -> StepMemory:
@@ -203,10 +241,10 @@ class _Search:
         return f"{self.gpus} {config}"
 
 
-def smaller_batch(size: int, wanted: int) -> Saving:
-    """Fewer observations per step."""
+def more_parts(parts: int) -> Saving:
+    """The same batch and update, in more parts."""
     return Saving(
-        flags=f"--batch-size {size}",
-        change=lambda c: replace(c, batch_size=size),
-        cost=f"{wanted // size} times fewer observations per step: noisier gradients, and more steps for the same data",
+        flags=f"--accumulate {parts}",
+        change=lambda c: replace(c, accumulate=parts),
+        cost=f"{parts} passes per step, each with less for the GPU to do at once; the update is the same",
     )
