@@ -47,8 +47,10 @@ bench-cli: $(READY)  ## how long the command line takes to answer
 bench-serve: $(READY)  ## what the server adds to the bare policy call
 	$(BIN)/python benchmarks/bench_serve.py
 
-bench-train: $(READY)  ## a training step beside the plain one (about 10 GB of memory)
+bench-train: $(READY)  ## a training step beside the plain one, an update, and the stall of a save (about 10 GB of memory)
 	$(BIN)/python benchmarks/bench_train.py
+	$(BIN)/python benchmarks/bench_update.py
+	$(BIN)/python benchmarks/bench_checkpoint.py
 
 bench-data: $(READY)  ## norm stats, loader, RLDS, conversion (MANIPI_LEROBOT_PYTHON=python of lerobot, OPENPI=its repository: beside them)
 	$(BIN)/python benchmarks/bench_stats.py $(if $(OPENPI),--openpi $(OPENPI))
