@@ -10,8 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from manipi.errors import ConfigError, UnknownNameError
 from manipi.model.config import Adapters, LoRA, Pi0FastConfig
-from manipi.train import loop
+from manipi.train.config import OptimizerConfig
+from manipi.train.loop import train_step
 from manipi.train.memory import GIB, SHARDED, forecast, largest_batch, step_memory
+from manipi.train.noise import draw_noise
 from manipi.train.plan import find_fit, fits, gpu_bytes
 from manipi.train.state import TrainState
 
@@ -19,7 +21,8 @@ LORA = Adapters(attention=LoRA(rank=4, alpha=4), feed_forward=LoRA(rank=4, alpha
 
 
 def make(tiny, kind: str, *, lora: bool = False, **changes):
-    config = tiny(kind, **changes)
+    # A decay that leaves no weight as it is: every row of the token embedding has moments.
+    config = tiny(kind, optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.01), **changes)
     if not lora:
         return config
     adapters = {"vlm_adapters": LORA} if kind == "pi0_fast" else {"vlm_adapters": LORA, "action_adapters": LORA}
@@ -46,6 +49,13 @@ class Saved:
     tensor: torch.Tensor
 
 
+def draws(batch, config):
+    if isinstance(config.model, Pi0FastConfig):
+        return ()
+    size = (config.model.action_horizon, config.model.action_dim)
+    return draw_noise(config.seed, 0, batch.batch_size, config.noise_draws, *size)
+
+
 def hooked_bytes(state, batch, config) -> int:
     """Of each storage that waits for the backward pass of a real step, once: not those that were there before."""
     held: weakref.WeakSet[Saved] = weakref.WeakSet()
@@ -55,7 +65,7 @@ def hooked_bytes(state, batch, config) -> int:
         return saved
 
     with saved_tensors_hooks(pack, lambda saved: saved.tensor):
-        loss = loop._loss(state, batch, config)
+        loss = state.model(batch, *draws(batch, config)).loss
     before = [*state.model.parameters(), *(v for v in vars(batch).values() if isinstance(v, torch.Tensor))]
     there = {tensor.untyped_storage().data_ptr() for tensor in before}
     storages = {s.tensor.untyped_storage().data_ptr(): s.tensor.untyped_storage() for s in held}
@@ -79,7 +89,7 @@ def test_saved_bytes_are_what_autograds_hooks_count(tiny, kind, changes):
     batch = ragged_batch(config)
     counted = hooked_bytes(TrainState.initial(config), batch, config)
     assert counted > 50_000
-    assert 0 <= forecast(config, batch).saved - counted <= 16  # the loss itself is not saved
+    assert 0 <= forecast(config, batch).saved - counted <= 64  # the loss itself is not saved
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05", "pi0_fast"])
@@ -91,14 +101,14 @@ def test_the_peak_is_that_of_a_real_step_and_of_torchs_allocator(tiny, kind):
     assert expected.total.tolist() == real.total.tolist()
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loop.train_step(state, batch, config)
+        train_step(state, batch, config)
     changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = torch.tensor([e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())]).cumsum(0)
     assert expected.peak - expected.total[0] == pytest.approx(int(live.max()), rel=0.05)
 
 
 def test_parts_follow_the_settings(tiny):
-    plain = forecast(tiny("pi0", batch_size=1, noise_draws=1))
+    plain = forecast(make(tiny, "pi0", batch_size=1, noise_draws=1))
     weights, trained = 4 * 71_220, 4 * 64_500
     assert plain.at_peak()["weights"] == weights
     assert plain.curves["gradients"].max() == plain.at_peak()["average"] == trained
@@ -121,17 +131,17 @@ def test_gpus_share_the_state_and_the_batch(tiny):
 # ---- what fits
 
 
-def test_more_parts_of_the_batch_come_first(tiny):
+def test_parts_of_the_batch_come_first(tiny):
     config = tiny("pi0", batch_size=8)
     memory = forecast(config)
-    two = forecast(replace(config, accumulate=2))
-    capacity = (two.peak + two.reserve + memory.peak + memory.reserve) // 2
+    four = forecast(replace(config, accumulate=2))
+    capacity = (four.peak + four.reserve + memory.peak + memory.reserve) // 2
     found = find_fit(config, memory, capacity)
     assert found is not None
     assert found.config == replace(config, accumulate=2)
     assert [saving.flags for saving in found.savings] == ["--accumulate 2"]
     assert fits(found.memory, capacity)
-    assert found.memory.at_peak() == two.at_peak()
+    assert found.memory.at_peak() == four.at_peak()
 
 
 def test_savings_that_are_not_needed_are_taken_back(tiny):

@@ -2,10 +2,8 @@
 
 import importlib.util
 import re
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from tqdm import tqdm
 
@@ -62,64 +60,58 @@ class Saving:
     """What is paid for it."""
 
 
-def _with_compute(**changes: Any) -> Callable[[TrainConfig], TrainConfig]:
-    return lambda c: replace(c, compute=replace(c.compute, **changes))
-
-
-def _in_bfloat16(config: TrainConfig) -> TrainConfig:
-    if config.compute.precision != "fp32":
-        return config
-    model = replace(config.model, dtype="bfloat16")  # which otherwise speaks against it
-    return replace(config, model=model, compute=replace(config.compute, precision="bf16"))
-
-
-def _keep_frozen_in_bfloat16(config: TrainConfig) -> TrainConfig:
-    return config if config.trained == "full" else replace(config, frozen_dtype="bfloat16")
+def _has_adapters(config: TrainConfig) -> bool:
+    model = config.model
+    return bool(model.vlm_adapters or (not isinstance(model, Pi0FastConfig) and model.action_adapters))
 
 
 def _eight_bits(config: TrainConfig) -> TrainConfig:
-    """Without torchao there is no such optimizer to forecast."""
-    if config.optimizer.kind != "adamw" or importlib.util.find_spec("torchao") is None:
+    if config.optimizer.kind == "sgd" or importlib.util.find_spec("torchao") is None:
         return config
     return replace(config, optimizer=replace(config.optimizer, state_bits=8))
 
 
-def _experts_alone(config: TrainConfig) -> TrainConfig:
-    if config.trained != "full" or isinstance(config.model, Pi0FastConfig):
+def _qlora(config: TrainConfig) -> TrainConfig:
+    if config.trained != "lora" or importlib.util.find_spec("bitsandbytes") is None:
         return config
-    return replace(config, trained="expert_only", frozen_dtype="bfloat16")
+    return replace(config, trained="qlora")
+
+
+def _half_activations(config: TrainConfig) -> TrainConfig:
+    is_full = config.compute.precision == "fp32"
+    return replace(config, compute=replace(config.compute, precision="bf16")) if is_full else config
 
 
 SAVINGS = (
     Saving(
+        flags="--compute.recompute elementwise",
+        change=lambda c: replace(c, compute=replace(c.compute, recompute="elementwise")),
+        cost="norms, GELU and casts are computed twice; no number changes",
+    ),
+    Saving(
+        flags="--compute.recompute full",
+        change=lambda c: replace(c, compute=replace(c.compute, recompute="full")),
+        cost="every layer is computed twice, a third more work; no number changes",
+    ),
+    Saving(
+        flags="--optimizer.state-bits 8",
+        change=_eight_bits,
+        cost="moments in 8 bits, as in Dettmers et al. 2022",
+    ),
+    Saving(
         flags="--compute.precision bf16",
-        change=_in_bfloat16,
+        change=_half_activations,
         cost="activations with 8 bits of mantissa, as the released weights were trained",
     ),
     Saving(
         flags="--frozen-dtype bfloat16",
-        change=_keep_frozen_in_bfloat16,
+        change=lambda c: replace(c, frozen_dtype="bfloat16") if c.trained != "full" else c,
         cost="frozen weights are rounded once, as in the reference",
-    ),
-    Saving(
-        flags="--compute.recompute elementwise",
-        change=lambda c: _with_compute(recompute="elementwise")(c) if c.compute.recompute == "none" else c,
-        cost="norms and gates are computed twice",
-    ),
-    Saving(
-        flags="--compute.recompute full",
-        change=_with_compute(recompute="full"),
-        cost="every layer's forward pass is computed twice: about a third more work",
     ),
     Saving(
         flags="--noise-draws 1",
         change=lambda c: replace(c, noise_draws=1),
         cost="a noisier loss per observation",
-    ),
-    Saving(
-        flags="--optimizer.state-bits 8",
-        change=_eight_bits,
-        cost="moments of 8 bits (pip install 'manipi[low-bit]')",
     ),
     Saving(
         flags="--ema-decay 0",
@@ -128,16 +120,29 @@ SAVINGS = (
     ),
     Saving(
         flags="--compute.precision pure_bf16",
-        change=lambda c: _with_compute(precision="pure_bf16")(c) if c.optimizer.kind == "adamw" else c,
-        cost="weights and moments of 16 bits, whose updates are rounded at random",
+        change=lambda c: replace(c, compute=replace(c.compute, precision="pure_bf16")),
+        cost="weights and moments with 8 bits of mantissa, rounded at random",
     ),
     Saving(
-        flags="--trained expert_only --frozen-dtype bfloat16",
-        change=_experts_alone,
-        cost="vision and language model stay as they are",
+        flags="--trained vision_frozen",
+        change=lambda c: replace(c, trained="vision_frozen") if c.trained == "full" else c,
+        cost="the image encoder keeps its weights",
+    ),
+    Saving(
+        flags="--trained lora",
+        change=lambda c: replace(c, trained="lora") if _has_adapters(c) and c.trained != "qlora" else c,
+        cost="of experts with adapters, only those are trained",
+    ),
+    Saving(
+        flags="--trained qlora",
+        change=_qlora,
+        cost="frozen matrices in 4 bits, expanded whenever they are used",
     ),
 )
-"""In the order in which they are tried, after smaller parts of the batch; each goes on from the ones before it."""
+"""In the order in which they are tried, after parts of the batch; each goes on from the ones before it.
+
+Of packages that are not installed nothing can be forecast, and so nothing is proposed.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +162,7 @@ def fits(memory: StepMemory, capacity: int) -> bool:
 def find_fit(
     config: TrainConfig, memory: StepMemory, capacity: int, *, gpus: int = 1, show: bool = False
 ) -> Fit | None:
-    """The first settings that fit: more parts of the batch, then more and more of `SAVINGS`, then more GPUs.
+    """The first settings that fit: a batch in parts, then more and more of `SAVINGS`, then more GPUs.
 
     Savings that turn out not to be needed are taken back.
 
@@ -198,14 +203,15 @@ class _Search:
     known: dict[str, StepMemory] = field(default_factory=dict)
 
     def with_savings(self, config: TrainConfig, savings: list[Saving]) -> Fit | None:
-        """The fewest parts of the batch that fit with these settings."""
+        """The largest part of a batch that fits with these settings."""
         changed = _apply(config, savings)
         if state_bytes(changed, gpus=self.gpus) + GIB > self.capacity:
             return None
-        parts = self._fewest_parts(changed)
-        if parts is None:
+        part = self._largest_part(changed)
+        if part is None:
             return None
-        cut = [] if parts == config.accumulate else [more_parts(parts)]
+        count = config.batch_size // part
+        cut = [] if count == config.accumulate else [in_parts(count)]
         changed = _apply(changed, cut)
         return Fit(config=changed, gpus=self.gpus, memory=self._forecast(changed), savings=(*cut, *savings))
 
@@ -218,16 +224,24 @@ class _Search:
                 found, savings = better, fewer
         return found
 
-    def _fewest_parts(self, config: TrainConfig) -> int | None:
-        """Into how many parts of equal size the batch has to be split; more never need more memory."""
-        rows = config.batch_size // self.gpus
-        choices = [n for n in range(config.accumulate, rows + 1) if rows % n == 0]
-        if not choices or self._left(config, choices[-1]) < 0:
-            return None
-        return choices[bisect_left(choices, True, key=lambda parts: self._left(config, parts) >= 0)]
+    def _largest_part(self, config: TrainConfig) -> int | None:
+        """Of the equal parts in which a batch can be taken and shared, in observations."""
+        wanted = config.batch_size
+        sizes = [b for b in range(self.gpus, wanted + 1) if wanted % b == 0 and b % self.gpus == 0]
+        least, most = self._left(config, sizes[0]), self._left(config, wanted)
+        if least < 0 or most >= 0:
+            return None if least < 0 else wanted
+        # About linear; several parts keep gradients from one to the next, which a single one does not.
+        guess = sizes[0] + least * (wanted - sizes[0]) / (least - most)
+        best = max(size for size in sizes if size <= guess)
+        while self._left(config, best) < 0:
+            best = sizes[sizes.index(best) - 1]
+        while (larger := sizes[sizes.index(best) + 1]) < wanted and self._left(config, larger) >= 0:
+            best = larger
+        return best
 
-    def _left(self, config: TrainConfig, parts: int) -> int:
-        memory = self._forecast(replace(config, accumulate=parts))
+    def _left(self, config: TrainConfig, part: int) -> int:
+        memory = self._forecast(replace(config, accumulate=config.batch_size // part))
         return self.capacity - memory.peak - memory.reserve
 
     def _forecast(self, config: TrainConfig) -> StepMemory:
@@ -241,10 +255,10 @@ class _Search:
         return f"{self.gpus} {config}"
 
 
-def more_parts(parts: int) -> Saving:
-    """The same batch and update, in more parts."""
+def in_parts(count: int) -> Saving:
+    """A batch that is computed in so many parts."""
     return Saving(
-        flags=f"--accumulate {parts}",
-        change=lambda c: replace(c, accumulate=parts),
-        cost=f"{parts} passes per step, each with less for the GPU to do at once; the update is the same",
+        flags=f"--accumulate {count}",
+        change=lambda c: replace(c, accumulate=count),
+        cost=f"a step takes {count} passes of smaller matrices; the update is the same up to rounding",
     )
