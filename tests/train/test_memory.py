@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,8 @@ def test_the_peak_is_that_of_a_real_step_and_of_torchs_allocator(tiny, kind):
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_step(state, batch, config)
-    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events: Any = profiler.profiler
+    changes = [e for e in events.kineto_results.events() if e.name() == "[memory]"]
     live = torch.tensor([e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())]).cumsum(0)
     assert expected.peak - expected.total[0] == pytest.approx(int(live.max()), rel=0.05)
 

@@ -82,6 +82,11 @@ def _half_activations(config: TrainConfig) -> TrainConfig:
     return replace(config, compute=replace(config.compute, precision="bf16")) if is_full else config
 
 
+def _all_in_bfloat16(config: TrainConfig) -> TrainConfig:
+    rounds = config.optimizer.kind == "adamw"  # as SGD does not
+    return replace(config, compute=replace(config.compute, precision="pure_bf16")) if rounds else config
+
+
 SAVINGS = (
     Saving(
         flags="--compute.recompute elementwise",
@@ -120,7 +125,7 @@ SAVINGS = (
     ),
     Saving(
         flags="--compute.precision pure_bf16",
-        change=lambda c: replace(c, compute=replace(c.compute, precision="pure_bf16")),
+        change=_all_in_bfloat16,
         cost="weights and moments with 8 bits of mantissa, rounded at random",
     ),
     Saving(
