@@ -116,7 +116,7 @@ def test_every_recipe_has_its_numbers_as_flags(name, capsys):
         parse_train(name, config, ["--help"])
     assert exit.value.code == 0
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert f"--batch-size INT Observations per step. (default: {config.batch_size})" in printed
+    assert f"--batch-size INT Observations per step, over all processes. (default: {config.batch_size})" in printed
     changed = parse_train(name, config, ["--data.path", "mine", "--optimizer.kind", "sgd", "--init", ""]).config
     expected = replace(config, data=replace(config.data, path="mine"), init="")
     assert changed == replace(expected, optimizer=replace(config.optimizer, kind="sgd"))
