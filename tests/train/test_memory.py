@@ -88,7 +88,7 @@ def test_saved_bytes_are_what_autograds_hooks_count(tiny, kind, changes):
     config = make(tiny, kind, **changes)
     batch = ragged_batch(config)
     counted = hooked_bytes(TrainState.initial(config), batch, config)
-    assert counted > 50_000
+    assert counted > 20_000
     assert 0 <= forecast(config, batch).saved - counted <= 64  # the loss itself is not saved
 
 
