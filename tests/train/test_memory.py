@@ -131,15 +131,15 @@ def test_gpus_share_the_state_and_the_batch(tiny):
 # ---- what fits
 
 
-def test_a_smaller_batch_comes_first(tiny):
+def test_parts_of_the_batch_come_first(tiny):
     config = tiny("pi0", batch_size=8)
     memory = forecast(config)
-    four = forecast(replace(config, batch_size=4))
+    four = forecast(replace(config, accumulate=2))
     capacity = (four.peak + four.reserve + memory.peak + memory.reserve) // 2
     found = find_fit(config, memory, capacity)
     assert found is not None
-    assert found.config == replace(config, batch_size=4)
-    assert [saving.flags for saving in found.savings] == ["--batch-size 4"]
+    assert found.config == replace(config, accumulate=2)
+    assert [saving.flags for saving in found.savings] == ["--accumulate 2"]
     assert fits(found.memory, capacity)
     assert found.memory.at_peak() == four.at_peak()
 

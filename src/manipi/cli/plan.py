@@ -118,6 +118,7 @@ def _numbers(memory: "StepMemory", capacity: int | None) -> dict[str, Any]:
 def _show(target: str, arguments: Sequence[str], found: "Fit", capacity: int) -> dict[str, Any]:
     """Print the settings that fit, and what they cost. Returns the same for a file."""
     flags = [flag for saving in found.savings for flag in saving.flags.split()]
+    flags += ["--gpus", str(found.gpus)] if found.gpus > 1 else []
     command = shlex.join(["manipi", "train", target, *_train_flags(arguments), *flags])
     print(f"\nthis fits{f' on {found.gpus} GPUs' if found.gpus > 1 else ''}\n\n  {command}\n")
     for saving in found.savings:

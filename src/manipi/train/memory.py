@@ -112,10 +112,14 @@ def forecast(config: TrainConfig, batch: ModelInput | None = None, *, gpus: int 
             next=f"--batch-size {-(-config.batch_size // gpus) * gpus}",
         )
     own, fake = replace(config, batch_size=config.batch_size // gpus), FakeTensorMode(allow_non_fake_inputs=True)
+    # The third part of a batch needs what the second one needs, and takes as long.
+    passes, part = min(own.accumulate, 2), own.batch_size // own.accumulate
+    own, shrunk = replace(own, batch_size=part * passes, accumulate=passes), own.accumulate // passes
     state = fake_state(own, fake)
-    batch = largest_batch(own) if batch is None else batch
+    batch = largest_batch(own) if batch is None else first_rows(batch, own.batch_size)
     # Masks and ids stay real: what the model trims by them, it trims here too. Pictures would take time.
     memory = step_memory(state, replace(batch, images=fake.from_tensor(batch.images)), own)
+    memory = StepMemory({**memory.curves, "batch": memory.curves["batch"] * shrunk})
     return memory if gpus == 1 else memory.sharded(gpus, gathered_bytes(state))
 
 
@@ -123,7 +127,7 @@ def state_bytes(config: TrainConfig, *, gpus: int = 1) -> int:
     """What the update needs at least on each GPU: weights, optimizer, average, and all gradients."""
     state = fake_state(config, FakeTensorMode())
     known = known_storages(state, ())
-    size = sum(storage.nbytes() for storage, _ in known) + sum(p.nbytes for p in state.parameters.values())
+    size = sum(storage.nbytes() for storage, _ in known) + sum(p.nbytes for p in state.optimized.values())
     return size if gpus == 1 else size // gpus + gathered_bytes(state)
 
 
@@ -151,6 +155,17 @@ def largest_batch(config: TrainConfig) -> ModelInput:
         action_dim_valid=torch.ones(b, model.action_dim, dtype=torch.bool),
         token_causal=prompt if is_fast else None,
         token_loss=prompt if is_fast else None,
+    )
+
+
+def first_rows(batch: ModelInput, count: int) -> ModelInput:
+    """The first `count` observations of a batch."""
+    whole = batch.batch_size
+    tensors = {name: v for name, v in vars(batch).items() if isinstance(v, Tensor) and name != "action_dim_valid"}
+    dims = batch.action_dim_valid
+    cut = dims[:count] if dims is not None and dims.ndim == 2 else dims
+    return (
+        batch if count == whole else replace(batch, action_dim_valid=cut, **{n: v[:count] for n, v in tensors.items()})
     )
 
 

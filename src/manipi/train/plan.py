@@ -1,5 +1,6 @@
 """Which settings let a run fit a GPU, cheapest first."""
 
+import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -59,22 +60,52 @@ class Saving:
     """What is paid for it."""
 
 
-def _keep_frozen_in_bfloat16(config: TrainConfig) -> TrainConfig:
-    adapted = config.model.vlm_adapters or (
-        not isinstance(config.model, Pi0FastConfig) and config.model.action_adapters
-    )
-    return replace(config, frozen_dtype="bfloat16") if adapted and config.frozen == "adapted" else config
+def _has_adapters(config: TrainConfig) -> bool:
+    model = config.model
+    return bool(model.vlm_adapters or (not isinstance(model, Pi0FastConfig) and model.action_adapters))
+
+
+def _eight_bits(config: TrainConfig) -> TrainConfig:
+    if config.optimizer.kind == "sgd" or importlib.util.find_spec("torchao") is None:
+        return config
+    return replace(config, optimizer=replace(config.optimizer, state_bits=8))
+
+
+def _qlora(config: TrainConfig) -> TrainConfig:
+    if config.trained != "lora" or importlib.util.find_spec("bitsandbytes") is None:
+        return config
+    return replace(config, trained="qlora")
+
+
+def _half_activations(config: TrainConfig) -> TrainConfig:
+    is_full = config.compute.precision == "fp32"
+    return replace(config, compute=replace(config.compute, precision="bf16")) if is_full else config
 
 
 SAVINGS = (
     Saving(
-        flags="--model.dtype bfloat16",
-        change=lambda c: replace(c, model=replace(c.model, dtype="bfloat16")),
+        flags="--compute.recompute elementwise",
+        change=lambda c: replace(c, compute=replace(c.compute, recompute="elementwise")),
+        cost="norms, GELU and casts are computed twice; no number changes",
+    ),
+    Saving(
+        flags="--compute.recompute full",
+        change=lambda c: replace(c, compute=replace(c.compute, recompute="full")),
+        cost="every layer is computed twice, a third more work; no number changes",
+    ),
+    Saving(
+        flags="--optimizer.state-bits 8",
+        change=_eight_bits,
+        cost="moments in 8 bits, as in Dettmers et al. 2022",
+    ),
+    Saving(
+        flags="--compute.precision bf16",
+        change=_half_activations,
         cost="activations with 8 bits of mantissa, as the released weights were trained",
     ),
     Saving(
         flags="--frozen-dtype bfloat16",
-        change=_keep_frozen_in_bfloat16,
+        change=lambda c: replace(c, frozen_dtype="bfloat16") if c.trained != "full" else c,
         cost="frozen weights are rounded once, as in the reference",
     ),
     Saving(
@@ -87,8 +118,31 @@ SAVINGS = (
         change=lambda c: replace(c, ema_decay=0.0),
         cost="what is served is the last step's weights, not their average",
     ),
+    Saving(
+        flags="--compute.precision pure_bf16",
+        change=lambda c: replace(c, compute=replace(c.compute, precision="pure_bf16")),
+        cost="weights and moments with 8 bits of mantissa, rounded at random",
+    ),
+    Saving(
+        flags="--trained vision_frozen",
+        change=lambda c: replace(c, trained="vision_frozen") if c.trained == "full" else c,
+        cost="the image encoder keeps its weights",
+    ),
+    Saving(
+        flags="--trained lora",
+        change=lambda c: replace(c, trained="lora") if _has_adapters(c) and c.trained != "qlora" else c,
+        cost="of experts with adapters, only those are trained",
+    ),
+    Saving(
+        flags="--trained qlora",
+        change=_qlora,
+        cost="frozen matrices in 4 bits, expanded whenever they are used",
+    ),
 )
-"""In the order in which they are tried, after the batch; each goes on from the ones before it."""
+"""In the order in which they are tried, after parts of the batch; each goes on from the ones before it.
+
+Of packages that are not installed nothing can be forecast, and so nothing is proposed.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +162,7 @@ def fits(memory: StepMemory, capacity: int) -> bool:
 def find_fit(
     config: TrainConfig, memory: StepMemory, capacity: int, *, gpus: int = 1, show: bool = False
 ) -> Fit | None:
-    """The first settings that fit: a smaller batch, then more and more of `SAVINGS`, then more GPUs.
+    """The first settings that fit: a batch in parts, then more and more of `SAVINGS`, then more GPUs.
 
     Savings that turn out not to be needed are taken back.
 
@@ -149,14 +203,15 @@ class _Search:
     known: dict[str, StepMemory] = field(default_factory=dict)
 
     def with_savings(self, config: TrainConfig, savings: list[Saving]) -> Fit | None:
-        """The largest batch that fits with these settings."""
+        """The largest part of a batch that fits with these settings."""
         changed = _apply(config, savings)
         if state_bytes(changed, gpus=self.gpus) + GIB > self.capacity:
             return None
-        batch = self._largest_batch(changed)
-        if batch is None:
+        part = self._largest_part(changed)
+        if part is None:
             return None
-        cut = [] if batch == config.batch_size else [smaller_batch(batch, config.batch_size)]
+        count = config.batch_size // part
+        cut = [] if count == config.accumulate else [in_parts(count)]
         changed = _apply(changed, cut)
         return Fit(config=changed, gpus=self.gpus, memory=self._forecast(changed), savings=(*cut, *savings))
 
@@ -169,27 +224,24 @@ class _Search:
                 found, savings = better, fewer
         return found
 
-    def _largest_batch(self, config: TrainConfig) -> int | None:
-        """Of the batches that divide the wanted one and can be shared."""
+    def _largest_part(self, config: TrainConfig) -> int | None:
+        """Of the equal parts in which a batch can be taken and shared, in observations."""
         wanted = config.batch_size
         sizes = [b for b in range(self.gpus, wanted + 1) if wanted % b == 0 and b % self.gpus == 0]
         least, most = self._left(config, sizes[0]), self._left(config, wanted)
         if least < 0 or most >= 0:
             return None if least < 0 else wanted
-        # The peak is the largest of sums that are linear in the batch, and so it is below the straight line.
-        sure = sizes[0] + least * (wanted - sizes[0]) / (least - most)
-        best = max(size for size in sizes if size <= sure)
-        while (larger := sizes[sizes.index(best) + 1]) < wanted:
-            left = self._left(config, best)
-            # By the same rule it is above the line through two smaller ones.
-            at_best = left - (least - left) / max(1, best - sizes[0]) * (larger - best)
-            if at_best < 0 or self._left(config, larger) < 0:
-                break
+        # About linear; several parts keep gradients from one to the next, which a single one does not.
+        guess = sizes[0] + least * (wanted - sizes[0]) / (least - most)
+        best = max(size for size in sizes if size <= guess)
+        while self._left(config, best) < 0:
+            best = sizes[sizes.index(best) - 1]
+        while (larger := sizes[sizes.index(best) + 1]) < wanted and self._left(config, larger) >= 0:
             best = larger
         return best
 
-    def _left(self, config: TrainConfig, batch_size: int) -> int:
-        memory = self._forecast(replace(config, batch_size=batch_size))
+    def _left(self, config: TrainConfig, part: int) -> int:
+        memory = self._forecast(replace(config, accumulate=config.batch_size // part))
         return self.capacity - memory.peak - memory.reserve
 
     def _forecast(self, config: TrainConfig) -> StepMemory:
@@ -203,10 +255,10 @@ class _Search:
         return f"{self.gpus} {config}"
 
 
-def smaller_batch(size: int, wanted: int) -> Saving:
-    """Fewer observations per step."""
+def in_parts(count: int) -> Saving:
+    """A batch that is computed in so many parts."""
     return Saving(
-        flags=f"--batch-size {size}",
-        change=lambda c: replace(c, batch_size=size),
-        cost=f"{wanted // size} times fewer observations per step: noisier gradients, and more steps for the same data",
+        flags=f"--accumulate {count}",
+        change=lambda c: replace(c, accumulate=count),
+        cost=f"a step takes {count} passes of smaller matrices; the update is the same up to rounding",
     )
