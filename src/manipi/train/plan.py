@@ -182,7 +182,9 @@ def find_fit(
         chosen: list[Saving] = []
         for saving in (None, *SAVINGS):
             if saving is not None:
-                if _apply(config, [*chosen, saving]) == _apply(config, chosen):
+                before, after = _apply(config, chosen), _apply(config, [*chosen, saving])
+                # 8-bit moments are dense, and may take more than those of the rows that are read.
+                if before == after or state_bytes(after, gpus=gpus) > state_bytes(before, gpus=gpus):
                     continue
                 chosen.append(saving)
             if found := search.with_savings(config, chosen):
