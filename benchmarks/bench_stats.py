@@ -13,7 +13,6 @@ by our own reader, which is faster than LeRobot's. Together they bound the scrip
 
 import argparse
 import importlib.util
-import os
 import subprocess
 import tempfile
 import time
@@ -70,14 +69,9 @@ class Rate:
 
 
 def timed(frames: int, run: Callable[[], object]) -> Rate:
-    wall, cpu = time.perf_counter(), cpu_seconds()
+    wall, cpu = time.perf_counter(), time.process_time()
     run()
-    return Rate(frames, cpu_seconds() - cpu, time.perf_counter() - wall)
-
-
-def cpu_seconds() -> float:
-    """Of this process and of those that it started and that have ended."""
-    return sum(os.times()[:4])
+    return Rate(frames, time.process_time() - cpu, time.perf_counter() - wall)
 
 
 def ours(dataset: Dataset, *, relative: bool) -> Rate:

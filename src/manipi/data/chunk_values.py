@@ -12,7 +12,6 @@ Shape letters: N rows of the dataset, n rows asked for (ascending), D dimensions
 of command and state.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -28,9 +27,6 @@ from manipi.transforms.actions import ActionSpace
 
 Values: TypeAlias = tuple[np.ndarray, np.ndarray | None]
 """Numbers [D, m] that have been converted, and how often each counts [m]; None: once."""
-Interval: TypeAlias = tuple[float, float]
-"""From its beginning to before its end."""
-WHOLE: Interval = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +88,7 @@ class Offsets:
         return len(self.steps)
 
     def with_steps(self, rows: np.ndarray) -> np.ndarray:
-        """The rows that have at least one step within their episode; the others are nothing to the methods below."""
+        """The rows that have at least one step within their episode, which the methods below take for granted."""
         return rows[rows + self.steps.start < self.ends_N[rows]]
 
     def values(self, rows: np.ndarray) -> Values:
@@ -166,7 +162,12 @@ Part: TypeAlias = Columns | Absolute | Offsets | RelativePoses
 
 
 def parts_of(dataset: Dataset, robot: Robot, state_NS: np.ndarray, steps: range) -> list[Part]:
-    """The state, and each action group; dimensions that are relative, each apart, so that blocks stay small."""
+    """The state, and each action group; relative dimensions, each apart, so that blocks stay small.
+
+    Args:
+        state_NS: the robot's own state of every row, not yet converted.
+        steps: of the chunks, which begin at step 0.
+    """
     commands = dataset.column(robot.dataset_key(robot.action_key))
     ends = np.repeat(dataset.ends, dataset.ends - dataset.starts)
     parts: list[Part] = [Columns(ActionSpace(robot).state_to_model(state_NS))]

@@ -6,7 +6,7 @@ statistics are of what the model sees. Steps beyond the end of an episode do not
 Rows are worked through in blocks, in threads or on a Ray cluster. A block is a span of row numbers, whoever works on
 it, and sketches merge exactly: the statistics are the same to the last bit however many workers there are.
 
-Shape letters: N rows of the dataset, n rows asked for, D dimensions, m numbers, H action horizon, A and S dimensions
+Shape letters: N rows of the dataset, n rows asked for, H action horizon, A and S dimensions
 of command and state.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Int64
 from tqdm import tqdm
 
-from manipi.data.chunk_values import WHOLE, Columns, Interval, Offsets, Part, parts_of
+from manipi.data.chunk_values import Columns, Offsets, Part, parts_of
 from manipi.data.dataset import Dataset
 from manipi.data.sketch import NormStatsSketch, Sketch, Tally, field_of
 from manipi.errors import ConfigError, unknown_name
@@ -39,6 +39,10 @@ FAR = 10
 """An outlier lies this many times the distance between q01 and q99 beyond them."""
 NORMAL_RANGE = 4.6527
 """Distance between q01 and q99 of a normal distribution, in standard deviations."""
+
+Interval: TypeAlias = tuple[float, float]
+"""From its beginning to before its end."""
+WHOLE: Interval = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
