@@ -34,7 +34,7 @@ class Ranks:
         self._answers: list[Connection] = []
         for rank in range(size):
             answer, theirs = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(target=_be, args=(rank, size, port, theirs, work, arguments), daemon=True)
+            process = _CONTEXT.Process(target=_be, args=(rank, size, port, theirs, work, arguments))
             process.start()
             theirs.close()
             self.processes.append(process)

@@ -67,7 +67,7 @@ def test_a_step_equals_the_plain_one(tiny, tmp_path, kind, size, replicate, adap
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tiny, tmp_path):
-    config = tiny(steps=6, keep_checkpoints=9)
+    config = tiny(steps=6, keep_checkpoints=9, async_save=True)
     whole = ranks.run(config, tmp_path / "whole")
     run = tmp_path / "run"
     Ranks(2, ranks.run, config, run, 2).all_well()
@@ -102,7 +102,7 @@ def test_one_process_is_left_alone():
 
 @pytest.mark.slow
 def test_a_killed_rank_is_reported_and_nothing_is_lost(tiny, tmp_path):
-    config = tiny(steps=9, save_every=3, keep_checkpoints=9)
+    config = tiny(steps=9, save_every=3, keep_checkpoints=9, async_save=True)
     whole = Ranks(2, ranks.run, config, tmp_path / "whole").all_well()[0]
     run = Run(tmp_path / "killed", config)
     started = Ranks(2, ranks.run, config, run.folder)

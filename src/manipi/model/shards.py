@@ -5,6 +5,7 @@ imported where there is one: it takes a second, which those who serve have no us
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,29 @@ from torch import Tensor
 def is_shard(tensor: Tensor) -> bool:
     """Whether it is a DTensor."""
     return hasattr(tensor, "device_mesh")
+
+
+class Sharding(NamedTuple):
+    """Which part of what a process holds in a shard, apart from the mesh and the numbers."""
+
+    placements: Sequence[Any]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+def sharding(tensor: Tensor) -> Sharding | None:
+    """None of a plain tensor."""
+    return Sharding(tensor.placements, tensor.shape, tensor.stride()) if is_shard(tensor) else None  # type: ignore[reportAttributeAccessIssue]
+
+
+def shard_from(local: Tensor, sharding: Sharding | None, mesh: Any) -> Tensor:
+    """The inverse of `local`, on a mesh that may be another."""
+    if sharding is None:
+        return local
+    from torch.distributed.tensor import DTensor
+
+    placements, shape, stride = sharding
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
@@ -27,6 +28,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore  # torch.distributed has it, unseen by pyright
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -121,14 +123,57 @@ def open_world(config: TrainConfig) -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
-    with _peer_errors():
+    with peer_errors():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=config.parallel.timeout_minutes))
-        names = ("replicate", "shard")
-        mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=names)
-        yield World(dist.get_rank(), size, device, mesh if replicate > 1 else mesh["shard"])
+        yield World(dist.get_rank(), size, device, _mesh(device.type, replicate, shard))
     # Not after an error: what is left of a broken group may wait for ever.
     dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Companions:
+    """A process beside each trainer, with a group of their own on the processor, in which they know the same shards.
+
+    trainers      0 ───── 1 ───── 2       gloo or NCCL
+                  │       │       │       a pipe each
+    companions    0 ───── 1 ───── 2       gloo, on a store that companion 0 opens
+    """
+
+    rank: int
+    size: int
+    shape: tuple[int, int]
+    timeout: timedelta
+
+    @staticmethod
+    def of(world: World, config: TrainConfig) -> "Companions":
+        timeout = timedelta(minutes=config.parallel.timeout_minutes)
+        return Companions(world.rank, world.size, mesh_shape(config, world.size), timeout)
+
+    def introduce(self, world: World, companion: Connection) -> None:
+        """In every trainer, at the same time: tell its companion where they meet."""
+        if self.size > 1:
+            companion.send(world.once(lambda: (os.environ["MASTER_ADDR"], companion.recv())))
+
+    @contextmanager
+    def meet(self, trainer: Connection) -> Iterator[World]:
+        """In every companion. Raises TrainingError where another one is gone; EOFError where its trainer is."""
+        if self.size == 1:
+            yield ALONE
+            return
+        own = None if self.rank else TCPStore("localhost", 0, self.size, is_master=True, wait_for_workers=False)
+        if own:
+            trainer.send(own.port)
+        host, port = trainer.recv()
+        with peer_errors():
+            store = own or TCPStore(host, port, self.size, is_master=False, timeout=self.timeout)
+            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=self.timeout)
+            yield World(self.rank, self.size, mesh=_mesh("cpu", *self.shape))
+
+
+def _mesh(device: str, replicate: int, shard: int) -> DeviceMesh:
+    mesh = init_device_mesh(device, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+    return mesh if replicate > 1 else mesh["shard"]
 
 
 def shard_model(model: VLA, world: World) -> None:
@@ -182,7 +227,7 @@ def _device(kind: str) -> torch.device:
 
 
 @contextmanager
-def _peer_errors() -> Iterator[None]:
+def peer_errors() -> Iterator[None]:
     """What gloo, NCCL and the store say when another process is gone, as a TrainingError."""
     try:
         yield

@@ -33,10 +33,12 @@ from manipi.checkpoints.native import Checkpoint, write_checkpoint
 from manipi.data.helper import start_helper
 from manipi.data.shared import nameless_file
 from manipi.errors import ManipiError, StorageError, TrainingError
+from manipi.model.shards import Sharding, local, shard_from, sharding
 from manipi.policy import Policy, self_test_for
 from manipi.records import read_json, write_json
 from manipi.storage import require_room, storage_errors
 from manipi.train.lock import Lock
+from manipi.train.parallel import Companions, World, peer_errors
 from manipi.train.run import Run
 from manipi.train.state import TrainState, growing, inference_weights, save_tensors
 from manipi.types import Sample
@@ -84,6 +86,28 @@ class CheckpointWriter:
         with storage_errors(self.run.checkpoints):
             self.run.prune()
 
+    def write_together(
+        self,
+        world: World,
+        weights: Mapping[str, Tensor],
+        save_state: Callable[[Path], object],
+        step: int,
+        window: Window,
+    ) -> None:
+        """The same in all of many processes, each of which saves its part of the training state."""
+        if world.size == 1:
+            self.write(weights, save_state, step, window)
+            return
+        parts = self.run.checkpoints / f".{step}.parts.partial"
+        try:
+            with storage_errors(self.run.checkpoint(step)):
+                save_state(parts)
+            world.once(lambda: self.write(weights, parts.rename, step, window))
+        except ManipiError:
+            if world.leads:
+                shutil.rmtree(parts, ignore_errors=True)
+            raise
+
     def size(self, state: TrainState) -> int:
         """Bytes of one of this state, a little overestimated."""
         served = state.model.parameters()
@@ -130,20 +154,8 @@ class Saver:
         self._write(window)
 
     def _write(self, window: Window) -> None:
-        state, step, weights = self._state, self._state.step, self._state.inference_weights()
-        if state.world.size == 1:
-            self._writer.write(weights, state.save, step, window)
-            return
-        # Of many processes each writes its part of the training state before rank 0 puts the checkpoint together.
-        parts = self._writer.run.checkpoints / f".{step}.parts.partial"
-        try:
-            with storage_errors(self._writer.run.checkpoint(step)):
-                state.save(parts)
-            state.world.once(lambda: self._writer.write(weights, parts.rename, step, window))
-        except ManipiError:
-            if state.world.leads:
-                shutil.rmtree(parts, ignore_errors=True)
-            raise
+        state = self._state
+        self._writer.write_together(state.world, state.inference_weights(), state.save, state.step, window)
 
     def check(self) -> None:
         """Raise what went wrong with a checkpoint meanwhile."""
@@ -155,18 +167,24 @@ class Saver:
 class AsyncSaver(Saver):
     """The one that the drawing above shows; for the thread that trains.
 
+    Of many processes each has a copier and a writer, for its part of the state. The writers are a group of their own,
+    and end with the first of them that does.
+
     Args:
-        lock: what the writer holds for as long as it lives.
+        lock: what the writer holds for as long as it lives; None but on rank 0.
 
     Raises:
         StorageError: from `save` or `check`: see `CheckpointWriter.write`, or no memory for the copy.
         TrainingError: likewise: the writer died.
     """
 
-    def __init__(self, writer: CheckpointWriter, state: TrainState, lock: Lock):
+    def __init__(self, writer: CheckpointWriter, state: TrainState, lock: Lock | None):
         super().__init__(writer, state)
-        self._snapshot = Snapshot(_fixed(state._tensors()))
-        self._process, self._connection = start_helper(_serve, writer, self._snapshot, lock)
+        fixed, writers = _fixed(state._tensors()), Companions.of(state.world, writer.run.config)
+        self._snapshot = Snapshot({name: local(tensor) for name, tensor in fixed.items()})
+        shardings = {name: sharding(tensor) for name, tensor in fixed.items()}
+        self._process, self._connection = start_helper(_serve, writer, self._snapshot, shardings, writers, lock)
+        writers.introduce(state.world, self._connection)
         self._copier, self._copy = ThreadPoolExecutor(1, "copier"), Future[None]()
         self._copy.set_result(None)
         self._writing = self._copies_state = False
@@ -192,7 +210,7 @@ class AsyncSaver(Saver):
 
     def _write(self, window: Window) -> None:
         tensors = self._state._tensors()
-        fixed = _fixed(tensors)
+        fixed = {name: local(tensor) for name, tensor in _fixed(tensors).items()}
         source = self._snapshot.source(fixed)
         rows = {name: tensor.clone() for name, tensor in growing(tensors).items()}
         self._writing, self._copies_state = True, source.tensors is fixed
@@ -210,7 +228,8 @@ class AsyncSaver(Saver):
             self._connection.send((step, window, apart))
 
     def check(self) -> None:
-        while self._connection.poll():
+        # One of many processes must not stop before the others, which would see its end and not the reason.
+        while self._state.world.size == 1 and self._connection.poll():
             self._receive()
 
     def wait(self) -> None:
@@ -235,11 +254,10 @@ class AsyncSaver(Saver):
 
 
 def make_saver(writer: CheckpointWriter, state: TrainState, lock: Lock | None) -> Saver:
-    """Not async: where it is not wanted, of many processes, and with matrices in 4 bits, which need the model."""
+    """Not async: where it is not wanted, and with matrices in 4 bits, which need the model."""
     config = writer.run.config
-    if not config.async_save or state.world.size > 1 or config.trained == "qlora":
+    if not config.async_save or config.trained == "qlora":
         return Saver(writer, state)
-    assert lock is not None
     return AsyncSaver(writer, state, lock)
 
 
@@ -248,24 +266,37 @@ def _fixed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name not in apart}
 
 
-def _serve(writer: CheckpointWriter, snapshot: "Snapshot", lock: Lock, trainer: Connection) -> None:
+def _serve(
+    writer: CheckpointWriter,
+    snapshot: "Snapshot",
+    shardings: Mapping[str, Sharding | None],
+    writers: Companions,
+    lock: Lock | None,
+    trainer: Connection,
+) -> None:
     """The life of the writer: a checkpoint for each word that the snapshot is complete, until the trainer is gone.
 
     Args:
+        shardings: of the shards in the snapshot.
         lock: held by having it.
     """
     if writer.run.config.num_threads:
         torch.set_num_threads(writer.run.config.num_threads)
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError), writers.meet(trainer) as world:
+        state = {name: shard_from(part, shardings[name], world.mesh) for name, part in snapshot.tensors.items()}
         while True:
             step, window, apart = trainer.recv()
-            tensors = {**snapshot.tensors, **{name: torch.from_numpy(values) for name, values in apart.items()}}
-            trainer.send(_error_of(writer, tensors, step, window))
+            tensors = state | {name: torch.from_numpy(values) for name, values in apart.items()}
+            trainer.send(_error_of(writer, world, tensors, step, window))
 
 
-def _error_of(writer: CheckpointWriter, tensors: Mapping[str, Tensor], step: int, window: Window) -> ManipiError | None:
+def _error_of(
+    writer: CheckpointWriter, world: World, tensors: Mapping[str, Tensor], step: int, window: Window
+) -> ManipiError | None:
+    save_state = partial(save_tensors, tensors, no_dist=world.size == 1)
     try:
-        writer.write(inference_weights(tensors), partial(save_tensors, tensors), step, window)
+        with peer_errors():
+            writer.write_together(world, inference_weights(tensors, world), save_state, step, window)
     except ManipiError as error:
         return error
     return None
@@ -317,7 +348,9 @@ class Snapshot:
         # Page faults now, in one go, rather than in the first copy.
         memory = mmap.mmap(descriptor, 0, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
         self.tensors = {
-            name: torch.frombuffer(memory, dtype=dtype, count=torch.Size(shape).numel(), offset=place).view(shape)
+            name: torch.frombuffer(memory, dtype=dtype, count=count, offset=place).view(shape)
+            if (count := torch.Size(shape).numel())
+            else torch.empty(shape, dtype=dtype)  # a shard of a tensor that has fewer rows than there are processes
             for name, (dtype, shape, place) in layout.items()
         }
 

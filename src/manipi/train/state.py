@@ -92,13 +92,7 @@ class TrainState:
 
         All processes have to call it. Whole tensors come one by one, so that no process but rank 0 ever has them all.
         """
-        tensors = self._tensors()
-        served, weights = {**plain_weights(self.model), **_average(tensors)}, {}
-        for name, tensor in served.items():
-            gathered = whole(tensor)
-            if self.world.leads:
-                weights[name] = gathered.cpu()
-        return weights
+        return gather({**plain_weights(self.model), **_average(self._tensors())}, self.world)
 
     def save(self, folder: Path) -> None:
         """Write raw weights, average, optimizer moments and step as a torch DCP folder. Raises OSError.
@@ -160,9 +154,15 @@ def _plain(moment: Tensor) -> dict[str, Tensor]:
     return {f".{k}": getattr(moment, k) for k in ("codes", "scale")} if hasattr(moment, "codes") else {"": moment}
 
 
-def inference_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def inference_weights(tensors: Mapping[str, Tensor], world: World = ALONE) -> dict[str, Tensor]:
     """Those of a training state's `tensors` that are served, by the model's names; not of one with 4-bit matrices."""
-    return {**_part(tensors, "weights."), **_average(tensors)}
+    return gather({**_part(tensors, "weights."), **_average(tensors)}, world)
+
+
+def gather(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Whole tensors, one by one, so that no process but rank 0 ever has them all; there alone any are returned."""
+    wholes = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in wholes if world.leads}
 
 
 def _average(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
