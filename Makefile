@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1
 SHARED := $(if $(MANIPI_SHARED),$(MANIPI_SHARED),../shared)
 
-.PHONY: install demo test lint types layers size parity bench bench-cli bench-serve bench-data test-lerobot docs clean help
+.PHONY: install demo test lint types layers size parity bench bench-cli bench-serve bench-data bench-train test-lerobot docs clean help
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -39,13 +39,18 @@ size: $(READY)  ## lines per room, and the house's budgets
 parity: $(READY)  ## every golden case of the reference, as a table (MANIPI_GOLDEN=folder:folder for others)
 	$(TEST_ENV) $(BIN)/python -m pytest -q --no-header --show-capture=no --tb=short -r fE tests/parity
 
-bench: bench-cli bench-serve bench-data  ## every benchmark: a table, and as its last line one JSON object each
+bench: bench-cli bench-serve bench-data bench-train  ## every benchmark: a table, and as its last line one JSON object each
 
 bench-cli: $(READY)  ## how long the command line takes to answer
 	$(BIN)/python benchmarks/bench_cli.py
 
 bench-serve: $(READY)  ## what the server adds to the bare policy call
 	$(BIN)/python benchmarks/bench_serve.py
+
+bench-train: $(READY)  ## a training step beside the plain one, an update, and the stall of a save (about 10 GB of memory)
+	$(BIN)/python benchmarks/bench_train.py
+	$(BIN)/python benchmarks/bench_update.py
+	$(BIN)/python benchmarks/bench_checkpoint.py
 
 bench-data: $(READY)  ## norm stats, loader, RLDS, conversion (MANIPI_LEROBOT_PYTHON=python of lerobot, OPENPI=its repository: beside them)
 	$(BIN)/python benchmarks/bench_stats.py $(if $(OPENPI),--openpi $(OPENPI))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from manipi.model.config import GemmaSize, Pi05Config, VisionSize
 from manipi.robots import Joints, Robot, State
-from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig
+from manipi.train.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
 
 DATASETS = Path(os.environ.get("MANIPI_SHARED", "../shared")) / "datasets"
 
@@ -39,13 +39,13 @@ def pi05_g1() -> TrainConfig:
         action_horizon=16,
         max_token_len=160,
         cameras=("base",),
-        dtype="float32",
     )
     return TrainConfig(
         robot=G1,
         data=DataConfig(path=str(DATASETS / "g1_bottle_lerobot_v30"), holdout=0.25, cache="raw"),
         model=model,
         optimizer=OptimizerConfig(lr=2e-3, final_lr=1e-4, warmup_steps=30, decay_steps=300, weight_decay=1e-4),
+        compute=ComputeConfig(precision="fp32"),
         steps=300,
         batch_size=32,
         noise_draws=4,

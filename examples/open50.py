@@ -11,7 +11,7 @@ from pathlib import Path
 
 from manipi.model.config import GemmaSize, Pi0Config, VisionSize
 from manipi.robots import Joints, Robot, State
-from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig
+from manipi.train.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
 
 DATASETS = Path(os.environ.get("MANIPI_SHARED", "../shared")) / "datasets"
 
@@ -36,7 +36,6 @@ def pi0_open50() -> TrainConfig:
         action_horizon=16,
         max_token_len=32,
         cameras=("base",),
-        dtype="float32",
     )
     # The sample of this dataset comes with the pictures of these six of its fifty episodes.
     data = DataConfig(
@@ -47,6 +46,7 @@ def pi0_open50() -> TrainConfig:
         data=data,
         model=model,
         optimizer=OptimizerConfig(lr=2e-3, final_lr=1e-4, warmup_steps=30, decay_steps=1_000, weight_decay=1e-4),
+        compute=ComputeConfig(precision="fp32"),
         norm_mode="zscore",
         steps=1_000,
         batch_size=32,

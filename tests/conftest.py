@@ -16,7 +16,7 @@ from manipi.data.lerobot_writer import LeRobotWriter
 from manipi.model.config import GemmaSize, Pi0FastConfig, VisionSize
 from manipi.recipes.registry import load_recipe
 from manipi.robots.tabletop import TABLETOP
-from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig
+from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from manipi.train.loop import train
 
 # Examples have no deadline: timings are no tests.
@@ -84,6 +84,8 @@ def tiny(toy_dataset) -> Callable[..., TrainConfig]:
             "log_every": 1,
             "save_every": 2,
             "num_threads": 1,
+            "async_save": False,
+            "validation": ValidationConfig(every=0),
         }
         return replace(recipe, **settings | changes)
 

@@ -16,13 +16,14 @@ ManipiError                     what was expected, what was found, where, what t
 │   └─ SelfTestError            the loaded policy does not repeat the trainer's actions
 ├─ FetchError                   a source that is absent, unreachable, offline, or not what was promised
 ├─ TokenizerError               text or codes that do not decode
-├─ TrainingError                a non-finite loss, a run directory of another run
+├─ TrainingError                a run directory of another run, a data worker that died
+│   └─ NonFiniteError           the loss or the gradient of a step is NaN or infinite
 ├─ StorageError                 a full disk, a folder that cannot be written
 └─ ServeError                   a port in use, an address that cannot be bound
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class ManipiError(Exception):
@@ -113,6 +114,13 @@ class TokenizerError(ManipiError):
 
 class TrainingError(ManipiError):
     """A run that cannot start or must not go on."""
+
+
+class NonFiniteError(TrainingError):
+    """The loss or the gradient of a step is NaN or infinite."""
+
+    sample_loss: Sequence[float] = ()
+    """Of each sample of the batch, where it is known."""
 
 
 class StorageError(ManipiError):

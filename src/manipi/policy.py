@@ -113,17 +113,23 @@ class Policy:
         seen_by_robot = {key: value for key, value in observation.items() if key not in ("actions", "action_valid")}
         sample, seen = self.pipeline.encode(seen_by_robot)
         batch = {key: np.asarray(value)[None] for key, value in sample.items()}
-        output = self._run_model(ModelInput.from_numpy(batch, self._device), noise)
+        if noise is None and self._constraint is None:
+            noise = self.draw_noise()
+        output = self.run_model(ModelInput.from_numpy(batch, self._device), None if noise is None else noise[None])[0]
         actions = self.pipeline.decode(output, seen)
         return {"actions": actions, "policy_timing": {"infer_ms": (time.perf_counter() - started) * 1e3}}
 
     @torch.no_grad()
-    def _run_model(self, inputs: ModelInput, noise: np.ndarray | None) -> np.ndarray:
+    def run_model(self, inputs: ModelInput, noise: np.ndarray | None) -> np.ndarray:
+        """What the model answers to a batch, for `pipeline.decode`: chunks [B, (K,) H, A], or π0-FAST's ids [B, T].
+
+        Args:
+            noise: [B, (K,) H, A of the model]; π0-FAST uses none.
+        """
         if self._constraint is not None:
             return self._decode_tokens(inputs, self._constraint)
-        noise = self.draw_noise() if noise is None else noise
-        noise_BHA = torch.from_numpy(noise)[None].to(self._device)
-        return self.model.sample(inputs, noise_BHA, self.config.num_steps)[0].float().cpu().numpy()
+        noise_BKHA = torch.from_numpy(noise).to(self._device)
+        return self.model.sample(inputs, noise_BKHA, self.config.num_steps).float().cpu().numpy()
 
     def _decode_tokens(self, inputs: ModelInput, constraint: CodeConstraint) -> np.ndarray:
         """Greedy decoding in which only tokens are allowed that complete to a chunk of the right shape."""
@@ -134,7 +140,7 @@ class Policy:
             mask = np.stack([np.pad(constraint.mask(ids), surplus) for ids in ids_BT.tolist()])
             return torch.from_numpy(mask).to(self._device)
 
-        return self.model.decode_tokens(inputs, model.max_token_len, allowed_next)[0].cpu().numpy()
+        return self.model.decode_tokens(inputs, model.max_token_len, allowed_next).cpu().numpy()
 
     def check(self, test: SelfTest, *, where: str) -> None:
         """Replay a recorded observation. Raises SelfTestError where other actions come out."""

@@ -56,7 +56,7 @@ def atomic_directory(target: Path, next: str = _NEXT) -> Iterator[Path]:
 def remove_partial(folder: Path, name: str | None = None) -> None:
     """Delete what killed processes left half-written in `folder`, or of one `name` there; no other may be writing."""
     for partial in folder.glob(".*.partial" if name is None else f".{glob.escape(name)}.*.partial"):
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        shutil.rmtree(partial) if partial.is_dir() and not partial.is_symlink() else partial.unlink()
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -87,6 +87,15 @@ def storage_errors(where: Path, next: str = _NEXT) -> Iterator[None]:
             where=str(where),
             next=next,
         ) from error
+
+
+def require_room(where: Path, size: int, next: str) -> None:
+    """StorageError where the disk of `where` has less than `size` bytes left."""
+    free = shutil.disk_usage(_existing(where)).free
+    if free < size:
+        raise StorageError(
+            expected=f"room for {size / 1e6:,.0f} MB", found=f"{free / 1e6:,.0f} MB free", where=str(where), next=next
+        )
 
 
 def require_absent(target: Path) -> None:

@@ -32,6 +32,7 @@ FILES = {
     "self_test.npz",
     "train_state/.metadata",
     "train_state/__0_0.distcp",
+    "train_state/log_window.json",
 }
 
 
@@ -57,7 +58,7 @@ def test_the_files(checkpoint):
 def test_what_was_written_comes_back(kind, trained, tiny, tmp_path):
     read = read_checkpoint(trained(kind))
     config = tiny(kind)
-    assert read.config.model == config.model
+    assert read.config.model == config.policy_model
     assert (read.config.norm_mode, read.config.step) == (config.norm_mode, 2)
     assert read.robot == config.robot
     assert (read.tokenizers.action is not None) == (kind == "pi0_fast")

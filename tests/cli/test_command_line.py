@@ -116,7 +116,7 @@ def test_every_recipe_has_its_numbers_as_flags(name, capsys):
         parse_train(name, config, ["--help"])
     assert exit.value.code == 0
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert f"--batch-size INT Observations per step. (default: {config.batch_size})" in printed
+    assert f"--batch-size INT Observations per step, over all processes. (default: {config.batch_size})" in printed
     changed = parse_train(name, config, ["--data.path", "mine", "--optimizer.kind", "sgd", "--init", ""]).config
     expected = replace(config, data=replace(config.data, path="mine"), init="")
     assert changed == replace(expected, optimizer=replace(config.optimizer, kind="sgd"))
@@ -175,6 +175,7 @@ def test_train_a_recipe_of_ones_own(recipe, tmp_path):
     folder, result = tmp_path / "run", tmp_path / "result.json"
     done = run("train", recipe, "--run-dir", str(folder), "--json", str(result), "--seed", "7")
     checkpoint = folder / "checkpoints/2"
+    assert re.search(r"memory  forecast \d+\.\d\d GiB of tensors in a step; .* peaked at \d+\.\d\d GiB", done.stdout)
     assert f"checkpoint  {checkpoint}\n" in done.stdout
     assert f"next        manipi eval {checkpoint}" in done.stdout
     written = json.loads(result.read_text())

@@ -14,7 +14,7 @@ from manipi.model.config import GemmaSize, Pi0Config, VisionSize
 from manipi.recipes.registry import load_recipe
 from manipi.records import to_json
 from manipi.robots import Gripper, Joints, Robot, State
-from manipi.train.config import DataConfig, TrainConfig
+from manipi.train.config import ComputeConfig, DataConfig, TrainConfig
 from manipi.train.loop import train
 
 
@@ -122,10 +122,10 @@ def checkpoint(planted, tmp_path_factory) -> Path:
         action_horizon=4,
         max_token_len=8,
         cameras=("base",),
-        dtype="float32",
     )
     data = DataConfig(path=str(planted), holdout=0.4, num_workers=0)
-    config = TrainConfig(robot=ROBOT, data=data, model=model, steps=2, batch_size=4, num_threads=1)
+    settings = {"compute": ComputeConfig(precision="fp32"), "steps": 2, "batch_size": 4, "num_threads": 1}
+    config = TrainConfig(robot=ROBOT, data=data, model=model, **settings)
     return train(config, tmp_path_factory.mktemp("runs") / "tiny", show=False)
 
 

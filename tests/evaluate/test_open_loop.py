@@ -8,10 +8,11 @@ import pytest
 
 from manipi.checkpoints.native import verify
 from manipi.cli import main
+from manipi.data.chunk_error import evenly_spaced
 from manipi.data.dataset import open_dataset
 from manipi.errors import ConfigError, MissingFeatureError
 from manipi.evaluate.held_out import new_split, open_split
-from manipi.evaluate.open_loop import Predictions, evenly_spaced, predict, score
+from manipi.evaluate.open_loop import Predictions, predict, score
 from manipi.policy import Policy
 from manipi.train.data import prepare
 from manipi.train.run import read_config
@@ -106,6 +107,7 @@ def test_errors_by_hand(split, policy):
     np.testing.assert_allclose(error.per_dimension, [0.1, 1 / 7])
     np.testing.assert_allclose(error.per_step, np.array([joint, joint + gripper / 2, joint, joint]) / 2)
     np.testing.assert_allclose(error.share_of_travel, (joint + gripper / 7) / 2)
+    np.testing.assert_allclose(error.per_step_dimension, [[0.1, 0], [0.1, 0.5], [0.1, 0], [0.1, 0]])
     assert (result.frames, result.episodes, result.dimensions) == (2, 2, ("joint", "gripper"))
     # 1 - 0.0804 / 0.6966, where 1 is 0.8933 of the joint's travel and half of the gripper's.
     assert "beats holding position: its error is 88% lower in the mean, lower in 2 of 2" in result.verdict()

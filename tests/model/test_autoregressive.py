@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from manipi.errors import ConfigError
-from manipi.model.autoregressive import last_valid
+from manipi.model.autoregressive import last_valid, prompt_output
 from manipi.model.config import Compat
 
 B, L, STEPS = 3, 7, 6
@@ -86,12 +86,30 @@ def test_allowed_next_restricts_every_token(model, prompt):
 
 
 def test_only_loss_tokens_count(model, batch):
-    loss = model(batch)
+    loss, right = model(batch), []
     for row in range(B):
         out = model.gemma({"vlm": model.embed_prefix(batch)})["vlm"][row, -L:-1]
-        nll = -model.gemma.logits(out).log_softmax(-1).gather(1, batch.tokens[row, 1:, None])[:, 0]
-        torch.testing.assert_close(loss.per_sample[row], nll[batch.token_loss[row, 1:]].mean())
+        logits, targets, counts = model.gemma.logits(out), batch.tokens[row, 1:], batch.token_loss[row, 1:]
+        nll = -logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        torch.testing.assert_close(loss.per_sample[row], nll[counts].mean())
+        right.append((logits.argmax(-1) == targets)[counts].float().mean())
     torch.testing.assert_close(loss.loss, loss.per_sample.mean())
+    torch.testing.assert_close(loss.accuracy, torch.stack(right).mean())
+
+
+def test_accuracy_counts_the_likeliest_tokens(model, batch):
+    last = torch.zeros_like(batch.token_loss)
+    last[:, -1] = True
+    # A causal token at the end is seen by none, so that another one there changes no prediction.
+    batch = replace(
+        batch, token_loss=last, token_valid=batch.token_valid | last, token_causal=batch.token_causal | last
+    )
+    likeliest_B = model.gemma.logits(prompt_output(model.gemma, model.embed_prefix(batch), L)[:, -1]).argmax(-1)
+    for wrong in ([], [1], [0, 2]):
+        tokens = batch.tokens.clone()
+        tokens[:, -1] = likeliest_B
+        tokens[wrong, -1] = (likeliest_B[wrong] + 1) % 61
+        torch.testing.assert_close(model(replace(batch, tokens=tokens)).accuracy, torch.tensor(1 - len(wrong) / B))
 
 
 def test_a_sample_without_loss_tokens_costs_nothing_and_breaks_nothing(model, batch):

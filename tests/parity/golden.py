@@ -33,7 +33,7 @@ from manipi.model.config import (
     Pi05Config,
     VisionSize,
 )
-from manipi.train.state import trainable_parameters
+from manipi.train.trained import trainable_parameters
 
 SHARED = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[2].parent / "shared"))
 GOLDENS = [Path(folder) for folder in os.environ.get("MANIPI_GOLDEN", str(SHARED / "golden")).split(":")]
@@ -196,8 +196,8 @@ def change_adapters(config: ModelConfig, change: Callable[[Adapters], Adapters])
 def require_frozen(config: ModelConfig, recorded: Collection[str]) -> None:
     """Asserts that training leaves alone what the reference does, of the arrays that the loss can reach at all."""
     with torch.device("meta"):
-        reached = trainable_parameters(VLA(change_adapters(config, lambda _: NO_ADAPTERS)))
-        trained = trainable_parameters(VLA(config))
+        reached = trainable_parameters(VLA(change_adapters(config, lambda _: NO_ADAPTERS)), "full")
+        trained = trainable_parameters(VLA(config), "lora")
     names = {path: {n for layer in array.names for n in layer} for path, array in openpi_arrays(config).items()}
     assert set(recorded) <= names.keys()
     frozen = {path for path, ours in names.items() if ours & reached.keys() and not ours & trained.keys()}

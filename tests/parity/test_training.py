@@ -1,5 +1,6 @@
 """The reference's optimizer traces: losses, gradients, schedule, AdamW, clipping, averaging, and what is frozen."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tolerances import TRACE, tolerance_of
 from manipi.checkpoints.openpi_names import from_openpi_tree, openpi_arrays, to_openpi_tree
 from manipi.robots.tabletop import TABLETOP
 from manipi.train import loop
-from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig
+from manipi.train.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
 from manipi.train.loop import train_step
 from manipi.train.optimizer import learning_rate
 from manipi.train.state import TrainState
@@ -46,10 +47,11 @@ def read_config(case: Case, recorded: dict[str, Any]) -> TrainConfig:
     return TrainConfig(
         robot=TABLETOP,
         data=DataConfig(path="unused"),
-        model=case.config,
+        model=replace(case.config, dtype="bfloat16"),  # the default: the precision decides
+        compute=ComputeConfig(precision="fp32" if case.config.dtype == "float32" else "bf16"),
         optimizer=OptimizerConfig(**{ours: recorded[theirs] for ours, theirs in names.items()}),
         ema_decay=recorded["ema_decay"] or 0.0,
-        frozen="none" if recorded["frozen"] == "none" else "adapted",
+        trained="full" if recorded["frozen"] == "none" else "lora",
         frozen_dtype="bfloat16" if "bfloat16" in recorded["frozen"] else "float32",
     )
 
@@ -59,7 +61,7 @@ def start(case: Case, config: TrainConfig) -> TrainState:
     state = TrainState.initial(config)
     state.model.load_state_dict(from_openpi_tree(case.params, config.model))
     for name, average in state.average.items():
-        average.copy_(state.parameters[name].detach())
+        average.copy_(state.optimized[name].detach())
     return state
 
 
@@ -74,7 +76,7 @@ def run(case: Case, file: Path) -> Arrays:
     recorded = settings(case, file.stem)
     config = read_config(case, recorded)
     state = start(case, config)
-    frozen = tensors(case, case.frozen if config.frozen == "adapted" else frozenset())
+    frozen = tensors(case, case.frozen if config.trained == "lora" else frozenset())
     unreached = {n: p for n, p in state.model.named_parameters() if n not in state.parameters and n not in frozen}
     averages = {name: p.detach().clone() for name, p in unreached.items()}
     kept = {n: p.detach() for n, p in state.model.named_parameters() if n in frozen}
@@ -83,7 +85,7 @@ def run(case: Case, file: Path) -> Arrays:
     steps: list[dict[str, float]] = []
     before = to_openpi_tree(state.model.state_dict(), case.config)
     for step in range(recorded["steps"]):
-        metrics = train_step(state, case.batch(), config)
+        metrics, _ = train_step(state, case.batch(), config)
         with torch.no_grad():
             for name, p in unreached.items():
                 # Nothing reads these (see `trainable_parameters`), so we leave them alone; the reference's decay.

@@ -177,7 +177,8 @@ def test_structure(name):
 def test_adapters(name):
     c = load_recipe(name)
     low_memory = name.endswith("low_mem_finetune")
-    assert (c.frozen, c.frozen_dtype) == ("adapted", "bfloat16" if low_memory else "float32")
+    assert (c.trained, c.frozen_dtype) == (("lora", "bfloat16") if low_memory else ("full", "float32"))
+    assert c.compute.precision == ("bf16" if c.policy_model.dtype == "bfloat16" else "fp32")
     experts = {"vlm_adapters": 16} | ({} if isinstance(c.model, Pi0FastConfig) else {"action_adapters": 32})
     for field, rank in experts.items():
         adapters = getattr(c.model, field)

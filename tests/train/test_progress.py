@@ -2,6 +2,7 @@
 
 import pytest
 
+from manipi.train.loggers import RunLog
 from manipi.train.progress import ProgressLog, data_wait
 from manipi.train.run import Run
 
@@ -14,7 +15,7 @@ def test_one_step_in_twenty_waits():
 
 def test_every_line_has_its_own_window(tiny, tmp_path, capsys):
     run = Run(tmp_path / "run", tiny())
-    with ProgressLog(run, 0, 4, batch_size=4, every=2, show=True) as log:
+    with ProgressLog(RunLog(run, 0), 0, 4, batch_size=4, every=2, show=True) as log:
         for step, wait in enumerate([3.0, 1.0, 0.25, 0.25], start=1):
             log.record(step, {"loss": 1.0}, wait)
     first, second = run.read_metrics()

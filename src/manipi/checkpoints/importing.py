@@ -1,18 +1,20 @@
 """Weights to go on from: of a checkpoint of ours, of openpi, of LeRobot, or of the vision-language model alone."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from manipi.checkpoints.infer import infer_config
-from manipi.checkpoints.native import MANIFEST, verify
+from manipi.checkpoints.merging import merge_adapters
+from manipi.checkpoints.native import MANIFEST, read_description, verify
 from manipi.checkpoints.openpi_names import require_match
 from manipi.checkpoints.released import resolve
 from manipi.checkpoints.sources import open_source
+from manipi.errors import CheckpointError
 from manipi.model import VLA
+from manipi.model.shards import fill
 from manipi.remote.fetch import fetch
 from manipi.tokenizers import PALIGEMMA_VOCABULARY, TextTokenizer, require_paligemma
 
@@ -23,20 +25,19 @@ def load_initial_weights(model: VLA, source: str) -> list[str]:
     Those may be adapters that the checkpoint has not, and everything beyond the language model where it is a PaliGemma.
 
     Args:
-        source: a released name, a folder, a file, or a URL.
+        source: a released name, a folder, a file, or a URL. A run's folder stands for its newest checkpoint, and
+            adapters that the model has not are merged into the matrices that they adapt.
 
     Raises:
         WeightsMismatchError: anything else is missing, and whatever is unexpected or mis-shaped.
         CheckpointError: no checkpoint, or a damaged one.
         FetchError: it cannot be had.
     """
-    path = fetch(resolve(source))
+    path = _folder(source)
     if (path / MANIFEST).is_file():
-        verify(path)
-        weights = load_file(path / "model.safetensors")
-        return _fill(
-            model, {name: tuple(w.shape) for name, w in weights.items()}, weights.items(), path, vlm_only=False
-        )
+        weights = _own_weights(path, dict(model.named_parameters()))
+        shapes = {name: tuple(w.shape) for name, w in weights.items()}
+        return _fill(model, shapes, weights.items(), path, vlm_only=False)
     foreign = open_source(path)
     config = infer_config(foreign, like=model.config)
     foreign.check(config)
@@ -52,8 +53,41 @@ def require_tokenizer(source: str, vocab_size: int, text: TextTokenizer) -> None
         FetchError: the weights cannot be had.
     """
     # Our own checkpoints may have been trained with any tokenizer, whatever the size of their embedding.
-    if vocab_size == PALIGEMMA_VOCABULARY and not (fetch(resolve(source)) / MANIFEST).is_file():
+    if vocab_size == PALIGEMMA_VOCABULARY and not (_folder(source) / MANIFEST).is_file():
         require_paligemma(text)
+
+
+def _folder(source: str) -> Path:
+    """Where the weights are: of a run's folder, its newest checkpoint."""
+    path = fetch(resolve(source))
+    checkpoints = path / "checkpoints"
+    if not checkpoints.is_dir():
+        return path
+    steps = [int(one.name) for one in checkpoints.iterdir() if one.name.isdigit()]
+    if not steps:
+        raise CheckpointError(
+            expected="a run with a checkpoint to start from",
+            found="none yet",
+            where=str(checkpoints),
+            next="let that run reach its first checkpoint, or name other weights",
+        )
+    return checkpoints / str(max(steps))
+
+
+def _own_weights(path: Path, wanted: Container[str]) -> Mapping[str, Tensor]:
+    """Those of a checkpoint of ours, verified; adapters that are not `wanted` are merged."""
+    verify(path)
+    if not (path / "model.safetensors").is_file():
+        raise CheckpointError(
+            expected="a checkpoint with all weights",
+            found="adapters alone",
+            where=str(path),
+            next="join them with their base first: manipi import (see its --help)",
+        )
+    weights = load_file(path / "model.safetensors")
+    if all(name in wanted for name in weights if ".lora_" in name):
+        return weights
+    return merge_adapters(weights, read_description(path).config.model, keep=wanted)
 
 
 def _fill(
@@ -63,7 +97,6 @@ def _fill(
     kept = [name for name in parameters if name not in theirs and (vlm_only or ".lora_" in name)]
     ours = {name: tuple(p.shape) for name, p in parameters.items() if name not in kept}
     require_match(ours, theirs, str(path))
-    with torch.no_grad():
-        for name, tensor in tensors:
-            parameters[name].copy_(tensor)
+    for name, tensor in tensors:
+        fill(parameters[name], tensor)
     return kept

@@ -160,7 +160,7 @@ def verify(folder: Path) -> None:
             expected=f"a checkpoint folder (with a {MANIFEST})",
             found=f"only {names or 'an empty folder'}" if folder.is_dir() else "no such folder",
             where=str(folder),
-            next="name a folder such as runs/NAME/checkpoints/STEP",
+            next="name a folder such as runs/NAME/checkpoints/STEP, or runs/NAME/best",
         )
     manifest = read_json(folder / MANIFEST)
     present = {str(p.relative_to(folder)) for p in _files(folder)} - {MANIFEST}

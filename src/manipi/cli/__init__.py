@@ -12,6 +12,7 @@ from manipi_client.errors import ManipiClientError
 COMMANDS = {
     "demo": "record demonstrations, train a tiny policy, serve it, and drive a simulated arm with it",
     "train": "train a policy: manipi train RECIPE|FILE.py:FUNCTION [--flags]",
+    "plan": "forecast the memory of a training step by part, and find settings that fit a GPU",
     "eval": "open-loop error of a checkpoint on held-out episodes, beside simple baselines",
     "serve": "serve a checkpoint over websocket, in openpi's protocol",
     "import": "make another project's checkpoint ours: openpi (Orbax, PyTorch), LeRobot; by name, folder or URL",

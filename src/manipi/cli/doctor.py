@@ -19,7 +19,8 @@ OPTIONAL = {
     "gymnasium": ("the simulated arm of manipi demo", "pip install 'manipi[demo]'"),
     "matplotlib": ("loss curves and reports", "pip install 'manipi[demo]'"),
     "tensorstore": ("openpi's Orbax checkpoints", "pip install tensorstore"),
-    "torchao": ("quantised weights", "pip install torchao"),
+    "torchao": ("moments of 8 bits", "pip install 'manipi[low-bit]'"),
+    "bitsandbytes": ("frozen weights of 4 bits", "pip install 'manipi[low-bit]'"),
     "torchcodec": ("video decoding on the GPU", "pip install torchcodec"),
 }
 CODECS: dict[str, Literal["r", "w"]] = {"h264": "r", "av1": "r", "libx264": "w"}

@@ -19,7 +19,7 @@ class _Eval:
     """Compare predicted with recorded action chunks, on held-out and on training episodes, beside baselines."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint folder, such as runs/NAME/checkpoints/STEP."""
+    """A checkpoint folder, such as runs/NAME/checkpoints/STEP or runs/NAME/best."""
     data: str | None = None
     """Folder of the dataset. Default: where it was in training."""
     holdout: float | None = None
@@ -47,8 +47,9 @@ def main(arguments: Sequence[str]) -> None:
 
     import torch
 
+    from manipi.data.chunk_error import evenly_spaced
     from manipi.evaluate.held_out import new_split, open_split, run_folder
-    from manipi.evaluate.open_loop import evenly_spaced, plot_chunks, predict, score
+    from manipi.evaluate.open_loop import plot_chunks, predict, score
     from manipi.policy import Policy
 
     if args.num_threads:

@@ -16,7 +16,7 @@ class _Serve:
     """Serve a checkpoint in openpi's protocol; openpi's own client drives it unchanged."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint folder, such as runs/NAME/checkpoints/STEP."""
+    """A checkpoint folder, such as runs/NAME/checkpoints/STEP or runs/NAME/best."""
     robot: str | None = None
     """Which of the robots that it was trained on; the recipe's own unless named."""
     host: str = "127.0.0.1"

@@ -17,8 +17,10 @@
 | `mixture` | several datasets and robots in one stream |
 | `idle`, `filters`, `mask` | frames that are not worth training on; the rules, and the file that keeps the rest |
 | `loader` | batches, from worker processes |
+| `helper` | processes that help another one, such as the loader's |
 | `shared` | memory that processes share: batches on their way, and columns |
 | `stats`, `sketch`, `stats_plot` | norm stats; pieces of them that merge; a picture of them |
+| `chunk_error` | how far action chunks are from recorded ones, and what simple baselines would have said |
 | `check`, `checks` | what is wrong with a dataset; the episodes that cannot be trained on |
 | `view`, `describe` | an episode to look at; what is in a dataset, and a robot that would fit |
 """

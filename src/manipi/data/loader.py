@@ -5,10 +5,10 @@ worker 1   step 1   step 3   step 5 …     and hands its batches over in shared
 caller     0  1  2  3  4  5 …             so the caller only takes turns.
 """
 
+import faulthandler
 import itertools
 import math
 import mmap
-import multiprocessing
 import os
 import signal
 import time
@@ -16,13 +16,13 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import recv_handle, send_handle
 from types import TracebackType
 from typing import Self, TypeAlias
 
 import numpy as np
 
+from manipi.data.helper import start_helper
 from manipi.data.sampler import Sampler
 from manipi.data.shared import nameless_file
 from manipi.errors import ManipiError, TrainingError
@@ -30,6 +30,9 @@ from manipi.types import Sample
 
 Batch: TypeAlias = dict[str, np.ndarray]
 """Samples stacked along a first axis."""
+
+ASK_FOR_STACKS = getattr(signal, "SIGUSR2", None)
+"""On this signal a worker prints the stacks of its threads."""
 
 _ALIGNMENT = 64
 
@@ -79,6 +82,7 @@ class Loader:
         world_size: int = 1,
     ):
         self._task = _Task(samples=samples, sampler=sampler, rank=rank, world_size=world_size)
+        self.rank, self.world_size = rank, world_size
         self._num_workers, self._start_step, self._prefetch = num_workers, start_step, prefetch
         self._workers: list[_Worker] = []
 
@@ -98,6 +102,15 @@ class Loader:
         finally:
             self.close()
 
+    def rows(self, step: int) -> np.ndarray:
+        """The sampler's rows that this loader's batch of a step is made of."""
+        return self._task.sampler.rows(step, self.rank, self.world_size)
+
+    def workers(self, step: int) -> list[int]:
+        """Process ids of the workers, first that of the one whose turn it is at a step."""
+        first = (step - self._start_step) % self._num_workers if self._num_workers else 0
+        return [worker.process_id for worker in (*self._workers[first:], *self._workers[:first])]
+
     def close(self) -> None:
         """End the workers."""
         for worker in self._workers:
@@ -115,16 +128,8 @@ class _Worker:
     """A worker process, seen from the caller."""
 
     def __init__(self, task: _Task, first: int, stride: int, prefetch: int):
-        # A forked process would inherit the locks of torch's and Arrow's threads, perhaps held.
-        context = multiprocessing.get_context("spawn")
-        self._worker, caller = context.Pipe()
-        self._process: BaseProcess = context.Process(
-            target=_work, args=(task, first, stride, prefetch, caller), daemon=True
-        )
-        self._process.start()
+        self._process, self._worker = start_helper(_work, task, first, stride, prefetch)
         self._rooms, self._left = dict[int, mmap.mmap](), list[int]()
-        # With our copy of its end closed, the death of the worker reads as the end of the pipe.
-        caller.close()
 
     def receive(self) -> Batch:
         try:
@@ -152,17 +157,22 @@ class _Worker:
     def _leave(self, number: int) -> None:
         self._left.append(number)
 
+    @property
+    def process_id(self) -> int:
+        assert self._process.pid is not None, "started in __init__"
+        return self._process.pid
+
     def stop(self) -> None:
-        self._process.terminate()
+        self._process.kill()
         self._process.join()
         self._worker.close()
 
 
 def _work(task: _Task, first: int, stride: int, prefetch: int, caller: Connection) -> None:
     """The life of a worker: every `stride`-th step, until it is ended, raises, or finds its parent gone."""
-    # Ctrl-C reaches the whole process group; the parent ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     rooms = _Rooms(caller)
+    if ASK_FOR_STACKS:
+        faulthandler.register(ASK_FOR_STACKS, file=2)
     try:
         for made, step in enumerate(itertools.count(first, stride)):
             samples = task.samples_at(step)

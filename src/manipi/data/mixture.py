@@ -10,10 +10,12 @@ Weights need not sum to one: a part's share of the samples is its weight over th
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64
 
+from manipi.data.dataset import Dataset
 from manipi.data.sampler import MixedStream, Stream, deal
 from manipi.data.source import Source
 from manipi.types import Sample
@@ -49,6 +51,21 @@ class Share:
     """How often the run visits each frame."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a sample came from."""
+
+    root: Path
+    """The dataset's folder."""
+    dataset: str
+    episode: int
+    """Its number in the dataset's own files."""
+    frame: int
+
+    def __str__(self) -> str:
+        return f"dataset {self.dataset}, episode {self.episode}, frame {self.frame}"
+
+
 class Mixture:
     """The parts as one source of samples."""
 
@@ -78,10 +95,24 @@ class Mixture:
             samples.update(zip(places.tolist(), found, strict=True))
         return [samples[place] for place in range(len(rows))]
 
+    def part_of(self, row: int) -> tuple[Part, int]:
+        """The part that a row of the mixture belongs to, and which of its own rows it is."""
+        k = int(np.searchsorted(self.offsets, row, side="right")) - 1
+        return self.parts[k], row - self.offsets[k]
+
+    def places(self, rows: Int64[np.ndarray, " n"]) -> list[Place]:
+        """Where the rows of the mixture came from, in their order."""
+        return [_place(part.source.dataset, row) for part, row in map(self.part_of, rows.tolist())]
+
     def report(self, num_samples: int) -> list[Share]:
         """What a run of `num_samples` sees of each part."""
         shares = deal([part.weight for part in self.parts])
         return [_share(part, share, num_samples) for part, share in zip(self.parts, shares / shares.sum(), strict=True)]
+
+
+def _place(dataset: Dataset, row: int) -> Place:
+    episode = dataset.episodes[int(dataset.episode_of(np.asarray(row)))]
+    return Place(root=dataset.root, dataset=dataset.name, episode=episode.index, frame=row - episode.start)
 
 
 def _share(part: Part, share: float, num_samples: int) -> Share:

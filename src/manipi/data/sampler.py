@@ -171,5 +171,9 @@ def permutation(n: int, key: str) -> Int64[np.ndarray, " n"]:
     NumPy keeps the raw numbers of a bit generator the same in all versions, but not what its `Generator` makes of
     them, so the raw numbers are sorted here.
     """
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
-    return np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")
+    return np.argsort(random_bits(key).random_raw(n), kind="stable")
+
+
+def random_bits(key: str) -> np.random.PCG64:
+    """A source of raw 64-bit numbers that depends on the key alone."""
+    return np.random.PCG64(int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little"))

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from manipi.checkpoints import merging
 from manipi.checkpoints.native import Checkpoint, PolicyConfig, seal, verify
 from manipi.checkpoints.openpi_names import require_match
 from manipi.checkpoints.safetensors_writer import write_safetensors
@@ -22,21 +23,12 @@ from manipi.checkpoints.weight_store import ArrayInfo
 from manipi.errors import IntegrityError
 from manipi.model import VLA
 from manipi.model.config import CONFIG_TYPES, NO_ADAPTERS, Pi0FastConfig
-from manipi.model.lora import AdaptedLinear
 from manipi.records import from_json, read_json, write_json
 
 
 def merge_adapters(checkpoint: Checkpoint) -> Checkpoint:
-    """The same policy with plain matrices, `W + scale · B A`, each in the wider dtype of the two."""
-    with torch.device("meta"):
-        model = VLA(checkpoint.config.model)
-    model.load_state_dict(dict(checkpoint.weights), strict=True, assign=True)
-    weights = {name: w for name, w in checkpoint.weights.items() if not _is_adapter(name)}
-    for name, module in model.named_modules():
-        if isinstance(module, AdaptedLinear):
-            # Rounding to a coarser base would lose what the adapters learned.
-            dtype = torch.promote_types(module.weight.dtype, module.lora_a.dtype)
-            weights[f"{name}.weight"] = module.merged().to(dtype)
+    """The same policy with plain matrices (`manipi.checkpoints.merging`)."""
+    weights = merging.merge_adapters(checkpoint.weights, checkpoint.config.model)
     plain = {"vlm_adapters": NO_ADAPTERS}
     if not isinstance(checkpoint.config.model, Pi0FastConfig):
         plain["action_adapters"] = NO_ADAPTERS

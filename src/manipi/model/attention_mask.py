@@ -38,6 +38,8 @@ class Layout:
     """long, 0 for the trunk."""
     position: Tensor
     """long, the index on the token's own path."""
+    plain: bool = False
+    """Known without a look at the tensors: every token is valid and on the trunk, so that all that follow see it."""
 
     def then(self, later: Self) -> "Layout":
         """This sequence followed by a later one."""
@@ -46,22 +48,38 @@ class Layout:
             block=torch.cat([self.block, later.block], dim=1),
             branch=torch.cat([self.branch, later.branch], dim=1),
             position=torch.cat([self.position, later.position], dim=1),
+            plain=self.plain and later.plain,
         )
+
+    def last(self, num_tokens: int) -> "Layout":
+        """Its last tokens alone."""
+        tensors = (self.valid, self.block, self.branch, self.position)
+        valid, block, branch, position = (x_BT[:, -num_tokens:] for x_BT in tensors)
+        return Layout(valid=valid, block=block, branch=branch, position=position, plain=self.plain)
 
 
 def lay_out(
-    past: Layout | None, valid_BT: Tensor, starts_block_BT: Tensor, branch_BT: Tensor, position_BT: Tensor | None = None
+    past: Layout | None,
+    valid_BT: Tensor,
+    starts_block_BT: Tensor,
+    branch_BT: Tensor | None = None,
+    position_BT: Tensor | None = None,
 ) -> Layout:
-    """The layout of tokens that continue `past`. Positions are counted unless they are given."""
-    block_BT = starts_block_BT.long().cumsum(dim=1)
-    valid_BS, branch_BS = valid_BT, branch_BT
+    """The layout of tokens that continue `past`; all on the trunk without branches. Positions are counted unless they
+    are given."""
+    block_BT, branches_BT = starts_block_BT.long().cumsum(dim=1), branch_BT
+    if branches_BT is None:
+        branches_BT = torch.zeros_like(block_BT)
+    valid_BS, branch_BS = valid_BT, branches_BT
     if past is not None:
         block_BT = block_BT + past.block[:, -1:]
         valid_BS = torch.cat([past.valid, valid_BT], dim=1)
-        branch_BS = torch.cat([past.branch, branch_BT], dim=1)
+        branch_BS = torch.cat([past.branch, branches_BT], dim=1)
+    if position_BT is None and branch_BT is None:
+        position_BT = (valid_BS & (branch_BS == 0)).cumsum(dim=1)[:, -valid_BT.shape[1] :] - 1
     if position_BT is None:
-        position_BT = _count_positions(branch_BT, valid_BS, branch_BS)
-    return Layout(valid=valid_BT, block=block_BT, branch=branch_BT, position=position_BT)
+        position_BT = _count_positions(branches_BT, valid_BS, branch_BS)
+    return Layout(valid=valid_BT, block=block_BT, branch=branches_BT, position=position_BT)
 
 
 def attention_mask(query: Layout, key: Layout) -> Tensor:

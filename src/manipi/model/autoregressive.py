@@ -29,6 +29,8 @@ class TokenLoss(NamedTuple):
     """Mean cross-entropy over the sample's loss tokens, in nats; zero for a sample without any."""
     weight: Float[Tensor, ""]
     """How many samples count, to average over batches exactly."""
+    accuracy: Float[Tensor, ""]
+    """Share of a sample's loss tokens that are the most likely ones; mean over the samples."""
 
 
 def token_loss(
@@ -42,10 +44,17 @@ def token_loss(
     out_BLD = prompt_output(gemma, prefix, tokens_BL.shape[1])
     targets_BL, counts_BL = tokens_BL[:, 1:], token_loss_BL[:, 1:]
     # Only the loss tokens meet the vocabulary: the logits of a full batch would be the largest tensor of all.
-    nll = F.cross_entropy(gemma.logits(out_BLD[counts_BL]), targets_BL[counts_BL], reduction="none")
-    nll_BL = torch.zeros(targets_BL.shape, dtype=nll.dtype, device=nll.device).masked_scatter(counts_BL, nll)
-    per_sample_B = nll_BL.sum(1) / counts_BL.sum(1).clamp(min=1)
-    return TokenLoss(per_sample_B.mean(), per_sample_B, torch.tensor(float(len(per_sample_B)), device=nll.device))
+    logits, targets = gemma.logits(out_BLD[counts_BL]), targets_BL[counts_BL]
+    per_sample_B = _mean_per_sample(F.cross_entropy(logits, targets, reduction="none"), counts_BL)
+    hits_B = _mean_per_sample((logits.detach().argmax(-1) == targets).float(), counts_BL)
+    weight = torch.tensor(float(len(per_sample_B)), device=logits.device)
+    return TokenLoss(per_sample_B.mean(), per_sample_B, weight, hits_B.mean())
+
+
+def _mean_per_sample(values: Tensor, counts_BL: Tensor) -> Tensor:
+    """Means [B] of what stands, one after the other, at the places that count; 0 where none does."""
+    values_BL = torch.zeros(counts_BL.shape, dtype=values.dtype, device=values.device).masked_scatter(counts_BL, values)
+    return values_BL.sum(1) / counts_BL.sum(1).clamp(min=1)
 
 
 def prompt_output(gemma: Gemma, prefix: Span, prompt_len: int) -> Float[Tensor, "B L-1 D"]:
@@ -55,8 +64,9 @@ def prompt_output(gemma: Gemma, prefix: Span, prompt_len: int) -> Float[Tensor, 
         valid_BT=prefix.valid_BT[:, :-1],
         starts_block_BT=prefix.starts_block_BT[:, :-1],
         position_BT=None if prefix.position_BT is None else prefix.position_BT[:, :-1],
+        plain=prefix.plain,
     )
-    return gemma({"vlm": inputs})["vlm"][:, -(prompt_len - 1) :]
+    return gemma({"vlm": inputs}, last=prompt_len - 1)["vlm"]
 
 
 @torch.no_grad()
@@ -75,10 +85,11 @@ def greedy_decode(
     """
     dtype = prefix.tokens_BTD.dtype
     cache = _reference_cache(gemma, prefix, max_tokens) if compat.fast_contiguous_cache else KVCache()
-    out_BTD = gemma({"vlm": prefix}, cache, commit=True)["vlm"]
+    num_wanted = 1 if prefix.plain else prefix.valid_BT.shape[1]
+    out_BTD = gemma({"vlm": prefix}, cache, commit=True, last=num_wanted)["vlm"]
     prompt_len_B1 = prefix.valid_BT.sum(1, keepdim=True)
     last_B = last_valid(prefix.valid_BT)
-    out_BD = out_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+    out_BD = out_BTD[torch.arange(len(last_B), device=last_B.device), last_B - prefix.valid_BT.shape[1]]
     if compat.fast_contiguous_cache:
         _see_last_slots(cache, prompt_len_B1, max_tokens + last_B[:, None])
     ids_BT = torch.zeros(len(last_B), max_tokens, dtype=torch.long, device=last_B.device)
@@ -111,6 +122,7 @@ def _one_token(gemma: Gemma, ids_B: Tensor, position_B1: Tensor, dtype: torch.dt
         valid_BT=real_B1,
         starts_block_BT=real_B1,
         position_BT=position_B1,
+        plain=True,
     )
 
 

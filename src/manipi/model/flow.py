@@ -101,6 +101,7 @@ def _span(tokens_BTD: Tensor, num_draws: int, action_horizon: int, cond: Tensor 
         starts_block_BT=starts_T.expand(b, t),
         branch_BT=branch_T.expand(b, t),
         cond_BCD=cond,
+        plain=first_action == 0 and num_draws == 1,
     )
 
 

@@ -20,7 +20,7 @@ G key/value heads, H head dim.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -28,17 +28,14 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from manipi.model.attention_mask import Layout, attention_mask, lay_out
+from manipi.model.attention import Mask, attend, mask_for
+from manipi.model.attention_mask import Layout, lay_out
 from manipi.model.config import NO_ADAPTERS, Adapters, GemmaSize, LoRA
 from manipi.model.layers import ZeroLinear
 from manipi.model.lora import linear
 
 KeysValues = tuple[Tensor, Tensor]
 """One layer's rotated keys and values, each [B, S, G, H]."""
-
-MASKED = -2.3819763e38
-"""The reference's logit of a key that must not be seen. It is finite, so that padding, which sees nothing, averages
-over everything instead of turning into NaN."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +62,13 @@ class Span:
     """None: all on the trunk."""
     position_BT: Tensor | None = None
     """None: counted along the token's path."""
+    plain: bool = False
+    """Known without a look at the tensors: every token is valid, and all are one block on one branch."""
 
     def follow(self, past: Layout | None) -> Layout:
         """Where these tokens stand when they continue `past`."""
-        branch_BT = torch.zeros_like(self.valid_BT, dtype=torch.long) if self.branch_BT is None else self.branch_BT
-        return lay_out(past, self.valid_BT, self.starts_block_BT, branch_BT, self.position_BT)
+        layout = lay_out(past, self.valid_BT, self.starts_block_BT, self.branch_BT, self.position_BT)
+        return replace(layout, plain=self.plain and self.branch_BT is None)
 
 
 @dataclass(kw_only=True)
@@ -150,13 +149,17 @@ class ExpertLayer(nn.Module):
         self.mlp = MLP(size, config.adapters.feed_forward)
 
     def project(
-        self, x_BTD: Tensor, cond_BCD: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries [B, T, N, H], keys and values [B, T, G, H], and the gate of the attention residual."""
+        self, x_BTD: Tensor, cond_BCD: Tensor | None, dtype: torch.dtype, *, queries: int
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+        """Queries [B, queries, N, H] of the last tokens, keys and values [B, T, G, H] of all, and the gate of the
+        attention residual."""
         normed_BTD, gate = self.attention_norm(x_BTD, cond_BCD)
         normed_BTD = normed_BTD.to(dtype)
-        q, k, v = (p(normed_BTD).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return q, k, v, gate
+        q = self._heads(self.q_proj(normed_BTD[:, -queries:])) if queries else None
+        return q, self._heads(self.k_proj(normed_BTD)), self._heads(self.v_proj(normed_BTD)), gate
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
 
     def finish(self, x_BTD: Tensor, attended_BTNH: Tensor, gate: Tensor | None, cond_BCD: Tensor | None) -> Tensor:
         """The two residuals: attention output, then MLP."""
@@ -174,8 +177,10 @@ class Geometry(NamedTuple):
 
     rope: tuple[Tensor, Tensor]
     """Cosines and sines of the tokens' rotations, each [B, T, 1, H/2]."""
-    bias_B1TS: Tensor
-    """Added to the attention logits: 0 where a key is seen, `MASKED` where not. Its dtype is the one to compute in."""
+    mask: Mask
+    """Of the queries that are wanted."""
+    dtype: torch.dtype
+    """The one to compute in."""
 
 
 class Block(nn.Module):
@@ -196,20 +201,22 @@ class Block(nn.Module):
         past: KeysValues | None,
         *,
         insulate: bool,
-        outputs: Collection[str],
+        outputs: Mapping[str, int],
     ) -> tuple[dict[str, Tensor], KeysValues]:
-        """The spans named in `outputs` after this layer, and the keys and values of everything so far."""
+        """After this layer, as many of each span's last tokens as `outputs` says, and all keys and values so far."""
         results, seen = {}, past
         for name, x_BTD in xs.items():
-            expert, cond, geometry = self._expert(name), conds[name], geometries[name]
-            q, k, v, gate = expert.project(x_BTD, cond, geometry.bias_B1TS.dtype)
-            q, k = rotate(q, geometry.rope), rotate(k, geometry.rope)
+            expert, cond, geometry, wanted = self._expert(name), conds[name], geometries[name], outputs.get(name, 0)
+            q, k, v, gate = expert.project(x_BTD, cond, geometry.dtype, queries=wanted)
+            k = rotate(k, geometry.rope)
             if seen is not None:
                 before_k, before_v = (seen[0].detach(), seen[1].detach()) if insulate else seen
                 k, v = torch.cat([before_k, k], dim=1), torch.cat([before_v, v], dim=1)
             seen = (k, v)
-            if name in outputs:
-                results[name] = expert.finish(x_BTD, attend(q, k, v, geometry.bias_B1TS), gate, cond)
+            if q is not None:
+                cos, sin = geometry.rope
+                attended = attend(rotate(q, (cos[:, -wanted:], sin[:, -wanted:])), k, v, geometry.mask)
+                results[name] = expert.finish(x_BTD[:, -wanted:], attended, gate, cond)
         assert seen is not None, "a forward pass without spans"
         return results, seen
 
@@ -233,6 +240,7 @@ class Gemma(nn.Module):
         self.width, self.head_dim = first.width, first.head_dim
         self.kv_shape = (first.num_kv_heads, first.head_dim)
         self.token_embedding = nn.Parameter(torch.empty(vocab_size, first.width))
+        self.sparse_embedding_gradient = False
         self.blocks = nn.ModuleList(
             Block({name: ExpertLayer(expert) for name, expert in experts.items()}) for _ in range(first.depth)
         )
@@ -246,7 +254,8 @@ class Gemma(nn.Module):
     def embed(self, ids_BT: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B T D"]:
         """Token embeddings times √width. The factor is rounded to the table's own dtype, as in the reference."""
         factor = torch.tensor(self.width**0.5, dtype=self.token_embedding.dtype).float()
-        return (F.embedding(ids_BT, self.token_embedding).float() * factor).to(dtype)
+        rows_BTD = F.embedding(ids_BT, self.token_embedding, sparse=self.sparse_embedding_gradient)
+        return (rows_BTD.float() * factor).to(dtype)
 
     def logits(self, x: Float[Tensor, "*any D"]) -> Float[Tensor, "*any V"]:
         """float32 logits over the vocabulary, by the transposed token embedding.
@@ -263,6 +272,7 @@ class Gemma(nn.Module):
         commit: bool = False,
         insulate: bool = False,
         outputs: Collection[str] | None = None,
+        last: int | None = None,
     ) -> dict[str, Tensor]:
         """Run each span through its expert, after what is in the cache.
 
@@ -275,18 +285,20 @@ class Gemma(nn.Module):
                 (knowledge insulation, Driess et al. 2025).
             outputs: names of the spans whose result is wanted, all by default. In the last layer the others
                 contribute keys and values only, which saves their attention and MLP.
+            last: how many of the last tokens of those spans are wanted, all by default; likewise.
 
         Returns:
-            The wanted spans after the final norm, each [B, T, D], in float32.
+            The wanted tokens after the final norm, each [B, T, D], in float32.
         """
-        geometries, layout = self._place(spans, None if cache is None else cache.layout)
+        lengths = {name: span.tokens_BTD.shape[1] for name, span in spans.items()}
+        wanted = {name: lengths[name] if last is None else last for name in (lengths if outputs is None else outputs)}
+        geometries, of_last, layout = self._place(spans, None if cache is None else cache.layout, wanted)
         xs = {name: span.tokens_BTD.float() for name, span in spans.items()}
         conds = {n: None if s.cond_BCD is None else s.cond_BCD.to(s.tokens_BTD.dtype) for n, s in spans.items()}
-        wanted = spans.keys() if outputs is None else outputs
         for index, block in enumerate(self.blocks):
             past = None if cache is None else cache.layers.get(index)
-            needed = wanted if index == len(self.blocks) - 1 else spans.keys()
-            xs, keys_values = block(xs, conds, geometries, past, insulate=insulate, outputs=needed)
+            where, needed = (of_last, wanted) if index == len(self.blocks) - 1 else (geometries, lengths)
+            xs, keys_values = block(xs, conds, where, past, insulate=insulate, outputs=needed)
             if commit:
                 assert cache is not None, "nothing to commit to"
                 cache.layers[index] = keys_values
@@ -294,29 +306,20 @@ class Gemma(nn.Module):
             cache.layout = layout
         return {name: self.final_norms[name](x, conds[name])[0] for name, x in xs.items()}
 
-    def _place(self, spans: Mapping[str, Span], past: Layout | None) -> tuple[dict[str, Geometry], Layout | None]:
-        geometries, seen = {}, past
+    def _place(
+        self, spans: Mapping[str, Span], past: Layout | None, wanted: Mapping[str, int]
+    ) -> tuple[dict[str, Geometry], dict[str, Geometry], Layout | None]:
+        """Where the spans stand; the same in the last layer, where less may be wanted; and what the cache gets."""
+        geometries, of_last, seen = {}, {}, past
         for name, span in spans.items():
-            own = span.follow(seen)
+            own, (_, t, _), dtype = span.follow(seen), span.tokens_BTD.shape, span.tokens_BTD.dtype
+            sees_all = span.plain and (seen is None or seen.plain)
             seen = own if seen is None else seen.then(own)
-            bias_B1TS = _attention_bias(attention_mask(own, seen), span.tokens_BTD.dtype)
-            geometries[name] = Geometry(rope(own.position, self.head_dim), bias_B1TS)
-        return geometries, seen
-
-
-def _attention_bias(mask_BTS: Tensor, dtype: torch.dtype) -> Tensor:
-    zero = torch.zeros((), dtype=dtype, device=mask_BTS.device)
-    return torch.where(mask_BTS, zero, MASKED)[:, None]
-
-
-def attend(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, bias_B1TS: Tensor) -> Tensor:
-    """Grouped-query attention [B, T, N, H]; logits and softmax are float32 inside the fused kernel."""
-    groups = q_BTNH.shape[2] // k_BSGH.shape[2]
-    # With one key/value head, as in every released size, the repeated heads are a view.
-    k_BNSH, v_BNSH = (
-        t.transpose(1, 2)[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for t in (k_BSGH, v_BSGH)
-    )
-    return F.scaled_dot_product_attention(q_BTNH.transpose(1, 2), k_BNSH, v_BNSH, attn_mask=bias_B1TS).transpose(1, 2)
+            mask = None if sees_all else mask_for(own, seen, dtype)
+            geometries[name] = of_last[name] = Geometry(rope(own.position, self.head_dim), mask, dtype)
+            if mask is not None and 0 < wanted.get(name, 0) < t:
+                of_last[name] = geometries[name]._replace(mask=mask_for(own.last(wanted[name]), seen, dtype))
+        return geometries, of_last, seen
 
 
 def rope(position: Int[Tensor, "B T"], head_dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:

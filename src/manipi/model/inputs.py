@@ -6,6 +6,8 @@ Shape letters: B batch, C camera slots, L prompt tokens, H action horizon, A act
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from manipi.errors import ConfigError, unknown_name
 from manipi.model.config import ModelConfig
+from manipi.model.trim import PROMPT_MULTIPLE, Kept, kept
 
 _DTYPES = {"tokens": torch.long, "state": torch.float32, "actions": torch.float32}
 """Fields that are neither pictures nor masks. Pictures keep their dtype, masks are bool."""
@@ -46,6 +49,15 @@ class ModelInput:
     def batch_size(self) -> int:
         return len(self.tokens)
 
+    @cached_property
+    def kept(self) -> Kept:
+        """What the model computes of this batch. Waits for a GPU, unless the batch came there by `to`."""
+        return self._kept_on(self.tokens.device)
+
+    def _kept_on(self, device: torch.device) -> Kept:
+        multiple = PROMPT_MULTIPLE if device.type == "cuda" else 1
+        return kept(self.image_valid, self.token_valid, self.token_causal, multiple=multiple)
+
     @classmethod
     def from_numpy(cls, batch: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> "ModelInput":
         """The batch on `device`. Keys are the names of the fields.
@@ -65,12 +77,23 @@ class ModelInput:
                 where="ModelInput.from_numpy",
                 next="build the batch with the transform pipeline",
             )
-        return cls(**{key: _to_tensor(key, value, device) for key, value in batch.items()})
+        return cls(**{key: _to_tensor(key, value) for key, value in batch.items()}).to(device)
 
     def to(self, device: torch.device | str) -> "ModelInput":
         """The same batch on another device; copies from pinned memory do not wait."""
-        present = {name: value for name, value in vars(self).items() if value is not None}
-        return dataclasses.replace(self, **{name: t.to(device, non_blocking=True) for name, t in present.items()})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = dataclasses.replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
+        if self.tokens.device.type == "cpu" != moved.tokens.device.type:
+            vars(moved)["kept"] = self._kept_on(moved.tokens.device)  # while the masks can be read without waiting
+        return moved
+
+    def split(self, parts: int) -> list[Self]:
+        """The batch in equal parts, in order."""
+        per_sample = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if self.action_dim_valid is not None and self.action_dim_valid.ndim == 1:
+            del per_sample["action_dim_valid"]
+        chunks = zip(*(value.chunk(parts) for value in per_sample.values()), strict=True)
+        return [dataclasses.replace(self, **dict(zip(per_sample, chunk, strict=True))) for chunk in chunks]
 
     def check(self, config: ModelConfig) -> None:
         """Compare shapes with the model's.
@@ -100,8 +123,6 @@ class ModelInput:
                 )
 
 
-def _to_tensor(key: str, value: np.ndarray, device: torch.device | str) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(value)).to(device, non_blocking=True)
-    if key == "images":
-        return tensor
-    return tensor.to(_DTYPES.get(key, torch.bool))
+def _to_tensor(key: str, value: np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(value))
+    return tensor if key == "images" else tensor.to(_DTYPES.get(key, torch.bool))

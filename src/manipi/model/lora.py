@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from manipi.model.config import LoRA
 from manipi.model.layers import Linear
+from manipi.model.nf4 import NF4Matrix
 
 Bottleneck = Literal["per_head", "shared"]
 
@@ -40,6 +41,7 @@ class AdaptedLinear(Linear):
         super().__init__(in_features, out_features, bias=False)
         per_head = bottleneck == "per_head"
         self.num_heads, self.per_head, self.scale = num_heads, per_head, lora.scale
+        self.compressed: NF4Matrix | None = None
         self.lora_a = nn.Parameter(torch.empty(lora.rank * (num_heads if per_head else 1), in_features))
         self.lora_b = nn.Parameter(torch.empty(num_heads, out_features // (num_heads if per_head else 1), lora.rank))
 
@@ -55,7 +57,13 @@ class AdaptedLinear(Linear):
             update = torch.einsum("...nr,nhr->...nh", low_NR, b_NHR).flatten(-2)
         else:
             update = F.linear(low, self._shared_way_back().to(input.dtype))
-        return super().forward(input) + update * self.scale
+        base = super().forward(input) if self.compressed is None else self.compressed(input)
+        return base + update * self.scale
+
+    def compress(self, dtype: torch.dtype) -> None:
+        """Keep the frozen matrix in 4 bits, to be expanded to `dtype`."""
+        self.compressed = NF4Matrix(self.weight, dtype)
+        del self.weight
 
     @torch.no_grad()
     def merged(self) -> Tensor:

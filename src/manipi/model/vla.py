@@ -13,7 +13,7 @@ H action horizon, A action dimensions, D width.
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from manipi.errors import ConfigError
 from manipi.model.autoregressive import AllowedNext, TokenLoss, greedy_decode, token_loss
@@ -22,19 +22,24 @@ from manipi.model.flow import FlowHead, FlowLoss, Pi0Head, Pi05Head, flow_loss, 
 from manipi.model.gemma import Expert, Gemma, KVCache, Span
 from manipi.model.inputs import ModelInput
 from manipi.model.layers import Initialised
+from manipi.model.shards import fill
 from manipi.model.siglip import SigLIP
+from manipi.model.trim import Kept, everything
 
 
 class VLA(nn.Module):
     """π0, π0.5 or π0-FAST, by the type of its config.
 
+    Args:
+        trim: compute no pictures and tokens that are masked; without it, all of them, to the same result.
+
     Parameters are created in float32 and filled by `init_weights(seed=0)`. For a large model, create it under
     `torch.device("meta")`, then `to_empty(device=…)` and load or initialise the weights.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, trim: bool = True):
         super().__init__()
-        self.config = config
+        self.config, self.trim = config, trim
         self.dtype = getattr(torch, config.dtype)
         self.vision = SigLIP(config.vision, config.vlm.width)
         experts = {"vlm": Expert(size=config.vlm, adapters=self._adapters(config.vlm_adapters))}
@@ -50,7 +55,7 @@ class VLA(nn.Module):
         self.init_weights(seed=0)
 
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter. The same seed gives the same weights on the same kind of device.
+        """Fill every parameter. The same seed gives the same weights on any device and over any number of processes.
 
         linear layers           normal, std 1/√fan_in; bias 0
         token embedding         normal, std 1/√width: unit variance after the multiplication by √width
@@ -59,11 +64,12 @@ class VLA(nn.Module):
         adaptive modulation     0, so that the action expert starts as the identity (adaLN-zero)
         adapters                A normal, std 1/√fan_in; B 0, so that the update starts at nothing
         """
-        device = next(self.parameters()).device
-        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+        if next(self.parameters()).is_meta:
+            return
+        generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if module is not self and isinstance(module, Initialised):
-                module.init_weights(generator)
+                _init_whole(module, generator)
 
     def forward(
         self,
@@ -81,13 +87,22 @@ class VLA(nn.Module):
         if isinstance(self.config, Pi0FastConfig):
             assert noise is None, "π0-FAST has no use for noise"
             assert inputs.token_loss is not None, "training needs token_loss"
-            return token_loss(self.gemma, self.embed_prefix(inputs, training=True), inputs.tokens, inputs.token_loss)
+            kept = self._kept(inputs)
+            prompt = (inputs.tokens[:, : kept.prompt_len], inputs.token_loss[:, : kept.prompt_len])
+            return token_loss(self.gemma, self.embed_prefix(inputs, kept, training=True), *prompt)
         assert noise is not None, "a flow policy needs noise"
         assert timestep is not None, "a flow policy needs timesteps"
         if noise.ndim == 3:
             loss, per_step, weight = self._flow_loss(inputs, noise[:, None], timestep[:, None])
             return FlowLoss(loss, per_step[:, 0], weight)
         return self._flow_loss(inputs, noise, timestep)
+
+    def loss_weight(self, inputs: ModelInput, num_draws: int = 1) -> Float[Tensor, ""]:
+        """How much the batch counts in a mean over batches: the `weight` that `forward` returns, from its masks."""
+        if isinstance(self.config, Pi0FastConfig):
+            return torch.tensor(float(inputs.batch_size), device=inputs.tokens.device)
+        step_valid_BH, dim_valid_BA = self._action_masks(inputs)
+        return num_draws * (step_valid_BH.sum(1) * dim_valid_BA.sum(1)).sum().float()
 
     @torch.no_grad()
     def sample(
@@ -105,7 +120,7 @@ class VLA(nn.Module):
             return self.sample(inputs, noise[:, None], num_steps)[:, 0]
         head = self._flow_head("decode_tokens")
         cache = KVCache()
-        self.gemma({"vlm": self.embed_prefix(inputs)}, cache, commit=True, outputs=())
+        self.gemma({"vlm": self.embed_prefix(inputs, self._kept(inputs))}, cache, commit=True, outputs=())
         _, dim_valid = self._action_masks(inputs)
         x_BKHA, timestep_BK = noise, torch.ones(noise.shape[:2], device=noise.device)
         for _ in range(num_steps):
@@ -130,39 +145,60 @@ class VLA(nn.Module):
         """
         if not isinstance(self.config, Pi0FastConfig):
             raise self._wrong_policy("Pi0FastConfig", "sample")
+        # With that quirk, masked pictures and padding are read after all.
+        kept = None if self.config.compat.fast_contiguous_cache else self._kept(inputs)
         return greedy_decode(
             self.gemma,
-            self.embed_prefix(inputs),
+            self.embed_prefix(inputs, kept),
             max_tokens,
             eos_token=self.config.eos_token,
             compat=self.config.compat,
             allowed_next=allowed_next,
         )
 
-    def embed_prefix(self, inputs: ModelInput, *, training: bool = False) -> Span:
-        """Image and prompt tokens as one span: one block, except for the causal tokens of π0-FAST."""
+    def embed_prefix(self, inputs: ModelInput, kept: Kept | None = None, *, training: bool = False) -> Span:
+        """Image and prompt tokens as one span: one block, except for the causal tokens of π0-FAST.
+
+        Args:
+            kept: what to compute; None: everything.
+            training: positions are those of training, which may differ by `Compat`.
+        """
         inputs.check(self.config)
-        images_BPD = self.embed_images(inputs.images)
-        tokens_BLD = self.gemma.embed(inputs.tokens, self.dtype)
+        if kept is None:
+            kept = everything(inputs.image_valid, inputs.token_valid)
+        images_BPD = self.embed_images(inputs.images, kept)
+        tokens_BLD = self.gemma.embed(inputs.tokens[:, : kept.prompt_len], self.dtype)
         image_valid_BP = inputs.image_valid.repeat_interleave(self.config.vision.num_tokens, dim=1)
         causal_BL = torch.zeros_like(inputs.token_valid) if inputs.token_causal is None else inputs.token_causal
         valid_BT = torch.cat([image_valid_BP, inputs.token_valid], dim=1)
-        position_BT = None
-        if training and self.config.compat.fast_padded_positions:
-            position_BT = torch.arange(valid_BT.shape[1], device=valid_BT.device).expand_as(valid_BT)
+        starts_block_BT = torch.cat([torch.zeros_like(image_valid_BP), causal_BL], dim=1)
+        index_T = kept.token_indices(len(self.config.cameras), self.config.vision.num_tokens, valid_BT.device)
+        padded_positions = training and self.config.compat.fast_padded_positions
         return Span(
             tokens_BTD=torch.cat([images_BPD, tokens_BLD], dim=1),
-            valid_BT=valid_BT,
-            starts_block_BT=torch.cat([torch.zeros_like(image_valid_BP), causal_BL], dim=1),
-            position_BT=position_BT,
+            valid_BT=valid_BT[:, index_T],
+            starts_block_BT=starts_block_BT[:, index_T],
+            position_BT=index_T.expand(inputs.batch_size, -1) if padded_positions else None,
+            plain=kept.plain,
         )
 
-    def embed_images(self, images: Tensor) -> Float[Tensor, "B P D"]:
-        """Image tokens of all cameras [B, C, h, w, 3], camera after camera."""
-        b = len(images)
+    def embed_images(self, images: Tensor, kept: Kept | None = None) -> Float[Tensor, "B P D"]:
+        """Image tokens of the cameras [B, C, h, w, 3] that are kept, or of all of them, camera after camera."""
+        b, num_cameras = len(images), images.shape[1] if kept is None else len(kept.cameras)
+        images = images.flatten(0, 1)
+        if kept is not None and len(kept.pictures) < len(images):
+            images = images[list(kept.pictures)]
         if images.dtype == torch.uint8:
             images = images.float() / 255.0 * 2.0 - 1.0
-        return self.vision(images.flatten(0, 1), self.dtype).unflatten(0, (b, -1)).flatten(1, 2)
+        encoded_NPD = self.vision(images, self.dtype)
+        if kept is not None and len(kept.places) < b * num_cameras:
+            places_N = torch.tensor(kept.places, dtype=torch.long, device=encoded_NPD.device)
+            absent = encoded_NPD.new_zeros(b * num_cameras, *encoded_NPD.shape[1:])
+            encoded_NPD = absent.index_copy(0, places_N, encoded_NPD)
+        return encoded_NPD.unflatten(0, (b, num_cameras)).flatten(1, 2)
+
+    def _kept(self, inputs: ModelInput) -> Kept:
+        return inputs.kept if self.trim else everything(inputs.image_valid, inputs.token_valid)
 
     def _adapters(self, adapters: Adapters) -> Adapters:
         unscaled = self.config.compat.unscaled_feed_forward_lora
@@ -173,8 +209,8 @@ class VLA(nn.Module):
         assert inputs.actions is not None, "training needs actions"
         x_BKHA, target_BKHA = interpolate(noise_BKHA, inputs.actions, timestep_BK)
         suffix = head.suffix(inputs.state, x_BKHA, timestep_BK, self.dtype)
-        spans = {"vlm": self.embed_prefix(inputs), "action": suffix}
-        out_BTD = self.gemma(spans, outputs=("action",))["action"]
+        spans = {"vlm": self.embed_prefix(inputs, self._kept(inputs)), "action": suffix}
+        out_BTD = self.gemma(spans, outputs=("action",), last=noise_BKHA.shape[1] * noise_BKHA.shape[2])["action"]
         velocity_BKHA = head.velocity(out_BTD, *noise_BKHA.shape[1:3])
         return flow_loss(velocity_BKHA, target_BKHA, *self._action_masks(inputs))
 
@@ -197,3 +233,15 @@ class VLA(nn.Module):
     def _wrong_policy(self, expected: str, instead: str) -> ConfigError:
         found = type(self.config).__name__
         return ConfigError(expected=expected, found=found, where="VLA.config", next=f"call {instead} instead")
+
+
+def _init_whole(module: Initialised, generator: Generator) -> None:
+    """Initialise a module's own parameters as plain float32 ones on the CPU, then copy what it holds of them."""
+    assert isinstance(module, nn.Module)
+    own = dict(module.named_parameters(recurse=False))
+    for name, parameter in own.items():
+        setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device="cpu"), requires_grad=False))
+    module.init_weights(generator)
+    for name, parameter in own.items():
+        fill(parameter, getattr(module, name).data)
+        setattr(module, name, parameter)

@@ -9,7 +9,7 @@ from manipi.robots.libero import libero
 from manipi.train.config import TrainConfig
 
 FAST = Pi0FastConfig(action_dim=7, action_horizon=10, max_token_len=180)
-LOW_MEMORY = {"ema_decay": 0.0, "frozen_dtype": "bfloat16"}
+LOW_MEMORY = {"ema_decay": 0.0, "trained": "lora", "frozen_dtype": "bfloat16"}
 
 
 def pi0_libero() -> TrainConfig:

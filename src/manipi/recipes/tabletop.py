@@ -5,7 +5,7 @@ from typing import Any
 
 from manipi.model.config import GemmaSize, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
 from manipi.robots.tabletop import TABLETOP
-from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig
+from manipi.train.config import AugmentConfig, ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
 
 IMAGE_SIZE = 56
 VISION = VisionSize(width=64, depth=1, mlp_dim=128, num_heads=2, patch_size=8, image_size=IMAGE_SIZE)
@@ -21,7 +21,6 @@ SIZES: dict[str, Any] = {
     "action_horizon": 8,
     "max_token_len": 20,
     "cameras": ("base",),
-    "dtype": "float32",
 }
 """What the three policies have in common."""
 
@@ -35,12 +34,14 @@ def pi05_tabletop() -> TrainConfig:
         optimizer=OptimizerConfig(
             lr=2e-3, final_lr=4e-5, warmup_steps=100, decay_steps=4_000, weight_decay=1e-4, clip_norm=1.0
         ),
+        compute=ComputeConfig(precision="fp32"),
         steps=4_000,
         batch_size=64,
         noise_draws=4,
         ema_decay=0.995,
         log_every=50,
         save_every=500,
+        augment=AugmentConfig(enabled=False),  # colours are what the instructions name
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -77,12 +78,19 @@ class TrainingData:
         observation = observation_of(self.main.source.frames(rows[:1])[0], self.config.robot)
         return {k: v for k, v in observation.items() if k not in ("actions", "action_valid")}
 
-    def loader(self, start_step: int) -> Loader:
-        """Endless encoded batches from `start_step` on."""
-        c = self.config
-        mixture = Mixture([replace(one, source=one.to_train_on) for one in self.sets])
+    @cached_property
+    def mixture(self) -> Mixture:
+        """What the loader draws from."""
+        return Mixture([replace(one, source=one.to_train_on) for one in self.sets])
+
+    def loader(self, start_step: int, rank: int = 0, world_size: int = 1) -> Loader:
+        """Endless encoded batches from `start_step` on: the part of them that is this rank's."""
+        c, mixture = self.config, self.mixture
         sampler = Sampler(mixture.stream(c.seed), c.batch_size)
-        return Loader(mixture.samples, sampler, num_workers=c.data.num_workers, start_step=start_step)
+        workers = c.data.num_workers
+        return Loader(
+            mixture.samples, sampler, num_workers=workers, start_step=start_step, rank=rank, world_size=world_size
+        )
 
     def report(self) -> list[Share]:
         """What the run sees of each set."""

@@ -4,122 +4,216 @@ Everything random is a pure function of (seed, step): the sampler's rows, the no
 therefore needs weights, average and optimizer alone, and equals an undisturbed one.
 """
 
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from manipi.checkpoints.native import Checkpoint, PolicyConfig, write_checkpoint
-from manipi.errors import TrainingError
+from manipi.checkpoints.native import Checkpoint, PolicyConfig
 from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
-from manipi.policy import Policy, self_test_for
+from manipi.storage import atomic_write
+from manipi.train.accumulate import accumulate_gradients
+from manipi.train.augment import augment
 from manipi.train.config import TrainConfig
 from manipi.train.data import TrainingData, prepare
+from manipi.train.first_batch import save_first_batch
+from manipi.train.guards import Guards, require_finite
+from manipi.train.lock import Lock, alone
+from manipi.train.loggers import RunLog, require_loggers
 from manipi.train.noise import draw_noise
-from manipi.train.optimizer import clip_gradients, learning_rate, parameter_norm, update, update_average
+from manipi.train.optimizer import gradient_norm, learning_rate, parameter_norm, update, update_average
+from manipi.train.parallel import World, open_world, require_shared
 from manipi.train.progress import ProgressLog, plot_loss, show_mixture
 from manipi.train.run import Run
+from manipi.train.saving import CheckpointWriter, make_saver, read_window
 from manipi.train.state import TrainState
+from manipi.train.stop_signals import StopSignals
+from manipi.train.trained import format_table, parameter_table, require_packages
+from manipi.train.validation import Validation
 
 
-def train(config: TrainConfig, folder: Path, *, stop_at: int | None = None, show: bool = True) -> Path:
+def train(
+    config: TrainConfig, folder: Path, *, stop_at: int | None = None, resume_from: int | None = None, show: bool = True
+) -> Path:
     """Train to `config.steps` from where the folder stands. Returns the newest checkpoint's folder.
+
+    SIGTERM and SIGUSR1 end it after the step in hand, with a checkpoint.
 
     Args:
         folder: the run's folder; made when absent, resumed when it holds the same run.
         stop_at: end earlier, at this step.
+        resume_from: go on from the checkpoint of this step; those after it are damaged, and are deleted.
         show: draw a progress bar.
 
     Raises:
-        TrainingError: the folder belongs to another run, or the loss is not finite.
-        DataError, ConfigError: see `manipi.train.data.prepare`.
+        TrainingError: the folder belongs to another run or trainer, or the loss is not finite (NonFiniteError).
+        CheckpointError: the checkpoint to go on from is damaged.
+        DataError, ConfigError: see `manipi.train.data.prepare`; ConfigError also where a package is missing.
         StorageError: a checkpoint could not be written; the ones before it are untouched.
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    require_packages(config)
+    require_loggers(config.log)
+    end = config.steps if stop_at is None else min(stop_at, config.steps)
+    with open_world(config) as world, ExitStack() as stack:
+        locks = list[Lock]()
+        world.once(lambda: locks.append(stack.enter_context(alone(Path(folder)))))
+        run = world.once(lambda: _open_run(folder, config, resume_from))
+        require_shared(run.folder, world)
+        data = world.in_turn(lambda: prepare(config, run.folder))
+        state, window = _open_state(run, world, show=show and world.leads)
+        _train(run, data, state, window, locks[0] if locks else None, end, show=show and world.leads)
+        return run.checkpoint(state.step)
+
+
+def _open_run(folder: Path, config: TrainConfig, resume_from: int | None) -> Run:
     run = Run(folder, config)
     run.tidy()
-    data = prepare(config, run.folder)
+    if resume_from is not None:
+        run.rewind(resume_from)
+    return run
+
+
+def _open_state(run: Run, world: World, *, show: bool) -> tuple[TrainState, list[dict[str, float]] | None]:
+    """The run's newest checkpoint, or else the weights that `init` names, or else the seed's.
+
+    With it the steps since the checkpoint's last log line; None where there is no checkpoint yet.
+    """
+    config, newest = run.config, world.once(run.newest)
+    state = TrainState.initial(config, config.init if newest is None else "", world)
+    if newest is not None:
+        state.load(run.checkpoint(newest) / "train_state")
+    world.once(lambda: run.forget_after(state.step))
+    table = format_table(parameter_table(state.model, state.parameters, config.optimizer))
+    world.once(lambda: atomic_write(run.folder / "parameters.txt", f"{table}\n".encode()))
+    if show:
+        tqdm.write(table)
+    return state, None if newest is None else read_window(run.checkpoint(newest))
+
+
+def _train(
+    run: Run,
+    data: TrainingData,
+    state: TrainState,
+    window: list[dict[str, float]] | None,
+    lock: Lock | None,
+    end: int,
+    *,
+    show: bool,
+) -> None:
+    config, world = run.config, state.world
     if show and len(data.sets) > 1:
         show_mixture(data.report())
-    end = config.steps if stop_at is None else min(stop_at, config.steps)
-
-    # ---- weights: 1. the run's newest checkpoint, 2. those that `init` names, 3. the seed's
-    newest = run.newest()
-    if newest is not None:
-        state = TrainState.initial(config)
-        state.load(run.checkpoint(newest) / "train_state")
-    else:
-        state = TrainState.initial(config, config.init)
-        save(run, state, data)
-    run.forget_after(state.step)
-
-    # ---- loop
-    log = ProgressLog(run, state.step, end, batch_size=config.batch_size, every=config.log_every, show=show)
-    with data.loader(state.step) as loader, log:
-        for step, batch, wait in loader:
+    writer, validation = checkpoint_writer(run, data), Validation(run, data, show=show)
+    lines = {"batch_size": config.batch_size, "every": config.log_every, "show": show, "window": window or ()}
+    with (
+        StopSignals() as stop,
+        RunLog(run, state.step, lead=world.leads) as out,
+        ProgressLog(out, state.step, end, **lines) as progress,
+        make_saver(writer, state, lock) as saver,
+        data.loader(state.step, world.rank, world.size) as loader,
+        Guards(config.guards, run.folder, loader, data.mixture) as guards,
+    ):
+        progress.measure(state, config.noise_draws)
+        if window is None:
+            saver.save(progress.window)
+        for step, batch, wait in guards.batches(state.step):
             if step >= end:
                 break
-            metrics = train_step(state, ModelInput.from_numpy(batch, "cpu"), config)
-            log.record(state.step, metrics, wait)
-            if state.step % config.save_every == 0 or state.step == end:
-                save(run, state, data)
-    if metrics_so_far := run.read_metrics():
-        plot_loss(metrics_so_far, run.folder / "loss.png")
-    return run.checkpoint(state.step)
+            if step == 0 and out.lead and config.guards.first_batch:
+                pictures = save_first_batch(run.folder / "first_batch", batch, loader.rows(0), data)
+                out.show(0, {}, {"camera_views": pictures})
+            with guards.step(step, batch):
+                inputs = ModelInput.from_numpy(batch, world.device)
+                inputs = augment(inputs, config, step, first_row=world.rank * inputs.batch_size)
+                with _memory_report(config, inputs, world) if show and state.step + 1 == end else nullcontext():
+                    metrics, sample_loss = train_step(state, inputs, config)
+                spike = guards.spike(step, float(metrics["loss"]), sample_loss)
+                progress.record(state.step, metrics, wait, batch, spike)
+            saver.check()
+            if validation.due(state.step):
+                # Before the checkpoint of the step: a run that is killed between the two does both again.
+                with guards.phase("validation", f"the validation of step {state.step}"):
+                    _validate(validation, writer, state, out)
+            stopped_by = world.first(stop.received)  # once: another may come any time
+            if state.step % config.save_every == 0 or state.step == end or stopped_by:
+                with guards.phase("the run", f"the checkpoint of step {state.step}"):
+                    saver.save(progress.window)
+            if stopped_by:
+                break
+        saver.wait()
+        if world.leads and (metrics_so_far := run.read_metrics()):
+            plot_loss(metrics_so_far, run.folder / "loss.png")
+    if world.leads and stop.received and state.step < end:
+        said = f"{stop.received}: stopped at step {state.step} of {end}, with a checkpoint"
+        tqdm.write(f"{said}; the same command goes on")
 
 
-def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> dict[str, Tensor | float]:
-    """One update of the state in place. Returns what the log wants, as tensors on the device.
+def _memory_report(config: TrainConfig, inputs: ModelInput, world: World) -> AbstractContextManager[None]:
+    from manipi.train.memory import memory_report  # it takes a step of this module's itself
+
+    return memory_report(config, inputs, world.size)
+
+
+def _validate(validation: Validation, writer: CheckpointWriter, state: TrainState, out: RunLog) -> None:
+    """With whole weights on the first process, while the others wait."""
+    weights, world = state.inference_weights(), state.world
+    if world.leads:
+        policy = writer.policy(weights, state.step, str(world.device))
+        numbers = validation.run(state.step, policy, state.model)
+        out.show(state.step, {f"val/{name}": value for name, value in numbers.items()})
+
+
+def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tuple[dict[str, Tensor | float], Tensor]:
+    """One update of the state in place. Returns what the log wants, and the loss of each sample here [B].
 
     Raises:
-        TrainingError: the loss or the gradient is not finite; the weights are those before the step.
+        NonFiniteError: the loss or the gradient is not finite; the weights are those before the step.
     """
-    loss = _loss(state, inputs, config)
-    loss.backward()
+    loss, sample_loss = add_gradients(state, inputs, config)
     parameters = list(state.parameters.values())
-    norm = clip_gradients(parameters, config.optimizer)
-    _require_finite(loss.detach(), norm, state.step)
-    update(state.optimizer, state.step, config.optimizer)
+    norm = gradient_norm(parameters)
+    loss_value, norm_value = require_finite(loss, norm, sample_loss, state.step)
+    state.gather_rows()
+    update(state.optimizer, state.step, config.optimizer, norm)
     if state.average:
-        update_average(list(state.average.values()), parameters, config.ema_decay)
+        update_average(list(state.average.values()), list(state.optimized.values()), config.ema_decay)
+    state.scatter_rows()
     rate = learning_rate(state.step, config.optimizer)
     state.step += 1
-    norms = {"grad_norm": norm, "param_norm": parameter_norm(parameters)}
-    return {"loss": loss.detach(), **norms, "learning_rate": rate}
+    norms = {"grad_norm": norm_value, "param_norm": parameter_norm(parameters)}
+    return {"loss": loss_value, **norms, "learning_rate": rate}, sample_loss
 
 
-def _loss(state: TrainState, inputs: ModelInput, config: TrainConfig) -> Tensor:
+def add_gradients(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Add the gradients of this step's loss to those of the parameters. Returns the loss of the whole batch, and that
+    of each sample here [B]."""
+    draws = _draws(state, inputs, config)
+    return accumulate_gradients(state.model, inputs, draws, config.accumulate, state.world)
+
+
+def _draws(state: TrainState, inputs: ModelInput, config: TrainConfig) -> list[Tensor]:
+    """This process's noise and timesteps of the step, where the policy has any."""
     if isinstance(config.model, Pi0FastConfig):
-        return state.model(inputs).loss
-    size = (config.model.action_horizon, config.model.action_dim)
-    noise, timestep = draw_noise(config.seed, state.step, inputs.batch_size, config.noise_draws, *size)
-    return state.model(inputs, noise, timestep).loss
+        return []
+    world, size = state.world, (config.model.action_horizon, config.model.action_dim)
+    drawn = draw_noise(config.seed, state.step, inputs.batch_size * world.size, config.noise_draws, *size)
+    return [world.slice(whole) for whole in drawn]
 
 
-def _require_finite(loss: Tensor, norm: Tensor, step: int) -> None:
-    if not torch.isfinite(loss + norm):
-        raise TrainingError(
-            expected="a finite loss and gradient",
-            found=f"loss {float(loss)}, gradient norm {float(norm)}",
-            where=f"step {step}",
-            next="lower --optimizer.lr or look at the data with `manipi check`; the last checkpoint is intact",
-        )
-
-
-def save(run: Run, state: TrainState, data: TrainingData) -> None:
-    """Write the state's checkpoint with a self-test, then delete what is too old."""
+def checkpoint_writer(run: Run, data: TrainingData) -> CheckpointWriter:
+    """Writes the checkpoints of a run, as all of them have it but for weights, self-test and step."""
     bare = Checkpoint(
-        weights=state.inference_weights(),
-        config=PolicyConfig(model=run.config.model, norm_mode=run.config.norm_mode, step=state.step),
+        weights={},
+        config=PolicyConfig(model=run.config.policy_model, norm_mode=run.config.norm_mode, step=0),
         robot=run.config.robot,
         norm_stats=data.stats[run.config.robot.name],
         tokenizers=data.tokenizers,
         self_test=None,
         other_robots=data.other_robots,
     )
-    test = self_test_for(Policy.from_checkpoint(bare), data.example())
-    write_checkpoint(run.checkpoint(state.step), replace(bare, self_test=test), state.save)
-    run.prune()
+    return CheckpointWriter(run, bare, data.example())

@@ -5,12 +5,22 @@ runs/NAME/
 ├─ norm_stats.json   of the training episodes
 ├─ tokenizer/
 ├─ cache/            decoded pictures, where they are kept
+├─ first_batch/      pictures, tokens, values and pipeline of the first batch
 ├─ metrics.jsonl     one line per logged step
+├─ parameters.txt    what is trained, by group
+├─ tensorboard/      and wandb/, where asked for
+├─ bad_batch_STEP.npz  the batch of a step whose loss or gradient was not finite
 ├─ loss.png
+├─ validation.jsonl  one line per validation
+├─ validation/       its details: STEP.json, STEP.png, and curves.png over all steps
+├─ best.json         step, number and path of the best checkpoint that there is
+├─ best              a link to that checkpoint
 └─ checkpoints/STEP/ see manipi.checkpoints.native
 """
 
 import json
+import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,18 +31,43 @@ from manipi.model.config import CONFIG_TYPES
 from manipi.records import from_json, json_bytes, read_json, to_json
 from manipi.robots.robot import ROBOT_TYPES
 from manipi.storage import atomic_write, remove_partial, storage_errors
-from manipi.train.config import DataConfig, DatasetConfig, OptimizerConfig, TrainConfig
+from manipi.train.config import (
+    AugmentConfig,
+    ComputeConfig,
+    DataConfig,
+    DatasetConfig,
+    GuardConfig,
+    LogConfig,
+    LRScale,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 
 MAY_CHANGE = (
+    "async_save",
+    "compute.recompute",
     "data.cache_fill",
     "data.cache_gb",
     "data.num_workers",
     "data.path",
     "data.root",
+    "guards",
     "keep_checkpoints",
     "keep_every",
+    "log",
     "num_threads",
+    "parallel.device",
+    "parallel.replicate",
+    "parallel.shard",
+    "parallel.timeout_minutes",
     "steps",
+    "validation.batch_size",
+    "validation.best_by",
+    "validation.every",
+    "validation.raw",
+    "validation.samples",
 )
 """Settings that a resumed run may bring anew: they change neither a batch nor an update. That another path holds the
 same data, the norm stats' fingerprint says."""
@@ -48,7 +83,7 @@ class Run:
     def __init__(self, folder: Path, config: TrainConfig):
         self.folder, self.config = Path(folder), config
         self.checkpoints = self.folder / "checkpoints"
-        self.metrics = self.folder / "metrics.jsonl"
+        self.metrics, self.validations = self.folder / "metrics.jsonl", self.folder / "validation.jsonl"
         self.norm_stats, self.tokenizer = self.folder / "norm_stats.json", self.folder / "tokenizer"
         self._claim(self.folder / "config.json")
 
@@ -56,7 +91,7 @@ class Run:
         """Refuse a folder of another run; one that never got as far as a checkpoint has nothing to protect."""
         wanted = to_json(self.config)
         changes = _differences(read_json(stored), wanted) if stored.exists() else []
-        other = [change for setting, change in changes if setting not in MAY_CHANGE]
+        other = [change for setting, change in changes if not _may_change(setting)]
         if other and self.steps():
             raise _another_run(other, stored)
         if changes and not self.steps():
@@ -83,45 +118,122 @@ class Run:
         steps = self.steps()
         if not steps:
             return None
-        try:
-            verify(self.checkpoint(steps[-1]))
-        except CheckpointError as error:
-            before = f"the one before it is step {steps[-2]}" if len(steps) > 1 else "there is none before it"
-            raise CheckpointError(
-                expected=f"a sound newest checkpoint (step {steps[-1]})",
-                found=error.found,
-                where=error.where,
-                next=f"delete {self.checkpoint(steps[-1])} and run again; {before}",
-            ) from error
+        self._require_sound(steps[-1])
         return steps[-1]
 
+    def rewind(self, step: int) -> None:
+        """Delete the damaged checkpoints after that of `step`. Raises CheckpointError where one of them is sound."""
+        steps = self.steps()
+        if step not in steps:
+            raise CheckpointError(
+                expected=f"one of this run's checkpoints: {', '.join(map(str, steps)) or 'there is none'}",
+                found=str(step),
+                where=str(self.checkpoints),
+                next="--resume-from one of these steps",
+            )
+        self._require_sound(step)
+        later = steps[steps.index(step) + 1 :]
+        for one in later:
+            if self._is_sound(one):
+                raise CheckpointError(
+                    expected="damaged checkpoints alone after that to resume from",
+                    found=f"a sound one (step {one})",
+                    where=str(self.checkpoint(one)),
+                    next="leave --resume-from out to go on from the newest, or delete what you do not want",
+                )
+        for one in later:
+            self._drop(one)
+
+    def _is_sound(self, step: int) -> bool:
+        try:
+            verify(self.checkpoint(step))
+        except CheckpointError:
+            return False
+        return True
+
+    def _require_sound(self, step: int) -> None:
+        try:
+            verify(self.checkpoint(step))
+        except CheckpointError as error:
+            before = [one for one in self.steps() if one < step]
+            raise CheckpointError(
+                expected=f"a sound checkpoint of step {step}",
+                found=error.found,
+                where=error.where,
+                next=f"--resume-from {before[-1]} goes on from the one before it, and deletes this one"
+                if before
+                else f"there is none before it: delete {self.checkpoint(step)} and start again",
+            ) from error
+
+    def best(self) -> dict[str, Any] | None:
+        """Of the validations whose step has a checkpoint, the one with the lowest `validation.best_by`."""
+        number, steps = self.config.validation.best_by, self.steps()
+        known = [record for record in read_log(self.validations) if record["step"] in steps]
+        return min((r for r in known if math.isfinite(r[number])), key=lambda r: r[number], default=None)
+
     def prune(self) -> None:
-        """Delete all but the newest `keep_checkpoints` and those of every `keep_every`-th step."""
-        every = self.config.keep_every
-        for step in self.steps()[: -self.config.keep_checkpoints]:
-            if step == 0 or not every or step % every:
-                shutil.rmtree(self.checkpoint(step))
+        """Delete all but the newest `keep_checkpoints`, those of every `keep_every`-th step, and the best one.
+
+        A checkpoint between two saves, as SIGTERM leaves it, goes with the next and takes no other's place.
+        """
+        every, steps, best = self.config.keep_every, self.steps(), self.best()
+        if best:
+            self._name_best(best)
+        planned = [step for step in steps if step % self.config.save_every == 0 or step == steps[-1]]
+        for step in set(steps) - set(planned[-self.config.keep_checkpoints :]):
+            protected = (step and every and step % every == 0) or (best and step == best["step"])
+            if not protected:
+                self._drop(step)
+
+    def _drop(self, step: int) -> None:
+        """Delete a checkpoint, which loses its name first: what is left by a kill is no checkpoint."""
+        hidden = self.checkpoints / f".{step}.old.partial"
+        self.checkpoint(step).rename(hidden)
+        shutil.rmtree(hidden)
+
+    def _name_best(self, best: dict[str, Any]) -> None:
+        number = self.config.validation.best_by
+        path = self.checkpoint(best["step"]).relative_to(self.folder)
+        described = {"step": best["step"], "by": number, "value": best[number], "path": str(path)}
+        atomic_write(self.folder / "best.json", json_bytes(described))
+        partial = self.folder / f".best.{os.getpid()}.partial"
+        with storage_errors(self.folder / "best"):
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(path, target_is_directory=True)
+            partial.replace(self.folder / "best")
 
     def log(self, record: dict[str, Any]) -> None:
-        with storage_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_log(self.metrics, record)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-        return [json.loads(line) for line in lines]
+        return read_log(self.metrics)
 
     def forget_after(self, step: int) -> None:
         """Drop log lines of steps that a resumed run will do again (a killed run may also leave half a line)."""
-        text = self.metrics.read_text(encoding="utf-8") if self.metrics.exists() else ""
-        whole = text[: text.rfind("\n") + 1].splitlines()
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        atomic_write(self.metrics, "".join(f"{line}\n" for line in kept).encode())
+        for path in (self.metrics, self.validations):
+            if path.exists():
+                text = path.read_text(encoding="utf-8")
+                whole = text[: text.rfind("\n") + 1].splitlines()
+                kept = [line for line in whole if json.loads(line)["step"] <= step]
+                atomic_write(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def append_log(path: Path, record: dict[str, Any]) -> None:
+    """One more line. Raises StorageError where it cannot be written."""
+    with storage_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records so far; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def read_config(folder: Path) -> TrainConfig:
     """The config that a run's folder was started with."""
     path = folder / "config.json"
-    kinds = (TrainConfig, DataConfig, DatasetConfig, OptimizerConfig, *ROBOT_TYPES, *CONFIG_TYPES)
+    data, how = (DataConfig, DatasetConfig, AugmentConfig), (OptimizerConfig, LRScale, ComputeConfig, ParallelConfig)
+    kinds = (TrainConfig, *data, *how, GuardConfig, LogConfig, ValidationConfig, *ROBOT_TYPES, *CONFIG_TYPES)
     return from_json(read_json(path), kinds, str(path))
 
 
@@ -132,6 +244,10 @@ def _another_run(changes: list[str], where: Path) -> TrainingError:
         where=str(where),
         next="give the new run another folder (--run-dir), or use the old settings to go on with this one",
     )
+
+
+def _may_change(setting: str) -> bool:
+    return any(setting == one or setting.startswith(f"{one}.") for one in MAY_CHANGE)
 
 
 def _differences(stored: Any, wanted: Any, path: str = "") -> list[tuple[str, str]]:

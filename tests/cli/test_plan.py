@@ -1,0 +1,59 @@
+"""`manipi plan`: tables, exit codes, mistyped GPUs, and the released sizes in seconds and little memory."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from manipi.cli.plan import main
+from manipi.errors import ConfigError, UnknownNameError
+
+
+def test_what_fits(capsys, tmp_path):
+    main(["tabletop", "--gpu", "rtx4090", "--json", f"{tmp_path}/a.json", "--plot", f"{tmp_path}/a.png"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("tabletop, batch ")
+    assert [line.split()[0] for line in lines[3:12]] == (
+        ["weights", "optimizer", "average", "gradients", "batch", "activations", "temporary", "peak", "reserve"]
+    )
+    assert lines[12].split()[:3] == ["GPU", "23.99", "fits,"]
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["fits"] is True
+    assert sum(result["parts"].values()) == result["peak"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_does_not_fit_exits_with_1_and_names_a_command_that_fits(capsys, tmp_path):
+    arguments = ["tabletop", "--gpu=1.012GB", "--gpus", "1", "--batch-size", "16", "--json", f"{tmp_path}/a.json"]
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 1
+    printed, result = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
+    assert result["fits"] is False
+    assert result["found"]["fits"] is True
+    assert result["found"]["command"].startswith("manipi train tabletop --batch-size 16 --")
+    assert f"\n  {result['found']['command']}\n" in printed
+    assert "lacks" in printed
+
+
+def test_what_cannot_be_asked():
+    with pytest.raises(UnknownNameError, match="did you mean rtx4090"):
+        main(["tabletop", "--gpu", "rtx409"])
+    with pytest.raises(ConfigError, match="24GB"):
+        main(["tabletop", "--gpu", "24XB"])
+    with pytest.raises(ConfigError, match="a recipe first"):
+        main(["--gpu", "24GB"])
+
+
+@pytest.mark.slow
+def test_a_released_size_needs_little_memory_here():
+    script = (
+        "import resource; from manipi.cli.plan import main; main(['pi0_fast_libero', '--batch-size', '1'])\n"
+        "print('resident', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    rows = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line}
+    assert float(rows["weights"]) == pytest.approx(4 * 2.923e9 / 2**30, rel=1e-3)
+    assert 44 < float(rows["peak"]) < 60
+    assert int(rows["resident"]) < 2e6
