@@ -51,18 +51,19 @@ def test_a_chunk_that_is_too_short(answer):
 
 
 def test_motion_by_hand():
-    """Commands 0 1 2 | 6 7 of two chunks, then a held 7: seams of 4 and 0; third differences 3 and |7-18+6-1| = 6
-    … computed for 0 1 2 6, 1 2 6 7 and 2 6 7 7."""
+    """Commands 0 1 2 | 6 7 of two chunks, then a held 7 and another chunk's 9: seams of 4 and 2."""
     meter = MotionMeter()
     for value, source, age in ((0, 1, 0.1), (1, 1, 0.2), (2, 1, 0.3), (6, 2, 0.2), (7, 2, 0.3)):
         meter.add(np.array([value]), source, age)
     meter.add(np.array([7]), None)
+    meter.add(np.array([9]), 3)
     motion = meter.read()
-    assert (motion.steps, motion.starved_steps, motion.seams) == (6, 1, 2)
+    assert (motion.steps, motion.starved_steps, motion.seams) == (7, 1, 2)
     assert motion.seam_jump == 4
-    assert motion.seam_change == 2
+    assert motion.seam_change == 3
     assert motion.step_change == 1
-    assert motion.jerk == pytest.approx((abs(6 - 6 + 3 - 0) + abs(7 - 18 + 6 - 1) + abs(7 - 21 + 18 - 2)) / 3)
+    # Third differences of 0 1 2 6, 1 2 6 7, 2 6 7 7 and 6 7 7 9.
+    assert motion.jerk == pytest.approx((3 + 6 + 2 + 3) / 4)
     assert motion.reaction_s == pytest.approx(0.22)
     assert motion.reaction_max_s == 0.3
 

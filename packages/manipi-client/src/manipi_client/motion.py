@@ -50,17 +50,17 @@ class MotionMeter:
         """An executed action [A].
 
         Args:
-            chunk: tells chunks apart; None: the robot had none, and starved.
+            chunk: tells chunks apart; None: the robot had none, and starved. Its jump counts when it has one again.
             age_s: of the observation behind the action.
         """
         action = np.asarray(action, np.float64)
-        if self._last:
+        if self._last and chunk is not None:
             self._add_change(np.abs(action - self._last[-1]), is_seam=chunk != self._chunk)
         if len(self._last) == 3:
             first, second, third = self._last
             self._jerk_sum = self._jerk_sum + np.abs(action - 3 * third + 3 * second - first)
             self._jerks += 1
-        self._last, self._chunk = [*self._last[-2:], action], chunk
+        self._last, self._chunk = [*self._last[-2:], action], self._chunk if chunk is None else chunk
         self._steps += 1
         self._starved += chunk is None
         if not math.isnan(age_s):
