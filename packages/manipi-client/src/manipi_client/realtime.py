@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 
 JOINS = ("synchronous", "asynchronous", "ensemble", "real_time")
 
-PREVIOUS_KEY, DELAY_KEY = "manipi/prev_actions", "manipi/delay"
-"""Observation keys of real-time chunking: what is left of the chunk [n, A], and the steps until the answer comes."""
+PREVIOUS_KEY, DELAY_KEY, STEP_KEY = "manipi/prev_actions", "manipi/delay", "manipi/step"
+"""Observation keys of real-time chunking: what is left of the chunk [n, A], and the steps until the answer comes; and
+the step of the episode."""
 
 _DELAYS_KEPT = 10
 
@@ -166,7 +167,7 @@ class RealTimeBroker:
         return newest is None or self._step - newest.first_step >= self._execute_steps
 
     def _ask(self, observation: Mapping[str, Any]) -> None:
-        left = self._queue.left(self._step)
+        left, observation = self._queue.left(self._step), {**observation, STEP_KEY: self._step}
         if self._join == "real_time" and len(left):
             delay = min(max(self.delays, default=self._expected_delay), len(left))
             observation = {**observation, PREVIOUS_KEY: left, DELAY_KEY: delay}
