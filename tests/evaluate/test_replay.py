@@ -120,7 +120,10 @@ def test_what_was_seen_and_done_is_in_the_dataset(record, join):
     assert asked[0]
     assert asked[12]
     assert 6 <= asked.sum() <= 14
-    assert dataset.column("manipi.seed")[asked, 0].tolist() == list(range(40, 40 + asked.sum()))
+    # Every question has the next seed; an answer that came after its episode is not there.
+    seeds = dataset.column("manipi.seed")[asked, 0]
+    assert set(np.diff(seeds)) <= {1, 2}
+    assert seeds[0] == 40
     assert (dataset.column("manipi.answer_ms")[asked] > 0).all()
     assert bool((dataset.column("manipi.num_left") > 0).any()) == (join == "real_time")
     if join != "real_time":
