@@ -70,7 +70,7 @@ def test_the_same_seed_asks_the_same_question(trained):
 def test_fast_policies_say_that_they_cannot(trained):
     policy = Policy.load(trained("pi0_fast"))
     assert policy.metadata["real_time"] is False
-    with pytest.raises(ObservationError, match="π0-FAST writes a chunk as a whole"):
+    with pytest.raises(ObservationError, match="this policy cannot go on from"):
         policy.infer(observe(**{"manipi/prev_actions": PREVIOUS, "manipi/delay": 1}))
 
 

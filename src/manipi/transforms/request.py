@@ -29,7 +29,7 @@ def read_request(
     """The observation for the pipeline, with `actions`, `action_valid` and `delay` of a previous chunk, and the seed.
 
     Args:
-        real_time: whether the policy can go on from a previous chunk; π0-FAST cannot.
+        real_time: whether the policy can go on from a previous chunk; π0-FAST cannot, since it writes chunks as a whole.
 
     Raises:
         ObservationError: one of the keys has another type, shape or range.
@@ -37,7 +37,7 @@ def read_request(
     asked = {key: value for key, value in observation.items() if key not in (*_RECORDED, PREVIOUS, DELAY, SEED)}
     if PREVIOUS in observation or DELAY in observation:
         if not real_time:
-            raise _mismatch(PREVIOUS, "no previous chunk, since π0-FAST writes a chunk as a whole", "one")
+            raise _mismatch(PREVIOUS, "no previous chunk, which this policy cannot go on from (`real_time`)", "one")
         asked |= _previous_chunk(observation, action_size, horizon)
     return asked, _count(observation, SEED, 2**63 - 1) if SEED in observation else None
 
