@@ -29,7 +29,7 @@ def read_request(
     """The observation for the pipeline, with `actions`, `action_valid` and `delay` of a previous chunk, and the seed.
 
     Args:
-        real_time: whether the policy can go on from a previous chunk; π0-FAST cannot, since it writes chunks as a whole.
+        real_time: whether the policy goes on from a previous chunk; π0-FAST does not, since it writes chunks whole.
 
     Raises:
         ObservationError: one of the keys has another type, shape or range.
