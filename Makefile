@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1
 SHARED := $(if $(MANIPI_SHARED),$(MANIPI_SHARED),../shared)
 
-.PHONY: install demo test lint types layers size parity bench bench-cli bench-serve bench-data bench-train test-lerobot docs clean help
+.PHONY: install demo test lint types layers size parity bench bench-cli bench-serve bench-data bench-train bench-realtime test-lerobot docs clean help
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -39,13 +39,16 @@ size: $(READY)  ## lines per room, and the house's budgets
 parity: $(READY)  ## every golden case of the reference, as a table (MANIPI_GOLDEN=folder:folder for others)
 	$(TEST_ENV) $(BIN)/python -m pytest -q --no-header --show-capture=no --tb=short -r fE tests/parity
 
-bench: bench-cli bench-serve bench-data bench-train  ## every benchmark: a table, and as its last line one JSON object each
+bench: bench-cli bench-serve bench-data bench-train bench-realtime  ## every benchmark: a table, and as its last line one JSON object each
 
 bench-cli: $(READY)  ## how long the command line takes to answer
 	$(BIN)/python benchmarks/bench_cli.py
 
 bench-serve: $(READY)  ## what the server adds to the bare policy call
 	$(BIN)/python benchmarks/bench_serve.py
+
+bench-realtime: $(READY)  ## what real-time chunking adds to sampling and to a control step
+	$(BIN)/python benchmarks/bench_realtime.py
 
 bench-train: $(READY)  ## a training step beside the plain one, an update, and the stall of a save (about 10 GB of memory)
 	$(BIN)/python benchmarks/bench_train.py

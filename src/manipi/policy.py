@@ -15,6 +15,7 @@ from manipi.model.config import Pi0FastConfig
 from manipi.robots.robot import Robot
 from manipi.tokenizers import CodeConstraint, Tokenizers
 from manipi.transforms import pipeline
+from manipi.transforms.request import read_request
 from manipi.transforms.tokenize import code_constraint
 from manipi.types import NormStats, Observation
 
@@ -88,33 +89,37 @@ class Policy:
             "control_hz": self.robot.control_hz,
             "image_size": model.vision.image_size,
             "step": self.config.step,
+            "real_time": self._constraint is None,
+            "max_delay": self.config.max_delay,
         }
 
     def reset(self) -> None:
         """Begin a new episode: the noise starts from the seed again."""
         self._generator = torch.Generator().manual_seed(self._seed)
 
-    def draw_noise(self) -> np.ndarray:
-        """Standard normal noise [H, A of the model]."""
+    def draw_noise(self, seed: int | None = None) -> np.ndarray:
+        """Standard normal noise [H, A of the model], the policy's next or that of a seed."""
         size = (self.config.model.action_horizon, self.config.model.action_dim)
-        return torch.randn(size, generator=self._generator).numpy()
+        generator = self._generator if seed is None else torch.Generator().manual_seed(seed)
+        return torch.randn(size, generator=generator).numpy()
 
     def infer(self, observation: Observation, noise: np.ndarray | None = None) -> dict[str, Any]:
         """One observation in the robot's keys -> `actions` float32 [H, A], commands in the robot's own units.
 
         Args:
+            observation: may also hold what `manipi.transforms.request` lists.
             noise: [H, A of the model]; drawn from the policy's generator when None. π0-FAST uses none.
 
         Raises:
             ObservationError: the observation does not match the robot; it names the key.
         """
         started = time.perf_counter()
-        # A recorded frame may bring its actions along; the policy must not see them.
-        seen_by_robot = {key: value for key, value in observation.items() if key not in ("actions", "action_valid")}
-        sample, seen = self.pipeline.encode(seen_by_robot)
+        size = {"action_size": self.robot.action_size, "horizon": self.config.model.action_horizon}
+        asked, seed = read_request(observation, **size, real_time=self._constraint is None)
+        sample, seen = self.pipeline.encode(asked)
         batch = {key: np.asarray(value)[None] for key, value in sample.items()}
         if noise is None and self._constraint is None:
-            noise = self.draw_noise()
+            noise = self.draw_noise(seed)
         output = self.run_model(ModelInput.from_numpy(batch, self._device), None if noise is None else noise[None])[0]
         actions = self.pipeline.decode(output, seen)
         return {"actions": actions, "policy_timing": {"infer_ms": (time.perf_counter() - started) * 1e3}}
@@ -129,7 +134,8 @@ class Policy:
         if self._constraint is not None:
             return self._decode_tokens(inputs, self._constraint)
         noise_BKHA = torch.from_numpy(noise).to(self._device)
-        return self.model.sample(inputs, noise_BKHA, self.config.num_steps).float().cpu().numpy()
+        answer = self.model.sample(inputs, noise_BKHA, self.config.num_steps, self.config.max_delay)
+        return answer.float().cpu().numpy()
 
     def _decode_tokens(self, inputs: ModelInput, constraint: CodeConstraint) -> np.ndarray:
         """Greedy decoding in which only tokens are allowed that complete to a chunk of the right shape."""

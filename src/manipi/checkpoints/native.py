@@ -47,6 +47,8 @@ class PolicyConfig:
     """Euler steps of the flow head (unused by π0-FAST)."""
     step: int
     """Optimizer steps behind these weights."""
+    max_delay: int = 0
+    """The most first steps of a chunk that were given in training (`TrainConfig.max_delay`)."""
 
 
 @dataclass(frozen=True)

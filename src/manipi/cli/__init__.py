@@ -15,6 +15,7 @@ COMMANDS = {
     "plan": "forecast the memory of a training step by part, and find settings that fit a GPU",
     "eval": "open-loop error of a checkpoint on held-out episodes, beside simple baselines",
     "serve": "serve a checkpoint over websocket, in openpi's protocol",
+    "replay": "put the questions of a recorded run to a checkpoint or a server, and compare the answers",
     "import": "make another project's checkpoint ours: openpi (Orbax, PyTorch), LeRobot; by name, folder or URL",
     "export": "write a checkpoint in openpi's or LeRobot's layout; its adapters alone, or merged",
     "filter": "choose the frames of a dataset that are worth training on; the dataset stays as it is",

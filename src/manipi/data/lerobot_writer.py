@@ -137,6 +137,12 @@ class LeRobotWriter:
         self.num_episodes += 1
         self.num_frames += episode.length
 
+    def add_file(self, path: str, content: bytes) -> None:
+        """Put a file of your own beside the dataset's, such as meta/NAME.json."""
+        target = self._folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+
     def _write_rows(self, columns: Mapping[str, np.ndarray]) -> dict[str, int]:
         self._tables.current().add(_rows_table(columns))
         return {f"data/{name}": value for name, value in self._tables.place.items()}

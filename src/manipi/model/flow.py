@@ -44,7 +44,11 @@ class FlowHead(nn.Module):
         self.action_out = Linear(width, action_dim)
 
     def suffix(self, state_BA: Tensor, x_BKHA: Tensor, timestep_BK: Tensor, dtype: torch.dtype) -> Span:
-        """The action expert's tokens. The head's own layers compute in float32, as in the reference."""
+        """The action expert's tokens. The head's own layers compute in float32, as in the reference.
+
+        Args:
+            timestep_BK: one per draw, or [B, K, H]: one per step.
+        """
         raise NotImplementedError
 
     def velocity(self, out_BTD: Tensor, num_draws: int, action_horizon: int) -> Tensor:
@@ -65,7 +69,7 @@ class Pi0Head(FlowHead):
 
     def suffix(self, state_BA: Tensor, x_BKHA: Tensor, timestep_BK: Tensor, dtype: torch.dtype) -> Span:
         actions_BKHD = self.action_in(x_BKHA)
-        time_BKHD = timestep_embedding(timestep_BK, actions_BKHD.shape[-1])[:, :, None].expand_as(actions_BKHD)
+        time_BKHD = timestep_embedding(_with_steps(timestep_BK), actions_BKHD.shape[-1]).expand_as(actions_BKHD)
         mixed_BKHD = self.time_mlp_in(torch.cat([actions_BKHD, time_BKHD], dim=-1))
         mixed_BKHD = self.time_mlp_out(F.silu(mixed_BKHD))
         tokens_BTD = torch.cat([self.state_in(state_BA)[:, None], mixed_BKHD.flatten(1, 2)], dim=1)
@@ -82,9 +86,9 @@ class Pi05Head(FlowHead):
 
     def suffix(self, state_BA: Tensor, x_BKHA: Tensor, timestep_BK: Tensor, dtype: torch.dtype) -> Span:
         tokens_BTD = self.action_in(x_BKHA).flatten(1, 2)
-        time_BKD = timestep_embedding(timestep_BK, tokens_BTD.shape[-1])
-        cond_BKD = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time_BKD))))
-        return _span(tokens_BTD.to(dtype), x_BKHA.shape[1], x_BKHA.shape[2], cond=cond_BKD)
+        time_BCD = timestep_embedding(timestep_BK.flatten(1), tokens_BTD.shape[-1])
+        cond_BCD = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time_BCD))))
+        return _span(tokens_BTD.to(dtype), x_BKHA.shape[1], x_BKHA.shape[2], cond=cond_BCD)
 
 
 def _span(tokens_BTD: Tensor, num_draws: int, action_horizon: int, cond: Tensor | None) -> Span:
@@ -106,9 +110,14 @@ def _span(tokens_BTD: Tensor, num_draws: int, action_horizon: int, cond: Tensor 
 
 
 def interpolate(noise_BKHA: Tensor, actions_BHA: Tensor, timestep_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Noisy actions x_t and their velocity u_t, each [B, K, H, A]."""
-    t, actions = timestep_BK[..., None, None], actions_BHA[:, None]
+    """Noisy actions x_t and their velocity u_t, each [B, K, H, A]; timesteps as `FlowHead.suffix` takes them."""
+    t, actions = _with_steps(timestep_BK)[..., None], actions_BHA[:, None]
     return t * noise_BKHA + (1 - t) * actions, noise_BKHA - actions
+
+
+def _with_steps(timestep: Tensor) -> Tensor:
+    """[B, K, H or 1]."""
+    return timestep if timestep.ndim == 3 else timestep[..., None]
 
 
 def flow_loss(

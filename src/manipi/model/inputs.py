@@ -18,7 +18,7 @@ from manipi.errors import ConfigError, unknown_name
 from manipi.model.config import ModelConfig
 from manipi.model.trim import PROMPT_MULTIPLE, Kept, kept
 
-_DTYPES = {"tokens": torch.long, "state": torch.float32, "actions": torch.float32}
+_DTYPES = {"tokens": torch.long, "delay": torch.long, "state": torch.float32, "actions": torch.float32}
 """Fields that are neither pictures nor masks. Pictures keep their dtype, masks are bool."""
 
 
@@ -35,9 +35,12 @@ class ModelInput:
     """Normalised proprioceptive state, padded to the model's action dimensions."""
 
     actions: Float[Tensor, "B H A"] | None = None
-    """Normalised action chunk; training of flow policies only."""
+    """Normalised action chunk, in training of flow policies. With `delay` at inference: what is left of the chunk that
+    the robot is executing."""
     action_valid: Bool[Tensor, "B H"] | None = None
-    """Steps that lie within the episode; None: all."""
+    """Steps that lie within the episode, or that are left; None: all."""
+    delay: Int64[Tensor, "B"] | None = None
+    """How many of the first steps are given: the robot executes them meanwhile (`manipi.model.rtc`)."""
     action_dim_valid: Bool[Tensor, "A"] | Bool[Tensor, "B A"] | None = None
     """Dimensions that the robot has; None: all. Also read by sampling."""
     token_causal: Bool[Tensor, "B L"] | None = None
@@ -111,6 +114,7 @@ class ModelInput:
             "state": (b, config.action_dim),
             "actions": (b, config.action_horizon, config.action_dim),
             "action_valid": (b, config.action_horizon),
+            "delay": (b,),
         }
         for name, shape in expected.items():
             value = getattr(self, name)

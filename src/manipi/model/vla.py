@@ -22,6 +22,7 @@ from manipi.model.flow import FlowHead, FlowLoss, Pi0Head, Pi05Head, flow_loss, 
 from manipi.model.gemma import Expert, Gemma, KVCache, Span
 from manipi.model.inputs import ModelInput
 from manipi.model.layers import Initialised
+from manipi.model.rtc import Velocity, given_steps, sample_after_prefix, sample_guided, soft_mask, step_timesteps
 from manipi.model.shards import fill
 from manipi.model.siglip import SigLIP
 from manipi.model.trim import Kept, everything
@@ -80,7 +81,8 @@ class VLA(nn.Module):
         """The training loss, and the only way into training: sharding hooks act on this call.
 
         Args:
-            inputs: with `actions` (flow policies) or `token_causal` and `token_loss` (π0-FAST).
+            inputs: with `actions` (flow policies) or `token_causal` and `token_loss` (π0-FAST). With `delay`, so many
+                first steps are given clean and do not count (arXiv 2512.05964).
             noise: flow policies: standard normal; with an axis K, that many draws share one prefix.
             timestep: flow policies: in [0, 1], 1 being pure noise.
         """
@@ -106,28 +108,38 @@ class VLA(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, inputs: ModelInput, noise: Float[Tensor, "B *K H A"], num_steps: int = 10
+        self, inputs: ModelInput, noise: Float[Tensor, "B *K H A"], num_steps: int = 10, max_delay: int = 0
     ) -> Float[Tensor, "B *K H A"]:
         """Action chunks by `num_steps` Euler steps from timestep 1 to 0; the prefix runs once.
 
         Padded dimensions follow their true velocity, which is their noise because their action is zero: the model sees
         there what it saw in training, although the loss never taught it to predict them.
 
+        Args:
+            inputs: with `delay`, `actions` and `action_valid` are what is left of the previous chunk, which the new one
+                goes on from (`manipi.model.rtc`).
+            max_delay: the longest prefix that the weights were trained with; longer delays are met by guidance.
+
         Raises:
             ConfigError: the policy has no flow head.
         """
         if noise.ndim == 3:
-            return self.sample(inputs, noise[:, None], num_steps)[:, 0]
+            return self.sample(inputs, noise[:, None], num_steps, max_delay)[:, 0]
         head = self._flow_head("decode_tokens")
         cache = KVCache()
         self.gemma({"vlm": self.embed_prefix(inputs, self._kept(inputs))}, cache, commit=True, outputs=())
         _, dim_valid = self._action_masks(inputs)
+
+        def velocity(x_BKHA: Tensor, timestep: Tensor) -> Tensor:
+            out_BTD = self.gemma({"action": head.suffix(inputs.state, x_BKHA, timestep, self.dtype)}, cache)["action"]
+            velocity_BKHA = head.velocity(out_BTD, *noise.shape[1:3])
+            return torch.where(dim_valid[:, None, None], velocity_BKHA, noise)
+
+        if inputs.delay is not None:
+            return _sample_on(velocity, inputs, inputs.delay, noise, num_steps, max_delay)
         x_BKHA, timestep_BK = noise, torch.ones(noise.shape[:2], device=noise.device)
         for _ in range(num_steps):
-            suffix = head.suffix(inputs.state, x_BKHA, timestep_BK, self.dtype)
-            out_BTD = self.gemma({"action": suffix}, cache)["action"]
-            velocity_BKHA = head.velocity(out_BTD, *noise.shape[1:3])
-            velocity_BKHA = torch.where(dim_valid[:, None, None], velocity_BKHA, noise)
+            velocity_BKHA = velocity(x_BKHA, timestep_BK)
             x_BKHA, timestep_BK = x_BKHA - velocity_BKHA / num_steps, timestep_BK - 1.0 / num_steps
         return x_BKHA
 
@@ -207,6 +219,8 @@ class VLA(nn.Module):
     def _flow_loss(self, inputs: ModelInput, noise_BKHA: Tensor, timestep_BK: Tensor) -> FlowLoss:
         head = self._flow_head("forward without noise")
         assert inputs.actions is not None, "training needs actions"
+        if inputs.delay is not None:
+            timestep_BK = step_timesteps(timestep_BK, inputs.delay, noise_BKHA.shape[2])
         x_BKHA, target_BKHA = interpolate(noise_BKHA, inputs.actions, timestep_BK)
         suffix = head.suffix(inputs.state, x_BKHA, timestep_BK, self.dtype)
         spans = {"vlm": self.embed_prefix(inputs, self._kept(inputs)), "action": suffix}
@@ -220,6 +234,8 @@ class VLA(nn.Module):
         step_valid, dim_valid = inputs.action_valid, inputs.action_dim_valid
         if step_valid is None or self.config.compat.unmasked_loss:
             step_valid = torch.ones(b, h, dtype=torch.bool, device=inputs.state.device)
+        if inputs.delay is not None:
+            step_valid = step_valid & ~given_steps(inputs.delay, h)
         if dim_valid is None or self.config.compat.unmasked_loss:
             dim_valid = torch.ones(a, dtype=torch.bool, device=inputs.state.device)
         return step_valid, dim_valid.expand(1 if dim_valid.ndim == 1 else b, a)
@@ -233,6 +249,19 @@ class VLA(nn.Module):
     def _wrong_policy(self, expected: str, instead: str) -> ConfigError:
         found = type(self.config).__name__
         return ConfigError(expected=expected, found=found, where="VLA.config", next=f"call {instead} instead")
+
+
+def _sample_on(
+    velocity: Velocity, inputs: ModelInput, delay_B: Tensor, noise_BKHA: Tensor, num_steps: int, max_delay: int
+) -> Tensor:
+    """Chunks that go on from the previous one, in the way that the weights know."""
+    assert inputs.actions is not None, "a delay needs the previous chunk"
+    assert inputs.action_valid is not None, "a delay needs to know what is left of the previous chunk"
+    left_B = inputs.action_valid.sum(1)
+    if bool((torch.minimum(delay_B, left_B) <= max_delay).all()) and max_delay:
+        return sample_after_prefix(velocity, noise_BKHA, inputs.actions, torch.minimum(delay_B, left_B), num_steps)
+    mask_BH = soft_mask(delay_B, left_B, noise_BKHA.shape[2])
+    return sample_guided(velocity, noise_BKHA, inputs.actions, mask_BH, num_steps)
 
 
 def _init_whole(module: Initialised, generator: Generator) -> None:

@@ -294,6 +294,9 @@ class TrainConfig:
     """Parts of a batch that follow each other and make one step: less memory, the same update up to rounding."""
     noise_draws: int = 1
     """Noise and timestep draws per observation, all on one prefix (flow models)."""
+    max_delay: int = 0
+    """Flow models, real-time chunking: at most so many first steps of a chunk are given, as if the robot executed them
+    while the policy computes (arXiv 2512.05964); 0: none."""
     ema_decay: float = 0.99
     """Decay of the averaged weights that are saved for inference; 0 saves the raw ones."""
     guards: GuardConfig = field(default_factory=GuardConfig)
@@ -319,6 +322,9 @@ class TrainConfig:
                 raise _out_of_range(name, "at least 1", getattr(self, name))
         if self.keep_every < 0:
             raise _out_of_range("keep_every", "at least 0", self.keep_every)
+        longest = 0 if isinstance(self.model, Pi0FastConfig) else self.model.action_horizon - 1
+        if not 0 <= self.max_delay <= longest:
+            raise _out_of_range("max_delay", f"from 0 to {longest} for {type(self.model).__name__}", self.max_delay)
         if not 0 <= self.ema_decay < 1:
             raise _out_of_range("ema_decay", "from 0 to below 1", self.ema_decay)
         for name in ("spike", "stall_seconds"):

@@ -5,6 +5,7 @@ therefore needs weights, average and optimizer alone, and equals an undisturbed 
 """
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from manipi.train.first_batch import save_first_batch
 from manipi.train.guards import Guards, require_finite
 from manipi.train.lock import Lock, alone
 from manipi.train.loggers import RunLog, require_loggers
-from manipi.train.noise import draw_noise
+from manipi.train.noise import draw_delay, draw_noise
 from manipi.train.optimizer import gradient_norm, learning_rate, parameter_norm, update, update_average
 from manipi.train.parallel import World, open_world, require_shared
 from manipi.train.progress import ProgressLog, plot_loss, show_mixture
@@ -194,6 +195,9 @@ def add_gradients(state: TrainState, inputs: ModelInput, config: TrainConfig) ->
     """Add the gradients of this step's loss to those of the parameters. Returns the loss of the whole batch, and that
     of each sample here [B]."""
     draws = _draws(state, inputs, config)
+    if config.max_delay:
+        delays = draw_delay(config.seed, state.step, inputs.batch_size * state.world.size, config.max_delay)
+        inputs = replace(inputs, delay=state.world.slice(delays))
     return accumulate_gradients(state.model, inputs, draws, config.accumulate, state.world)
 
 
@@ -210,7 +214,9 @@ def checkpoint_writer(run: Run, data: TrainingData) -> CheckpointWriter:
     """Writes the checkpoints of a run, as all of them have it but for weights, self-test and step."""
     bare = Checkpoint(
         weights={},
-        config=PolicyConfig(model=run.config.policy_model, norm_mode=run.config.norm_mode, step=0),
+        config=PolicyConfig(
+            model=run.config.policy_model, norm_mode=run.config.norm_mode, step=0, max_delay=run.config.max_delay
+        ),
         robot=run.config.robot,
         norm_stats=data.stats[run.config.robot.name],
         tokenizers=data.tokenizers,

@@ -16,7 +16,8 @@ from manipi.errors import BadValueError, ObservationError
 from manipi.robots.robot import Robot
 from manipi.types import Observation, Sample
 
-_OTHER_KEYS = ("prompt", "actions", "action_valid")
+_CHUNK_KEYS = ("actions", "action_valid", "delay")
+_OTHER_KEYS = ("prompt", *_CHUNK_KEYS)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ReadRobot:
         images = {f"image/{slot}": self._image(sample, key) for slot, key in cameras.items()}
         vectors = [self._vector(sample, s.key, s.size) for s in self.robot.state]
         state = np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
-        kept = {key: sample[key] for key in ("actions", "action_valid") if key in sample}
+        kept = {key: sample[key] for key in _CHUNK_KEYS if key in sample}
         return {**images, "state": state, "prompt": self._prompt(sample), **kept}  # type: ignore[dict-item]
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:

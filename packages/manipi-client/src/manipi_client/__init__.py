@@ -1,4 +1,4 @@
-"""The robot's side of a policy server: wire format, client, action-chunk broker and runtime. No torch, no manipi.
+"""The robot's side of a policy server: wire format, client, action-chunk brokers and runtime. No torch, no manipi.
 
 The errors are here at once; everything else is imported at its first use, because websockets take a while.
 """
@@ -20,9 +20,12 @@ from manipi_client.errors import (
 )
 
 if TYPE_CHECKING:
+    from manipi_client.aio import AsyncWebsocketPolicy
     from manipi_client.broker import ActionChunkBroker
     from manipi_client.client import WebsocketPolicy
+    from manipi_client.motion import Motion, MotionMeter
     from manipi_client.policy import Policy
+    from manipi_client.realtime import RealTimeBroker
     from manipi_client.runtime import Agent, Environment, PolicyAgent, Runtime, Subscriber
 
 __version__ = "0.1.0"
@@ -31,6 +34,7 @@ __all__ = [
     "ActionChunkBroker",
     "ActionChunkError",
     "Agent",
+    "AsyncWebsocketPolicy",
     "ConnectError",
     "ConnectTimeout",
     "ConnectionLost",
@@ -38,10 +42,13 @@ __all__ = [
     "InferenceTimeout",
     "InputError",
     "ManipiClientError",
+    "Motion",
+    "MotionMeter",
     "Policy",
     "PolicyAgent",
     "PolicyServerError",
     "ProtocolError",
+    "RealTimeBroker",
     "RemoteInferenceError",
     "Runtime",
     "Subscriber",
@@ -50,6 +57,10 @@ __all__ = [
 
 _MODULES = {
     "ActionChunkBroker": "broker",
+    "AsyncWebsocketPolicy": "aio",
+    "Motion": "motion",
+    "MotionMeter": "motion",
+    "RealTimeBroker": "realtime",
     "WebsocketPolicy": "client",
     "Policy": "policy",
     **dict.fromkeys(("Agent", "Environment", "PolicyAgent", "Runtime", "Subscriber"), "runtime"),

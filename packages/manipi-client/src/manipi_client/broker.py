@@ -6,7 +6,8 @@ from typing import Any, Mapping
 
 import numpy as np
 
-from manipi_client.errors import ActionChunkError, InputError
+from manipi_client.chunks import read_chunk
+from manipi_client.errors import InputError
 from manipi_client.policy import Policy
 
 
@@ -45,7 +46,9 @@ class ActionChunkBroker:
             ActionChunkError: the chunk has fewer steps than `execute_steps`.
         """
         if self._chunk is None:
-            self._chunk, self._step = self._checked(self._policy.infer(observation)), 0
+            answer = self._policy.infer(observation)
+            read_chunk(answer, self._execute_steps)
+            self._chunk, self._step = answer, 0
         action = _take_step(self._chunk, self._step, len(self._chunk["actions"]))
         self._step += 1
         if self._step == self._execute_steps:
@@ -56,17 +59,6 @@ class ActionChunkBroker:
         """Drops the rest of the chunk: the next call asks the policy."""
         self._policy.reset()
         self._chunk = None
-
-    def _checked(self, chunk: dict[str, Any]) -> dict[str, Any]:
-        shape = np.shape(chunk.get("actions", ()))
-        if len(shape) == 0 or shape[0] < self._execute_steps:
-            raise ActionChunkError(
-                expected=f"actions of at least {self._execute_steps} steps (execute_steps)",
-                found=f"actions of shape {shape}" if "actions" in chunk else f"no actions, only {sorted(chunk)}",
-                where="the policy's answer",
-                next="set execute_steps to the policy's action horizon or less",
-            )
-        return chunk
 
 
 def _take_step(value: Any, step: int, horizon: int) -> Any:

@@ -12,9 +12,11 @@ This is openpi's protocol, so the server may be manipi's or openpi's.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import logging
+import math
 import socket
 import struct
 import sys
@@ -40,8 +42,10 @@ from manipi_client.errors import (
 
 logger = logging.getLogger(__name__)
 
-_RETRY_SECONDS = 0.2
 _CLOSE_SECONDS = 0.2
+
+DEADLINE_KEY = "manipi/deadline_ms"
+"""Observation key: how long after the request the answer is still of use. manipi's server sheds what would be late."""
 
 # websockets 15 brought both. Keepalive pings would end a connection to a server that computes for long without
 # answering them, which openpi's does; `request_timeout` does their job. And a robot's network needs no proxy.
@@ -70,6 +74,9 @@ class WebsocketPolicy:
         token: sent as `Authorization: Api-Key <token>`.
         connect_timeout: seconds to wait for a server that is still starting.
         request_timeout: seconds to wait for actions. The first answer may be slow where the server still compiles.
+        deadline: seconds after which actions are of no use, told to the server; None: only an observation's own
+            `manipi/deadline_ms` says.
+        lazy: connect at the first `infer` instead of at once.
 
     Raises:
         ConnectTimeout: no server answered within `connect_timeout`.
@@ -85,19 +92,29 @@ class WebsocketPolicy:
         *,
         connect_timeout: float = 60.0,
         request_timeout: float = 60.0,
+        deadline: float | None = None,
+        lazy: bool = False,
     ) -> None:
         self._uri = _uri(host, port)
         self._headers = {"Authorization": f"Api-Key {token}"} if token else {}
         self._connect_timeout, self._request_timeout = connect_timeout, request_timeout
-        self._lock = threading.Lock()
+        self._told = {} if deadline is None else {DEADLINE_KEY: deadline * 1000}
+        self._lock, self._interrupted = threading.Lock(), threading.Event()
         self._connection: ClientConnection | None = None
         self._metadata: dict[str, Any] = {}
-        self._connect()
+        if not lazy:
+            self.connect()
 
     @property
     def metadata(self) -> Mapping[str, Any]:
         """What the server said about itself when the connection was made."""
         return self._metadata
+
+    def connect(self) -> None:
+        """Connects, unless there is a connection. Raises as the constructor does."""
+        with self._lock:
+            self._interrupted.clear()
+            self._open_connection()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """Sends an observation and returns the server's answer.
@@ -106,18 +123,21 @@ class WebsocketPolicy:
             `actions` [H, A], `server_timing` and `policy_timing` in milliseconds, and whatever the policy adds.
 
         Raises:
-            InferenceTimeout: no answer within `request_timeout`.
+            InferenceTimeout: no answer within `request_timeout`, or by the deadline.
             RemoteInferenceError: the policy refused the observation, or failed.
             ConnectionLost: the server went away.
             InputError: the observation holds something that does not travel.
             ProtocolError: the answer is not one.
             ConnectTimeout, ConnectError: as when connecting, after the connection was lost.
         """
-        frame = wire.pack(dict(observation))
+        observation = {**self._told, **observation}
+        frame = wire.pack(observation)
+        seconds = min(self._request_timeout, observation.get(DEADLINE_KEY, math.inf) / 1000)
         with self._lock:
+            self._interrupted.clear()
             connection = self._open_connection()
             try:
-                return self._exchange(connection, frame)
+                return self._exchange(connection, frame, seconds)
             except BaseException:
                 # Also after Ctrl-C: the answer that is under way must not be read as the next one's.
                 self._disconnect()
@@ -125,6 +145,14 @@ class WebsocketPolicy:
 
     def reset(self) -> None:
         """Nothing: a policy server keeps no state between observations."""
+
+    def interrupt(self) -> None:
+        """Makes the call that another thread is in fail with ConnectionLost, as soon as it waits for the server."""
+        self._interrupted.set()
+        connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(OSError):  # It is closed already.
+                connection.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Closes the connection. `infer` would open it again."""
@@ -137,16 +165,16 @@ class WebsocketPolicy:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _exchange(self, connection: ClientConnection, frame: bytes) -> dict[str, Any]:
-        deadline = time.monotonic() + self._request_timeout
+    def _exchange(self, connection: ClientConnection, frame: bytes, seconds: float) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
         try:
             connection.send(frame)
             answer = connection.recv(timeout=max(0.0, deadline - time.monotonic()))
         except _TIMEOUTS as error:
-            raise self._inference_timeout() from error
+            raise self._inference_timeout(seconds) from error
         except ConnectionClosed as error:
             if isinstance(error.__cause__, BlockingIOError):  # The send limit of `_limit_sends`.
-                raise self._inference_timeout() from error
+                raise self._inference_timeout(seconds) from error
             raise self._connection_lost(error) from error
         return self._read_map(answer)
 
@@ -171,9 +199,9 @@ class WebsocketPolicy:
                 self._disconnect()
                 if not isinstance(error, _NOT_UP_YET):
                     raise
-                if time.monotonic() + _RETRY_SECONDS > deadline:
+                if time.monotonic() + backoff(attempt) > deadline or self._interrupted.is_set():
                     raise self._connect_timeout_error(error) from error
-            time.sleep(_RETRY_SECONDS)
+            self._interrupted.wait(backoff(attempt))
 
     def _handshake(self, deadline: float) -> ClientConnection:
         try:
@@ -226,12 +254,12 @@ class WebsocketPolicy:
             next="start the server, check host and port, or raise connect_timeout",
         )
 
-    def _inference_timeout(self) -> InferenceTimeout:
+    def _inference_timeout(self, seconds: float) -> InferenceTimeout:
         return InferenceTimeout(
-            expected=f"actions within {self._request_timeout:g} s",
+            expected=f"actions within {seconds:g} s",
             found="no answer; the connection is now closed, and the next call opens another",
             where=self._uri,
-            next="look at the server's log; raise request_timeout if its first inference compiles",
+            next="look at the server's log; raise request_timeout (or deadline) if its first inference compiles",
         )
 
     def _connection_lost(self, error: ConnectionClosed) -> ConnectionLost:
@@ -241,6 +269,11 @@ class WebsocketPolicy:
             where=self._uri,
             next="look at the server's log; code 1009 means that the observation is over the server's size limit",
         )
+
+
+def backoff(attempt: int) -> float:
+    """Seconds to wait before the next attempt: 0.1, 0.2, 0.4 … and at most 2."""
+    return min(0.1 * 2 ** min(attempt, 10), 2.0)
 
 
 def _uri(host: str, port: int | None) -> str:

@@ -1,0 +1,89 @@
+"""The action chunks that a robot has at hand, on the clock of its control steps.
+
+    step            10   11   12   13   14   15   16   17
+    chunk A          a    a    a    a    a    a               observed at step 10, H = 6
+    chunk B                    b    b    b    b    b    b     observed at step 12, there since step 14
+    newest           a    a    a    a    b    b    b    b     until 13 nobody knew of B
+    ensemble         a    a    a    a   a·b  a·b   b    b
+
+Shape letters: H action horizon, A action dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Mapping
+
+import numpy as np
+
+from manipi_client.errors import ActionChunkError
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """An answer of the policy: row i of `actions` [H, A] is for step `first_step` + i."""
+
+    actions: np.ndarray
+    first_step: int
+    """The step of the observation behind it."""
+    observed_at: float
+    """When that was, on the clock of `time.monotonic` (s)."""
+
+    @property
+    def end_step(self) -> int:
+        return self.first_step + len(self.actions)
+
+    def at(self, step: int) -> np.ndarray:
+        return self.actions[step - self.first_step]
+
+
+class ChunkQueue:
+    """Chunks in the order of their observations; those whose steps have all passed are dropped.
+
+    Args:
+        ensemble: None executes the newest chunk. Otherwise the mean of all chunks that reach a step is executed, with
+            weights exp(-ensemble · i), i = 0 for the oldest (temporal ensembling: Zhao et al. 2023, arXiv 2304.13705).
+    """
+
+    def __init__(self, ensemble: float | None = None) -> None:
+        self._ensemble = ensemble
+        self._chunks: list[Chunk] = []
+
+    @property
+    def newest(self) -> Chunk | None:
+        return self._chunks[-1] if self._chunks else None
+
+    def add(self, chunk: Chunk) -> None:
+        self._chunks.append(chunk)
+
+    def clear(self) -> None:
+        self._chunks.clear()
+
+    def action(self, step: int) -> np.ndarray | None:
+        """The action [A] for a step; None where no chunk reaches it."""
+        self._chunks = [chunk for chunk in self._chunks if chunk.end_step > step]
+        if not self._chunks:
+            return None
+        if self._ensemble is None:
+            return self._chunks[-1].at(step)
+        weights = np.exp(-self._ensemble * np.arange(len(self._chunks)))
+        actions = np.stack([chunk.at(step) for chunk in self._chunks])
+        return (weights[:, None] * actions).sum(0) / weights.sum()
+
+    def left(self, step: int) -> np.ndarray:
+        """What is left of the newest chunk [n, A], from a step on."""
+        newest = self.newest
+        return np.zeros((0, 0), np.float32) if newest is None else newest.actions[max(step - newest.first_step, 0) :]
+
+
+def read_chunk(answer: Mapping[str, Any], execute_steps: int) -> np.ndarray:
+    """The actions [H, A] of a policy's answer. Raises ActionChunkError where H is less than `execute_steps`."""
+    shape = np.shape(answer.get("actions", ()))
+    if len(shape) == 0 or shape[0] < execute_steps:
+        raise ActionChunkError(
+            expected=f"actions of at least {execute_steps} steps (execute_steps)",
+            found=f"actions of shape {shape}" if "actions" in answer else f"no actions, only {sorted(answer)}",
+            where="the policy's answer",
+            next="set execute_steps to the policy's action horizon or less",
+        )
+    return np.asarray(answer["actions"])
