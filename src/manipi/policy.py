@@ -1,7 +1,8 @@
 """A policy: observation in, action chunk out, through the same pipeline that trained it."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,20 @@ from manipi.robots.robot import Robot
 from manipi.tokenizers import CodeConstraint, Tokenizers
 from manipi.transforms import pipeline
 from manipi.transforms.tokenize import code_constraint
-from manipi.types import NormStats, Observation
+from manipi.types import NormStats, Observation, Sample
 
 SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """Largest difference in normalised units between the trainer's actions and the loaded policy's."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An observation on its way to the model."""
+
+    sample: Sample
+    """What the model reads, without the batch's axis."""
+    seen: list[Sample]
+    """What each step of the pipeline saw, to decode by."""
 
 
 class Policy:
@@ -103,21 +114,74 @@ class Policy:
         """One observation in the robot's keys -> `actions` float32 [H, A], commands in the robot's own units.
 
         Args:
-            noise: [H, A of the model]; drawn from the policy's generator when None. π0-FAST uses none.
+            noise: [H, A of the model]; drawn from the policy's generator when None. With an axis before, [N, H, A], so
+                many chunks [N, H, A] come out, which share the work on pictures and prompt. π0-FAST uses none.
 
         Raises:
             ObservationError: the observation does not match the robot; it names the key.
         """
+        return self.infer_batch([observation], [noise])[0]
+
+    def infer_batch(
+        self, observations: Sequence[Observation], noises: Sequence[np.ndarray | None] | None = None
+    ) -> list[dict[str, Any]]:
+        """What `infer` answers to each, from one call of the model: equal up to rounding.
+
+        Raises:
+            ObservationError: for the first observation that does not match the robot, before the model is called.
+                `encode` finds out which of them do.
+        """
         started = time.perf_counter()
+        return self.answer([self.encode(one) for one in observations], noises, started=started)
+
+    def encode(self, observation: Observation) -> Encoded:
+        """The model's input for one observation. Raises ObservationError where it does not match the robot."""
         # A recorded frame may bring its actions along; the policy must not see them.
         seen_by_robot = {key: value for key, value in observation.items() if key not in ("actions", "action_valid")}
-        sample, seen = self.pipeline.encode(seen_by_robot)
-        batch = {key: np.asarray(value)[None] for key, value in sample.items()}
-        if noise is None and self._constraint is None:
-            noise = self.draw_noise()
-        output = self.run_model(ModelInput.from_numpy(batch, self._device), None if noise is None else noise[None])[0]
-        actions = self.pipeline.decode(output, seen)
-        return {"actions": actions, "policy_timing": {"infer_ms": (time.perf_counter() - started) * 1e3}}
+        return Encoded(*self.pipeline.encode(seen_by_robot))
+
+    def answer(
+        self,
+        encoded: Sequence[Encoded],
+        noises: Sequence[np.ndarray | None] | None = None,
+        *,
+        started: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """The second half of `infer_batch`, for observations that `encode` let pass.
+
+        Args:
+            started: `time.perf_counter` at the beginning of what `infer_ms` measures; None: now.
+
+        Raises:
+            ConfigError: noises of different or wrong shapes.
+        """
+        started = time.perf_counter() if started is None else started
+        batch = {key: np.stack([np.asarray(one.sample[key]) for one in encoded]) for key in encoded[0].sample}
+        noise = self._stack_noises(noises or [None] * len(encoded))
+        outputs = self.run_model(ModelInput.from_numpy(batch, self._device), noise)
+        chunks = [self._decode(output, one.seen) for output, one in zip(outputs, encoded, strict=True)]
+        timing = {"infer_ms": (time.perf_counter() - started) * 1e3}
+        return [{"actions": actions, "policy_timing": dict(timing)} for actions in chunks]
+
+    def _stack_noises(self, noises: Sequence[np.ndarray | None]) -> np.ndarray | None:
+        if self._constraint is not None:
+            return None
+        drawn = [self.draw_noise() if noise is None else np.asarray(noise, np.float32) for noise in noises]
+        shape, shapes = (self.config.model.action_horizon, self.config.model.action_dim), {n.shape for n in drawn}
+        if len(shapes) > 1 or any(s[-2:] != shape or len(s) > 3 for s in shapes):
+            raise ConfigError(
+                expected=f"noise of shape {shape}, or (N, {shape[0]}, {shape[1]}) with one N for the whole batch",
+                found=", ".join(map(str, sorted(shapes))),
+                where="the noise of Policy.infer",
+                next="draw it with Policy.draw_noise",
+            )
+        return np.stack(drawn)
+
+    def _decode(self, output: np.ndarray, seen: list[Sample]) -> np.ndarray:
+        """Commands [H, A], or [N, H, A] for chunks of several noises."""
+        if output.ndim == 3:
+            return np.stack([self.pipeline.decode(chunk, seen) for chunk in output])
+        return self.pipeline.decode(output, seen)
 
     @torch.no_grad()
     def run_model(self, inputs: ModelInput, noise: np.ndarray | None) -> np.ndarray:
