@@ -5,7 +5,8 @@ from manipi.errors import ConfigError, ObservationError
 from manipi.policy import Policy
 from manipi.robots import Robot
 
-KINDS = ("pi05", "pi0", "pi0_fast")
+RECIPE_TYPES = {"pi05": "Pi05Config", "pi0": "Pi0Config", "pi0_fast": "Pi0FastConfig"}
+KINDS = tuple(RECIPE_TYPES)
 
 
 def observation() -> dict:
@@ -119,3 +120,12 @@ def test_noise_of_another_shape_is_refused(trained, shapes):
     policy = Policy.load(trained("pi05"))
     with pytest.raises(ConfigError, match="draw_noise"):
         policy.infer_batch(observations()[: len(shapes)], [np.zeros(shape, np.float32) for shape in shapes])
+
+
+def test_a_fused_policy_acts_like_the_plain_one(policy, trained):
+    fused = Policy.load(trained(next(k for k, v in RECIPE_TYPES.items() if v in str(type(policy.config.model)))))
+    fused.fuse()
+    noises = [policy.draw_noise() for _ in range(3)]
+    plain = policy.infer_batch(observations(), noises)
+    for one, answer in zip(plain, fused.infer_batch(observations(), noises), strict=True):
+        np.testing.assert_allclose(answer["actions"], one["actions"], atol=1e-5)

@@ -13,6 +13,11 @@ from manipi.checkpoints.native import Checkpoint, PolicyConfig, SelfTest, read_c
 from manipi.errors import ConfigError, SelfTestError, WeightsMismatchError, unknown_name
 from manipi.model import VLA, ModelInput
 from manipi.model.config import Pi0FastConfig
+from manipi.model.engine import Engine
+from manipi.model.graphs import require_compiled
+from manipi.model.inputs import blank_input
+from manipi.model.quantize import Quantization
+from manipi.model.trim import PROMPT_MULTIPLE
 from manipi.robots.robot import Robot
 from manipi.tokenizers import CodeConstraint, Tokenizers
 from manipi.transforms import pipeline
@@ -42,7 +47,14 @@ class Policy:
     """
 
     def __init__(
-        self, model: VLA, config: PolicyConfig, robot: Robot, stats: NormStats, tokenizers: Tokenizers, *, seed: int = 0
+        self,
+        model: VLA | Engine,
+        config: PolicyConfig,
+        robot: Robot,
+        stats: NormStats,
+        tokenizers: Tokenizers,
+        *,
+        seed: int = 0,
     ):
         self.model, self.config, self.robot, self.tokenizers, self.norm_stats = model, config, robot, tokenizers, stats
         self.pipeline = pipeline.build(robot, config.model, stats, tokenizers, config.norm_mode)
@@ -56,19 +68,25 @@ class Policy:
         self.reset()
 
     @staticmethod
-    def load(folder: Path, *, robot: str | None = None, device: str = "cpu", seed: int = 0) -> "Policy":
+    def load(
+        folder: Path, *, robot: str | None = None, device: str = "cpu", seed: int = 0, compile: bool = False
+    ) -> "Policy":
         """Read a checkpoint, verify its hashes and replay its self-test.
 
         Args:
             robot: which of those that it was trained on; None: the recipe's own.
+            compile: run it through a compiled engine, the self-test included.
 
         Raises:
             CheckpointError: the folder is incomplete or altered, or the self-test does not repeat.
             UnknownNameError: it was not trained on that robot.
+            ConfigError: torch cannot compile here.
         """
         checkpoint = read_checkpoint(Path(folder))
         assert checkpoint.self_test is not None
         policy = Policy.from_checkpoint(checkpoint, device=device, seed=seed)
+        if compile:
+            policy.compile()
         policy.check(checkpoint.self_test, where=str(folder))
         if robot in (None, policy.robot.name):
             return policy
@@ -86,6 +104,41 @@ class Policy:
         _load_weights(model, checkpoint.weights)
         c = checkpoint
         return Policy(model.to(device).eval(), c.config, c.robot, c.norm_stats, c.tokenizers, seed=seed)
+
+    def fuse(self, quantization: Quantization = "none") -> None:
+        """Run through an engine from now on. It takes over the weights; `model` is the engine then.
+
+        Raises:
+            ConfigError: the device has no such quantization, or the policy repeats quirks that the engine has not.
+        """
+        assert isinstance(self.model, VLA), "an engine already"
+        self.model = Engine(self.model, self.config.num_steps, quantization)
+
+    def compile(self) -> None:
+        """Compile the engine's layers and call it once for each shape to come, so that no robot waits for that.
+
+        On a GPU that is every length of the prompt in steps of 16, each with a CUDA graph. On a processor it is two
+        lengths, after which torch has code for all.
+
+        Raises:
+            ConfigError: torch cannot compile here; the message says why.
+        """
+        if isinstance(self.model, VLA):
+            self.fuse()
+        assert isinstance(self.model, Engine)
+        self.model.compile()
+        require_compiled(self._warm_up)
+
+    def _warm_up(self) -> None:
+        slots, longest = self.config.model.cameras, self.config.model.max_token_len
+        lengths = (longest, longest - 1)
+        if self._device.type == "cuda":
+            lengths = range(PROMPT_MULTIPLE, longest + PROMPT_MULTIPLE, PROMPT_MULTIPLE)
+        required = set(self.robot.cameras) - set(self.robot.optional)
+        for present in {tuple(slot in some for slot in slots) for some in (self.robot.cameras, required)}:
+            for length in lengths:
+                noise = None if self._constraint is not None else np.zeros((1, *self._noise_shape), np.float32)
+                self.run_model(blank_input(self.config.model, present, length).to(self._device), noise)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -105,10 +158,13 @@ class Policy:
         """Begin a new episode: the noise starts from the seed again."""
         self._generator = torch.Generator().manual_seed(self._seed)
 
+    @property
+    def _noise_shape(self) -> tuple[int, int]:
+        return self.config.model.action_horizon, self.config.model.action_dim
+
     def draw_noise(self) -> np.ndarray:
         """Standard normal noise [H, A of the model]."""
-        size = (self.config.model.action_horizon, self.config.model.action_dim)
-        return torch.randn(size, generator=self._generator).numpy()
+        return torch.randn(self._noise_shape, generator=self._generator).numpy()
 
     def infer(self, observation: Observation, noise: np.ndarray | None = None) -> dict[str, Any]:
         """One observation in the robot's keys -> `actions` float32 [H, A], commands in the robot's own units.
@@ -156,18 +212,22 @@ class Policy:
             ConfigError: noises of different or wrong shapes.
         """
         started = time.perf_counter() if started is None else started
-        batch = {key: np.stack([np.asarray(one.sample[key]) for one in encoded]) for key in encoded[0].sample}
         noise = self._stack_noises(noises or [None] * len(encoded))
-        outputs = self.run_model(ModelInput.from_numpy(batch, self._device), noise)
+        outputs = self.run_model(self.model_input(encoded), noise)
         chunks = [self._decode(output, one.seen) for output, one in zip(outputs, encoded, strict=True)]
         timing = {"infer_ms": (time.perf_counter() - started) * 1e3}
         return [{"actions": actions, "policy_timing": dict(timing)} for actions in chunks]
+
+    def model_input(self, encoded: Sequence[Encoded]) -> ModelInput:
+        """The batch of these observations, on the model's device."""
+        batch = {key: np.stack([np.asarray(one.sample[key]) for one in encoded]) for key in encoded[0].sample}
+        return ModelInput.from_numpy(batch, self._device)
 
     def _stack_noises(self, noises: Sequence[np.ndarray | None]) -> np.ndarray | None:
         if self._constraint is not None:
             return None
         drawn = [self.draw_noise() if noise is None else np.asarray(noise, np.float32) for noise in noises]
-        shape, shapes = (self.config.model.action_horizon, self.config.model.action_dim), {n.shape for n in drawn}
+        shape, shapes = self._noise_shape, {n.shape for n in drawn}
         if len(shapes) > 1 or any(s[-2:] != shape or len(s) > 3 for s in shapes):
             raise ConfigError(
                 expected=f"noise of shape {shape}, or (N, {shape[0]}, {shape[1]}) with one N for the whole batch",
@@ -198,6 +258,8 @@ class Policy:
     def _decode_tokens(self, inputs: ModelInput, constraint: CodeConstraint) -> np.ndarray:
         """Greedy decoding in which only tokens are allowed that complete to a chunk of the right shape."""
         model = self.config.model
+        if isinstance(self.model, Engine):
+            return self.model.decode_tokens(inputs, model.max_token_len, constraint.allowed).cpu().numpy()
         surplus = (0, model.vocab_size - self.tokenizers.text.vocab_size)
 
         def allowed_next(ids_BT: torch.Tensor) -> torch.Tensor:

@@ -27,11 +27,12 @@ from manipi.model.attention import MASKED
 from manipi.model.config import Pi0Config, Pi0FastConfig
 from manipi.model.flow import FlowHead, Pi0Head, Pi05Head, timestep_embedding
 from manipi.model.fused import FusedLayer, FusedVisionLayer, KeysValuesLayer, LayerNorms, Norm, Place, Slots
-from manipi.model.gemma import AdaptiveRMSNorm, Block, ExpertLayer, RMSNorm, rope
+from manipi.model.gemma import AdaptiveRMSNorm, Block, ExpertLayer, RMSNorm, embed_tokens, rope
 from manipi.model.graphs import Graphs, compile_layers
 from manipi.model.inputs import ModelInput
+from manipi.model.layers import LayerNorm, Linear
 from manipi.model.quantize import Quantization, maker
-from manipi.model.siglip import VisionBlock
+from manipi.model.siglip import SigLIP, VisionBlock, embed_patches
 from manipi.model.vla import VLA
 
 Allowed = Callable[[Sequence[int]], np.ndarray]
@@ -86,9 +87,10 @@ class Engine(nn.Module):
         super().__init__()
         _refuse_quirks(model)
         self.config, self.dtype, self.num_steps, self.quantization = model.config, model.dtype, num_steps, quantization
-        self._embedder, self._flow = model.gemma, not isinstance(model.config, Pi0FastConfig)
-        make = maker(quantization, next(model.parameters()).device, model.dtype)
-        self._patches, self._vision_norm, self._vision_head = model.vision, model.vision.final_norm, model.vision.head
+        self._flow = not isinstance(model.config, Pi0FastConfig)
+        self.token_embedding, self.position_embedding = model.gemma.token_embedding, model.vision.position_embedding
+        self._patches, self._vision_norm, self._vision_head = _ends(model.vision)
+        make = maker(quantization, self._device, model.dtype)
         self.vision = nn.ModuleList(FusedVisionLayer(cast(VisionBlock, one), make) for one in model.vision.blocks)
         layers = [_experts(block) for block in model.gemma.blocks]
         last = KeysValuesLayer if self._flow else FusedLayer
@@ -127,7 +129,7 @@ class Engine(nn.Module):
 
     @property
     def _device(self) -> torch.device:
-        return self._embedder.token_embedding.device
+        return self.token_embedding.device
 
     def compile(self, **options: Any) -> None:
         """Compile the layers, and on a GPU play one CUDA graph per shape from then on.
@@ -175,7 +177,7 @@ class Engine(nn.Module):
         h = self.config.action_horizon
         position_BT = prefix.position_B1 + torch.arange(h, device=prefix.position_B1.device)
         bias = None if prefix.bias is None else prefix.bias[..., : prefix.length + h]
-        return Place(prefix.length, rope(position_BT, self._embedder.head_dim), bias)
+        return Place(prefix.length, rope(position_BT, self.config.vlm.head_dim), bias)
 
     def velocity(self, step: int, x_BHA: Tensor, prefix: Prefix, place: Place) -> Tensor:
         """Velocity [B, H, A] of noisy actions at the step's timestep, in float32."""
@@ -193,7 +195,7 @@ class Engine(nn.Module):
     def trim(self, inputs: ModelInput) -> Trimmed:
         """The batch without what every row masks. Raises ConfigError for shapes that are not the model's."""
         inputs.check(self.config)
-        assert inputs.token_causal is None, "causal prompts are for training"
+        assert inputs.token_causal is None or not inputs.token_causal.any(), "causal prompts are for training"
         kept, cameras = inputs.kept, len(self.config.cameras)
         pictures, everywhere = inputs.images.flatten(0, 1), inputs.batch_size * len(kept.cameras)
         if len(kept.pictures) < len(pictures):
@@ -221,7 +223,8 @@ class Engine(nn.Module):
         pictures = batch.pictures
         if pictures.dtype == torch.uint8:
             pictures = pictures.float() / 255.0 * 2.0 - 1.0
-        x_NPD = self._patches.embed_patches(pictures)
+        size = self.config.vision.patch_size
+        x_NPD = embed_patches(pictures, size, self._patches, self.position_embedding)
         for layer in self.vision:
             x_NPD = layer(x_NPD, self.dtype)
         x_NPD = self._vision_head(self._vision_norm(x_NPD).to(self.dtype))
@@ -241,7 +244,7 @@ class Engine(nn.Module):
         Args:
             room: slots after them; None: those of an action chunk.
         """
-        x_BTD = torch.cat([images_BPD, self._embedder.embed(batch.tokens, self.dtype)], dim=1).float()
+        x_BTD = torch.cat([images_BPD, embed_tokens(self.token_embedding, batch.tokens, self.dtype)], dim=1).float()
         (b, t, _), has_state = x_BTD.shape, isinstance(self.config, Pi0Config)
         valid_BT = torch.ones(b, t, dtype=torch.bool, device=x_BTD.device) if batch.valid is None else batch.valid
         room = self.config.action_horizon if room is None else room
@@ -250,7 +253,7 @@ class Engine(nn.Module):
         if batch.valid is not None:
             bias = torch.where(F.pad(valid_BT, (0, has_state + room), value=True), 0.0, MASKED).to(self.dtype)
             bias = bias[:, None, None]
-        rotation = rope(valid_BT.cumsum(1) - 1, self._embedder.head_dim)
+        rotation = rope(valid_BT.cumsum(1) - 1, self.config.vlm.head_dim)
         place = Place(0, rotation, None if bias is None else bias[..., :t])
         last_B = None if self._flow else t - 1 - valid_BT.flip(1).long().argmax(1)
         out = self._through(self.vlm, x_BTD, slots, place, self._vlm_norms, last_B)
@@ -269,7 +272,7 @@ class Engine(nn.Module):
         """π0's state token sees the prefix and itself, so that all steps and draws share it."""
         head = cast(Pi0Head, self._head)
         token_B1D = head.state_in(state_BA)[:, None].to(self.dtype).float()
-        rotation = rope(position_B1, self._embedder.head_dim)
+        rotation = rope(position_B1, self.config.vlm.head_dim)
         place = Place(start, rotation, None if bias is None else bias[..., : start + 1])
         self._through(self.action, token_B1D, slots, place, self._norms[0])
 
@@ -288,8 +291,11 @@ class Engine(nn.Module):
         return x_BTD
 
     def _empty(self, batch_size: int, length: int) -> list[Slots]:
-        heads, head_dim = self._embedder.kv_shape
-        shape, where = (batch_size, heads, length, head_dim), {"device": self._device, "dtype": self.dtype}
+        size = self.config.vlm
+        shape, where = (
+            (batch_size, size.num_kv_heads, length, size.head_dim),
+            {"device": self._device, "dtype": self.dtype},
+        )
         return [Slots(torch.empty(shape, **where), torch.empty(shape, **where)) for _ in self.vlm]
 
     # π0-FAST ---------------------------------------------------------------------------------------------------------
@@ -309,7 +315,7 @@ class Engine(nn.Module):
         while len(ids[0]) < max_tokens and not all(self.config.eos_token in row for row in ids):
             choices = [np.zeros(1, np.int64) if self.config.eos_token in row else allowed(row) for row in ids]
             if waiting and any(len(one) > 1 for one in choices):
-                out_BD = self._append(torch.tensor([row[-waiting:] for row in ids], device=self._device), prefix)
+                out_BD = self.append(torch.tensor([row[-waiting:] for row in ids], device=self._device), prefix)
                 prefix, waiting = self._moved(prefix, waiting), 0
             for row, choice, out_D in zip(ids, choices, out_BD, strict=True):
                 row.append(int(choice[self._best(out_D, choice)]) if len(choice) > 1 else int(choice[0]))
@@ -318,10 +324,10 @@ class Engine(nn.Module):
         return torch.tensor(done, dtype=torch.long, device=self._device)
 
     def _best(self, out_D: Tensor, choice: np.ndarray) -> int:
-        rows = self._embedder.token_embedding[torch.from_numpy(choice).to(self._device)]
+        rows = self.token_embedding[torch.from_numpy(choice).to(self._device)]
         return int((rows.float() @ self._vlm_final(out_D).float()).argmax())
 
-    def _append(self, ids_BT: Tensor, prefix: Prefix) -> Tensor:
+    def append(self, ids_BT: Tensor, prefix: Prefix) -> Tensor:
         """The layers' output [B, D] at the last of some tokens, each of which sees those before it."""
         t = ids_BT.shape[1]
         step_T = torch.arange(t, device=ids_BT.device)
@@ -331,8 +337,8 @@ class Engine(nn.Module):
             later_TS = torch.arange(end, device=ids_BT.device) > prefix.length + step_T[:, None]
             causal = torch.where(later_TS, MASKED, 0.0).to(self.dtype).repeat_interleave(self._queries_per_key, dim=0)
             bias = causal if bias is None else torch.minimum(bias, causal)
-        place = Place(prefix.length, rope(prefix.position_B1 + step_T, self._embedder.head_dim), bias)
-        x_BTD = self._embedder.embed(ids_BT, self.dtype).float()
+        place = Place(prefix.length, rope(prefix.position_B1 + step_T, self.config.vlm.head_dim), bias)
+        x_BTD = embed_tokens(self.token_embedding, ids_BT, self.dtype).float()
         return self._through(self.vlm, x_BTD, prefix.slots, place, self._vlm_norms)[:, -1]
 
     def _moved(self, prefix: Prefix, count: int) -> Prefix:
@@ -341,6 +347,10 @@ class Engine(nn.Module):
     @property
     def _queries_per_key(self) -> int:
         return self.config.vlm.num_heads // self.config.vlm.num_kv_heads
+
+
+def _ends(vision: SigLIP) -> tuple[Linear, LayerNorm, Linear]:
+    return vision.patch_embedding, vision.final_norm, vision.head
 
 
 def _experts(block: nn.Module) -> dict[str, ExpertLayer]:

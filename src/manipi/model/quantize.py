@@ -119,7 +119,7 @@ class PackedInt8(nn.Module):
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None):
         super().__init__()
         codes_OI, scale_O1 = to_int8(weight_OI)
-        self._packed = torch.ops.onednn.qlinear_prepack(codes_OI, None)
+        self.register_buffer("codes", torch.ops.onednn.qlinear_prepack(codes_OI, None), persistent=False)
         self._scale, self._bias = scale_O1[:, 0].contiguous(), None if bias_O is None else bias_O.float()
         self._zero = torch.zeros_like(self._scale, dtype=torch.int32)
         self._levels = 255 if torch.cpu._is_vnni_supported() else 127
@@ -132,7 +132,7 @@ class PackedInt8(nn.Module):
         zero = round(-low / scale)
         codes = (x32 / scale).add_(zero).round_().clamp_(0, self._levels).to(torch.uint8)
         # Sums in float32 out of the kernel: its bfloat16 output is a thousand times slower without AVX-512.
-        weights, output = (self._packed, self._scale, self._zero), (1.0, 0, torch.float32, "none", [], "")
+        weights, output = (self.codes, self._scale, self._zero), (1.0, 0, torch.float32, "none", [], "")
         return torch.ops.onednn.qlinear_pointwise(codes, scale, zero, *weights, self._bias, *output).to(x.dtype)
 
 
