@@ -31,7 +31,7 @@ class _Infer:
     quantize: Literal["none", "int8_weights", "int8", "fp8"] = "none"
     """How the transformers' matrices are kept."""
     data: str | None = None
-    """Folder of a dataset: with --quantize, measure the action error on it, and write the report that serve asks for."""
+    """Folder of a dataset: with --quantize, measure the action error on it and write the report that serve wants."""
     frames: int = 32
     """Frames of that dataset, evenly spaced."""
     prompt_len: int = 0
@@ -140,7 +140,7 @@ def _show(latency: "Latency") -> None:
     ]
     print(table(rows, ("stage", "p50 ms", "p95 ms", "p99 ms", "GFLOP", "MB read", "of floor")))
     print(
-        f"\nfloor, measured between the {latency.rounds} rounds: {latency.peak_gflops:.4g} GFLOP/s in a matrix product, "
+        f"\nfloor, measured between the {latency.rounds} rounds: {latency.peak_gflops:.4g} GFLOP/s in a large product, "
         f"{latency.bandwidth_gbs:.4g} GB/s in a copy\npeak memory {latency.memory_mb:,.0f} MB"
     )
 

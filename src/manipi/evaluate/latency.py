@@ -25,6 +25,7 @@ import torch
 from manipi.model import ModelInput
 from manipi.model.config import GemmaSize, ModelConfig, Pi0Config, Pi0FastConfig
 from manipi.model.engine import Engine
+from manipi.model.quantize import maker
 from manipi.policy import Policy
 from manipi.types import Observation
 
@@ -55,7 +56,7 @@ class Latency:
     total: Stage
     """Rounds as a whole; its floor is the sum of the stages'."""
     peak_gflops: float
-    """GFLOP/s of the matrix product, in the compute dtype."""
+    """GFLOP/s of a product with a matrix of the engine's kind."""
     bandwidth_gbs: float
     """GB/s of the copy, read and written bytes together."""
     memory_mb: float
@@ -98,10 +99,11 @@ def profile(engine: Engine, inputs: ModelInput, *, rounds: int, host: Host | Non
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     floors: list[tuple[float, float]] = []
+    square = torch.randn((8192 if device.type == "cuda" else 512,) * 2, device=device, dtype=engine.dtype)
     for number in range(WARM_UP + rounds):
         if number == WARM_UP:
             clock.ms.clear()
-        floors.append((_matmul_flops(device, engine.dtype), _copy_bytes(device)))
+        floors.append((_product_flops(engine, square), _copy_bytes(device)))
         _one_round(engine, inputs, clock, host)
     peak, bandwidth = (statistics.median(column) for column in zip(*floors[WARM_UP:], strict=True))
     flops, weights = stage_flops(engine.config, *_sizes(inputs, engine.config)), _weights(engine)
@@ -213,10 +215,10 @@ def _total(clock: _Clock, stages: list[Stage]) -> Stage:
 # The device ----------------------------------------------------------------------------------------------------------
 
 
-def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    n = 8192 if device.type == "cuda" else 512
-    a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
-    return 2 * n**3 / _seconds(lambda: a @ b, device)
+def _product_flops(engine: Engine, square: torch.Tensor) -> float:
+    """FLOP/s of a large product with a matrix of the engine's kind, on an input of its dtype."""
+    matrix = maker(engine.quantization, square.device, engine.dtype)(square, None)
+    return 2 * len(square) ** 3 / _seconds(lambda: matrix(square), square.device)
 
 
 def _copy_bytes(device: torch.device) -> float:
