@@ -96,6 +96,7 @@ def serve(checkpoint: Path, *flags: str, **environment: str) -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
 
 
+@pytest.mark.slow
 def test_the_server_refuses_8_bits_without_a_report_and_serves_them_with_one(checkpoint, toy_dataset):
     refused = serve(checkpoint, "--quantize", "int8")
     assert refused.returncode == 1
@@ -107,6 +108,7 @@ def test_the_server_refuses_8_bits_without_a_report_and_serves_them_with_one(che
     assert 0 < np.abs(actions - plain).max() < 0.02
 
 
+@pytest.mark.slow
 def test_where_nothing_compiles_the_port_stays_shut(trained, tmp_path):
     ready = tmp_path / "ready"
     flags = ("--compile", "--num-threads", "1", "--ready-file", str(ready))

@@ -83,6 +83,8 @@ class Engine(nn.Module):
         ConfigError: fp8 on a device without it, or a quirk of the reference's decoding that needs its cache.
     """
 
+    quantization: Quantization
+
     def __init__(self, model: VLA, num_steps: int = 10, quantization: Quantization = "none"):
         super().__init__()
         _refuse_quirks(model)
@@ -361,7 +363,7 @@ def _experts(block: nn.Module) -> dict[str, ExpertLayer]:
 def _norm(module: nn.Module, cond_BD: Tensor | None) -> Norm:
     if isinstance(module, AdaptiveRMSNorm):
         assert cond_BD is not None
-        scale, shift, gate = module.modulation(cond_BD).float().flatten().chunk(3)
+        scale, shift, gate = (part.clone() for part in module.modulation(cond_BD).float().flatten().chunk(3))
         return Norm(1 + scale, shift, gate)
     return _plain(module)
 
