@@ -114,7 +114,7 @@ def _arguments(policy: Policy, inputs: ModelInput, noise: Tensor) -> tuple[dict[
         "state": inputs.state,
         "noise": noise,
     }
-    return arguments, _Sampler(engine, len(slots), dims.reshape(1, -1)).eval()
+    return arguments, _Sampler(engine, len(slots), dims.reshape(1, -1)).eval().requires_grad_(False)
 
 
 def _contract(policy: Policy, checkpoint: Path, arguments: dict[str, Tensor], actions: Tensor) -> dict[str, Any]:

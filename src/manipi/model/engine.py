@@ -161,7 +161,10 @@ class Engine(nn.Module):
         if noise.ndim == 3:
             return self.sample(inputs, noise[:, None])[:, 0]
         batch = self.trim(inputs)
-        return self.run(batch, noise) if self._graphs is None else self._graphs(self.run, batch, noise)
+        # Placing the pictures of a ragged batch copies indices from the host, which no graph can hold.
+        if self._graphs is None or batch.places is not None:
+            return self.run(batch, noise)
+        return self._graphs(self.run, batch, noise)
 
     def run(self, batch: Trimmed, noise_BKHA: Tensor) -> Tensor:
         """All of `sample`, tensors in and out; what a CUDA graph holds."""

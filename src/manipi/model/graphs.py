@@ -16,9 +16,15 @@ from manipi.errors import ConfigError
 from manipi.storage import home
 
 
+RECOMPILE_LIMIT = 64
+
+
 def compile_layers(layers: Iterable[nn.Module], device: torch.device, **options: Any) -> None:
     """Have the layers compiled at their first call, with the tuning of matrix products on a GPU."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "compile"))
+    # One layer's code serves prefix, state and steps, with and without padding, of one length and of any: more than
+    # the eight variants after which torch would go on uncompiled, without a word.
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     if device.type == "cuda":
         options.setdefault("mode", "max-autotune-no-cudagraphs")
     for layer in layers:
@@ -46,6 +52,8 @@ class Graphs:
 
     def __init__(self) -> None:
         self._recorded: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        # One memory for all: they never run at the same time, and answers are copied before the next one does.
+        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[..., Tensor], batch: Any, noise: Tensor) -> Tensor:
         """`function(batch, noise)`, where `batch` is a named tuple."""
@@ -70,6 +78,6 @@ class Graphs:
                 function(type(batch)(*own[:-1]), own[-1])
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             answer = function(type(batch)(*own[:-1]), own[-1])
         return graph, [one for one in own if isinstance(one, Tensor)], answer
