@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1
 SHARED := $(if $(MANIPI_SHARED),$(MANIPI_SHARED),../shared)
 
-.PHONY: install demo test lint types layers size parity bench bench-cli bench-serve bench-data bench-train bench-realtime test-lerobot docs clean help
+.PHONY: install demo test lint types layers size parity bench bench-cli bench-serve bench-data bench-train bench-infer bench-realtime test-lerobot docs clean help
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -39,7 +39,7 @@ size: $(READY)  ## lines per room, and the house's budgets
 parity: $(READY)  ## every golden case of the reference, as a table (MANIPI_GOLDEN=folder:folder for others)
 	$(TEST_ENV) $(BIN)/python -m pytest -q --no-header --show-capture=no --tb=short -r fE tests/parity
 
-bench: bench-cli bench-serve bench-data bench-train bench-realtime  ## every benchmark: a table, and as its last line one JSON object each
+bench: bench-cli bench-serve bench-data bench-train bench-infer bench-realtime  ## every benchmark: a table, and as its last line one JSON object each
 
 bench-cli: $(READY)  ## how long the command line takes to answer
 	$(BIN)/python benchmarks/bench_cli.py
@@ -54,6 +54,9 @@ bench-train: $(READY)  ## a training step beside the plain one, an update, and t
 	$(BIN)/python benchmarks/bench_train.py
 	$(BIN)/python benchmarks/bench_update.py
 	$(BIN)/python benchmarks/bench_checkpoint.py
+
+bench-infer: $(READY)  ## the engine beside the plain path of a PyTorch port, in one thread (MANIPI_BENCH_DTYPE=float32 where bfloat16 is emulated)
+	$(BIN)/python benchmarks/bench_infer.py $(if $(MANIPI_BENCH_DTYPE),--dtype $(MANIPI_BENCH_DTYPE))
 
 bench-data: $(READY)  ## norm stats, loader, RLDS, conversion (MANIPI_LEROBOT_PYTHON=python of lerobot, OPENPI=its repository: beside them)
 	$(BIN)/python benchmarks/bench_stats.py $(if $(OPENPI),--openpi $(OPENPI))

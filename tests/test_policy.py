@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
 
-from manipi.errors import ObservationError
+from manipi.errors import ConfigError, ObservationError
 from manipi.policy import Policy
 from manipi.robots import Robot
 
-KINDS = ("pi05", "pi0", "pi0_fast")
+RECIPE_TYPES = {"pi05": "Pi05Config", "pi0": "Pi0Config", "pi0_fast": "Pi0FastConfig"}
+KINDS = tuple(RECIPE_TYPES)
 
 
 def observation() -> dict:
@@ -70,3 +71,61 @@ def test_what_it_tells_its_clients(policy):
     assert (metadata["action_horizon"], metadata["action_dim"], metadata["image_size"]) == (4, 4, 16)
     assert metadata["control_hz"] == 10.0
     assert policy.infer(observation())["policy_timing"]["infer_ms"] > 0
+
+
+def observations() -> list[dict]:
+    """Other pictures, and prompts of other lengths."""
+    words = ("reach it", "reach the block that is far away", "go")
+    pictures = [np.full((30, 40, 3), grey, np.uint8) for grey in (90, 10, 200)]
+    pairs = zip(words, pictures, strict=True)
+    return [observation() | {"prompt": prompt, "observation/image": picture} for prompt, picture in pairs]
+
+
+def test_a_batch_answers_what_each_would_get_alone(policy):
+    noises = [policy.draw_noise() for _ in range(3)]
+    alone = [policy.infer(o, n)["actions"] for o, n in zip(observations(), noises, strict=True)]
+    together = policy.infer_batch(observations(), noises)
+    for one, answer in zip(alone, together, strict=True):
+        np.testing.assert_allclose(answer["actions"], one, atol=1e-5)
+    assert np.abs(alone[0] - alone[1]).max() > 1e-4
+
+
+def test_a_batch_draws_the_noise_of_one_by_one(policy):
+    policy.reset()
+    alone = [policy.infer(o)["actions"] for o in observations()]
+    policy.reset()
+    for one, answer in zip(alone, policy.infer_batch(observations()), strict=True):
+        np.testing.assert_allclose(answer["actions"], one, atol=1e-5)
+
+
+def test_one_bad_observation_stops_a_batch_before_the_model(policy, monkeypatch):
+    called = []
+    monkeypatch.setattr(policy, "run_model", lambda *_: called.append(1))
+    with pytest.raises(ObservationError, match="observation/image"):
+        policy.infer_batch([observation(), {"prompt": "reach it"}])
+    assert not called
+
+
+def test_many_noises_share_one_observation(trained):
+    policy = Policy.load(trained("pi05"))
+    noises = np.stack([policy.draw_noise() for _ in range(3)])
+    chunks = policy.infer(observation(), noises)["actions"]
+    assert chunks.shape == (3, 4, 4)
+    for noise, chunk in zip(noises, chunks, strict=True):
+        np.testing.assert_allclose(chunk, policy.infer(observation(), noise)["actions"], atol=1e-5)
+
+
+@pytest.mark.parametrize("shapes", [[(4, 5)], [(4, 6)], [(2, 4, 32), (4, 32)], [(1, 1, 4, 32)]])
+def test_noise_of_another_shape_is_refused(trained, shapes):
+    policy = Policy.load(trained("pi05"))
+    with pytest.raises(ConfigError, match="draw_noise"):
+        policy.infer_batch(observations()[: len(shapes)], [np.zeros(shape, np.float32) for shape in shapes])
+
+
+def test_a_fused_policy_acts_like_the_plain_one(policy, trained):
+    fused = Policy.load(trained(next(k for k, v in RECIPE_TYPES.items() if v in str(type(policy.config.model)))))
+    fused.fuse()
+    noises = [policy.draw_noise() for _ in range(3)]
+    plain = policy.infer_batch(observations(), noises)
+    for one, answer in zip(plain, fused.infer_batch(observations(), noises), strict=True):
+        np.testing.assert_allclose(answer["actions"], one["actions"], atol=1e-5)

@@ -1,7 +1,8 @@
 """A policy: observation in, action chunk out, through the same pipeline that trained it."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,32 @@ from manipi.checkpoints.native import Checkpoint, PolicyConfig, SelfTest, read_c
 from manipi.errors import ConfigError, SelfTestError, WeightsMismatchError, unknown_name
 from manipi.model import VLA, ModelInput
 from manipi.model.config import Pi0FastConfig
+from manipi.model.engine import Engine
+from manipi.model.graphs import require_compiled
+from manipi.model.inputs import blank_input
+from manipi.model.quantize import Quantization
+from manipi.model.trim import PROMPT_MULTIPLE
 from manipi.robots.robot import Robot
 from manipi.tokenizers import CodeConstraint, Tokenizers
 from manipi.transforms import pipeline
 from manipi.transforms.request import read_request
 from manipi.transforms.tokenize import code_constraint
-from manipi.types import NormStats, Observation
+from manipi.types import NormStats, Observation, Sample
 
 SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """Largest difference in normalised units between the trainer's actions and the loaded policy's."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An observation on its way to the model."""
+
+    sample: Sample
+    """What the model reads, without the batch's axis."""
+    seen: list[Sample]
+    """What each step of the pipeline saw, to decode by."""
+    seed: int | None
+    """What the client wants its noise to be drawn from."""
 
 
 class Policy:
@@ -32,7 +50,14 @@ class Policy:
     """
 
     def __init__(
-        self, model: VLA, config: PolicyConfig, robot: Robot, stats: NormStats, tokenizers: Tokenizers, *, seed: int = 0
+        self,
+        model: VLA | Engine,
+        config: PolicyConfig,
+        robot: Robot,
+        stats: NormStats,
+        tokenizers: Tokenizers,
+        *,
+        seed: int = 0,
     ):
         self.model, self.config, self.robot, self.tokenizers, self.norm_stats = model, config, robot, tokenizers, stats
         self.pipeline = pipeline.build(robot, config.model, stats, tokenizers, config.norm_mode)
@@ -46,19 +71,25 @@ class Policy:
         self.reset()
 
     @staticmethod
-    def load(folder: Path, *, robot: str | None = None, device: str = "cpu", seed: int = 0) -> "Policy":
+    def load(
+        folder: Path, *, robot: str | None = None, device: str = "cpu", seed: int = 0, compile: bool = False
+    ) -> "Policy":
         """Read a checkpoint, verify its hashes and replay its self-test.
 
         Args:
             robot: which of those that it was trained on; None: the recipe's own.
+            compile: run it through a compiled engine, the self-test included.
 
         Raises:
             CheckpointError: the folder is incomplete or altered, or the self-test does not repeat.
             UnknownNameError: it was not trained on that robot.
+            ConfigError: torch cannot compile here.
         """
         checkpoint = read_checkpoint(Path(folder))
         assert checkpoint.self_test is not None
         policy = Policy.from_checkpoint(checkpoint, device=device, seed=seed)
+        if compile:
+            policy.compile()
         policy.check(checkpoint.self_test, where=str(folder))
         if robot in (None, policy.robot.name):
             return policy
@@ -77,6 +108,41 @@ class Policy:
         c = checkpoint
         return Policy(model.to(device).eval(), c.config, c.robot, c.norm_stats, c.tokenizers, seed=seed)
 
+    def fuse(self, quantization: Quantization = "none") -> None:
+        """Run through an engine from now on. It takes over the weights; `model` is the engine then.
+
+        Raises:
+            ConfigError: the device has no such quantization, or the policy repeats quirks that the engine has not.
+        """
+        assert isinstance(self.model, VLA), "an engine already"
+        self.model = Engine(self.model, self.config.num_steps, quantization)
+
+    def compile(self) -> None:
+        """Compile the engine's layers and call it once for each shape to come, so that no robot waits for that.
+
+        On a GPU that is every length of the prompt in steps of 16, each with a CUDA graph. On a processor it is two
+        lengths, after which torch has code for all.
+
+        Raises:
+            ConfigError: torch cannot compile here; the message says why.
+        """
+        if isinstance(self.model, VLA):
+            self.fuse()
+        assert isinstance(self.model, Engine)
+        self.model.compile()
+        require_compiled(self._warm_up)
+
+    def _warm_up(self) -> None:
+        slots, longest = self.config.model.cameras, self.config.model.max_token_len
+        lengths = (longest, longest - 1)
+        if self._device.type == "cuda":
+            lengths = range(PROMPT_MULTIPLE, longest + PROMPT_MULTIPLE, PROMPT_MULTIPLE)
+        required = set(self.robot.cameras) - set(self.robot.optional)
+        for present in {tuple(slot in some for slot in slots) for some in (self.robot.cameras, required)}:
+            for length in lengths:
+                noise = None if self._constraint is not None else np.zeros((1, *self._noise_shape), np.float32)
+                self.run_model(blank_input(self.config.model, present, length).to(self._device), noise)
+
     @property
     def metadata(self) -> dict[str, Any]:
         """What a client may know: robot, model and sizes."""
@@ -89,40 +155,114 @@ class Policy:
             "control_hz": self.robot.control_hz,
             "image_size": model.vision.image_size,
             "step": self.config.step,
-            "real_time": self._constraint is None,
-            "max_delay": self.config.max_delay,
+            "real_time": self._real_time,
+            # The engine's tables have one timestep for all of a chunk: it goes on from a chunk by guidance alone.
+            "max_delay": self.config.max_delay if isinstance(self.model, VLA) else 0,
         }
+
+    @property
+    def _real_time(self) -> bool:
+        """Whether it can go on from a previous chunk. π0-FAST cannot, and no gradient passes through 8 bits."""
+        return self._constraint is None and (isinstance(self.model, VLA) or self.model.quantization == "none")
 
     def reset(self) -> None:
         """Begin a new episode: the noise starts from the seed again."""
         self._generator = torch.Generator().manual_seed(self._seed)
 
+    @property
+    def _noise_shape(self) -> tuple[int, int]:
+        return self.config.model.action_horizon, self.config.model.action_dim
+
     def draw_noise(self, seed: int | None = None) -> np.ndarray:
         """Standard normal noise [H, A of the model], the policy's next or that of a seed."""
-        size = (self.config.model.action_horizon, self.config.model.action_dim)
         generator = self._generator if seed is None else torch.Generator().manual_seed(seed)
-        return torch.randn(size, generator=generator).numpy()
+        return torch.randn(self._noise_shape, generator=generator).numpy()
 
     def infer(self, observation: Observation, noise: np.ndarray | None = None) -> dict[str, Any]:
         """One observation in the robot's keys -> `actions` float32 [H, A], commands in the robot's own units.
 
         Args:
             observation: may also hold what `manipi.transforms.request` lists.
-            noise: [H, A of the model]; drawn from the policy's generator when None. π0-FAST uses none.
+            noise: [H, A of the model]; drawn from the policy's generator when None. With an axis before, [N, H, A], so
+                many chunks [N, H, A] come out, which share the work on pictures and prompt. π0-FAST uses none.
 
         Raises:
             ObservationError: the observation does not match the robot; it names the key.
         """
+        return self.infer_batch([observation], [noise])[0]
+
+    def infer_batch(
+        self, observations: Sequence[Observation], noises: Sequence[np.ndarray | None] | None = None
+    ) -> list[dict[str, Any]]:
+        """What `infer` answers to each, from one call of the model: equal up to rounding.
+
+        Those that go on from a previous chunk are a batch of their own.
+
+        Raises:
+            ObservationError: for the first observation that does not match the robot, before the model is called.
+                `encode` finds out which of them do.
+        """
         started = time.perf_counter()
+        return self.answer([self.encode(one) for one in observations], noises, started=started)
+
+    def encode(self, observation: Observation) -> Encoded:
+        """The model's input for one observation. Raises ObservationError where it does not match the robot."""
         size = {"action_size": self.robot.action_size, "horizon": self.config.model.action_horizon}
-        asked, seed = read_request(observation, **size, real_time=self._constraint is None)
-        sample, seen = self.pipeline.encode(asked)
-        batch = {key: np.asarray(value)[None] for key, value in sample.items()}
-        if noise is None and self._constraint is None:
-            noise = self.draw_noise(seed)
-        output = self.run_model(ModelInput.from_numpy(batch, self._device), None if noise is None else noise[None])[0]
-        actions = self.pipeline.decode(output, seen)
-        return {"actions": actions, "policy_timing": {"infer_ms": (time.perf_counter() - started) * 1e3}}
+        asked, seed = read_request(observation, **size, real_time=self._real_time)
+        return Encoded(*self.pipeline.encode(asked), seed)
+
+    def answer(
+        self,
+        encoded: Sequence[Encoded],
+        noises: Sequence[np.ndarray | None] | None = None,
+        *,
+        started: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """The second half of `infer_batch`, for observations that `encode` let pass.
+
+        Args:
+            started: `time.perf_counter` at the beginning of what `infer_ms` measures; None: now.
+
+        Raises:
+            ConfigError: noises of different or wrong shapes.
+        """
+        started = time.perf_counter() if started is None else started
+        noise = self._stack_noises(encoded, noises or [None] * len(encoded))
+        chunks: dict[int, np.ndarray] = {}
+        for members in _alike(encoded):
+            inputs = self.model_input([encoded[i] for i in members])
+            outputs = self.run_model(inputs, None if noise is None else noise[members])
+            chunks |= {i: self._decode(output, encoded[i].seen) for i, output in zip(members, outputs, strict=True)}
+        timing = {"infer_ms": (time.perf_counter() - started) * 1e3}
+        return [{"actions": chunks[i], "policy_timing": dict(timing)} for i in range(len(encoded))]
+
+    def model_input(self, encoded: Sequence[Encoded]) -> ModelInput:
+        """The batch of these observations, on the model's device."""
+        batch = {key: np.stack([np.asarray(one.sample[key]) for one in encoded]) for key in encoded[0].sample}
+        return ModelInput.from_numpy(batch, self._device)
+
+    def _stack_noises(self, encoded: Sequence[Encoded], noises: Sequence[np.ndarray | None]) -> np.ndarray | None:
+        if self._constraint is not None:
+            return None
+        drawn = [
+            self.draw_noise(one.seed) if noise is None else np.asarray(noise, np.float32)
+            for one, noise in zip(encoded, noises, strict=True)
+        ]
+        shape, shapes = self._noise_shape, {n.shape for n in drawn}
+        if len(shapes) > 1 or any(s[-2:] != shape or len(s) > 3 for s in shapes):
+            raise ConfigError(
+                expected=f"noise of shape {shape}, or (N, {shape[0]}, {shape[1]}) with one N for the whole batch",
+                found=", ".join(map(str, sorted(shapes))),
+                where="the noise of Policy.infer",
+                next="draw it with Policy.draw_noise",
+            )
+        return np.stack(drawn)
+
+    def _decode(self, output: np.ndarray, seen: list[Sample]) -> np.ndarray:
+        """Commands [H, A], or [N, H, A] for chunks of several noises."""
+        if output.ndim == 3:
+            return np.stack([self.pipeline.decode(chunk, seen) for chunk in output])
+        return self.pipeline.decode(output, seen)
 
     @torch.no_grad()
     def run_model(self, inputs: ModelInput, noise: np.ndarray | None) -> np.ndarray:
@@ -140,6 +280,8 @@ class Policy:
     def _decode_tokens(self, inputs: ModelInput, constraint: CodeConstraint) -> np.ndarray:
         """Greedy decoding in which only tokens are allowed that complete to a chunk of the right shape."""
         model = self.config.model
+        if isinstance(self.model, Engine):
+            return self.model.decode_tokens(inputs, model.max_token_len, constraint.allowed).cpu().numpy()
         surplus = (0, model.vocab_size - self.tokenizers.text.vocab_size)
 
         def allowed_next(ids_BT: torch.Tensor) -> torch.Tensor:
@@ -161,6 +303,14 @@ class Policy:
                 where=where,
                 next="run it with the manipi and torch versions that trained it; do not put it on a robot",
             )
+
+
+def _alike(encoded: Sequence[Encoded]) -> list[list[int]]:
+    """Which of them the model reads in the same fields, and so in one batch."""
+    groups: dict[frozenset[str], list[int]] = {}
+    for number, one in enumerate(encoded):
+        groups.setdefault(frozenset(one.sample), []).append(number)
+    return list(groups.values())
 
 
 def _require_device(device: str) -> None:

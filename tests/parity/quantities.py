@@ -18,6 +18,7 @@ from manipi.model.autoregressive import prompt_output
 from manipi.model.config import Pi0FastConfig
 from manipi.model.flow import interpolate, timestep_embedding
 from manipi.model.gemma import KVCache
+from manipi.model.siglip import embed_patches
 
 Quantities = dict[str, Tensor]
 
@@ -59,8 +60,11 @@ def image_tokens(case: Case, model: VLA) -> Quantities:
     images = case.batch().images
     tokens = model.embed_images(images).unflatten(1, (len(case.cameras), -1))
     found = {f"siglip/{camera}": tokens[:, index] for index, camera in enumerate(case.cameras)}
+    vision = model.vision
     for index, camera in enumerate(case.cameras):
-        encoded = found[f"siglip_with_posemb/{camera}"] = model.vision.embed_patches(images[:, index])
+        encoded = found[f"siglip_with_posemb/{camera}"] = embed_patches(
+            images[:, index], vision.patch_size, vision.patch_embedding, vision.position_embedding
+        )
         for block in model.vision.blocks:
             encoded = block(encoded, model.dtype)
         found[f"siglip_encoded/{camera}"] = model.vision.final_norm(encoded)

@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a policy: manipi train RECIPE|FILE.py:FUNCTION [--flags]",
     "plan": "forecast the memory of a training step by part, and find settings that fit a GPU",
     "eval": "open-loop error of a checkpoint on held-out episodes, beside simple baselines",
+    "bench": "time every stage of an inference call: manipi bench infer RECIPE|CHECKPOINT",
     "serve": "serve a checkpoint over websocket, in openpi's protocol",
     "replay": "put the questions of a recorded run to a checkpoint or a server, and compare the answers",
     "import": "make another project's checkpoint ours: openpi (Orbax, PyTorch), LeRobot; by name, folder or URL",

@@ -26,8 +26,8 @@ class _Export:
     """A checkpoint folder."""
     target: tyro.conf.Positional[Path]
     """Folder to write; it must not exist."""
-    to: Literal["openpi-jax", "openpi-torch", "lerobot", "adapters", "manipi"]
-    """The layout."""
+    to: Literal["openpi-jax", "openpi-torch", "lerobot", "adapters", "manipi", "program"]
+    """The layout; program: one torch.export program, with its contract as JSON."""
     merge: bool = False
     """Put low-rank adapters into the matrices first."""
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
@@ -44,7 +44,13 @@ def main(arguments: Sequence[str]) -> None:
 
     from manipi.exchange.exporting import export_checkpoint
 
+    if args.to == "program":
+        from manipi.exchange.program import export_program
+
+        report = export_program(args.source, args.target)
+        print(table(report.rows()))
+        return write_result(report, args.json)
     dtype = None if args.dtype == "stored" else getattr(torch, args.dtype)
     certificate = export_checkpoint(args.source, args.to, args.target, dtype=dtype, merge=args.merge)
     print(table(certificate.rows()))
-    write_result(certificate, args.json)
+    return write_result(certificate, args.json)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -29,6 +30,10 @@ class _Serve:
     """Where the model runs, such as cuda."""
     seed: int = 0
     """Of the noise that actions are sampled from."""
+    compile: bool = False
+    """Fuse and compile the model, and call it once for each shape to come, before the port opens."""
+    quantize: Literal["none", "int8_weights", "int8", "fp8"] = "none"
+    """Keep matrices in 8 bits; only after `manipi bench infer CHECKPOINT --quantize KIND --data DATASET`."""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
     ready_file: Path | None = None
@@ -43,12 +48,20 @@ def main(arguments: Sequence[str]) -> None:
 
     import torch
 
+    from manipi.checkpoints.quantized import require_report
     from manipi.policy import Policy
     from manipi.serve.server import PolicyServer
 
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    policy = Policy.load(args.checkpoint, robot=args.robot, device=args.device, seed=args.seed)
+    if args.quantize != "none":
+        require_report(args.checkpoint, args.quantize)
+    exact = args.compile and args.quantize == "none"
+    policy = Policy.load(args.checkpoint, robot=args.robot, device=args.device, seed=args.seed, compile=exact)
+    if args.quantize != "none":
+        policy.fuse(args.quantize)
+    if args.compile and not exact:
+        policy.compile()
     server = PolicyServer(policy, args.host, args.port, allow_public=args.allow_public)
 
     def ready(host: str, port: int) -> None:

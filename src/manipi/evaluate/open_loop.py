@@ -91,7 +91,10 @@ def predict(
     """
     robot, horizon = policy.robot, policy.config.model.action_horizon
     recorded, valid = recorded_chunks(robot, dataset, rows, horizon)
-    chunks = {"policy": _infer(policy, dataset, rows, show), **baselines(robot, dataset, rows, train_rows, horizon)}
+    chunks = {
+        "policy": infer_rows(policy, dataset, rows, show=show),
+        **baselines(robot, dataset, rows, train_rows, horizon),
+    }
     if robot.state_size and not np.isin(rows, train_rows).any():
         chunks["the nearest neighbour"] = nearest_neighbour(robot, dataset, rows, train_rows, horizon)
     return Predictions(rows=rows, recorded=recorded, valid=valid, chunks=chunks)
@@ -109,7 +112,8 @@ def score(predictions: Predictions, dataset: Dataset, robot: Robot, train_rows: 
     )
 
 
-def _infer(policy: Policy, dataset: Dataset, rows: np.ndarray, show: bool) -> np.ndarray:
+def infer_rows(policy: Policy, dataset: Dataset, rows: np.ndarray, *, show: bool = True) -> Float[np.ndarray, "n H A"]:
+    """The policy's chunks at `rows`, with the noise that follows a reset."""
     policy.reset()
     chunks = []
     with tqdm(total=len(rows), desc="infer", unit="frame", disable=not show) as bar:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from manipi.errors import ServeError
@@ -14,15 +14,18 @@ START_SECONDS = 120.0
 
 
 @contextlib.contextmanager
-def policy_server(checkpoint: Path, *, threads: int = 1) -> Iterator[int]:
+def policy_server(checkpoint: Path, *, threads: int = 1, flags: Sequence[str] = ()) -> Iterator[int]:
     """`manipi serve CHECKPOINT` on a free port of loopback; yields the port, and ends the process on the way out.
+
+    Args:
+        flags: more of them.
 
     Raises:
         ServeError: it ended or gave no sign within two minutes; the message holds what it said.
     """
     with tempfile.TemporaryDirectory(prefix="manipi-serve-") as folder:
         ready, log = Path(folder) / "port", Path(folder) / "log"
-        flags = ["--port", "0", "--ready-file", str(ready), "--num-threads", str(threads)]
+        flags = ["--port", "0", "--ready-file", str(ready), "--num-threads", str(threads), *flags]
         with log.open("wb") as output:
             command = [sys.executable, "-m", "manipi", "serve", str(checkpoint), *flags]
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

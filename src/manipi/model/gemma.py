@@ -253,9 +253,7 @@ class Gemma(nn.Module):
 
     def embed(self, ids_BT: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B T D"]:
         """Token embeddings times √width. The factor is rounded to the table's own dtype, as in the reference."""
-        factor = torch.tensor(self.width**0.5, dtype=self.token_embedding.dtype).float()
-        rows_BTD = F.embedding(ids_BT, self.token_embedding, sparse=self.sparse_embedding_gradient)
-        return (rows_BTD.float() * factor).to(dtype)
+        return embed_tokens(self.token_embedding, ids_BT, dtype, sparse=self.sparse_embedding_gradient)
 
     def logits(self, x: Float[Tensor, "*any D"]) -> Float[Tensor, "*any V"]:
         """float32 logits over the vocabulary, by the transposed token embedding.
@@ -320,6 +318,12 @@ class Gemma(nn.Module):
             if mask is not None and 0 < wanted.get(name, 0) < t:
                 of_last[name] = geometries[name]._replace(mask=mask_for(own.last(wanted[name]), seen, dtype))
         return geometries, of_last, seen
+
+
+def embed_tokens(table_VD: Tensor, ids_BT: Tensor, dtype: torch.dtype, *, sparse: bool = False) -> Tensor:
+    """`Gemma.embed`, with any table; `sparse`: its gradient has rows for `ids_BT` alone."""
+    factor = torch.tensor(table_VD.shape[1] ** 0.5, dtype=table_VD.dtype).float()
+    return (F.embedding(ids_BT, table_VD, sparse=sparse).float() * factor).to(dtype)
 
 
 def rope(position: Int[Tensor, "B T"], head_dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:

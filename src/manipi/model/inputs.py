@@ -4,7 +4,7 @@ Shape letters: B batch, C camera slots, L prompt tokens, H action horizon, A act
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from manipi.errors import ConfigError, unknown_name
-from manipi.model.config import ModelConfig
+from manipi.model.config import ModelConfig, Pi0FastConfig
 from manipi.model.trim import PROMPT_MULTIPLE, Kept, kept
 
 _DTYPES = {"tokens": torch.long, "delay": torch.long, "state": torch.float32, "actions": torch.float32}
@@ -125,6 +125,18 @@ class ModelInput:
                     where=f"ModelInput.{name}, read by a {type(config).__name__}",
                     next="build the batch and the model from the same config",
                 )
+
+
+def blank_input(config: ModelConfig, cameras: Sequence[bool], prompt_len: int) -> ModelInput:
+    """A batch of one with black pictures in those camera slots and a prompt of zeros: shapes without values."""
+    size, longest = config.vision.image_size, config.max_token_len
+    return ModelInput(
+        images=torch.zeros(1, len(cameras), size, size, 3, dtype=torch.uint8),
+        image_valid=torch.tensor([cameras]) | isinstance(config, Pi0FastConfig),
+        tokens=torch.zeros(1, longest, dtype=torch.long),
+        token_valid=(torch.arange(longest) < prompt_len)[None],
+        state=torch.zeros(1, config.action_dim),
+    )
 
 
 def _to_tensor(key: str, value: np.ndarray) -> Tensor:

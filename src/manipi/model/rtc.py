@@ -28,6 +28,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from manipi.model.inputs import ModelInput
+
 MAX_GUIDANCE = 5.0
 """β, which bounds the weight of the guidance near pure noise, where equation 2 has no bound; the paper's value."""
 
@@ -69,6 +71,24 @@ def guided_velocity(
         error_BKHA = mask_BH[:, None, :, None] * (previous_BHA[:, None] - end_BKHA).detach()
         (pull_BKHA,) = torch.autograd.grad(end_BKHA, x_BKHA, error_BKHA)
     return velocity_BKHA.detach() - guidance_weight(timestep) * pull_BKHA
+
+
+def sample_on(velocity: Velocity, inputs: ModelInput, noise_BKHA: Tensor, num_steps: int, max_delay: int) -> Tensor:
+    """Chunks that go on from the previous one, in the way that the weights know.
+
+    Args:
+        inputs: with `delay`, `actions` and `action_valid`.
+        max_delay: the longest prefix that the weights were trained with; 0: none.
+    """
+    assert inputs.delay is not None, "nothing to go on from"
+    assert inputs.actions is not None, "a delay needs the previous chunk"
+    assert inputs.action_valid is not None, "a delay needs to know what is left of the previous chunk"
+    left_B = inputs.action_valid.sum(1)
+    delay_B = torch.minimum(inputs.delay, left_B)
+    if max_delay and bool((delay_B <= max_delay).all()):
+        return sample_after_prefix(velocity, noise_BKHA, inputs.actions, delay_B, num_steps)
+    mask_BH = soft_mask(delay_B, left_B, noise_BKHA.shape[2])
+    return sample_guided(velocity, noise_BKHA, inputs.actions, mask_BH, num_steps)
 
 
 def sample_guided(

@@ -63,13 +63,14 @@ class SigLIP(nn.Module):
 
         Patches are embedded in float32, as in the reference; the blocks compute in `dtype`.
         """
-        x_BPD = self.embed_patches(images)
+        x_BPD = embed_patches(images, self.patch_size, self.patch_embedding, self.position_embedding)
         for block in self.blocks:
             x_BPD = block(x_BPD, dtype)
         return self.head(self.final_norm(x_BPD).to(dtype))
 
-    def embed_patches(self, images_Bhw3: Tensor) -> Tensor:
-        """Patches in row-major order, each flattened row by row with its channels last, plus their positions."""
-        p = self.patch_size
-        patches = images_Bhw3.float().unflatten(1, (-1, p)).unflatten(3, (-1, p)).transpose(2, 3)
-        return self.patch_embedding(patches.flatten(3).flatten(1, 2)) + self.position_embedding.float()
+
+def embed_patches(images_Bhw3: Tensor, patch_size: int, embedding: Linear, position_PD: Tensor) -> Tensor:
+    """Patches in row-major order, each flattened row by row with its channels last, plus their positions."""
+    p = patch_size
+    patches = images_Bhw3.float().unflatten(1, (-1, p)).unflatten(3, (-1, p)).transpose(2, 3)
+    return embedding(patches.flatten(3).flatten(1, 2)) + position_PD.float()

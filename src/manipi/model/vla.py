@@ -22,7 +22,7 @@ from manipi.model.flow import FlowHead, FlowLoss, Pi0Head, Pi05Head, flow_loss, 
 from manipi.model.gemma import Expert, Gemma, KVCache, Span
 from manipi.model.inputs import ModelInput
 from manipi.model.layers import Initialised
-from manipi.model.rtc import Velocity, given_steps, sample_after_prefix, sample_guided, soft_mask, step_timesteps
+from manipi.model.rtc import given_steps, sample_on, step_timesteps
 from manipi.model.shards import fill
 from manipi.model.siglip import SigLIP
 from manipi.model.trim import Kept, everything
@@ -136,7 +136,7 @@ class VLA(nn.Module):
             return torch.where(dim_valid[:, None, None], velocity_BKHA, noise)
 
         if inputs.delay is not None:
-            return _sample_on(velocity, inputs, inputs.delay, noise, num_steps, max_delay)
+            return sample_on(velocity, inputs, noise, num_steps, max_delay)
         x_BKHA, timestep_BK = noise, torch.ones(noise.shape[:2], device=noise.device)
         for _ in range(num_steps):
             velocity_BKHA = velocity(x_BKHA, timestep_BK)
@@ -249,19 +249,6 @@ class VLA(nn.Module):
     def _wrong_policy(self, expected: str, instead: str) -> ConfigError:
         found = type(self.config).__name__
         return ConfigError(expected=expected, found=found, where="VLA.config", next=f"call {instead} instead")
-
-
-def _sample_on(
-    velocity: Velocity, inputs: ModelInput, delay_B: Tensor, noise_BKHA: Tensor, num_steps: int, max_delay: int
-) -> Tensor:
-    """Chunks that go on from the previous one, in the way that the weights know."""
-    assert inputs.actions is not None, "a delay needs the previous chunk"
-    assert inputs.action_valid is not None, "a delay needs to know what is left of the previous chunk"
-    left_B = inputs.action_valid.sum(1)
-    if bool((torch.minimum(delay_B, left_B) <= max_delay).all()) and max_delay:
-        return sample_after_prefix(velocity, noise_BKHA, inputs.actions, torch.minimum(delay_B, left_B), num_steps)
-    mask_BH = soft_mask(delay_B, left_B, noise_BKHA.shape[2])
-    return sample_guided(velocity, noise_BKHA, inputs.actions, mask_BH, num_steps)
 
 
 def _init_whole(module: Initialised, generator: Generator) -> None:

@@ -107,7 +107,9 @@ class HeldOutFrames:
         """What `policy` makes of the frames, and the loss of the `raw` weights, if any."""
         if policy.robot != self._robot:
             policy = Policy(policy.model, policy.config, self._robot, self._stats, policy.tokenizers)
-        loss, accuracy = self._loss(policy.model, self._held_out)
+        model = policy.model
+        assert isinstance(model, VLA), "an engine has no loss"
+        loss, accuracy = self._loss(model, self._held_out)
         own = self._chunks(policy, "own", self._asked)
         return SetResult(
             dataset=self._set.source.dataset.name,
@@ -116,7 +118,7 @@ class HeldOutFrames:
             weight=self._set.weight,
             frames=len(self._held_out["state"]),
             loss=loss,
-            train_loss=self._loss(policy.model, self._training)[0],
+            train_loss=self._loss(model, self._training)[0],
             raw_loss=self._loss(raw, self._held_out)[0] if raw is not None else None,
             token_accuracy=accuracy,
             dimensions=dimension_names(self._robot, self._set.source.dataset),

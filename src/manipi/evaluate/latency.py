@@ -1,0 +1,242 @@
+"""Where the time of an inference call goes, stage by stage, beside what this device could do.
+
+    stage      arithmetic and weights of                        floor = max(FLOPs / peak, bytes / bandwidth)
+    images     SigLIP, for the pictures that are there
+    prefix     the language model, pictures and prompt
+    step i     the action expert, one denoising step            peak and bandwidth are measured between the rounds:
+    token      π0-FAST: the language model, one token           a large matrix product, and a large copy
+    encode     host: the observation to the model's input
+    decode     host: the model's output to commands
+
+Shape suffixes: T query tokens, S key tokens.
+"""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from manipi.model import ModelInput
+from manipi.model.config import GemmaSize, ModelConfig, Pi0Config, Pi0FastConfig
+from manipi.model.engine import Engine
+from manipi.model.quantize import maker
+from manipi.policy import Policy
+from manipi.types import Observation
+
+WARM_UP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage over all rounds."""
+
+    name: str
+    p50: float
+    """Milliseconds, like the others."""
+    p95: float
+    p99: float
+    gflop: float
+    megabytes: float
+    """Weights that it reads."""
+    share: float | None
+    """Of what the device could do: its floor's time over p50. None for work on the host."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """A profile of inference."""
+
+    stages: tuple[Stage, ...]
+    total: Stage
+    """Rounds as a whole; its floor is the sum of the stages'."""
+    peak_gflops: float
+    """GFLOP/s of a product with a matrix of the engine's kind."""
+    bandwidth_gbs: float
+    """GB/s of the copy, read and written bytes together."""
+    memory_mb: float
+    """Highest use: of a GPU by torch, otherwise of the process."""
+    rounds: int
+
+
+class Host(NamedTuple):
+    """Whose transforms around the model are timed, and with what observation in the robot's keys."""
+
+    policy: Policy
+    observation: Observation
+
+
+@dataclass
+class _Clock:
+    device: torch.device
+    ms: dict[str, list[float]] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._wait()
+        began = time.perf_counter()
+        yield
+        self._wait()
+        self.ms.setdefault(name, []).append((time.perf_counter() - began) * 1e3)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def profile(engine: Engine, inputs: ModelInput, *, rounds: int, host: Host | None = None) -> Latency:
+    """Run all stages `rounds` times, each beside a measurement of the device.
+
+    Args:
+        host: its transforms are stages too, and the model's input is what they make of the observation.
+    """
+    clock, device = _Clock(inputs.tokens.device), inputs.tokens.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    floors: list[tuple[float, float]] = []
+    square = torch.randn((8192 if device.type == "cuda" else 512,) * 2, device=device, dtype=engine.dtype)
+    for number in range(WARM_UP + rounds):
+        if number == WARM_UP:
+            clock.ms.clear()
+        floors.append((_product_flops(engine, square), _copy_bytes(device)))
+        _one_round(engine, inputs, clock, host)
+    peak, bandwidth = (statistics.median(column) for column in zip(*floors[WARM_UP:], strict=True))
+    flops, weights = stage_flops(engine.config, *_sizes(inputs, engine.config)), _weights(engine)
+    stages = [_stage(name, ms, flops, weights, peak, bandwidth) for name, ms in clock.ms.items()]
+    *stages, total = [*stages, _total(clock, stages)]
+    return Latency(
+        stages=tuple(stages),
+        total=total,
+        peak_gflops=peak / 1e9,
+        bandwidth_gbs=bandwidth / 1e9,
+        memory_mb=_peak_memory(device) / 1e6,
+        rounds=rounds,
+    )
+
+
+@torch.no_grad()
+def _one_round(engine: Engine, inputs: ModelInput, clock: _Clock, host: Host | None) -> None:
+    config, device, encoded = engine.config, inputs.tokens.device, None
+    if host is not None:
+        with clock.stage("encode"):
+            encoded = host.policy.encode(host.observation)
+            inputs = host.policy.model_input([encoded])
+    with clock.stage("images"):
+        batch = engine.trim(inputs)
+        images = engine.encode_images(batch)
+    flow = not isinstance(config, Pi0FastConfig)
+    with clock.stage("prefix"):
+        prefix = engine.prefix(batch, images, room=None if flow else 1)
+    if not flow:
+        with clock.stage("token"):
+            engine.append(torch.zeros(1, 1, dtype=torch.long, device=device), prefix)
+        return
+    x = torch.zeros(inputs.batch_size, config.action_horizon, config.action_dim, device=device)
+    for step in range(engine.num_steps):
+        with clock.stage(f"step {step}"):
+            x = x - engine.velocity(step, x, prefix, engine.suffix_place(prefix)) / engine.num_steps
+    if host is not None and encoded is not None:
+        with clock.stage("decode"):
+            host.policy.pipeline.decode(x[0].float().cpu().numpy(), encoded.seen)
+
+
+# Arithmetic ----------------------------------------------------------------------------------------------------------
+
+
+def stage_flops(config: ModelConfig, num_pictures: int, prefix_len: int) -> dict[str, float]:
+    """FLOPs of one observation by stage: two for each multiply-add of a matrix product, attention included."""
+    vision, vlm = config.vision, config.vlm
+    p, w = vision.num_tokens, vision.width
+    rows = 3 * vision.patch_size**2 * w + vision.depth * (4 * w * w + 2 * w * vision.mlp_dim) + w * vlm.width
+    images = num_pictures * (2 * p * rows + vision.depth * 4 * p * p * w)
+    layer = _layer_flops(vlm, prefix_len, prefix_len)
+    if isinstance(config, Pi0FastConfig):
+        token = vlm.depth * _layer_flops(vlm, 1, prefix_len + 1)
+        last = _layer_flops(vlm, 1, prefix_len) + 2 * (prefix_len - 1) * _qkv(vlm)
+        return {"images": images, "prefix": (vlm.depth - 1) * layer + last, "token": token}
+    expert, h, a = config.action_expert, config.action_horizon, config.action_dim
+    has_state, d = isinstance(config, Pi0Config), expert.width
+    prefix = (vlm.depth - 1) * layer + 2 * prefix_len * vlm.width * 2 * vlm.num_kv_heads * vlm.head_dim
+    prefix += has_state * (vlm.depth * _layer_flops(expert, 1, prefix_len + 1) + 2 * a * d)
+    head = 2 * h * (2 * a * d + has_state * 2 * d * d)
+    step = vlm.depth * _layer_flops(expert, h, prefix_len + has_state + h) + head
+    return {"images": images, "prefix": prefix, "step": step}
+
+
+def _layer_flops(size: GemmaSize, t: int, s: int) -> float:
+    heads = size.num_heads * size.head_dim
+    return 2 * t * (_qkv(size) + heads * size.width + 3 * size.width * size.mlp_dim) + 4 * t * s * heads
+
+
+def _qkv(size: GemmaSize) -> int:
+    return size.width * (size.num_heads + 2 * size.num_kv_heads) * size.head_dim
+
+
+def _sizes(inputs: ModelInput, config: ModelConfig) -> tuple[int, int]:
+    kept = inputs.kept
+    return len(kept.pictures), len(kept.cameras) * config.vision.num_tokens + kept.prompt_len
+
+
+def _weights(engine: Engine) -> dict[str, int]:
+    """Bytes of matrices that each stage reads."""
+    parts = {"images": engine.vision, "prefix": engine.vlm, "token": engine.vlm}
+    if not isinstance(engine.config, Pi0FastConfig):
+        parts["step"] = engine.action
+    return {
+        name: sum(b.numel() * b.element_size() for layer in layers for b in layer.buffers())
+        for name, layers in parts.items()
+    }
+
+
+def _stage(
+    name: str, ms: list[float], flops: Mapping[str, float], weights: Mapping[str, int], peak: float, bandwidth: float
+) -> Stage:
+    kind = name.partition(" ")[0]
+    work, size = flops.get(kind, 0.0), weights.get(kind, 0)
+    floor = max(work / peak, size / bandwidth) * 1e3
+    p50, p95, p99 = np.percentile(ms, (50, 95, 99)).tolist()
+    share = floor / p50 if kind in flops else None
+    return Stage(name=name, p50=p50, p95=p95, p99=p99, gflop=work / 1e9, megabytes=size / 1e6, share=share)
+
+
+def _total(clock: _Clock, stages: list[Stage]) -> Stage:
+    whole = np.sum(list(clock.ms.values()), axis=0)
+    p50, p95, p99 = np.percentile(whole, (50, 95, 99)).tolist()
+    floor = sum(one.share * one.p50 for one in stages if one.share is not None)
+    gflop, megabytes = sum(one.gflop for one in stages), sum(one.megabytes for one in stages)
+    return Stage(name="total", p50=p50, p95=p95, p99=p99, gflop=gflop, megabytes=megabytes, share=floor / p50)
+
+
+# The device ----------------------------------------------------------------------------------------------------------
+
+
+def _product_flops(engine: Engine, square: torch.Tensor) -> float:
+    """FLOP/s of a large product with a matrix of the engine's kind, on an input of its dtype."""
+    matrix = maker(engine.quantization, square.device, engine.dtype)(square, None)
+    return 2 * len(square) ** 3 / _seconds(lambda: matrix(square), square.device)
+
+
+def _copy_bytes(device: torch.device) -> float:
+    size = 2**30 if device.type == "cuda" else 2**26
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _seconds(lambda: target.copy_(source), device)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    clock = _Clock(device)
+    for _ in range(3):
+        with clock.stage("call"):
+            call()
+    return min(clock.ms["call"]) / 1e3
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,415 @@
+"""A model rearranged for inference: the same results as `VLA`, which stays the oracle, in fewer and larger steps.
+
+    pictures ─▶ SigLIP, all cameras in one batch ─┐
+    prompt ───▶ embedding ────────────────────────┴─▶ "vlm" layers ─▶ cache ◀─ state token (π0), once
+                                                                       │
+    timesteps ─▶ tables of time MLP and adaptive norms, made once      │
+                                        noise ─▶ num_steps × "action" layers ─▶ actions
+
+What every row masks is not computed (`trim`), the language model's last layer makes only keys and values, several
+noises share one prefix, and no mask has queries times keys elements: a key is seen by all queries or by none, so that
+one row of biases says it all.
+
+Shape suffixes: B batch, C camera slots, P image tokens, L prompt tokens, T tokens, S key tokens, K noise draws,
+H action horizon, A action dimensions, D width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manipi.errors import ConfigError
+from manipi.model.attention import MASKED
+from manipi.model.config import Pi0Config, Pi0FastConfig
+from manipi.model.flow import FlowHead, Pi0Head, Pi05Head, timestep_embedding
+from manipi.model.fused import FusedLayer, FusedVisionLayer, KeysValuesLayer, LayerNorms, Norm, Place, Slots
+from manipi.model.gemma import AdaptiveRMSNorm, Block, ExpertLayer, RMSNorm, embed_tokens, rope
+from manipi.model.graphs import Graphs, compile_layers
+from manipi.model.inputs import ModelInput
+from manipi.model.layers import LayerNorm, Linear
+from manipi.model.quantize import Quantization, maker
+from manipi.model.rtc import sample_on
+from manipi.model.siglip import SigLIP, VisionBlock, embed_patches
+from manipi.model.vla import VLA
+
+Allowed = Callable[[Sequence[int]], np.ndarray]
+"""The ids decoded so far to the ids that may follow."""
+
+
+class Trimmed(NamedTuple):
+    """A batch without what every row masks; tensors only, but for `places`."""
+
+    pictures: Tensor
+    """The valid ones [n, h, w, 3]."""
+    places: tuple[int, ...] | None
+    """Where they stand among rows and kept slots; None: everywhere."""
+    num_cameras: int
+    tokens: Tensor
+    """[B, L]"""
+    valid: Tensor | None
+    """[B, T] of the prefix; None: all."""
+    state: Tensor
+    """[B, A]"""
+    dim_valid: Tensor
+    """[1 or B, A]: dimensions that the robot has."""
+
+
+class Prefix(NamedTuple):
+    """What the suffix continues."""
+
+    slots: list[Slots]
+    """By layer."""
+    length: int
+    """Slots that are filled."""
+    position_B1: Tensor
+    """Of the next token."""
+    bias: Tensor | None
+    """[B, 1, 1, slots]"""
+    last: Tensor
+    """π0-FAST: output [B, 1, D] at each row's last token."""
+
+
+class Engine(nn.Module):
+    """Takes over the model's weights; where they keep their dtype it shares their memory.
+
+    Args:
+        num_steps: Euler steps of `sample`.
+        quantization: how the transformers' matrices are kept.
+
+    Raises:
+        ConfigError: fp8 on a device without it, or a quirk of the reference's decoding that needs its cache.
+    """
+
+    quantization: Quantization
+
+    def __init__(self, model: VLA, num_steps: int = 10, quantization: Quantization = "none"):
+        super().__init__()
+        _refuse_quirks(model)
+        self.config, self.dtype, self.num_steps, self.quantization = model.config, model.dtype, num_steps, quantization
+        self._flow = not isinstance(model.config, Pi0FastConfig)
+        self.token_embedding, self.position_embedding = model.gemma.token_embedding, model.vision.position_embedding
+        self._patches, self._vision_norm, self._vision_head = _ends(model.vision)
+        make = maker(quantization, self._device, model.dtype)
+        self.vision = nn.ModuleList(FusedVisionLayer(cast(VisionBlock, one), make) for one in model.vision.blocks)
+        layers = [_experts(block) for block in model.gemma.blocks]
+        last = KeysValuesLayer if self._flow else FusedLayer
+        self.vlm = nn.ModuleList(FusedLayer(one["vlm"], make) for one in layers[:-1])
+        self.vlm.append(last(layers[-1]["vlm"], make))
+        self._vlm_norms = [(_plain(one["vlm"].attention_norm), _plain(one["vlm"].mlp_norm)) for one in layers]
+        self._vlm_final = _plain(model.gemma.final_norms["vlm"])
+        self._graphs: Graphs | None = None
+        if self._flow:
+            self.action = nn.ModuleList(FusedLayer(one["action"], make) for one in layers)
+            self._head = cast(FlowHead, model.head)
+            self._tabulate([one["action"] for one in layers], model.gemma.final_norms["action"])
+
+    @torch.no_grad()
+    def _tabulate(self, layers: list[ExpertLayer], final: nn.Module) -> None:
+        """What depends on timesteps and weights alone: for each step the norms and the head's share of the time."""
+        time, step = torch.ones(1, device=self._device), 1.0 / self.num_steps
+        self._norms: list[list[LayerNorms]] = []
+        self._finals: list[Norm] = []
+        self._times: list[Tensor] = []
+        for _ in range(self.num_steps):
+            cond = None
+            if isinstance(self._head, Pi05Head):
+                embedded = timestep_embedding(time[:, None], self._head.time_mlp_out.out_features)
+                mixed = self._head.time_mlp_out(F.silu(self._head.time_mlp_in(embedded)))
+                cond = F.silu(mixed).to(self.dtype)
+            elif isinstance(self._head, Pi0Head):
+                weight = self._head.time_mlp_in.weight.float()
+                embedded = timestep_embedding(time, weight.shape[0])
+                self._times.append(
+                    F.linear(embedded, weight[:, weight.shape[0] :], self._head.time_mlp_in.bias.float())
+                )
+            self._norms.append([(_norm(one.attention_norm, cond), _norm(one.mlp_norm, cond)) for one in layers])
+            self._finals.append(_norm(final, cond))
+            time = time - step
+
+    @property
+    def _device(self) -> torch.device:
+        return self.token_embedding.device
+
+    def compile(self, **options: Any) -> None:
+        """Compile the layers, and on a GPU play one CUDA graph per shape from then on.
+
+        Raises:
+            ConfigError: nothing that compiles is installed; it says what is missing.
+        """
+        compile_layers([*self.vision, *self.vlm, *(self.action if self._flow else ())], self._device, **options)
+        self._graphs = Graphs() if self._device.type == "cuda" else None
+
+    # Flow policies ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, inputs: ModelInput, noise: Tensor, num_steps: int | None = None, max_delay: int = 0) -> Tensor:
+        """Action chunks [B, (K,) H, A], as `VLA.sample` makes them; after a previous chunk by guidance.
+
+        Args:
+            max_delay: of no use here: a prefix has timesteps of its own, and the tables have one for all of a chunk.
+
+        Raises:
+            ConfigError: other steps than the engine's tables have, or guidance through matrices in 8 bits.
+        """
+        if num_steps not in (None, self.num_steps):
+            raise ConfigError(
+                expected=f"{self.num_steps} steps, for which the engine has tables",
+                found=str(num_steps),
+                where="Engine.sample",
+                next="make another Engine with that num_steps",
+            )
+        if noise.ndim == 3:
+            return self.sample(inputs, noise[:, None])[:, 0]
+        batch = self.trim(inputs)
+        if inputs.delay is not None:
+            return self._sample_on(batch, inputs, noise)
+        # Placing the pictures of a ragged batch copies indices from the host, which no graph can hold.
+        if self._graphs is None or batch.places is not None:
+            return self.run(batch, noise)
+        return self._graphs(self.run, batch, noise)
+
+    def _sample_on(self, batch: Trimmed, inputs: ModelInput, noise_BKHA: Tensor) -> Tensor:
+        """After a previous chunk (`manipi.model.rtc`), by gradients, which no CUDA graph holds."""
+        if self.quantization != "none":
+            raise ConfigError(
+                expected="no previous chunk with matrices in 8 bits, through which no gradient passes",
+                found="one",
+                where="Engine.sample",
+                next="serve the policy as it was trained, or let the client wait for its chunks",
+            )
+        prefix = self.prefix(batch, self.encode_images(batch), noise_BKHA.shape[1])
+        place, dim_valid = self.suffix_place(prefix), batch.dim_valid[:, None, None]
+
+        def velocity(x_BKHA: Tensor, timestep_BK: Tensor) -> Tensor:
+            # Each step fills the suffix's slots anew, whose gradients must not reach into the step before.
+            own = prefix._replace(slots=[Slots(*(one.detach() for one in layer)) for layer in prefix.slots])
+            step = round((1 - float(timestep_BK[0, 0])) * self.num_steps)
+            out = self.velocity(step, x_BKHA.flatten(0, 1), own, place).unflatten(0, noise_BKHA.shape[:2])
+            return torch.where(dim_valid, out, noise_BKHA)
+
+        return sample_on(velocity, inputs, noise_BKHA, self.num_steps, max_delay=0)
+
+    def run(self, batch: Trimmed, noise_BKHA: Tensor) -> Tensor:
+        """All of `sample`, tensors in and out; what a CUDA graph holds."""
+        prefix = self.prefix(batch, self.encode_images(batch), noise_BKHA.shape[1])
+        x, place = noise_BKHA.flatten(0, 1), self.suffix_place(prefix)
+        dim_valid = batch.dim_valid.repeat_interleave(noise_BKHA.shape[1], dim=0)[:, None]
+        noise = x
+        for step in range(self.num_steps):
+            velocity = torch.where(dim_valid, self.velocity(step, x, prefix, place), noise)
+            x = x - velocity / self.num_steps
+        return x.unflatten(0, noise_BKHA.shape[:2])
+
+    def suffix_place(self, prefix: Prefix) -> Place:
+        """Where the action tokens stand, the same in every step."""
+        h = self.config.action_horizon
+        position_BT = prefix.position_B1 + torch.arange(h, device=prefix.position_B1.device)
+        bias = None if prefix.bias is None else prefix.bias[..., : prefix.length + h]
+        return Place(prefix.length, rope(position_BT, self.config.vlm.head_dim), bias)
+
+    def velocity(self, step: int, x_BHA: Tensor, prefix: Prefix, place: Place) -> Tensor:
+        """Velocity [B, H, A] of noisy actions at the step's timestep, in float32."""
+        tokens = self._head.action_in(x_BHA)
+        if isinstance(self._head, Pi0Head):
+            weight = self._head.time_mlp_in.weight
+            mixed = F.linear(tokens, weight[:, : weight.shape[0]].float()) + self._times[step]
+            tokens = self._head.time_mlp_out(F.silu(mixed))
+        tokens = tokens.to(self.dtype).float()
+        out = self._through(self.action, tokens, prefix.slots, place, self._norms[step])
+        return self._head.action_out(self._finals[step](out))
+
+    # The prefix ------------------------------------------------------------------------------------------------------
+
+    def trim(self, inputs: ModelInput) -> Trimmed:
+        """The batch without what every row masks. Raises ConfigError for shapes that are not the model's."""
+        inputs.check(self.config)
+        assert inputs.token_causal is None or not inputs.token_causal.any(), "causal prompts are for training"
+        kept, cameras = inputs.kept, len(self.config.cameras)
+        pictures, everywhere = inputs.images.flatten(0, 1), inputs.batch_size * len(kept.cameras)
+        if len(kept.pictures) < len(pictures):
+            pictures = pictures[list(kept.pictures)]
+        valid = None
+        if not kept.plain:
+            image_valid_BP = inputs.image_valid.repeat_interleave(self.config.vision.num_tokens, dim=1)
+            index_T = kept.token_indices(cameras, self.config.vision.num_tokens, inputs.tokens.device)
+            valid = torch.cat([image_valid_BP, inputs.token_valid], dim=1)[:, index_T]
+        dims = inputs.action_dim_valid
+        if dims is None or self.config.compat.unmasked_loss:
+            dims = torch.ones(self.config.action_dim, dtype=torch.bool, device=inputs.state.device)
+        return Trimmed(
+            pictures=pictures,
+            places=None if len(kept.places) == everywhere else kept.places,
+            num_cameras=len(kept.cameras),
+            tokens=inputs.tokens[:, : kept.prompt_len],
+            valid=valid,
+            state=inputs.state,
+            dim_valid=dims.expand(inputs.batch_size, -1),
+        )
+
+    def encode_images(self, batch: Trimmed) -> Tensor:
+        """Image tokens [B, P, D], one kept camera after the other; all pictures go through SigLIP at once."""
+        pictures = batch.pictures
+        if pictures.dtype == torch.uint8:
+            pictures = pictures.float() / 255.0 * 2.0 - 1.0
+        size = self.config.vision.patch_size
+        x_NPD = embed_patches(pictures, size, self._patches, self.position_embedding)
+        for layer in self.vision:
+            x_NPD = layer(x_NPD, self.dtype)
+        x_NPD = self._vision_head(self._vision_norm(x_NPD).to(self.dtype))
+        rows = len(batch.tokens) * batch.num_cameras
+        if batch.places is not None:
+            place_N = torch.tensor(batch.places, dtype=torch.long, device=x_NPD.device)
+            x_NPD = x_NPD.new_zeros(rows, *x_NPD.shape[1:]).index_copy(0, place_N, x_NPD)
+        return (
+            x_NPD.unflatten(0, (-1, batch.num_cameras)).flatten(1, 2)
+            if batch.num_cameras
+            else x_NPD.reshape(len(batch.tokens), 0, x_NPD.shape[-1])
+        )
+
+    def prefix(self, batch: Trimmed, images_BPD: Tensor, num_draws: int = 1, room: int | None = None) -> Prefix:
+        """Keys and values of pictures, prompt and state, with room for what follows; for each noise draw its own copy.
+
+        Args:
+            room: slots after them; None: those of an action chunk.
+        """
+        x_BTD = torch.cat([images_BPD, embed_tokens(self.token_embedding, batch.tokens, self.dtype)], dim=1).float()
+        (b, t, _), has_state = x_BTD.shape, isinstance(self.config, Pi0Config)
+        valid_BT = torch.ones(b, t, dtype=torch.bool, device=x_BTD.device) if batch.valid is None else batch.valid
+        room = self.config.action_horizon if room is None else room
+        slots = self._empty(b, t + has_state + room)
+        bias = None
+        if batch.valid is not None:
+            bias = torch.where(F.pad(valid_BT, (0, has_state + room), value=True), 0.0, MASKED).to(self.dtype)
+            bias = bias[:, None, None]
+        rotation = rope(valid_BT.cumsum(1) - 1, self.config.vlm.head_dim)
+        place = Place(0, rotation, None if bias is None else bias[..., :t])
+        last_B = None if self._flow else t - 1 - valid_BT.flip(1).long().argmax(1)
+        out = self._through(self.vlm, x_BTD, slots, place, self._vlm_norms, last_B)
+        position_B1 = valid_BT.sum(1, keepdim=True)
+        if has_state:
+            self._fill_state(batch.state, slots, t, position_B1, bias)
+        if num_draws > 1:
+            slots = [Slots(*(one.repeat_interleave(num_draws, dim=0) for one in layer)) for layer in slots]
+            bias = None if bias is None else bias.repeat_interleave(num_draws, dim=0)
+        position_B1 = (position_B1 + has_state).repeat_interleave(num_draws, dim=0)
+        return Prefix(slots, t + has_state, position_B1, bias, out)
+
+    def _fill_state(
+        self, state_BA: Tensor, slots: list[Slots], start: int, position_B1: Tensor, bias: Tensor | None
+    ) -> None:
+        """π0's state token sees the prefix and itself, so that all steps and draws share it."""
+        head = cast(Pi0Head, self._head)
+        token_B1D = head.state_in(state_BA)[:, None].to(self.dtype).float()
+        rotation = rope(position_B1, self.config.vlm.head_dim)
+        place = Place(start, rotation, None if bias is None else bias[..., : start + 1])
+        self._through(self.action, token_B1D, slots, place, self._norms[0])
+
+    def _through(
+        self,
+        layers: nn.ModuleList,
+        x_BTD: Tensor,
+        slots: list[Slots],
+        place: Place,
+        norms: list[LayerNorms],
+        row_B: Tensor | None = None,
+    ) -> Tensor:
+        final = len(layers) - 1
+        for index, layer in enumerate(layers):
+            x_BTD = layer(x_BTD, slots[index], place, norms[index], self.dtype, row_B if index == final else None)
+        return x_BTD
+
+    def _empty(self, batch_size: int, length: int) -> list[Slots]:
+        size = self.config.vlm
+        shape, where = (
+            (batch_size, size.num_kv_heads, length, size.head_dim),
+            {"device": self._device, "dtype": self.dtype},
+        )
+        return [Slots(torch.empty(shape, **where), torch.empty(shape, **where)) for _ in self.vlm]
+
+    # π0-FAST ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def decode_tokens(self, inputs: ModelInput, max_tokens: int, allowed: Allowed) -> Tensor:
+        """Greedily decoded ids [B, max_tokens] of tokens that `allowed` lets pass; zeros follow a row's EOS.
+
+        A token runs through the layers only once something is to be chosen after it, so that forced tokens wait and go
+        together, and those at the end never go. Only the logits of tokens that are allowed are computed.
+        """
+        assert isinstance(self.config, Pi0FastConfig), "a flow policy writes no tokens"
+        batch = self.trim(inputs)
+        prefix = self.prefix(batch, self.encode_images(batch), room=max_tokens)
+        out_BD, waiting = prefix.last[:, 0], 0
+        ids: list[list[int]] = [[] for _ in range(inputs.batch_size)]
+        while len(ids[0]) < max_tokens and not all(self.config.eos_token in row for row in ids):
+            choices = [np.zeros(1, np.int64) if self.config.eos_token in row else allowed(row) for row in ids]
+            if waiting and any(len(one) > 1 for one in choices):
+                out_BD = self.append(torch.tensor([row[-waiting:] for row in ids], device=self._device), prefix)
+                prefix, waiting = self._moved(prefix, waiting), 0
+            for row, choice, out_D in zip(ids, choices, out_BD, strict=True):
+                row.append(int(choice[self._best(out_D, choice)]) if len(choice) > 1 else int(choice[0]))
+            waiting += 1
+        done = [row + [0] * (max_tokens - len(row)) for row in ids]
+        return torch.tensor(done, dtype=torch.long, device=self._device)
+
+    def _best(self, out_D: Tensor, choice: np.ndarray) -> int:
+        rows = self.token_embedding[torch.from_numpy(choice).to(self._device)]
+        return int((rows.float() @ self._vlm_final(out_D).float()).argmax())
+
+    def append(self, ids_BT: Tensor, prefix: Prefix) -> Tensor:
+        """The layers' output [B, D] at the last of some tokens, each of which sees those before it."""
+        t = ids_BT.shape[1]
+        step_T = torch.arange(t, device=ids_BT.device)
+        end, bias = prefix.length + t, prefix.bias
+        bias = None if bias is None else bias[..., :end]
+        if t > 1:
+            later_TS = torch.arange(end, device=ids_BT.device) > prefix.length + step_T[:, None]
+            causal = torch.where(later_TS, MASKED, 0.0).to(self.dtype).repeat_interleave(self._queries_per_key, dim=0)
+            bias = causal if bias is None else torch.minimum(bias, causal)
+        place = Place(prefix.length, rope(prefix.position_B1 + step_T, self.config.vlm.head_dim), bias)
+        x_BTD = embed_tokens(self.token_embedding, ids_BT, self.dtype).float()
+        return self._through(self.vlm, x_BTD, prefix.slots, place, self._vlm_norms)[:, -1]
+
+    def _moved(self, prefix: Prefix, count: int) -> Prefix:
+        return prefix._replace(length=prefix.length + count, position_B1=prefix.position_B1 + count)
+
+    @property
+    def _queries_per_key(self) -> int:
+        return self.config.vlm.num_heads // self.config.vlm.num_kv_heads
+
+
+def _ends(vision: SigLIP) -> tuple[Linear, LayerNorm, Linear]:
+    return vision.patch_embedding, vision.final_norm, vision.head
+
+
+def _experts(block: nn.Module) -> dict[str, ExpertLayer]:
+    return {name: cast(ExpertLayer, layer) for name, layer in cast(Block, block).experts.items()}
+
+
+@torch.no_grad()
+def _norm(module: nn.Module, cond_BD: Tensor | None) -> Norm:
+    if isinstance(module, AdaptiveRMSNorm):
+        assert cond_BD is not None
+        scale, shift, gate = (part.clone() for part in module.modulation(cond_BD).float().flatten().chunk(3))
+        return Norm(1 + scale, shift, gate)
+    return _plain(module)
+
+
+@torch.no_grad()
+def _plain(module: nn.Module) -> Norm:
+    return Norm(1 + cast(RMSNorm, module).scale.detach().float())
+
+
+def _refuse_quirks(model: VLA) -> None:
+    quirks = ("fast_contiguous_cache", "fast_position_offset", "fast_writes_past_eos")
+    found = [name for name in quirks if getattr(model.config.compat, name)]
+    if isinstance(model.config, Pi0FastConfig) and found:
+        raise ConfigError(
+            expected="decoding without the quirks of the reference's cache",
+            found=", ".join(found),
+            where="Pi0FastConfig.compat",
+            next="serve it without --compile, or without these quirks",
+        )
