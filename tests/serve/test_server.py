@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from manipi.errors import ServeError
-from manipi.serve import PolicyServer
+from manipi.serve import Access, Limits, PolicyServer
 from manipi_client import ConnectionLost, RemoteInferenceError, WebsocketPolicy, wire
 
 
@@ -191,7 +191,7 @@ def test_a_bad_frame_is_told_and_the_server_lives(port, observation, frame, foun
 
 
 def test_a_message_over_the_limit_is_refused_unread(policy, observation):
-    with PolicyServer(policy, port=0, max_message_bytes=1000).serve_in_thread() as port:
+    with PolicyServer(policy, port=0, limits=Limits(max_message_mb=0.001)).serve_in_thread() as port:
         with WebsocketPolicy(port=port) as client, pytest.raises(ConnectionLost, match="1009"):
             client.infer({"state": np.zeros(5_000_000, np.uint8)})
         with WebsocketPolicy(port=port) as client:
@@ -252,13 +252,13 @@ def serve_in_thread(policy, port):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7"])
 def test_a_public_address_must_be_allowed(policy, host):
-    with pytest.raises(ServeError, match="allow it with --allow-public") as refused:
+    with pytest.raises(ServeError, match="let everyone in with --insecure") as refused:
         PolicyServer(policy, host)
     assert refused.value.where == f"{host}:8000"
 
 
 def test_a_public_address_can_be_allowed(policy, observation):
-    server = PolicyServer(policy, "0.0.0.0", 0, allow_public=True)
+    server = PolicyServer(policy, "0.0.0.0", 0, access=Access(insecure=True))
     with server.serve_in_thread() as port, WebsocketPolicy(port=port) as client:
         assert client.infer(observation)["actions"].shape == (4, 3)
 
@@ -266,7 +266,7 @@ def test_a_public_address_can_be_allowed(policy, observation):
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.7"])
 def test_an_address_that_is_not_ours(policy, host):
     with pytest.raises(ServeError, match=r"check --host|choose another --host"):
-        PolicyServer(policy, host, 0, allow_public=True).serve_forever()
+        PolicyServer(policy, host, 0, access=Access(insecure=True)).serve_forever()
 
 
 def test_localhost_is_this_computer(policy, observation):
@@ -283,7 +283,7 @@ def test_a_stopped_server_frees_its_port(policy, observation):
 
 PROGRAM = """
 import runpy, sys
-from manipi.serve import PolicyServer
+from manipi.serve import Access, Limits, PolicyServer
 policy = runpy.run_path(sys.argv[1])["TinyPolicy"]()
 PolicyServer(policy, port=0).serve_forever(on_ready=lambda host, port: print(host, port, flush=True))
 print("stopped", flush=True)

@@ -1,5 +1,6 @@
 """`manipi serve`: a checkpoint over websocket."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,23 +9,35 @@ from pathlib import Path
 import tyro
 
 from manipi.cli.arguments import parse
+from manipi.serve.access import Access, read_token, tls_context
+from manipi.serve.guard import GuardMode
+from manipi.serve.server import Limits, PolicyServer
 from manipi.storage import atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Serve:
-    """Serve a checkpoint in openpi's protocol; openpi's own client drives it unchanged."""
+    """Serve a checkpoint in openpi's protocol; openpi's own client drives it unchanged. Its port also has a dashboard."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint folder, such as runs/NAME/checkpoints/STEP or runs/NAME/best."""
     robot: str | None = None
     """Which of the robots that it was trained on; the recipe's own unless named."""
     host: str = "127.0.0.1"
-    """Address to listen on; your own computer only, unless --allow-public."""
+    """Address to listen on; your own computer only, unless there is a token or --insecure."""
     port: int = 8000
     """Port to listen on; 0 picks a free one."""
-    allow_public: bool = False
-    """Listen where other computers can connect; there is no authentication yet."""
+    token_file: Path | None = None
+    """File with the token that clients must show; the environment variable MANIPI_TOKEN unless given."""
+    tls_cert: Path | None = None
+    """Certificate chain (PEM): clients then connect to wss://."""
+    tls_key: Path | None = None
+    """Its private key (PEM), unless the certificate's file has it."""
+    insecure: bool = False
+    """Listen where other computers can connect, without a token."""
+    guard: GuardMode = "clamp"
+    """Commands beyond the robot's limits and rates: moved to the nearest allowed one, refused, or let through."""
+    limits: Limits = Limits()
     device: str = "cpu"
     """Where the model runs, such as cuda."""
     seed: int = 0
@@ -39,21 +52,39 @@ def main(arguments: Sequence[str]) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     args = parse(_Serve, arguments, "serve")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    logging.getLogger("websockets").setLevel(logging.WARNING)
+    # It logs a traceback for everyone who connects and does not speak websocket.
+    logging.getLogger("websockets").setLevel(logging.CRITICAL)
+    tls = tls_context(args.tls_cert, args.tls_key)
+    access = Access(token=read_token(args.token_file), tls=tls, insecure=args.insecure)
+    access.resolve(args.host, args.port)  # before the model is loaded
 
     import torch
 
     from manipi.policy import Policy
-    from manipi.serve.server import PolicyServer
 
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     policy = Policy.load(args.checkpoint, robot=args.robot, device=args.device, seed=args.seed)
-    server = PolicyServer(policy, args.host, args.port, allow_public=args.allow_public)
+    server = PolicyServer(
+        policy,
+        args.host,
+        args.port,
+        metadata={**policy.metadata, "checkpoint": _digest(args.checkpoint)},
+        robot=policy.robot,
+        guard=args.guard,
+        access=access,
+        limits=args.limits,
+    )
 
     def ready(host: str, port: int) -> None:
-        print(f"{policy.robot.name}: ws://{host}:{port}   health: http://{host}:{port}/healthz", flush=True)
+        page = f"{'https' if tls else 'http'}://{host}:{port}"
+        print(f"{policy.robot.name}: {'wss' if tls else 'ws'}://{host}:{port}   dashboard: {page}/", flush=True)
         if args.ready_file is not None:
             atomic_write(args.ready_file, str(port).encode())
 
     server.serve_forever(ready)
+
+
+def _digest(checkpoint: Path) -> str:
+    """SHA-256 of the manifest, which has that of every other file."""
+    return hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
