@@ -101,7 +101,7 @@ class Policy:
         return next(self._noise)
 
     def noise_stream(self) -> Iterator[np.ndarray]:
-        """Noise [H, A of the model] for one episode of one client, without end: from the seed on, whoever else draws."""
+        """Noise [H, A of the model] for one episode, without end: from the seed on, whoever else draws."""
         size = (self.config.model.action_horizon, self.config.model.action_dim)
         generator = torch.Generator().manual_seed(self._seed)
         while True:

@@ -162,14 +162,17 @@ def busy_server(**options):
         with WebsocketPolicy(port=port, token=token) as bad, pytest.raises(RemoteInferenceError):
             bad.infer({**OBSERVATION, "joints": np.array([0, np.nan, 0, 0, 0, 0])})
         client.infer(OBSERVATION)
-        yield port
+        yield port, client
 
 
 @pytest.mark.parametrize(("name", "look"), [("desktop", {}), ("phone", {"width": 390, "dark": True, "scale": 2})])
 def test_the_page_shows_what_the_server_does(tab, name, look):
-    with busy_server() as port:
+    with busy_server() as (port, client):
         tab.open(f"http://127.0.0.1:{port}/", **look)
         tab.wait_for("document.querySelectorAll('#curves figure').length == 7")
+        for _ in range(8):
+            client.infer(OBSERVATION)
+        tab.wait_for("Number(document.querySelector('.tile b').textContent) > 0")
         text = tab.value("document.body.innerText")
         assert "put the red <b>block</b> into the tray" in text
         assert "joint 1" in text
@@ -191,7 +194,7 @@ def test_the_page_shows_what_the_server_does(tab, name, look):
 
 
 def test_the_page_follows_and_says_when_the_server_is_gone(tab):
-    with busy_server() as port:
+    with busy_server() as (port, _):
         tab.open(f"http://127.0.0.1:{port}/")
         tab.wait_for("document.querySelectorAll('#curves figure').length == 7")
         with WebsocketPolicy(port=port) as other:
@@ -202,7 +205,7 @@ def test_the_page_follows_and_says_when_the_server_is_gone(tab):
 
 
 def test_with_a_token_the_page_needs_it(tab):
-    with busy_server(access=Access(token="a-long-secret")) as port:
+    with busy_server(access=Access(token="a-long-secret")) as (port, _):
         tab.open(f"http://127.0.0.1:{port}/", token="another-secret")
         tab.wait_for("document.body && document.body.innerText.includes('token')")
         tab.open(f"http://127.0.0.1:{port}/", token="a-long-secret")

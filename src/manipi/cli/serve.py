@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
@@ -17,7 +17,7 @@ from manipi.storage import atomic_write
 
 @dataclass(frozen=True, kw_only=True)
 class _Serve:
-    """Serve a checkpoint in openpi's protocol; openpi's own client drives it unchanged. Its port also has a dashboard."""
+    """Serve a checkpoint in openpi's protocol; openpi's own client drives it unchanged. Browsers get a dashboard."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint folder, such as runs/NAME/checkpoints/STEP or runs/NAME/best."""
@@ -37,7 +37,7 @@ class _Serve:
     """Listen where other computers can connect, without a token."""
     guard: GuardMode = "clamp"
     """Commands beyond the robot's limits and rates: moved to the nearest allowed one, refused, or let through."""
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     device: str = "cpu"
     """Where the model runs, such as cuda."""
     seed: int = 0

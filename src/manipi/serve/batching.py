@@ -106,7 +106,7 @@ class Batcher:
         try:
             return await waiting.answer
         finally:
-            with contextlib.suppress(ValueError):
+            if waiting in self._queue:  # what `remove` raises would spell out every picture
                 self._queue.remove(waiting)
 
     async def run(self) -> None:

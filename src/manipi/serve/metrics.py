@@ -12,8 +12,8 @@ STAGES = ("read", "wait", "infer", "write", "total")
     read    bytes to arrays
     wait    for the thread that computes, and for others of the batch
     infer   policy and action guard, of the whole batch
-    write   arrays to bytes, and into the socket
-    total   all of these
+    write   arrays to bytes
+    total   all of these, until the answer is in the socket
 """
 
 QUANTILES = (0.5, 0.95, 0.99)

@@ -1,10 +1,10 @@
 """What the server's port answers to a browser, a load balancer and Prometheus: GET, and nothing that changes it.
 
-    /              the dashboard, which polls state.json
-    /state.json    what it shows
-    /metrics       for Prometheus
-    /healthz       OK while the process lives, as openpi's server says it; needs no token
-    /readyz        OK while observations are taken, 503 once the server stops; needs no token
+/              the dashboard, which polls state.json
+/state.json    what it shows
+/metrics       for Prometheus
+/healthz       OK while the process lives, as openpi's server says it; needs no token
+/readyz        OK while observations are taken, 503 once the server stops; needs no token
 """
 
 import http
@@ -73,9 +73,7 @@ class Pages:
         return _response(404, "nothing here; the dashboard is at /")
 
 
-def _response(
-    code: int, text: str, kind: str = "text/plain; charset=utf-8", *, challenge: bool = False
-) -> Response:
+def _response(code: int, text: str, kind: str = "text/plain; charset=utf-8", *, challenge: bool = False) -> Response:
     status, body = http.HTTPStatus(code), (text if text.endswith("\n") else text + "\n").encode()
     headers = Headers({**_HEADERS, "Content-Type": kind, "Content-Length": str(len(body))})
     if challenge:  # for browsers, which send the token as a password then

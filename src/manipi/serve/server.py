@@ -10,7 +10,7 @@ not thread-safe and a GPU gains nothing from two.
 
 Beyond openpi's protocol an observation may hold two keys, which the policy does not see:
 
-    manipi/reset        true: a new episode; the client's noise starts again. Alone it is answered by a map without actions
+    manipi/reset        true: a new episode; the client's noise starts again. Alone it is answered without actions
     manipi/deadline_ms  how long after its arrival an answer is of use; a later one is an error with code `deadline`
 """
 
@@ -271,9 +271,8 @@ class PolicyServer:
                 await connection.send(self._describe(client, error))
                 await connection.close(CloseCode.INTERNAL_ERROR, "the previous frame says what went wrong")
                 return
-            began = time.monotonic()
             await connection.send(answer_frame)
-            self._time(write=time.monotonic() - began, total=time.monotonic() - received)
+            self._time(total=time.monotonic() - received)
             client.timing["prev_total_ms"], client.busy = (time.monotonic() - received) * 1000, False
         await connection.close(CloseCode.GOING_AWAY)
 
@@ -292,9 +291,10 @@ class PolicyServer:
         query = Query(observation, next(client.noise))
         left_s = None if limit_ms is None else limit_ms / 1000 - (time.monotonic() - received)
         answer = await _in_time(batcher.infer(query), closed, left_s)
-        self._time(wait=answer.wait_s, infer=answer.infer_s)
         client.timing["infer_ms"] = answer.infer_s * 1000
+        began = time.monotonic()
         answer_frame = wire.pack({**answer.value, "server_timing": client.timing})
+        self._time(wait=answer.wait_s, infer=answer.infer_s, write=time.monotonic() - began)
         self._state.note_answer(client, observation, answer.value.get("actions"))
         return answer_frame
 
@@ -348,9 +348,7 @@ class PolicyServer:
         return f"{code}\n{error}"
 
 
-async def _in_time(
-    answer: Coroutine[Any, Any, Answer], closed: "asyncio.Future[None]", left_s: float | None
-) -> Answer:
+async def _in_time(answer: Coroutine[Any, Any, Answer], closed: "asyncio.Future[None]", left_s: float | None) -> Answer:
     """The answer, unless its client leaves (CancelledError to the queue) or `left_s` pass (DeadlineError) before."""
     task = asyncio.ensure_future(answer)
     try:

@@ -1,6 +1,7 @@
 """What a running server knows of itself, for its pages: clients, the last exchange, errors, timings."""
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -102,11 +103,11 @@ class ServerState:
         fits = last.actions.shape[1] == len(space)
         if self.robot is not None and self._seen[0] != last.number:
             self._seen = last.number, await asyncio.to_thread(_look, self.robot, last.observation)
-        actions_AH = np.asarray(last.actions, np.float64).T
+        actions_AH = np.asarray(last.actions, np.float64).T.tolist()
         return {
             "at": last.at,
             "client": last.client,
-            "actions": np.where(np.isfinite(actions_AH), actions_AH, None).tolist(),  # JSON has no NaN
+            "actions": [[a if math.isfinite(a) else None for a in row] for row in actions_AH],  # JSON has no NaN
             "dimensions": [vars(dimension) for dimension in space] if fits else [],
             **self._seen[1],
         }
