@@ -191,7 +191,7 @@ class Robot:
                     "every state dimension converted once", f"{sorted(dims & converted)}", "actions"
                 )
             converted |= dims
-        if self.max_rates and (len(self.max_rates) != offset or not min(self.max_rates) > 0):
+        if self.max_rates and (len(self.max_rates) != offset or not all(rate > 0 for rate in self.max_rates)):
             raise self._contradiction(f"{offset} positive rates per second", f"{self.max_rates}", "max_rates")
         if strange := sorted(set(self.optional) - set(self.cameras)):
             raise self._contradiction(f"camera slots among {', '.join(self.cameras)}", f"{strange}", "optional")
