@@ -2,9 +2,9 @@
 
     python benchmarks/fuzz_serve.py --frames 100000
 
-The server runs in a process of its own, with the real check of observations and the action guard. Beside the bad clients
-a good one goes on asking, from a process of its own, and some senders never finish their frame. A bad frame may be
-answered, be told its error, or lose its connection; what must not happen is an error that nobody planned
+The server runs in a process of its own, with the real check of observations and the action guard. Beside the bad
+clients a good one goes on asking, from a process of its own, and some senders never finish their frame. A bad frame may
+be answered, be told its error, or lose its connection; what must not happen is an error that nobody planned
 (PolicyFailure), ten seconds without any of these, growing memory, or a good client that is not served.
 """
 
@@ -114,7 +114,7 @@ def _huge(rng: np.random.Generator) -> bytes:
     kind = rng.integers(0, 5)
     number = int(rng.integers(3_000, 300_000))
     values = ([0] * number, ["a"] * number, [{"a": 1}] * (number // 3), "x" * number, {str(i): i for i in range(3_000)})
-    return msgpack.packb({"state": values[kind]})
+    return wire.pack({"state": values[kind]})
 
 
 def _headers_that_lie(rng: np.random.Generator) -> bytes:
@@ -167,7 +167,7 @@ def _strange_array(rng: np.random.Generator) -> bytes:
         {b"__npgeneric__": True, b"data": 2**63, b"dtype": "<i4"},
     )
     key = ("state", "prompt", "manipi/deadline_ms", "manipi/reset")[rng.integers(0, 4)]
-    return msgpack.packb({**_plain(rng), key: strange[rng.integers(0, len(strange))]})
+    return wire.pack({**_plain(rng), key: strange[rng.integers(0, len(strange))]})
 
 
 def _plain(rng: np.random.Generator) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _prompt(rng: np.random.Generator) -> bytes:
 
 
 def _too_large(rng: np.random.Generator) -> bytes:
-    return bytes(int(MAX_MESSAGE_MB * 2**20) + 1) if rng.random() < 0.02 else rng.bytes(rng.integers(0, 2_000))
+    return bytes(int(MAX_MESSAGE_MB * 2**20) + 1) if rng.random() < 0.02 else rng.bytes(int(rng.integers(0, 2_000)))
 
 
 def _text(rng: np.random.Generator) -> str:
@@ -282,7 +282,7 @@ def main() -> None:
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     port_receiver, port_sender = context.Pipe(duplex=False)
-    server = context.Process(target=serve, args=(port_sender,))
+    server = context.Process(target=serve, args=(port_sender,), daemon=True)
     server.start()
     port = port_receiver.recv()
     try:

@@ -12,7 +12,6 @@ from manipi.checkpoints.native import Checkpoint, PolicyConfig, SelfTest, read_c
 from manipi.errors import ConfigError, SelfTestError, WeightsMismatchError, unknown_name
 from manipi.model import VLA, ModelInput
 from manipi.model.config import Pi0FastConfig
-from manipi.records import to_json
 from manipi.robots.robot import Robot
 from manipi.tokenizers import CodeConstraint, Tokenizers
 from manipi.transforms import pipeline
@@ -86,7 +85,6 @@ class Policy:
             "model": type(model).__name__,
             "action_horizon": model.action_horizon,
             "action_dim": self.robot.action_size,
-            "action_space": to_json(self.robot.action_space),
             "control_hz": self.robot.control_hz,
             "image_size": model.vision.image_size,
             "step": self.config.step,
@@ -94,18 +92,12 @@ class Policy:
 
     def reset(self) -> None:
         """Begin a new episode: the noise starts from the seed again."""
-        self._noise = self.noise_stream()
+        self._generator = torch.Generator().manual_seed(self._seed)
 
     def draw_noise(self) -> np.ndarray:
         """Standard normal noise [H, A of the model]."""
-        return next(self._noise)
-
-    def noise_stream(self) -> Iterator[np.ndarray]:
-        """Noise [H, A of the model] for one episode, without end: from the seed on, whoever else draws."""
         size = (self.config.model.action_horizon, self.config.model.action_dim)
-        generator = torch.Generator().manual_seed(self._seed)
-        while True:
-            yield torch.randn(size, generator=generator).numpy()
+        return torch.randn(size, generator=self._generator).numpy()
 
     def infer(self, observation: Observation, noise: np.ndarray | None = None) -> dict[str, Any]:
         """One observation in the robot's keys -> `actions` float32 [H, A], commands in the robot's own units.
@@ -163,6 +155,13 @@ class Policy:
                 where=where,
                 next="run it with the manipi and torch versions that trained it; do not put it on a robot",
             )
+
+    def noise_stream(self) -> Iterator[np.ndarray]:
+        """Noise [H, A of the model] for an episode, without end: from the seed on, whoever else draws."""
+        size = (self.config.model.action_horizon, self.config.model.action_dim)
+        generator = torch.Generator().manual_seed(self._seed)
+        while True:
+            yield torch.randn(size, generator=generator).numpy()
 
 
 def _require_device(device: str) -> None:

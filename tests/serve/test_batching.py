@@ -17,10 +17,8 @@ from manipi_client import RemoteInferenceError, WebsocketPolicy, wire
 class Slow:
     """Takes a while for a batch, however many are in it; its actions are state plus noise."""
 
-    metadata = {"robot": "slow"}
-
     def __init__(self, seconds=0.1):
-        self.seconds, self.batches = seconds, []
+        self.metadata, self.seconds, self.batches = {"robot": "slow"}, seconds, []
 
     def infer(self, observation, noise=None):
         return self.infer_batch([observation], [noise])[0]

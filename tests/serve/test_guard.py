@@ -20,7 +20,8 @@ ROBOT = Robot(
 )
 """The joints move by at most 0.2 and 0.1 per step."""
 
-OBSERVATION = {"gripper": np.zeros(1), "joints": np.array([0.5, -0.5])}
+PICTURE = np.zeros((4, 4, 3), np.uint8)
+OBSERVATION = {"image": PICTURE, "prompt": "go", "gripper": np.zeros(1), "joints": np.array([0.5, -0.5])}
 
 
 def guard(actions, mode="clamp", robot=ROBOT):
@@ -43,7 +44,7 @@ def test_limits_and_rates_by_hand():
 
 def test_without_a_state_of_the_same_kind_the_first_step_is_free():
     robot = Robot(name="v", cameras={"base": "i"}, state=(), actions=(Joints(1),), max_rates=(1.0,), control_hz=10.0)
-    guarded = ActionGuard(robot)({}, np.array([[5.0], [6.0]]))
+    guarded = ActionGuard(robot)({"i": PICTURE, "prompt": "go"}, np.array([[5.0], [6.0]]))
     np.testing.assert_allclose(guarded.actions, [[5.0], [5.1]])
 
 
@@ -101,7 +102,8 @@ def test_rates_that_cannot_be(rates):
 
 
 class Wild:
-    metadata = {}
+    def __init__(self):
+        self.metadata = {}
 
     def infer(self, observation, noise=None):
         return {"actions": np.array([[0.5, -0.5, observation["gripper"][0]]], np.float32)}

@@ -5,10 +5,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from manipi.cli.arguments import parse
+from manipi.records import to_json
+from manipi.robots.robot import Robot
 from manipi.serve.access import Access, read_token, tls_context
 from manipi.serve.guard import GuardMode
 from manipi.serve.server import Limits, PolicyServer
@@ -69,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         policy,
         args.host,
         args.port,
-        metadata={**policy.metadata, "checkpoint": _digest(args.checkpoint)},
+        metadata={**policy.metadata, **_describe(policy.robot, args.checkpoint)},
         robot=policy.robot,
         guard=args.guard,
         access=access,
@@ -85,6 +88,7 @@ def main(arguments: Sequence[str]) -> None:
     server.serve_forever(ready)
 
 
-def _digest(checkpoint: Path) -> str:
-    """SHA-256 of the manifest, which has that of every other file."""
-    return hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
+def _describe(robot: Robot, checkpoint: Path) -> dict[str, Any]:
+    """What clients are told besides: every number of a command, and the checkpoint's hash (its manifest has all)."""
+    digest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
+    return {"action_space": to_json(robot.action_space), "checkpoint": digest}

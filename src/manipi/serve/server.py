@@ -12,6 +12,8 @@ Beyond openpi's protocol an observation may hold two keys, which the policy does
 
     manipi/reset        true: a new episode; the client's noise starts again. Alone it is answered without actions
     manipi/deadline_ms  how long after its arrival an answer is of use; a later one is an error with code `deadline`
+
+One that brings its own `manipi/seed` is the policy's to draw noise for.
 """
 
 import asyncio
@@ -47,7 +49,7 @@ from manipi_client.errors import ManipiClientError, ProtocolError
 
 logger = logging.getLogger(__name__)
 
-RESET, DEADLINE = "manipi/reset", "manipi/deadline_ms"
+RESET, DEADLINE, SEED = "manipi/reset", "manipi/deadline_ms", "manipi/seed"
 
 _MAX_ITEMS = 2_048
 """List and map items in an observation, and characters in a text of it. Arrays count as one."""
@@ -288,7 +290,7 @@ class PolicyServer:
                 return wire.pack({"server_timing": client.timing})
         limit_ms = _pop(observation, DEADLINE, "milliseconds from 0", _is_duration, default=self._limits.deadline_ms)
         self._time(read=time.monotonic() - received)
-        query = Query(observation, next(client.noise))
+        query = Query(observation, None if SEED in observation else next(client.noise))
         left_s = None if limit_ms is None else limit_ms / 1000 - (time.monotonic() - received)
         answer = await _in_time(batcher.infer(query), closed, left_s)
         client.timing["infer_ms"] = answer.infer_s * 1000

@@ -34,13 +34,10 @@ class ReadRobot:
         sample = self._flat(sample)
         cameras = {slot: key for slot, key in self.robot.cameras.items() if not self._absent(sample, slot, key)}
         images = {f"image/{slot}": self._image(sample, key) for slot, key in cameras.items()}
-        state = self._state(sample)
+        vectors = [self._vector(sample, s.key, s.size) for s in self.robot.state]
+        state = np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
         kept = {key: sample[key] for key in ("actions", "action_valid") if key in sample}
         return {**images, "state": state, "prompt": self._prompt(sample), **kept}  # type: ignore[dict-item]
-
-    def state(self, observation: Observation) -> np.ndarray:
-        """The state vector alone, float32 [S]. Raises ObservationError as `encode` does."""
-        return self._state(self._flat(observation))
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
         """Raises BadValueError rather than hand NaN or infinity to a robot."""
@@ -102,10 +99,6 @@ class ReadRobot:
         if not finite.all():
             raise self._mismatch(expected, f"{value[~finite][0]} at index {np.argmin(finite)}", key)
         return numbers
-
-    def _state(self, sample: Mapping) -> np.ndarray:
-        vectors = [self._vector(sample, s.key, s.size) for s in self.robot.state]
-        return np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
 
     def _array(self, sample: Mapping, key: str, expected: str) -> np.ndarray:
         value = self._get(sample, key, expected)
