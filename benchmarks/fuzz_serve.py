@@ -68,10 +68,13 @@ def good_observation(rng: np.random.Generator, size: int = 32) -> dict[str, Any]
 
 
 def good_client(port: int, stop: Connection, results: Connection) -> None:
-    """Asks twenty times a second until it is told to stop, then sends its latencies, or the error that ended it."""
+    """Asks twenty times a second until it is told to stop. Sends a sign after its first answer, and at the end its
+    latencies, or the error that ended it."""
     observation, times = good_observation(np.random.default_rng(0), size=224), []
     try:
         with WebsocketPolicy(port=port, request_timeout=HANG_S) as client:
+            client.infer(observation)
+            results.send("ready")
             while not stop.poll(0.05):
                 began = time.perf_counter()
                 client.infer(observation)
@@ -327,6 +330,8 @@ def ask_beside(context: Any, port: int, work: Callable[[], None]) -> list[float]
     client = context.Process(target=good_client, args=(port, stop_receiver, results_sender))
     client.start()
     try:
+        if (sign := results.recv()) != "ready":
+            raise SystemExit(f"the good client was not served: {sign}")
         work()
     finally:
         stop.send(True)

@@ -157,3 +157,16 @@ def test_every_client_has_noise_of_its_own_and_resets_it():
         assert set(first.infer({"manipi/reset": True})) == {"server_timing"}
         assert noise(first) == 0.0
         assert noise(second) == 0.25
+
+
+def test_an_observation_with_a_seed_gets_no_noise_of_the_servers():
+    class Told(Slow):
+        def infer_batch(self, observations, noises):
+            return [{"actions": np.zeros((1, 1)), "noise": noise is not None} for noise in noises]
+
+    with PolicyServer(Told(), port=0).serve_in_thread() as port, WebsocketPolicy(port=port) as client:
+        assert [client.infer(state(0) | extra)["noise"] for extra in ({}, {"manipi/seed": 3}, {})] == [
+            True,
+            False,
+            True,
+        ]

@@ -34,6 +34,7 @@ def observation(prompt="reach it"):
     return {"observation/image": picture, "observation/state": np.array([0.01, -0.02, 0.03, 1.0]), "prompt": prompt}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_served_with_a_token(trained, tmp_path):
     checkpoint = trained("pi05")
     with serving(checkpoint, tmp_path, "--seed", "3", "--num-threads", "1", MANIPI_TOKEN="k3y-of-the-lab") as (

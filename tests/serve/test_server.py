@@ -173,8 +173,11 @@ def test_an_answer_that_does_not_travel(port, observation):
         (wire.pack([1, 2]), "found a list"),
         (wire.pack({"state": np.zeros(3)})[:-9], "found "),
         (b"\x91" * 100_000, "found StackError"),
+        (wire.pack({"state": [0.0] * 5_000}), "found 5000 exceeds"),
+        (wire.pack({"a": [[0] * 500] * 500}), "expected at most 2048 items"),
+        (wire.pack({"prompt": "word " * 1_000}), "found 5000 exceeds"),
     ],
-    ids=["text", "malformed", "empty", "no map", "truncated", "nested too deep"],
+    ids=["text", "malformed", "empty", "no map", "truncated", "deep", "long list", "many lists", "long text"],
 )
 def test_a_bad_frame_is_told_and_the_server_lives(port, observation, frame, found):
     with raw_connect(port) as connection:

@@ -246,7 +246,8 @@ class PolicyServer:
 
     async def _talk(self, connection: ServerConnection, batcher: Batcher) -> None:
         """One client, from its metadata frame to its end."""
-        client = Client(connection, self._new_noise())
+        host, port = (connection.remote_address or ("an address that is gone", 0))[:2]
+        client = Client(connection, f"{host}:{port}", self._new_noise())
         self._state.clients.add(client)
         logger.info("client %s connected", client.address)
         closed = asyncio.ensure_future(connection.wait_closed())

@@ -26,6 +26,7 @@ class Client:
     """One connection, and what the policy remembers of its episode: where in its noise it is."""
 
     connection: ServerConnection
+    address: str
     noise: Iterator[np.ndarray | None]
     since: float = field(default_factory=time.time)
     observations: int = 0
@@ -35,11 +36,6 @@ class Client:
     """An observation of its is being answered."""
     timing: dict[str, float] = field(default_factory=dict)
     """`server_timing` in ms: `infer_ms` of this answer, `prev_total_ms` of the one before."""
-
-    @property
-    def address(self) -> str:
-        host, port = self.connection.remote_address[:2]
-        return f"{host}:{port}"
 
 
 @dataclass(frozen=True)
