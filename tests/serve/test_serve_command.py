@@ -4,7 +4,9 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -34,6 +36,19 @@ def observation(prompt="reach it"):
     return {"observation/image": picture, "observation/state": np.array([0.01, -0.02, 0.03, 1.0]), "prompt": prompt}
 
 
+def ask_together(port, token, observations):
+    """The chunks that as many clients get, who ask at the same time."""
+    ready = threading.Barrier(len(observations))
+
+    def ask(one):
+        with WebsocketPolicy(port=port, token=token) as client:
+            ready.wait()
+            return client.infer(one)["actions"]
+
+    with ThreadPoolExecutor(len(observations)) as pool:
+        return list(pool.map(ask, observations))
+
+
 @pytest.mark.slow
 def test_a_checkpoint_served_with_a_token(trained, tmp_path):
     checkpoint = trained("pi05")
@@ -59,6 +74,11 @@ def test_a_checkpoint_served_with_a_token(trained, tmp_path):
             assert refused.value.expected == "4 finite numbers"
             assert refused.value.found == "float64 [3]"
             assert "'observation/state'" in refused.value.where
+        together = ask_together(port, "k3y-of-the-lab", [observation(prompt) for prompt in ("reach it", "push it") * 3])
+        policy.reset()
+        pushed = policy.infer(observation("push it"))["actions"]
+        for got, wanted in zip(together, (expected[0], pushed) * 3, strict=True):
+            np.testing.assert_allclose(got, wanted, atol=1e-5)
         assert "k3y-of-the-lab" not in log.read_text()
     assert metadata["robot"]["name"] == "tabletop"
     assert [dimension["name"] for dimension in metadata["action_space"]] == ["x", "y", "z", "gripper"]
