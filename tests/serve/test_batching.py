@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect
 
-from manipi.errors import ObservationError
+from manipi.errors import ConfigError, ObservationError
 from manipi.serve import Limits, PolicyServer
 from manipi_client import RemoteInferenceError, WebsocketPolicy, wire
 
@@ -141,6 +141,14 @@ def test_a_deadline_that_is_none(value):
     ):
         client.infer({**state(1), "manipi/deadline_ms": value})
     assert refused.value.code == "ProtocolError"
+
+
+@pytest.mark.parametrize(
+    "limit", [{"max_batch": 0}, {"max_waiting": -1}, {"batch_wait_ms": -0.1}, {"deadline_ms": float("nan")}]
+)
+def test_limits_that_let_nothing_through(limit):
+    with pytest.raises(ConfigError, match=rf"limits\.{next(iter(limit))}"):
+        Limits(**limit)
 
 
 def test_every_client_has_noise_of_its_own_and_resets_it():

@@ -24,7 +24,7 @@ _HEADERS = {
     "Cache-Control": "no-store",
     "Connection": "close",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "img-src data:; connect-src 'self'",
+    "img-src data:; connect-src 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
 

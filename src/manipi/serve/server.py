@@ -36,7 +36,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
-from manipi.errors import DeadlineError, ManipiError
+from manipi.errors import ConfigError, DeadlineError, ManipiError
 from manipi.robots.robot import Robot
 from manipi.serve.access import Access, bind
 from manipi.serve.batching import Answer, Batcher, Query, Result
@@ -86,7 +86,7 @@ class NoisyPolicy(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the server takes on at once."""
+    """What the server takes on at once. Raises ConfigError for a limit that lets nothing through."""
 
     max_message_mb: float = 64.0
     """A client that sends a larger observation is disconnected (close code 1009)."""
@@ -100,6 +100,13 @@ class Limits:
     """How long the first observation of a batch waits for others; never when one client is connected."""
     deadline_ms: float | None = None
     """How long after its arrival an observation is worth an answer, where the client does not say."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 0 if name == "batch_wait_ms" else 1e-6
+            if value is not None and not least <= value < math.inf:
+                expected = "a finite number above 0" + (", or 0" if least == 0 else "")
+                raise ConfigError(expected=expected, found=f"{value}", where=f"limits.{name}", next="choose another")
 
 
 class PolicyFailure(ManipiError):
