@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1
 SHARED := $(if $(MANIPI_SHARED),$(MANIPI_SHARED),../shared)
 
-.PHONY: install demo test lint types layers size parity bench bench-cli bench-serve bench-data bench-train bench-infer bench-realtime test-lerobot docs clean help
+.PHONY: install demo test lint types layers size parity bench bench-cli bench-serve fuzz soak bench-data bench-train bench-infer bench-realtime test-lerobot docs clean help
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -49,6 +49,12 @@ bench-serve: $(READY)  ## what the server adds to the bare policy call
 
 bench-realtime: $(READY)  ## what real-time chunking adds to sampling and to a control step
 	$(BIN)/python benchmarks/bench_realtime.py
+
+fuzz: $(READY)  ## 100,000 bad frames for a policy server, beside a good client (about 15 minutes on two cores)
+	$(BIN)/python benchmarks/fuzz_serve.py --frames 100000
+
+soak: $(READY)  ## 32 clients of a policy server at once, ten minutes long (MINUTES=2: shorter)
+	$(BIN)/python benchmarks/soak.py --minutes $(if $(MINUTES),$(MINUTES),10)
 
 bench-train: $(READY)  ## a training step beside the plain one, an update, and the stall of a save (about 10 GB of memory)
 	$(BIN)/python benchmarks/bench_train.py

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,3 +30,9 @@ def report(measures: list[Measure]) -> None:
     row = {m.name: {"value": m.value, "unit": m.unit, "goal": m.goal, "holds": m.holds} for m in measures}
     print(json.dumps(row))
     sys.exit(not all(m.holds for m in measures))
+
+
+def memory_mb(pid: int | None) -> float:
+    """Resident memory of a process, in MiB (Linux)."""
+    fields = Path(f"/proc/{pid}/status").read_text().split()
+    return int(fields[fields.index("VmRSS:") + 1]) / 1024

@@ -10,6 +10,7 @@ ManipiError                     what was expected, what was found, where, what t
 │   ├─ BadValueError            NaN or infinity; names episode and frame
 │   └─ NormStatsError           missing, of another robot or pipeline, or of another size
 ├─ ObservationError             a client's observation that does not match the robot
+├─ ActionError                  an action chunk that must not reach the robot
 ├─ CheckpointError              a checkpoint that cannot be trusted
 │   ├─ IntegrityError           a file is missing, or its hash differs
 │   ├─ WeightsMismatchError     missing, unexpected and mis-shaped tensors, in full
@@ -19,7 +20,10 @@ ManipiError                     what was expected, what was found, where, what t
 ├─ TrainingError                a run directory of another run, a data worker that died
 │   └─ NonFiniteError           the loss or the gradient of a step is NaN or infinite
 ├─ StorageError                 a full disk, a folder that cannot be written
-└─ ServeError                   a port in use, an address that cannot be bound
+├─ ServeError                   a port in use, an address that cannot be bound, a token or certificate that is none
+└─ RequestError                 an observation that the server does not answer now; its `code` is told to the client
+    ├─ BusyError                "busy": too many observations wait
+    └─ DeadlineError            "deadline": the answer would come too late
 """
 
 import difflib
@@ -88,6 +92,10 @@ class ObservationError(ManipiError):
     """An observation that does not match the robot."""
 
 
+class ActionError(ManipiError):
+    """An action chunk that must not reach the robot: NaN, or beyond the robot's limits."""
+
+
 class CheckpointError(ManipiError):
     """A checkpoint that cannot be trusted."""
 
@@ -129,6 +137,24 @@ class StorageError(ManipiError):
 
 class ServeError(ManipiError):
     """A server that cannot start."""
+
+
+class RequestError(ManipiError):
+    """An observation that the server does not answer now. It may be sent again."""
+
+    code: str
+
+
+class BusyError(RequestError):
+    """Too many observations wait already."""
+
+    code = "busy"
+
+
+class DeadlineError(RequestError):
+    """The answer would come too late to be of use."""
+
+    code = "deadline"
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, next: str) -> UnknownNameError:

@@ -11,7 +11,6 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-import av
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
@@ -42,6 +41,8 @@ def encode_mp4(images: Iterable[UInt8[np.ndarray, "h w 3"]], fps: float, *, heig
     Args:
         height, width: of the film, rounded up to even numbers.
     """
+    import av  # which takes long, and most pages have no film
+
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         options = {"crf": "24", "preset": "medium", "threads": "1"}

@@ -1,7 +1,7 @@
 """A policy: observation in, action chunk out, through the same pipeline that trained it."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,12 @@ class Policy:
         """Standard normal noise [H, A of the model], the policy's next or that of a seed."""
         generator = self._generator if seed is None else torch.Generator().manual_seed(seed)
         return torch.randn(self._noise_shape, generator=generator).numpy()
+
+    def noise_stream(self) -> Iterator[np.ndarray]:
+        """Noise [H, A of the model] for an episode, without end: from the seed on, whoever else draws."""
+        generator = torch.Generator().manual_seed(self._seed)
+        while True:
+            yield torch.randn(self._noise_shape, generator=generator).numpy()
 
     def infer(self, observation: Observation, noise: np.ndarray | None = None) -> dict[str, Any]:
         """One observation in the robot's keys -> `actions` float32 [H, A], commands in the robot's own units.

@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from manipi.errors import ServeError
-from manipi.serve import PolicyServer
+from manipi.serve import Access, Limits, PolicyServer
 from manipi_client import ConnectionLost, RemoteInferenceError, WebsocketPolicy, wire
 
 
@@ -173,8 +173,11 @@ def test_an_answer_that_does_not_travel(port, observation):
         (wire.pack([1, 2]), "found a list"),
         (wire.pack({"state": np.zeros(3)})[:-9], "found "),
         (b"\x91" * 100_000, "found StackError"),
+        (wire.pack({"state": [0.0] * 5_000}), "found 5000 exceeds"),
+        (wire.pack({"a": [[0] * 500] * 500}), "expected at most 2048 items"),
+        (wire.pack({"prompt": "word " * 1_000}), "found 5000 exceeds"),
     ],
-    ids=["text", "malformed", "empty", "no map", "truncated", "nested too deep"],
+    ids=["text", "malformed", "empty", "no map", "truncated", "deep", "long list", "many lists", "long text"],
 )
 def test_a_bad_frame_is_told_and_the_server_lives(port, observation, frame, found):
     with raw_connect(port) as connection:
@@ -191,7 +194,7 @@ def test_a_bad_frame_is_told_and_the_server_lives(port, observation, frame, foun
 
 
 def test_a_message_over_the_limit_is_refused_unread(policy, observation):
-    with PolicyServer(policy, port=0, max_message_bytes=1000).serve_in_thread() as port:
+    with PolicyServer(policy, port=0, limits=Limits(max_message_mb=0.001)).serve_in_thread() as port:
         with WebsocketPolicy(port=port) as client, pytest.raises(ConnectionLost, match="1009"):
             client.infer({"state": np.zeros(5_000_000, np.uint8)})
         with WebsocketPolicy(port=port) as client:
@@ -227,10 +230,6 @@ def test_a_client_that_leaves_during_inference_harms_nobody(port, observation):
         assert client.infer(observation)["actions"].shape == (4, 3)
 
 
-def test_any_other_path_is_not_a_page(port):
-    assert get(port, "/")[0] == 426
-
-
 def test_a_port_in_use(policy):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -252,13 +251,13 @@ def serve_in_thread(policy, port):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7"])
 def test_a_public_address_must_be_allowed(policy, host):
-    with pytest.raises(ServeError, match="allow it with --allow-public") as refused:
+    with pytest.raises(ServeError, match="let everyone in with --insecure") as refused:
         PolicyServer(policy, host)
     assert refused.value.where == f"{host}:8000"
 
 
 def test_a_public_address_can_be_allowed(policy, observation):
-    server = PolicyServer(policy, "0.0.0.0", 0, allow_public=True)
+    server = PolicyServer(policy, "0.0.0.0", 0, access=Access(insecure=True))
     with server.serve_in_thread() as port, WebsocketPolicy(port=port) as client:
         assert client.infer(observation)["actions"].shape == (4, 3)
 
@@ -266,7 +265,7 @@ def test_a_public_address_can_be_allowed(policy, observation):
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.7"])
 def test_an_address_that_is_not_ours(policy, host):
     with pytest.raises(ServeError, match=r"check --host|choose another --host"):
-        PolicyServer(policy, host, 0, allow_public=True).serve_forever()
+        PolicyServer(policy, host, 0, access=Access(insecure=True)).serve_forever()
 
 
 def test_localhost_is_this_computer(policy, observation):
@@ -283,7 +282,7 @@ def test_a_stopped_server_frees_its_port(policy, observation):
 
 PROGRAM = """
 import runpy, sys
-from manipi.serve import PolicyServer
+from manipi.serve import Access, Limits, PolicyServer
 policy = runpy.run_path(sys.argv[1])["TinyPolicy"]()
 PolicyServer(policy, port=0).serve_forever(on_ready=lambda host, port: print(host, port, flush=True))
 print("stopped", flush=True)
@@ -291,7 +290,7 @@ print("stopped", flush=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_the_server_after_the_running_inference(observation, number):
+def test_a_signal_stops_the_server_after_what_has_arrived_is_answered(observation, number):
     conftest = Path(__file__).with_name("conftest.py")
     command = [sys.executable, "-c", PROGRAM, str(conftest)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -303,6 +302,7 @@ def test_a_signal_stops_the_server_after_the_running_inference(observation, numb
             connection.send(wire.pack({**observation, "prompt": "slow"}))
             time.sleep(0.2)
             os.kill(process.pid, number)
+            assert wire.unpack(connection.recv())["actions"].shape == (4, 3)
             with pytest.raises(ConnectionClosed) as closed:
                 connection.recv()
             assert closed.value.rcvd.code == 1001

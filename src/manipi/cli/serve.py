@@ -1,31 +1,49 @@
 """`manipi serve`: a checkpoint over websocket."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from manipi.cli.arguments import parse
+from manipi.records import to_json
+from manipi.robots.robot import Robot
+from manipi.serve.access import Access, read_token, tls_context
+from manipi.serve.guard import GuardMode
+from manipi.serve.server import Limits, PolicyServer
 from manipi.storage import atomic_write
+
+if TYPE_CHECKING:
+    from manipi.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Serve:
-    """Serve a checkpoint in openpi's protocol; openpi's own client drives it unchanged."""
+    """Serve a checkpoint in openpi's protocol; openpi's own client drives it unchanged. Browsers get a dashboard."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint folder, such as runs/NAME/checkpoints/STEP or runs/NAME/best."""
     robot: str | None = None
     """Which of the robots that it was trained on; the recipe's own unless named."""
     host: str = "127.0.0.1"
-    """Address to listen on; your own computer only, unless --allow-public."""
+    """Address to listen on; your own computer only, unless there is a token or --insecure."""
     port: int = 8000
     """Port to listen on; 0 picks a free one."""
-    allow_public: bool = False
-    """Listen where other computers can connect; there is no authentication yet."""
+    token_file: Path | None = None
+    """File with the token that clients must show; the environment variable MANIPI_TOKEN unless given."""
+    tls_cert: Path | None = None
+    """Certificate chain (PEM): clients then connect to wss://."""
+    tls_key: Path | None = None
+    """Its private key (PEM), unless the certificate's file has it."""
+    insecure: bool = False
+    """Listen where other computers can connect, without a token."""
+    guard: GuardMode = "clamp"
+    """Commands beyond the robot's limits and rates: moved to the nearest allowed one, refused, or let through."""
+    limits: Limits = field(default_factory=Limits)
     device: str = "cpu"
     """Where the model runs, such as cuda."""
     seed: int = 0
@@ -44,29 +62,53 @@ def main(arguments: Sequence[str]) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     args = parse(_Serve, arguments, "serve")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    logging.getLogger("websockets").setLevel(logging.WARNING)
+    # It logs a traceback for everyone who connects and does not speak websocket.
+    logging.getLogger("websockets").setLevel(logging.CRITICAL)
+    tls = tls_context(args.tls_cert, args.tls_key)
+    access = Access(token=read_token(args.token_file), tls=tls, insecure=args.insecure)
+    access.resolve(args.host, args.port)  # before the model is loaded
 
-    import torch
-
-    from manipi.checkpoints.quantized import require_report
-    from manipi.policy import Policy
-    from manipi.serve.server import PolicyServer
-
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    if args.quantize != "none":
-        require_report(args.checkpoint, args.quantize)
-    exact = args.compile and args.quantize == "none"
-    policy = Policy.load(args.checkpoint, robot=args.robot, device=args.device, seed=args.seed, compile=exact)
-    if args.quantize != "none":
-        policy.fuse(args.quantize)
-    if args.compile and not exact:
-        policy.compile()
-    server = PolicyServer(policy, args.host, args.port, allow_public=args.allow_public)
+    policy = _load_policy(args)
+    server = PolicyServer(
+        policy,
+        args.host,
+        args.port,
+        metadata={**policy.metadata, **_describe(policy.robot, args.checkpoint)},
+        robot=policy.robot,
+        guard=args.guard,
+        access=access,
+        limits=args.limits,
+    )
 
     def ready(host: str, port: int) -> None:
-        print(f"{policy.robot.name}: ws://{host}:{port}   health: http://{host}:{port}/healthz", flush=True)
+        page = f"{'https' if tls else 'http'}://{host}:{port}"
+        print(f"{policy.robot.name}: {'wss' if tls else 'ws'}://{host}:{port}   dashboard: {page}/", flush=True)
         if args.ready_file is not None:
             atomic_write(args.ready_file, str(port).encode())
 
     server.serve_forever(ready)
+
+
+def _load_policy(args: _Serve) -> "Policy":
+    import torch
+
+    from manipi.checkpoints.quantized import require_report
+    from manipi.policy import Policy
+
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    if args.quantize == "none":
+        return Policy.load(args.checkpoint, robot=args.robot, device=args.device, seed=args.seed, compile=args.compile)
+    require_report(args.checkpoint, args.quantize)
+    # The self-test is of the exact weights; what 8 bits change, the report says.
+    policy = Policy.load(args.checkpoint, robot=args.robot, device=args.device, seed=args.seed)
+    policy.fuse(args.quantize)
+    if args.compile:
+        policy.compile()
+    return policy
+
+
+def _describe(robot: Robot, checkpoint: Path) -> dict[str, Any]:
+    """What clients are told besides: every number of a command, and the checkpoint's hash (its manifest has all)."""
+    digest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
+    return {"action_space": to_json(robot.action_space), "checkpoint": digest}

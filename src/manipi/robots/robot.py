@@ -140,6 +140,19 @@ ActionGroup: TypeAlias = Joints | Gripper | LinkageGripper | EndEffector
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActionDimension:
+    """One number of a command, for people and clients."""
+
+    name: str
+    unit: str
+    low: float | None
+    """The least command; None: no limit is stated."""
+    high: float | None
+    max_rate: float | None
+    """The largest change per second, in unit/s; None: no limit is stated."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Robot:
     """The embodiment's contract. Raises ConfigError where its parts contradict each other."""
 
@@ -159,6 +172,8 @@ class Robot:
     """Camera slots whose pictures may be absent from an observation; the model is then told so."""
     ignored: tuple[str, ...] = ()
     """Observation keys beside those of optional cameras that clients may send and nobody reads."""
+    max_rates: tuple[float, ...] = ()
+    """Largest change of each command dimension per second, in its unit/s; empty: none is stated."""
 
     def __post_init__(self) -> None:
         for part in (*self.state, *(g for g in self.actions if isinstance(g, Joints))):
@@ -176,6 +191,8 @@ class Robot:
                     "every state dimension converted once", f"{sorted(dims & converted)}", "actions"
                 )
             converted |= dims
+        if self.max_rates and (len(self.max_rates) != offset or not all(rate > 0 for rate in self.max_rates)):
+            raise self._contradiction(f"{offset} positive rates per second", f"{self.max_rates}", "max_rates")
         if strange := sorted(set(self.optional) - set(self.cameras)):
             raise self._contradiction(f"camera slots among {', '.join(self.cameras)}", f"{strange}", "optional")
         if not self.cameras or not self.actions:
@@ -237,6 +254,18 @@ class Robot:
         high = (value for group in self.actions for value in group.high or (math.inf,) * group.size)
         return tuple(low), tuple(high)
 
+    @property
+    def action_space(self) -> tuple[ActionDimension, ...]:
+        """The command's dimensions, in order."""
+        names = [name for group in self.actions for name in _dimension_names(group)]
+        units = [unit for group in self.actions for unit in _dimension_units(group)]
+        rates = self.max_rates or (math.inf,) * self.action_size
+        columns = ([value if math.isfinite(value) else None for value in values] for values in (*self.limits, rates))
+        return tuple(
+            ActionDimension(name=name, unit=unit, low=low, high=high, max_rate=rate)
+            for name, unit, low, high, rate in zip(names, units, *columns, strict=True)
+        )
+
     def dataset_key(self, key: str) -> str:
         return self.dataset_keys.get(key, key)
 
@@ -250,6 +279,19 @@ class Robot:
     def contract(self) -> str:
         """Fingerprint of what norm stats depend on: the state and action layout. Limits are not part of it."""
         return fingerprint([self.state, [replace(group, low=None, high=None) for group in self.actions]])
+
+
+def _dimension_names(group: ActionGroup) -> list[str]:
+    if isinstance(group, EndEffector):
+        return ["x", "y", "z", *(f"rotation {i + 1}" for i in range(group.size - 3))]
+    return [f"joint {i + 1}" for i in range(group.size)] if isinstance(group, Joints) else ["gripper"]
+
+
+def _dimension_units(group: ActionGroup) -> list[str]:
+    if isinstance(group, EndEffector):
+        angle = "rad" if group.rotation in ("rotvec", "euler_xyz") else ""
+        return [group.unit] * 3 + [angle] * (group.size - 3)
+    return ["" if isinstance(group, LinkageGripper) else group.unit] * group.size
 
 
 ROBOT_TYPES = (Robot, State, Joints, Gripper, LinkageGripper, EndEffector)

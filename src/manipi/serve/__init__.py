@@ -1,5 +1,6 @@
-"""Serving: a policy behind a websocket, in openpi's protocol."""
+"""Serving: a policy behind a websocket, in openpi's protocol, and pages that show what it does."""
 
-from manipi.serve.server import PolicyServer, ServablePolicy
+from manipi.serve.access import Access
+from manipi.serve.server import Limits, PolicyServer, ServablePolicy
 
-__all__ = ["PolicyServer", "ServablePolicy"]
+__all__ = ["Access", "Limits", "PolicyServer", "ServablePolicy"]

@@ -1,41 +1,60 @@
 """Serves a policy over websocket, in openpi's protocol (see `manipi_client.client` for a picture of it).
 
-    event loop (one thread)                     worker (one thread)
-      accepts clients, reads and sends frames     policy.infer, one observation after another
-      answers pings and GET /healthz
+    event loop (one thread)                              inference (one thread)
+      accepts clients, reads and sends frames              policy, one batch after another
+      answers pings and pages                              action guard
+      ───── observation ──▶ queue (`batching.py`) ─────▶
 
-Inference has a thread of its own, so that a long one (a first compilation) leaves the server reachable. It has only
-one, because a policy is not thread-safe and a GPU gains nothing from two.
+Inference has a thread of its own, so that a long one leaves the server reachable. It has only one, because a policy is
+not thread-safe and a GPU gains nothing from two.
+
+Beyond openpi's protocol an observation may hold two keys, which the policy does not see:
+
+    manipi/reset        true: a new episode; the client's noise starts again. Alone it is answered without actions
+    manipi/deadline_ms  how long after its arrival an answer is of use; a later one is an error with code `deadline`
+
+One that brings its own `manipi/seed` is the policy's to draw noise for.
 """
 
 import asyncio
 import contextlib
-import errno
 import functools
-import http
-import ipaddress
+import itertools
 import logging
+import math
 import secrets
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
-from websockets.http11 import Request, Response
 
-from manipi.errors import ManipiError, ServeError
+from manipi.errors import ConfigError, DeadlineError, ManipiError
+from manipi.robots.robot import Robot
+from manipi.serve.access import Access, bind
+from manipi.serve.batching import Answer, Batcher, Query, Result
+from manipi.serve.guard import ActionGuard, GuardMode
+from manipi.serve.pages import Pages
+from manipi.serve.state import Client, ServerState
 from manipi.types import Observation
 from manipi_client import wire
-from manipi_client.errors import ManipiClientError, ProtocolError, error_to_text
+from manipi_client.errors import ManipiClientError, ProtocolError
 
 logger = logging.getLogger(__name__)
+
+RESET, DEADLINE, SEED = "manipi/reset", "manipi/deadline_ms", "manipi/seed"
+
+_MAX_ITEMS = 2_048
+"""List and map items in an observation, and characters in a text of it. Arrays count as one."""
+
+_CLOSE_SECONDS = 2.0
 
 
 class ServablePolicy(Protocol):
@@ -49,23 +68,64 @@ class ServablePolicy(Protocol):
         ...
 
 
+@runtime_checkable
+class BatchPolicy(Protocol):
+    """What a policy has that computes several observations in one call."""
+
+    def infer_batch(
+        self, observations: Sequence[Observation], noises: Sequence[np.ndarray | None]
+    ) -> Sequence[Mapping[str, Any]]: ...
+
+
+@runtime_checkable
+class NoisyPolicy(Protocol):
+    """What a policy has that samples: noise for one client's episode, without end."""
+
+    def noise_stream(self) -> Iterator[np.ndarray]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the server takes on at once. Raises ConfigError for a limit that lets nothing through."""
+
+    max_message_mb: float = 64.0
+    """A client that sends a larger observation is disconnected (close code 1009)."""
+    max_clients: int = 64
+    """More are turned away with HTTP 503."""
+    max_waiting: int = 32
+    """Observations that wait for the policy; one more is answered with the error `busy`."""
+    max_batch: int = 8
+    """Observations of different clients in one call of the policy."""
+    batch_wait_ms: float = 2.0
+    """How long the first observation of a batch waits for others; never when one client is connected."""
+    deadline_ms: float | None = None
+    """How long after its arrival an observation is worth an answer, where the client does not say."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 0 if name == "batch_wait_ms" else 1e-6
+            if value is not None and not least <= value < math.inf:
+                expected = "a finite number above 0" + (", or 0" if least == 0 else "")
+                raise ConfigError(expected=expected, found=f"{value}", where=f"limits.{name}", next="choose another")
+
+
 class PolicyFailure(ManipiError):
     """The policy raised something that no user can act on. The traceback is in the server's log, under the id."""
 
 
 class PolicyServer:
-    """Serves one policy to any number of clients.
+    """Serves one policy to many clients. Each has its own noise, from the policy's seed on.
 
     Args:
-        policy: computes the actions.
-        host: address to listen on; other than this computer's own only with `allow_public`.
+        policy: computes the actions; also a `BatchPolicy` and a `NoisyPolicy` where it can be.
+        host: address to listen on; other than this computer's own only with a token in `access`.
         port: port to listen on; 0 picks a free one.
         metadata: sent to every client first; the policy's own when None.
-        max_message_bytes: a client that sends a larger observation is disconnected (close code 1009).
-        allow_public: listen where other computers can connect. There is no authentication and no encryption.
+        robot: whose limits `guard` keeps, and whose cameras the dashboard shows; None: neither.
+        guard: what happens to commands beyond the robot's limits.
 
     Raises:
-        ServeError: a public address without `allow_public`.
+        ServeError: a public address without a token.
     """
 
     def __init__(
@@ -75,15 +135,19 @@ class PolicyServer:
         port: int = 8000,
         *,
         metadata: Mapping[str, Any] | None = None,
-        max_message_bytes: int = 64 * 2**20,
-        allow_public: bool = False,
+        robot: Robot | None = None,
+        guard: GuardMode = "clamp",
+        access: Access | None = None,
+        limits: Limits | None = None,
     ):
-        self._policy, self._max_message_bytes = policy, max_message_bytes
-        self._metadata_frame = wire.pack(dict(policy.metadata if metadata is None else metadata))
-        self._family, self._address = _resolve(host, port, allow_public)
+        self._policy, self._access, self._limits = policy, access or Access(), limits or Limits()
+        self._state = ServerState(dict(policy.metadata if metadata is None else metadata), robot)
+        self._guard = None if robot is None else ActionGuard(robot, guard)
+        self._metadata_frame = wire.pack(self._state.metadata)
+        self._family, self._address = self._access.resolve(host, port)
 
     def serve_forever(self, on_ready: Callable[[str, int], None] | None = None) -> None:
-        """Serves until SIGTERM or SIGINT, which let a running inference finish. A second signal kills.
+        """Serves until SIGTERM or SIGINT, which let every observation that arrived be answered. A second signal kills.
 
         Args:
             on_ready: called with host and port once clients can connect.
@@ -138,55 +202,190 @@ class PolicyServer:
             thread.join()
 
     async def _serve(self, stop: asyncio.Event, on_ready: Callable[[str, int], None]) -> None:
-        listener = _bind(self._family, self._address)
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference") as worker:
-            async with serve(
-                lambda connection: self._talk(connection, worker),
-                sock=listener,
-                compression=None,
-                max_size=self._max_message_bytes,
-                process_request=_answer_health_check,
-            ):
-                host, port = listener.getsockname()[:2]
-                logger.info("serving on ws://%s:%d", host, port)
-                on_ready(host, port)
-                await stop.wait()
+        listener, limits, state = bind(self._family, self._address), self._limits, self._state
+        batcher = Batcher(
+            self._compute,
+            lambda: len(state.clients),
+            max_batch=limits.max_batch if isinstance(self._policy, BatchPolicy) else 1,
+            max_waiting=limits.max_waiting,
+            batch_wait_ms=limits.batch_wait_ms,
+        )
+        pages = Pages(state, self._access, limits.max_clients, lambda: batcher.num_waiting)
+        async with serve(
+            lambda connection: self._talk(connection, batcher),
+            sock=listener,
+            ssl=self._access.tls,
+            compression=None,
+            max_size=int(limits.max_message_mb * 2**20),
+            max_queue=1,  # of frames that a client sends ahead
+            close_timeout=_CLOSE_SECONDS,
+            origins=[None],  # no page of another site may drive a robot through its visitor's browser
+            process_request=pages.answer,
+        ):
+            host, port = listener.getsockname()[:2]
+            logger.info("serving on %s:%d", host, port)
+            state.ready = True
+            on_ready(host, port)
+            await self._run_until(stop, batcher)
         logger.info("stopped")
 
-    async def _talk(self, connection: ServerConnection, worker: ThreadPoolExecutor) -> None:
+    async def _run_until(self, stop: asyncio.Event, batcher: Batcher) -> None:
+        """Serve until `stop`, then answer what has arrived. Raises what ends the batcher, which nothing should."""
+        computing, stopping = asyncio.ensure_future(batcher.run()), asyncio.ensure_future(stop.wait())
+        try:
+            await asyncio.wait({computing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            self._state.ready = False
+            if not computing.done():
+                await self._drain(computing)
+        finally:
+            stopping.cancel()
+            computing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await computing
+
+    async def _drain(self, computing: "asyncio.Future[None]") -> None:
+        clients = list(self._state.clients)
+        logger.info("stopping: %d clients, %d to be answered", len(clients), sum(client.busy for client in clients))
+        # Those who are busy are closed after their answer, by `_answer_all`.
+        idle = [client.connection.close(CloseCode.GOING_AWAY) for client in clients if not client.busy]
+        gone = asyncio.gather(*idle, *(client.connection.wait_closed() for client in clients))
+        await asyncio.wait({computing, asyncio.ensure_future(gone)}, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _talk(self, connection: ServerConnection, batcher: Batcher) -> None:
         """One client, from its metadata frame to its end."""
-        logger.info("client %s connected", connection.remote_address)
+        host, port = (connection.remote_address or ("an address that is gone", 0))[:2]
+        client = Client(connection, f"{host}:{port}", self._new_noise())
+        self._state.clients.add(client)
+        logger.info("client %s connected", client.address)
+        closed = asyncio.ensure_future(connection.wait_closed())
         try:
             await connection.send(self._metadata_frame)
-            await self._answer_all(connection, worker)
-        except ConnectionClosed as closed:
-            logger.info("client %s left: %s", connection.remote_address, closed)
+            await self._answer_all(client, batcher, closed)
+        except ConnectionClosed as reason:
+            logger.info("client %s left: %s", client.address, reason)
+        finally:
+            closed.cancel()
+            self._state.clients.discard(client)
 
-    async def _answer_all(self, connection: ServerConnection, worker: ThreadPoolExecutor) -> None:
+    async def _answer_all(self, client: Client, batcher: Batcher, closed: "asyncio.Future[None]") -> None:
         """Answers observations until one of them fails: openpi's protocol ends a connection with its first error."""
-        loop = asyncio.get_running_loop()
-        timing: dict[str, float] = {}
-        while True:
+        connection = client.connection
+        while self._state.ready:
             frame = await connection.recv()
-            received = time.monotonic()
+            received, client.busy = time.monotonic(), True
             try:
-                answer, timing["infer_ms"] = await loop.run_in_executor(worker, self._infer, _read_observation(frame))
-                answer_frame = wire.pack({**answer, "server_timing": timing})
+                answer_frame = await self._answer(client, batcher, closed, frame, received)
+            except ConnectionClosed:
+                raise
             except Exception as error:  # noqa: BLE001 - the server outlives whatever a policy raises.
-                await connection.send(_describe(error))
+                await connection.send(self._describe(client, error))
                 await connection.close(CloseCode.INTERNAL_ERROR, "the previous frame says what went wrong")
                 return
             await connection.send(answer_frame)
-            timing["prev_total_ms"] = (time.monotonic() - received) * 1000
+            self._time(total=time.monotonic() - received)
+            client.timing["prev_total_ms"], client.busy = (time.monotonic() - received) * 1000, False
+        await connection.close(CloseCode.GOING_AWAY)
 
-    def _infer(self, observation: Observation) -> tuple[Mapping[str, Any], float]:
-        started = time.monotonic()
-        answer = self._policy.infer(observation)
-        return answer, (time.monotonic() - started) * 1000
+    async def _answer(
+        self, client: Client, batcher: Batcher, closed: "asyncio.Future[None]", frame: str | bytes, received: float
+    ) -> bytes:
+        self._state.metrics.observations += 1
+        client.observations += 1
+        observation = _read_observation(frame)
+        if _pop(observation, RESET, "true or false", lambda value: isinstance(value, bool), default=False):
+            client.noise = self._new_noise()
+            if not observation:
+                return wire.pack({"server_timing": client.timing})
+        limit_ms = _pop(observation, DEADLINE, "milliseconds from 0", _is_duration, default=self._limits.deadline_ms)
+        self._time(read=time.monotonic() - received)
+        query = Query(observation, None if SEED in observation else next(client.noise))
+        left_s = None if limit_ms is None else limit_ms / 1000 - (time.monotonic() - received)
+        answer = await _in_time(batcher.infer(query), closed, left_s)
+        client.timing["infer_ms"] = answer.infer_s * 1000
+        began = time.monotonic()
+        answer_frame = wire.pack({**answer.value, "server_timing": client.timing})
+        self._time(wait=answer.wait_s, infer=answer.infer_s, write=time.monotonic() - began)
+        self._state.note_answer(client, observation, answer.value.get("actions"))
+        return answer_frame
+
+    def _new_noise(self) -> Iterator[np.ndarray | None]:
+        return self._policy.noise_stream() if isinstance(self._policy, NoisyPolicy) else itertools.repeat(None)
+
+    def _compute(self, queries: Sequence[Query]) -> list[Result]:
+        """In the thread of inference. An error in a batch is found again one by one, to be told to its client alone."""
+        self._state.metrics.batches += 1
+        if len(queries) > 1 and isinstance(self._policy, BatchPolicy):
+            try:
+                answers = self._policy.infer_batch([q.observation for q in queries], [q.noise for q in queries])
+                return [_or_error(self._keep_safe, q, answer) for q, answer in zip(queries, answers, strict=True)]
+            except Exception as error:  # noqa: BLE001 - each is tried again below.
+                logger.info("a batch of %d failed, each of it is computed alone: %r", len(queries), error)
+        return [_or_error(self._infer, query) for query in queries]
+
+    def _infer(self, query: Query) -> Mapping[str, Any]:
+        noise = {} if query.noise is None else {"noise": query.noise}
+        return self._keep_safe(query, self._policy.infer(query.observation, **noise))
+
+    def _keep_safe(self, query: Query, answer: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self._guard is None:
+            return answer
+        guarded = self._guard(query.observation, answer["actions"])
+        moved = {"beyond_limits": guarded.beyond_limits, "too_fast": guarded.too_fast}
+        if not any(moved.values()):
+            return answer
+        self._state.metrics.guarded.update(moved)
+        return {**answer, "actions": guarded.actions, "guarded": moved}
+
+    def _time(self, **seconds: float) -> None:
+        for stage, duration in seconds.items():
+            self._state.metrics.stages[stage].add(duration)
+
+    def _describe(self, client: Client, error: Exception) -> str:
+        """The text frame for an error. Tracebacks stay in the log: paths and code are no client's business."""
+        if isinstance(error, ManipiError | ManipiClientError):
+            logger.warning("client %s was answered with an error\n%s", client.address, error)
+        else:
+            incident = secrets.token_hex(4)
+            logger.error("inference failed (id %s)", incident, exc_info=error)
+            error = PolicyFailure(
+                expected="an action chunk",
+                found=f"{type(error).__name__} (id {incident})",
+                where="policy.infer on the server",
+                next=f"find id {incident} in the server's log: the traceback is there",
+            )
+        code = getattr(error, "code", type(error).__name__)
+        self._state.note_error(client, code, str(error))
+        return f"{code}\n{error}"
 
 
-def _read_observation(frame: str | bytes) -> Observation:
-    observation = None if isinstance(frame, str) else wire.unpack(frame)
+async def _in_time(answer: Coroutine[Any, Any, Answer], closed: "asyncio.Future[None]", left_s: float | None) -> Answer:
+    """The answer, unless its client leaves (CancelledError to the queue) or `left_s` pass (DeadlineError) before."""
+    task = asyncio.ensure_future(answer)
+    try:
+        await asyncio.wait({task, closed}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+    finally:
+        task.cancel()
+    if closed.done():
+        raise ConnectionClosed(None, None)
+    raise DeadlineError(
+        expected="actions before the observation's deadline",
+        found="none in time",
+        where=f"{DEADLINE} of the observation, or --limits.deadline-ms",
+        next="send a newer observation; look at /metrics for where the time goes",
+    )
+
+
+def _or_error(function: Callable[..., Mapping[str, Any]], *arguments: Any) -> Result:
+    try:
+        return function(*arguments)
+    except Exception as error:  # noqa: BLE001 - it is one client's answer.
+        return error
+
+
+def _read_observation(frame: str | bytes) -> dict[str, Any]:
+    observation = None if isinstance(frame, str) else wire.unpack(frame, max_items=_MAX_ITEMS)
     if not isinstance(observation, dict):
         raise ProtocolError(
             expected="an observation: a binary frame with a map",
@@ -197,56 +396,16 @@ def _read_observation(frame: str | bytes) -> Observation:
     return observation
 
 
-def _describe(error: Exception) -> str:
-    """The text frame for an error. Tracebacks stay in the log: paths and code are no client's business."""
-    if isinstance(error, ManipiError | ManipiClientError):
-        logger.warning("answered with an error\n%s", error)
-        return error_to_text(error)
-    incident = secrets.token_hex(4)
-    logger.error("inference failed (id %s)", incident, exc_info=error)
-    return error_to_text(
-        PolicyFailure(
-            expected="an action chunk",
-            found=f"{type(error).__name__} (id {incident})",
-            where="policy.infer on the server",
-            next=f"find id {incident} in the server's log: the traceback is there",
-        )
-    )
+def _pop(observation: dict[str, Any], key: str, expected: str, allowed: Callable[[Any], bool], default: Any) -> Any:
+    """Takes a key for the server itself out of an observation."""
+    value = observation.pop(key, default)
+    if isinstance(value, np.generic | np.ndarray) and value.size == 1:
+        value = value.item()
+    if value is not default and not allowed(value):
+        found = f"{type(value).__name__} {value!r:.40}"
+        raise ProtocolError(expected=expected, found=found, where=f"observation key {key!r}", next="leave it out")
+    return value
 
 
-def _answer_health_check(connection: ServerConnection, request: Request) -> Response | None:
-    return connection.respond(http.HTTPStatus.OK, "OK\n") if request.path == "/healthz" else None
-
-
-def _resolve(host: str, port: int, allow_public: bool) -> tuple[socket.AddressFamily, tuple]:
-    """The family and address of a host, which must be this computer's own unless `allow_public`."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise _bind_error("a host name or address of this computer", str(error), host, port, "check --host") from error
-    if not allow_public and not ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback:
-        raise _bind_error(
-            "an address that only this computer reaches, such as 127.0.0.1",
-            "one that other computers reach, with no authentication and no encryption",
-            host,
-            port,
-            "leave the host out and connect through `ssh -L`, or allow it with --allow-public",
-        )
-    return family, address
-
-
-def _bind(family: socket.AddressFamily, address: tuple) -> socket.socket:
-    host, port = address[:2]
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            hint = f"stop what listens there, or choose another port: --port {port + 1} (0 picks a free one)"
-            raise _bind_error("a free port", "a port that is in use", host, port, hint) from error
-        raise _bind_error(
-            "an address to listen on", str(error), host, port, "choose another --host or --port"
-        ) from error
-
-
-def _bind_error(expected: str, found: str, host: str, port: int, next: str) -> ServeError:
-    return ServeError(expected=expected, found=found, where=f"{host}:{port}", next=next)
+def _is_duration(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, Dict
 
 import msgpack
 import numpy as np
@@ -43,18 +43,37 @@ def pack(value: Any) -> bytes:
     return packed
 
 
-def unpack(frame: bytes) -> Any:
+def unpack(frame: bytes, *, max_items: int | None = None) -> Any:
     """The value in a binary frame.
 
+    Args:
+        max_items: of all lists and maps together, and characters of a text; None for any number. Arrays do not count.
+            A short frame can hold a million lists, which are slow to make and large in memory.
+
     Raises:
-        ProtocolError: not MessagePack, or an array whose dtype, shape and data do not fit together.
+        ProtocolError: not MessagePack, too many items, or an array whose dtype, shape and data do not fit together.
     """
+    limits: Dict[str, Any] = {"object_hook": _from_map} if max_items is None else _limits(max_items)
     try:
-        return msgpack.unpackb(frame, object_hook=_from_map)
+        return msgpack.unpackb(frame, **limits)
     except ProtocolError:
         raise
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise _protocol_error("one MessagePack value", str(error) or type(error).__name__) from error
+
+
+def _limits(max_items: int) -> Dict[str, Any]:
+    left = max_items
+
+    def count(value: Any) -> Any:
+        nonlocal left
+        left -= len(value)
+        if left < 0:
+            raise _protocol_error(f"at most {max_items} items in lists and maps", "more")
+        return _from_map(value) if isinstance(value, dict) else value
+
+    sizes = {f"max_{kind}_len": max_items for kind in ("str", "array", "map", "ext")}
+    return {"object_hook": count, "list_hook": count, **sizes}
 
 
 def _to_map(value: Any) -> Any:

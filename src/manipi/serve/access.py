@@ -1,0 +1,117 @@
+"""Who may connect: the address that is listened on, the token that clients show, and TLS."""
+
+import base64
+import binascii
+import errno
+import hmac
+import ipaddress
+import os
+import socket
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from manipi.errors import ServeError
+
+TOKEN_VARIABLE = "MANIPI_TOKEN"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """Without a token everyone who reaches the port may use it, so that it has to be this computer's own."""
+
+    token: str | None = field(default=None, repr=False)
+    tls: ssl.SSLContext | None = None
+    insecure: bool = False
+    """Listen without a token where other computers can connect."""
+
+    def admits(self, headers: Mapping[str, str]) -> bool:
+        """Whether the request shows the token: `Api-Key TOKEN` as policy clients do, or as a browser's password."""
+        if self.token is None:
+            return True
+        scheme, _, shown = headers.get("Authorization", "").partition(" ")
+        if scheme.lower() == "basic":
+            shown = _password(shown)
+        elif scheme.lower() != "api-key":
+            shown = ""
+        return hmac.compare_digest(shown.strip().encode(), self.token.encode())
+
+    def resolve(self, host: str, port: int) -> tuple[socket.AddressFamily, tuple]:
+        """Family and address of a host. Raises ServeError: unknown, or others reach it and there is no token."""
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        except OSError as error:
+            expected = "a host name or address of this computer"
+            raise _bind_error(expected, str(error), host, port, "check --host") from error
+        loopback = ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback
+        if not (loopback or self.token or self.insecure):
+            raise _bind_error(
+                "a token, or an address that only this computer reaches, such as 127.0.0.1",
+                "an address that other computers reach, and no token",
+                host,
+                port,
+                f"set --token-file or {TOKEN_VARIABLE}, connect through `ssh -L`, or let everyone in with --insecure",
+            )
+        return family, address
+
+
+def read_token(file: Path | None) -> str | None:
+    """The token in a file, or else in the environment variable MANIPI_TOKEN; None where there is neither.
+
+    Raises:
+        ServeError: the file cannot be read, or what is there is no token. The message does not hold it.
+    """
+    try:
+        token = os.environ.get(TOKEN_VARIABLE) if file is None else file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise _setting_error("a file with a token", type(error).__name__, str(file), "check --token-file") from error
+    if token is None or (len(token) >= 8 and token.isascii() and token.isprintable() and " " not in token):
+        return token
+    found = f"{len(token)} characters" if len(token) < 8 else "spaces or other characters"
+    next = "python -c 'import secrets; print(secrets.token_urlsafe())' > token; chmod 600 token"
+    raise _setting_error("a token: 8 printable ASCII characters or more", found, str(file or TOKEN_VARIABLE), next)
+
+
+def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    """TLS with a certificate chain and its key, both PEM; None without them. Raises ServeError where they are none."""
+    if certificate is None and key is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        if certificate is None:
+            raise FileNotFoundError("a key alone")
+        context.load_cert_chain(certificate, key)
+    except OSError as error:  # ssl.SSLError is one
+        where, next = f"{certificate}, {key}", "check --tls-cert and --tls-key"
+        raise _setting_error("a certificate and its key, as PEM files", str(error), where, next) from error
+    return context
+
+
+def bind(family: socket.AddressFamily, address: tuple) -> socket.socket:
+    """A listening socket. Raises ServeError where the port is in use or the address is not this computer's."""
+    host, port = address[:2]
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            hint = f"stop what listens there, or choose another port: --port {port + 1} (0 picks a free one)"
+            raise _bind_error("a free port", "a port that is in use", host, port, hint) from error
+        raise _bind_error(
+            "an address to listen on", str(error), host, port, "choose another --host or --port"
+        ) from error
+
+
+def _password(credentials: str) -> str:
+    try:
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    except (binascii.Error, ValueError):
+        return ""
+
+
+def _bind_error(expected: str, found: str, host: str, port: int, next: str) -> ServeError:
+    return ServeError(expected=expected, found=found, where=f"{host}:{port}", next=next)
+
+
+def _setting_error(expected: str, found: str, where: str, next: str) -> ServeError:
+    return ServeError(expected=expected, found=found, where=where, next=next)

@@ -1,0 +1,81 @@
+"""What the server's port answers to a browser, a load balancer and Prometheus: GET, and nothing that changes it.
+
+/              the dashboard, which polls state.json
+/state.json    what it shows
+/metrics       for Prometheus
+/healthz       OK while the process lives, as openpi's server says it; needs no token
+/readyz        OK while observations are taken, 503 once the server stops; needs no token
+"""
+
+import http
+import json
+from collections.abc import Callable
+
+from websockets.asyncio.server import ServerConnection
+from websockets.datastructures import Headers
+from websockets.http11 import Request, Response
+
+from manipi import page
+from manipi.serve.access import Access
+from manipi.serve.state import ServerState
+
+_OPEN = ("/healthz", "/readyz")
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Connection": "close",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class Pages:
+    """Looks at every request first: pages are answered here, and so are handshakes that must not be.
+
+    Args:
+        num_waiting: how many observations wait for the policy.
+    """
+
+    def __init__(self, state: ServerState, access: Access, max_clients: int, num_waiting: Callable[[], int]):
+        self._state, self._access, self._max_clients, self._num_waiting = state, access, max_clients, num_waiting
+
+    async def answer(self, connection: ServerConnection, request: Request) -> Response | None:
+        """The response, or None for a handshake that may go on."""
+        path = request.path.partition("?")[0]
+        if path not in _OPEN and not self._access.admits(request.headers):
+            return _response(401, "the token is missing, or another one", challenge=True)
+        if "websocket" in request.headers.get("Upgrade", "").lower():
+            return self._handshake()
+        return await self._page(path)
+
+    def _handshake(self) -> Response | None:
+        if not self._state.ready:
+            return _response(503, "the server is stopping")
+        if len(self._state.clients) >= self._max_clients:
+            return _response(503, f"busy: {self._max_clients} clients are connected (--limits.max-clients)")
+        return None
+
+    async def _page(self, path: str) -> Response:
+        if path == "/healthz":
+            return _response(200, "OK")
+        if path == "/readyz":
+            return _response(200, "OK") if self._state.ready else _response(503, "stopping")
+        if path == "/metrics":
+            gauges = {"clients": len(self._state.clients), "waiting": self._num_waiting()}
+            text = self._state.metrics.to_prometheus(gauges)
+            return _response(200, text, "text/plain; version=0.0.4; charset=utf-8")
+        if path == "/state.json":
+            return _response(200, json.dumps(await self._state.to_json()), "application/json")
+        if path == "/":
+            title = "manipi serve" if self._state.robot is None else f"{self._state.robot.name} · manipi serve"
+            html = page.render("manipi.serve", "dashboard.html", {"title": page.escape(title)})
+            return _response(200, html.decode(), "text/html; charset=utf-8")
+        return _response(404, "nothing here; the dashboard is at /")
+
+
+def _response(code: int, text: str, kind: str = "text/plain; charset=utf-8", *, challenge: bool = False) -> Response:
+    status, body = http.HTTPStatus(code), (text if text.endswith("\n") else text + "\n").encode()
+    headers = Headers({**_HEADERS, "Content-Type": kind, "Content-Length": str(len(body))})
+    if challenge:  # for browsers, which send the token as a password then
+        headers["WWW-Authenticate"] = 'Basic realm="manipi: any name, the token as password"'
+    return Response(status.value, status.phrase, headers, body)

@@ -1,0 +1,87 @@
+"""`manipi serve` on a real checkpoint, as a process: what it says of itself, and whom it lets in."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from manipi.policy import Policy
+from manipi_client import ConnectError, RemoteInferenceError, WebsocketPolicy
+
+
+@contextlib.contextmanager
+def serving(checkpoint, folder, *flags, **environment):
+    ready, log = folder / "port", folder / "log"
+    command = [sys.executable, "-m", "manipi", "serve", str(checkpoint), "--port", "0", "--ready-file", str(ready)]
+    with log.open("wb") as output:
+        process = subprocess.Popen([*command, *flags], stdout=output, stderr=output, env={**os.environ, **environment})
+        try:
+            while not ready.exists():
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.05)
+            yield int(ready.read_text()), log
+        finally:
+            process.terminate()
+            assert process.wait(20) == 0, log.read_text()
+
+
+def observation(prompt="reach it"):
+    picture = np.full((30, 40, 3), 90, np.uint8)
+    return {"observation/image": picture, "observation/state": np.array([0.01, -0.02, 0.03, 1.0]), "prompt": prompt}
+
+
+def ask_together(port, token, observations):
+    """The chunks that as many clients get, who ask at the same time."""
+    ready = threading.Barrier(len(observations))
+
+    def ask(one):
+        with WebsocketPolicy(port=port, token=token) as client:
+            ready.wait()
+            return client.infer(one)["actions"]
+
+    with ThreadPoolExecutor(len(observations)) as pool:
+        return list(pool.map(ask, observations))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_served_with_a_token(trained, tmp_path):
+    checkpoint = trained("pi05")
+    with serving(checkpoint, tmp_path, "--seed", "3", "--num-threads", "1", MANIPI_TOKEN="k3y-of-the-lab") as (
+        port,
+        log,
+    ):
+        with pytest.raises(ConnectError, match="401"):
+            WebsocketPolicy(port=port)
+        with (
+            WebsocketPolicy(port=port, token="k3y-of-the-lab") as first,
+            WebsocketPolicy(port=port, token="k3y-of-the-lab") as second,
+        ):
+            metadata = first.metadata
+            policy = Policy.load(checkpoint, seed=3)
+            expected = [policy.infer(observation())["actions"] for _ in range(2)]
+            # Each client's noise begins at the seed, whoever asks in between.
+            served = [client.infer(observation())["actions"] for client in (first, second, first)]
+            for got, wanted in zip(served, (expected[0], expected[0], expected[1]), strict=True):
+                np.testing.assert_allclose(got, wanted, atol=1e-5)
+            with pytest.raises(RemoteInferenceError) as refused:
+                first.infer({**observation(), "observation/state": np.zeros(3)})
+            assert refused.value.expected == "4 finite numbers"
+            assert refused.value.found == "float64 [3]"
+            assert "'observation/state'" in refused.value.where
+        together = ask_together(port, "k3y-of-the-lab", [observation(prompt) for prompt in ("reach it", "push it") * 3])
+        policy.reset()
+        pushed = policy.infer(observation("push it"))["actions"]
+        for got, wanted in zip(together, (expected[0], pushed) * 3, strict=True):
+            np.testing.assert_allclose(got, wanted, atol=1e-5)
+        assert "k3y-of-the-lab" not in log.read_text()
+    assert metadata["robot"]["name"] == "tabletop"
+    assert [dimension["name"] for dimension in metadata["action_space"]] == ["x", "y", "z", "gripper"]
+    assert [dimension["unit"] for dimension in metadata["action_space"]] == ["m", "m", "m", ""]
+    assert (metadata["control_hz"], metadata["image_size"], metadata["action_horizon"]) == (10.0, 16, 4)
+    assert len(metadata["checkpoint"]) == 64
