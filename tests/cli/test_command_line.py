@@ -86,7 +86,7 @@ def test_a_reader_that_has_enough_is_no_error(arguments):
 def test_an_unknown_command():
     stderr = run("trian", code=1).stderr
     assert stderr.startswith(
-        "\nmanipi trian: UnknownNameError\nexpected a command, one of: check, convert, demo, doctor,"
+        "\nmanipi trian: UnknownNameError\nexpected a command, one of: bench, check, convert, demo, doctor,"
     )
     assert stderr.endswith("    next did you mean train?\n")
 

@@ -290,11 +290,12 @@ def test_a_killed_server(observation):
             policy.infer({**observation, "delay": 0})
 
 
+@pytest.mark.parametrize("limit", ["request_timeout", "deadline"])
 @pytest.mark.parametrize("num_bytes", [10, 50_000_000], ids=["small observation", "larger than the socket's buffers"])
-def test_a_frozen_server_is_a_timeout(num_bytes):
+def test_a_frozen_server_is_a_timeout(num_bytes, limit):
     """A large observation does not even get out: sending it is what would take forever."""
     with server_process() as (process, port):
-        policy = WebsocketPolicy(port=port, request_timeout=0.3)
+        policy = WebsocketPolicy(port=port, **{limit: 0.3})
         process.send_signal(signal.SIGSTOP)
         started = time.monotonic()
         with pytest.raises(InferenceTimeout):

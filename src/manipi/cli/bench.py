@@ -65,12 +65,12 @@ def main(arguments: Sequence[str]) -> None:
 
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    report = _report(args) if args.data is not None else None
     engine, inputs, host = _checkpoint(args) if Path(args.target).is_dir() else _recipe(args)
     if args.compile:
         engine.compile()
     latency = profile(engine, inputs, rounds=args.rounds, host=host)
     _show(latency)
-    report = _report(args) if args.data is not None else None
     write_result({"latency": latency, "quantization": report}, args.json)
 
 
@@ -154,11 +154,11 @@ def _report(args: _Infer) -> object:
     report = measure_quantization(checkpoint, args.quantize, args.data, frames=args.frames, device=args.device)
     path = write_report(checkpoint, report)
     print(
-        f"\n{args.quantize} against the plain policy, {report.frames} frames of {report.dataset}: commands differ by "
+        f"{args.quantize} against the plain policy, {report.frames} frames of {report.dataset}: commands differ by "
         f"{report.difference:.2%} of the travel in the mean\nagainst the recorded ones: {report.error:.2%}, plain "
         f"{report.plain_error:.2%}\n"
     )
     print(table([*report.per_dimension.items()], ("dimension", "mean difference")))
     verdict = "it may be served" if report.holds else f"more than {LARGEST_DIFFERENCE:.0%}: it is not served"
-    print(f"\n{verdict}; report {path}")
+    print(f"\n{verdict}; report {path}\n")
     return report

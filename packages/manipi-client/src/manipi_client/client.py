@@ -167,6 +167,7 @@ class WebsocketPolicy:
 
     def _exchange(self, connection: ClientConnection, frame: bytes, seconds: float) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
+        _limit_sends(connection.socket, max(seconds, 0.001))  # 0 would be no limit.
         try:
             connection.send(frame)
             answer = connection.recv(timeout=max(0.0, deadline - time.monotonic()))
@@ -225,7 +226,6 @@ class WebsocketPolicy:
                 where=self._uri,
                 next="check host, port and token; curl the server's /healthz",
             ) from error
-        _limit_sends(connection.socket, self._request_timeout)
         return connection
 
     def _disconnect(self) -> None:
