@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from manipi.errors import ConfigError
 from manipi.storage import home
 
-
 RECOMPILE_LIMIT = 64
 
 
