@@ -3,14 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from manipi.checkpoints.native import read_description
+from manipi.checkpoints.native import read_checkpoint, write_checkpoint
 from manipi.cli.export import main
 from manipi.errors import ConfigError
-from manipi.policy import Policy
+from manipi.policy import Policy, self_test_for
 
 RUN = """
 import sys, json, numpy, torch
@@ -28,14 +30,24 @@ numpy.save(sys.argv[3], actions.numpy())
 """
 
 
+@pytest.fixture
+def checkpoint(trained, tmp_path) -> Path:
+    """Of two denoising steps: a program holds each of them."""
+    ten = read_checkpoint(trained("pi05"))
+    two = replace(ten, config=replace(ten.config, num_steps=2))
+    test = self_test_for(Policy.from_checkpoint(two), ten.self_test.observation)
+    write_checkpoint(tmp_path / "two", replace(two, self_test=test))
+    return tmp_path / "two"
+
+
 @pytest.mark.slow
-def test_it_acts_like_the_policy_for_any_prompt_and_noise(trained, tmp_path, capsys):
-    checkpoint, target = trained("pi05"), tmp_path / "program"
+def test_it_acts_like_the_policy_for_any_prompt_and_noise(checkpoint, tmp_path, capsys):
+    target = tmp_path / "program"
     main([str(checkpoint), str(target), "--to", "program"])
     assert "largest difference" in capsys.readouterr().out
     contract = json.loads((target / "contract.json").read_text())
-    assert (contract["contract"], contract["num_steps"], contract["cameras"]) == (1, 10, ["base"])
-    policy, test = Policy.load(checkpoint, seed=9), read_description(checkpoint).self_test
+    assert (contract["contract"], contract["num_steps"], contract["cameras"]) == (1, 2, ["base"])
+    policy, test = Policy.load(checkpoint, seed=9), read_checkpoint(checkpoint).self_test
     assert test is not None
     observation = {**test.observation, "prompt": "another one"}
     inputs = policy.model_input([policy.encode(observation)])

@@ -142,6 +142,20 @@ def test_traced_layers_repeat_the_models_actions_at_any_length(configs, build, b
         torch.testing.assert_close(engine.sample(one, noise(B)), answer, **EXACT)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_cuda_graphs_repeat_the_models_actions(configs, build, batch, name):
+    model = model_of(configs[name], build)
+    cases = [(row(masked(batch, masks), 0), noise(1) + shift) for masks in ("all valid", "ragged") for shift in (0, 1)]
+    expected = [oracle(model, inputs, draws) for inputs, draws in cases]
+    engine = Engine(model.cuda(), num_steps=4)
+    engine.compile()
+    for (inputs, draws), answer in zip(cases, expected, strict=True):
+        found = engine.sample(inputs.to("cuda"), draws.cuda()).cpu()
+        torch.testing.assert_close(found, answer, atol=1e-4, rtol=1e-4)
+
+
 # π0-FAST
 
 
