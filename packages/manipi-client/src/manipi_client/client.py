@@ -36,6 +36,7 @@ from manipi_client.errors import (
     ConnectionLost,
     ConnectTimeout,
     InferenceTimeout,
+    InputError,
     ProtocolError,
     error_from_text,
 )
@@ -126,13 +127,13 @@ class WebsocketPolicy:
             InferenceTimeout: no answer within `request_timeout`, or by the deadline.
             RemoteInferenceError: the policy refused the observation, or failed.
             ConnectionLost: the server went away.
-            InputError: the observation holds something that does not travel.
+            InputError: the observation holds something that does not travel, or a deadline that is none.
             ProtocolError: the answer is not one.
             ConnectTimeout, ConnectError: as when connecting, after the connection was lost.
         """
         observation = {**self._told, **observation}
         frame = wire.pack(observation)
-        seconds = min(self._request_timeout, observation.get(DEADLINE_KEY, math.inf) / 1000)
+        seconds = min(self._request_timeout, _deadline(observation))
         with self._lock:
             self._interrupted.clear()
             connection = self._open_connection()
@@ -274,6 +275,19 @@ class WebsocketPolicy:
 def backoff(attempt: int) -> float:
     """Seconds to wait before the next attempt: 0.1, 0.2, 0.4 … and at most 2."""
     return min(0.1 * 2 ** min(attempt, 10), 2.0)
+
+
+def _deadline(observation: Mapping[str, Any]) -> float:
+    """In seconds."""
+    value = observation.get(DEADLINE_KEY, math.inf)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise InputError(
+            expected="milliseconds, more than 0",
+            found=repr(value),
+            where=f"observation key {DEADLINE_KEY!r}",
+            next="leave it out where an answer is always of use",
+        )
+    return value / 1000
 
 
 def _uri(host: str, port: int | None) -> str:
