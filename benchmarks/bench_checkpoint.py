@@ -25,12 +25,12 @@ from manipi.data.lerobot_writer import LeRobotWriter
 from manipi.model import ModelInput
 from manipi.model.config import GemmaSize, Pi05Config, VisionSize
 from manipi.robots.tabletop import TABLETOP
-from manipi.train.config import DataConfig, TrainConfig
+from manipi.train.config import ComputeConfig, DataConfig, TrainConfig
 from manipi.train.data import prepare
 from manipi.train.lock import alone
 from manipi.train.loop import checkpoint_writer, train_step
 from manipi.train.run import Run
-from manipi.train.saving import AsyncSaver
+from manipi.train.saving import AsyncSaver, _fixed
 from manipi.train.state import TrainState
 
 MODEL = Pi05Config(
@@ -38,7 +38,6 @@ MODEL = Pi05Config(
     action_expert=GemmaSize(width=1024, depth=2, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256),
     vision=VisionSize(width=1152, depth=1, mlp_dim=4304, num_heads=16, patch_size=14, image_size=224),
     vocab_size=1024,
-    dtype="float32",  # bfloat16 is slow on processors without it
 )
 
 
@@ -49,7 +48,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder, alone(Path(folder)) as lock:
         data = DataConfig(path=str(_dataset(Path(folder) / "dataset")), holdout=0.0, num_workers=0)
-        config = TrainConfig(robot=TABLETOP, data=data, model=MODEL, batch_size=1)
+        compute = ComputeConfig(precision="fp32")  # bfloat16 is slow on processors without it
+        config = TrainConfig(robot=TABLETOP, data=data, model=MODEL, batch_size=1, compute=compute)
         state, run, prepared = TrainState.initial(config), Run(Path(folder), config), prepare(config, Path(folder))
         with prepared.loader(0) as loader:
             _, samples, _ = next(iter(loader))
@@ -97,7 +97,7 @@ def _round(
     with times.of("writer"):
         saver.wait()
     with times.of("copy alone"):
-        saver._snapshot.copy(saver._snapshot.source(state._tensors()))
+        saver._snapshot.copy(saver._snapshot.source(_fixed(state._tensors())))
     with times.of("torch.save"):
         torch.save(state._tensors(), file)
     file.unlink()

@@ -20,11 +20,12 @@ from harness import Measure, report
 from manipi.model import VLA, ModelInput
 from manipi.model.config import GEMMA_2B, GEMMA_300M, SO400M_14, Pi05Config
 from manipi.robots.tabletop import TABLETOP
-from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig
+from manipi.train.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
 from manipi.train.loop import train_step
 from manipi.train.noise import draw_noise
 from manipi.train.optimizer import learning_rate
-from manipi.train.state import TrainState, trainable_parameters
+from manipi.train.state import TrainState
+from manipi.train.trained import trainable_parameters
 
 DEPTH, BATCH, ROUNDS = 2, 1, 3
 PROMPT = 62
@@ -33,9 +34,9 @@ MODEL = Pi05Config(
     action_expert=replace(GEMMA_300M, depth=DEPTH),
     vision=replace(SO400M_14, depth=DEPTH),
     vocab_size=8192,
-    dtype="float32",
 )
-CONFIG = TrainConfig(robot=TABLETOP, data=DataConfig(path="unused"), model=MODEL, batch_size=BATCH)
+FLOAT32 = ComputeConfig(precision="fp32")
+CONFIG = TrainConfig(robot=TABLETOP, data=DataConfig(path="unused"), model=MODEL, batch_size=BATCH, compute=FLOAT32)
 
 Step = Callable[[ModelInput], object]
 
@@ -86,8 +87,8 @@ class PlainStep:
     """The same update, as one writes it first: the whole padded batch, and one parameter after the other."""
 
     def __init__(self) -> None:
-        self.model = VLA(MODEL, trim=False)
-        self.parameters = list(trainable_parameters(self.model).values())
+        self.model = VLA(CONFIG.policy_model, trim=False)
+        self.parameters = list(trainable_parameters(self.model, "full").values())
         self.average = [p.detach().clone() for p in self.parameters]
         o = CONFIG.optimizer
         self.optimizer = torch.optim.AdamW(
