@@ -82,8 +82,13 @@ def _to_map(value: Any) -> Any:
     if value.dtype.kind in "OVc":
         raise ValueError(f"an array or scalar of dtype {value.dtype}")
     if isinstance(value, np.ndarray):
-        return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
+        return {b"__ndarray__": True, b"data": _bytes_of(value), b"dtype": value.dtype.str, b"shape": value.shape}
     return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
+
+
+def _bytes_of(array: np.ndarray) -> Any:
+    """In C order. Not `tobytes`: another copy of three pictures takes half a millisecond, mostly for fresh memory."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""
 
 
 def _from_map(fields: dict) -> Any:
