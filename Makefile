@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt packages/manipi-client/pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e packages/manipi-client -e '.[dev]'
 	@touch $(READY)
 
-demo: $(READY)  ## record, train, serve, drive, report (about ten minutes on two cores)
+demo: $(READY)  ## record, train, serve, drive, report (ten to twenty minutes on two cores)
 	$(BIN)/manipi demo
 
 test: $(READY) lint types layers size  ## everything that has to hold before a commit
