@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        _import(*args.child, args.dtype)
+        source, target = args.child
+        _import(source, target, args.dtype)
         return
     with tempfile.TemporaryDirectory(dir=args.dir) as root:
         source, target = Path(root) / "source", Path(root) / "target"

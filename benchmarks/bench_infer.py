@@ -24,6 +24,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from harness import Measure, report
@@ -34,7 +35,7 @@ from manipi.model import VLA, ModelInput
 from manipi.model.attention import MASKED
 from manipi.model.config import GEMMA_2B, GEMMA_300M, SO400M_14, Pi0Config
 from manipi.model.engine import Engine
-from manipi.model.gemma import ExpertLayer, KeysValues, rope, rotate
+from manipi.model.gemma import Block, ExpertLayer, KeysValues, rope, rotate
 
 PROMPT, STEPS = 48, 10
 GOALS = {"three cameras": (1.1, None), "LIBERO's shape": (1.5, 2.3)}
@@ -77,8 +78,9 @@ class Plain:
         bias = torch.where(mask_BTS, 0.0, MASKED)[:, None]
         rotation = rope(position_BT, self.model.gemma.head_dim)
         for index, block in enumerate(self.model.gemma.blocks):
-            layer: ExpertLayer = block.experts[name]
+            layer = cast(ExpertLayer, cast(Block, block).experts[name])
             q, k, v, gate = layer.project(x, None, dtype, queries=x.shape[1])
+            assert q is not None, "every token asks"
             q, k = rotate(q, rotation), rotate(k, rotation)
             if past is not None:
                 k, v = (torch.cat(pair, dim=1) for pair in zip(past[index], (k, v), strict=True))

@@ -175,17 +175,19 @@ def beside_lerobot(name: str, root: Path) -> Measure:
     task = {"root": str(root), "action": shown.pipeline.robot.action_key, "fps": dataset.fps, "horizon": HORIZON}
     task |= {"batch": batch, "workers": WORKERS, "skip": skip, "count": count, "rows": [*chain(*rows)]}
     command = [os.environ["MANIPI_LEROBOT_PYTHON"], str(Path(__file__).with_name("lerobot_rate.py"))]
-    pairs, pipes = [], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pairs, pipe = [], subprocess.PIPE
     with (
-        subprocess.Popen(command, start_new_session=True, text=True, **pipes) as theirs,
+        subprocess.Popen(command, start_new_session=True, text=True, stdin=pipe, stdout=pipe) as theirs,
         Loader(partial(bare_samples, shown), sampler, num_workers=WORKERS) as loader,
     ):
+        assert theirs.stdin is not None
+        assert theirs.stdout is not None
         ours = iter(loader)
         print(json.dumps(task), file=theirs.stdin)
         list(islice(ours, skip))
         for _ in range(TURNS):
             # Workers make batches ahead, and would do so in the other's turn.
-            with stopped(*(child.pid for child in active_children())):
+            with stopped(*(child.pid for child in active_children() if child.pid)):
                 print(file=theirs.stdin, flush=True)
                 their_rate = float(theirs.stdout.readline())
             with stopped(-theirs.pid):

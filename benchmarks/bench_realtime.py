@@ -7,7 +7,9 @@ CPU time, ratios within the run. Guidance is a pass back through the action expe
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +26,11 @@ H, A = 50, 32
 class Instant:
     """Answers at once."""
 
-    metadata = {"real_time": True}  # noqa: RUF012 - nobody changes it.
+    @property
+    def metadata(self) -> dict:
+        return {"real_time": True}
 
-    def infer(self, observation: dict) -> dict:
+    def infer(self, observation: Mapping[str, Any]) -> dict:
         return {"actions": np.zeros((H, A), np.float32)}
 
     def reset(self) -> None:

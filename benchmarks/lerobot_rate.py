@@ -5,7 +5,7 @@ import sys
 import time
 
 import torch
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.lerobot_dataset import LeRobotDataset  # type: ignore[reportMissingImports]
 
 if __name__ == "__main__":
     task = json.loads(sys.stdin.readline())
