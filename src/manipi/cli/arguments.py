@@ -9,8 +9,21 @@ from typing import TypeVar
 import tyro
 
 from manipi.errors import ConfigError
+from manipi.recipes.registry import RECIPES
 
 _T = TypeVar("_T")
+
+
+def recipe_name(arguments: Sequence[str], command: str) -> str:
+    """The first argument. Raises ConfigError where that is a flag, or nothing."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0]
+    raise ConfigError(
+        expected=f"a recipe first: {', '.join(RECIPES)}, or path/to/file.py:function",
+        found=repr(arguments[0]) if arguments else "nothing",
+        where=f"manipi {command}",
+        next=f"manipi {command} --help",
+    )
 
 
 def parse(kind: type[_T], arguments: Sequence[str], command: str, *, default: _T | None = None) -> _T:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import parse, recipe_name
 from manipi.cli.result import table, write_result
-from manipi.errors import ConfigError
 from manipi.recipes.registry import RECIPES, load_recipe
 from manipi.train.config import TrainConfig
 
@@ -60,14 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     if arguments and arguments[0] in ("-h", "--help"):
         print(HELP)
         return
-    if not arguments or arguments[0].startswith("-"):
-        raise ConfigError(
-            expected=f"a recipe first: {', '.join(RECIPES)}, or path/to/file.py:function",
-            found=repr(arguments[0]) if arguments else "nothing",
-            where="manipi plan",
-            next="manipi plan --help",
-        )
-    target = arguments[0]
+    target = recipe_name(arguments, "plan")
     args = parse(_Plan, arguments[1:], f"plan {target}", default=_Plan(config=load_recipe(target)))
 
     from manipi.train.memory import forecast, plot_memory

@@ -9,9 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import parse, recipe_name
 from manipi.cli.result import write_result
-from manipi.errors import ConfigError
 from manipi.recipes.registry import RECIPES, load_recipe
 from manipi.train.config import TrainConfig
 from manipi.train.launch import ENVIRONMENT, Launch
@@ -52,14 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     if arguments and arguments[0] in ("-h", "--help"):
         print(HELP)
         return
-    if not arguments or arguments[0].startswith("-"):
-        raise ConfigError(
-            expected=f"a recipe first: {', '.join(RECIPES)}, or path/to/file.py:function",
-            found=repr(arguments[0]) if arguments else "nothing",
-            where="manipi train",
-            next="manipi train --help",
-        )
-    target = arguments[0]
+    target = recipe_name(arguments, "train")
     args = parse_train(target, load_recipe(target), arguments[1:])
     run_dir = args.run_dir or Path("runs") / target.rpartition(":")[2]
     if args.launch.wanted:

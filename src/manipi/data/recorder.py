@@ -31,9 +31,8 @@ from manipi.records import json_bytes
 from manipi.robots.robot import Robot
 from manipi.storage import require_absent
 from manipi.transforms.observation import ReadRobot
-from manipi.transforms.request import DELAY, PREVIOUS, SEED
 from manipi_client import Policy, Subscriber
-from manipi_client.realtime import STEP_KEY
+from manipi_client.keys import DELAY, PREVIOUS, SEED, STEP
 
 DESCRIPTION = "meta/recording.json"
 
@@ -131,7 +130,7 @@ class Recorder(Subscriber):
 
     def ask(self, policy: Policy, observation: Mapping[str, Any]) -> dict[str, Any]:
         """What `policy` answers to the observation with a seed of its own; kept for the frame that it belongs to."""
-        answers, frame = self._answers, int(observation.get(STEP_KEY, len(self._rows)))
+        answers, frame = self._answers, int(observation.get(STEP, len(self._rows)))
         observation = {SEED: self._seed + self._questions, **observation}
         self._questions += 1
         started = time.monotonic()

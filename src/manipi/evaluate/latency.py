@@ -11,7 +11,6 @@
 Shape suffixes: T query tokens, S key tokens.
 """
 
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +26,7 @@ from manipi.model.config import GemmaSize, ModelConfig, Pi0Config, Pi0FastConfig
 from manipi.model.engine import Engine
 from manipi.model.quantize import maker
 from manipi.policy import Policy
+from manipi.train.progress import peak_memory
 from manipi.types import Observation
 
 WARM_UP = 2
@@ -114,7 +114,7 @@ def profile(engine: Engine, inputs: ModelInput, *, rounds: int, host: Host | Non
         total=total,
         peak_gflops=peak / 1e9,
         bandwidth_gbs=bandwidth / 1e9,
-        memory_mb=_peak_memory(device) / 1e6,
+        memory_mb=peak_memory(device) / 1e6,
         rounds=rounds,
     )
 
@@ -234,9 +234,3 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
         with clock.stage("call"):
             call()
     return min(clock.ms["call"]) / 1e3
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -25,7 +25,7 @@ from manipi.data.stats import NEAR_CONSTANT
 from manipi.errors import ConfigError, MissingFeatureError
 from manipi.records import read_json
 from manipi.robots.robot import Robot
-from manipi.transforms.request import DELAY, PREVIOUS, SEED
+from manipi_client.keys import DELAY, PREVIOUS, SEED
 
 _BLOCK = 32
 

@@ -45,11 +45,10 @@ from manipi.serve.pages import Pages
 from manipi.serve.state import Client, ServerState
 from manipi.types import Observation
 from manipi_client import wire
-from manipi_client.errors import ManipiClientError, ProtocolError
+from manipi_client.errors import ManipiClientError, ProtocolError, error_to_text
+from manipi_client.keys import DEADLINE, RESET, SEED
 
 logger = logging.getLogger(__name__)
-
-RESET, DEADLINE, SEED = "manipi/reset", "manipi/deadline_ms", "manipi/seed"
 
 _MAX_ITEMS = 2_048
 """List and map items in an observation, and characters in a text of it. Arrays count as one."""
@@ -353,9 +352,9 @@ class PolicyServer:
                 where="policy.infer on the server",
                 next=f"find id {incident} in the server's log: the traceback is there",
             )
-        code = getattr(error, "code", type(error).__name__)
-        self._state.note_error(client, code, str(error))
-        return f"{code}\n{error}"
+        text = error_to_text(error)
+        self._state.note_error(client, text.partition("\n")[0], str(error))
+        return text
 
 
 async def _in_time(answer: Coroutine[Any, Any, Answer], closed: "asyncio.Future[None]", left_s: float | None) -> Answer:

@@ -16,7 +16,6 @@ Not counted: what kernels allocate within themselves, the CUDA context, and the 
 for these. Kernels are those of the CPU, whose RMS norm saves one float32 tensor more than the fused one of CUDA.
 """
 
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from manipi.storage import atomic_write
 from manipi.train.config import TrainConfig
 from manipi.train.launch import mesh_shape
 from manipi.train.loop import train_step
+from manipi.train.progress import peak_memory
 from manipi.train.state import TrainState, unallocated_model
 
 PARTS = ("weights", "optimizer", "average", "gradients", "batch", "activations", "temporary")
@@ -311,18 +311,10 @@ def memory_report(config: TrainConfig, batch: ModelInput, gpus: int = 1) -> Iter
     if is_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     yield
-    measured = torch.cuda.max_memory_allocated(device) if is_gpu else peak_resident_bytes()
+    measured = peak_memory(device)
     what = "measured" if is_gpu else "of tensors in a step; the process, libraries and data included, peaked at"
     peak = forecast(config, batch.to("cpu"), gpus=gpus).peak
     tqdm.write(f"memory  forecast {peak / GIB:.2f} GiB{',' if is_gpu else ''} {what} {measured / GIB:.2f} GiB")
-
-
-def peak_resident_bytes() -> int:
-    """The most memory that this process has had in use so far."""
-    import resource  # which Windows lacks
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def plot_memory(memory: StepMemory, path: Path, capacity: int | None = None) -> None:

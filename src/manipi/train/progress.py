@@ -97,7 +97,7 @@ class ProgressLog:
         seconds, here = time.perf_counter() - self._started, len(self._waits)
         speed = {"samples_per_s": here * self._batch_size / seconds, "time_per_step": seconds / here}
         use = {"mfu": self._work / seconds / self._peak} if self._peak else {}
-        use["peak_memory_gb"] = peak_memory(self._device)
+        use["peak_memory_gb"] = peak_memory(self._device) / 1e9
         waits = data_wait(self._waits, seconds)
         spikes = {"spikes": self._spikes} if self._spikes else {}
         self._log.log(step, {**means, **speed, **use, **waits, **spikes, "time": time.time()})
@@ -112,12 +112,12 @@ class ProgressLog:
         self._window, self._spikes = list[Mapping[str, Tensor | float]](), list[Mapping[str, Any]]()
 
 
-def peak_memory(device: torch.device) -> float:
-    """The most that was ever in use, in GB: of the GPU by torch, else of this process in RAM."""
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were ever in use: of the GPU by torch, else of this process in RAM."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def data_wait(waits: Sequence[float], seconds: float) -> dict[str, float]:

@@ -16,8 +16,7 @@ import numpy as np
 
 from manipi.errors import ObservationError
 from manipi.types import Observation
-
-PREVIOUS, DELAY, SEED = "manipi/prev_actions", "manipi/delay", "manipi/seed"
+from manipi_client.keys import DELAY, PREVIOUS, SEED
 
 _RECORDED = ("actions", "action_valid", "delay")
 """A recorded frame may bring its actions along; the policy must not see them."""

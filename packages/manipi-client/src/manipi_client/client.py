@@ -40,12 +40,12 @@ from manipi_client.errors import (
     ProtocolError,
     error_from_text,
 )
+from manipi_client.keys import DEADLINE
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 0.2
 
-DEADLINE_KEY = "manipi/deadline_ms"
 """Observation key: how long after the request the answer is still of use. manipi's server sheds what would be late."""
 
 # websockets 15 brought both. Keepalive pings would end a connection to a server that computes for long without
@@ -99,7 +99,7 @@ class WebsocketPolicy:
         self._uri = _uri(host, port)
         self._headers = {"Authorization": f"Api-Key {token}"} if token else {}
         self._connect_timeout, self._request_timeout = connect_timeout, request_timeout
-        self._told = {} if deadline is None else {DEADLINE_KEY: deadline * 1000}
+        self._told = {} if deadline is None else {DEADLINE: deadline * 1000}
         self._lock, self._interrupted = threading.Lock(), threading.Event()
         self._connection: ClientConnection | None = None
         self._metadata: dict[str, Any] = {}
@@ -279,12 +279,12 @@ def backoff(attempt: int) -> float:
 
 def _deadline(observation: Mapping[str, Any]) -> float:
     """In seconds."""
-    value = observation.get(DEADLINE_KEY, math.inf)
+    value = observation.get(DEADLINE, math.inf)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise InputError(
             expected="milliseconds, more than 0",
             found=repr(value),
-            where=f"observation key {DEADLINE_KEY!r}",
+            where=f"observation key {DEADLINE!r}",
             next="leave it out where an answer is always of use",
         )
     return value / 1000

@@ -91,8 +91,8 @@ class RemoteInferenceError(PolicyServerError):
 
 
 def error_to_text(error: Exception) -> str:
-    """The text frame for an error whose message has the four parts."""
-    return f"{type(error).__name__}\n{error}"
+    """The text frame for an error of four parts, behind its `code` or else the name of its type."""
+    return f"{getattr(error, 'code', '') or type(error).__name__}\n{error}"
 
 
 def error_from_text(text: str, uri: str) -> RemoteInferenceError:

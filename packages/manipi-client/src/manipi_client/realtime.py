@@ -29,16 +29,13 @@ import numpy as np
 from manipi_client.chunks import Chunk, ChunkQueue, read_chunk
 from manipi_client.client import backoff
 from manipi_client.errors import ConnectError, ConnectTimeout, InputError, PolicyServerError
+from manipi_client.keys import DELAY, PREVIOUS, STEP
 from manipi_client.motion import Motion, MotionMeter
 from manipi_client.policy import Policy
 
 logger = logging.getLogger(__name__)
 
 JOINS = ("synchronous", "asynchronous", "ensemble", "real_time")
-
-PREVIOUS_KEY, DELAY_KEY, STEP_KEY = "manipi/prev_actions", "manipi/delay", "manipi/step"
-"""Observation keys of real-time chunking: what is left of the chunk [n, A], and the steps until the answer comes; and
-the step of the episode."""
 
 _DELAYS_KEPT = 10
 
@@ -167,10 +164,10 @@ class RealTimeBroker:
         return newest is None or self._step - newest.first_step >= self._execute_steps
 
     def _ask(self, observation: Mapping[str, Any]) -> None:
-        left, observation = self._queue.left(self._step), {**observation, STEP_KEY: self._step}
+        left, observation = self._queue.left(self._step), {**observation, STEP: self._step}
         if self._join == "real_time" and len(left):
             delay = min(max(self.delays, default=self._expected_delay), len(left))
-            observation = {**observation, PREVIOUS_KEY: left, DELAY_KEY: delay}
+            observation = {**observation, PREVIOUS: left, DELAY: delay}
         self._question = _Question(self._step, time.monotonic(), self._worker.submit(self._policy.infer, observation))
 
     def _wait(self) -> None:

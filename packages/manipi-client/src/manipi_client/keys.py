@@ -1,0 +1,16 @@
+"""Keys that an observation may hold beside the robot's own; openpi's server ignores them.
+
+manipi/deadline_ms    number   how long after its arrival an answer is of use (server and client)
+manipi/reset          bool     a new episode: the noise starts again (the server)
+manipi/prev_actions   [n, A]   what is left of the chunk that the robot is executing (the policy)
+manipi/delay          int      how many of these it will have executed when the answer comes (the policy)
+manipi/seed           int      what the noise of this answer is drawn from (the policy)
+manipi/step           int      the step of the episode (logs and recordings)
+"""
+
+DEADLINE = "manipi/deadline_ms"
+RESET = "manipi/reset"
+PREVIOUS = "manipi/prev_actions"
+DELAY = "manipi/delay"
+SEED = "manipi/seed"
+STEP = "manipi/step"
