@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1
 SHARED := $(if $(MANIPI_SHARED),$(MANIPI_SHARED),../shared)
 
-.PHONY: install demo test lint types layers size parity bench bench-cli bench-serve fuzz soak bench-data bench-train bench-infer bench-realtime test-lerobot docs clean help
+.PHONY: install demo test lint types layers size parity bench bench-cli bench-serve fuzz soak bench-data bench-train bench-infer bench-realtime test-lerobot test-client docs clean help
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -86,8 +86,21 @@ $(LEROBOT)/.installed:
 	  ln -sf $$f $${f%%-*}.so.$$(echo $$f | sed -E 's/.*\.so\.([0-9]+)\..*/\1/'); done
 	@touch $@
 
+CLIENT := .venv-client
+PYTHON38 ?= python3.8
+test-client: $(CLIENT)/.installed  ## the client package's tests on Python 3.8 and NumPy 1 (PYTHON38=its program)
+	# websockets 13.1, the last for 3.8, starts a connection's thread before all of the connection is there for it.
+	$(CLIENT)/bin/python -m pytest -q -c /dev/null --rootdir . --confcutdir tests/client --import-mode importlib -p no:cacheprovider \
+	  -W error -W default::pytest.PytestUnhandledThreadExceptionWarning tests/client
+
+$(CLIENT)/.installed: packages/manipi-client/pyproject.toml
+	test -x $(CLIENT)/bin/python || $(PYTHON38) -m venv $(CLIENT)
+	# The client is not installed in place: hatchling's newest releases want a newer Python.
+	$(CLIENT)/bin/pip install --quiet --disable-pip-version-check pytest ./packages/manipi-client
+	@touch $@
+
 docs: $(READY)  ## check that the documentation's links, commands and file tree are true
 	$(BIN)/python -m pytest -q tests/docs
 
 clean:
-	rm -rf $(VENV) $(LEROBOT) .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(LEROBOT) $(CLIENT) .pytest_cache .ruff_cache .import_linter_cache

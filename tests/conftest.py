@@ -1,7 +1,6 @@
 """A learnable toy dataset, and training configs so small that a run takes a second."""
 
 import os
-import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+from tests.interrupt import interruptible
 
 from manipi.data.dataset import Feature
 from manipi.data.lerobot_writer import LeRobotWriter
@@ -18,6 +18,8 @@ from manipi.recipes.registry import load_recipe
 from manipi.robots.tabletop import TABLETOP
 from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from manipi.train.loop import train
+
+__all__ = ["interruptible"]
 
 # Examples have no deadline: timings are no tests.
 hypothesis.settings.register_profile("manipi", deadline=None)
@@ -90,14 +92,6 @@ def tiny(toy_dataset) -> Callable[..., TrainConfig]:
         return replace(recipe, **settings | changes)
 
     return shrink
-
-
-@pytest.fixture
-def interruptible():
-    """Ctrl-C as in a terminal: jobs in the background of a shell are started deaf to it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

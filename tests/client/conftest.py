@@ -4,6 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.interrupt import interruptible
+
+__all__ = ["interruptible"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

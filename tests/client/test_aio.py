@@ -81,17 +81,15 @@ def test_nobody_listens():
 
 
 def test_a_deadline_travels_and_ends_the_wait():
-    with (
-        FakePolicyServer(echo, delay_s=slow_if_odd) as server,
-        WebsocketPolicy(port=server.port, deadline=0.1) as policy,
-    ):
-        started = time.monotonic()
-        with pytest.raises(InferenceTimeout, match=r"within 0\.1 s"):
-            policy.infer({"n": 1})
-        assert time.monotonic() - started < 0.4
-        assert policy.infer({"n": 2})["n"] == 2, "the late answer is not taken for this one"
-        assert policy.infer({"n": 4, "manipi/deadline_ms": 5000.0})["n"] == 4
-        assert [o["manipi/deadline_ms"] for o in server.observations] == [100.0, 100.0, 5000.0]
+    with FakePolicyServer(echo, delay_s=slow_if_odd) as server:
+        with WebsocketPolicy(port=server.port, deadline=0.1) as policy:
+            started = time.monotonic()
+            with pytest.raises(InferenceTimeout, match=r"within 0\.1 s"):
+                policy.infer({"n": 1})
+            assert time.monotonic() - started < 0.4
+            assert policy.infer({"n": 2})["n"] == 2, "the late answer is not taken for this one"
+            assert policy.infer({"n": 4, "manipi/deadline_ms": 5000.0})["n"] == 4
+            assert [o["manipi/deadline_ms"] for o in server.observations] == [100.0, 100.0, 5000.0]
 
 
 def test_a_lazy_client_connects_when_it_is_asked():

@@ -129,11 +129,9 @@ def test_sends_the_token_as_openpi_does(observation):
 
 
 def test_a_refusing_server_is_not_asked_again():
-    with (
-        raw_server(lambda connection: None, process_request=lambda c, request: c.respond(401, "no\n")) as port,
-        pytest.raises(ConnectError, match="401") as refused,
-    ):
-        WebsocketPolicy(port=port, token="wrong")
+    with raw_server(lambda connection: None, process_request=lambda c, request: c.respond(401, "no\n")) as port:
+        with pytest.raises(ConnectError, match="401") as refused:
+            WebsocketPolicy(port=port, token="wrong")
     assert not isinstance(refused.value, ConnectTimeout)
 
 
@@ -215,10 +213,7 @@ def test_a_port_that_says_nothing():
 
 
 def test_a_server_without_metadata():
-    with (
-        raw_server(lambda connection: connection.recv()) as port,
-        pytest.raises(ConnectTimeout, match="timed out"),
-    ):
+    with raw_server(lambda connection: connection.recv()) as port, pytest.raises(ConnectTimeout, match="timed out"):
         WebsocketPolicy(port=port, connect_timeout=0.3)
 
 
@@ -234,10 +229,7 @@ def test_after_a_timeout_a_late_answer_is_never_read_as_a_fresh_one(observation)
             time.sleep(0.6)
         return {"actions": np.zeros((1, 1)), "for": observed["prompt"]}
 
-    with (
-        FakePolicyServer(late_once) as server,
-        WebsocketPolicy(port=server.port, request_timeout=0.3) as policy,
-    ):
+    with FakePolicyServer(late_once) as server, WebsocketPolicy(port=server.port, request_timeout=0.3) as policy:
         with pytest.raises(InferenceTimeout, match=r"actions within 0\.3 s"):
             policy.infer({**observation, "prompt": "slow"})
         time.sleep(0.5)
@@ -297,6 +289,7 @@ def test_a_frozen_server_is_a_timeout(num_bytes, limit):
     with server_process() as (process, port):
         policy = WebsocketPolicy(port=port, **{limit: 0.3})
         process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # Until then it may still answer.
         started = time.monotonic()
         with pytest.raises(InferenceTimeout):
             policy.infer({"image": np.zeros(num_bytes, np.uint8), "delay": 0})

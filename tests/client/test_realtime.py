@@ -105,13 +105,11 @@ def drive(join, delay, num_steps=150, execute_steps=6):
             arm.until(observation["step"] + delay(observation["step"]))
         return policy(observation)
 
-    with (
-        FakePolicyServer(answer, REAL_TIME, delay_s=lambda number: 0.2 if number == 1 else 0.0) as server,
-        WebsocketPolicy(port=server.port) as client,
-        RealTimeBroker(client, execute_steps, join, expected_delay=4) as arm.broker,
-    ):
-        Runtime(arm, PolicyAgent(arm.broker)).run()
-        return arm.broker.motion, list(arm.broker.delays), server.observations
+    with FakePolicyServer(answer, REAL_TIME, delay_s=lambda number: 0.2 if number == 1 else 0.0) as server:
+        with WebsocketPolicy(port=server.port) as client:
+            with RealTimeBroker(client, execute_steps, join, expected_delay=4) as arm.broker:
+                Runtime(arm, PolicyAgent(arm.broker)).run()
+                return arm.broker.motion, list(arm.broker.delays), server.observations
 
 
 def fixed(step):
@@ -273,69 +271,55 @@ def test_on_starvation_may_end_the_run():
 
 @pytest.mark.parametrize("join", ["synchronous", "ensemble"])
 def test_a_network_that_fails_between_chunks(join):
-    with (
-        FakePolicyServer(lambda o: {"actions": np.ones((8, 1))}, delay_s=0.01) as server,
-        WebsocketPolicy(port=server.port) as policy,
-        RealTimeBroker(policy, 4, join) as broker,
-    ):
-        steps(broker, 0.2)
-        server.disconnect_all()
-        answers = steps(broker, 1.0)
-        assert (broker.state, broker.error) == ("running", None)
-        assert all(answer["actions"] == 1 for answer in answers)
+    with FakePolicyServer(lambda o: {"actions": np.ones((8, 1))}, delay_s=0.01) as server:
+        with WebsocketPolicy(port=server.port) as policy, RealTimeBroker(policy, 4, join) as broker:
+            steps(broker, 0.2)
+            server.disconnect_all()
+            answers = steps(broker, 1.0)
+            assert (broker.state, broker.error) == ("running", None)
+            assert all(answer["actions"] == 1 for answer in answers)
 
 
 def test_the_first_chunk_of_an_episode_raises_what_went_wrong():
     def broken(observation):
         raise ValueError("no camera")
 
-    with (
-        FakePolicyServer(broken, REAL_TIME) as server,
-        WebsocketPolicy(port=server.port) as policy,
-        RealTimeBroker(policy, 4) as broker,
-        pytest.raises(RemoteInferenceError, match="no camera"),
-    ):
-        broker.infer({})
+    with FakePolicyServer(broken, REAL_TIME) as server, WebsocketPolicy(port=server.port) as policy:
+        with RealTimeBroker(policy, 4) as broker, pytest.raises(RemoteInferenceError, match="no camera"):
+            broker.infer({})
 
 
 def test_a_server_without_real_time_is_not_asked_for_it():
     """openpi's server would drop the keys without a word."""
-    with (
-        FakePolicyServer(lambda o: {"actions": np.ones((8, 1))}) as server,
-        WebsocketPolicy(port=server.port) as policy,
-    ):
-        with RealTimeBroker(policy, 4) as broker, pytest.raises(InputError, match="manipi serve"):
-            broker.infer({})
-        with RealTimeBroker(policy, 4, "asynchronous") as broker:
-            assert broker.infer({})["actions"] == 1
+    with FakePolicyServer(lambda o: {"actions": np.ones((8, 1))}) as server:
+        with WebsocketPolicy(port=server.port) as policy:
+            with RealTimeBroker(policy, 4) as broker, pytest.raises(InputError, match="manipi serve"):
+                broker.infer({})
+            with RealTimeBroker(policy, 4, "asynchronous") as broker:
+                assert broker.infer({})["actions"] == 1
 
 
 def test_an_answer_to_the_last_episode_is_never_executed():
     def chunk(observation):
         return {"actions": np.full((8, 1), observation["episode"])}
 
-    with (
-        FakePolicyServer(chunk, REAL_TIME, delay_s=0.05) as server,
-        WebsocketPolicy(port=server.port) as policy,
-        RealTimeBroker(policy, 2) as broker,
-    ):
-        for step in range(3):
-            assert broker.infer({"episode": 1})["actions"] == 1, step
-        broker.reset()  # while the answer to step 2 is under way
-        assert broker.state == "waiting"
-        assert all(broker.infer({"episode": 2})["actions"] == 2 for _ in range(6))
+    with FakePolicyServer(chunk, REAL_TIME, delay_s=0.05) as server, WebsocketPolicy(port=server.port) as policy:
+        with RealTimeBroker(policy, 2) as broker:
+            for step in range(3):
+                assert broker.infer({"episode": 1})["actions"] == 1, step
+            broker.reset()  # while the answer to step 2 is under way
+            assert broker.state == "waiting"
+            assert all(broker.infer({"episode": 2})["actions"] == 2 for _ in range(6))
 
 
 def test_chunks_and_settings_that_do_not_fit():
-    with (
-        FakePolicyServer(lambda o: {"actions": np.ones((3, 1))}) as server,
-        WebsocketPolicy(port=server.port) as policy,
-    ):
-        with RealTimeBroker(policy, 4, "asynchronous") as broker, pytest.raises(ActionChunkError):
-            broker.infer({})
-        for settings in ((0, "real_time"), (4, "magic")):
-            with pytest.raises(InputError):
-                RealTimeBroker(policy, *settings)
+    with FakePolicyServer(lambda o: {"actions": np.ones((3, 1))}) as server:
+        with WebsocketPolicy(port=server.port) as policy:
+            with RealTimeBroker(policy, 4, "asynchronous") as broker, pytest.raises(ActionChunkError):
+                broker.infer({})
+            for settings in ((0, "real_time"), (4, "magic")):
+                with pytest.raises(InputError):
+                    RealTimeBroker(policy, *settings)
 
 
 def test_closing_does_not_wait_for_a_frozen_server():

@@ -130,10 +130,10 @@ def _read_scalar(data: Any, dtype: np.dtype) -> np.generic:
     if not isinstance(data, (bool, int, float, str, bytes)):
         raise _protocol_error("a scalar's data as a plain value", type(data).__name__)
     try:
-        value = dtype.type(data)
-        if dtype.kind in "iu" and value != data:  # NumPy before 2 wraps around.
+        # NumPy before 2 would wrap numbers around that are out of bounds, and any cuts fractions off.
+        if dtype.kind in "iu" and not (np.iinfo(dtype).min <= data <= np.iinfo(dtype).max and data == int(data)):
             raise OverflowError
-        return value
+        return dtype.type(data)
     except (TypeError, ValueError, OverflowError) as error:
         raise _protocol_error(f"a value of {dtype.str}", repr(data)) from error
 
