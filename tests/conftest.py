@@ -1,5 +1,6 @@
 """A learnable toy dataset, and training configs so small that a run takes a second."""
 
+import gc
 import os
 import subprocess
 from collections.abc import Callable
@@ -109,6 +110,7 @@ def mount(tmp_path):
 
     yield mount
     if disk.is_mount():
+        gc.collect()  # The frames of an error that was caught may hold files there.
         subprocess.run(["umount", str(disk)], check=True)
 
 

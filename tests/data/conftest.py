@@ -1,4 +1,3 @@
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -55,15 +54,9 @@ def written(write, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny_disk(tmp_path):
+def tiny_disk(mount):
     """A file system of one megabyte."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a small file system")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    return mount(1)
 
 
 @pytest.fixture

@@ -605,6 +605,8 @@ def test_a_file_that_may_not_be_read(aloha, tmp_path):
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == os.geteuid() and len(folder.parts) > 2:
             folder.chmod(0o755)
+    if subprocess.run([*drop, sys.executable, "-c", ""], capture_output=True).returncode:
+        pytest.skip("needs an interpreter that everybody may run")
     done = subprocess.run([*drop, sys.executable, "-c", script, str(aloha)], capture_output=True, text=True)
     assert "DatasetFormatError" in done.stderr
     assert "Permission denied" in done.stderr

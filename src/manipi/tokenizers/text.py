@@ -115,7 +115,8 @@ class SentencePieceTokenizer:
         p, ids = self._processor, list(range(self.vocab_size))
         kinds = (p.is_control, p.is_unknown, p.is_unused, p.is_byte)
         columns = zip(p.id_to_piece(ids), *(kind(ids) for kind in kinds), strict=True)
-        return hashlib.sha256("".join(map(repr, columns)).encode()).hexdigest()
+        # Not `repr`, which escapes what this Python's edition of Unicode cannot print.
+        return hashlib.sha256("".join(map(ascii, columns)).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -235,7 +236,7 @@ def load_tokenizer(reference: TokenizerReference, directory: str | Path) -> Text
     return tokenizer
 
 
-PALIGEMMA_PIECES_SHA256 = "6da6857da842c35d0cd307b61eba47c6139ed03b8f588a5e03ce9a5e0742dcd6"
+PALIGEMMA_PIECES_SHA256 = "6ef8ab57e8e8de5e83d941e7c5165db4da1a6ed6cad3b0e91348d248140d4802"
 """`SentencePieceTokenizer.pieces_sha256` of PaliGemma's vocabulary, the one of every released checkpoint."""
 
 PALIGEMMA_VOCABULARY = 257_152
