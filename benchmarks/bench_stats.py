@@ -1,4 +1,4 @@
-"""Norm stats of a 14-dimensional robot: frames per second on two cores, and beside openpi's own way.
+"""Norm stats of a robot of 14 dimensions, or `--dims`: frames per second on two cores, and beside openpi's own way.
 
 Rates are frames per second of processor time, times two, which is what two free cores give; wall time is printed
 beside them. `memory`: the columns are there; `parquet`: they are read from a LeRobot dataset first.
@@ -28,26 +28,26 @@ from manipi.data.lerobot_writer import LeRobotWriter
 from manipi.data.stats import Workers, compute_norm_stats
 from manipi.robots import Joints, Robot, State
 
-HORIZON, DIMS, LENGTH, CORES = 50, 14, 500, 2
+HORIZON, LENGTH, CORES = 50, 500, 2
 REPEATS, OPENPI_FRAMES, BATCH = 5, 8_192, 32
 
 
-def robot(*, relative: bool) -> Robot:
-    state = (State("observation.state", DIMS),)
-    actions = (Joints(DIMS, relative=relative),)
+def robot(dims: int, *, relative: bool) -> Robot:
+    state = (State("observation.state", dims),)
+    actions = (Joints(dims, relative=relative),)
     return Robot(name="bench", cameras={"base": "top"}, state=state, actions=actions, action_key="action")
 
 
-def write(root: Path, episodes: int, *, pictures: bool) -> Path:
+def write(root: Path, episodes: int, dims: int, *, pictures: bool) -> Path:
     """Smooth random walks; with pictures of 480 by 640, as in the sets that openpi is fine-tuned on."""
-    vector = Feature(kind="vector", shape=(DIMS,), dtype="float32")
+    vector = Feature(kind="vector", shape=(dims,), dtype="float32")
     features = {"observation.state": vector, "action": vector}
     if pictures:
         features["top"] = Feature(kind="image", shape=(480, 640, 3), dtype="video")
     rng = np.random.default_rng(0)
     with LeRobotWriter(root, fps=50, features=features, robot_type="bench") as writer:
         for _ in range(episodes):
-            action = np.sin(np.cumsum(rng.normal(0, 0.02, (LENGTH, DIMS)), axis=0)).astype(np.float32)
+            action = np.sin(np.cumsum(rng.normal(0, 0.02, (LENGTH, dims)), axis=0)).astype(np.float32)
             state = action + rng.normal(0, 0.01, action.shape).astype(np.float32)
             episode = {"observation.state": state, "action": action}
             if pictures:
@@ -76,9 +76,9 @@ def timed(frames: int, run: Callable[[], object]) -> Rate:
 
 def ours(dataset: Dataset, *, relative: bool) -> Rate:
     rows = np.arange(dataset.num_frames)
-    workers = Workers(threads=CORES)
+    workers, dims = Workers(threads=CORES), dataset.features["action"].shape[0]
     return timed(
-        len(rows), lambda: compute_norm_stats(dataset, robot(relative=relative), HORIZON, rows, workers=workers)
+        len(rows), lambda: compute_norm_stats(dataset, robot(dims, relative=relative), HORIZON, rows, workers=workers)
     )
 
 
@@ -130,12 +130,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--openpi", type=Path)
     parser.add_argument("--episodes", type=int, default=600)
+    parser.add_argument("--dims", type=int, default=14, help="of state and action; the goals are for 14")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        root = write(Path(folder) / "columns", args.episodes, pictures=False)
+        root = write(Path(folder) / "columns", args.episodes, args.dims, pictures=False)
         rates: dict[str, list[Rate]] = {}
         kind = running_stats(args.openpi) if args.openpi else None
-        filmed = open_dataset(write(Path(folder) / "filmed", 1, pictures=True)) if args.openpi else None
+        filmed = open_dataset(write(Path(folder) / "filmed", 1, args.dims, pictures=True)) if args.openpi else None
         for _ in range(REPEATS):
             for relative, name in ((False, "absolute"), (True, "relative")):
                 dataset = open_dataset(root)

@@ -28,10 +28,14 @@ _NEXT = "free some space or choose another folder; nothing half-written was left
 
 
 @contextmanager
-def atomic_directory(target: Path, next: str = _NEXT) -> Iterator[Path]:
+def atomic_directory(target: Path, next: str = _NEXT, *, resume: bool = False) -> Iterator[Path]:
     """A temporary sibling of `target` that takes its name when the block ends well, and vanishes when it does not.
 
     A process that is killed inside the block leaves the sibling behind, for `remove_partial`.
+
+    Args:
+        resume: whether a block that does not end well leaves the sibling for the next call, which finds it as it was;
+            the caller sees to it that there is one call at a time.
 
     Raises:
         StorageError: `target` exists already, the disk is full, or the folder cannot be written.
@@ -40,7 +44,10 @@ def atomic_directory(target: Path, next: str = _NEXT) -> Iterator[Path]:
     require_absent(target)
     with storage_errors(target, next):
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        if resume:
+            (partial := target.with_name(f".{target.name}.partial")).mkdir(exist_ok=True)
+        else:
+            partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
         partial.chmod(0o755)  # mkdtemp makes private folders; ours is handed to other users and machines
         try:
             yield partial
@@ -49,7 +56,8 @@ def atomic_directory(target: Path, next: str = _NEXT) -> Iterator[Path]:
             partial.rename(target)
             _sync_entry(target.parent)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not resume:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
 
 

@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import numpy as np
 import pytest
+
+from manipi.remote import stores
 
 GCS = "/storage/v1/b/openpi-assets/o"
 
@@ -170,6 +172,15 @@ def _sha1(data):
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    for name in ("MANIPI_OFFLINE", "HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MANIPI_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path / "openpi"))
+    monkeypatch.setattr(stores, "PAUSES", (0.01, 0.02, 0.03, 0.04, 0.05))
+
+
 @pytest.fixture
 def store():
     with Store() as server:
@@ -178,6 +189,20 @@ def store():
         yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def serve(store, shared_datasets):
+    """Put a folder of files, or a dataset of that name, into the store; its URL."""
+
+    def serve(name: str | Path) -> str:
+        folder = shared_datasets / name
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                store.files[f"{folder.name}/{path.relative_to(folder)}"] = path.read_bytes()
+        return f"{store.url}/{folder.name}"
+
+    return serve
 
 
 @pytest.fixture

@@ -9,32 +9,9 @@ import pytest
 
 from manipi.data.dataset import open_dataset
 from manipi.errors import FetchError
-from manipi.remote import stores
 from manipi.remote.fetch import home
 
 CAMERA = "observation.images.cam_high"
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    for name in ("MANIPI_OFFLINE", "HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MANIPI_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(stores, "PAUSES", (0.01, 0.02, 0.03, 0.04, 0.05))
-
-
-@pytest.fixture
-def serve(store, shared_datasets):
-    """Put a dataset's files into the store; its URL."""
-
-    def serve(name: str) -> str:
-        folder = shared_datasets / name
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                store.files[f"{name}/{path.relative_to(folder)}"] = path.read_bytes()
-        return f"{store.url}/{name}"
-
-    return serve
 
 
 def videos() -> list[Path]:
@@ -78,13 +55,6 @@ def test_a_video_that_the_store_has_lost(serve, store):
         del store.files[name]
     with pytest.raises(FetchError, match=r"cam_high.*file-000\.mp4"):
         dataset.images(CAMERA, np.array([0]))
-
-
-def test_rlds_comes_as_a_whole(serve, shared_datasets):
-    name = "synthetic_droid_rlds/droidlike/1.0.0"
-    dataset, local = open_dataset(serve(name), fields="droid_joint_position"), shared_datasets / name
-    expected = open_dataset(local, fields="droid_joint_position")
-    np.testing.assert_array_equal(dataset.column("joint_position"), expected.column("joint_position"))
 
 
 def test_no_dataset_there(store):

@@ -8,21 +8,11 @@ from pathlib import Path
 import pytest
 
 from manipi.errors import FetchError, StorageError, UnknownNameError
-from manipi.remote import stores
 from manipi.remote.fetch import fetch, home, verify
 from manipi.remote.stores import BLOCK
 
 FETCH = "import sys; from manipi.remote.fetch import fetch; print(fetch(sys.argv[1], show=False))"
 WRONG = "0" * 32
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    for name in ("MANIPI_OFFLINE", "HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MANIPI_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path / "openpi"))
-    monkeypatch.setattr(stores, "PAUSES", (0.01, 0.02, 0.03, 0.04, 0.05))
 
 
 def start(source: str, **env: str) -> subprocess.Popen:

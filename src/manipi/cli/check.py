@@ -54,10 +54,13 @@ def main(arguments: Sequence[str]) -> None:
 
     from manipi.data.check import check_dataset
     from manipi.data.checks.page import write_check_page
+    from manipi.data.dataset import fetch_tables
     from manipi.remote.fetch import fetch
 
     robot = load_robot(args.robot) if args.robot else None
-    folder = fetch(f"{args.dataset.rstrip('/')}/") if "://" in args.dataset else Path(args.dataset)
+    folder = fetch_tables(args.dataset) if "://" in args.dataset else Path(args.dataset)
+    if "://" in args.dataset and (folder / "meta").is_dir():  # LeRobot's videos are all looked at
+        folder = fetch(f"{args.dataset.rstrip('/')}/")
     report = check_dataset(folder, robot=robot, quick=args.quick, num_workers=args.num_workers)
     write_result(report, args.json)
     if args.html is not None:

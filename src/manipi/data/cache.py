@@ -15,6 +15,7 @@ import shutil
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -34,7 +35,7 @@ CacheFormat: TypeAlias = Literal["raw", "jpeg"]
 _BLOCK = 4096
 _QUALITY = 95
 _ROWS = 256
-"""Pictures decoded at a time while the cache is filled ahead."""
+"""Rows of one camera decoded at a time while the cache is filled ahead."""
 
 
 class CachedDataset(Dataset):
@@ -114,12 +115,14 @@ class CachedDataset(Dataset):
 
     def fill(self, *, show: bool = True) -> None:
         """Decode all that is not there yet, in file order: less work in all than in the sampler's, but done now."""
-        for camera, kept in self._pictures.items():
-            missing = kept.missing()
-            with tqdm(total=len(missing), desc=f"decode {camera}", unit="frame", disable=not show) as progress:
-                for start in range(0, len(missing), _ROWS):
-                    self.images(camera, missing[start : start + _ROWS])
-                    progress.update(len(missing[start : start + _ROWS]))
+        missing = {camera: kept.missing() for camera, kept in self._pictures.items()}
+        total = sum(map(len, missing.values()))
+        with tqdm(total=total, desc="decode", unit="picture", disable=not show) as progress:
+            # All cameras of some rows, and then of the next: a record file has all of them.
+            for start, (camera, left) in product(range(0, self.num_frames, _ROWS), missing.items()):
+                rows = left[slice(*np.searchsorted(left, (start, start + _ROWS)))]
+                self.images(camera, rows)
+                progress.update(len(rows))
 
     def _read_images(self, camera: str, rows: np.ndarray) -> np.ndarray:
         kept, shape = self._pictures[camera], self.features[camera].shape

@@ -76,7 +76,7 @@ def check_dataset(
 
 
 def sort_episodes(
-    root: Path, *, robot: Robot | None = None, num_workers: int | None = None
+    root: Path, *, robot: Robot | None = None, fields: str = "", num_workers: int | None = None
 ) -> tuple[tuple[int, ...], dict[int, str]]:
     """The numbers of the episodes that training can use; and of those that it cannot, each with its first error.
 
@@ -86,6 +86,7 @@ def sort_episodes(
 
     Args:
         robot: look at the features alone that this robot names; None: at all of them.
+        fields: of RLDS, as `open_dataset` takes it.
 
     Raises:
         DataError: something is wrong that no choice of episodes avoids.
@@ -95,7 +96,7 @@ def sort_episodes(
         keys = {
             robot.dataset_key(k) for k in (*robot.cameras.values(), *(s.key for s in robot.state), robot.action_key)
         }
-    findings, rows, to_decode = _open(root, keys)
+    findings, rows, to_decode = _open(root, keys, fields)
     if rows is not None:
         findings += values.read_signals(rows, keys)[1]
     if to_decode is not None:
@@ -110,11 +111,11 @@ def sort_episodes(
     return tuple(sound), dict(sorted(bad.items()))
 
 
-def _open(root: Path, keys: set[str] | None) -> tuple[list[Finding], Dataset | None, Dataset | None]:
+def _open(root: Path, keys: set[str] | None, fields: str = "") -> tuple[list[Finding], Dataset | None, Dataset | None]:
     """What the format's own checks find, the episodes whose rows can be read, and those whose pictures can be tried."""
     if (root / "meta").is_dir():
         return open_lerobot(root, keys)
-    dataset = open_dataset(root)
+    dataset = open_dataset(root, fields=fields)
     return list(_timestamps(dataset)), dataset, dataset
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float32, Int64, UInt8
 
 from manipi.data.shared import SharedArray
 from manipi.errors import BadValueError, ConfigError, DatasetNotFoundError, FetchError, MissingFeatureError
-from manipi.remote.fetch import fetch
+from manipi.remote.fetch import fetch, is_here
 from manipi.types import Frame
 
 PromptSource: TypeAlias = Literal["task", "subtask"]
@@ -249,14 +249,18 @@ def action_chunks(
 
 
 def fetch_tables(url: str) -> Path:
-    """The local folder of a dataset elsewhere: what can be read without pictures is there, of RLDS everything."""
+    """The local folder of a dataset elsewhere, with its metadata and, of LeRobot, its tables."""
+    from manipi.data.rlds_index import fetch_metadata
+
     url = url.rstrip("/")
+    if is_here(f"{url}/dataset_info.json"):
+        return fetch_metadata(url)
     try:
         meta = fetch(f"{url}/meta/")
     except FetchError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
-        return fetch(f"{url}/")
+        return fetch_metadata(url)
     fetch(f"{url}/data/")
     return meta.parent
 
@@ -266,7 +270,8 @@ def open_dataset(
 ) -> Dataset:
     """Open a dataset with the reader of its format and version.
 
-    Of a URL, metadata and tables are fetched; LeRobot's videos are when they are first needed, RLDS files at once.
+    Of a URL, metadata and tables are fetched; LeRobot's videos are when they are first needed. RLDS record files come
+    one after the other while their index is made, and again when pictures of them are needed (`remote.loan`).
     LeRobot has meta/info.json in it; RLDS features.json, dataset_info.json and *.tfrecord* files.
 
     Args:

@@ -43,14 +43,14 @@ def read_values(path: Path, widths: Mapping[str, int], root: Path) -> dict[str, 
 
 def _rectangle(column: pa.ChunkedArray, key: str, width: int, path: Path, root: Path) -> np.ndarray:
     """All numbers of a column of numbers or of (nested) lists of numbers."""
-    flat = column.combine_chunks()
+    flat = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     while pa.types.is_nested(flat.type):
         flat = flat.flatten()
     values = flat.to_numpy(zero_copy_only=False)
     if len(values) != len(column) * width:
         found = f"{len(values)} numbers in {len(column)} rows"
         broken(root, f"{width} numbers per row in {key!r}, as meta/info.json says", found, path)
-    return values.astype(np.float32 if values.dtype.kind == "f" else np.int64).reshape(-1, width)
+    return values.astype(np.float32 if values.dtype.kind == "f" else np.int64, copy=False).reshape(-1, width)
 
 
 def row_faults(

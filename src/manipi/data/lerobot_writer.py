@@ -229,7 +229,10 @@ class _TableFile:
 
     def _flush(self) -> None:
         table = pa.concat_tables(self._waiting).combine_chunks()
-        self._file = self._file or pq.ParquetWriter(self._path, table.schema)
+        # Dictionaries of numbers that hardly repeat are larger than the numbers, and slower to read.
+        repeat = [field.name for field in table.schema if pa.types.is_integer(field.type)]
+        options: dict[str, Any] = {"use_dictionary": repeat}
+        self._file = self._file or pq.ParquetWriter(self._path, table.schema, **options)
         self._file.write_table(table)
         self._waiting, self._num_waiting = [], 0
 

@@ -4,7 +4,7 @@ import hashlib
 import io
 import math
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,8 @@ from manipi.data.tfrecord import broken
 from manipi.errors import DatasetNotFoundError
 from manipi.records import fingerprint
 
-_OPEN_FILES = 64
-"""Record files kept open per process."""
+_OPEN_FILES, _OPEN_LOANS = 64, 1
+"""Record files kept open per process, local ones and those of a store, which has no room for others meanwhile."""
 
 
 class RldsDataset(Dataset):
@@ -48,7 +48,8 @@ class RldsDataset(Dataset):
         self._source = source = read_source(root, fields, split)
         self._index = RldsIndex(source, show=show)
         self._spans = {name: self._index.array(f"picture:{name}", np.int64, 2) for name in source.pictures}
-        self._file = lru_cache(maxsize=_OPEN_FILES)(_File)
+        open_files = _OPEN_LOANS if source.origin else _OPEN_FILES
+        self._file = lru_cache(maxsize=open_files)(partial(_File, self._index))
         features = {key: source.vector(key) for key in source.fields.vectors}
         features |= {name: source.steps[name] for name in source.fields.prompts}
         super().__init__(root=root, name=source.name, fps=fields.fps, features=features, episodes=self._index.episodes)
@@ -83,14 +84,18 @@ class RldsDataset(Dataset):
         return images
 
     def _read_picture(self, feature: str, row: int) -> np.ndarray:
-        path, (offset, size) = self._path(row), self._spans[feature][row].tolist()
+        offset, size = self._spans[feature][row].tolist()
         try:
-            return decode(self._file(path).read(offset, size))
+            return decode(self._file(self._number(row)).read(offset, size))
         except (OSError, ValueError) as error:
-            where = f"{path}, {self.locate(row)}, byte {offset}"
+            where = f"{self._path(row)}, {self.locate(row)}, byte {offset}"
             broken(f"a JPEG or PNG picture in {feature!r}", f"{error}, in {size} bytes", where)
 
     def _path(self, row: int) -> Path:
+        return self._source.files[self._number(row)]
+
+    def _number(self, row: int) -> int:
+        """Of the row's record file."""
         return self._index.files[int(self.episode_of(np.asarray(row)))]
 
     def _draw(self, what: str, row: int, count: int) -> int:
@@ -110,8 +115,9 @@ class RldsDataset(Dataset):
 class _File:
     """An open file that closes with its last reference: in a cache, when it has not been read for longest."""
 
-    def __init__(self, path: Path):
-        self._handle = os.open(path, os.O_RDONLY)
+    def __init__(self, index: RldsIndex, number: int):
+        self._loan = index.record_file(number)
+        self._handle = os.open(self._loan.path, os.O_RDONLY)
 
     def __del__(self) -> None:
         if hasattr(self, "_handle"):

@@ -13,14 +13,21 @@ Making it reads every record file once, from front to back, and checks every che
 read of its own bytes, where TensorFlow has to read its whole episode. It is 16 bytes per picture and 4 per number (an
 eight-dimensional state, eight-dimensional actions, three cameras: 124 bytes per step), and is made anew when the files
 change in name, size or time, or the map in what it reads.
+
+Record files of a store are on loan (`remote.loan`) while they are read: `_AHEAD` come while one is indexed. What was
+read of each is kept in .index.partial/progress.jsonl, so that the next opening goes on behind the last whole file.
 """
 
 import hashlib
+import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -30,14 +37,27 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from manipi.data.dataset import Episode, Feature
-from manipi.data.rlds_fields import RldsFields
+from manipi.data.rlds_fields import FIELDS_FILE, RldsFields
 from manipi.data.tfrecord import Example, Record, broken, read_json, read_records
-from manipi.errors import ConfigError, DatasetNotFoundError, MissingFeatureError, unknown_name
+from manipi.errors import (
+    ConfigError,
+    DatasetFormatError,
+    DatasetNotFoundError,
+    FetchError,
+    MissingFeatureError,
+    unknown_name,
+)
 from manipi.records import fingerprint, write_json
+from manipi.remote.fetch import fetch, is_here, origin
+from manipi.remote.loan import Loan, make_room
+from manipi.remote.stores import fetch_error
 from manipi.storage import atomic_directory, home, remove_partial, storage_errors
 
-_FORMAT = 1
+_FORMAT = 2
 """Of the index; another number makes all indexes anew."""
+_AHEAD = 2
+"""Record files that are fetched while one is indexed."""
+_INFO = "dataset_info.json"
 _INSTRUCTIONS = ("language_instruction", "natural_language_instruction")
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
@@ -47,6 +67,8 @@ class Source:
     """One split of a dataset in a version's folder, and what of it is read."""
 
     root: Path
+    origin: str
+    """The address that record files are fetched from; empty where they are in `root`."""
     name: str
     files: tuple[Path, ...]
     num_records: tuple[int, ...]
@@ -57,6 +79,10 @@ class Source:
     """All features of a step that can be read."""
     fields: RldsFields
     """The map, with the features themselves where it says to take all."""
+
+    def record_file(self, number: int) -> Loan:
+        path = self.files[number]
+        return Loan(f"{self.origin}/{path.relative_to(self.root)}" if self.origin else str(path))
 
     @property
     def pictures(self) -> list[str]:
@@ -93,6 +119,23 @@ def _is_version(folder: Path) -> bool:
     return any(name in ("features.json", "dataset_info.json") or ".tfrecord" in name for name in os.listdir(folder))
 
 
+def fetch_metadata(url: str) -> Path:
+    """The folder that a version's metadata are in, and its record files later. FetchError where there is no version."""
+    optional = [] if is_here(f"{url}/{_INFO}") else [FIELDS_FILE]
+    # What comes last tells that all that there is came.
+    for name in (*optional, "features.json", _INFO):
+        try:
+            path = fetch(f"{url}/{name}", show=False)
+        except FetchError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            if name not in optional:
+                next = f"give the address of the dataset itself; of RLDS that of a version, such as {url}/1.0.0"
+                found = f"no {name}"
+                raise fetch_error("LeRobot's meta/info.json, or an RLDS version", found, url, next) from error
+    return path.parent  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
 def read_info(root: Path) -> dict[str, Any]:
     """dataset_info.json, which has a name and splits; else DatasetFormatError."""
     info = read_json(root / "dataset_info.json")
@@ -125,6 +168,7 @@ def read_source(root: Path, fields: RldsFields, split: str) -> Source:
             _require(steps, name, kind, root)
     return Source(
         root=root,
+        origin=origin(root / _INFO).removesuffix(f"/{_INFO}"),
         name=info["name"],
         files=files,
         num_records=num_records,
@@ -216,16 +260,29 @@ class RldsIndex:
     """
 
     def __init__(self, source: Source, *, show: bool):
-        self._folder = _make(source, show)
+        self._folder, self._source = _make(source, show), source
         index = read_json(self._folder / "index.json")
         self.digest: str = index["digest"]
         """SHA-256 over length and checksum of every record."""
         self.texts: list[str] = index["texts"]
         self.num_frames: int = sum(length for _, _, length, _ in index["episodes"])
-        self.files = [source.files[file] for _, file, _, _ in index["episodes"]]
-        """The record file of each episode."""
+        self.files: list[int] = [file for _, file, _, _ in index["episodes"]]
+        """The number of each episode's record file."""
+        self._sha256: list[str] = index["sha256"]
         self.prompts = self.array("prompts", np.int32, len(source.fields.prompts))
         self.episodes = list(self._episodes(index["episodes"]))
+
+    def record_file(self, number: int) -> Loan:
+        """The file that was indexed. Raises DatasetFormatError where the store now has another one."""
+        loan = self._source.record_file(number)
+        if loan.sha256 != self._sha256[number]:
+            raise DatasetFormatError(
+                expected=f"the record file that was indexed, SHA-256 {self._sha256[number]}",
+                found=f"another one, {loan.sha256}",
+                where=str(loan.path),
+                next=f"rm -r {self._source.root} {self._folder}  # then it is fetched and indexed as it is now",
+            )
+        return loan
 
     def array(self, name: str, dtype: Any, width: int) -> np.ndarray:
         """[N, width], mapped from the index's file of that name; read-only."""
@@ -247,13 +304,9 @@ def _path(folder: Path, name: str) -> Path:
 
 
 def _make(source: Source, show: bool) -> Path:
-    for path in source.files:
-        if not path.is_file():
-            broken(f"{len(source.files)} record files, as dataset_info.json says", "nothing of this name", path)
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
-    fields = source.fields
+    fields, stats = source.fields, [] if source.origin else _stats(source.files)
     read = [fields.vectors, source.pictures, fields.prompts, fields.episode_key, fields.only]
-    key = fingerprint([_FORMAT, source.root, source.metadata, stats, read])
+    key = fingerprint([_FORMAT, source.origin or source.root, source.metadata, stats, read])
     folder = home() / "rlds" / f"{source.name}-{key[:16]}"
     target = folder / "index"
     next = "free some space or choose another folder for indexes with MANIPI_HOME"
@@ -263,61 +316,118 @@ def _make(source: Source, show: bool) -> Path:
             # Of the processes of a run one makes the index, and the others wait for it.
             with FileLock(folder / ".lock"):
                 if not target.is_dir():
-                    remove_partial(folder)
-                    with atomic_directory(target, next) as partial:
+                    if not source.origin:
+                        remove_partial(folder)
+                    with atomic_directory(target, next, resume=bool(source.origin)) as partial:
                         _Builder(source, partial).run(show)
+                    make_room()
     return target
 
 
+def _stats(files: tuple[Path, ...]) -> list[tuple[str, int, int]]:
+    for path in files:
+        if not path.is_file():
+            broken(f"{len(files)} record files, as dataset_info.json says", "nothing of this name", path)
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
 class _Builder:
-    """Reads all records of a source, and writes what is not pictures into a folder."""
+    """Reads all records of a source, and writes what is not pictures into a folder.
+
+    Of each record file there is an entry, and entries are all that the index and a resumed builder need:
+
+        records   length and checksum of each         episodes   number, file, steps, key
+        texts     those not seen before                sha256     of the file, where it came from a store
+        ends      of the columns behind this file
+    """
 
     def __init__(self, source: Source, folder: Path):
         self._source, self._fields, self._folder = source, source.fields, folder
+        self._log = folder / "progress.jsonl"
+        self._entries: list[dict[str, Any]] = []
         self._texts: dict[str, int] = {}
-        self._episodes: list[tuple[int, int, int, str]] = []
-        self._digest = hashlib.sha256()
-        self._num_records = 0
 
     def run(self, show: bool) -> None:
-        sizes = [path.stat().st_size for path in self._source.files]
-        bar = tqdm(total=sum(sizes), desc=f"index {self._source.name}", unit="B", unit_scale=True, disable=not show)
         with ExitStack() as stack:
-            progress = stack.enter_context(bar)
             names = [f"vector:{key}" for key in self._fields.vectors]
             names += [f"picture:{feature}" for feature in self._source.pictures] + ["prompts"]
-            self._open = {name: stack.enter_context(_path(self._folder, name).open("wb")) for name in names}
-            for number, path in enumerate(self._source.files):
-                self._read_file(number, path, progress)
-        if not self._episodes:
+            self._open = {name: stack.enter_context(_path(self._folder, name).open("ab")) for name in names}
+            self._resume()
+            first, counts = len(self._entries), self._source.num_records
+            what = {"desc": f"index {self._source.name}", "unit": "episode", "disable": not show}
+            bar = stack.enter_context(tqdm(total=sum(counts), initial=sum(counts[:first]), **what))
+            loans = stack.enter_context(_ahead(self._source, first))
+            for number, loan in enumerate(loans, start=first):
+                self._read_file(number, loan, bar)
+        self._write_index()
+        self._log.unlink(missing_ok=True)
+
+    def _resume(self) -> None:
+        """Go on behind the last whole line of the log."""
+        lines = self._log.read_bytes().splitlines(keepends=True) if self._log.is_file() else []
+        whole = [line for line in lines if line.endswith(b"\n")]
+        self._entries = [json.loads(line) for line in whole]
+        self._texts = {text: i for i, text in enumerate(chain.from_iterable(e["texts"] for e in self._entries))}
+        if lines:
+            os.truncate(self._log, sum(map(len, whole)))
+        ends = self._entries[-1]["ends"] if whole else [0] * len(self._open)
+        for file, end in zip(self._open.values(), ends, strict=True):
+            file.truncate(end)
+            file.seek(end)
+
+    def _keep(self) -> None:
+        """The entry follows its numbers to the disk."""
+        for file in self._open.values():
+            file.flush()
+            os.fsync(file.fileno())
+        self._entries[-1]["ends"] = [file.tell() for file in self._open.values()]
+        with self._log.open("a") as log:
+            log.write(json.dumps(self._entries[-1]) + "\n")
+            log.flush()
+            os.fsync(log.fileno())
+
+    def _write_index(self) -> None:
+        episodes, records, texts = (
+            list(chain.from_iterable(entry[part] for entry in self._entries))
+            for part in ("episodes", "records", "texts")
+        )
+        if not episodes:
             raise DatasetNotFoundError(
                 expected="at least one episode" + "".join(f" with {v!r} in {k}" for k, v in self._fields.only.items()),
-                found=f"none in {self._num_records} records",
+                found=f"none in {len(records)} records",
                 where=str(self._source.root),
                 next="choose another split, or another map of fields",
             )
-        index = {"episodes": self._episodes, "texts": list(self._texts), "digest": self._digest.hexdigest()}
+        digest = hashlib.sha256("".join(f"{length} {checksum}\n" for length, checksum in records).encode())
+        sha256 = [entry["sha256"] for entry in self._entries]
+        index = {"episodes": episodes, "texts": texts, "digest": digest.hexdigest(), "sha256": sha256}
         write_json(self._folder / "index.json", index)
 
-    def _read_file(self, number: int, path: Path, progress: tqdm) -> None:
-        first, expected = self._num_records, self._source.num_records[number]
-        for record in read_records(path):
-            self._digest.update(f"{len(record.data)} {record.checksum}\n".encode())
+    def _read_file(self, number: int, loan: Loan, bar: tqdm) -> None:
+        known, episodes, records = len(self._texts), list[Any](), list[tuple[int, int]]()
+        first = sum(self._source.num_records[:number])
+        for record in read_records(loan.path):
+            episode = first + len(records)
             try:
-                self._read_record(number, record)
+                if (read := self._read_record(record)) is not None:
+                    episodes.append((episode, number, *read))
             except (ValueError, KeyError) as error:
-                found, start = str(error), record.offset
-                where = f"{path}, record {self._num_records - first} at byte {start}, episode {self._num_records}"
-                broken("an episode with the features of features.json", found, where)
-            self._num_records += 1
-            progress.update(len(record.data))
-        if (found := self._num_records - first) != expected:
-            broken(f"{expected} records, as dataset_info.json says", f"{found}", path)
+                where = f"{loan.path}, record {len(records)} at byte {record.offset}, episode {episode}"
+                broken("an episode with the features of features.json", str(error), where)
+            records.append((len(record.data), record.checksum))
+            bar.update()
+        if (expected := self._source.num_records[number]) != len(records):
+            broken(f"{expected} records, as dataset_info.json says", f"{len(records)}", loan.path)
+        texts = list(islice(self._texts, known, None))
+        self._entries.append({"records": records, "episodes": episodes, "texts": texts, "sha256": loan.sha256})
+        if self._source.origin:
+            self._keep()
 
-    def _read_record(self, file: int, record: Record) -> None:
+    def _read_record(self, record: Record) -> tuple[int, str] | None:
+        """Steps and key of the episode; None where the map leaves it out."""
         fields, example = self._fields, Example(record.data)
         if not all(part in _text(example, name) for name, part in fields.only.items()):
-            return
+            return None
         content: dict[str, np.ndarray] = {f"vector:{key}": self._vector(example, key) for key in fields.vectors}
         for name in self._source.pictures:
             content[f"picture:{name}"] = example.spans(f"steps/{name}") + np.array([record.offset, 0])
@@ -329,8 +439,7 @@ class _Builder:
         content["prompts"] = np.array(prompts, np.int32).T
         for name, values in content.items():
             self._open[name].write(values.tobytes())
-        key = "--".join(_text(example, name) for name in fields.episode_key)
-        self._episodes.append((self._num_records, file, next(iter(lengths.values())), key))
+        return next(iter(lengths.values())), "--".join(_text(example, name) for name in fields.episode_key)
 
     def _vector(self, example: Example, key: str) -> np.ndarray:
         """[T, d]"""
@@ -346,6 +455,22 @@ class _Builder:
 
     def _numbers(self, texts: list[str]) -> list[int]:
         return [self._texts.setdefault(text, len(self._texts)) for text in texts]
+
+
+@contextmanager
+def _ahead(source: Source, first: int) -> Iterator[Iterator[Loan]]:
+    """The record files from one on, of which the next `_AHEAD` are fetched while one is in use."""
+
+    def loans() -> Iterator[Loan]:
+        numbers = iter(range(first, len(source.files)))
+        waiting = deque(pool.submit(source.record_file, number) for number in islice(numbers, _AHEAD))
+        while waiting:
+            loan = waiting.popleft().result()
+            waiting.extend(pool.submit(source.record_file, number) for number in islice(numbers, 1))
+            yield loan
+
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        yield loans()
 
 
 def _text(example: Example, name: str) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Int64
 from tqdm import tqdm
 
-from manipi.data.chunk_values import Columns, Offsets, Part, parts_of
+from manipi.data.chunk_values import Columns, Offsets, Part, parts_of, transposed
 from manipi.data.dataset import Dataset
 from manipi.data.sketch import NormStatsSketch, Sketch, Tally, field_of
 from manipi.errors import ConfigError, unknown_name
@@ -113,7 +113,7 @@ def per_step_stats(
 
 def field_stats(values: np.ndarray) -> FieldStats:
     """[N, dim] -> exact statistics per dimension, float64."""
-    parts, rows = [Columns(values)], np.arange(len(values))
+    parts, rows = [Columns(transposed(values))], np.arange(len(values))
     sketches = _sketch(parts, rows, Workers(threads=1))
     return field_of(sketches, _zoom(parts, rows, sketches, Workers(threads=1)))
 
@@ -187,24 +187,27 @@ def _sketch_blocks(
 
 
 def _sketch_offsets(part: Offsets, blocks: Sequence[np.ndarray], intervals: Sequence[Interval]) -> list[Sketch]:
-    """With the extremes of every row at hand, the numbers of most rows need not be looked at for a narrow interval."""
-    blocks = [some for rows in blocks if len(some := part.with_steps(rows))]
-    if not blocks:
-        return [Sketch.of(np.zeros(0))] * len(intervals)
-    extremes = [part.extremes(rows) for rows in blocks]
+    """With bounds of every row at hand, the numbers of most rows need not be looked at for a narrow interval."""
     if intervals == [WHOLE]:
-        low, high = min(float(low.min()) for low, _ in extremes), max(float(high.max()) for _, high in extremes)
-        counted = Tally(low, high)
-        for rows in blocks:
-            counted.add(part.values(rows)[0][0])
+        found = [values for rows in blocks if (values := part.values(rows)[0][0]).size]
+        counted = Tally(*_range(found))
+        for values in found:
+            counted.add(values)
         return [counted.sketch()]
     gathered = [_Gathered(interval) for interval in intervals]
-    for rows, (low, high) in zip(blocks, extremes, strict=True):
-        reach = np.any([(high >= begin) & (low < end) for begin, end in intervals], axis=0)
+    for rows in blocks:
+        low, high = part.bounds(rows)
+        reach = np.logical_or.reduce([(high >= begin) & (low < end) for begin, end in intervals])
         ((values,), _) = part.values(rows[reach])
         for inside in gathered:
             inside.add(values, None)
     return [inside.finish() for inside in gathered]
+
+
+def _range(pieces: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The smallest and the largest number of all."""
+    lows, highs = [float(piece.min()) for piece in pieces], [float(piece.max()) for piece in pieces]
+    return min(lows, default=math.inf), max(highs, default=-math.inf)
 
 
 class _Gathered:

@@ -58,7 +58,7 @@ def fetch(source: str, *, offline: bool | None = None, show: bool = True) -> Pat
         _require_network(url, offline)
         from filelock import FileLock
 
-        target = _target(url)
+        target = target_of(url)
         with storage_errors(target, next=_ROOM):
             target.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(target.with_name(f".{target.name}.lock")):
@@ -71,6 +71,16 @@ def fetch(source: str, *, offline: bool | None = None, show: bool = True) -> Pat
 def origin(path: Path) -> str:
     """The address that a file or folder was fetched from; empty where it was not fetched by itself."""
     return _manifest(path).get("source", "")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, from its manifest where it was fetched by itself."""
+    return _manifest(path)["files"].get(".", {}).get("sha256") or _digest(path, "sha256")
+
+
+def is_here(url: str) -> bool:
+    """Whether `fetch` would find it without asking the store."""
+    return _cached(url) is not None
 
 
 def verify(path: Path) -> None:
@@ -100,7 +110,7 @@ def _cached(url: str) -> Path | None:
     """What is here already: a download of this source or of a folder around it, or openpi's copy."""
     parts = url.rstrip("/").split("/")
     for end in range(len(parts), 2, -1):
-        target, inner = _target("/".join(parts[:end])), "/".join(parts[end:])
+        target, inner = target_of("/".join(parts[:end])), "/".join(parts[end:])
         files = _manifest(target)["files"] if target.exists() else {}
         if target.exists() and not files:
             raise _altered(target, "its manifest")
@@ -133,7 +143,7 @@ def _require_network(url: str, offline: bool | None) -> None:
     if offline or (offline is None and switches):
         raise fetch_error(
             f"{url} among the downloads, as {switches[0] if offline is None else 'offline=True'} forbids the network",
-            f"nothing at {_target(url)}",
+            f"nothing at {target_of(url)}",
             url,
             f"where there is a network, run fetch({url!r}) of manipi.remote.fetch, then copy {home()} here",
         )
@@ -214,8 +224,8 @@ def _digest(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def _target(url: str) -> Path:
-    """Where a source lies. Quoted and joined by `+`, two sources never share a name."""
+def target_of(url: str) -> Path:
+    """Where a source lies once it is fetched by itself. Quoted and joined by `+`, two sources never share a name."""
     scheme, *parts = (quote(part, safe="@=:") for part in url.rstrip("/").replace("://", "/").split("/"))
     folder = "+".join((scheme, *parts[:-1]))
     if len(folder) > 200:  # a file system takes 255 bytes

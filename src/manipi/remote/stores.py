@@ -20,7 +20,7 @@ from manipi.errors import FetchError
 T = TypeVar("T")
 
 SCHEMES = ("gs", "s3", "hf", "https", "http")
-PUBLIC_BUCKETS = ("openpi-assets", "big_vision", "vertex-model-garden-paligemma-us")
+PUBLIC_BUCKETS = ("openpi-assets", "big_vision", "vertex-model-garden-paligemma-us", "gresearch")
 """Read without an account; stale credentials would only be in the way."""
 BLOCK = 16 << 20
 """Bytes of one request; a quarter after each failure, down to SMALLEST_BLOCK, and twice as many after each success."""

@@ -150,7 +150,7 @@ def _open(config: TrainConfig, settings: DatasetConfig) -> Opened:
 def _sound(settings: DatasetConfig, robot: Robot) -> tuple[int, ...]:
     """The episodes that `manipi check` finds sound; says which are left out. None named: all."""
     root = fetch_tables(settings.path) if "://" in settings.path else Path(settings.path).expanduser()
-    sound, bad = sort_episodes(root, robot=robot)
+    sound, bad = sort_episodes(root, robot=robot, fields=settings.fields)
     wanted = settings.episodes or (*sound, *bad)
     for number in sorted(set(wanted) & set(bad)):
         tqdm.write(f"left out  {root.name}, episode {number}: {bad[number]}")
