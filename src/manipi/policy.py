@@ -156,8 +156,7 @@ class Policy:
             "image_size": model.vision.image_size,
             "step": self.config.step,
             "real_time": self._real_time,
-            # The engine's tables have one timestep for all of a chunk: it goes on from a chunk by guidance alone.
-            "max_delay": self.config.max_delay if isinstance(self.model, VLA) else 0,
+            "max_delay": self.config.max_delay,
         }
 
     @property

@@ -85,6 +85,25 @@ def test_it_goes_on_from_a_previous_chunk(configs, build, batch, name, masks):
         Engine(model, num_steps=4, quantization="int8").sample(inputs, noise(B))
 
 
+@pytest.mark.parametrize("draws", [(), (2,)])
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_a_trained_prefix_is_given_as_the_model_has_it(configs, build, batch, name, draws):
+    """Delays differ by row; longer ones than were trained are met by guidance."""
+    model, inputs = model_of(configs[name], build), masked(batch, "ragged")
+    for norm in (n for n, _ in model.named_modules() if name == "pi05" and n.endswith("modulation") and "action" in n):
+        torch.nn.init.normal_(model.get_submodule(norm).weight, std=0.05)
+    left = torch.arange(H) < torch.tensor([H, 4, 1])[:, None]
+    inputs = replace(inputs, actions=noise(B) / 2, action_valid=left, delay=torch.tensor([1, 3, 2]))
+    x = noise(B, *draws)
+    model.trim = False
+    by_prefix, by_guidance = (model.sample(inputs, x, 4, max_delay) for max_delay in (3, 2))
+    assert not torch.allclose(by_prefix, by_guidance, atol=1e-2)
+    engine = Engine(model, num_steps=4)
+    torch.testing.assert_close(engine.sample(inputs, x, 4, 3), by_prefix, **EXACT)
+    torch.testing.assert_close(engine.sample(inputs, x, 4, 2), by_guidance, **EXACT)
+    assert torch.equal(engine.sample(inputs, x, 4, 3)[1, ..., :3, :], inputs.actions[1, :3].expand(*draws, 3, A))
+
+
 @pytest.mark.parametrize("masks", ["all valid", "ragged"])
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
 def test_many_noises_share_one_prefix(configs, build, batch, name, masks):

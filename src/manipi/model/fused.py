@@ -26,14 +26,19 @@ from manipi.model.siglip import VisionBlock
 
 
 class Norm(NamedTuple):
-    """An RMS norm with its modulation known: `x / rms(x) · factor + shift`, and the gate of the residual after it."""
+    """An RMS norm with its modulation known: `x / rms(x) · factor + shift`, and the gate of the residual after it.
+
+    Each is [D], or [B, T, D] where tokens differ.
+    """
 
     factor: Tensor
     shift: Tensor | None = None
     gate: Tensor | None = None
 
     def __call__(self, x_BTD: Tensor) -> Tensor:
-        normed = F.rms_norm(x_BTD, x_BTD.shape[-1:], self.factor, eps=1e-6)
+        shared = self.factor.ndim == 1
+        normed = F.rms_norm(x_BTD, x_BTD.shape[-1:], self.factor if shared else None, eps=1e-6)
+        normed = normed if shared else normed * self.factor
         return normed if self.shift is None else normed + self.shift
 
     def residual(self, x_BTD: Tensor, update_BTD: Tensor) -> Tensor:
