@@ -72,6 +72,22 @@ def test_in_bfloat16_it_points_the_same_way(configs, build, batch, name):
     assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.999
 
 
+@pytest.mark.skipif(torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor computes in bfloat16")
+@pytest.mark.parametrize("name", ["pi0", "pi05", "pi0_fast"])
+def test_where_bfloat16_is_emulated_it_computes_in_float32(configs, build, batch, name):
+    """From weights that stay in bfloat16."""
+    inputs, config = masked(batch, "ragged"), configs[name]
+    exact = model_of(config, build).bfloat16()  # computes in float32
+    model = build(replace(config, dtype="bfloat16")).bfloat16()
+    model.load_state_dict(exact.state_dict())
+    engine = Engine(model, num_steps=4)
+    assert {one.dtype for one in engine.vlm.buffers()} == {torch.bfloat16}
+    if name == "pi0_fast":
+        assert torch.equal(engine.decode_tokens(inputs, 14, rule), exact.decode_tokens(inputs, 14, as_mask))
+    else:
+        torch.testing.assert_close(engine.sample(inputs, noise(B)), oracle(exact, inputs, noise(B)), **EXACT)
+
+
 @pytest.mark.parametrize("masks", ["all valid", "ragged"])
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
 def test_it_goes_on_from_a_previous_chunk(configs, build, batch, name, masks):

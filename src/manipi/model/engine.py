@@ -31,7 +31,7 @@ from manipi.model.gemma import AdaptiveRMSNorm, Block, ExpertLayer, RMSNorm, emb
 from manipi.model.graphs import Graphs, compile_layers
 from manipi.model.inputs import ModelInput
 from manipi.model.layers import LayerNorm, Linear
-from manipi.model.quantize import Quantization, maker
+from manipi.model.quantize import Quantization, compute_dtype, maker
 from manipi.model.rtc import Velocity, sample_after_prefix, sample_on, trained_prefix
 from manipi.model.siglip import SigLIP, VisionBlock, embed_patches
 from manipi.model.vla import VLA
@@ -93,10 +93,11 @@ class Engine(nn.Module):
     def __init__(self, model: VLA, num_steps: int = 10, quantization: Quantization = "none"):
         super().__init__()
         _refuse_quirks(model)
-        self.config, self.dtype, self.num_steps, self.quantization = model.config, model.dtype, num_steps, quantization
+        self.config, self.num_steps, self.quantization = model.config, num_steps, quantization
         self._flow = not isinstance(model.config, Pi0FastConfig)
         self.token_embedding, self.position_embedding = model.gemma.token_embedding, model.vision.position_embedding
         self._patches, self._vision_norm, self._vision_head = _ends(model.vision)
+        self.dtype = compute_dtype(model.dtype, self._device)
         make = maker(quantization, self._device, model.dtype)
         self.vision = nn.ModuleList(FusedVisionLayer(cast(VisionBlock, one), make) for one in model.vision.blocks)
         layers = [_experts(block) for block in model.gemma.blocks]
@@ -147,7 +148,7 @@ class Engine(nn.Module):
 
     @torch.no_grad()
     def sample(self, inputs: ModelInput, noise: Tensor, num_steps: int | None = None, max_delay: int = 0) -> Tensor:
-        """Action chunks [B, (K,) H, A], as `VLA.sample` makes them; after a previous chunk by guidance.
+        """Action chunks [B, (K,) H, A], as `VLA.sample` makes them.
 
         Args:
             max_delay: the longest prefix that the weights were trained with; longer delays are met by guidance.
@@ -334,7 +335,7 @@ class Engine(nn.Module):
     ) -> Tensor:
         final = len(layers) - 1
         for index, layer in enumerate(layers):
-            x_BTD = layer(x_BTD, slots[index], place, norms[index], self.dtype, row_B if index == final else None)
+            x_BTD = layer(x_BTD, slots[index], place, norms[index], row_B if index == final else None)
         return x_BTD
 
     def _empty(self, batch_size: int, length: int) -> list[Slots]:

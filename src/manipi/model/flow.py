@@ -15,7 +15,7 @@ Shape suffixes: B batch, K noise draws, H action horizon, A action dimensions, T
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -40,8 +40,12 @@ class FlowLoss(NamedTuple):
     """How many elements count, to average over batches exactly."""
 
 
+Embedded: TypeAlias = tuple[Tensor, Tensor | None]
+"""Tokens [B, T, D], and conditioning [B, C, D] where norms are adaptive."""
+
+
 class FlowHead(nn.Module):
-    """What π0 and π0.5 have in common. They differ in where the state and the timestep go, which is `suffix`."""
+    """What π0 and π0.5 have in common. They differ in where the state and the timestep go, which is `embed`."""
 
     def __init__(self, width: int, action_dim: int):
         super().__init__()
@@ -61,6 +65,14 @@ class FlowHead(nn.Module):
         Args:
             given_BH: steps that are clean in every draw.
         """
+        num_draws, action_horizon = x_BKHA.shape[1:3]
+        tokens_BTD, cond_BCD = self.embed(state_BA, x_BKHA, timestep_BK, given_BH)
+        clean_BT = None if cond_BCD is None or given_BH is None else given_BH.repeat(1, num_draws)
+        span = _span(tokens_BTD.to(dtype), num_draws, action_horizon, cond_BCD)
+        return replace(span, clean_BT=clean_BT)
+
+    def embed(self, state_BA: Tensor, x_BKHA: Tensor, timestep_BK: Tensor, given_BH: Tensor | None) -> Embedded:
+        """The tokens in float32, and the rows of `Span.cond_BCD`."""
         raise NotImplementedError
 
     def velocity(self, out_BTD: Tensor, num_draws: int, action_horizon: int) -> Tensor:
@@ -79,14 +91,7 @@ class Pi0Head(FlowHead):
         self.time_mlp_in = Linear(2 * width, width)
         self.time_mlp_out = Linear(width, width)
 
-    def suffix(
-        self,
-        state_BA: Tensor,
-        x_BKHA: Tensor,
-        timestep_BK: Tensor,
-        dtype: torch.dtype,
-        given_BH: Bool[Tensor, "B H"] | None = None,
-    ) -> Span:
+    def embed(self, state_BA: Tensor, x_BKHA: Tensor, timestep_BK: Tensor, given_BH: Tensor | None) -> Embedded:
         actions_BKHD = self.action_in(x_BKHA)
         time_BKHD = timestep_embedding(timestep_BK[..., None], actions_BKHD.shape[-1])
         if given_BH is not None:
@@ -94,8 +99,7 @@ class Pi0Head(FlowHead):
             time_BKHD = torch.where(given_BH[:, None, :, None], clean_D, time_BKHD)
         mixed_BKHD = self.time_mlp_in(torch.cat([actions_BKHD, time_BKHD.expand_as(actions_BKHD)], dim=-1))
         mixed_BKHD = self.time_mlp_out(F.silu(mixed_BKHD))
-        tokens_BTD = torch.cat([self.state_in(state_BA)[:, None], mixed_BKHD.flatten(1, 2)], dim=1)
-        return _span(tokens_BTD.to(dtype), x_BKHA.shape[1], x_BKHA.shape[2], cond=None)
+        return torch.cat([self.state_in(state_BA)[:, None], mixed_BKHD.flatten(1, 2)], dim=1), None
 
 
 class Pi05Head(FlowHead):
@@ -106,21 +110,11 @@ class Pi05Head(FlowHead):
         self.time_mlp_in = Linear(width, width)
         self.time_mlp_out = Linear(width, width)
 
-    def suffix(
-        self,
-        state_BA: Tensor,
-        x_BKHA: Tensor,
-        timestep_BK: Tensor,
-        dtype: torch.dtype,
-        given_BH: Bool[Tensor, "B H"] | None = None,
-    ) -> Span:
-        tokens_BTD, clean_BT = self.action_in(x_BKHA).flatten(1, 2), None
+    def embed(self, state_BA: Tensor, x_BKHA: Tensor, timestep_BK: Tensor, given_BH: Tensor | None) -> Embedded:
         if given_BH is not None:
             timestep_BK = F.pad(timestep_BK, (0, 1), value=CLEAN)
-            clean_BT = given_BH.repeat(1, x_BKHA.shape[1])
-        cond_BCD = self.condition(timestep_embedding(timestep_BK, tokens_BTD.shape[-1]))
-        span = _span(tokens_BTD.to(dtype), x_BKHA.shape[1], x_BKHA.shape[2], cond=cond_BCD)
-        return replace(span, clean_BT=clean_BT)
+        tokens_BTD = self.action_in(x_BKHA).flatten(1, 2)
+        return tokens_BTD, self.condition(timestep_embedding(timestep_BK, tokens_BTD.shape[-1]))
 
     def condition(self, time_BCD: Tensor) -> Tensor:
         """What modulates the norms, from embedded timesteps."""
