@@ -13,19 +13,18 @@ the language model at two layers, an eighteenth at full depth. --depth 6 shows w
 
 Calls of all ways alternate within a round, and the median of their CPU time counts; their actions are compared.
 Where a processor has no bfloat16 arithmetic, as the first line says, the plain path emulates it and the engine computes
-in float32: --dtype float32 is the fairer comparison there. At full depth, --apart keeps one model at a time: 13 GB in
-float32, 17 GB beside its copy in int8.
+in float32: --dtype float32 is the fairer comparison there. All ways share the weights; int8 adds a copy in 8 bits.
 
-    python benchmarks/bench_infer.py [--dtype float32] [--depth 18 --vision-depth 27 --apart] [--rounds 5]
+    python benchmarks/bench_infer.py [--dtype float32] [--depth 18 --vision-depth 27] [--rounds 5]
 """
 
 import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from harness import Measure, report
@@ -99,13 +98,6 @@ def eager_attention(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, bias: Tensor
     return (F.softmax(logits.float(), dim=-1).to(q.dtype) @ v).transpose(1, 2)
 
 
-WAYS: dict[str, Callable[[VLA], Call]] = {
-    "int8": lambda model: Engine(model, STEPS, "int8").sample,  # before the other one, which takes over the weights
-    "plain": Plain,
-    "engine": lambda model: Engine(model, STEPS).sample,
-}
-
-
 def observation(config: Pi0Config, num_cameras: int, prompt_len: int) -> ModelInput:
     generator = torch.Generator().manual_seed(1)
     size = config.vision.image_size
@@ -129,19 +121,8 @@ def random_model(config: Pi0Config) -> VLA:
     return model
 
 
-class Runs(NamedTuple):
-    """What the ways did with one observation."""
-
-    answers: dict[str, Tensor]
-    """By way."""
-    seconds: dict[str, float]
-    """Medians of CPU time."""
-
-
-def run(calls: Mapping[str, Call], config: Pi0Config, rounds: int) -> dict[str, Runs]:
-    """By observation; the ways alternate."""
+def measures(calls: dict[str, Call], config: Pi0Config, rounds: int) -> Iterator[Measure]:
     noise = torch.randn(1, config.action_horizon, config.action_dim, generator=torch.Generator().manual_seed(2))
-    found = {}
     for name, (cameras, length) in {"three cameras": (3, PROMPT), "LIBERO's shape": (2, 16)}.items():
         inputs = observation(config, cameras, length)
         answers: dict[str, Tensor] = {}
@@ -151,34 +132,20 @@ def run(calls: Mapping[str, Call], config: Pi0Config, rounds: int) -> dict[str, 
                 began = time.process_time()
                 answers[way] = call(inputs, noise).flatten()
                 times[way].append(time.process_time() - began)
-        found[name] = Runs(answers, {way: statistics.median(each) for way, each in times.items()})
-    return found
-
-
-def run_apart(config: Pi0Config, rounds: int) -> dict[str, Runs]:
-    """The same, each way with a model of its own that goes before the next one comes."""
-    found = [run({way: make(random_model(config))}, config, rounds) for way, make in WAYS.items()]
-    return {
-        name: Runs(
-            {way: answer for one in found for way, answer in one[name].answers.items()},
-            {way: value for one in found for way, value in one[name].seconds.items()},
-        )
-        for name in found[0]
-    }
-
-
-def measures(found: Mapping[str, Runs]) -> Iterator[Measure]:
-    for name, (answers, seconds) in found.items():
         cosines = {way: float(F.cosine_similarity(a, answers["plain"], dim=0)) for way, a in answers.items()}
         far = {way: float((a - answers["plain"]).abs().max()) for way, a in answers.items()}
         assert cosines["engine"] >= 0.999, cosines
         assert cosines["int8"] >= 0.998, cosines
-        for way, value in seconds.items():
-            print(f"{name}, {way}: {value:.3f} CPU-s, cosine {cosines[way]:.6f}, largest difference {far[way]:.2g}")
-        for way, goal in zip(("engine", "int8"), GOALS[name], strict=True):
-            if goal is not None:
-                ratio = seconds["plain"] / seconds[way]
-                yield Measure(name=f"plain / {way}, {name}", value=ratio, unit="times", goal=goal, at_most=False)
+        seconds = {way: statistics.median(each) for way, each in times.items()}
+        for way in calls:
+            print(
+                f"{name}, {way}: {seconds[way]:.3f} CPU-s, cosine {cosines[way]:.6f}, largest difference {far[way]:.2g}"
+            )
+        exact, int8 = GOALS[name]
+        ratios = {"engine": exact} if int8 is None else {"engine": exact, "int8": int8}
+        for way, goal in ratios.items():
+            ratio = seconds["plain"] / seconds[way]
+            yield Measure(name=f"plain / {way}, {name}", value=ratio, unit="times", goal=goal, at_most=False)
 
 
 def main() -> None:
@@ -187,7 +154,6 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=2, help="layers of Gemma and of its expert")
     parser.add_argument("--vision-depth", type=int, default=2, help="layers of SigLIP")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--apart", action="store_true", help="one way after the other, in the memory of one model")
     args = parser.parse_args()
     torch.set_num_threads(1)
     config = Pi0Config(
@@ -199,15 +165,13 @@ def main() -> None:
     )
     bf16, vnni = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_vnni_supported()
     print(f"{args.dtype}; arithmetic of this processor: bfloat16 {bf16}, VNNI {vnni}")
-    if args.apart:
-        found = run_apart(config, args.rounds)
-    else:
-        model = random_model(config)
-        found = run({way: make(model) for way, make in WAYS.items()}, config, args.rounds)
-    figures = [*measures(found)]
+    model = random_model(config)
+    int8 = Engine(model, STEPS, "int8")  # before the other one, which takes over the weights
+    calls: dict[str, Call] = {"plain": Plain(model), "engine": Engine(model, STEPS).sample, "int8": int8.sample}
+    found = list(measures(calls, config, args.rounds))
     print(f"peak memory {peak_memory(torch.device('cpu')) / 1e9:.2f} GB")
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {args.rounds} rounds")
-    report(figures)
+    report(found)
 
 
 if __name__ == "__main__":
