@@ -11,9 +11,9 @@ apart from its products; the cache extended by concatenation; the language model
 In a slice the last layer weighs more than in the whole model, and so does its part that the engine leaves out: half of
 the language model at two layers, an eighteenth at full depth. --depth 6 shows where the ratios go.
 
-Calls of all ways alternate within a round, and the median of their CPU time counts; before that their actions are
-compared. Processors without bfloat16 arithmetic emulate it, so that --dtype float32 is the fairer comparison there:
-the first line says whether this one has it.
+Calls of all ways alternate within a round, and the median of their CPU time counts; their actions are compared.
+Where a processor has no bfloat16 arithmetic, as the first line says, the plain path emulates it and the engine computes
+in float32: --dtype float32 is the fairer comparison there. All ways share the weights; int8 adds a copy in 8 bits.
 
     python benchmarks/bench_infer.py [--dtype float32] [--depth 18 --vision-depth 27] [--rounds 5]
 """
@@ -36,6 +36,7 @@ from manipi.model.attention import MASKED
 from manipi.model.config import GEMMA_2B, GEMMA_300M, SO400M_14, Pi0Config
 from manipi.model.engine import Engine
 from manipi.model.gemma import Block, ExpertLayer, KeysValues, rope, rotate
+from manipi.train.progress import peak_memory
 
 PROMPT, STEPS = 48, 10
 GOALS = {"three cameras": (1.1, None), "LIBERO's shape": (1.5, 2.3)}
@@ -124,17 +125,17 @@ def measures(calls: dict[str, Call], config: Pi0Config, rounds: int) -> Iterator
     noise = torch.randn(1, config.action_horizon, config.action_dim, generator=torch.Generator().manual_seed(2))
     for name, (cameras, length) in {"three cameras": (3, PROMPT), "LIBERO's shape": (2, 16)}.items():
         inputs = observation(config, cameras, length)
-        answers = {way: call(inputs, noise).flatten() for way, call in calls.items()}
-        cosines = {way: float(F.cosine_similarity(a, answers["plain"], dim=0)) for way, a in answers.items()}
-        far = {way: float((a - answers["plain"]).abs().max()) for way, a in answers.items()}
-        assert cosines["engine"] >= 0.999, cosines
-        assert cosines["int8"] >= 0.998, cosines
+        answers: dict[str, Tensor] = {}
         times: dict[str, list[float]] = {way: [] for way in calls}
         for _ in range(rounds):
             for way, call in calls.items():
                 began = time.process_time()
-                call(inputs, noise)
+                answers[way] = call(inputs, noise).flatten()
                 times[way].append(time.process_time() - began)
+        cosines = {way: float(F.cosine_similarity(a, answers["plain"], dim=0)) for way, a in answers.items()}
+        far = {way: float((a - answers["plain"]).abs().max()) for way, a in answers.items()}
+        assert cosines["engine"] >= 0.999, cosines
+        assert cosines["int8"] >= 0.998, cosines
         seconds = {way: statistics.median(each) for way, each in times.items()}
         for way in calls:
             print(
@@ -168,6 +169,7 @@ def main() -> None:
     int8 = Engine(model, STEPS, "int8")  # before the other one, which takes over the weights
     calls: dict[str, Call] = {"plain": Plain(model), "engine": Engine(model, STEPS).sample, "int8": int8.sample}
     found = list(measures(calls, config, args.rounds))
+    print(f"peak memory {peak_memory(torch.device('cpu')) / 1e9:.2f} GB")
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {args.rounds} rounds")
     report(found)
 

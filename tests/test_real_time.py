@@ -1,5 +1,6 @@
 """A policy that goes on from a previous chunk, in the robot's commands: relative actions, norm stats, requests."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from manipi.errors import ConfigError, ObservationError
+from manipi.model.config import Pi05Config
 from manipi.policy import Policy
 from manipi.robots import Gripper, Joints
 from manipi.robots.tabletop import TABLETOP
@@ -42,6 +44,20 @@ def test_the_committed_commands_come_back_wherever_the_robot_is_now(prefix_train
         actions = prefix_trained.infer(asked)["actions"]
         np.testing.assert_allclose(actions[:2], PREVIOUS[:2], atol=1e-5)
         assert np.abs(actions[2] - PREVIOUS[2]).max() > 1e-3
+
+
+def test_warm_up_calls_what_real_time_chunking_will(prefix_trained):
+    """Without a previous chunk, by prefix (norms differ by token), by guidance (gradients are wanted)."""
+    p = prefix_trained
+    policy = Policy(deepcopy(p.model), p.config, p.robot, p.norm_stats, p.tokenizers)
+    policy.fuse()
+    seen = set()
+    policy.model.action[-1].register_forward_hook(
+        lambda _, inputs, out: seen.add((out.requires_grad, inputs[3][0].factor.ndim if out.shape[1] > 1 else 1))
+    )
+    policy._warm_up()
+    by_prefix = (False, 3 if isinstance(p.config.model, Pi05Config) else 1)
+    assert seen == {(False, 1), (True, 1), by_prefix}
 
 
 def test_a_longer_delay_than_trained_is_guided(prefix_trained):

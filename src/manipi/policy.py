@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ class Policy:
         """Compile the engine's layers and call it once for each shape to come, so that no robot waits for that.
 
         On a GPU that is every length of the prompt in steps of 16, each with a CUDA graph. On a processor it is two
-        lengths, after which torch has code for all.
+        lengths, after which torch has code for all. Both ways to go on from a previous chunk are called too.
 
         Raises:
             ConfigError: torch cannot compile here; the message says why.
@@ -138,10 +139,12 @@ class Policy:
         if self._device.type == "cuda":
             lengths = range(PROMPT_MULTIPLE, longest + PROMPT_MULTIPLE, PROMPT_MULTIPLE)
         required = set(self.robot.cameras) - set(self.robot.optional)
-        for present in {tuple(slot in some for slot in slots) for some in (self.robot.cameras, required)}:
-            for length in lengths:
-                noise = None if self._constraint is not None else np.zeros((1, *self._noise_shape), np.float32)
-                self.run_model(blank_input(self.config.model, present, length).to(self._device), noise)
+        cameras = {tuple(slot in some for slot in slots) for some in (self.robot.cameras, required)}
+        known, guided = self.config.max_delay, self.config.max_delay + 1
+        delays = (None, guided, *([known] if known else [])) if self._real_time else (None,)
+        noise = None if self._constraint is not None else np.zeros((1, *self._noise_shape), np.float32)
+        for present, length, delay in product(cameras, lengths, delays):
+            self.run_model(blank_input(self.config.model, present, length, delay).to(self._device), noise)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -156,8 +159,7 @@ class Policy:
             "image_size": model.vision.image_size,
             "step": self.config.step,
             "real_time": self._real_time,
-            # The engine's tables have one timestep for all of a chunk: it goes on from a chunk by guidance alone.
-            "max_delay": self.config.max_delay if isinstance(self.model, VLA) else 0,
+            "max_delay": self.config.max_delay,
         }
 
     @property

@@ -10,9 +10,10 @@ from manipi.errors import ConfigError, UnknownNameError
 from manipi.model import VLA, ModelInput
 from manipi.model.config import Adapters, Compat, GemmaSize, LoRA, Pi0FastConfig
 from manipi.model.engine import Engine
-from manipi.model.quantize import Float8, Int8Rows, Int8Weights, PackedInt8
+from manipi.model.quantize import Float8, Int8Rows, Int8Weights, PackedInt8, compute_dtype
 
 B, C, L, H, A = 3, 2, 7, 5, 6
+NATIVE = compute_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 MASKS = {
     "all valid": ([[1, 1], [1, 1], [1, 1]], [7, 7, 7]),
@@ -72,6 +73,22 @@ def test_in_bfloat16_it_points_the_same_way(configs, build, batch, name):
     assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.999
 
 
+@pytest.mark.skipif(NATIVE, reason="this processor computes in bfloat16")
+@pytest.mark.parametrize("name", ["pi0", "pi05", "pi0_fast"])
+def test_where_bfloat16_is_emulated_it_computes_in_float32(configs, build, batch, name):
+    """From weights that stay in bfloat16."""
+    inputs, config = masked(batch, "ragged"), configs[name]
+    exact = model_of(config, build).bfloat16()  # computes in float32
+    model = build(replace(config, dtype="bfloat16")).bfloat16()
+    model.load_state_dict(exact.state_dict())
+    engine = Engine(model, num_steps=4)
+    assert {one.dtype for one in engine.vlm.buffers()} == {torch.bfloat16}
+    if name == "pi0_fast":
+        assert torch.equal(engine.decode_tokens(inputs, 14, rule), exact.decode_tokens(inputs, 14, as_mask))
+    else:
+        torch.testing.assert_close(engine.sample(inputs, noise(B)), oracle(exact, inputs, noise(B)), **EXACT)
+
+
 @pytest.mark.parametrize("masks", ["all valid", "ragged"])
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
 def test_it_goes_on_from_a_previous_chunk(configs, build, batch, name, masks):
@@ -83,6 +100,25 @@ def test_it_goes_on_from_a_previous_chunk(configs, build, batch, name, masks):
     torch.testing.assert_close(Engine(model, num_steps=4).sample(inputs, noise(B)), expected, **EXACT)
     with pytest.raises(ConfigError, match="no gradient passes"):
         Engine(model, num_steps=4, quantization="int8").sample(inputs, noise(B))
+
+
+@pytest.mark.parametrize("draws", [(), (2,)])
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_a_trained_prefix_is_given_as_the_model_has_it(configs, build, batch, name, draws):
+    """Delays differ by row; longer ones than were trained are met by guidance."""
+    model, inputs = model_of(configs[name], build), masked(batch, "ragged")
+    for norm in (n for n, _ in model.named_modules() if name == "pi05" and n.endswith("modulation") and "action" in n):
+        torch.nn.init.normal_(model.get_submodule(norm).weight, std=0.05)
+    left = torch.arange(H) < torch.tensor([H, 4, 1])[:, None]
+    inputs = replace(inputs, actions=noise(B) / 2, action_valid=left, delay=torch.tensor([1, 3, 2]))
+    x = noise(B, *draws)
+    model.trim = False
+    by_prefix, by_guidance = (model.sample(inputs, x, 4, max_delay) for max_delay in (3, 2))
+    assert not torch.allclose(by_prefix, by_guidance, atol=1e-2)
+    engine = Engine(model, num_steps=4)
+    torch.testing.assert_close(engine.sample(inputs, x, 4, 3), by_prefix, **EXACT)
+    torch.testing.assert_close(engine.sample(inputs, x, 4, 2), by_guidance, **EXACT)
+    assert torch.equal(engine.sample(inputs, x, 4, 3)[1, ..., :3, :], inputs.actions[1, :3].expand(*draws, 3, A))
 
 
 @pytest.mark.parametrize("masks", ["all valid", "ragged"])

@@ -8,6 +8,7 @@ import torch
 
 from manipi.errors import ConfigError
 from manipi.model import VLA, ModelInput
+from manipi.model.gemma import Conditioning
 from manipi.model.rtc import (
     guidance_weight,
     guided_velocity,
@@ -59,15 +60,15 @@ def test_a_guided_step_by_hand():
     u = 4, â = 1, ∂â/∂x = 0.5, so u' = 4 - 2 · W·(y - 1) · 0.5 with y = 2: 3 where W = 1, 3.5 where W = 0.5."""
     x, y = torch.full((1, 1, 2, 1), 3.0), torch.full((1, 2, 1), 2.0)
     mask = torch.tensor([[1.0, 0.5]])
-    assert guided_velocity(lambda x, t: 2 * x + 1, x, 0.5, y, mask).flatten().tolist() == [7.0, 7.0]
-    assert guided_velocity(lambda x, t: x + 1, x, 0.5, y, mask).flatten().tolist() == [3.0, 3.5]
+    assert guided_velocity(lambda x, t, _: 2 * x + 1, x, 0.5, y, mask).flatten().tolist() == [7.0, 7.0]
+    assert guided_velocity(lambda x, t, _: x + 1, x, 0.5, y, mask).flatten().tolist() == [3.0, 3.5]
 
 
 def test_the_gradient_goes_through_all_steps_of_the_model():
     """A model that mixes its steps: what binds step 0 also moves step 1, by the transposed Jacobian."""
     mix = torch.tensor([[0.0, 1.0], [0.0, 0.0]])  # u_0 = x_1
 
-    def velocity(x, t):
+    def velocity(x, t, given):
         return torch.einsum("hg,bkga->bkha", mix, x)
 
     x, y, mask = torch.zeros(1, 1, 2, 1), torch.ones(1, 2, 1), torch.tensor([[1.0, 0.0]])
@@ -78,8 +79,8 @@ def test_the_gradient_goes_through_all_steps_of_the_model():
 def test_guidance_chooses_the_mode_of_the_previous_chunk():
     """Actions are -1 or +1, whole chunks at a time. Unguided noise goes either way; guided noise goes on as before."""
 
-    def velocity(x, timestep):
-        t = timestep[..., None, None].clamp(min=1e-3)
+    def velocity(x, timestep, given):
+        t = max(timestep, 1e-3)
         a, var = 1 - t, t**2 + (1 - t) ** 2 * 0.01
         towards = torch.tanh((a * x / var).sum(dim=(2, 3), keepdim=True))  # E[mode | x]
         mean = towards + (1 - t) * 0.01 / var * (x - a * towards)  # E[actions | x]
@@ -132,13 +133,37 @@ def test_a_trained_prefix_stays_exactly(model, previous):
 def test_the_prefix_is_seen_clean_by_the_other_steps():
     seen = []
 
-    def velocity(x, timestep):
-        seen.append((x.flatten().tolist(), timestep.flatten().tolist()))
+    def velocity(x, timestep, given):
+        seen.append((x.flatten().tolist(), timestep, given.tolist()))
         return torch.ones_like(x)
 
-    chunk = sample_after_prefix(velocity, torch.zeros(1, 1, 3, 1), torch.full((1, 3, 1), 9.0), torch.tensor([1]), 2)
-    assert seen == [([9.0, 0.0, 0.0], [0.0, 1.0, 1.0]), ([9.0, -0.5, -0.5], [0.0, 0.5, 0.5])]
+    given = torch.tensor([[True, False, False]])
+    chunk = sample_after_prefix(velocity, torch.zeros(1, 1, 3, 1), torch.full((1, 3, 1), 9.0), given, 2)
+    assert seen == [([9.0, 0.0, 0.0], 1.0, given.tolist()), ([9.0, -0.5, -0.5], 0.5, given.tolist())]
     assert chunk.flatten().tolist() == [9.0, -1.0, -1.0]
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_given_steps_have_the_timestep_of_an_action(configs, build, batch, name):
+    """Draw by draw and step by step beside suffixes that are all clean and all at the draw's timestep."""
+    model = build(configs[name])
+    for norm in (block.experts["action"].mlp_norm for block in model.gemma.blocks if name == "pi05"):
+        torch.nn.init.normal_(norm.modulation.weight)
+    torch.manual_seed(2)
+    x, times, given = torch.randn(B, 2, H, A), torch.rand(B, 2), torch.arange(H) < torch.tensor([0, 2, 4])[:, None]
+
+    def rows(timestep, given=None) -> torch.Tensor:
+        """What depends on the timestep [B, 2, H, D]: the tokens of π0, the modulation of π0.5."""
+        span = model.head.suffix(batch.state, x, timestep, torch.float32, given)
+        if span.cond_BCD is None:
+            return span.tokens_BTD[:, 1:].unflatten(1, (2, H))
+        cond = Conditioning(span.cond_BCD, span.clean_BT)
+        made = cond.per_token(model.gemma.blocks[0].experts["action"].mlp_norm.modulation(span.cond_BCD), 2 * H)
+        return made.unflatten(1, (2, H))
+
+    expected = torch.where(given[:, None, :, None], rows(torch.zeros(B, 2)), rows(times))
+    torch.testing.assert_close(rows(times, given), expected, atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(expected, rows(times), atol=1e-2)
 
 
 def test_given_steps_do_not_count_in_the_loss(model, batch):

@@ -25,14 +25,14 @@ from torch.nn import functional as F
 from manipi.errors import ConfigError
 from manipi.model.attention import MASKED
 from manipi.model.config import Pi0Config, Pi0FastConfig
-from manipi.model.flow import FlowHead, Pi0Head, Pi05Head, timestep_embedding
+from manipi.model.flow import CLEAN, FlowHead, Pi0Head, Pi05Head, integrate, timestep_embedding
 from manipi.model.fused import FusedLayer, FusedVisionLayer, KeysValuesLayer, LayerNorms, Norm, Place, Slots
 from manipi.model.gemma import AdaptiveRMSNorm, Block, ExpertLayer, RMSNorm, embed_tokens, rope
 from manipi.model.graphs import Graphs, compile_layers
 from manipi.model.inputs import ModelInput
 from manipi.model.layers import LayerNorm, Linear
-from manipi.model.quantize import Quantization, maker
-from manipi.model.rtc import sample_on
+from manipi.model.quantize import Quantization, compute_dtype, maker
+from manipi.model.rtc import Velocity, sample_after_prefix, sample_on, trained_prefix
 from manipi.model.siglip import SigLIP, VisionBlock, embed_patches
 from manipi.model.vla import VLA
 
@@ -56,6 +56,10 @@ class Trimmed(NamedTuple):
     """[B, A]"""
     dim_valid: Tensor
     """[1 or B, A]: dimensions that the robot has."""
+    given: Tensor | None = None
+    """[B, H]: steps that are the previous chunk's."""
+    previous: Tensor | None = None
+    """[B, H, A]"""
 
 
 class Prefix(NamedTuple):
@@ -89,10 +93,11 @@ class Engine(nn.Module):
     def __init__(self, model: VLA, num_steps: int = 10, quantization: Quantization = "none"):
         super().__init__()
         _refuse_quirks(model)
-        self.config, self.dtype, self.num_steps, self.quantization = model.config, model.dtype, num_steps, quantization
+        self.config, self.num_steps, self.quantization = model.config, num_steps, quantization
         self._flow = not isinstance(model.config, Pi0FastConfig)
         self.token_embedding, self.position_embedding = model.gemma.token_embedding, model.vision.position_embedding
         self._patches, self._vision_norm, self._vision_head = _ends(model.vision)
+        self.dtype = compute_dtype(model.dtype, self._device)
         make = maker(quantization, self._device, model.dtype)
         self.vision = nn.ModuleList(FusedVisionLayer(cast(VisionBlock, one), make) for one in model.vision.blocks)
         layers = [_experts(block) for block in model.gemma.blocks]
@@ -105,30 +110,26 @@ class Engine(nn.Module):
         if self._flow:
             self.action = nn.ModuleList(FusedLayer(one["action"], make) for one in layers)
             self._head = cast(FlowHead, model.head)
-            self._tabulate([one["action"] for one in layers], model.gemma.final_norms["action"])
+            norms = [norm for one in layers for norm in (one["action"].attention_norm, one["action"].mlp_norm)]
+            self._tabulate([*norms, model.gemma.final_norms["action"]])
 
     @torch.no_grad()
-    def _tabulate(self, layers: list[ExpertLayer], final: nn.Module) -> None:
-        """What depends on timesteps and weights alone: for each step the norms and the head's share of the time."""
-        time, step = torch.ones(1, device=self._device), 1.0 / self.num_steps
-        self._norms: list[list[LayerNorms]] = []
-        self._finals: list[Norm] = []
-        self._times: list[Tensor] = []
-        for _ in range(self.num_steps):
-            cond = None
-            if isinstance(self._head, Pi05Head):
-                embedded = timestep_embedding(time[:, None], self._head.time_mlp_out.out_features)
-                mixed = self._head.time_mlp_out(F.silu(self._head.time_mlp_in(embedded)))
-                cond = F.silu(mixed).to(self.dtype)
-            elif isinstance(self._head, Pi0Head):
-                weight = self._head.time_mlp_in.weight.float()
-                embedded = timestep_embedding(time, weight.shape[0])
-                self._times.append(
-                    F.linear(embedded, weight[:, weight.shape[0] :], self._head.time_mlp_in.bias.float())
-                )
-            self._norms.append([(_norm(one.attention_norm, cond), _norm(one.mlp_norm, cond)) for one in layers])
-            self._finals.append(_norm(final, cond))
-            time = time - step
+    def _tabulate(self, norms: list[nn.Module]) -> None:
+        """What depends on timesteps and weights alone, by step, and last for given actions: all norms [N, 1 or 3, D],
+        and π0's share of the time in its tokens [D]."""
+        times = [torch.ones(1, device=self._device)]
+        for _ in range(self.num_steps - 1):
+            times.append(times[-1] - 1.0 / self.num_steps)
+        embedded_TD = timestep_embedding(
+            torch.cat([*times, times[0].new_tensor([CLEAN])]), self._head.action_in.out_features
+        )
+        cond_TD = None
+        if isinstance(self._head, Pi05Head):
+            cond_TD = self._head.condition(embedded_TD).to(self.dtype)
+        elif isinstance(self._head, Pi0Head):
+            mlp, width = self._head.time_mlp_in, embedded_TD.shape[1]
+            self._time_TD = F.linear(embedded_TD, mlp.weight[:, width:].float(), mlp.bias.float())
+        self._norms_TN3D = torch.stack([_modulation(norm, cond_TD, len(embedded_TD)) for norm in norms], dim=1)
 
     @property
     def _device(self) -> torch.device:
@@ -147,10 +148,10 @@ class Engine(nn.Module):
 
     @torch.no_grad()
     def sample(self, inputs: ModelInput, noise: Tensor, num_steps: int | None = None, max_delay: int = 0) -> Tensor:
-        """Action chunks [B, (K,) H, A], as `VLA.sample` makes them; after a previous chunk by guidance.
+        """Action chunks [B, (K,) H, A], as `VLA.sample` makes them.
 
         Args:
-            max_delay: of no use here: a prefix has timesteps of its own, and the tables have one for all of a chunk.
+            max_delay: the longest prefix that the weights were trained with; longer delays are met by guidance.
 
         Raises:
             ConfigError: other steps than the engine's tables have, or guidance through matrices in 8 bits.
@@ -163,17 +164,20 @@ class Engine(nn.Module):
                 next="make another Engine with that num_steps",
             )
         if noise.ndim == 3:
-            return self.sample(inputs, noise[:, None])[:, 0]
+            return self.sample(inputs, noise[:, None], num_steps, max_delay)[:, 0]
         batch = self.trim(inputs)
         if inputs.delay is not None:
-            return self._sample_on(batch, inputs, noise)
+            given = trained_prefix(inputs, max_delay, noise.shape[2])
+            if given is None:
+                return self._sample_guided(batch, inputs, noise)
+            batch = batch._replace(given=given, previous=inputs.actions)
         # Placing the pictures of a ragged batch copies indices from the host, which no graph can hold.
         if self._graphs is None or batch.places is not None:
             return self.run(batch, noise)
         return self._graphs(self.run, batch, noise)
 
-    def _sample_on(self, batch: Trimmed, inputs: ModelInput, noise_BKHA: Tensor) -> Tensor:
-        """After a previous chunk (`manipi.model.rtc`), by gradients, which no CUDA graph holds."""
+    def _sample_guided(self, batch: Trimmed, inputs: ModelInput, noise_BKHA: Tensor) -> Tensor:
+        """After a previous chunk by gradients (`manipi.model.rtc`), which no CUDA graph holds."""
         if self.quantization != "none":
             raise ConfigError(
                 expected="no previous chunk with matrices in 8 bits, through which no gradient passes",
@@ -181,28 +185,29 @@ class Engine(nn.Module):
                 where="Engine.sample",
                 next="serve the policy as it was trained, or let the client wait for its chunks",
             )
+        return sample_on(self._field(batch, noise_BKHA), inputs, noise_BKHA, self.num_steps, max_delay=0)
+
+    def run(self, batch: Trimmed, noise_BKHA: Tensor) -> Tensor:
+        """All of `sample` but for guidance, tensors in and out; what a CUDA graph holds."""
+        velocity = self._field(batch, noise_BKHA)
+        if batch.given is None or batch.previous is None:
+            return integrate(lambda x, t: velocity(x, t, None), noise_BKHA, self.num_steps)
+        return sample_after_prefix(velocity, noise_BKHA, batch.previous, batch.given, self.num_steps)
+
+    def _field(self, batch: Trimmed, noise_BKHA: Tensor) -> Velocity:
+        """The velocity at any actions, after the prefix that is computed here, once."""
         prefix = self.prefix(batch, self.encode_images(batch), noise_BKHA.shape[1])
         place, dim_valid = self.suffix_place(prefix), batch.dim_valid[:, None, None]
 
-        def velocity(x_BKHA: Tensor, timestep_BK: Tensor) -> Tensor:
+        def velocity(x_BKHA: Tensor, timestep: float, given_BH: Tensor | None) -> Tensor:
             # Each step fills the suffix's slots anew, whose gradients must not reach into the step before.
             own = prefix._replace(slots=[Slots(*(one.detach() for one in layer)) for layer in prefix.slots])
-            step = round((1 - float(timestep_BK[0, 0])) * self.num_steps)
-            out = self.velocity(step, x_BKHA.flatten(0, 1), own, place).unflatten(0, noise_BKHA.shape[:2])
+            step = round((1 - timestep) * self.num_steps)
+            given = None if given_BH is None else given_BH.repeat_interleave(x_BKHA.shape[1], dim=0)
+            out = self.velocity(step, x_BKHA.flatten(0, 1), own, place, given).unflatten(0, noise_BKHA.shape[:2])
             return torch.where(dim_valid, out, noise_BKHA)
 
-        return sample_on(velocity, inputs, noise_BKHA, self.num_steps, max_delay=0)
-
-    def run(self, batch: Trimmed, noise_BKHA: Tensor) -> Tensor:
-        """All of `sample`, tensors in and out; what a CUDA graph holds."""
-        prefix = self.prefix(batch, self.encode_images(batch), noise_BKHA.shape[1])
-        x, place = noise_BKHA.flatten(0, 1), self.suffix_place(prefix)
-        dim_valid = batch.dim_valid.repeat_interleave(noise_BKHA.shape[1], dim=0)[:, None]
-        noise = x
-        for step in range(self.num_steps):
-            velocity = torch.where(dim_valid, self.velocity(step, x, prefix, place), noise)
-            x = x - velocity / self.num_steps
-        return x.unflatten(0, noise_BKHA.shape[:2])
+        return velocity
 
     def suffix_place(self, prefix: Prefix) -> Place:
         """Where the action tokens stand, the same in every step."""
@@ -211,16 +216,26 @@ class Engine(nn.Module):
         bias = None if prefix.bias is None else prefix.bias[..., : prefix.length + h]
         return Place(prefix.length, rope(position_BT, self.config.vlm.head_dim), bias)
 
-    def velocity(self, step: int, x_BHA: Tensor, prefix: Prefix, place: Place) -> Tensor:
-        """Velocity [B, H, A] of noisy actions at the step's timestep, in float32."""
+    def velocity(
+        self, step: int, x_BHA: Tensor, prefix: Prefix, place: Place, given_BH: Tensor | None = None
+    ) -> Tensor:
+        """Velocity [B, H, A] of noisy actions at the step's timestep, but for those that are given, in float32."""
         tokens = self._head.action_in(x_BHA)
         if isinstance(self._head, Pi0Head):
             weight = self._head.time_mlp_in.weight
-            mixed = F.linear(tokens, weight[:, : weight.shape[0]].float()) + self._times[step]
-            tokens = self._head.time_mlp_out(F.silu(mixed))
+            time = _at(self._time_TD, step, given_BH)
+            tokens = self._head.time_mlp_out(F.silu(F.linear(tokens, weight[:, : weight.shape[0]].float()) + time))
+        norms, final = self._norms(step, given_BH)
         tokens = tokens.to(self.dtype).float()
-        out = self._through(self.action, tokens, prefix.slots, place, self._norms[step])
-        return self._head.action_out(self._finals[step](out))
+        out = self._through(self.action, tokens, prefix.slots, place, norms)
+        return self._head.action_out(final(out))
+
+    def _norms(self, step: int, given_BH: Tensor | None = None) -> tuple[list[LayerNorms], Norm]:
+        """The action expert's of its layers, and the final one."""
+        if self._norms_TN3D.shape[2] == 1:
+            given_BH = None  # that do not know the time
+        *norms, final = (Norm(*one.unbind(0)) for one in _at(self._norms_TN3D, step, given_BH))
+        return [*zip(norms[::2], norms[1::2], strict=True)], final
 
     # The prefix ------------------------------------------------------------------------------------------------------
 
@@ -306,7 +321,8 @@ class Engine(nn.Module):
         token_B1D = head.state_in(state_BA)[:, None].to(self.dtype).float()
         rotation = rope(position_B1, self.config.vlm.head_dim)
         place = Place(start, rotation, None if bias is None else bias[..., : start + 1])
-        self._through(self.action, token_B1D, slots, place, self._norms[0])
+        norms, _ = self._norms(0)
+        self._through(self.action, token_B1D, slots, place, norms)
 
     def _through(
         self,
@@ -319,7 +335,7 @@ class Engine(nn.Module):
     ) -> Tensor:
         final = len(layers) - 1
         for index, layer in enumerate(layers):
-            x_BTD = layer(x_BTD, slots[index], place, norms[index], self.dtype, row_B if index == final else None)
+            x_BTD = layer(x_BTD, slots[index], place, norms[index], row_B if index == final else None)
         return x_BTD
 
     def _empty(self, batch_size: int, length: int) -> list[Slots]:
@@ -389,13 +405,21 @@ def _experts(block: nn.Module) -> dict[str, ExpertLayer]:
     return {name: cast(ExpertLayer, layer) for name, layer in cast(Block, block).experts.items()}
 
 
+def _at(table: Tensor, step: int, given_BH: Tensor | None) -> Tensor:
+    """A step's rows [..., D] of a table whose last ones are for clean actions; [..., B, H, D] where some are given."""
+    if given_BH is None:
+        return table[step]
+    return torch.where(given_BH[..., None], table[-1][..., None, None, :], table[step][..., None, None, :])
+
+
 @torch.no_grad()
-def _norm(module: nn.Module, cond_BD: Tensor | None) -> Norm:
-    if isinstance(module, AdaptiveRMSNorm):
-        assert cond_BD is not None
-        scale, shift, gate = (part.clone() for part in module.modulation(cond_BD).float().flatten().chunk(3))
-        return Norm(1 + scale, shift, gate)
-    return _plain(module)
+def _modulation(norm: nn.Module, cond_TD: Tensor | None, num_times: int) -> Tensor:
+    """Factor, shift and gate [T, 3, D] of an adaptive norm, the factor [T, 1, D] of another one."""
+    if isinstance(norm, AdaptiveRMSNorm):
+        assert cond_TD is not None
+        scale, shift, gate = norm.modulation(cond_TD).float().chunk(3, dim=-1)
+        return torch.stack([1 + scale, shift, gate], dim=1)
+    return _plain(norm).factor.expand(num_times, 1, -1)
 
 
 @torch.no_grad()

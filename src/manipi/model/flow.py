@@ -13,7 +13,9 @@ Shape suffixes: B batch, K noise draws, H action horizon, A action dimensions, T
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +24,9 @@ from torch.nn import functional as F
 
 from manipi.model.gemma import Span
 from manipi.model.layers import Linear
+
+CLEAN = 0.0
+"""The timestep of an action."""
 
 
 class FlowLoss(NamedTuple):
@@ -35,20 +40,39 @@ class FlowLoss(NamedTuple):
     """How many elements count, to average over batches exactly."""
 
 
+Embedded: TypeAlias = tuple[Tensor, Tensor | None]
+"""Tokens [B, T, D], and conditioning [B, C, D] where norms are adaptive."""
+
+
 class FlowHead(nn.Module):
-    """What π0 and π0.5 have in common. They differ in where the state and the timestep go, which is `suffix`."""
+    """What π0 and π0.5 have in common. They differ in where the state and the timestep go, which is `embed`."""
 
     def __init__(self, width: int, action_dim: int):
         super().__init__()
         self.action_in = Linear(action_dim, width)
         self.action_out = Linear(width, action_dim)
 
-    def suffix(self, state_BA: Tensor, x_BKHA: Tensor, timestep_BK: Tensor, dtype: torch.dtype) -> Span:
+    def suffix(
+        self,
+        state_BA: Tensor,
+        x_BKHA: Tensor,
+        timestep_BK: Tensor,
+        dtype: torch.dtype,
+        given_BH: Bool[Tensor, "B H"] | None = None,
+    ) -> Span:
         """The action expert's tokens. The head's own layers compute in float32, as in the reference.
 
         Args:
-            timestep_BK: one per draw, or [B, K, H]: one per step.
+            given_BH: steps that are clean in every draw.
         """
+        num_draws, action_horizon = x_BKHA.shape[1:3]
+        tokens_BTD, cond_BCD = self.embed(state_BA, x_BKHA, timestep_BK, given_BH)
+        clean_BT = None if cond_BCD is None or given_BH is None else given_BH.repeat(1, num_draws)
+        span = _span(tokens_BTD.to(dtype), num_draws, action_horizon, cond_BCD)
+        return replace(span, clean_BT=clean_BT)
+
+    def embed(self, state_BA: Tensor, x_BKHA: Tensor, timestep_BK: Tensor, given_BH: Tensor | None) -> Embedded:
+        """The tokens in float32, and the rows of `Span.cond_BCD`."""
         raise NotImplementedError
 
     def velocity(self, out_BTD: Tensor, num_draws: int, action_horizon: int) -> Tensor:
@@ -67,13 +91,15 @@ class Pi0Head(FlowHead):
         self.time_mlp_in = Linear(2 * width, width)
         self.time_mlp_out = Linear(width, width)
 
-    def suffix(self, state_BA: Tensor, x_BKHA: Tensor, timestep_BK: Tensor, dtype: torch.dtype) -> Span:
+    def embed(self, state_BA: Tensor, x_BKHA: Tensor, timestep_BK: Tensor, given_BH: Tensor | None) -> Embedded:
         actions_BKHD = self.action_in(x_BKHA)
-        time_BKHD = timestep_embedding(_with_steps(timestep_BK), actions_BKHD.shape[-1]).expand_as(actions_BKHD)
-        mixed_BKHD = self.time_mlp_in(torch.cat([actions_BKHD, time_BKHD], dim=-1))
+        time_BKHD = timestep_embedding(timestep_BK[..., None], actions_BKHD.shape[-1])
+        if given_BH is not None:
+            clean_D = timestep_embedding(timestep_BK.new_tensor(CLEAN), actions_BKHD.shape[-1])
+            time_BKHD = torch.where(given_BH[:, None, :, None], clean_D, time_BKHD)
+        mixed_BKHD = self.time_mlp_in(torch.cat([actions_BKHD, time_BKHD.expand_as(actions_BKHD)], dim=-1))
         mixed_BKHD = self.time_mlp_out(F.silu(mixed_BKHD))
-        tokens_BTD = torch.cat([self.state_in(state_BA)[:, None], mixed_BKHD.flatten(1, 2)], dim=1)
-        return _span(tokens_BTD.to(dtype), x_BKHA.shape[1], x_BKHA.shape[2], cond=None)
+        return torch.cat([self.state_in(state_BA)[:, None], mixed_BKHD.flatten(1, 2)], dim=1), None
 
 
 class Pi05Head(FlowHead):
@@ -84,11 +110,15 @@ class Pi05Head(FlowHead):
         self.time_mlp_in = Linear(width, width)
         self.time_mlp_out = Linear(width, width)
 
-    def suffix(self, state_BA: Tensor, x_BKHA: Tensor, timestep_BK: Tensor, dtype: torch.dtype) -> Span:
+    def embed(self, state_BA: Tensor, x_BKHA: Tensor, timestep_BK: Tensor, given_BH: Tensor | None) -> Embedded:
+        if given_BH is not None:
+            timestep_BK = F.pad(timestep_BK, (0, 1), value=CLEAN)
         tokens_BTD = self.action_in(x_BKHA).flatten(1, 2)
-        time_BCD = timestep_embedding(timestep_BK.flatten(1), tokens_BTD.shape[-1])
-        cond_BCD = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time_BCD))))
-        return _span(tokens_BTD.to(dtype), x_BKHA.shape[1], x_BKHA.shape[2], cond=cond_BCD)
+        return tokens_BTD, self.condition(timestep_embedding(timestep_BK, tokens_BTD.shape[-1]))
+
+    def condition(self, time_BCD: Tensor) -> Tensor:
+        """What modulates the norms, from embedded timesteps."""
+        return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time_BCD))))
 
 
 def _span(tokens_BTD: Tensor, num_draws: int, action_horizon: int, cond: Tensor | None) -> Span:
@@ -110,14 +140,17 @@ def _span(tokens_BTD: Tensor, num_draws: int, action_horizon: int, cond: Tensor 
 
 
 def interpolate(noise_BKHA: Tensor, actions_BHA: Tensor, timestep_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Noisy actions x_t and their velocity u_t, each [B, K, H, A]; timesteps as `FlowHead.suffix` takes them."""
-    t, actions = _with_steps(timestep_BK)[..., None], actions_BHA[:, None]
+    """Noisy actions x_t and their velocity u_t, each [B, K, H, A]."""
+    t, actions = timestep_BK[..., None, None], actions_BHA[:, None]
     return t * noise_BKHA + (1 - t) * actions, noise_BKHA - actions
 
 
-def _with_steps(timestep: Tensor) -> Tensor:
-    """[B, K, H or 1]."""
-    return timestep if timestep.ndim == 3 else timestep[..., None]
+def integrate(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, num_steps: int) -> Tensor:
+    """Actions from noise by `num_steps` Euler steps of `velocity(x, timestep)`, from timestep 1 to 0."""
+    x = noise
+    for i in range(num_steps):
+        x = x - velocity(x, 1 - i / num_steps) / num_steps
+    return x
 
 
 def flow_loss(

@@ -26,14 +26,19 @@ from manipi.model.siglip import VisionBlock
 
 
 class Norm(NamedTuple):
-    """An RMS norm with its modulation known: `x / rms(x) · factor + shift`, and the gate of the residual after it."""
+    """An RMS norm with its modulation known: `x / rms(x) · factor + shift`, and the gate of the residual after it.
+
+    Each is [D], or [B, T, D] where tokens differ.
+    """
 
     factor: Tensor
     shift: Tensor | None = None
     gate: Tensor | None = None
 
     def __call__(self, x_BTD: Tensor) -> Tensor:
-        normed = F.rms_norm(x_BTD, x_BTD.shape[-1:], self.factor, eps=1e-6)
+        shared = self.factor.ndim == 1
+        normed = F.rms_norm(x_BTD, x_BTD.shape[-1:], self.factor if shared else None, eps=1e-6)
+        normed = normed if shared else normed * self.factor
         return normed if self.shift is None else normed + self.shift
 
     def residual(self, x_BTD: Tensor, update_BTD: Tensor) -> Tensor:
@@ -41,7 +46,7 @@ class Norm(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """One layer's keys and values [B, G, S, H]: room for the whole sequence."""
+    """One layer's keys and values [B, G, S, H], in the dtype to compute in: room for the whole sequence."""
 
     keys: Tensor
     values: Tensor
@@ -91,20 +96,13 @@ class FusedLayer(nn.Module):
         mlp = cast(MLP, layer.mlp)
         self.gate_up, self.down = fuse(make, mlp.gate_proj, mlp.up_proj), fuse(make, mlp.down_proj)
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        slots: Slots,
-        place: Place,
-        norms: tuple[Norm, Norm],
-        dtype: torch.dtype,
-        row_B: Tensor | None,
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, slots: Slots, place: Place, norms: LayerNorms, row_B: Tensor | None) -> Tensor:
         """The tokens [B, T, D] after this layer, whose keys and values are in their slots now.
 
         Args:
             row_B: the only token of each row whose result is wanted, which makes it [B, 1, D]; None: all.
         """
+        dtype = slots.keys.dtype
         q, k, v = self.qkv(norms[0](x_BTD).to(dtype)).unflatten(-1, (-1, self.head_dim)).split(self._heads(), dim=2)
         end, rope = write(slots, place, k, v), place.rope
         if row_B is not None:
@@ -127,17 +125,9 @@ class KeysValuesLayer(nn.Module):
         self.head_dim = layer.head_dim
         self.kv = fuse(make, layer.k_proj, layer.v_proj)
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        slots: Slots,
-        place: Place,
-        norms: tuple[Norm, Norm],
-        dtype: torch.dtype,
-        row_B: Tensor | None,
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, slots: Slots, place: Place, norms: LayerNorms, row_B: Tensor | None) -> Tensor:
         """Fills the slots; the tokens are as they came."""
-        k, v = self.kv(norms[0](x_BTD).to(dtype)).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
+        k, v = self.kv(norms[0](x_BTD).to(slots.keys.dtype)).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
         write(slots, place, k, v)
         return x_BTD
 

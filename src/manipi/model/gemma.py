@@ -57,7 +57,9 @@ class Span:
     starts_block_BT: Tensor
     cond_BCD: Tensor | None = None
     """Conditioning of an expert with adaptive norms: row c conditions the c-th run of T/C tokens, so that C is 1 for
-    one timestep per span, the number of branches for one per branch, and T for one per token."""
+    one timestep per span, and the number of branches for one per branch."""
+    clean_BT: Tensor | None = None
+    """Tokens that are given clean, wherever they stand: an additional last row of `cond_BCD` conditions them."""
     branch_BT: Tensor | None = None
     """None: all on the trunk."""
     position_BT: Tensor | None = None
@@ -79,6 +81,22 @@ class KVCache:
     layers: dict[int, KeysValues] = field(default_factory=dict)
 
 
+class Conditioning(NamedTuple):
+    """What modulates adaptive norms, as in `Span`."""
+
+    rows_BCD: Tensor
+    clean_BT: Tensor | None
+
+    def per_token(self, rows_BCX: Tensor, num_tokens: int) -> Tensor:
+        """Each token's own of what was made of the rows. A single row is left to broadcasting."""
+        clean_BT = self.clean_BT
+        runs_BCX = rows_BCX if clean_BT is None else rows_BCX[:, :-1]
+        c = runs_BCX.shape[1]
+        assert num_tokens % c == 0, f"{c} conditioning rows cannot be shared out among {num_tokens} tokens"
+        runs_BCX = runs_BCX if c == 1 else runs_BCX.repeat_interleave(num_tokens // c, dim=1)
+        return runs_BCX if clean_BT is None else torch.where(clean_BT[..., None], rows_BCX[:, -1:], runs_BCX)
+
+
 class RMSNorm(nn.Module):
     """`x / rms(x) · (1 + scale)`, in and out in float32 (Zhang & Sennrich 2019)."""
 
@@ -89,7 +107,7 @@ class RMSNorm(nn.Module):
     def init_weights(self, generator: Generator | None) -> None:
         nn.init.zeros_(self.scale)
 
-    def forward(self, x_BTD: Tensor, cond_BCD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_BTD: Tensor, cond: Conditioning | None) -> tuple[Tensor, Tensor | None]:
         return F.rms_norm(x_BTD, self.scale.shape, 1 + self.scale.float(), eps=1e-6), None
 
 
@@ -103,19 +121,11 @@ class AdaptiveRMSNorm(nn.Module):
         super().__init__()
         self.modulation = ZeroLinear(width, 3 * width)
 
-    def forward(self, x_BTD: Tensor, cond_BCD: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        assert cond_BCD is not None, "an expert with adaptive norms needs Span.cond_BCD"
-        scale, shift, gate = self.modulation(cond_BCD).float().chunk(3, dim=-1)
-        normed_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6)
-        t = x_BTD.shape[1]
-        return normed_BTD * _per_token(1 + scale, t) + _per_token(shift, t), _per_token(gate, t)
-
-
-def _per_token(rows_BCD: Tensor, num_tokens: int) -> Tensor:
-    """Row c for each token of the c-th run. A single row is left to broadcasting."""
-    c = rows_BCD.shape[1]
-    assert num_tokens % c == 0, f"{c} conditioning rows cannot be shared out among {num_tokens} tokens"
-    return rows_BCD if c == 1 else rows_BCD.repeat_interleave(num_tokens // c, dim=1)
+    def forward(self, x_BTD: Tensor, cond: Conditioning | None) -> tuple[Tensor, Tensor | None]:
+        assert cond is not None, "an expert with adaptive norms needs Span.cond_BCD"
+        rows = cond.per_token(self.modulation(cond.rows_BCD).float(), x_BTD.shape[1])
+        scale, shift, gate = rows.chunk(3, dim=-1)
+        return F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6) * (1 + scale) + shift, gate
 
 
 class MLP(nn.Module):
@@ -149,11 +159,11 @@ class ExpertLayer(nn.Module):
         self.mlp = MLP(size, config.adapters.feed_forward)
 
     def project(
-        self, x_BTD: Tensor, cond_BCD: Tensor | None, dtype: torch.dtype, *, queries: int
+        self, x_BTD: Tensor, cond: Conditioning | None, dtype: torch.dtype, *, queries: int
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """Queries [B, queries, N, H] of the last tokens, keys and values [B, T, G, H] of all, and the gate of the
         attention residual."""
-        normed_BTD, gate = self.attention_norm(x_BTD, cond_BCD)
+        normed_BTD, gate = self.attention_norm(x_BTD, cond)
         normed_BTD = normed_BTD.to(dtype)
         q = self._heads(self.q_proj(normed_BTD[:, -queries:])) if queries else None
         return q, self._heads(self.k_proj(normed_BTD)), self._heads(self.v_proj(normed_BTD)), gate
@@ -161,10 +171,10 @@ class ExpertLayer(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
 
-    def finish(self, x_BTD: Tensor, attended_BTNH: Tensor, gate: Tensor | None, cond_BCD: Tensor | None) -> Tensor:
+    def finish(self, x_BTD: Tensor, attended_BTNH: Tensor, gate: Tensor | None, cond: Conditioning | None) -> Tensor:
         """The two residuals: attention output, then MLP."""
         x_BTD = _residual(x_BTD, self.out_proj(attended_BTNH.flatten(-2)), gate)
-        normed_BTD, gate = self.mlp_norm(x_BTD, cond_BCD)
+        normed_BTD, gate = self.mlp_norm(x_BTD, cond)
         return _residual(x_BTD, self.mlp(normed_BTD.to(attended_BTNH.dtype)), gate)
 
 
@@ -196,7 +206,7 @@ class Block(nn.Module):
     def forward(
         self,
         xs: dict[str, Tensor],
-        conds: dict[str, Tensor | None],
+        conds: dict[str, Conditioning | None],
         geometries: dict[str, Geometry],
         past: KeysValues | None,
         *,
@@ -292,7 +302,10 @@ class Gemma(nn.Module):
         wanted = {name: lengths[name] if last is None else last for name in (lengths if outputs is None else outputs)}
         geometries, of_last, layout = self._place(spans, None if cache is None else cache.layout, wanted)
         xs = {name: span.tokens_BTD.float() for name, span in spans.items()}
-        conds = {n: None if s.cond_BCD is None else s.cond_BCD.to(s.tokens_BTD.dtype) for n, s in spans.items()}
+        conds = {
+            n: None if s.cond_BCD is None else Conditioning(s.cond_BCD.to(s.tokens_BTD.dtype), s.clean_BT)
+            for n, s in spans.items()
+        }
         for index, block in enumerate(self.blocks):
             past = None if cache is None else cache.layers.get(index)
             where, needed = (of_last, wanted) if index == len(self.blocks) - 1 else (geometries, lengths)

@@ -127,10 +127,24 @@ class ModelInput:
                 )
 
 
-def blank_input(config: ModelConfig, cameras: Sequence[bool], prompt_len: int) -> ModelInput:
-    """A batch of one with black pictures in those camera slots and a prompt of zeros: shapes without values."""
-    size, longest = config.vision.image_size, config.max_token_len
+def blank_input(config: ModelConfig, cameras: Sequence[bool], prompt_len: int, delay: int | None = None) -> ModelInput:
+    """A batch of one with black pictures in those camera slots and a prompt of zeros: shapes without values.
+
+    Args:
+        delay: with a previous chunk of zeros, of which so many steps are committed.
+    """
+    size, longest, horizon = config.vision.image_size, config.max_token_len, config.action_horizon
+    previous = (
+        {}
+        if delay is None
+        else {
+            "actions": torch.zeros(1, horizon, config.action_dim),
+            "action_valid": torch.ones(1, horizon, dtype=torch.bool),
+            "delay": torch.tensor([delay]),
+        }
+    )
     return ModelInput(
+        **previous,
         images=torch.zeros(1, len(cameras), size, size, 3, dtype=torch.uint8),
         image_valid=torch.tensor([cameras]) | isinstance(config, Pi0FastConfig),
         tokens=torch.zeros(1, longest, dtype=torch.long),

@@ -1,7 +1,7 @@
 """Matrices as an engine keeps them: as they are, or in 8 bits.
 
     kind           weights                      activations                    products
-    none           the compute dtype            the compute dtype              torch's own
+    none           the model's dtype            the compute dtype              torch's own
     int8_weights   int8, one scale per output   the compute dtype              expanded before each product: less memory
     int8           int8, one scale per output   int8, scaled at each product   int8 with int32 sums
     fp8            e4m3, one scale per output   e4m3, one scale per row        a GPU's, compute capability 8.9 or later
@@ -29,6 +29,12 @@ FEWEST_ROWS = 32
 """`torch._int_mm` on a GPU refuses 16 rows and fewer; missing ones are added as zeros."""
 
 
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What to compute in for a model of that dtype: float32 on processors that emulate bfloat16, a sixth as fast."""
+    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype if device.type != "cpu" or native else torch.float32
+
+
 def maker(kind: Quantization, device: torch.device, dtype: torch.dtype) -> MakeMatrix:
     """What makes matrices of that kind on that device.
 
@@ -54,7 +60,7 @@ def maker(kind: Quantization, device: torch.device, dtype: torch.dtype) -> MakeM
 
 
 class Plain(nn.Module):
-    """The matrix in the compute dtype, cast once instead of at every call."""
+    """The matrix in the model's dtype, cast once instead of at every call where that is the dtype of x."""
 
     weight: Tensor
     bias: Tensor | None
@@ -65,30 +71,11 @@ class Plain(nn.Module):
         self.register_buffer("bias", None if bias_O is None else bias_O.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-class Int8Weights(nn.Module):
-    """Half the memory of bfloat16, in the arithmetic of the activations."""
-
-    codes: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None):
-        super().__init__()
-        codes_OI, scale_O1 = to_int8(weight_OI)
-        self.register_buffer("codes", codes_OI)
-        self.register_buffer("scale", scale_O1)
-        self.register_buffer("bias", bias_O)
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.codes.to(x.dtype) * self.scale.to(x.dtype), bias)
-
-
-class Int8Rows(nn.Module):
-    """`torch._int_mm` between rows of activations and outputs of the weight, each with a scale of its own."""
+class Coded(nn.Module):
+    """A weight in 8 bits, with one scale for each output."""
 
     codes: Tensor
     scale: Tensor
@@ -96,13 +83,28 @@ class Int8Rows(nn.Module):
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None):
         super().__init__()
-        codes_OI, scale_O1 = to_int8(weight_OI)
+        codes_OI, scale_O1 = self.encode(weight_OI)
         self.register_buffer("codes", codes_OI)
         self.register_buffer("scale", scale_O1[:, 0])
         self.register_buffer("bias", None if bias_O is None else bias_O.float())
 
+    def encode(self, x_RI: Tensor) -> tuple[Tensor, Tensor]:
+        return to_int8(x_RI)
+
+
+class Int8Weights(Coded):
+    """Half the memory of bfloat16, in the arithmetic of the activations."""
+
     def forward(self, x: Tensor) -> Tensor:
-        codes_RI, scale_R1 = to_int8(x.flatten(0, -2))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.codes.to(x.dtype) * self.scale[:, None].to(x.dtype), bias)
+
+
+class Int8Rows(Coded):
+    """`torch._int_mm` between rows of activations and outputs of the weight, each with a scale of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes_RI, scale_R1 = self.encode(x.flatten(0, -2))
         rows = len(codes_RI)
         codes_RI = F.pad(codes_RI, (0, 0, 0, max(FEWEST_ROWS - rows, 0)))
         sums_RO = torch.ops.aten._int_mm(codes_RI, self.codes.t())[:rows]
@@ -136,23 +138,15 @@ class PackedInt8(nn.Module):
         return torch.ops.onednn.qlinear_pointwise(codes, scale, zero, *weights, self._bias, *output).to(x.dtype)
 
 
-class Float8(nn.Module):
+class Float8(Coded):
     """`torch._scaled_mm` in e4m3, with scales per row and per output."""
 
-    codes: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None):
-        super().__init__()
-        codes_OI, scale_O1 = to_float8(weight_OI)
-        self.register_buffer("codes", codes_OI)
-        self.register_buffer("scale", scale_O1.t().contiguous())
-        self.register_buffer("bias", bias_O)
+    def encode(self, x_RI: Tensor) -> tuple[Tensor, Tensor]:
+        return to_float8(x_RI)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes_RI, scale_R1 = to_float8(x.flatten(0, -2))
-        y_RO = torch.ops.aten._scaled_mm(codes_RI, self.codes.t(), scale_R1, self.scale, out_dtype=torch.bfloat16)
+        codes_RI, scale_R1 = self.encode(x.flatten(0, -2))
+        y_RO = torch.ops.aten._scaled_mm(codes_RI, self.codes.t(), scale_R1, self.scale[None], out_dtype=torch.bfloat16)
         y_RO = y_RO if self.bias is None else y_RO + self.bias.to(y_RO.dtype)
         return y_RO.to(x.dtype).unflatten(0, x.shape[:-1])
 

@@ -28,16 +28,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from manipi.model.flow import integrate
 from manipi.model.inputs import ModelInput
 
 MAX_GUIDANCE = 5.0
 """β, which bounds the weight of the guidance near pure noise, where equation 2 has no bound; the paper's value."""
 
-CLEAN = 0.0
-"""The timestep of an action."""
-
-Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Noisy actions [B, K, H, A] and timesteps, [B, K] or one per step [B, K, H], to a velocity [B, K, H, A]."""
+Velocity: TypeAlias = Callable[[Tensor, float, Tensor | None], Tensor]
+"""Noisy actions [B, K, H, A], their timestep, and which steps are given clean, [B, H] or None, to a velocity
+[B, K, H, A]."""
 
 
 def soft_mask(delay_B: Int64[Tensor, "B"], left_B: Int64[Tensor, "B"], horizon: int) -> Float[Tensor, "B H"]:
@@ -63,10 +62,9 @@ def guided_velocity(
     velocity: Velocity, x_BKHA: Tensor, timestep: float, previous_BHA: Tensor, mask_BH: Tensor
 ) -> Tensor:
     """The velocity, corrected so that its end comes closer to the previous chunk; a pass through the model and back."""
-    timestep_BK = torch.full(x_BKHA.shape[:2], timestep, device=x_BKHA.device)
     with torch.enable_grad():
         x_BKHA = x_BKHA.detach().requires_grad_()
-        velocity_BKHA = velocity(x_BKHA, timestep_BK)
+        velocity_BKHA = velocity(x_BKHA, timestep, None)
         end_BKHA = x_BKHA - timestep * velocity_BKHA
         error_BKHA = mask_BH[:, None, :, None] * (previous_BHA[:, None] - end_BKHA).detach()
         (pull_BKHA,) = torch.autograd.grad(end_BKHA, x_BKHA, error_BKHA)
@@ -80,46 +78,48 @@ def sample_on(velocity: Velocity, inputs: ModelInput, noise_BKHA: Tensor, num_st
         inputs: with `delay`, `actions` and `action_valid`.
         max_delay: the longest prefix that the weights were trained with; 0: none.
     """
-    assert inputs.delay is not None, "nothing to go on from"
     assert inputs.actions is not None, "a delay needs the previous chunk"
+    given_BH = trained_prefix(inputs, max_delay, noise_BKHA.shape[2])
+    if given_BH is not None:
+        return sample_after_prefix(velocity, noise_BKHA, inputs.actions, given_BH, num_steps)
+    mask_BH = soft_mask(*_delay_and_left(inputs), noise_BKHA.shape[2])
+    return sample_guided(velocity, noise_BKHA, inputs.actions, mask_BH, num_steps)
+
+
+def trained_prefix(inputs: ModelInput, max_delay: int, horizon: int) -> Tensor | None:
+    """Which steps [B, H] are given; None where weights that know prefixes of `max_delay` steps know no such ones."""
+    delay_B, _ = _delay_and_left(inputs)
+    if not max_delay or bool((delay_B > max_delay).any()):
+        return None
+    return given_steps(delay_B, horizon)
+
+
+def _delay_and_left(inputs: ModelInput) -> tuple[Tensor, Tensor]:
+    """The steps [B] that are committed, of those [B] that are left of the previous chunk."""
+    assert inputs.delay is not None, "nothing to go on from"
     assert inputs.action_valid is not None, "a delay needs to know what is left of the previous chunk"
     left_B = inputs.action_valid.sum(1)
-    delay_B = torch.minimum(inputs.delay, left_B)
-    if max_delay and bool((delay_B <= max_delay).all()):
-        return sample_after_prefix(velocity, noise_BKHA, inputs.actions, delay_B, num_steps)
-    mask_BH = soft_mask(delay_B, left_B, noise_BKHA.shape[2])
-    return sample_guided(velocity, noise_BKHA, inputs.actions, mask_BH, num_steps)
+    return torch.minimum(inputs.delay, left_B), left_B
 
 
 def sample_guided(
     velocity: Velocity, noise_BKHA: Tensor, previous_BHA: Tensor, mask_BH: Tensor, num_steps: int
 ) -> Tensor:
     """Chunks by `num_steps` Euler steps of the guided velocity (algorithm 1, GuidedInference)."""
-    x_BKHA = noise_BKHA
-    for i in range(num_steps):
-        x_BKHA = x_BKHA - guided_velocity(velocity, x_BKHA, 1 - i / num_steps, previous_BHA, mask_BH) / num_steps
-    return x_BKHA
+    return integrate(lambda x, t: guided_velocity(velocity, x, t, previous_BHA, mask_BH), noise_BKHA, num_steps)
 
 
 def sample_after_prefix(
-    velocity: Velocity, noise_BKHA: Tensor, previous_BHA: Tensor, delay_B: Tensor, num_steps: int
+    velocity: Velocity, noise_BKHA: Tensor, previous_BHA: Tensor, given_BH: Tensor, num_steps: int
 ) -> Tensor:
-    """Chunks whose first `delay` steps are the previous chunk's, by a policy that was trained with such prefixes."""
-    given_BKHA = previous_BHA[:, None].expand_as(noise_BKHA)
-    is_given_BKH = given_steps(delay_B, noise_BKHA.shape[2])[:, None].expand(noise_BKHA.shape[:3])
-    x_BKHA = noise_BKHA
-    for i in range(num_steps):
-        x_BKHA = torch.where(is_given_BKH[..., None], given_BKHA, x_BKHA)
-        timestep_BKH = torch.where(is_given_BKH, CLEAN, 1 - i / num_steps)
-        x_BKHA = x_BKHA - velocity(x_BKHA, timestep_BKH) / num_steps
-    return torch.where(is_given_BKH[..., None], given_BKHA, x_BKHA)
+    """Chunks whose given steps are the previous chunk's, by a policy that was trained with such prefixes."""
+
+    def with_given(x_BKHA: Tensor) -> Tensor:
+        return torch.where(given_BH[:, None, :, None], previous_BHA[:, None], x_BKHA)
+
+    return with_given(integrate(lambda x, t: velocity(with_given(x), t, given_BH), noise_BKHA, num_steps))
 
 
 def given_steps(delay_B: Int64[Tensor, "B"], horizon: int) -> Tensor:
     """[B, H]: which steps are committed."""
     return torch.arange(horizon, device=delay_B.device) < delay_B[:, None]
-
-
-def step_timesteps(timestep_BK: Tensor, delay_B: Tensor, horizon: int) -> Float[Tensor, "B K H"]:
-    """Timesteps for training: those of the committed steps are clean."""
-    return torch.where(given_steps(delay_B, horizon)[:, None], CLEAN, timestep_BK[..., None])

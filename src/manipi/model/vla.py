@@ -22,7 +22,7 @@ from manipi.model.flow import FlowHead, FlowLoss, Pi0Head, Pi05Head, flow_loss, 
 from manipi.model.gemma import Expert, Gemma, KVCache, Span
 from manipi.model.inputs import ModelInput
 from manipi.model.layers import Initialised
-from manipi.model.rtc import given_steps, sample_on, step_timesteps
+from manipi.model.rtc import given_steps, sample_on
 from manipi.model.shards import fill
 from manipi.model.siglip import SigLIP
 from manipi.model.trim import Kept, everything
@@ -130,17 +130,18 @@ class VLA(nn.Module):
         self.gemma({"vlm": self.embed_prefix(inputs, self._kept(inputs))}, cache, commit=True, outputs=())
         _, dim_valid = self._action_masks(inputs)
 
-        def velocity(x_BKHA: Tensor, timestep: Tensor) -> Tensor:
-            out_BTD = self.gemma({"action": head.suffix(inputs.state, x_BKHA, timestep, self.dtype)}, cache)["action"]
+        def velocity(x_BKHA: Tensor, timestep: Tensor | float, given_BH: Tensor | None = None) -> Tensor:
+            timestep_BK = torch.as_tensor(timestep, device=noise.device).expand(noise.shape[:2])
+            suffix = head.suffix(inputs.state, x_BKHA, timestep_BK, self.dtype, given_BH)
+            out_BTD = self.gemma({"action": suffix}, cache)["action"]
             velocity_BKHA = head.velocity(out_BTD, *noise.shape[1:3])
             return torch.where(dim_valid[:, None, None], velocity_BKHA, noise)
 
         if inputs.delay is not None:
             return sample_on(velocity, inputs, noise, num_steps, max_delay)
-        x_BKHA, timestep_BK = noise, torch.ones(noise.shape[:2], device=noise.device)
+        x_BKHA, timestep = noise, torch.ones((), device=noise.device)
         for _ in range(num_steps):
-            velocity_BKHA = velocity(x_BKHA, timestep_BK)
-            x_BKHA, timestep_BK = x_BKHA - velocity_BKHA / num_steps, timestep_BK - 1.0 / num_steps
+            x_BKHA, timestep = x_BKHA - velocity(x_BKHA, timestep) / num_steps, timestep - 1.0 / num_steps
         return x_BKHA
 
     @torch.no_grad()
@@ -219,10 +220,11 @@ class VLA(nn.Module):
     def _flow_loss(self, inputs: ModelInput, noise_BKHA: Tensor, timestep_BK: Tensor) -> FlowLoss:
         head = self._flow_head("forward without noise")
         assert inputs.actions is not None, "training needs actions"
-        if inputs.delay is not None:
-            timestep_BK = step_timesteps(timestep_BK, inputs.delay, noise_BKHA.shape[2])
         x_BKHA, target_BKHA = interpolate(noise_BKHA, inputs.actions, timestep_BK)
-        suffix = head.suffix(inputs.state, x_BKHA, timestep_BK, self.dtype)
+        given_BH = None if inputs.delay is None else given_steps(inputs.delay, noise_BKHA.shape[2])
+        if given_BH is not None:
+            x_BKHA = torch.where(given_BH[:, None, :, None], inputs.actions[:, None], x_BKHA)
+        suffix = head.suffix(inputs.state, x_BKHA, timestep_BK, self.dtype, given_BH)
         spans = {"vlm": self.embed_prefix(inputs, self._kept(inputs)), "action": suffix}
         out_BTD = self.gemma(spans, outputs=("action",), last=noise_BKHA.shape[1] * noise_BKHA.shape[2])["action"]
         velocity_BKHA = head.velocity(out_BTD, *noise_BKHA.shape[1:3])
