@@ -124,7 +124,7 @@ def checkpoint(planted, tmp_path_factory) -> Path:
         cameras=("base",),
     )
     data = DataConfig(path=str(planted), holdout=0.4, num_workers=0)
-    settings = {"compute": ComputeConfig(precision="fp32"), "steps": 2, "batch_size": 4, "num_threads": 1}
+    settings = {"compute": ComputeConfig(precision="fp32"), "steps": 2, "batch_size": 4, "num_threads": 1, "async_save": False}
     config = TrainConfig(robot=ROBOT, data=data, model=model, **settings)
     return train(config, tmp_path_factory.mktemp("runs") / "tiny", show=False)
 
