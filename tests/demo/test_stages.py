@@ -12,6 +12,7 @@ SMALL = DemoConfig(episodes=20, steps=2, trials=1, films=1)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_every_stage_leaves_its_result_and_is_not_repeated(tmp_path):
     Demo(tmp_path, SMALL).run()
     report = json.loads((tmp_path / "report.json").read_text())
