@@ -95,6 +95,11 @@ def tiny(toy_dataset) -> Callable[..., TrainConfig]:
     return shrink
 
 
+def pytest_collection_modifyitems(items):
+    """The slow ones first: one that began last would keep a core busy alone."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def mount(tmp_path):
     """`mount(megabytes)` is a file system of that size."""

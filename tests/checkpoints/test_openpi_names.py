@@ -3,8 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from openpi_trees import from_openpi_tree, to_openpi_tree
 
-from manipi.checkpoints.openpi_names import from_openpi_tree, openpi_arrays, to_openpi_tree
+from manipi.checkpoints.openpi_names import openpi_arrays
 from manipi.errors import WeightsMismatchError
 from manipi.model import VLA
 from manipi.model.config import Adapters, GemmaSize, LoRA, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize

@@ -1,10 +1,10 @@
 import os
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.commands import run_manipi
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -32,14 +32,7 @@ def manipi(tmp_path):
     """`manipi("check", path)` runs the command in a process of its own, in an empty folder."""
     folder = tmp_path / "cwd"
     folder.mkdir()
-    path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "packages/manipi-client/src")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-
-    def run(*arguments):
-        command = [sys.executable, "-m", "manipi", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
-
-    return run
+    return partial(run_manipi, folder=folder, COLUMNS="100")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.commands import run_manipi
 
 import manipi
 from manipi.cli import COMMANDS
@@ -27,9 +28,8 @@ def recipe() -> TrainConfig:
 """
 
 
-def run(*arguments: str, code: int = 0, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "manipi", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+    done = run_manipi(*arguments)
     assert done.returncode == code, done.stderr
     return done
 
@@ -62,12 +62,24 @@ def test_every_command_has_a_module_and_every_module_a_command():
     assert modules - {"__init__", "arguments", "result"} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", [["--help"], ["recipes"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
-def test_answers_without_torch(command):
-    script = (
-        "import sys; from manipi.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", script, *command], check=True, capture_output=True)
+WITHOUT_TORCH = """
+import contextlib, io, sys
+from manipi.cli import COMMANDS, main
+
+helps = ([command, "--help"] for command in COMMANDS)
+for arguments in ([], ["--help"], ["--version"], ["recipes"], ["train", "tabletop", "--help"], *helps):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        main(arguments)
+    assert said.getvalue().strip(), arguments
+    assert "torch" not in sys.modules, arguments
+"""
+
+
+def test_what_answers_without_torch():
+    """One process for all, so that the first of them that imports torch is named."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("recipes",)])
@@ -107,6 +119,7 @@ def test_an_unknown_flag():
     stderr = run("train", "tabletop", "--stepz", "3", code=2).stderr
     assert "--stepz" in stderr
     assert "--steps INT" in stderr
+    assert "--optimizer.lr FLOAT" in run("train", "tabletop", "--optimizer.lrr", "1", code=2).stderr
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -8,16 +8,17 @@ from manipi.demo.config import DemoConfig
 from manipi.demo.stages import Demo
 from manipi.errors import TrainingError
 
-SMALL = DemoConfig(episodes=20, steps=2, trials=2, films=2)
+SMALL = DemoConfig(episodes=20, steps=2, trials=1, films=1)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_every_stage_leaves_its_result_and_is_not_repeated(tmp_path):
     Demo(tmp_path, SMALL).run()
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["success"]) == {"trained", "untrained", "blind", "wrong_prompt"}
     assert all(set(rate) >= {"n", "k", "rate", "low", "high"} for rate in report["success"].values())
-    assert all(rate["n"] == 2 for rate in report["success"].values())
+    assert all(rate["n"] == 1 for rate in report["success"].values())
     assert report["settings"]["dataset"]["episodes"] == 20
     assert "<video" in (tmp_path / "report.html").read_text()
     kept = [tmp_path / "dataset", tmp_path / "check.json", *(tmp_path / "trials").iterdir()]

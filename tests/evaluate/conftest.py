@@ -125,7 +125,7 @@ def checkpoint(planted, tmp_path_factory) -> Path:
     )
     data = DataConfig(path=str(planted), holdout=0.4, num_workers=0)
     settings = {"compute": ComputeConfig(precision="fp32"), "steps": 2, "batch_size": 4, "num_threads": 1}
-    config = TrainConfig(robot=ROBOT, data=data, model=model, **settings)
+    config = TrainConfig(robot=ROBOT, data=data, model=model, async_save=False, **settings)
     return train(config, tmp_path_factory.mktemp("runs") / "tiny", show=False)
 
 

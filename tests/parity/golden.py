@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from openpi_trees import from_openpi_tree
 
-from manipi.checkpoints.openpi_names import from_openpi_tree, openpi_arrays
+from manipi.checkpoints.openpi_names import openpi_arrays
 from manipi.model import VLA, ModelInput
 from manipi.model.config import (
     NO_ADAPTERS,

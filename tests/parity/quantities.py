@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 import torch
 from golden import Case
+from openpi_trees import to_openpi_tree
 from torch import Tensor
 
-from manipi.checkpoints.openpi_names import to_openpi_tree
 from manipi.model import VLA, ModelInput
 from manipi.model.attention_mask import attention_mask
 from manipi.model.autoregressive import prompt_output

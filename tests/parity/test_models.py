@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from golden import ABSENT, CASES, Arrays, Case, change_adapters, keys, keys_of, over, read_arrays
+from openpi_trees import to_openpi_tree
 from quantities import Quantities, as_numpy, decoding_batch, quantities
 from tolerances import BFLOAT16, OUTPUTS, Tolerance, tolerance_of
 
-from manipi.checkpoints.openpi_names import to_openpi_tree
 from manipi.model.config import Adapters, Compat
 
 pytestmark = pytest.mark.skipif(not CASES, reason=ABSENT)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from golden import ABSENT, Arrays, Case, find, name_of, read_arrays, read_json
 from golden_robots import robot_of, slot_of
+from openpi_trees import from_openpi_tree
 
 from manipi.checkpoints.native import Checkpoint, PolicyConfig
-from manipi.checkpoints.openpi_names import from_openpi_tree
 from manipi.model.config import Pi05Config
 from manipi.policy import Policy
 from manipi.robots import Joints, Robot

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from golden import ABSENT, CASES, Arrays, Case, keys, over, read_arrays, require_frozen
+from openpi_trees import from_openpi_tree, to_openpi_tree
 from tolerances import TRACE, tolerance_of
 
-from manipi.checkpoints.openpi_names import from_openpi_tree, openpi_arrays, to_openpi_tree
+from manipi.checkpoints.openpi_names import openpi_arrays
 from manipi.robots.tabletop import TABLETOP
 from manipi.train import loop
 from manipi.train.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig

@@ -263,6 +263,7 @@ def miniature(recipe: TrainConfig, path: Path) -> TrainConfig:
         steps=2,
         batch_size=2,
         num_threads=1,
+        async_save=False,  # its writer would take longer to start than all the rest
     )
 
 

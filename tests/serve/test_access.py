@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.commands import run_manipi
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -203,7 +204,6 @@ PolicyServer(policy, port=0).serve_forever(on_ready=lambda host, port: print(por
 
 
 def test_a_public_address_is_refused_before_the_model_is_loaded(tmp_path):
-    command = [sys.executable, "-m", "manipi", "serve", str(tmp_path / "absent"), "--host", "0.0.0.0"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_manipi("serve", tmp_path / "absent", "--host", "0.0.0.0")
     assert done.returncode == 1
     assert "--insecure" in done.stderr

@@ -2,14 +2,14 @@
 
 import contextlib
 import os
-import subprocess
-import sys
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from tests.commands import Command
 
 from manipi.policy import Policy
 from manipi_client import ConnectError, RemoteInferenceError, WebsocketPolicy
@@ -17,18 +17,17 @@ from manipi_client import ConnectError, RemoteInferenceError, WebsocketPolicy
 
 @contextlib.contextmanager
 def serving(checkpoint, folder, *flags, **environment):
-    ready, log = folder / "port", folder / "log"
-    command = [sys.executable, "-m", "manipi", "serve", str(checkpoint), "--port", "0", "--ready-file", str(ready)]
-    with log.open("wb") as output:
-        process = subprocess.Popen([*command, *flags], stdout=output, stderr=output, env={**os.environ, **environment})
-        try:
-            while not ready.exists():
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.05)
-            yield int(ready.read_text()), log
-        finally:
-            process.terminate()
-            assert process.wait(20) == 0, log.read_text()
+    ready = folder / "port"
+    server = Command("serve", checkpoint, "--port", "0", "--ready-file", ready, *flags, **environment)
+    try:
+        while not ready.exists():
+            assert server.poll() is None, server.said()
+            time.sleep(0.05)
+        yield int(ready.read_text()), server
+    finally:
+        os.kill(server.pid, signal.SIGTERM)
+        done = server.communicate(20)
+        assert done.returncode == 0, done.stderr
 
 
 def observation(prompt="reach it"):
@@ -54,7 +53,7 @@ def test_a_checkpoint_served_with_a_token(trained, tmp_path):
     checkpoint = trained("pi05")
     with serving(checkpoint, tmp_path, "--seed", "3", "--num-threads", "1", MANIPI_TOKEN="k3y-of-the-lab") as (
         port,
-        log,
+        server,
     ):
         with pytest.raises(ConnectError, match="401"):
             WebsocketPolicy(port=port)
@@ -79,7 +78,7 @@ def test_a_checkpoint_served_with_a_token(trained, tmp_path):
         pushed = policy.infer(observation("push it"))["actions"]
         for got, wanted in zip(together, (expected[0], pushed) * 3, strict=True):
             np.testing.assert_allclose(got, wanted, atol=1e-5)
-        assert "k3y-of-the-lab" not in log.read_text()
+        assert "k3y-of-the-lab" not in server.said()
     assert metadata["robot"]["name"] == "tabletop"
     assert [dimension["name"] for dimension in metadata["action_space"]] == ["x", "y", "z", "gripper"]
     assert [dimension["unit"] for dimension in metadata["action_space"]] == ["m", "m", "m", ""]

@@ -1,6 +1,5 @@
 """Processes that train together, without torchrun: what it sets in the environment is set here."""
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from tests.commands import FORKS
 
 from manipi.errors import ManipiError
 from manipi.model import ModelInput
@@ -18,10 +18,6 @@ from manipi.train.data import prepare
 from manipi.train.loop import add_gradients, train, train_step
 from manipi.train.parallel import ALONE, World, open_world, require_shared
 from manipi.train.state import TrainState
-
-# Every process would import torch for seconds; so one does, and the others are forks of it.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([__name__, "torch._dynamo", "torch.distributed.fsdp", "matplotlib.pyplot"])
 
 
 class Ranks:
@@ -33,8 +29,8 @@ class Ranks:
         self.processes: list[BaseProcess] = []
         self._answers: list[Connection] = []
         for rank in range(size):
-            answer, theirs = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(target=_be, args=(rank, size, port, theirs, work, arguments))
+            answer, theirs = FORKS.Pipe(duplex=False)
+            process = FORKS.Process(target=_be, args=(rank, size, port, theirs, work, arguments))
             process.start()
             theirs.close()
             self.processes.append(process)

@@ -59,13 +59,11 @@ class Demo:
             self._record()
         with self._timed("check"):
             self._check()
-        untrained = self._drive("untrained", "plain", self._untrained)
+        untrained = self._drive(self._untrained, untrained="plain")
         with self._timed("train"):
             checkpoint = self._train()
-        trained = self._drive("trained", "plain", lambda: checkpoint, films=self.config.films)
-        blind = self._drive("blind", "blind", lambda: checkpoint)
-        wrong_prompt = self._drive("wrong_prompt", "wrong_prompt", lambda: checkpoint)
-        trials = {"trained": trained, "untrained": untrained, "blind": blind, "wrong_prompt": wrong_prompt}
+        trained = self._drive(lambda: checkpoint, trained="plain", blind="blind", wrong_prompt="wrong_prompt")
+        trials = {"trained": trained["trained"], **untrained, **trained}
         report = self._report(trials)
         report.write_json(self.folder / "report.json")
         write_report(self.folder / "report.html", report)
@@ -98,24 +96,29 @@ class Demo:
 
     def _untrained(self) -> Path:
         """The network before its first step, in a folder of its own: the run's checkpoints come and go."""
-        config = replace(self.train_config, data=replace(self.train_config.data, cache="none"))
+        config = replace(self.train_config, data=replace(self.train_config.data, cache="none"), async_save=False)
         return train(config, self.folder / "untrained", stop_at=0, show=False)
 
-    def _drive(self, name: str, variant: Variant, checkpoint: Callable[[], Path], films: int = 0) -> list[Trial]:
-        done = self.folder / "trials" / f"{name}.npz"
-        if not done.exists():
-            with self._timed(f"drive {name}"), policy_server(checkpoint()) as port:
-                trials = run_trials(
-                    port,
-                    range(self.config.trials),
-                    image_size=self.train_config.model.vision.image_size,
-                    execute_steps=self.config.execute_steps,
-                    variant=variant,
-                    films=films,
-                    label=name.replace("_", " "),
-                )
-            save_trials(done, trials)
-        return load_trials(done)
+    def _drive(self, checkpoint: Callable[[], Path], **variants: Variant) -> dict[str, list[Trial]]:
+        """The trials of each name, with one server for those that are not there yet."""
+        paths = {name: self.folder / "trials" / f"{name}.npz" for name in variants}
+        if missing := [name for name, path in paths.items() if not path.exists()]:
+            with policy_server(checkpoint()) as port:
+                for name in missing:
+                    with self._timed(f"drive {name}"):
+                        save_trials(paths[name], self._trials(port, name, variants[name]))
+        return {name: load_trials(path) for name, path in paths.items()}
+
+    def _trials(self, port: int, name: str, variant: Variant) -> list[Trial]:
+        return run_trials(
+            port,
+            range(self.config.trials),
+            image_size=self.train_config.model.vision.image_size,
+            execute_steps=self.config.execute_steps,
+            variant=variant,
+            films=self.config.films if name == "trained" else 0,
+            label=name.replace("_", " "),
+        )
 
     def _report(self, trials: dict[str, list[Trial]]) -> DemoReport:
         round_trips = [ms for trial in trials["trained"] for ms in trial.infer_ms]

@@ -33,7 +33,7 @@ from manipi.data.dataset import Dataset
 from manipi.data.source import frames_of
 from manipi.policy import Policy
 from manipi.robots.robot import Robot
-from manipi.storage import atomic_write
+from manipi.train.progress import figure
 from manipi.transforms.pipeline import observation_of
 
 BLOCK = 32
@@ -129,35 +129,24 @@ def infer_rows(policy: Policy, dataset: Dataset, rows: np.ndarray, *, show: bool
 
 def plot_chunks(predictions: Predictions, dataset: Dataset, robot: Robot, result: OpenLoop, path: Path) -> None:
     """The commands of one episode and the policy's chunks over them, for the dimensions that travel most often."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
     episodes = dataset.episode_of(predictions.rows)
     position = int(np.bincount(episodes).argmax())
     start, end = dataset.starts[position], dataset.ends[position]
     recorded = commands(robot, dataset)[start:end]
     shown = _liveliest(recorded, result.travel, 6)
-    figure, axes = plt.subplots(
-        len(shown), 1, figsize=(9, 1.6 * len(shown) + 0.8), dpi=110, sharex=True, squeeze=False, layout="constrained"
-    )
-    for axis, d in zip(axes[:, 0], shown, strict=True):
-        axis.plot(recorded[:, d], color="#444444", linewidth=1.8, label="recorded")
-        for i in np.flatnonzero(episodes == position):
-            steps = predictions.rows[i] - start + np.arange(predictions.valid[i].sum())
-            axis.plot(steps, predictions.chunks["policy"][i, : len(steps), d], color="#d9622b", linewidth=1, alpha=0.7)
-        axis.set_ylabel(result.dimensions[d], fontsize=8)
-        axis.grid(alpha=0.25)
-    axes[0, 0].plot([], [], color="#d9622b", label="predicted chunks")
-    axes[0, 0].legend(loc="upper right", fontsize=8, ncols=2)
-    axes[-1, 0].set_xlabel(f"frame of episode {dataset.episodes[position].index}")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    plt.close(figure)
-    atomic_write(path, buffer.getvalue())
+    with figure(path, figsize=(9, 1.6 * len(shown) + 0.8)) as drawing:
+        axes = drawing.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, d in zip(axes, shown, strict=True):
+            axis.plot(recorded[:, d], color="#444444", linewidth=1.8, label="recorded")
+            for i in np.flatnonzero(episodes == position):
+                steps = predictions.rows[i] - start + np.arange(predictions.valid[i].sum())
+                chunk = predictions.chunks["policy"][i, : len(steps), d]
+                axis.plot(steps, chunk, color="#d9622b", linewidth=1, alpha=0.7)
+            axis.set_ylabel(result.dimensions[d], fontsize=8)
+            axis.grid(alpha=0.25)
+        axes[0].plot([], [], color="#d9622b", label="predicted chunks")
+        axes[0].legend(loc="upper right", fontsize=8, ncols=2)
+        axes[-1].set_xlabel(f"frame of episode {dataset.episodes[position].index}")
 
 
 def _liveliest(commands: np.ndarray, travel: np.ndarray, count: int) -> list[int]:

@@ -34,11 +34,10 @@ from tqdm import tqdm
 
 from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
-from manipi.storage import atomic_write
 from manipi.train.config import TrainConfig
 from manipi.train.launch import mesh_shape
 from manipi.train.loop import train_step
-from manipi.train.progress import peak_memory
+from manipi.train.progress import figure, peak_memory
 from manipi.train.state import TrainState, unallocated_model
 
 PARTS = ("weights", "optimizer", "average", "gradients", "batch", "activations", "temporary")
@@ -319,26 +318,16 @@ def memory_report(config: TrainConfig, batch: ModelInput, gpus: int = 1) -> Iter
 
 def plot_memory(memory: StepMemory, path: Path, capacity: int | None = None) -> None:
     """The parts over the events of the step, one upon the other, as a PNG."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 4.5), dpi=110, layout="constrained")
     # A picture is a thousand pixels wide; of the events in each, the one with the largest sum is drawn.
     groups = np.array_split(np.arange(len(memory.total)), min(1000, len(memory.total)))
     shown = np.array([group[memory.total[group].argmax()] for group in groups])
     colours = ("#0b6e99", "#4a9cc0", "#9cc9de", "#c46a1b", "#888888", "#7a9a3a", "#d9b44a")
     curves = [memory.curves[part][shown] / GIB for part in PARTS]
-    axis.stackplot(shown, *curves, labels=PARTS, colors=colours, linewidth=0)
-    if capacity is not None:
-        axis.axhline(capacity / GIB, color="#333333", linestyle=":", label="GPU")
-    axis.set(xlabel="storages that appeared or disappeared", ylabel="GiB", xlim=(shown[0], shown[-1]))
-    handles, labels = axis.get_legend_handles_labels()
-    axis.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    plt.close(figure)
-    atomic_write(path, buffer.getvalue())
+    with figure(path, figsize=(8, 4.5)) as drawing:
+        axis = drawing.subplots()
+        axis.stackplot(shown, *curves, labels=PARTS, colors=colours, linewidth=0)
+        if capacity is not None:
+            axis.axhline(capacity / GIB, color="#333333", linestyle=":", label="GPU")
+        axis.set(xlabel="storages that appeared or disappeared", ylabel="GiB", xlim=(shown[0], shown[-1]))
+        handles, labels = axis.get_legend_handles_labels()
+        axis.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
