@@ -23,7 +23,7 @@ import numpy as np
 from manipi.errors import BusyError
 from manipi.types import Observation
 
-Result: TypeAlias = Mapping[str, Any] | Exception
+Result: TypeAlias = Mapping[str, Any] | BaseException
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Answer:
 
 @dataclass(eq=False)
 class Waiting:
-    """An observation that was sent for computation, and its answer to come."""
+    """An observation that was sent for computation, and its answer to come, or what it failed with."""
 
     query: Query
-    answer: "asyncio.Future[Answer]"
+    answer: "asyncio.Future[Answer | BaseException]"
     since: float = field(default_factory=time.monotonic)
 
 
@@ -83,7 +83,7 @@ class Batcher:
         return len(self._queue)
 
     def submit(self, query: Query) -> Waiting:
-        """Puts an observation into the queue. Its `answer` raises what the policy raised for it.
+        """Puts an observation into the queue.
 
         Raises:
             BusyError: the queue is full.
@@ -132,7 +132,7 @@ class Batcher:
         began = time.monotonic()
         try:
             results = self._compute([waiting.query for waiting in batch])
-        except Exception as error:  # noqa: BLE001 - the clients are told.
+        except BaseException as error:  # noqa: BLE001 - who waits for an answer raises it.
             results = [error] * len(batch)
         infer_s = time.monotonic() - began
         self._loop.call_soon_threadsafe(self._answer_all, batch, results, began, infer_s)
@@ -140,15 +140,11 @@ class Batcher:
     def _answer_all(self, batch: list[Waiting], results: Sequence[Result], began: float, infer_s: float) -> None:
         self._computing = False
         for waiting, result in zip(batch, results, strict=True):
-            is_error = isinstance(result, Exception)
-            _settle(waiting, result if is_error else Answer(result, began - waiting.since, infer_s))
+            failed = isinstance(result, BaseException)
+            _settle(waiting, result if failed else Answer(result, began - waiting.since, infer_s))
         self._start()
 
 
-def _settle(waiting: Waiting, result: Answer | Exception) -> None:
-    if waiting.answer.done():  # its client left, or its deadline passed
-        return
-    if isinstance(result, Exception):
-        waiting.answer.set_exception(result)
-    else:
+def _settle(waiting: Waiting, result: Answer | BaseException) -> None:
+    if not waiting.answer.done():  # its client may have left, or its deadline passed
         waiting.answer.set_result(result)

@@ -40,7 +40,7 @@ from websockets.protocol import State
 from manipi.errors import ConfigError, DeadlineError, ManipiError
 from manipi.robots.robot import Robot
 from manipi.serve.access import Access, bind
-from manipi.serve.batching import Answer, Batcher, Query, Result, Waiting
+from manipi.serve.batching import Answer, Batcher, Query, Result
 from manipi.serve.guard import ActionGuard, GuardMode
 from manipi.serve.pages import Pages
 from manipi.serve.state import Client, ServerState
@@ -352,25 +352,29 @@ async def _in_time(client: Client, batcher: Batcher, query: Query, left_s: float
     """The answer, unless the client leaves (ConnectionClosed) or `left_s` pass (DeadlineError) before."""
     if client.connection.state is State.CLOSED:  # the observation came first
         raise ConnectionClosed(None, None)
+    if left_s is not None and left_s <= 0:
+        raise _late()
     waiting = client.waiting = batcher.submit(query)
-    expire = functools.partial(_expire, batcher, waiting)
-    timer = None if left_s is None else asyncio.get_running_loop().call_later(left_s, expire)
+    loop = asyncio.get_running_loop()
+    timer = None if left_s is None else loop.call_later(left_s, batcher.give_up, waiting, _late())
     try:
-        return await waiting.answer
+        answer = await waiting.answer
     finally:
         client.waiting = None
         if timer is not None:
             timer.cancel()
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
 
 
-def _expire(batcher: Batcher, waiting: Waiting) -> None:
-    error = DeadlineError(
+def _late() -> DeadlineError:
+    return DeadlineError(
         expected="actions before the observation's deadline",
         found="none in time",
         where=f"{DEADLINE} of the observation, or --limits.deadline-ms",
         next="send a newer observation; look at /metrics for where the time goes",
     )
-    batcher.give_up(waiting, error)
 
 
 def _leave(client: Client, batcher: Batcher, _: "asyncio.Future[None]") -> None:

@@ -7,7 +7,8 @@
       │ ◀───────────────── action chunk ── │     binary frame  ┘ again and again
       │ ◀──────────────────────── error ── │     text frame instead; the server then closes
 
-This is openpi's protocol, so the server may be manipi's or openpi's.
+This is openpi's protocol, so the server may be manipi's or openpi's. A large observation is one message in several
+websocket frames, which any server puts together again.
 """
 
 from __future__ import annotations
