@@ -72,15 +72,14 @@ def _drive(policy: Policy, seeds: Sequence[int], *, execute_steps: int, delay: i
             broker.reset()
             done, info = False, {}
             while not done:
-                held.lets_go = waits or not env.steps
                 if broker.age is not None and broker.age >= delay:
-                    held.lets_go = True
+                    held.gate.set()
                     broker.wait()
-                    held.lets_go = waits
+                (held.gate.set if waits or not env.steps else held.gate.clear)()
                 action = broker.infer(observation)["actions"]
                 observation, _, terminated, truncated, info = env.step(np.asarray(action, np.float32))
                 done = terminated or truncated
-            held.lets_go = True  # what is under way is nobody's, and must not keep the next episode waiting
+            held.gate.set()  # what is under way is nobody's, and must not keep the next episode waiting
             successes, steps = successes + info["success"], steps + env.steps
             chunks += math.ceil(env.steps / execute_steps) if waits else 1
     seconds = (steps + delay * chunks) / TABLETOP.control_hz / len(seeds)
@@ -88,30 +87,13 @@ def _drive(policy: Policy, seeds: Sequence[int], *, execute_steps: int, delay: i
 
 
 class _Held:
-    """A policy whose answers leave only while `lets_go`."""
+    """A policy whose answers leave only while `gate` is set."""
 
     def __init__(self, policy: Policy):
-        self._policy, self._gate = policy, threading.Event()
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        return self._policy.metadata
-
-    @property
-    def lets_go(self) -> bool:
-        return self._gate.is_set()
-
-    @lets_go.setter
-    def lets_go(self, open: bool) -> None:
-        (self._gate.set if open else self._gate.clear)()
+        self._policy, self.gate = policy, threading.Event()
+        self.metadata, self.reset, self.interrupt = policy.metadata, policy.reset, self.gate.set
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         answer = self._policy.infer(observation)
-        self._gate.wait()
+        self.gate.wait()
         return answer
-
-    def reset(self) -> None:
-        self._policy.reset()
-
-    def interrupt(self) -> None:
-        self.lets_go = True
