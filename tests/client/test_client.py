@@ -236,6 +236,28 @@ def test_after_a_timeout_a_late_answer_is_never_read_as_a_fresh_one(observation)
         assert policy.infer({**observation, "prompt": "fresh"})["for"] == "fresh"
 
 
+def test_pictures_arrive_whole_after_whatever_went_wrong():
+    """They travel in parts, out of memory that is used again, which the errors' tracebacks still hold."""
+    rng, answered = np.random.default_rng(0), threading.Event()
+
+    def echo(observation):
+        if "slow" in observation:
+            answered.wait(5)
+        return {"actions": observation["image"]}
+
+    with FakePolicyServer(echo) as server, WebsocketPolicy(port=server.port, request_timeout=1.0) as policy:
+        for side in (10, 209, 210, 500, 300):  # 131,043 and 132,300 bytes are below and above one part
+            image = rng.integers(0, 256, (side, side, 3), np.uint8)
+            np.testing.assert_array_equal(policy.infer({"image": image})["actions"], image)
+            with pytest.raises(InputError):
+                policy.infer({"image": image, "x": object()})
+        with pytest.raises(InferenceTimeout) as failure:
+            policy.infer({"image": image, "slow": True})
+        answered.set()
+        np.testing.assert_array_equal(policy.infer({"image": image})["actions"], image)
+        assert failure.value.__traceback__ is not None
+
+
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_call_leaves_no_answer_behind(observation):
     def slow(observed):

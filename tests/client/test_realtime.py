@@ -80,9 +80,9 @@ class Arm(Environment):
         return self.steps >= self.num_steps
 
     def get_observation(self):
-        question = self.broker._question
-        if question is not None and self.steps >= question.step + self.delay(question.step):
-            question.answer.exception()
+        age = self.broker.age
+        if age is not None and age >= self.delay(self.steps - age):
+            self.broker.wait()
         return {"state": np.array([self.position]), "step": self.steps}
 
     def apply_action(self, action):

@@ -165,7 +165,12 @@ def test_moved_data_are_the_same_data(checkpoint, policy, planted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"), [(["--max-frames", "0"], "at least one frame"), (["--holdout", "0.5"], "add --data")]
+    ("flags", "message"),
+    [
+        (["--max-frames", "0"], "at least one frame"),
+        (["--holdout", "0.5"], "add --data"),
+        (["--scenes", "-1"], "scenes, or 0"),
+    ],
 )
 def test_flags_that_cannot_be(checkpoint, flags, message, capsys):
     with pytest.raises(SystemExit):

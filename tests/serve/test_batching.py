@@ -94,6 +94,26 @@ def test_a_bad_observation_in_a_batch_is_its_own_clients_error():
     assert bad.code == "ObservationError"
 
 
+@pytest.mark.parametrize("error", [StopIteration("enough"), MemoryError("too much"), RecursionError("deep")])
+def test_whatever_a_policy_raises_ends_one_connection_and_not_the_server(error):
+    class Odd(Slow):
+        def infer_batch(self, observations, noises):
+            if "bad" in observations[0]:
+                raise error
+            return super().infer_batch(observations, noises)
+
+    with PolicyServer(Odd(0.0), port=0).serve_in_thread() as port:
+        assert answer(port, {**state(1), "bad": 1}).startswith("PolicyFailure\n")
+        assert answer(port, state(2))["actions"].item() == 2
+
+
+def test_what_is_late_already_is_not_computed():
+    policy = Slow(0.0)
+    with PolicyServer(policy, port=0).serve_in_thread() as port:
+        assert answer(port, {**state(1), "manipi/deadline_ms": 0}).startswith("deadline\n")
+    assert not policy.batches
+
+
 def test_a_full_queue_is_busy():
     with PolicyServer(Slow(0.4), port=0, limits=Limits(max_batch=1, max_waiting=2)).serve_in_thread() as port:
         answers = ask_together(port, [state(number) for number in range(6)])

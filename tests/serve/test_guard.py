@@ -1,8 +1,14 @@
 import numpy as np
 import pytest
 
+from manipi.environments.tabletop import WORKSPACE_HIGH
 from manipi.errors import ActionError, ConfigError
+from manipi.robots.aloha import aloha
+from manipi.robots.droid import droid
+from manipi.robots.libero import libero
 from manipi.robots.robot import EndEffector, Gripper, Joints, Robot, State
+from manipi.robots.tabletop import TABLETOP
+from manipi.robots.ur5 import ur5
 from manipi.serve import PolicyServer
 from manipi.serve.guard import ActionGuard
 from manipi_client import RemoteInferenceError, WebsocketPolicy
@@ -127,3 +133,27 @@ def test_served_refused():
     ):
         client.infer({**OBSERVATION, "gripper": np.array([7.0])})
     assert refused.value.code == "ActionError"
+
+
+@pytest.mark.parametrize(
+    ("robot", "highest"),
+    [
+        (aloha(), [3.14158, 1.25664, 1.6057, 3.14158, 2.23402, 3.14158, np.inf] * 2),
+        (droid(action_space="joint_position"), [2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973, 1]),
+        (droid(), [1] * 8),
+        (libero(), [1] * 7),
+        (ur5(), [2 * np.pi] * 6 + [1]),
+        (TABLETOP, [*WORKSPACE_HIGH, 1]),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_built_in_robots_are_kept_within_what_they_can_do(robot, highest):
+    state = {part.key: np.zeros(part.size) for part in robot.state}
+    observation = {**dict.fromkeys(robot.cameras.values(), PICTURE), **state, "prompt": "go"}
+    wanted = np.full((200, robot.action_size), 1e3)  # long enough to get there at the largest rate
+    guarded = ActionGuard(robot)(observation, wanted)
+    np.testing.assert_allclose(guarded.actions[-1], np.minimum(highest, 1e3), rtol=1e-6)
+    if robot.max_rates:
+        np.testing.assert_allclose(guarded.actions[0, :6], np.pi / robot.control_hz)
+    lowest = ActionGuard(robot)(observation, -wanted).actions[-1]
+    assert (lowest[np.isfinite(highest)] > -7).all()

@@ -1,4 +1,4 @@
-"""`manipi eval`: open-loop error of a checkpoint on held-out episodes, beside simple baselines."""
+"""`manipi eval`: open-loop error of a checkpoint on held-out episodes, beside simple baselines; or closed loop."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,15 @@ from manipi.errors import ConfigError
 
 if TYPE_CHECKING:
     from manipi.evaluate.open_loop import OpenLoop
+    from manipi_client import Motion
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Eval:
-    """Compare predicted with recorded action chunks, on held-out and on training episodes, beside baselines."""
+    """Compare predicted with recorded action chunks, on held-out and on training episodes, beside baselines.
+
+    With --scenes, drive the demo's simulated arm instead: does it keep its success rate when it does not wait?
+    """
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint folder, such as runs/NAME/checkpoints/STEP or runs/NAME/best."""
@@ -30,6 +34,12 @@ class _Eval:
     """Leave the training episodes out."""
     max_frames: int = 256
     """Frames per side of the split, evenly spaced."""
+    scenes: int = 0
+    """Closed loop: scenes of the tabletop environment for each way to join chunks."""
+    execute_steps: int = 4
+    """Closed loop: executed steps after an observation until the next one is sent."""
+    delay: int = 2
+    """Closed loop: executed steps until the answer to an observation is there."""
     device: str = "cpu"
     """Where the model runs, such as cuda."""
     num_threads: int = 0
@@ -44,6 +54,9 @@ def main(arguments: Sequence[str]) -> None:
     """Evaluate; prints tables and one sentence per baseline."""
     args = tyro.cli(_Eval, args=arguments, prog="manipi eval")
     _check(args)
+    if args.scenes:
+        _drive(args)
+        return
 
     import torch
 
@@ -75,11 +88,37 @@ def main(arguments: Sequence[str]) -> None:
     write_result({"split": split.origin, **results}, args.json)
 
 
+def _drive(args: _Eval) -> None:
+    from manipi.evaluate.closed_loop import compare
+    from manipi.evaluate.serving import policy_server
+    from manipi_client import WebsocketPolicy
+
+    flags = ("--device", args.device)
+    with policy_server(args.checkpoint, threads=args.num_threads, flags=flags) as port, WebsocketPolicy(port=port) as p:
+        results = compare(p, range(args.scenes), execute_steps=args.execute_steps, delay=args.delay)
+    print(f"an answer takes {args.delay} steps; asked {args.execute_steps} steps after the last observation")
+    rows = [(r.join, r.seconds, *map(float, vars(r.success).values()), *_motion(r.motion)) for r in results]
+    print(table(rows, ("join", "s", "n", "k", "rate", "low", "high", "starved", "seams", "jump", "change", "jerk")))
+    print(
+        "\ns: an episode on the arm's clock; low, high: 95 % interval; jump: the largest change at a seam; change: the"
+        "\nmean one within a chunk, jerk: the mean third difference; in m, of the worst of x, y and z"
+    )
+    write_result({"closed_loop": results}, args.json)
+
+
+def _motion(motion: "Motion") -> tuple[float, ...]:
+    """Of the tip alone; the gripper has another unit."""
+    largest = (float(v[:3].max()) for v in (motion.seam_jump, motion.step_change, motion.jerk))
+    return motion.starved_steps, motion.seams, *largest
+
+
 def _check(args: _Eval) -> None:
     if args.max_frames < 1:
         raise ConfigError(
             expected="at least one frame", found=str(args.max_frames), where="--max-frames", next="--max-frames 256"
         )
+    if args.scenes < 0:
+        raise ConfigError(expected="scenes, or 0", found=str(args.scenes), where="--scenes", next="--scenes 100")
     if args.holdout is not None and args.data is None:
         raise ConfigError(expected="the data to split", found="no --data", where="--holdout", next="add --data PATH")
 

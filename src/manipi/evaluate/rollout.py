@@ -80,7 +80,7 @@ def _to_film(trials: Sequence[Trial], count: int) -> list[int]:
 
 def film(trial: Trial, *, variant: Variant) -> np.ndarray:
     """uint8 [T, 160, 160, 3]: the trial's commands on the trial's scene, which give the same motion again."""
-    env, _ = _start(trial.seed, variant, cameras=())
+    env, _ = start_scene(trial.seed, variant, cameras=())
     frames = [env.render(size=160)]
     for action in trial.actions:
         env.step(np.array(action, np.float32))
@@ -108,7 +108,7 @@ def load_trials(path: Path) -> list[Trial]:
 
 
 def _run_one(port: int, seed: int, *, image_size: int, execute_steps: int, variant: Variant) -> Trial:
-    env, observation = _start(seed, variant, image_size=image_size)
+    env, observation = start_scene(seed, variant, image_size=image_size)
     times, actions, info, done = [], [], {}, False
     with WebsocketPolicy(port=port) as policy:
         broker = ActionChunkBroker(policy, execute_steps)
@@ -133,7 +133,7 @@ def _run_one(port: int, seed: int, *, image_size: int, execute_steps: int, varia
     )
 
 
-def _start(seed: int, variant: Variant, **options: Any) -> tuple[Tabletop, dict[str, Any]]:
+def start_scene(seed: int, variant: Variant = "plain", **options: Any) -> tuple[Tabletop, dict[str, Any]]:
     """The scene of a seed, and its first observation."""
     env = Tabletop(max_steps=MAX_STEPS, **options)
     observation, _ = env.reset(seed=seed)

@@ -5,7 +5,8 @@
 
 The released models were pretrained with other conventions (`pi_convention`): two joints of each arm count the other
 way, and a gripper is the angle of its motor instead of the way of its fingers. Their norm stats have the asset id
-`trossen`. Keys and constants are openpi's.
+`trossen`. Keys and constants are openpi's. Joints are limited as in Interbotix' description of the ViperX 300 S; the
+grippers' commands are not, since those of its leader arms go beyond 0 and 1.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ GRIPPER = LinkageGripper(
     horn=0.022, rod=0.036, finger=(0.01844, 0.05800), motor=(-0.6213, 1.4910), angle=(0.5476, 1.6296)
 )
 """Interbotix' linkage; finger and motor ranges from the ALOHA driver; the angles are encoder counts 2405 and 3110."""
+
+_JOINT_LOW = (-3.14158, -1.85005, -1.76278, -3.14158, -1.8675, -3.14158)
+_JOINT_HIGH = (3.14158, 1.25664, 1.6057, 3.14158, 2.23402, 3.14158)
 
 
 def aloha(
@@ -43,7 +47,8 @@ def aloha(
             raise unknown_name("camera of ALOHA", camera, SLOTS, next="leave it out")
     if "cam_high" not in cameras:
         raise ConfigError(expected="cam_high", found=f"{tuple(cameras)}", where="aloha(cameras=…)", next="add cam_high")
-    arm = Joints(6, relative=relative, signs=(1, -1, -1, 1, 1, 1) if pi_convention else ())
+    signs = (1, -1, -1, 1, 1, 1) if pi_convention else ()
+    arm = Joints(6, relative=relative, signs=signs, low=_JOINT_LOW, high=_JOINT_HIGH)
     gripper = GRIPPER if pi_convention else Joints(1, unit="")
     features = {f"images/{camera}": f"observation.images.{camera}" for camera in cameras}
     return Robot(

@@ -4,13 +4,17 @@
     command    joints 7, positions in rad or velocities from -1 to 1 · gripper (0 open to 1 closed)
 
 The released models' norm stats have the asset id `droid`. Keys are openpi's: one of DROID's
-two outside cameras has one.
+two outside cameras has one. Positions are limited as in the Franka Panda's data sheet, velocities to what DROID's
+controller takes. No rate is stated: DROID's commands run ahead of the arm by more than it moves in a step.
 """
 
 from typing import Literal
 
 from manipi.errors import ConfigError
 from manipi.robots.robot import Gripper, Joints, Robot, State
+
+_JOINT_LOW = (-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973)
+_JOINT_HIGH = (2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973)
 
 
 def droid(
@@ -39,12 +43,16 @@ def droid(
         )
     positions = action_space == "joint_position"
     keys = ("exterior_image_1_left", "wrist_image_left", "joint_position", "gripper_position")
-    joints = Joints(7, relative=positions if relative is None else relative, unit="rad" if positions else "")
+    low, high = (_JOINT_LOW, _JOINT_HIGH) if positions else ((-1.0,) * 7, (1.0,) * 7)
+    is_relative, unit = positions if relative is None else relative, "rad" if positions else ""
     return Robot(
         name="droid",
         cameras={"base": "observation/exterior_image_1_left", wrist_slot: "observation/wrist_image_left"},
         state=(State("observation/joint_position", 7, unit="rad"), State("observation/gripper_position", 1)),
-        actions=(joints, Gripper(open=0.0, closed=1.0)),
+        actions=(
+            Joints(7, relative=is_relative, unit=unit, low=low, high=high),
+            Gripper(open=0.0, closed=1.0, low=(0.0,), high=(1.0,)),
+        ),
         control_hz=15.0,
         default_prompt=default_prompt,
         dataset_keys={f"observation/{key}": key for key in keys},

@@ -5,7 +5,7 @@
 
 The rate is the published dataset's; the simulator itself makes 20 steps per second. Commands are small motions already,
 so there is nothing relative about them. There are no published norm stats of a base model for it. Keys are openpi's,
-feature names those of `physical-intelligence/libero`.
+feature names those of `physical-intelligence/libero`. The simulator's controller cuts commands off at -1 and 1.
 """
 
 from manipi.robots.robot import Joints, Robot, State
@@ -23,7 +23,10 @@ def libero(*, relative: bool = False, default_prompt: str | None = None) -> Robo
         cameras={"base": "observation/image", "left_wrist": "observation/wrist_image"},
         state=(State("observation/state", 8),),
         # Plain dimensions: the released models saw the numbers of the gripper, too, as they are.
-        actions=(Joints(6, relative=relative, unit=""), Joints(1, unit="")),
+        actions=(
+            Joints(6, relative=relative, unit="", low=(-1.0,) * 6, high=(1.0,) * 6),
+            Joints(1, unit="", low=(-1.0,), high=(1.0,)),
+        ),
         control_hz=10.0,
         default_prompt=default_prompt,
         dataset_keys={f"observation/{key}": key for key in ("image", "wrist_image", "state")},

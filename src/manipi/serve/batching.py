@@ -1,15 +1,16 @@
 """Observations of concurrent clients become batches for the one thread that computes.
 
-    clients' coroutines       at most `max_waiting`           one thread
-      infer(observation) ───▶ ▢ ▢ ▢ ▢ ▢ ▢ ── `max_batch` ───▶ compute([…])
+    event loop                at most `max_waiting`           one thread
+      submit(observation) ──▶ ▢ ▢ ▢ ▢ ▢ ▢ ── `max_batch` ───▶ compute([…])
       actions, or an error ◀──────────────── one by one ───── […]
 
 What waits when the thread becomes free is one batch. It is held back for at most `batch_wait_ms` after its first
 observation, and only while fewer wait than there are clients: a client alone never waits for others.
+
+Between an observation and its answer lie two changes of thread and one of coroutine, and nothing else that could wait.
 """
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ import numpy as np
 from manipi.errors import BusyError
 from manipi.types import Observation
 
-Result: TypeAlias = Mapping[str, Any] | Exception
+Result: TypeAlias = Mapping[str, Any] | BaseException
 
 
 @dataclass(frozen=True)
@@ -42,26 +43,19 @@ class Answer:
     """In the queue."""
     infer_s: float
     """Of the whole batch."""
-    batch_size: int
 
 
 @dataclass(eq=False)
-class _Waiting:
-    query: Query
-    answer: "asyncio.Future[Answer]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    since: float = field(default_factory=time.monotonic)
+class Waiting:
+    """An observation that was sent for computation, and its answer to come, or what it failed with."""
 
-    def settle(self, result: Result, began: float, infer_s: float, batch_size: int) -> None:
-        if self.answer.done():  # its client left, or its deadline passed
-            return
-        if isinstance(result, Exception):
-            self.answer.set_exception(result)
-        else:
-            self.answer.set_result(Answer(result, began - self.since, infer_s, batch_size))
+    query: Query
+    answer: "asyncio.Future[Answer | BaseException]"
+    since: float = field(default_factory=time.monotonic)
 
 
 class Batcher:
-    """The queue and its thread.
+    """The queue and its thread. All but `compute` runs in the event loop, which has to be running already.
 
     Args:
         compute: answers a batch, in its order; an exception in its list is the answer to that observation alone.
@@ -79,19 +73,20 @@ class Batcher:
     ):
         self._compute, self._num_clients = compute, num_clients
         self._max_batch, self._max_waiting, self._wait_s = max_batch, max_waiting, batch_wait_ms / 1000
-        self._queue: deque[_Waiting] = deque()
-        self._arrived = asyncio.Event()
+        self._queue: deque[Waiting] = deque()
+        self._loop, self._held = asyncio.get_running_loop(), False
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")
+        self._computing = False
 
     @property
     def num_waiting(self) -> int:
         return len(self._queue)
 
-    async def infer(self, query: Query) -> Answer:
-        """The answer to one observation. A caller that is cancelled gives its place in the queue back.
+    def submit(self, query: Query) -> Waiting:
+        """Puts an observation into the queue.
 
         Raises:
             BusyError: the queue is full.
-            Exception: what the policy raised for this observation.
         """
         if len(self._queue) >= self._max_waiting:
             raise BusyError(
@@ -100,35 +95,56 @@ class Batcher:
                 where="the server's queue",
                 next="ask again later, with fewer clients, or raise --limits.max-waiting",
             )
-        waiting = _Waiting(query)
+        waiting = Waiting(query, self._loop.create_future())
         self._queue.append(waiting)
-        self._arrived.set()
+        self._start()
+        return waiting
+
+    def give_up(self, waiting: Waiting, reason: Exception) -> None:
+        """Nobody waits for this one any more: its place in the queue is free, and its answer is `reason`."""
+        if waiting in self._queue:  # what `remove` raises would spell out every picture
+            self._queue.remove(waiting)
+        _settle(waiting, reason)
+
+    def close(self) -> None:
+        """A batch that is being computed is computed to its end."""
+        self._worker.shutdown()
+
+    def _start(self) -> None:
+        """Compute what waits, if the thread is free, and as soon as the batch is full or has waited long enough."""
+        if self._computing or not self._queue:
+            return
+        left_s = self._queue[0].since + self._wait_s - time.monotonic()
+        if len(self._queue) >= min(self._max_batch, self._num_clients()) or left_s <= 0:
+            batch = [self._queue.popleft() for _ in range(min(self._max_batch, len(self._queue)))]
+            self._computing = True
+            self._worker.submit(self._compute_all, batch)
+        elif not self._held:
+            self._held = True
+            self._loop.call_later(left_s, self._start_late)
+
+    def _start_late(self) -> None:
+        self._held = False
+        self._start()
+
+    def _compute_all(self, batch: list[Waiting]) -> None:
+        """In the thread."""
+        began = time.monotonic()
         try:
-            return await waiting.answer
-        finally:
-            if waiting in self._queue:  # what `remove` raises would spell out every picture
-                self._queue.remove(waiting)
+            results = self._compute([waiting.query for waiting in batch])
+        except BaseException as error:  # noqa: BLE001 - who waits for an answer raises it.
+            results = [error] * len(batch)
+        infer_s = time.monotonic() - began
+        self._loop.call_soon_threadsafe(self._answer_all, batch, results, began, infer_s)
 
-    async def run(self) -> None:
-        """Compute until cancelled. A batch that is being computed is computed to its end."""
-        loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference") as worker:
-            while True:
-                batch = await self._gather()
-                began = time.monotonic()
-                results = await loop.run_in_executor(worker, self._compute, [waiting.query for waiting in batch])
-                infer_s = time.monotonic() - began
-                for waiting, result in zip(batch, results, strict=True):
-                    waiting.settle(result, began, infer_s, len(batch))
+    def _answer_all(self, batch: list[Waiting], results: Sequence[Result], began: float, infer_s: float) -> None:
+        self._computing = False
+        for waiting, result in zip(batch, results, strict=True):
+            failed = isinstance(result, BaseException)
+            _settle(waiting, result if failed else Answer(result, began - waiting.since, infer_s))
+        self._start()
 
-    async def _gather(self) -> list[_Waiting]:
-        await self._until_waiting(1)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._wait_s):
-                await self._until_waiting(min(self._max_batch, self._num_clients()))
-        return [self._queue.popleft() for _ in range(min(self._max_batch, len(self._queue)))]
 
-    async def _until_waiting(self, count: int) -> None:
-        while len(self._queue) < count:
-            self._arrived.clear()
-            await self._arrived.wait()
+def _settle(waiting: Waiting, result: Answer | BaseException) -> None:
+    if not waiting.answer.done():  # its client may have left, or its deadline passed
+        waiting.answer.set_result(result)

@@ -26,7 +26,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -35,6 +35,7 @@ import numpy as np
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
+from websockets.protocol import State
 
 from manipi.errors import ConfigError, DeadlineError, ManipiError
 from manipi.robots.robot import Robot
@@ -225,30 +226,21 @@ class PolicyServer:
             logger.info("serving on %s:%d", host, port)
             state.ready = True
             on_ready(host, port)
-            await self._run_until(stop, batcher)
+            try:
+                await stop.wait()
+                state.ready = False
+                await self._drain()
+            finally:
+                batcher.close()
         logger.info("stopped")
 
-    async def _run_until(self, stop: asyncio.Event, batcher: Batcher) -> None:
-        """Serve until `stop`, then answer what has arrived. Raises what ends the batcher, which nothing should."""
-        computing, stopping = asyncio.ensure_future(batcher.run()), asyncio.ensure_future(stop.wait())
-        try:
-            await asyncio.wait({computing, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            self._state.ready = False
-            if not computing.done():
-                await self._drain(computing)
-        finally:
-            stopping.cancel()
-            computing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await computing
-
-    async def _drain(self, computing: "asyncio.Future[None]") -> None:
+    async def _drain(self) -> None:
+        """Answers what has arrived, until every client is gone."""
         clients = list(self._state.clients)
         logger.info("stopping: %d clients, %d to be answered", len(clients), sum(client.busy for client in clients))
         # Those who are busy are closed after their answer, by `_answer_all`.
         idle = [client.connection.close(CloseCode.GOING_AWAY) for client in clients if not client.busy]
-        gone = asyncio.gather(*idle, *(client.connection.wait_closed() for client in clients))
-        await asyncio.wait({computing, asyncio.ensure_future(gone)}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.gather(*idle, *(client.connection.wait_closed() for client in clients))
 
     async def _talk(self, connection: ServerConnection, batcher: Batcher) -> None:
         """One client, from its metadata frame to its end."""
@@ -257,23 +249,24 @@ class PolicyServer:
         self._state.clients.add(client)
         logger.info("client %s connected", client.address)
         closed = asyncio.ensure_future(connection.wait_closed())
+        closed.add_done_callback(functools.partial(_leave, client, batcher))
         try:
             await connection.send(self._metadata_frame)
-            await self._answer_all(client, batcher, closed)
+            await self._answer_all(client, batcher)
         except ConnectionClosed as reason:
             logger.info("client %s left: %s", client.address, reason)
         finally:
             closed.cancel()
             self._state.clients.discard(client)
 
-    async def _answer_all(self, client: Client, batcher: Batcher, closed: "asyncio.Future[None]") -> None:
+    async def _answer_all(self, client: Client, batcher: Batcher) -> None:
         """Answers observations until one of them fails: openpi's protocol ends a connection with its first error."""
         connection = client.connection
         while self._state.ready:
             frame = await connection.recv()
             received, client.busy = time.monotonic(), True
             try:
-                answer_frame = await self._answer(client, batcher, closed, frame, received)
+                answer_frame = await self._answer(client, batcher, frame, received)
             except ConnectionClosed:
                 raise
             except Exception as error:  # noqa: BLE001 - the server outlives whatever a policy raises.
@@ -285,9 +278,7 @@ class PolicyServer:
             client.timing["prev_total_ms"], client.busy = (time.monotonic() - received) * 1000, False
         await connection.close(CloseCode.GOING_AWAY)
 
-    async def _answer(
-        self, client: Client, batcher: Batcher, closed: "asyncio.Future[None]", frame: str | bytes, received: float
-    ) -> bytes:
+    async def _answer(self, client: Client, batcher: Batcher, frame: str | bytes, received: float) -> bytes:
         self._state.metrics.observations += 1
         client.observations += 1
         observation = _read_observation(frame)
@@ -299,7 +290,7 @@ class PolicyServer:
         self._time(read=time.monotonic() - received)
         query = Query(observation, None if SEED in observation else next(client.noise))
         left_s = None if limit_ms is None else limit_ms / 1000 - (time.monotonic() - received)
-        answer = await _in_time(batcher.infer(query), closed, left_s)
+        answer = await _in_time(client, batcher, query, left_s)
         client.timing["infer_ms"] = answer.infer_s * 1000
         began = time.monotonic()
         answer_frame = wire.pack({**answer.value, "server_timing": client.timing})
@@ -357,23 +348,38 @@ class PolicyServer:
         return text
 
 
-async def _in_time(answer: Coroutine[Any, Any, Answer], closed: "asyncio.Future[None]", left_s: float | None) -> Answer:
-    """The answer, unless its client leaves (CancelledError to the queue) or `left_s` pass (DeadlineError) before."""
-    task = asyncio.ensure_future(answer)
-    try:
-        await asyncio.wait({task, closed}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-    finally:
-        task.cancel()
-    if closed.done():
+async def _in_time(client: Client, batcher: Batcher, query: Query, left_s: float | None) -> Answer:
+    """The answer, unless the client leaves (ConnectionClosed) or `left_s` pass (DeadlineError) before."""
+    if client.connection.state is State.CLOSED:  # the observation came first
         raise ConnectionClosed(None, None)
-    raise DeadlineError(
+    if left_s is not None and left_s <= 0:
+        raise _late()
+    waiting = client.waiting = batcher.submit(query)
+    loop = asyncio.get_running_loop()
+    timer = None if left_s is None else loop.call_later(left_s, batcher.give_up, waiting, _late())
+    try:
+        answer = await waiting.answer
+    finally:
+        client.waiting = None
+        if timer is not None:
+            timer.cancel()
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def _late() -> DeadlineError:
+    return DeadlineError(
         expected="actions before the observation's deadline",
         found="none in time",
         where=f"{DEADLINE} of the observation, or --limits.deadline-ms",
         next="send a newer observation; look at /metrics for where the time goes",
     )
+
+
+def _leave(client: Client, batcher: Batcher, _: "asyncio.Future[None]") -> None:
+    if client.waiting is not None:
+        batcher.give_up(client.waiting, ConnectionClosed(None, None))
 
 
 def _or_error(function: Callable[..., Mapping[str, Any]], *arguments: Any) -> Result:

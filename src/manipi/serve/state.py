@@ -13,6 +13,7 @@ from websockets.asyncio.server import ServerConnection
 
 from manipi.page import thumbnail
 from manipi.robots.robot import Robot
+from manipi.serve.batching import Waiting
 from manipi.serve.metrics import Metrics
 from manipi.transforms.observation import ReadRobot
 from manipi.types import Observation
@@ -34,6 +35,8 @@ class Client:
     last: float | None = None
     busy: bool = False
     """An observation of its is being answered."""
+    waiting: Waiting | None = None
+    """The one that is with the policy, or queues for it."""
     timing: dict[str, float] = field(default_factory=dict)
     """`server_timing` in ms: `infer_ms` of this answer, `prev_total_ms` of the one before."""
 

@@ -7,7 +7,8 @@
       │ ◀───────────────── action chunk ── │     binary frame  ┘ again and again
       │ ◀──────────────────────── error ── │     text frame instead; the server then closes
 
-This is openpi's protocol, so the server may be manipi's or openpi's.
+This is openpi's protocol, so the server may be manipi's or openpi's. A large observation is one message in several
+websocket frames, which any server puts together again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import struct
 import sys
 import threading
 import time
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 from urllib.parse import urlsplit
 
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
@@ -46,7 +47,8 @@ logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 0.2
 
-"""Observation key: how long after the request the answer is still of use. manipi's server sheds what would be late."""
+_FRAGMENT_BYTES = 2**17
+"""A larger message travels in parts, so that neither end needs fresh memory for each of its copies of it."""
 
 # websockets 15 brought both. Keepalive pings would end a connection to a server that computes for long without
 # answering them, which openpi's does; `request_timeout` does their job. And a robot's network needs no proxy.
@@ -102,6 +104,7 @@ class WebsocketPolicy:
         self._told = {} if deadline is None else {DEADLINE: deadline * 1000}
         self._lock, self._interrupted = threading.Lock(), threading.Event()
         self._connection: ClientConnection | None = None
+        self._packer = wire.Packer()
         self._metadata: dict[str, Any] = {}
         if not lazy:
             self.connect()
@@ -132,9 +135,8 @@ class WebsocketPolicy:
             ConnectTimeout, ConnectError: as when connecting, after the connection was lost.
         """
         observation = {**self._told, **observation}
-        frame = wire.pack(observation)
         seconds = min(self._request_timeout, _deadline(observation))
-        with self._lock:
+        with self._lock, self._packer.pack(observation) as frame:
             self._interrupted.clear()
             connection = self._open_connection()
             try:
@@ -166,11 +168,11 @@ class WebsocketPolicy:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _exchange(self, connection: ClientConnection, frame: bytes, seconds: float) -> dict[str, Any]:
+    def _exchange(self, connection: ClientConnection, frame: memoryview, seconds: float) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
         _limit_sends(connection.socket, max(seconds, 0.001))  # 0 would be no limit.
         try:
-            connection.send(frame)
+            connection.send(frame if len(frame) <= _FRAGMENT_BYTES else _fragments(frame))
             answer = connection.recv(timeout=max(0.0, deadline - time.monotonic()))
         except _TIMEOUTS as error:
             raise self._inference_timeout(seconds) from error
@@ -231,6 +233,7 @@ class WebsocketPolicy:
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
+        self._packer = wire.Packer()  # an error's traceback may hold the memory of the last one
         if connection is not None:
             connection.close()
 
@@ -270,6 +273,10 @@ class WebsocketPolicy:
             where=self._uri,
             next="look at the server's log; code 1009 means that the observation is over the server's size limit",
         )
+
+
+def _fragments(frame: memoryview) -> Iterator[memoryview]:
+    return (frame[start : start + _FRAGMENT_BYTES] for start in range(0, len(frame), _FRAGMENT_BYTES))
 
 
 def backoff(attempt: int) -> float:

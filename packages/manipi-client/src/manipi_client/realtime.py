@@ -117,6 +117,11 @@ class RealTimeBroker:
         """How smooth and prompt it has been, over all episodes."""
         return self._meter.read()
 
+    @property
+    def age(self) -> int | None:
+        """Executed steps since the observation that is being answered; None: none is."""
+        return None if self._question is None else self._step - self._question.step
+
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """The action for this step: `actions` [A], and `starved`, whether it is not the policy's.
 
@@ -129,13 +134,22 @@ class RealTimeBroker:
         if self._should_ask():
             self._ask(observation)
         if self._last_action is None or self._join == "synchronous":
-            self._wait()
+            self.wait()
         action = self._queue.action(self._step)
         starved = action is None
         if action is None:
             action = self._starve(observation)
         self._hand_out(action, starved=starved)
         return {"actions": action, "starved": starved}
+
+    def wait(self) -> None:
+        """Waits for the answer under way, if there is one: for simulators, whose steps are the clock."""
+        if self._resetting is not None:
+            self._resetting.result()
+            self._resetting = None
+        if self._question is not None:
+            self._question.answer.exception()  # waits for it; who takes it looks at it
+            self._take_answer()
 
     def reset(self) -> None:
         """A new episode: an answer to the last one is never read."""
@@ -169,14 +183,6 @@ class RealTimeBroker:
             delay = min(max(self.delays, default=self._expected_delay), len(left))
             observation = {**observation, PREVIOUS: left, DELAY: delay}
         self._question = _Question(self._step, time.monotonic(), self._worker.submit(self._policy.infer, observation))
-
-    def _wait(self) -> None:
-        if self._resetting is not None:
-            self._resetting.result()
-            self._resetting = None
-        if self._question is not None:
-            self._question.answer.exception()  # waits for it; who takes it looks at it
-            self._take_answer()
 
     def _take_answer(self) -> None:
         question = self._question
