@@ -142,7 +142,7 @@ def _read_scalar(data: Any, dtype: np.dtype) -> np.generic:
         raise _protocol_error("a scalar's data as a plain value", type(data).__name__)
     try:
         # NumPy before 2 would wrap numbers around that are out of bounds, and any cuts fractions off.
-        if dtype.kind in "iu" and not (np.iinfo(dtype).min <= data <= np.iinfo(dtype).max and data == int(data)):
+        if dtype.kind in "iu" and not (np.iinfo(dtype).min <= int(data) <= np.iinfo(dtype).max and data == int(data)):
             raise OverflowError
         return dtype.type(data)
     except (TypeError, ValueError, OverflowError) as error:
