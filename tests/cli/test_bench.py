@@ -97,7 +97,8 @@ def test_the_server_refuses_8_bits_without_a_report_and_serves_them_with_one(che
     assert refused.returncode == 1
     assert f"manipi bench infer {checkpoint} --quantize int8 --data DATASET" in refused.stderr
     main(["infer", f"{checkpoint}", "--rounds", "1", "--quantize", "int8", "--data", f"{toy_dataset}", "--frames", "4"])
-    plain = Policy.load(checkpoint).infer(OBSERVATION)["actions"]
+    policy = Policy.load(checkpoint)
+    plain = np.clip(policy.infer(OBSERVATION)["actions"], *policy.robot.limits)  # as the server's guard does
     with policy_server(checkpoint, flags=("--quantize", "int8")) as port, WebsocketPolicy(port=port) as client:
         actions = client.infer(OBSERVATION)["actions"]
     assert 0 < np.abs(actions - plain).max() < 0.02
