@@ -10,11 +10,9 @@ comparison is left out, and said so. It compares equal samples: whole pictures, 
 pipeline, which LeRobotDataset does not have.
 """
 
-import json
 import os
 import signal
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +24,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from harness import Measure, report
+from harness import Measure, lerobot_dataset, report
 
 from manipi.data.cache import CachedDataset, CacheFormat
 from manipi.data.dataset import Dataset, Feature, open_dataset
@@ -174,28 +172,22 @@ def beside_lerobot(name: str, root: Path) -> Measure:
     rows = [sampler.rows(step).tolist() for step in range((TURNS + 2) * (skip + count))]
     task = {"root": str(root), "action": shown.pipeline.robot.action_key, "fps": dataset.fps, "horizon": HORIZON}
     task |= {"batch": batch, "workers": WORKERS, "skip": skip, "count": count, "rows": [*chain(*rows)]}
-    command = [os.environ["MANIPI_LEROBOT_PYTHON"], str(Path(__file__).with_name("lerobot_rate.py"))]
-    pairs, pipe = [], subprocess.PIPE
+    pairs = []
     with (
-        subprocess.Popen(command, start_new_session=True, text=True, stdin=pipe, stdout=pipe) as theirs,
+        lerobot_dataset(task) as (rate, group),
         Loader(partial(bare_samples, shown), sampler, num_workers=WORKERS) as loader,
     ):
-        assert theirs.stdin is not None
-        assert theirs.stdout is not None
         ours = iter(loader)
-        print(json.dumps(task), file=theirs.stdin)
         list(islice(ours, skip))
         for _ in range(TURNS):
             # Workers make batches ahead, and would do so in the other's turn.
             with stopped(*(child.pid for child in active_children() if child.pid)):
-                print(file=theirs.stdin, flush=True)
-                their_rate = float(theirs.stdout.readline())
-            with stopped(-theirs.pid):
+                their_rate = rate()
+            with stopped(-group):
                 list(islice(ours, skip))
                 began = time.perf_counter()
                 list(islice(ours, count))
                 pairs.append((count * batch / (time.perf_counter() - began), their_rate))
-        os.killpg(theirs.pid, signal.SIGKILL)
     print(f"{name}: samples/s, ours and LeRobotDataset's:", *(f"{a:.0f}/{b:.1f}" for a, b in pairs))
     ratio = statistics.median(a / b for a, b in pairs)
     return Measure(name=f"over LeRobotDataset, {name}", value=ratio, unit="times", goal=3, at_most=False)

@@ -3,25 +3,29 @@
 Rates are frames per second of processor time, times two, which is what two free cores give; wall time is printed
 beside them. `memory`: the columns are there; `parquet`: they are read from a LeRobot dataset first.
 
-openpi's script (scripts/compute_norm_stats.py) passes every frame, pictures decoded, through its loader, and batches
-of 32 through its class RunningStats. It needs JAX and an old LeRobot, so two parts of it are measured instead, on
-the frames and chunks of the same kind: the class itself, and the decoding of as many pictures as its loader decodes,
-by our own reader, which is faster than LeRobot's. Together they bound the script's rate from above.
+openpi's script (scripts/compute_norm_stats.py) reads every frame with its pictures through LeRobotDataset, in worker
+processes, and passes batches of 32 through its class RunningStats. It needs JAX and an old LeRobot, so its two dear
+parts are measured instead, on frames and chunks of the same kind: the class itself, and LeRobotDataset 0.4.4 where
+`MANIPI_LEROBOT_PYTHON` names a Python that has it (`make test-lerobot` makes one), three cameras and as many processes
+as cores. Otherwise our own reader decodes as many pictures, which takes a part of the time.
 
     python benchmarks/bench_stats.py --openpi FOLDER      a git repository of openpi, to read the class from
 """
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from harness import Measure, report
+from harness import Measure, lerobot_dataset, report
 
 from manipi.data.dataset import Dataset, Feature, action_chunks, open_dataset
 from manipi.data.lerobot_writer import LeRobotWriter
@@ -30,6 +34,7 @@ from manipi.robots import Joints, Robot, State
 
 HORIZON, LENGTH, CORES = 50, 500, 2
 REPEATS, OPENPI_FRAMES, BATCH = 5, 8_192, 32
+CAMERAS = ("top", "left_wrist", "right_wrist")
 
 
 def robot(dims: int, *, relative: bool) -> Robot:
@@ -43,7 +48,7 @@ def write(root: Path, episodes: int, dims: int, *, pictures: bool) -> Path:
     vector = Feature(kind="vector", shape=(dims,), dtype="float32")
     features = {"observation.state": vector, "action": vector}
     if pictures:
-        features["top"] = Feature(kind="image", shape=(480, 640, 3), dtype="video")
+        features |= dict.fromkeys(CAMERAS, Feature(kind="image", shape=(480, 640, 3), dtype="video"))
     rng = np.random.default_rng(0)
     with LeRobotWriter(root, fps=50, features=features, robot_type="bench") as writer:
         for _ in range(episodes):
@@ -52,7 +57,7 @@ def write(root: Path, episodes: int, dims: int, *, pictures: bool) -> Path:
             episode = {"observation.state": state, "action": action}
             if pictures:
                 noise = rng.integers(0, 256, (LENGTH, 15, 20, 3), dtype=np.uint8)
-                episode["top"] = noise.repeat(32, axis=1).repeat(32, axis=2)
+                episode |= dict.fromkeys(CAMERAS, noise.repeat(32, axis=1).repeat(32, axis=2))
             writer.add_episode(episode, task="bench")
     return root
 
@@ -115,15 +120,26 @@ def theirs(kind: type, dataset: Dataset) -> Rate:
     return timed(OPENPI_FRAMES, run)
 
 
-def decoding(dataset: Dataset, cameras: int) -> Rate:
-    """As many pictures as a loader decodes for a frame of a robot with so many cameras."""
+def decoding(dataset: Dataset) -> Rate:
+    """The pictures of some frames, by our own reader."""
     rows = np.arange(0, dataset.num_frames, 2)
-    return timed(
-        len(rows),
-        lambda: [
-            dataset.images("top", rows[i : i + BATCH]) for _ in range(cameras) for i in range(0, len(rows), BATCH)
-        ],
-    )
+    batches = [(camera, rows[i : i + BATCH]) for camera in CAMERAS for i in range(0, len(rows), BATCH)]
+    return timed(len(rows), lambda: [dataset.images(*batch) for batch in batches])
+
+
+@contextmanager
+def through_lerobot(root: Path) -> Iterator[Callable[[], Rate]]:
+    """What reads some frames through LeRobotDataset, in order; a rate on the wall, of as many processes as cores."""
+    skip, count = 2 * CORES, 8
+    task = {"root": str(root), "action": "action", "fps": 50, "horizon": HORIZON, "batch": BATCH, "workers": CORES}
+    rows = [i % LENGTH for i in range((REPEATS + 2) * (skip + count) * BATCH)]
+    with lerobot_dataset(task | {"skip": skip, "count": count, "rows": rows}) as (rate, _):
+
+        def read() -> Rate:
+            wall_s = count * BATCH / rate()
+            return Rate(count * BATCH, CORES * wall_s, wall_s)
+
+        yield read
 
 
 def main() -> None:
@@ -136,15 +152,18 @@ def main() -> None:
         root = write(Path(folder) / "columns", args.episodes, args.dims, pictures=False)
         rates: dict[str, list[Rate]] = {}
         kind = running_stats(args.openpi) if args.openpi else None
-        filmed = open_dataset(write(Path(folder) / "filmed", 1, args.dims, pictures=True)) if args.openpi else None
-        for _ in range(REPEATS):
-            for relative, name in ((False, "absolute"), (True, "relative")):
-                dataset = open_dataset(root)
-                rates.setdefault(f"{name}, parquet", []).append(ours(dataset, relative=relative))
-                rates.setdefault(f"{name}, memory", []).append(ours(dataset, relative=relative))
-            if kind and filmed:
-                rates.setdefault("openpi's RunningStats", []).append(theirs(kind, dataset))
-                rates.setdefault("decoding, 3 cameras", []).append(decoding(filmed, 3))
+        filmed = write(Path(folder) / "filmed", 1, args.dims, pictures=True) if kind else root
+        is_lerobot = kind is not None and "MANIPI_LEROBOT_PYTHON" in os.environ
+        ours_instead = nullcontext(partial(decoding, open_dataset(filmed)))
+        with through_lerobot(filmed) if is_lerobot else ours_instead as read:
+            for _ in range(REPEATS):
+                for relative, name in ((False, "absolute"), (True, "relative")):
+                    dataset = open_dataset(root)
+                    rates.setdefault(f"{name}, parquet", []).append(ours(dataset, relative=relative))
+                    rates.setdefault(f"{name}, memory", []).append(ours(dataset, relative=relative))
+                if kind:
+                    rates.setdefault("openpi's RunningStats", []).append(theirs(kind, dataset))
+                    rates.setdefault("reading, 3 cameras", []).append(read())
     middle = {name: sorted(some, key=lambda rate: rate.two_cores)[REPEATS // 2] for name, some in rates.items()}
     for name, rate in middle.items():
         wall = f"{rate.frames / rate.wall_s:>12,.0f} frames/s on the wall"
@@ -156,11 +175,10 @@ def main() -> None:
         if name.split(",")[0] in goals
     ]
     if kind:
-        class_s, decoding_s = (1 / middle[name].two_cores for name in ("openpi's RunningStats", "decoding, 3 cameras"))
-        ratio = middle["relative, parquet"].two_cores * (class_s + decoding_s)
-        measures.append(
-            Measure(name="relative, beside openpi's way", value=ratio, unit="times", goal=1_000, at_most=False)
-        )
+        class_s, reading_s = (1 / middle[name].two_cores for name in ("openpi's RunningStats", "reading, 3 cameras"))
+        ratio = middle["relative, parquet"].two_cores * (class_s + reading_s)
+        way = "openpi's way, with LeRobotDataset" if is_lerobot else "openpi's way, with our reader"
+        measures.append(Measure(name=f"relative, beside {way}", value=ratio, unit="times", goal=1_000, at_most=False))
     report(measures)
 
 

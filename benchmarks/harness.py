@@ -1,9 +1,15 @@
 """What every benchmark shares: a table for people, and as the last line one JSON object for programs."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,3 +42,31 @@ def memory_mb(pid: int | None) -> float:
     """Resident memory of a process, in MiB (Linux)."""
     fields = Path(f"/proc/{pid}/status").read_text().split()
     return int(fields[fields.index("VmRSS:") + 1]) / 1024
+
+
+@contextmanager
+def lerobot_dataset(task: Mapping[str, Any]) -> Iterator[tuple[Callable[[], float], int]]:
+    """What measures samples per second of LeRobotDataset, as `lerobot_rate.py` does, and the group of its processes.
+
+    MANIPI_LEROBOT_PYTHON names a Python that has lerobot (`make test-lerobot` makes one), and PyAV's copy of FFmpeg.
+    """
+    python, pipe = Path(os.environ["MANIPI_LEROBOT_PYTHON"]), subprocess.PIPE
+    libraries = ":".join(map(str, python.parents[1].glob("lib/python*/site-packages/av.libs")))
+    command = [str(python), str(Path(__file__).with_name("lerobot_rate.py"))]
+    environment = os.environ | {"LD_LIBRARY_PATH": libraries, "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        command, env=environment, start_new_session=True, text=True, stdin=pipe, stdout=pipe
+    ) as process:
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None
+        assert stdout is not None
+
+        def rate() -> float:
+            print(file=stdin, flush=True)
+            return float(stdout.readline())
+
+        try:
+            print(json.dumps(task), file=stdin, flush=True)
+            yield rate, process.pid
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)

@@ -1,11 +1,29 @@
-"""Samples per second of LeRobotDataset, one figure per line of input, for bench_loader; needs lerobot."""
+"""Samples per second of LeRobotDataset, one figure per line of input, for `harness.lerobot_rate`; needs lerobot."""
 
+import importlib.util
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
-from lerobot.datasets.lerobot_dataset import LeRobotDataset  # type: ignore[reportMissingImports]
+
+
+def name_kernels() -> None:
+    """torchvision's kernels may be built for another torch; its import needs only their names."""
+    spec = importlib.util.find_spec("torchvision")
+    assert spec
+    assert spec.origin
+    try:
+        torch.ops.load_library(Path(spec.origin).with_name("_C.so"))
+    except OSError:
+        kernels.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        kernels.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+kernels = torch.library.Library("torchvision", "FRAGMENT")
+name_kernels()
+from lerobot.datasets.lerobot_dataset import LeRobotDataset  # noqa: E402  # type: ignore[reportMissingImports]
 
 if __name__ == "__main__":
     task = json.loads(sys.stdin.readline())
