@@ -320,7 +320,8 @@ def _make(source: Source, show: bool) -> Path:
                         remove_partial(folder)
                     with atomic_directory(target, next, resume=bool(source.origin)) as partial:
                         _Builder(source, partial).run(show)
-                    make_room()
+                    if source.origin:
+                        make_room()
     return target
 
 

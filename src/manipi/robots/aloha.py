@@ -5,8 +5,8 @@
 
 The released models were pretrained with other conventions (`pi_convention`): two joints of each arm count the other
 way, and a gripper is the angle of its motor instead of the way of its fingers. Their norm stats have the asset id
-`trossen`. Keys and constants are openpi's. Joints are limited as in Interbotix' description of the ViperX 300 S; the
-grippers' commands are not, since those of its leader arms go beyond 0 and 1.
+`trossen`. Keys and constants are openpi's. Joints are limited as in Interbotix' description of the ViperX 300 S; no
+limits of the grippers' commands are known.
 """
 
 from collections.abc import Sequence
