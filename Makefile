@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1
 SHARED := $(if $(MANIPI_SHARED),$(MANIPI_SHARED),../shared)
 
-.PHONY: install demo test lint types layers size parity bench bench-cli bench-serve fuzz soak bench-data bench-train bench-infer bench-realtime test-lerobot test-client docs clean help
+.PHONY: install demo test test-long lint types layers size parity bench bench-cli bench-serve fuzz soak bench-data bench-train bench-infer bench-realtime test-lerobot test-client docs clean help
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -22,6 +22,9 @@ demo: $(READY)  ## record, train, serve, drive, report (ten to twenty minutes on
 
 test: $(READY) lint types layers size  ## everything that has to hold before a commit
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n auto --dist worksteal
+
+test-long: $(READY)  ## the long forms: full products, kills at random moments; run before a release
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n auto --dist worksteal --long
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -95,8 +95,15 @@ def tiny(toy_dataset) -> Callable[..., TrainConfig]:
     return shrink
 
 
-def pytest_collection_modifyitems(items):
-    """The slow ones first: one that began last would keep a core busy alone."""
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run the tests marked long, and no others")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The slow ones first: one that began last would keep a core busy alone. Long forms only where they are asked for."""
+    wanted = config.getoption("--long")
+    config.hook.pytest_deselected(items=[i for i in items if (i.get_closest_marker("long") is not None) != wanted])
+    items[:] = [i for i in items if (i.get_closest_marker("long") is not None) == wanted]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -29,6 +29,9 @@ ManipiError                     what was expected, what was found, where, what t
 import difflib
 from collections.abc import Iterable, Sequence
 
+# One bounded `repr` for the errors of the server and the client, which cannot import this package.
+from manipi_client.errors import shown as shown
+
 
 class ManipiError(Exception):
     """Base of the tree. Its text always has the same four parts, in this order.
@@ -162,4 +165,4 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, next: str) -> Un
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else next
-    return UnknownNameError(expected=f"a {kind}, one of: {', '.join(names)}", found=repr(name), where=kind, next=hint)
+    return UnknownNameError(expected=f"a {kind}, one of: {', '.join(names)}", found=shown(name), where=kind, next=hint)

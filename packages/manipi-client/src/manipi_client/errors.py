@@ -18,11 +18,45 @@ from __future__ import annotations
 
 import copyreg
 import re
+import reprlib
+from typing import Any
 
 _ERROR_TEXT = re.compile(
     r"(?P<code>\w+)\nexpected (?P<expected>.*)\n   found (?P<found>.*)\n   where (?P<where>.*)\n    next (?P<next>.*)",
     re.DOTALL,
 )
+
+
+class _Bounded(reprlib.Repr):
+    """`repr` whose time, memory and length do not grow with the value: long texts and bytes are cut before they are written."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = limit
+        self.maxlevel = 3
+
+    def repr_bytes(self, value: bytes, level: int) -> str:
+        head = repr(bytes(value[: self.maxstring // 4]))
+        return head if len(value) <= self.maxstring // 4 else f"{head}... ({len(value)} bytes)"
+
+    repr_bytearray = repr_memoryview = repr_bytes_ = repr_bytes
+
+    def repr_str_(self, value: str, level: int) -> str:
+        return self.repr_str(str(value[: self.maxstring + 1]), level)
+
+    def repr_ndarray(self, value: Any, level: int) -> str:
+        return f"an array of {str(value.dtype)[: self.maxstring]} of shape {self.repr_tuple(value.shape, level)}"
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """`repr(value)` for an error's text: of at most `limit` characters, on one line, whatever the value is and however large.
+
+    Texts, bytes and containers that are longer are cut and end in "...". Control characters, also escape codes and the
+    line breaks of Unicode, are written as escapes, so that what a stranger sent cannot forge a line of a log.
+    """
+    text = _Bounded(limit).repr(value)
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: limit + 1])
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 class ManipiClientError(Exception):
