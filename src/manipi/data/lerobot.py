@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -62,7 +63,7 @@ class LeRobotDataset(Dataset):
         self._numbers, self._tables = tuple(numbers), list(dict.fromkeys(index.tables))
         super().__init__(root=root, name=root.name, fps=index.fps, features=index.features, episodes=index.episodes)
         pictures = [index.features[camera].shape for camera in index.clips if camera in index.features]
-        self._videos = VideoFrames(decoders_for(max((h * w for h, w, _ in pictures), default=0)))
+        self._videos = VideoFrames(decoders_for(max((math.prod(shape[:2]) for shape in pictures), default=0)))
         self._origin = origin(root / "meta").removesuffix("/meta/")
         self._pictures = lru_cache(maxsize=_ROW_GROUPS)(_read_pictures)
         self._compared = set(compared)

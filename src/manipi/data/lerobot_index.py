@@ -257,7 +257,7 @@ def _feature(entry: Entry) -> Feature:
     dtype, names = entry.text("dtype"), flat_names(entry.values.get("names"))
     if dtype in ("image", "video"):
         shape = entry.shape("shape")
-        if len(shape) != 3:
+        if len(shape) not in (2, 3):
             entry.refuse("shape", "height, width and channels of a picture")
         channels_first = names[0].startswith("channel") if len(names) == 3 else shape[0] == 3
         return Feature(kind="image", shape=(*shape[1:], shape[0]) if channels_first else shape, dtype=dtype)

@@ -24,7 +24,7 @@ def off_grid(
     seconds_T: Float64[np.ndarray, " T"], frame_T: Int64[np.ndarray, " T"], fps: float
 ) -> Bool[np.ndarray, " T"]:
     """Which timestamps differ from frame / fps by more than rounding."""
-    rounding_T = np.spacing(np.abs(seconds_T).astype(np.float32))
+    rounding_T = 0.5 * np.spacing(np.abs(seconds_T).astype(np.float32)).astype(np.float64)
     return np.abs(seconds_T - frame_T / fps) > SLACK / fps + rounding_T
 
 
