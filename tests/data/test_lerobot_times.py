@@ -1,8 +1,5 @@
 """The picture of a row is the one at from_timestamp + timestamp, LeRobot's rule, or there is none and it is said."""
 
-import os
-from pathlib import Path
-
 import av
 import numpy as np
 import pyarrow as pa
@@ -195,17 +192,14 @@ def test_a_cache_of_other_pictures_is_not_mixed_in(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["rows_removed", "trimmed_start"])
-def test_cases(name):
+def test_cases(shared_cases, name):
     """Public problem threads, rebuilt small, with pictures of 48 x 256."""
-    shared = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[2] / "../shared")) / "cases/data"
-    if not shared.is_dir():
-        pytest.skip(f"the failing inputs are not at {shared}; set MANIPI_SHARED")
-    dataset = open_dataset(shared / name)
+    dataset = open_dataset(shared_cases / name)
     images = dataset.images(CAMERA, np.arange(dataset.num_frames))
     bits = (images[:, 8, 8::16].mean(-1) > 127).reshape(-1, 2, 8)
     expected = np.stack(
         [np.rint(dataset.column("timestamp")[:, 0] * dataset.fps), dataset.column("episode_index")[:, 0]], axis=1
     )
     np.testing.assert_array_equal((bits << np.arange(8)).sum(-1), expected)
-    named = {f.episodes[0] for f in check_dataset(shared / name).findings if f.check == "timestamps"}
+    named = {f.episodes[0] for f in check_dataset(shared_cases / name).findings if f.check == "timestamps"}
     assert named == {0, 1, 2}

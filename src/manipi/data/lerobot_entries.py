@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from manipi.data.lerobot_tables import broken, is_number, plain, read_columns, whole_numbers
+from manipi.data.lerobot_tables import broken, is_number, not_as_meant, plain, read_columns, whole_numbers
 from manipi.errors import DatasetFormatError, shown
 
 T = TypeVar("T")
@@ -37,7 +37,13 @@ class Entry:
 
     def value(self, key: str) -> Any:
         if key not in self.values:
-            broken(self.root, f"an entry {key!r}", f"only {shown(list(self.values), 300)}", self.where)
+            broken(
+                self.root,
+                f"an entry {key!r}",
+                f"only {shown(list(self.values), 300)}",
+                self.where,
+                _correct(self.where),
+            )
         return self.values[key]
 
     def text(self, key: str) -> str:
@@ -106,7 +112,7 @@ class Entry:
         return lambda **names: self.root / template.format(**names)
 
     def refuse(self, key: str, expected: str) -> Any:
-        broken(self.root, f"{expected} as {key!r}", shown(self.values[key]), self.where)
+        broken(self.root, f"{expected} as {key!r}", shown(self.values[key]), self.where, _correct(self.where))
 
     def _whole(self, key: str, value: Any, least: int) -> int:
         if isinstance(value, float) and value.is_integer():
@@ -116,9 +122,13 @@ class Entry:
         return value
 
 
+def _correct(where: str) -> str:
+    return f"correct it: {where}"
+
+
 def entry_of(value: Any, where: str, root: Path) -> Entry:
     if not isinstance(value, dict):
-        broken(root, "a JSON object", shown(value), where)
+        broken(root, "a JSON object", shown(value), where, _correct(where))
     return Entry(value, where, root)
 
 
@@ -168,7 +178,7 @@ def read_texts(path: Path, root: Path, number: str, text: str) -> dict[int, str]
         broken(root, f"a column {text!r}", f"only {', '.join(table.column_names)}", path)
     texts = plain(table.column(column)).to_pylist()
     if bad := [value for value in texts if value is not None and not isinstance(value, str)]:
-        broken(root, f"texts in {column!r}", shown(bad[0]), path)
+        broken(root, f"texts in {column!r}", shown(bad[0]), path, not_as_meant(path))
     numbers = whole_numbers(plain(table.column(number)), number, path, root)
     return {n: value or "" for n, value in zip(numbers.tolist(), texts, strict=True)}
 
@@ -187,13 +197,21 @@ class EpisodeTable:
     def whole(self, name: str) -> list[int]:
         numbers = whole_numbers(plain(self.table.column(name)), name, self.path, self.root).tolist()
         if bad := [number for number in numbers if not 0 <= number < _MOST]:
-            broken(self.root, f"whole numbers of at least 0 in {name!r}", f"{bad[0]}", self.path)
+            broken(
+                self.root, f"whole numbers of at least 0 in {name!r}", f"{bad[0]}", self.path, not_as_meant(self.path)
+            )
         return numbers
 
     def seconds(self, name: str) -> list[float]:
         values = self._floats(name)
         if (bad := np.flatnonzero(~((values >= 0) & (values < _MOST)))).size:
-            broken(self.root, f"finite seconds of at least 0 in {name!r}", f"{values[bad[0]]}", self.path)
+            broken(
+                self.root,
+                f"finite seconds of at least 0 in {name!r}",
+                f"{values[bad[0]]}",
+                self.path,
+                not_as_meant(self.path),
+            )
         return values.tolist()
 
     def ends(self, name: str) -> list[float]:
@@ -207,7 +225,13 @@ class EpisodeTable:
         """NaN for null."""
         values = plain(self.table.column(name))
         if not is_number(values.type):
-            broken(self.root, f"numbers in {name!r}", f"values of type {shown(str(values.type))}", self.path)
+            broken(
+                self.root,
+                f"numbers in {name!r}",
+                f"values of type {shown(str(values.type))}",
+                self.path,
+                not_as_meant(self.path),
+            )
         return values.cast(pa.float64()).to_numpy(zero_copy_only=False)
 
     def instructions(self, name: str) -> list[list[str]]:

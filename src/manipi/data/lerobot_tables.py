@@ -53,16 +53,16 @@ def _rectangle(column: pa.ChunkedArray, key: str, width: int, path: Path, root: 
         if (other := np.flatnonzero(lengths != lengths[:1])).size:
             at, row = int(other[0]), int(other[0]) // found
             unequal = f"{lengths[0]:g} in row 0 and {lengths[at]:g} in row {row}".replace("nan", "none")
-            broken(root, expected, f"rows of unequal length: {unequal} of the table", path)
+            broken(root, expected, f"rows of unequal length: {unequal} of the table", path, not_as_meant(path))
         found *= int(lengths[0]) if len(lengths) else width
         inner = flat.flatten()
         flat = inner.dictionary_decode() if isinstance(inner, pa.DictionaryArray) else inner
     if pa.types.is_boolean(flat.type):
         flat = flat.cast(pa.int64())
     if not is_number(flat.type):
-        broken(root, f"numbers in {key!r}", f"values of type {shown(str(flat.type))}", path)
+        broken(root, f"numbers in {key!r}", f"values of type {shown(str(flat.type))}", path, not_as_meant(path))
     if len(flat) != len(column) * width:
-        broken(root, expected, f"{len(flat)} numbers in {len(column)} rows", path)
+        broken(root, expected, f"{len(flat)} numbers in {len(column)} rows", path, not_as_meant(path))
     if key in INDEX_COLUMNS or pa.types.is_integer(flat.type):
         return whole_numbers(flat, key, path, root).reshape(-1, width)
     values = flat.cast(pa.float64()) if pa.types.is_decimal(flat.type) else flat
@@ -84,13 +84,19 @@ def whole_numbers(values: pa.Array, key: str, path: Path, root: Path) -> np.ndar
     """Numbers of any type as int64; DatasetFormatError where one is missing or not whole."""
     expected = f"whole numbers in {key!r}"
     if not is_number(values.type):
-        broken(root, expected, f"values of type {shown(str(values.type))}", path)
+        broken(root, expected, f"values of type {shown(str(values.type))}", path, not_as_meant(path))
     if values.null_count:
-        broken(root, expected, f"null in row {int(np.flatnonzero(values.is_null())[0])} of the table", path)
+        broken(
+            root,
+            expected,
+            f"null in row {int(np.flatnonzero(values.is_null())[0])} of the table",
+            path,
+            not_as_meant(path),
+        )
     try:
         return values.cast(pa.int64()).to_numpy(zero_copy_only=False)
     except pa.ArrowException as error:
-        broken(root, expected, shown(str(error), 200), path)
+        broken(root, expected, shown(str(error), 200), path, not_as_meant(path))
 
 
 def row_faults(
@@ -168,7 +174,7 @@ def read_columns(path: Path, names: list[str], root: Path, optional: Sequence[st
             broken(root, f"the columns {', '.join(missing)}", f"only {', '.join(known)}", path)
         wanted = [*names, *(name for name in optional if name in known)]
         if twice := [name for name in wanted if known.count(name) > 1]:
-            broken(root, f"one column {twice[0]!r}", f"{known.count(twice[0])}", path)
+            broken(root, f"one column {twice[0]!r}", f"{known.count(twice[0])}", path, not_as_meant(path))
         return table.read(columns=wanted)
 
 
@@ -188,9 +194,14 @@ def parquet_errors(path: Path, root: Path) -> Iterator[None]:
         broken(root, "a readable parquet file", str(error), path)
 
 
-def broken(root: Path, expected: str, found: str, where: str | Path) -> NoReturn:
+def broken(root: Path, expected: str, found: str, where: str | Path, next: str = "") -> NoReturn:
     """Raise the error for a dataset whose files are missing, damaged or disagree."""
-    raise format_error(root, expected, found, where)
+    raise format_error(root, expected, found, where, next)
+
+
+def not_as_meant(path: Path) -> str:
+    """What to do about a file that is whole, and has other values than it should."""
+    return f"correct {path}, or record or convert its episodes again"
 
 
 def format_error(root: Path, expected: str, found: str, where: str | Path, next: str = "") -> DatasetFormatError:
