@@ -9,6 +9,7 @@ import math
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -109,7 +110,7 @@ class Entry:
             inside = False
         if not inside:
             self.refuse(key, f"the path of a file in the dataset's folder, made of {{{'}, {'.join(example)}}}")
-        return lambda **names: self.root / template.format(**names)
+        return cache(lambda **names: self.root / template.format(**names))  # many episodes share a file
 
     def refuse(self, key: str, expected: str) -> Any:
         broken(self.root, f"{expected} as {key!r}", shown(self.values[key]), self.where, _correct(self.where))
