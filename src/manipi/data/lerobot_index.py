@@ -141,7 +141,7 @@ def _read_v2(info: Entry, root: Path) -> LeRobotIndex:
         return entry.whole("task_index"), entry.instruction("task")
 
     rows = sorted(read_entries(meta / "episodes.jsonl", root, episode, unreadable), key=lambda row: row[0])
-    numbers, lengths, tasks = ([row[i] for row in rows] for i in range(3))
+    numbers, lengths = [number for number, _, _ in rows], [length for _, length, _ in rows]
     chunks = [number // info.whole("chunks_size", 1) for number in numbers]
 
     def paths(template: str, **names: str) -> list[Path]:
@@ -151,7 +151,7 @@ def _read_v2(info: Entry, root: Path) -> LeRobotIndex:
     return LeRobotIndex(
         fps=info.rate("fps"),
         features=_features(info),
-        episodes=_episodes(numbers, lengths, tasks),
+        episodes=_episodes(numbers, lengths, [texts for _, _, texts in rows]),
         tasks=dict(read_entries(meta / "tasks.jsonl", root, task)),
         subtasks=_subtasks(root),
         tables=paths("data_path"),

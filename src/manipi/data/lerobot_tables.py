@@ -49,7 +49,9 @@ def _rectangle(column: pa.ChunkedArray, key: str, width: int, path: Path, root: 
     expected = f"{width} numbers per row in {key!r}, as meta/info.json says"
     flat, found = plain(column), 1
     while isinstance(flat, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
-        lengths = pc.list_value_length(flat).to_numpy(zero_copy_only=False)  # NaN where a list is null
+        lengths = pc.call_function("list_value_length", [flat]).to_numpy(
+            zero_copy_only=False
+        )  # NaN where a list is null
         if (other := np.flatnonzero(lengths != lengths[:1])).size:
             at, row = int(other[0]), int(other[0]) // found
             unequal = f"{lengths[0]:g} in row 0 and {lengths[at]:g} in row {row}".replace("nan", "none")
