@@ -150,6 +150,18 @@ def test_interleaved_tables(tmp_path, pictures):
     np.testing.assert_array_equal(addresses(dataset.images(CAMERA, np.arange(len(expected)))), expected)
 
 
+def test_episodes_of_a_table_in_any_order(tmp_path):
+    """Each in one piece; its own rows may not be."""
+    root = write_set(tmp_path / "set", pictures="struct")
+    path = root / "data/chunk-000/file-000.parquet"
+    table, bounds = pq.read_table(path), np.cumsum([0, *LENGTHS])
+    parts = [table.slice(bounds[e], LENGTHS[e]) for e in range(3)]
+    pq.write_table(pa.concat_tables([parts[2], parts[0], parts[1]]), path)
+    all_is_read(root)
+    pq.write_table(pa.concat_tables([parts[0].slice(0, 4), parts[1], parts[0].slice(4), parts[2]]), path)
+    refused(root, "expected 12 rows, as the metadata say.*found 4.*episode 0")
+
+
 def test_tables_of_other_types(tmp_path):
     """Two data tables and two tables of episodes, each with types of its own, which convert without loss."""
     root = write_set(tmp_path / "set", tables=[0, 1, 1])
@@ -230,7 +242,7 @@ NO_PICTURES = {
     "16 bits": (lambda: deep_picture(5000, np.uint16, "PNG"), "PNG of 16 bits"),
     "32 bits": (lambda: deep_picture(5000, np.int32, "TIFF"), "TIFF of 32 bits"),
     "floats": (lambda: deep_picture(0.5, np.float32, "TIFF"), "TIFF of a float"),
-    "null": (lambda: None, "found null"),
+    "null": (lambda: None, "found None"),
     "no picture": (lambda: b"none", "cannot identify"),
     "floats in lists": (lambda: [[0.0, 0.5]], "found a list"),
     "huge": (lambda: encoded_picture(Image.new("1", (16_000, 12_000))), "192000000 pixels"),

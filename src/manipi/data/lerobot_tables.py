@@ -110,34 +110,35 @@ def row_faults(
     *,
     only: bool = False,
 ) -> Iterator[Fault]:
-    """What is wrong with the rows of a table that should hold the `promised` episodes, in ascending order.
+    """What is wrong with the rows of a table that should hold the `promised` episodes, in any order, each in one piece.
 
     Args:
         rows: the values of `ROW_COLUMNS`.
         only: the table may hold other episodes too, which are not looked at.
     """
-    lengths, numbers, last = {e.index: e.length for e in promised if e.length > 0}, rows["episode_index"][:, 0], -1
+    lengths, numbers = {e.index: e.length for e in promised if e.length > 0}, rows["episode_index"][:, 0]
+    seen = set[int]()
     for number, start, end in runs(numbers):
         if only and number not in lengths:
             continue
-        if fault := _misplaced(lengths, number, end - start, last):
+        if fault := _misplaced(lengths, number, end - start, seen):
             expected, found, frame = *fault, None
         else:
             expected, found, frame = _misread(tasks, {key: values[start:end, 0] for key, values in rows.items()})
         if expected:
             where = f"{path}, episode {number}" + (f", frame {frame}" if frame is not None else "")
             yield Fault(format_error(root, expected, found, where, see_check(root)), (number,), frame)
-        last = max(last, number)
+        seen.add(number)
     for number in sorted(lengths.keys() - set(numbers.tolist())):
         where = f"{path}, episode {number}"
         yield Fault(format_error(root, f"{lengths[number]} rows", "none", where, see_check(root)), (number,))
 
 
-def _misplaced(lengths: Mapping[int, int], number: int, length: int, last: int) -> tuple[str, str] | None:
+def _misplaced(lengths: Mapping[int, int], number: int, length: int, seen: set[int]) -> tuple[str, str] | None:
     if number not in lengths:
         return "an episode of the metadata", "one that is in the table alone"
-    if number <= last:
-        return "each episode once, in ascending order", f"episode {number} behind {last}"
+    if number in seen:
+        return "the rows of each episode in one piece", "more of them further on"
     if length != lengths[number]:
         return f"{lengths[number]} rows, as the metadata say", f"{length}"
     return None
