@@ -295,6 +295,9 @@ def test_a_killed_conversion_goes_on(recordings, tmp_path, sent):
     process = start(root, tmp_path / "set")
     until(lambda: len(list(parts.glob("episode-*"))) >= 2, process)
     workers = children_of(process.pid)
+    # What has a name there would stay when all processes are killed at once.
+    held = [line for pid in (process.pid, *workers) for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    assert [line for line in held if "/dev/shm/" in line and not line.endswith("(deleted)")] == []
     process.send_signal(sent)
     _, said = process.communicate()
     assert process.returncode == (-9 if sent == signal.SIGKILL else 130), said

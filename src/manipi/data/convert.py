@@ -8,17 +8,16 @@ An episode's folder takes its name when it is complete. A conversion that was ki
 episodes that have none, and comes to the same bytes. `TARGET` appears when all is done, and the parts vanish.
 """
 
-import multiprocessing
+import itertools
 import os
+import queue
 import shutil
-import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
@@ -28,10 +27,11 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from manipi.data.dataset import Feature
+from manipi.data.helper import start_helper
 from manipi.data.lerobot_episode import EpisodeEncoder, Pictures
 from manipi.data.lerobot_writer import LeRobotWriter
 from manipi.data.sources.source import EpisodeSource, SourceEpisode
-from manipi.errors import ConfigError, DataError, MissingFeatureError, StorageError
+from manipi.errors import ConfigError, DataError, ManipiError, MissingFeatureError, StorageError
 from manipi.records import fingerprint, json_bytes, read_json, to_json
 from manipi.storage import atomic_directory, atomic_write, remove_partial, require_absent, storage_errors
 from manipi.transforms.images import resize_with_pad
@@ -112,9 +112,10 @@ def convert(
         reused = len(source.names) - len(todo)
         bad: dict[int, str] = {}
         with tqdm(total=len(source.names), initial=reused, desc="encode", unit="episode", disable=not show) as bar:
-            for number, error in _run(job, todo, num_workers):
-                bad |= {number: error} if error else {}
-                bar.update()
+            with closing(_run(job, todo, num_workers)) as results:
+                for number, error in results:
+                    bad |= {number: error} if error else {}
+                    bar.update()
         folders = [job.folder(number) for number in range(len(source.names)) if number not in bad]
         writer = _assemble(folders, target, encoder, settings.robot_type or source.robot_type, show)
     return ConvertReport(
@@ -295,51 +296,65 @@ def _task(episode: SourceEpisode, settings: ConvertSettings, where: str) -> str 
 
 # Processes ----------------------------------------------------------------------------------------------------------
 
-_job: "_Job | None" = None
-"""A worker's own; sent once, since it names every episode."""
 
+def _run(job: _Job, numbers: list[int], num_workers: int) -> Generator[tuple[int, str], None, None]:
+    """Results in the order in which they are ready.
 
-def _run(job: _Job, numbers: list[int], num_workers: int) -> Iterator[tuple[int, str]]:
-    """Results in the order in which they are ready."""
+    Pipes alone join the processes: what a pool's queues are made of has names in /dev/shm, which stay there when all
+    processes are killed at once.
+    """
     if not num_workers:
         yield from map(job, numbers)
         return
-    # A forked process would inherit the locks of the video encoder's threads.
-    context = multiprocessing.get_context("spawn")
-    watched, held = context.Pipe(duplex=False)
-    with ProcessPoolExecutor(num_workers, context, initializer=_begin, initargs=(job, watched)) as pool:
+    waiting, workers = iter(numbers), dict[Connection, BaseProcess]()
+    try:
+        for number in itertools.islice(waiting, num_workers):
+            process, worker = start_helper(_work, job)
+            workers[worker] = process
+            worker.send(number)
+        while workers:
+            for worker in wait(list(workers)):
+                result = worker.recv()
+                if isinstance(result, ManipiError):
+                    raise result
+                yield result
+                if (number := next(waiting, None)) is not None:
+                    worker.send(number)
+                else:
+                    workers.pop(worker).kill()
+    except (EOFError, ConnectionError):
+        raise DataError(
+            expected="processes that encode until all is done",
+            found="the end of one (killed, often for want of memory)",
+            where=str(job.source.root),
+            next="run the same command again, with a smaller --num-workers",
+        ) from None
+    finally:
+        for process in workers.values():
+            process.kill()
+        for process in workers.values():
+            process.join()
+
+
+def _work(job: _Job, caller: Connection) -> None:
+    """Encode the episodes that the caller names, one after the other, until it goes."""
+    numbers = queue.SimpleQueue[int]()
+    threading.Thread(target=_listen, args=(caller, numbers), daemon=True).start()
+    while True:
         try:
-            for future in as_completed([pool.submit(_encode, number) for number in numbers]):
-                yield future.result()
-        except BrokenProcessPool:
-            raise DataError(
-                expected="processes that encode until all is done",
-                found="the end of one (killed, often for want of memory)",
-                where=str(job.source.root),
-                next="run the same command again, with a smaller --num-workers",
-            ) from None
-        except BaseException:
-            held.close()  # and so ends the workers, in the middle of what they do
-            raise
+            result = job(numbers.get())
+        except ManipiError as error:
+            result = error
+        caller.send(result)
 
 
-def _begin(job: _Job, watched: Connection) -> None:
-    """Prepare a worker, which ends when the parent lets go of the pipe, be it because it was killed."""
-    global _job
-    _job = job
-    # Ctrl-C reaches the whole process group; the parent ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
-
-
-def _end_with(watched: Connection) -> None:
-    watched.poll(None)
-    os._exit(1)
-
-
-def _encode(number: int) -> tuple[int, str]:
-    assert _job, "the worker has begun"
-    return _job(number)
+def _listen(caller: Connection, numbers: "queue.SimpleQueue[int]") -> None:
+    """What the caller names; its end, be it that it was killed, ends this process in the middle of what it does."""
+    try:
+        while True:
+            numbers.put(caller.recv())
+    except (EOFError, OSError):
+        os._exit(1)
 
 
 def _assemble(folders: list[Path], target: Path, encoder: EpisodeEncoder, robot_type: str, show: bool) -> LeRobotWriter:
