@@ -546,18 +546,18 @@ def test_a_join_of_what_is_not_there(aloha, tmp_path):
 
 
 def test_what_is_excluded_is_left_out(recordings, tmp_path):
-    """Depth has no place in a video; a name that nothing has is refused."""
+    """Depth is left out, and said to be; a name that nothing has is refused."""
     path = tmp_path / "depth.hdf5"
     with h5py.File(path, "w") as file:
         file["data/demo_0/actions"] = recordings.numbers(5, 7, 0)
         file["data/demo_0/obs/image"] = recordings.pictures(5)
         file["data/demo_0/obs/depth"] = np.zeros((5, 48, 64, 1), np.float32)
-    with pytest.raises(ConfigError, match=r"(?s)pictures of shape.*'observation.images.depth'.*leave it out"):
-        run(path, tmp_path / "set", task="t")
-    with pytest.raises(MissingFeatureError, match=r"(?s)among action, .*found deep"):
+    with pytest.raises(MissingFeatureError, match=r"(?s)among action, .*found 'deep'"):
         run(path, tmp_path / "set", task="t", exclude=("deep",))
-    run(path, tmp_path / "set", task="t", exclude=("observation.images.depth",))
+    report = run(path, tmp_path / "set", task="t")
+    assert report.remarks == (("observation.images.depth", "records depth, not colours: left out"),)
     assert open_dataset(tmp_path / "set").cameras == ["observation.images.image"]
+    assert run(path, tmp_path / "other", task="t", exclude=("observation.images.depth",)).remarks == ()
 
 
 def test_an_attribute_that_is_no_json(recordings, tmp_path):

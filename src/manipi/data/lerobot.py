@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -14,8 +15,8 @@ from PIL import Image
 
 from manipi.data.dataset import Dataset
 from manipi.data.lerobot_index import open_index
-from manipi.data.lerobot_tables import ROW_COLUMNS, broken, parquet_errors, read_values, row_faults
-from manipi.data.video import VideoFrames, decoders_for
+from manipi.data.lerobot_tables import ROW_COLUMNS, broken, format_error, parquet_errors, read_values, row_faults
+from manipi.data.video import VideoFrames, decoders_for, without_camera
 from manipi.errors import DataError
 from manipi.remote.fetch import fetch, origin
 
@@ -41,7 +42,7 @@ class LeRobotDataset(Dataset):
         self._numbers, self._tables = tuple(numbers), list(dict.fromkeys(index.tables))
         super().__init__(root=root, name=root.name, fps=index.fps, features=index.features, episodes=index.episodes)
         pictures = [index.features[camera].shape for camera in index.clips]
-        self._videos = VideoFrames(decoders_for(max((h * w for h, w, _ in pictures), default=0)))
+        self._videos = VideoFrames(decoders_for(max((math.prod(shape[:2]) for shape in pictures), default=0)))
         self._origin = origin(root / "meta").removesuffix("/meta/")
         self._pictures = lru_cache(maxsize=_ROW_GROUPS)(_read_pictures)
 
@@ -56,7 +57,7 @@ class LeRobotDataset(Dataset):
         digest = hashlib.sha256(f"{self._numbers}".encode() if self._numbers else b"")
         for path in self._index.metadata:
             digest.update(f"{path.relative_to(self.root)}\n".encode() + path.read_bytes())
-        holds_pictures = any(self.features[key].dtype == "image" for key in self.cameras)
+        holds_pictures = any(feature.dtype == "image" for feature in self.features.values())
         for path in self._tables:
             with parquet_errors(path, self.root), path.open("rb") as file:
                 size = path.stat().st_size
@@ -114,6 +115,9 @@ class LeRobotDataset(Dataset):
     # Pictures ---------------------------------------------------------------------------------------------------
 
     def _read_images(self, camera: str, rows: np.ndarray) -> np.ndarray:
+        if self.features[camera].dtype == "video" and camera not in self._index.clips:
+            where, next = f"{self.root / 'meta/episodes'}, {camera!r}", without_camera(self.root)
+            raise format_error(self.root, "the place of a video in the entry of each episode", "none", where, next)
         images = np.empty((len(rows), *self.features[camera].shape), np.uint8)
         read = self._read_video_frame if camera in self._index.clips else self._read_picture
         for i, row in enumerate(rows.tolist()):

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from manipi.data.dataset import Episode, Feature
 from manipi.data.lerobot_tables import Fault, broken, format_error, parquet_errors, read_columns, see_check
 from manipi.data.subset import require_episodes
+from manipi.data.video import is_deep
 from manipi.errors import DatasetFormatError, DatasetNotFoundError
 
 
@@ -44,7 +45,7 @@ class LeRobotIndex:
     tables: list[Path]
     """Per episode, the data table that its rows are in."""
     clips: dict[str, list[Clip]]
-    """Per feature that is stored as video, one clip per episode."""
+    """Per feature that is stored as video, one clip per episode; not those of which no episode has a place."""
     metadata: list[Path]
     promised: tuple[int, int]
     """Episodes and frames that meta/info.json counts."""
@@ -163,6 +164,9 @@ def _read_v3(info: Mapping[str, Any], root: Path) -> LeRobotIndex:
         broken(root, "tables of episodes", "none", root / "meta/episodes")
     place = ("chunk_index", "file_index")
     clip_columns = {key: [f"videos/{key}/{name}" for name in (*place, "from_timestamp")] for key in _video_keys(info)}
+    # A camera of which no episode has a place was never recorded: it is missed where it is asked for.
+    stated = [set(column_names(path)) for path in episode_files]
+    clip_columns = {k: names for k, names in clip_columns.items() if any(named.issuperset(names) for named in stated)}
     data_columns = [f"data/{name}" for name in place]
     wanted = ["episode_index", "length", "tasks", *data_columns, *itertools.chain.from_iterable(clip_columns.values())]
     tables, unreadable = {}, []
@@ -197,6 +201,14 @@ def _read_v3(info: Mapping[str, Any], root: Path) -> LeRobotIndex:
     )
 
 
+def column_names(path: Path) -> list[str]:
+    """None where the file cannot be read, which reading it tells."""
+    try:
+        return pq.read_schema(path).names
+    except (pa.ArrowInvalid, OSError):
+        return []
+
+
 def _texts(root: Path, kind: str) -> dict[int, str]:
     """Texts of tasks or subtasks by number. They are the table's pandas index, which lerobot 0.4 stores unnamed."""
     path, number = root / f"meta/{kind}s.parquet", f"{kind}_index"
@@ -212,16 +224,33 @@ def _subtasks(root: Path) -> dict[int, str]:
 
 
 def _features(info: Mapping[str, Any]) -> dict[str, Feature]:
-    return {key: _feature(entry) for key, entry in info["features"].items()}
+    return {key: _feature(key, entry) for key, entry in info["features"].items()}
 
 
-def _feature(entry: Mapping[str, Any]) -> Feature:
+def _feature(key: str, entry: Mapping[str, Any]) -> Feature:
     """A feature from its entry in info.json, which states pictures as [h, w, 3] or [3, h, w]; stored is [h, w, 3]."""
     shape, names, dtype = tuple(entry["shape"]), _flat(entry.get("names")), entry["dtype"]
     if dtype in ("image", "video"):
-        channels_first = names[0].startswith("channel") if len(names) == 3 else shape[0] == 3
-        return Feature(kind="image", shape=(*shape[1:], shape[0]) if channels_first else shape, dtype=dtype)
+        channels_first = names[0].startswith("channel") if len(names) == 3 else shape[0] in (1, 3) and shape[-1] != 1
+        shape = (*shape[1:], shape[0]) if channels_first and len(shape) == 3 else shape
+        return _picture(key, shape, dtype, entry.get("info") or entry.get("video_info"))
     return Feature(kind="text" if dtype == "string" else "vector", shape=shape, dtype=dtype, names=names)
+
+
+def _picture(key: str, shape: tuple[int, ...], dtype: str, about: Any) -> Feature:
+    """A camera of colours or of depth. What has one channel and is no depth map is grey, and read as three equal ones.
+
+    Depth is what is marked as such, has more than 8 bits of grey, or one channel and either no axis for it or a name
+    that says so.
+    """
+    about = about if isinstance(about, Mapping) else {}
+    encoded = str(about.get("video.pix_fmt") or about.get("pix_fmt") or "")
+    marked, deep = any(about.get(name) for name in ("is_depth_map", "video.is_depth_map")), is_deep(encoded)
+    single = len(shape) == 2 or shape[-1:] == (1,)
+    if marked or deep or (single and (len(shape) == 2 or "depth" in key.lower())):
+        shown = not deep and (bool(encoded) or not single)
+        return Feature(kind="depth", shape=(*shape[:2], 3 if shown else 1), dtype=dtype)
+    return Feature(kind="image", shape=(*shape[:2], 3) if single else shape, dtype=dtype)
 
 
 def _flat(names: Any) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""What only a LeRobot dataset can have wrong: metadata, tables, numbering and video lengths that disagree."""
+"""What only a LeRobot dataset can have wrong: metadata, tables, numbering and video lengths that disagree, and what the
+metadata name and no file has."""
 
 import math
 from collections import Counter
@@ -14,7 +15,7 @@ from manipi.data.checks.report import Finding, error, frames, from_error, warnin
 from manipi.data.checks.values import uneven_timestamps
 from manipi.data.dataset import Dataset
 from manipi.data.lerobot import LeRobotDataset
-from manipi.data.lerobot_index import LeRobotIndex, metadata_faults, read_index
+from manipi.data.lerobot_index import LeRobotIndex, column_names, metadata_faults, read_index
 from manipi.data.lerobot_tables import Fault, read_values, row_faults, runs
 from manipi.errors import DataError
 
@@ -39,20 +40,25 @@ def open_lerobot(
     faults = list(metadata_faults(index, root))
     findings = [from_error(fault.error, "metadata", fault.episodes) for fault in faults]
     listed = {e.index for e in index.episodes} - {number for fault in faults for number in fault.episodes}
-    in_tables, spoilt = _tables(index, root, keys)
-    findings += [*in_tables, *_unlisted(index, root), *_video_lengths(index, keys)]
+    wanted = index.features.keys() if keys is None else index.features.keys() & set(keys)
+    absent = list(_absent(index, root, wanted))
+    wanted -= {key for finding in absent for key in finding.features}
+    if absent and not absent[0].features:
+        return [*findings, *absent], None, None
+    in_tables, spoilt = _tables(index, root, wanted)
+    findings += [*absent, *in_tables, *_unlisted(index, root), *_video_lengths(index, wanted)]
     sound = sorted(listed - spoilt)
     # Pictures inside tables are found by their rows, and videos without them.
-    inside = any(f.dtype == "image" for k, f in index.features.items() if keys is None or k in keys)
+    inside = any(f.dtype == "image" for k, f in index.features.items() if k in wanted)
     to_decode = sound if inside else sorted(listed)
     rows, pictures = (LeRobotDataset(root, numbers) if numbers else None for numbers in (sound, to_decode))
     return findings, rows, pictures
 
 
-def _tables(index: LeRobotIndex, root: Path, keys: Collection[str] | None) -> tuple[list[Finding], set[int]]:
+def _tables(index: LeRobotIndex, root: Path, keys: Collection[str]) -> tuple[list[Finding], set[int]]:
     """What is wrong in the tables, and the numbers of the episodes whose rows cannot be used."""
     vectors = {k: math.prod(f.shape) for k, f in index.features.items() if f.kind == "vector"}
-    widths = {k: w for k, w in vectors.items() if keys is None or k in keys} | dict.fromkeys(NUMBERING, 1)
+    widths = {k: w for k, w in vectors.items() if k in keys} | dict.fromkeys(NUMBERING, 1)
     findings, spoilt = [], set[int]()
     for path, promised in tqdm(index.by_table().items(), desc="tables", unit="file", leave=False):
         numbers = [e.index for e in promised]
@@ -95,13 +101,67 @@ def _unlisted(index: LeRobotIndex, root: Path) -> Iterator[Finding]:
         yield warning("tables", what, "record or convert its episodes again, or delete the file")
 
 
-def _video_lengths(index: LeRobotIndex, keys: Collection[str] | None) -> Iterator[Finding]:
+def _absent(index: LeRobotIndex, root: Path, keys: Collection[str]) -> Iterator[Finding]:
+    """What meta/info.json names and no file has: once, beside the files that no episode has.
+
+    A finding about no feature in particular is about all tables, without which nothing can be looked into.
+    """
+    everyone, where = tuple(e.index for e in index.episodes), str(root / "meta/info.json")
+    fetch = f"hf download <dataset> --repo-type dataset --local-dir {root}  # fetches what is missing"
+    tables = list(dict.fromkeys(index.tables))
+    if not any(path.is_file() for path in tables):
+        strays = sorted((root / "data").rglob("*.parquet"))
+        what = f"{_nothing_at(tables)}, to which data_path leads"
+        advice = f"correct data_path in {where}" if strays else fetch
+        yield error("tables", what + _of_no_episode(strays), advice, everyone, where=where)
+        return
+    videos = {key: {clip.path for clip in index.clips.get(key, ())} for key in keys if _is_video(index, key)}
+    empty = [key for key, paths in videos.items() if not any(path.is_file() for path in paths)]
+    if empty:
+        listed = {clip.path for clips in index.clips.values() for clip in clips}
+        strays = sorted(set((root / "videos").rglob("*.mp4")) - listed)
+        places = [path for key in empty for path in sorted(videos[key])]
+        what = (
+            f"no file has pictures of {', '.join(empty)}: {_nothing_at(places) if places else 'no episode names one'}"
+        )
+        advice = f"manipi convert {root} TARGET --exclude {' '.join(empty)}  # if it was never recorded; else {fetch}"
+        if strays and places:
+            advice = f"correct video_path in {where}"
+            if len(empty) < len(videos):
+                advice = f"name the feature in {where} as its folder is named, or the folder as the feature"
+        yield error("pictures", what + _of_no_episode(strays), advice, everyone, where=where, features=empty)
+    columns = {key for key in keys if not _is_video(index, key)} - set(NUMBERING)
+    named = list[str]()
+    for path in tables if columns else ():
+        named = column_names(path) or named
+        if not (columns := columns.difference(column_names(path) or columns)):
+            return
+    for key in sorted(columns):
+        what = f"expected the columns {key}; found only {', '.join(named)}"
+        advice = f"manipi convert {root} TARGET --exclude {key}  # or take it out of {where}"
+        place = f"{tables[0]}" + (f", and {len(tables) - 1} more" if len(tables) > 1 else "")
+        yield error("tables", what, advice, everyone, where=place, features=(key,))
+
+
+def _nothing_at(paths: list[Path]) -> str:
+    return f"found nothing at {paths[0]}" + (f", and so at {len(paths) - 1} more places" if len(paths) > 1 else "")
+
+
+def _of_no_episode(strays: list[Path]) -> str:
+    return f"; {len(strays)} files there belong to no episode of the metadata, such as {strays[0]}" if strays else ""
+
+
+def _is_video(index: LeRobotIndex, key: str) -> bool:
+    return index.features[key].dtype == "video"
+
+
+def _video_lengths(index: LeRobotIndex, keys: Collection[str]) -> Iterator[Finding]:
     """Pictures that a video has beyond those of its episodes. Those that it lacks show when they are decoded."""
     for camera, clips in index.clips.items():
         promised = Counter[Path]()
         for clip, episode in zip(clips, index.episodes, strict=True):
             promised[clip.path] += episode.length
-        for path, count in promised.items() if keys is None or camera in keys else ():
+        for path, count in promised.items() if camera in keys else ():
             found = _video_length(path)
             if found is not None and found > count:
                 what = f"{frames(found)} in {path}, and only {count} in the episodes that it belongs to"

@@ -58,12 +58,12 @@ def read_signals(dataset: Dataset, keys: Collection[str] | None = None) -> tuple
         try:
             values_Nd = dataset._read_column(key)
         except DataError as e:
-            findings.append(from_error(e, "tables"))
+            findings.append(from_error(e, "tables", features=(key,)))
             continue
         size = values_Nd.shape[1]
         labels = [f" {name!r}" for name in feature.names] if len(feature.names) == size else size * [""]
         names = tuple(f"{key}[{d}]{label}" for d, label in enumerate(labels))
-        findings += _not_finite(dataset, names, values_Nd)
+        findings += _not_finite(dataset, key, names, values_Nd)
         signals.append(_signal(key, names, values_Nd))
     return signals, findings
 
@@ -79,14 +79,14 @@ def _signal(key: str, names: tuple[str, ...], values_Nd: np.ndarray) -> Signal:
     return Signal(key, names, values_Nd, high_d - low_d)
 
 
-def _not_finite(dataset: Dataset, names: tuple[str, ...], values_Nd: np.ndarray) -> Iterator[Finding]:
+def _not_finite(dataset: Dataset, key: str, names: tuple[str, ...], values_Nd: np.ndarray) -> Iterator[Finding]:
     bad = np.argwhere(~np.isfinite(values_Nd))
     positions, first, counts = np.unique(dataset.episode_of(bad[:, 0]), return_index=True, return_counts=True)
     for position, (row, d), count in zip(positions.tolist(), bad[first].tolist(), counts.tolist(), strict=True):
         episode = dataset.episodes[position]
         what = f"{values_Nd[row, d]} in {names[d]} ({count} value{'s' if count > 1 else ''} in the episode)"
         next = "repair the values, or leave the episode out; training stops at them"
-        yield error("values", what, next, (episode.index,), row - episode.start, where=dataset.place(row))
+        yield error("values", what, next, (episode.index,), row - episode.start, dataset.place(row), (key,))
 
 
 def still(signal: Signal) -> Iterator[Finding]:

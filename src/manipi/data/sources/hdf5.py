@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,9 @@ from manipi.data.sources.source import (
     broken,
     by_number,
     find_files,
+    kind_of,
     optional_module,
+    remark,
     vector,
 )
 from manipi.errors import DatasetFormatError
@@ -64,14 +66,17 @@ class AlohaSource(EpisodeSource):
             wanted = {new: old for old, new, required in self.columns if required or old in file}
             columns = {new: read_vector(file, old, path) for new, old in wanted.items()}
             cameras = get(file, "observations/images", path)
-            pictures = {f"observation.images.{key}": blocks(cameras, key, path) for key in cameras}
-            yield SourceEpisode(columns=columns, pictures=pictures)
+            kinds = {key: _kind(cameras, key, "picture") for key in cameras}
+            if strange := [key for key, kind in kinds.items() if kind == "vector"]:
+                found = f"{cameras[strange[0]]}"
+                broken("pictures, raw or encoded", found, f"{path}, observations/images", f"--exclude {strange[0]}")
+            yield SourceEpisode(columns=columns, **_cameras(cameras, kinds, path))
 
 
 class RobomimicSource(EpisodeSource):
     """robomimic and LIBERO: many episodes per file; LIBERO has one file per task.
 
-    data/demo_N/obs/NAME                  observation.images.NAME where uint8 [T, h, w, 3], else observation.NAME
+    data/demo_N/obs/NAME                  observation.images.NAME where it holds pictures, else observation.NAME
     data/demo_N/actions, rewards, dones   action, next.reward, next.done
     data attribute problem_info           LIBERO's instruction; RoboCasa's is in the episode's ep_meta
     data attribute env_args               control_freq, else 20 frames per second
@@ -113,12 +118,12 @@ class RobomimicSource(EpisodeSource):
             wanted = {new: old for old, new, required in self.columns if required or old in episode}
             columns = {new: read_vector(episode, old, where) for new, old in wanted.items()}
             observations = get(episode, "obs", where)
-            cameras = [key for key in observations if len(getattr(observations[key], "shape", ())) == 4]
-            vectors = {key: read_vector(observations, key, where) for key in observations if key not in cameras}
+            kinds = {key: _kind(observations, key, "vector") for key in observations}
+            vectors = {k: read_vector(observations, k, where) for k, kind in kinds.items() if kind == "vector"}
             yield SourceEpisode(
                 columns={f"observation.{key}": values for key, values in vectors.items()} | columns,
-                pictures={f"observation.images.{key}": blocks(observations, key, where) for key in cameras},
                 task=_instruction(data, episode, where),
+                **_cameras(observations, kinds, where),
             )
 
 
@@ -199,24 +204,43 @@ def read_vector(group: "h5py.Group", name: str, where: str | Path) -> np.ndarray
         return vector(dataset[()])
 
 
-def blocks(group: "h5py.Group", name: str, where: str | Path) -> Blocks:
-    """The pictures of a dataset: raw, or encoded with padding behind."""
-    rows = get(group, name, where)
-    return Blocks(partial(_pictures, rows, f"{where}, {name}"), 0, len(rows))
+def _kind(group: "h5py.Group", name: str, encoded: str) -> str:
+    """As `kind_of`; `encoded`: what rows of bytes are."""
+    shape, dtype = getattr(group[name], "shape", ()), getattr(group[name], "dtype", np.dtype(object))
+    if len(shape) < 3 and dtype in (np.uint8, np.dtype(object)):
+        return encoded
+    return kind_of(name, shape[1:], dtype)
+
+
+def _cameras(group: "h5py.Group", kinds: Mapping[str, str], where: str | Path) -> dict[str, Any]:
+    """The pictures of a group, raw or encoded with padding behind, and what to know of them."""
+    pictures, remarks = {}, {}
+    for name, kind in kinds.items():
+        if kind != "vector":
+            rows, key, place = group[name], f"observation.images.{name}", f"{where}, {name}"
+            raw = len(rows.shape) > 2
+            remarks[key] = remark(kind, rows.shape[1:], rows.dtype) if raw else ""
+            if kind == "picture":
+                pictures[key] = Blocks(partial(_pictures if raw else _encoded, rows, place), 0, len(rows), place)
+    return {"pictures": pictures, "remarks": remarks}
 
 
 def _pictures(rows: "h5py.Dataset", where: str, start: int, stop: int) -> np.ndarray:
     with reading(where):
-        block = rows[start:stop]
-    return (
-        block
-        if block.ndim == 4
-        else np.stack([_decode(row, f"{where}, frame {start + i}") for i, row in enumerate(block)])
-    )
+        return rows[start:stop]
+
+
+def _encoded(rows: "h5py.Dataset", where: str, start: int, stop: int) -> np.ndarray:
+    block = _pictures(rows, where, start, stop)
+    return np.stack([_decode(row, f"{where}, frame {start + i}") for i, row in enumerate(block)])
 
 
 def _decode(row: np.ndarray, where: str) -> np.ndarray:
     try:
-        return np.asarray(Image.open(io.BytesIO(row.tobytes())).convert("RGB"))
+        image = Image.open(io.BytesIO(row.tobytes()))
+        if image.mode.startswith(("I", "F")):  # which would come out white
+            found = f"{image.format} of the mode {image.mode}, as depth is stored"
+            broken("pictures of 8 bits per channel", found, where, "leave the camera out: --exclude NAME")
+        return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
         broken("a JPEG or PNG picture", str(error), where)
