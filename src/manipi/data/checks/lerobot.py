@@ -148,7 +148,10 @@ def _nothing_at(paths: list[Path]) -> str:
 
 
 def _of_no_episode(strays: list[Path]) -> str:
-    return f"; {len(strays)} files there belong to no episode of the metadata, such as {strays[0]}" if strays else ""
+    if not strays:
+        return ""
+    some = "1 file there belongs" if len(strays) == 1 else f"{len(strays)} files there belong"
+    return f"; {some} to no episode of the metadata, such as {strays[0]}"
 
 
 def _is_video(index: LeRobotIndex, key: str) -> bool:
