@@ -6,7 +6,8 @@
                  that leads nowhere
     numbering    frame_index, index, task_index
     timestamps   not ascending                                  not 1/fps apart
-    values       NaN, infinity                                  dimensions that never move, jumps, clipped commands
+    values       NaN, infinity                                  dimensions that never move, jumps, clipped commands,
+                                                                rotations that wrap or change their sign
     movement                                                    pauses, shaking, episodes that are alike
     language                                                    no instruction, one instruction in several spellings
     pictures     frames that cannot be decoded; cameras that    a video longer than its episodes
@@ -30,6 +31,7 @@ from manipi.data.checks import values
 from manipi.data.checks.lerobot import open_lerobot
 from manipi.data.checks.pictures import picture_findings
 from manipi.data.checks.report import CheckReport, EpisodeFacts, Finding, from_error, warning
+from manipi.data.checks.rotations import find_leaps, report_leaps
 from manipi.data.checks.values import Signal
 from manipi.data.dataset import Dataset, open_dataset
 from manipi.data.describe import is_action
@@ -159,7 +161,10 @@ def _look_into(
     idle_N, findings, jerks = whole.find_idle(dataset, signals, robot), [], []
     for signal in signals:
         jerk_Ed = values.jerk(dataset, signal)
-        findings += [*values.still(signal), *values.jumps(dataset, signal), *values.shaking(dataset, signal, jerk_Ed)]
+        leaps = find_leaps(dataset, signal)
+        findings += [*values.still(signal), *report_leaps(dataset, signal, leaps, robot)]
+        findings += values.jumps(dataset, signal, [(leap.rows, leap.dims) for leap in leaps])
+        findings += values.shaking(dataset, signal, jerk_Ed)
         if is_action(signal.key):
             findings += values.clipped(dataset, signal, idle_N)
         jerks.append(jerk_Ed[:, signal.moving_d])

@@ -6,7 +6,7 @@ hardly any frame. What is usual is what most episodes (`USUAL_SHARE`) stay below
 Shape letters: N rows, E episodes, d dimensions.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,16 +100,21 @@ def still(signal: Signal) -> Iterator[Finding]:
         )
 
 
-def jumps(dataset: Dataset, signal: Signal) -> Iterator[Finding]:
+def jumps(
+    dataset: Dataset, signal: Signal, explained: Sequence[tuple[np.ndarray, tuple[int, ...]]]
+) -> Iterator[Finding]:
+    """Steps of one episode that are too large for the others; `explained`: rows and dimensions of what is none."""
     steps_Nd = np.abs(np.diff(signal.values_Nd, axis=0, prepend=signal.values_Nd[:1]))
     steps_Nd[dataset.starts] = 0  # there is no step from one episode to the next
+    for rows, dims in explained:
+        steps_Nd[np.ix_(rows, dims)] = 0
     largest_Ed = np.maximum.reduceat(steps_Nd, dataset.starts, axis=0)
     usual_d = np.quantile(largest_Ed, USUAL_SHARE, axis=0, method="lower")
     for e, d in _outliers(largest_Ed, usual_d, JUMP):
         episode = dataset.episodes[e]
         frame = int(steps_Nd[episode.start : episode.start + episode.length, d].argmax())
         what = f"{signal.names[d]} steps by {largest_Ed[e, d]:.3g}, in most episodes by at most {usual_d[d]:.3g}"
-        next = "look at the frame: a lost packet, an angle that wraps, a sensor that was reset?"
+        next = "look at the frame: a lost packet, a sensor that was reset, a wrong unit?"
         yield warning("values", what, next, (episode.index,), frame)
 
 
@@ -145,8 +150,9 @@ def clipped(dataset: Dataset, signal: Signal, idle_N: np.ndarray) -> Iterator[Fi
         if is_gripper(signal.names[d]):
             continue
         values_N = signal.values_Nd[:, d]
-        ends_N = (values_N == values_N.min()) | (values_N == values_N.max())
-        runs = [(end - start, start) for start, end in true_ranges(ends_N & ~idle_N) if end - start >= shortest]
+        low_N, high_N = values_N == values_N.min(), values_N == values_N.max()
+        ranges = [*true_ranges(low_N & ~idle_N), *true_ranges(high_N & ~idle_N)]
+        runs, ends_N = [(end - start, start) for start, end in ranges if end - start >= shortest], low_N | high_N
         share = sum(length for length, _ in runs) / len(values_N)
         if CLIPPED_SHARE < share <= ends_N.mean() < SNAPPING_SHARE and len(np.unique(values_N)) > SNAPPING_VALUES:
             shares[signal.names[d]], longest = share, max(longest, *runs)
