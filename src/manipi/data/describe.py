@@ -152,10 +152,8 @@ def _poses_and_joints(names: list[str]) -> Iterator[tuple[str, str]]:
     while position <= len(names):
         size, rotation = _pose_at(axes[position:])
         if (size or position == len(names)) and position > start:
-            span = (
-                f"  # {names[start]} … {names[position - 1]}\n" if names[start] else "  # is one of them a gripper?\n"
-            )
-            yield f"Joints({position - start})", span
+            span = f"{names[start]} … {names[position - 1]}" if names[start] else "is one of them a gripper?"
+            yield f"Joints({position - start})", f"  # {span}\n"
         if size:
             source = f'EndEffector(rotation="{rotation}")' if rotation else "EndEffector()"
             yield source, f"  # {names[position]} … {names[position + size - 1]}: is it so, and absolute?\n"
