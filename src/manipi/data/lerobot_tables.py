@@ -12,13 +12,16 @@ from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from manipi.data.dataset import Episode
-from manipi.errors import DataError, DatasetFormatError
+from manipi.errors import DataError, DatasetFormatError, shown
 
 ROW_COLUMNS = {"episode_index": 1, "timestamp": 1, "task_index": 1}
 """What tells whether the rows are those that the metadata promise."""
+INDEX_COLUMNS = ("episode_index", "frame_index", "index", "task_index", "subtask_index")
+"""Whole numbers, whatever type a table stores them in."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,10 @@ class Fault:
 
 
 def read_values(path: Path, widths: Mapping[str, int], root: Path) -> dict[str, np.ndarray]:
-    """Columns of a table, each [rows, width], floats as float32 and the rest as int64.
+    """Columns of a table, each [rows, width]: "timestamp" as float64, other floats as float32, the rest as int64.
 
     Raises:
-        DatasetFormatError: file or columns are missing, or rows have another number of values.
+        DatasetFormatError: file or columns are missing, rows have another number of values, or values are no numbers.
     """
     table = read_columns(path, list(widths), root)
     return {key: _rectangle(table.column(key), key, width, path, root) for key, width in widths.items()}
@@ -43,14 +46,57 @@ def read_values(path: Path, widths: Mapping[str, int], root: Path) -> dict[str, 
 
 def _rectangle(column: pa.ChunkedArray, key: str, width: int, path: Path, root: Path) -> np.ndarray:
     """All numbers of a column of numbers or of (nested) lists of numbers."""
-    flat = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    while pa.types.is_nested(flat.type):
-        flat = flat.flatten()
-    values = flat.to_numpy(zero_copy_only=False)
-    if len(values) != len(column) * width:
-        found = f"{len(values)} numbers in {len(column)} rows"
-        broken(root, f"{width} numbers per row in {key!r}, as meta/info.json says", found, path)
-    return values.astype(np.float32 if values.dtype.kind == "f" else np.int64, copy=False).reshape(-1, width)
+    expected = f"{width} numbers per row in {key!r}, as meta/info.json says"
+    flat, found = plain(column), 1
+    while isinstance(flat, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
+        lengths = pc.list_value_length(flat).to_numpy(zero_copy_only=False)  # NaN where a list is null
+        if (other := np.flatnonzero(lengths != lengths[:1])).size:
+            at, row = int(other[0]), int(other[0]) // found
+            unequal = f"{lengths[0]:g} in row 0 and {lengths[at]:g} in row {row}".replace("nan", "none")
+            broken(root, expected, f"rows of unequal length: {unequal} of the table", path, not_as_meant(path))
+        found *= int(lengths[0]) if len(lengths) else width
+        inner = flat.flatten()
+        flat = inner.dictionary_decode() if isinstance(inner, pa.DictionaryArray) else inner
+    if pa.types.is_boolean(flat.type):
+        flat = flat.cast(pa.int64())
+    if not is_number(flat.type):
+        broken(root, f"numbers in {key!r}", f"values of type {shown(str(flat.type))}", path, not_as_meant(path))
+    if len(flat) != len(column) * width:
+        broken(root, expected, f"{len(flat)} numbers in {len(column)} rows", path, not_as_meant(path))
+    if key in INDEX_COLUMNS or pa.types.is_integer(flat.type):
+        return whole_numbers(flat, key, path, root).reshape(-1, width)
+    values = flat.cast(pa.float64()) if pa.types.is_decimal(flat.type) else flat
+    dtype = np.float64 if key == "timestamp" else np.float32
+    return values.to_numpy(zero_copy_only=False).astype(dtype, copy=False).reshape(-1, width)  # null becomes NaN
+
+
+def plain(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece, its values themselves where it has numbers of a dictionary."""
+    values = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    return values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
+
+
+def is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+
+
+def whole_numbers(values: pa.Array, key: str, path: Path, root: Path) -> np.ndarray:
+    """Numbers of any type as int64; DatasetFormatError where one is missing or not whole."""
+    expected = f"whole numbers in {key!r}"
+    if not is_number(values.type):
+        broken(root, expected, f"values of type {shown(str(values.type))}", path, not_as_meant(path))
+    if values.null_count:
+        broken(
+            root,
+            expected,
+            f"null in row {int(np.flatnonzero(values.is_null())[0])} of the table",
+            path,
+            not_as_meant(path),
+        )
+    try:
+        return values.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    except pa.ArrowException as error:
+        broken(root, expected, shown(str(error), 200), path, not_as_meant(path))
 
 
 def row_faults(
@@ -98,12 +144,14 @@ def _misplaced(lengths: Mapping[int, int], number: int, length: int, last: int) 
 def _misread(tasks: Mapping[int, str], rows: Mapping[str, np.ndarray]) -> tuple[str, str, int]:
     """Expected, found and frame of the first bad row of an episode; expected is empty where there is none."""
     seconds, indices = rows["timestamp"], rows["task_index"]
+    if (endless := np.flatnonzero(~np.isfinite(seconds))).size:
+        return "finite timestamps", f"{seconds[endless[0]]} s", int(endless[0])
     if (back := np.flatnonzero(~(np.diff(seconds) > 0))).size:
         at = int(back[0])
         return "ascending timestamps", f"{seconds[at]:.4f} s, then {seconds[at + 1]:.4f} s", at + 1
     if (unknown := np.flatnonzero(~np.isin(indices, list(tasks)))).size:
         at = int(unknown[0])
-        return f"a task_index with a text, among {sorted(tasks)}", f"{indices[at]}", at
+        return f"a task_index with a text, among {shown(sorted(tasks))}", f"{indices[at]}", at
     return "", "", 0
 
 
@@ -113,14 +161,27 @@ def runs(numbers: np.ndarray) -> list[tuple[int, int, int]]:
     return [(int(numbers[start]), start, end) for start, end in pairwise(bounds) if end > start]
 
 
-def read_columns(path: Path, names: list[str], root: Path) -> pa.Table:
-    """Some columns of a parquet file of the dataset at `root`; DatasetFormatError when file or columns are missing."""
+def read_columns(path: Path, names: list[str], root: Path, optional: Sequence[str] = ()) -> pa.Table:
+    """Some columns of a parquet file of the dataset at `root`, and of the `optional` ones those that it has.
+
+    Raises:
+        DatasetFormatError: file or columns are missing, or a column is there twice.
+    """
     with parquet_errors(path, root):
         table = pq.ParquetFile(path)
-        if missing := [name for name in names if name not in table.schema_arrow.names]:
-            expected = f"the columns {', '.join(missing)}"
-            broken(root, expected, f"only {', '.join(table.schema_arrow.names)}", path)
-        return table.read(columns=names)
+        known = table.schema_arrow.names
+        if missing := [name for name in names if name not in known]:
+            broken(root, f"the columns {', '.join(missing)}", f"only {', '.join(known)}", path)
+        wanted = [*names, *(name for name in optional if name in known)]
+        if twice := [name for name in wanted if known.count(name) > 1]:
+            broken(root, f"one column {twice[0]!r}", f"{known.count(twice[0])}", path, not_as_meant(path))
+        return table.read(columns=wanted)
+
+
+def column_names(path: Path, root: Path) -> list[str]:
+    """What the columns of a parquet file are called; DatasetFormatError where it cannot be read."""
+    with parquet_errors(path, root):
+        return pq.read_schema(path).names
 
 
 @contextmanager
@@ -129,13 +190,18 @@ def parquet_errors(path: Path, root: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         broken(root, "a parquet file", "nothing", path)
-    except (pa.ArrowInvalid, OSError) as error:  # Arrow reports a damaged page as an OSError
+    except (pa.ArrowException, OSError) as error:  # Arrow reports a damaged page as an OSError
         broken(root, "a readable parquet file", str(error), path)
 
 
-def broken(root: Path, expected: str, found: str, where: str | Path) -> NoReturn:
+def broken(root: Path, expected: str, found: str, where: str | Path, next: str = "") -> NoReturn:
     """Raise the error for a dataset whose files are missing, damaged or disagree."""
-    raise format_error(root, expected, found, where)
+    raise format_error(root, expected, found, where, next)
+
+
+def not_as_meant(path: Path) -> str:
+    """What to do about a file that is whole, and has other values than it should."""
+    return f"correct {path}, or record or convert its episodes again"
 
 
 def format_error(root: Path, expected: str, found: str, where: str | Path, next: str = "") -> DatasetFormatError:

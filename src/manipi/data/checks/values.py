@@ -183,7 +183,8 @@ def beyond_limits(dataset: Dataset, robot: Robot, signals: list[Signal]) -> Iter
 def uneven_timestamps(number: int, seconds: np.ndarray, fps: float) -> Iterator[Finding]:
     """A warning where the timestamps [T] of an episode ascend, but not by 1/fps."""
     step = np.diff(seconds.astype(np.float64))
-    if (step > 0).all() and (off := np.flatnonzero(np.abs(step * fps - 1) > SPACING)).size:
+    rounding = np.spacing(np.abs(seconds[1:]).astype(np.float32))  # of both, at the most; most tables store float32
+    if (step > 0).all() and (off := np.flatnonzero(np.abs(step * fps - 1) > SPACING + rounding * fps)).size:
         at = int(off[0])
         what = f"{step[at]:.4f} s after the frame before, not 1/{fps:g} s ({frames(off.size)} in all)"
         next = "resample the episode, or correct fps in the metadata"
