@@ -102,7 +102,8 @@ class LeRobotDataset(Dataset):
         number = int(self.column("subtask_index")[row, 0])
         if number not in self._index.subtasks:
             known = f"subtask_index among {sorted(self._index.subtasks)}"
-            broken(self.root, known, str(number), f"{self.root}, {self.locate(row)}")
+            next = f"give it a text in {self.root / 'meta/subtasks.parquet'}, or use --data.prompt task"
+            broken(self.root, known, str(number), f"{self.root}, {self.locate(row)}", next)
         return self._index.subtasks[number]
 
     def place(self, row: int) -> str:
@@ -176,7 +177,9 @@ class LeRobotDataset(Dataset):
             image = read(camera, row)
             if image.shape != shape:
                 expected = f"a picture of shape {shape}, as meta/info.json says"
-                broken(self.root, expected, f"{image.shape}", f"{self._file(camera, row)}, {self.locate(row)}")
+                where = f"{self._file(camera, row)}, {self.locate(row)}"
+                correct = f"correct its shape in {self.root / 'meta/info.json'}, if all pictures have this one"
+                broken(self.root, expected, f"{image.shape}", where, f"{correct}; else record the episode again")
             if not i:  # memory is taken for a shape that a picture has
                 images = np.empty((len(rows), *shape), np.uint8)
             images[i] = image

@@ -101,17 +101,22 @@ def metadata_faults(index: LeRobotIndex, root: Path) -> Iterator[Fault]:
     yield from (Fault(error, lost) for error in index.unreadable)
     for number, count in listed.items():
         if count > 1:
-            yield Fault(format_error(root, f"episode {number} once", f"{count} entries of it", meta, next), (number,))
+            error = format_error(root, f"episode {number} once", f"{count} entries of it", meta, next)
+            yield Fault(error, (number,), advice=f"take out all of its entries in {meta} but one")
     for e in index.episodes:
         if e.length < 1:
             where = f"{meta}, episode {e.index}"
-            yield Fault(format_error(root, "at least one frame", f"{e.length} frames", where, next), (e.index,))
+            advice = f"take its entry out of {meta}, or correct the length that it states"
+            error = format_error(root, "at least one frame", f"{e.length} frames", where, next)
+            yield Fault(error, (e.index,), advice=advice)
     for what, counted, promised in zip(
         ("episodes", "frames"), (len(index.episodes), sum(e.length for e in index.episodes)), index.promised
     ):
         if counted != promised and not index.unreadable:
             expected = f"{promised} {what} in all, as meta/info.json says"
-            yield Fault(format_error(root, expected, str(counted), meta, next), lost if what == "episodes" else ())
+            advice = f"correct total_{what} in {meta / 'info.json'}, or put back the entries that are lost"
+            error = format_error(root, expected, str(counted), meta, next)
+            yield Fault(error, lost if what == "episodes" else (), advice=advice)
 
 
 def read_index(root: Path) -> LeRobotIndex:

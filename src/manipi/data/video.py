@@ -57,7 +57,8 @@ class VideoFrames:
             return decoder.frame(seconds)
         except (FFmpegError, _NoFrame) as error:
             self._close(path)
-            raise _broken(f"a frame at {seconds:.3f} s", str(error), where) from error
+            allow = f"chmod +r {path}" if isinstance(error, PermissionError) else ""
+            raise _broken(f"a frame at {seconds:.3f} s", str(error), where, allow) from error
 
     def _decoder(self, path: Path) -> "_Decoder":
         self._decoders[path] = decoder = self._decoders.pop(path, None) or _Decoder(path)

@@ -4,6 +4,7 @@ metadata name and no file has."""
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -40,7 +41,7 @@ def open_lerobot(
     """
     index = read_index(root)
     faults = list(metadata_faults(index, root))
-    findings = [from_error(fault.error, "metadata", fault.episodes) for fault in faults]
+    findings = [_of_fault(fault, "metadata") for fault in faults]
     listed = {e.index for e in index.episodes} - {number for fault in faults for number in fault.episodes}
     wanted = index.features.keys() if keys is None else index.features.keys() & set(keys)
     absent = list(_absent(index, root, wanted))
@@ -79,7 +80,7 @@ def _tables(
         else:
             findings += _numbering(path, values)
             seconds |= {n: values["timestamp"][a:b, 0] for n, a, b in runs(values["episode_index"][:, 0])}
-        findings += [from_error(f.error, _kind(f), f.episodes, f.frame) for f in faults]
+        findings += [_of_fault(fault, _kind(fault)) for fault in faults]
         spoilt |= {number for fault in faults for number in fault.episodes}
     return findings, spoilt, seconds
 
@@ -111,6 +112,11 @@ def _times(
     return findings, times, timeless
 
 
+def _of_fault(fault: Fault, check: str) -> Finding:
+    finding = from_error(fault.error, check, fault.episodes, fault.frame)
+    return replace(finding, next=fault.advice or finding.next)
+
+
 def _kind(fault: Fault) -> str:
     if fault.frame is None:
         return "tables"
@@ -125,7 +131,7 @@ def _numbering(path: Path, values: Mapping[str, np.ndarray]) -> Iterator[Finding
             if (wrong := np.flatnonzero(found != expected)).size:
                 at = int(wrong[0])
                 what = f"{name} is {found[at]} where {expected[at]} belongs ({frames(wrong.size)} in all), in {path}"
-                yield error("numbering", what, "number the rows again", (number,), at)
+                yield error("numbering", what, "manipi convert <folder> TARGET  # numbers them anew", (number,), at)
 
 
 def _unlisted(index: LeRobotIndex, root: Path) -> Iterator[Finding]:
