@@ -431,16 +431,17 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:20_000])
 
 
+AGAIN, OTHER = "copy the file again or repair it", "name the --format, if another one was recognised"
 BAD = {
-    cut: (DatasetFormatError, r"(?s)a readable HDF5 file.*truncated file.*episode_1.hdf5"),
-    without_action: (DatasetFormatError, r"(?s)'action' in /.*observations.*episode_1.hdf5"),
+    cut: (DatasetFormatError, r"(?s)a readable HDF5 file.*truncated file.*episode_1.hdf5" + f".*next {AGAIN}"),
+    without_action: (DatasetFormatError, r"(?s)'action' in /.*observations.*episode_1.hdf5" + f".*next {OTHER}"),
     shorter: (ConfigError, r"(?s)'action' as float32 of shape \(5, 14\).*\(4, 14\).*episode_1.hdf5"),
     fewer_pictures: (ConfigError, r"(?s)'observation.images.top'.*\(5, 48, 64, 3\).*3 pictures.*episode_1.hdf5"),
     other_size: (ConfigError, r"(?s)'observation.images.top'.*\(5, 24, 32, 3\).*episode_1.hdf5"),
     nan: (BadValueError, r"(?s)'observation.state'.*episode_1.hdf5, frame 3"),
     no_frames: (ConfigError, r"(?s)'observation.state' as float32 of shape \('T', 14\).*episode_1.hdf5"),
-    words: (DatasetFormatError, r"(?s)numbers of every frame in 'action'.*episode_1.hdf5"),
-    no_jpeg: (DatasetFormatError, r"(?s)a JPEG or PNG picture.*episode_1.hdf5, top, frame 0"),
+    words: (DatasetFormatError, r"(?s)numbers of every frame in 'action'.*episode_1.hdf5" + f".*next {OTHER}"),
+    no_jpeg: (DatasetFormatError, r"(?s)a JPEG or PNG picture.*episode_1.hdf5, top, frame 0" + f".*next {AGAIN}"),
 }
 
 

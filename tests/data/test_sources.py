@@ -164,6 +164,19 @@ def test_depth_in_a_png_of_16_bits(recordings, tmp_path):
         run(tmp_path / "source", tmp_path / "out")
 
 
+def test_what_is_no_picture_among_the_cameras_can_be_left_out(recordings, tmp_path):
+    with h5py.File(recordings.write_aloha(tmp_path / "source", (4,), cameras=("top",)) / "episode_0.hdf5", "a") as file:
+        file["observations/images/pose"] = recordings.numbers(4, 5, 0)
+        file["observations/images/more/left"] = recordings.pictures(4)
+    with pytest.raises(DatasetFormatError, match=r"(?s)float32 of shape \(5,\).*, pose.*--exclude"):
+        run(tmp_path / "source", tmp_path / "out", exclude=("observation.images.more",))
+    with pytest.raises(DatasetFormatError, match=r"(?s)pictures, raw or encoded.*group.*more.*--exclude"):
+        run(tmp_path / "source", tmp_path / "out", exclude=("observation.images.pose",))
+    left_out = ("observation.images.pose", "observation.images.more")
+    run(tmp_path / "source", tmp_path / "out", exclude=left_out)
+    assert open_dataset(tmp_path / "out").cameras == ["observation.images.top"]
+
+
 # ---- channels in another order
 
 

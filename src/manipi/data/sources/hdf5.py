@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from manipi.data.sources.source import (
+    OTHER_LAYOUT,
     Blocks,
     EpisodeSource,
     SourceEpisode,
@@ -66,10 +67,8 @@ class AlohaSource(EpisodeSource):
             wanted = {new: old for old, new, required in self.columns if required or old in file}
             columns = {new: read_vector(file, old, path) for new, old in wanted.items()}
             cameras = get(file, "observations/images", path)
-            kinds = {key: _kind(cameras, key, "picture") for key in cameras}
-            if strange := [key for key, kind in kinds.items() if kind == "vector"]:
-                found = f"{cameras[strange[0]]}"
-                broken("pictures, raw or encoded", found, f"{path}, observations/images", f"--exclude {strange[0]}")
+            # Whatever else is there shows when it is read, unless it is left out.
+            kinds = {key: "depth" if _kind(cameras, key, "picture") == "depth" else "picture" for key in cameras}
             yield SourceEpisode(columns=columns, **_cameras(cameras, kinds, path))
 
 
@@ -142,7 +141,7 @@ def _about(group: "h5py.Group", name: str, where: str | Path) -> dict[str, Any]:
     try:
         return json.loads(str(group.attrs.get(name, "{}")))
     except json.JSONDecodeError as error:
-        broken(f"JSON in the attribute {name!r} of {group.name}", str(error), where)
+        broken(f"JSON in the attribute {name!r} of {group.name}", str(error), where, OTHER_LAYOUT)
 
 
 def recognise(files: Sequence[Path]) -> str:
@@ -155,7 +154,8 @@ def recognise(files: Sequence[Path]) -> str:
                     return "aloha"
                 if "data" in file:
                     return "robomimic"
-                broken("observations/qpos (ALOHA) or data/demo_N (robomimic, LIBERO)", ", ".join(file) or "none", path)
+                expected = "observations/qpos (ALOHA) or data/demo_N (robomimic, LIBERO)"
+                broken(expected, ", ".join(file) or "none", path, OTHER_LAYOUT)
         except DatasetFormatError as caught:
             error = error or caught
     assert error, "called with at least one file"
@@ -191,7 +191,7 @@ def open_hdf5(path: Path) -> "Iterator[h5py.File]":
 def get(group: "h5py.Group", name: str, where: str | Path) -> Any:
     """A member of a group; DatasetFormatError where there is none."""
     if not name or name not in group:
-        broken(f"{name!r} in {group.name}", ", ".join(group) or "nothing", where)
+        broken(f"{name!r} in {group.name}", ", ".join(group) or "nothing", where, OTHER_LAYOUT)
     return group[name]
 
 
@@ -199,17 +199,19 @@ def read_vector(group: "h5py.Group", name: str, where: str | Path) -> np.ndarray
     """A dataset in full, [T, d]."""
     dataset = get(group, name, where)
     if not getattr(dataset, "shape", ()) or dataset.dtype.kind not in "biuf":
-        broken(f"numbers of every frame in {name!r}", str(dataset), where)
+        broken(f"numbers of every frame in {name!r}", str(dataset), where, OTHER_LAYOUT)
     with reading(f"{where}, {name}"):
         return vector(dataset[()])
 
 
 def _kind(group: "h5py.Group", name: str, encoded: str) -> str:
     """As `kind_of`; `encoded`: what rows of bytes are."""
-    shape, dtype = getattr(group[name], "shape", ()), getattr(group[name], "dtype", np.dtype(object))
-    if len(shape) < 3 and dtype in (np.uint8, np.dtype(object)):
-        return encoded
-    return kind_of(name, shape[1:], dtype)
+    return encoded if _is_encoded(group[name]) else kind_of(name, group[name].shape[1:], group[name].dtype)
+
+
+def _is_encoded(rows: Any) -> bool:
+    """Whether the rows are bytes, of one length or of any; so is a group, which reading it refuses."""
+    return len(getattr(rows, "shape", ())) < 3 and getattr(rows, "dtype", np.dtype("O")) in (np.uint8, np.dtype("O"))
 
 
 def _cameras(group: "h5py.Group", kinds: Mapping[str, str], where: str | Path) -> dict[str, Any]:
@@ -218,7 +220,7 @@ def _cameras(group: "h5py.Group", kinds: Mapping[str, str], where: str | Path) -
     for name, kind in kinds.items():
         if kind != "vector":
             rows, key, place = group[name], f"observation.images.{name}", f"{where}, {name}"
-            raw = len(rows.shape) > 2
+            raw = not _is_encoded(rows)
             remarks[key] = remark(kind, rows.shape[1:], rows.dtype) if raw else ""
             if kind == "picture":
                 pictures[key] = Blocks(partial(_pictures if raw else _encoded, rows, place), 0, len(rows), place)
@@ -226,6 +228,8 @@ def _cameras(group: "h5py.Group", kinds: Mapping[str, str], where: str | Path) -
 
 
 def _pictures(rows: "h5py.Dataset", where: str, start: int, stop: int) -> np.ndarray:
+    if not hasattr(rows, "shape"):
+        broken("pictures, raw or encoded", str(rows), where, "leave it out: --exclude NAME")
     with reading(where):
         return rows[start:stop]
 

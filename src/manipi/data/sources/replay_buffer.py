@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from manipi.data.sources.source import (
+    OTHER_LAYOUT,
     Blocks,
     EpisodeSource,
     SourceEpisode,
@@ -47,7 +48,8 @@ class ReplayBufferSource(EpisodeSource):
             ends = np.asarray(_get(group, "meta/episode_ends", root)[:])
         self._bounds = np.concatenate([[0], ends]).astype(int)
         if (np.diff(self._bounds) <= 0).any():
-            broken("ends of episodes that ascend", f"{ends.tolist()[:10]}", f"{root}, meta/episode_ends")
+            where = f"{root}, meta/episode_ends"
+            broken("ends of episodes that ascend", f"{ends.tolist()[:10]}", where, "correct meta/episode_ends")
         self.names = [str(number) for number in range(len(ends))]
         self.robot_type = "umi" if any("robot0_eef_pos" in path for path in self._arrays()) else "unknown"
 
@@ -65,7 +67,8 @@ class ReplayBufferSource(EpisodeSource):
             for key in self._arrays():
                 array, where = _get(group, f"data/{key}", self.root), f"{self.root}, data/{key}, episode {name}"
                 if array.shape[0] != self._bounds[-1]:
-                    broken(f"{self._bounds[-1]} rows, as meta/episode_ends says", f"{array.shape[0]}", where)
+                    expected = f"{self._bounds[-1]} rows, as meta/episode_ends says"
+                    broken(expected, f"{array.shape[0]}", where, "correct meta/episode_ends, or record it again")
                 kind = kind_of(key, array.shape[1:], array.dtype)
                 if kind == "vector":
                     with _reading(where):
@@ -99,7 +102,7 @@ class ReplayBufferSource(EpisodeSource):
 def _get(group: "zarr.Group", name: str, root: Path) -> Any:
     with _reading(root):
         if name not in group:
-            broken(f"{name!r} in the Zarr store", ", ".join(sorted(group.keys())) or "nothing", root)
+            broken(f"{name!r} in the Zarr store", ", ".join(sorted(group.keys())) or "nothing", root, OTHER_LAYOUT)
         return group[name]
 
 

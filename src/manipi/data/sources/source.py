@@ -172,6 +172,10 @@ def optional_module(name: str) -> ModuleType:
         ) from None
 
 
+OTHER_LAYOUT = "name the --format, if another one was recognised; --skip-bad-episodes leaves such episodes out"
+"""What to do about a whole file that holds something else."""
+
+
 def broken(expected: str, found: str, where: str | Path, next: str = "") -> NoReturn:
     """Raise the error for a file that is missing, damaged, or laid out differently."""
     raise DatasetFormatError(
