@@ -333,7 +333,8 @@ def _run(job: _Job, numbers: list[int], num_workers: int) -> Generator[tuple[int
             workers[worker] = process
             worker.send(number)
         while workers:
-            for worker in wait(list(workers)):
+            ready = wait(list(workers))
+            for worker in [worker for worker in workers if worker in ready]:
                 result = worker.recv()
                 if isinstance(result, ManipiError):
                     raise result

@@ -21,8 +21,11 @@ _ROTATIONS = {
     ("r0", "r1", "r2", "r3", "r4", "r5"): "rot6d",
 }
 """What the names of a rotation's dimensions say, behind those of a position."""
-_PREFIXES = {"euler": "e", "rpy": "e", "quat": "q", "quaternion": "q", "orientation": "q", "rot6d": "r", "r6d": "r"}
-_PREFIXES |= dict.fromkeys(("rot", "rotation", "rotvec", "axisangle", "aa"), "r")
+_PREFIXES = {
+    **dict.fromkeys(("rot", "rotation", "rotvec", "axisangle", "aa", "rot6d", "r6d"), "r"),
+    **dict.fromkeys(("quat", "quaternion", "orientation"), "q"),
+    **dict.fromkeys(("euler", "rpy"), "e"),
+}
 """A word before the axis in the name, and what the axis is called then: quat_x is qx, rot_x is rx, rot6d_1 is r1."""
 _EULER = {"ex": "roll", "ey": "pitch", "ez": "yaw"}
 
@@ -171,7 +174,7 @@ def _pose_at(axes: list[str]) -> tuple[int, str]:
 
 def _axis(name: str) -> str:
     """`x`, `yaw`, `qw` … of a dimension's name, without what stands before it; of offsets and velocities nothing."""
-    words = re.findall(r"[a-z]+\d*[a-z]*\d*|\d+", name.lower())
+    words: list[str] = re.findall(r"[a-z]+\d*[a-z]*\d*|\d+", name.lower())
     if not words or is_rate(name):
         return ""
     prefix = next((_PREFIXES[word] for word in reversed(words[:-1]) if word in _PREFIXES), "")

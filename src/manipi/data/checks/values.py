@@ -107,7 +107,7 @@ def jumps(
     steps_Nd = np.abs(np.diff(signal.values_Nd, axis=0, prepend=signal.values_Nd[:1]))
     steps_Nd[dataset.starts] = 0  # there is no step from one episode to the next
     for rows, dims in explained:
-        steps_Nd[np.ix_(rows, dims)] = 0
+        steps_Nd[rows[:, None], list(dims)] = 0
     largest_Ed = np.maximum.reduceat(steps_Nd, dataset.starts, axis=0)
     usual_d = np.quantile(largest_Ed, USUAL_SHARE, axis=0, method="lower")
     for e, d in _outliers(largest_Ed, usual_d, JUMP):

@@ -206,7 +206,8 @@ def read_vector(group: "h5py.Group", name: str, where: str | Path) -> np.ndarray
 
 def _kind(group: "h5py.Group", name: str, encoded: str) -> str:
     """As `kind_of`; `encoded`: what rows of bytes are."""
-    return encoded if _is_encoded(group[name]) else kind_of(name, group[name].shape[1:], group[name].dtype)
+    rows: Any = group[name]
+    return encoded if _is_encoded(rows) else kind_of(name, rows.shape[1:], rows.dtype)
 
 
 def _is_encoded(rows: Any) -> bool:
@@ -219,7 +220,8 @@ def _cameras(group: "h5py.Group", kinds: Mapping[str, str], where: str | Path) -
     pictures, remarks = {}, {}
     for name, kind in kinds.items():
         if kind != "vector":
-            rows, key, place = group[name], f"observation.images.{name}", f"{where}, {name}"
+            rows: Any = group[name]
+            key, place = f"observation.images.{name}", f"{where}, {name}"
             raw = not _is_encoded(rows)
             remarks[key] = remark(kind, rows.shape[1:], rows.dtype) if raw else ""
             if kind == "picture":
