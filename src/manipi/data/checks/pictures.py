@@ -46,7 +46,7 @@ def _decode(dataset: Dataset, camera: str, position: int, *, quick: bool) -> Fin
             dataset.images(camera, block)
         except DataError as error:
             frame = _first_broken(dataset, camera, block)
-            return from_error(error, "pictures", (episode.index,), frame - episode.start)
+            return from_error(error, "pictures", (episode.index,), frame - episode.start, (camera,))
     return None
 
 
