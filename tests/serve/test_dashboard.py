@@ -60,7 +60,7 @@ class Tab:
         self._connection, self._numbers = connection, itertools.count(1)
         self.complaints = []
         self.statuses = []
-        """HTTP status of every page that was asked for. What a browser shows in place of a refused one is its own affair."""
+        """HTTP status of the pages that were asked for; what a browser shows in place of a refused one is its affair."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 

@@ -15,6 +15,7 @@ from PIL import Image
 from manipi.data.dataset import Dataset
 from manipi.data.lerobot_index import open_index
 from manipi.data.lerobot_tables import ROW_COLUMNS, broken, parquet_errors, read_values, row_faults
+from manipi.data.picture_files import states_in_store, states_on_disk
 from manipi.data.video import VideoFrames, decoders_for
 from manipi.errors import DataError
 from manipi.remote.fetch import fetch, origin
@@ -133,6 +134,11 @@ class LeRobotDataset(Dataset):
         clip = self._index.clips[camera][position]
         seconds = clip.start + (row - self.episodes[position].start) / self.fps
         return self._videos.frame(self._here(clip.path), seconds, where=f"{clip.path}, {self.locate(row)}")
+
+    def picture_files(self, cameras: Sequence[str]) -> dict[str, str]:
+        clips = [clip.path for camera in cameras for clip in self._index.clips.get(camera, ())]
+        names = sorted({str(path.relative_to(self.root)) for path in clips})
+        return states_in_store(self._origin, names) if self._origin else states_on_disk(self.root, names)
 
     def _here(self, path: Path) -> Path:
         """A video of a dataset whose metadata were fetched comes when it is first needed."""
