@@ -60,7 +60,7 @@ class Tab:
         self._connection, self._numbers = connection, itertools.count(1)
         self.complaints = []
         self.statuses = []
-        """HTTP status of the pages that were asked for; what a browser shows in place of a refused one is its affair."""
+        """HTTP status of the pages that were asked for. What is shown for a refused one, each browser decides."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
