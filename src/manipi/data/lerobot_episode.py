@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import quote
 
-import av
 import numpy as np
+from av.error import FFmpegError
 from jaxtyping import UInt8
 
 from manipi.data.dataset import Feature
@@ -178,7 +178,7 @@ def encoded_errors(folder: Path) -> Iterator[None]:
     """What cannot be read of an encoded episode, as a DatasetFormatError that names its folder."""
     try:
         yield
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, av.FFmpegError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, FFmpegError) as error:
         raise DatasetFormatError(
             expected="an encoded episode, as it was written",
             found=shown(str(error), 200),
