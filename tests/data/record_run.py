@@ -1,13 +1,14 @@
-"""A recording that may be killed: `python record_run.py ROOT EPISODES [EVENT NAME NUMBER SIGNAL]`.
+"""A recording that may be killed, to be run by a process of its own.
 
 Of the calls that change files, which Python's audit events name, the one given ends the process by a signal, before it
-is done: EVENT on a path of that NAME, the NUMBER-th time. Every episode that ended is printed.
+is done.
 """
 
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,8 +26,19 @@ def picture(number: int, step: int) -> np.ndarray:
     return np.full((16, 16, 3), (20 + 40 * number, 20 + 40 * step, 128), np.uint8)
 
 
-def record(root: Path, first: int, episodes: int) -> None:
-    with Recorder(root, TABLETOP) as recorder:
+class Plan:
+    """A policy that plans to stay."""
+
+    metadata: ClassVar = {"checkpoint": "the first"}
+
+    def infer(self, observation):
+        return {"actions": np.zeros((4, 4), np.float32)}
+
+
+def record(root: Path, first: int, episodes: int, said: Path | None = None, *, asked: bool = False) -> None:
+    """`said` gets a line when an episode has ended. `asked`: a policy is, at every step."""
+    with Recorder(root, TABLETOP, seed=40) as recorder:
+        policy = recorder.watch(Plan()) if asked else None
         for number in range(first, first + episodes):
             sys.audit("step", f"before {number}")
             recorder.on_episode_start()
@@ -34,10 +46,13 @@ def record(root: Path, first: int, episodes: int) -> None:
                 sys.audit("step", f"{number}.{step}")
                 state = np.array([number, step, 0, 1], np.float32)
                 observation = {"observation/image": picture(number, step), "observation/state": state, "prompt": "go"}
+                if policy:
+                    policy.infer(observation)
                 recorder.on_step(observation, {"actions": state / 10})
             recorder.on_episode_end()
-            sys.stdout.write("ended\n")
-            sys.stdout.flush()
+            if said:
+                with said.open("a") as file:
+                    file.write("ended\n")
 
 
 def end_at(event: str, name: str, number: int, sent: int) -> None:
@@ -59,9 +74,9 @@ def end_at(event: str, name: str, number: int, sent: int) -> None:
     sys.addaudithook(hook)
 
 
-if __name__ == "__main__":
-    root, first, episodes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    if sys.argv[4:]:
-        event, name, number, sent = sys.argv[4:]
-        end_at(event, name, int(number), signal.Signals[sent])
-    record(root, first, episodes)
+def record_until(root: Path, first: int, episodes: int, said: Path, kill: tuple, asked: bool) -> None:
+    """`record`; with `kill`, to its `end_at`."""
+    if kill:
+        event, name, number, sent = kill
+        end_at(event, name, number, signal.Signals[sent])
+    record(root, first, episodes, said, asked=asked)

@@ -7,13 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
-from record_run import LENGTHS, picture, record
+from record_run import LENGTHS, picture, record, record_until
+from tests.commands import FORKS
 
 from manipi.cli import main
 from manipi.data.dataset import open_dataset
@@ -21,15 +23,16 @@ from manipi.data.recorder import Recorder, finish_recording
 from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, StorageError
 from manipi.robots.tabletop import TABLETOP
 
-PROGRAM = Path(__file__).with_name("record_run.py")
 
-
-def run(root, episodes, *kill, first=0):
+def run(root, episodes, *kill, first=0, asked=False):
     """The episodes that ended, and the exit status."""
-    command = [sys.executable, str(PROGRAM), str(root), str(first), str(episodes), *map(str, kill)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert kill or done.returncode == 0, done.stderr
-    return done.stdout.count("ended"), done.returncode
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "said"
+        process = FORKS.Process(target=record_until, args=(root, first, episodes, said, kill, asked))
+        process.start()
+        process.join(120)
+        assert process.exitcode is not None
+        return said.read_text().count("ended") if said.exists() else 0, process.exitcode
 
 
 def require_whole(root, numbers):
@@ -80,6 +83,15 @@ def test_the_same_recording_goes_on(tmp_path, moment):
     run(root, 4, *kill, "SIGKILL")
     record(root, ended, 1)
     require_whole(root, range(ended + 1))
+
+
+def test_questions_go_on_with_the_next_seed(tmp_path):
+    root = tmp_path / "set/run"
+    run(root, 4, *KILLS["in an episode"][1:], "SIGKILL", asked=True)
+    record(root, 3, 2, asked=True)
+    dataset = open_dataset(root)
+    assert dataset.column("manipi.seed")[:, 0].tolist() == list(range(40, 40 + sum(LENGTHS)))
+    assert json.loads((root / "meta/recording.json").read_text())["policy"] == {"checkpoint": "the first"}
 
 
 @pytest.mark.parametrize("moment", ["before it has its own name", "before the parts are deleted"])
@@ -173,11 +185,13 @@ def test_a_damaged_episode_is_named_and_can_be_left_out(tmp_path, name):
 @pytest.mark.parametrize(
     ("megabytes", "said"), [(2, "the episodes before this one are kept"), (5, r"manipi record --finish .*/run")]
 )
-def test_a_full_disk_keeps_the_episodes_before_it(mount, monkeypatch, megabytes, said):
+def test_a_full_disk_keeps_the_episodes_before_it(mount, tmp_path, monkeypatch, megabytes, said):
     monkeypatch.setenv("LARGE", "1")
     root = mount(megabytes) / "run"
-    done = subprocess.run([sys.executable, str(PROGRAM), str(root), "0", "5"], capture_output=True, text=True)
-    ended = done.stdout.count("ended")
+    script = "from pathlib import Path; from record_run import record; "
+    script += f"record(Path({str(root)!r}), 0, 5, Path({str(tmp_path / 'said')!r}))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True)
+    ended = (tmp_path / "said").read_text().count("ended")
     assert ended == 5 if megabytes == 5 else 0 < ended < 5
     assert re.search(rf"(?s)No space left on device.*make room.*{said}", done.stderr)
     subprocess.run(["mount", "-o", "remount,size=30m", str(root.parent)], check=True)
