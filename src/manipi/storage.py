@@ -119,6 +119,12 @@ def require_absent(target: Path) -> None:
         )
 
 
+def name_for_good(folder: Path, name: Path) -> None:
+    """Rename a folder that is whole and on the disk; the new name, too, outlasts a crash of the machine."""
+    folder.rename(name)
+    _sync_entry(name.parent)
+
+
 def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 

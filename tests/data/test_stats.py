@@ -348,14 +348,14 @@ def test_the_rows_are_part_of_the_fingerprint(toy):
     assert every.data == some.data
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed")
-def test_ray_that_is_not_installed(toy):
+def test_ray_that_is_not_installed(toy, without):
+    without("ray")
     with pytest.raises(ConfigError, match=r"the package ray") as error:
         compute_norm_stats(toy, TABLETOP, HORIZON, np.arange(65), workers=Workers(ray=True))
     assert error.value.next == "pip install 'manipi[ray]'"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs pip install 'manipi[ray]'")
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs manipi[ray]")
 def test_ray_does_not_show(toy):
     rows = np.arange(65)
     equal(

@@ -11,7 +11,6 @@ episodes that have none, and comes to the same bytes. `TARGET` appears when all 
 import itertools
 import os
 import queue
-import shutil
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -19,24 +18,21 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from manipi.data.dataset import Feature
 from manipi.data.helper import start_helper
 from manipi.data.lerobot_episode import EpisodeEncoder, Pictures
-from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.data.parts import Parts
 from manipi.data.sources.source import EpisodeSource, SourceEpisode
 from manipi.errors import ConfigError, DataError, ManipiError, MissingFeatureError, StorageError, shown
 from manipi.records import fingerprint, json_bytes, read_json, to_json
-from manipi.storage import atomic_directory, atomic_write, remove_partial, require_absent, storage_errors
+from manipi.storage import atomic_directory, atomic_write, require_absent, storage_errors
 from manipi.transforms.images import resize_with_pad
-
-_PARTS = "episode-*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +101,16 @@ def convert(
         DataError: an episode that cannot be read; the others that are encoded stay for the next attempt.
         StorageError: `target` exists, or the disk is full.
     """
-    target = target.expanduser().absolute()
-    parts = target.with_name(f".{target.name}.parts")
-    require_absent(target)
+    parts = Parts(target, "conversion")
+    if not parts.finished:
+        require_absent(parts.target)
     encoder, remarks = _encoder(source, settings, skip_bad)
-    with _resumable(target, parts):
+    with _resumable(parts):
         _check_same(parts, source, settings)
+        if parts.finished:
+            return _report(parts, parts.settle())
         job = _Job(source=source, encoder=encoder, settings=settings, parts=parts, skip_bad=skip_bad)
-        todo = [number for number in range(len(source.names)) if not job.folder(number).exists()]
+        todo = [number for number in range(len(source.names)) if not parts.episode(number).exists()]
         reused = len(source.names) - len(todo)
         bad: dict[int, str] = {}
         bar = tqdm(total=len(source.names), initial=reused, desc="encode", unit="episode", disable=not show)
@@ -120,42 +118,31 @@ def convert(
             for number, error in results:
                 bad |= {number: error} if error else {}
                 bar.update()
-        folders = [job.folder(number) for number in range(len(source.names)) if number not in bad]
-        writer = _assemble(folders, target, encoder, settings.robot_type or source.robot_type, show)
-    return ConvertReport(
-        target=str(target),
-        num_episodes=writer.num_episodes,
-        num_frames=writer.num_frames,
-        reused=reused,
-        skipped=tuple((source.names[number], bad[number]) for number in sorted(bad)),
-        remarks=remarks,
-    )
+        folders = [parts.episode(number) for number in range(len(source.names)) if number not in bad]
+        robot_type = settings.robot_type or source.robot_type
+        skipped = [(source.names[number], bad[number]) for number in sorted(bad)]
+        report = {"reused": reused, "skipped": skipped, "remarks": remarks}
+        return _report(parts, parts.finish(folders, encoder, robot_type, report, show=show))
+
+
+def _report(parts: Parts, finished: Mapping[str, Any]) -> ConvertReport:
+    pairs = {key: tuple((name, text) for name, text in finished[key]) for key in ("skipped", "remarks")}
+    return ConvertReport(**{**finished, "target": str(parts.target), **pairs})
 
 
 @contextmanager
-def _resumable(target: Path, parts: Path) -> Iterator[None]:
-    """The folder of the parts, alone in it; it vanishes when the block ends well, and stays when it does not."""
+def _resumable(parts: Parts) -> Iterator[None]:
+    """The parts for this process alone; a full disk leaves them, and says how to go on."""
     try:
-        with storage_errors(target):
-            parts.mkdir(parents=True, exist_ok=True)
-            with FileLock(parts / "lock", timeout=0):
-                remove_partial(parts)
-                remove_partial(target.parent, target.name)
-                yield
-                shutil.rmtree(parts)
-    except Timeout:
-        raise ConfigError(
-            expected="one conversion at a time to a folder",
-            found="another one that is going on",
-            where=str(target),
-            next="wait for it, or choose another folder",
-        ) from None
+        with parts.claimed(), storage_errors(parts.target):
+            yield
     except StorageError as error:
-        next = f"make room, or allow writing there, and run the same command again; finished episodes wait in {parts}"
+        again = "make room, or allow writing there, and run the same command again"
+        next = f"{again}; finished episodes wait in {parts.folder}"
         raise StorageError(expected=error.expected, found=error.found, where=error.where, next=next) from error
 
 
-def _check_same(parts: Path, source: EpisodeSource, settings: ConvertSettings) -> None:
+def _check_same(parts: Parts, source: EpisodeSource, settings: ConvertSettings) -> None:
     """What was begun in `parts` must be this conversion, or its episodes would not belong together."""
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(source.files())]
     wanted = {
@@ -164,16 +151,16 @@ def _check_same(parts: Path, source: EpisodeSource, settings: ConvertSettings) -
         "episodes and files": fingerprint([list(source.names), stamps, source.drop_skipped]),
         "encoder": av.__version__,
     }
-    path = parts / "conversion.json"
-    if not any(parts.glob(_PARTS)):
+    path = parts.folder / "conversion.json"
+    if not (parts.episodes() or parts.finished):
         atomic_write(path, json_bytes(wanted))
     begun = read_json(path)
     if changed := [name for name, value in wanted.items() if begun.get(name) != value]:
         raise ConfigError(
             expected="the conversion that was begun there, to go on with it",
             found=f"another: {', '.join(changed)} changed",
-            where=str(parts),
-            next=f"repeat the first command, or start afresh with: rm -r {parts}",
+            where=str(parts.folder),
+            next=f"repeat the first command, or start afresh with: rm -r {parts.folder}",
         )
 
 
@@ -228,18 +215,15 @@ class _Job:
     source: EpisodeSource
     encoder: EpisodeEncoder
     settings: ConvertSettings
-    parts: Path
+    parts: Parts
     skip_bad: bool
-
-    def folder(self, number: int) -> Path:
-        return self.parts / f"episode-{number:06d}"
 
     def __call__(self, number: int) -> tuple[int, str]:
         """Encode an episode; its number, and why it was skipped."""
         name = self.source.names[number]
         where = f"{self.source.root}, {name}"
         try:
-            with self.source.open(name) as episode, atomic_directory(self.folder(number)) as folder:
+            with self.source.open(name) as episode, atomic_directory(self.parts.episode(number)) as folder:
                 task = _task(episode, self.settings, where)
                 self.encoder.encode(folder, _data(episode, self.source, self.settings, name), task, where)
         except (DataError, ConfigError) as error:
@@ -376,11 +360,3 @@ def _listen(caller: Connection, numbers: "queue.SimpleQueue[int]") -> None:
             numbers.put(caller.recv())
     except (EOFError, OSError):
         os._exit(1)
-
-
-def _assemble(folders: list[Path], target: Path, encoder: EpisodeEncoder, robot_type: str, show: bool) -> LeRobotWriter:
-    settings = {"features": encoder.features, "fps": encoder.fps, "pix_fmt": encoder.pix_fmt, "crf": encoder.crf}
-    with LeRobotWriter(target, robot_type=robot_type, **settings) as writer:
-        for folder in tqdm(folders, desc="assemble", unit="episode", disable=not show):
-            writer.add_encoded(folder)
-    return writer

@@ -82,6 +82,11 @@ class Dataset(abc.ABC):
     @abc.abstractmethod
     def _fingerprint(self) -> str: ...
 
+    def picture_files(self, cameras: Sequence[str]) -> dict[str, str]:
+        """What `fingerprint` leaves out: size and a digest of each file that holds pictures of some cameras alone, by
+        its path in the dataset. Files that are not there, or whose store does not tell, are left out."""
+        return {}
+
     @abc.abstractmethod
     def prompt(self, row: int) -> str:
         """The instruction at a row."""

@@ -27,6 +27,7 @@ from manipi.data.lerobot_tables import (
     runs,
 )
 from manipi.data.lerobot_times import off_grid, time_fault
+from manipi.data.picture_files import states_in_store, states_on_disk
 from manipi.data.video import VideoFrames, decoders_for, without_camera
 from manipi.errors import DataError, shown
 from manipi.remote.fetch import fetch, origin
@@ -208,6 +209,11 @@ class LeRobotDataset(Dataset):
             if times is not None and (fault := time_fault(self._index, self.root, camera, position, times)):
                 raise fault.error
         self._compared.add(camera)
+
+    def picture_files(self, cameras: Sequence[str]) -> dict[str, str]:
+        clips = [clip.path for camera in cameras for clip in self._index.clips.get(camera, ())]
+        names = sorted({str(path.relative_to(self.root)) for path in clips})
+        return states_in_store(self._origin, names) if self._origin else states_on_disk(self.root, names)
 
     def _here(self, path: Path) -> Path:
         """A video of a dataset whose metadata were fetched comes when it is first needed."""

@@ -48,6 +48,9 @@ class EpisodeSubset(Dataset):
     def _fingerprint(self) -> str:
         return fingerprint([self._dataset.fingerprint, self._numbers])
 
+    def picture_files(self, cameras: Sequence[str]) -> dict[str, str]:
+        return self._dataset.picture_files(cameras)
+
     def _read_column(self, key: str) -> np.ndarray:
         return self._dataset.column(key)[self._rows]
 

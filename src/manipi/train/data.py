@@ -33,6 +33,7 @@ from manipi.tokenizers import (
     Tokenizers,
 )
 from manipi.train.config import DatasetConfig, TrainConfig
+from manipi.train.run import checkpoint_steps, claim_videos
 from manipi.transforms import pipeline
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.normalize import load_norm_stats, normalize, read_openpi_stats, save_norm_stats
@@ -107,6 +108,11 @@ class Opened:
     rows: np.ndarray
     held_out: np.ndarray
 
+    @property
+    def cameras(self) -> list[str]:
+        """Those of the robot, by the dataset's names."""
+        return [self.robot.dataset_key(key) for key in self.robot.cameras.values()]
+
 
 def prepare(config: TrainConfig, folder: Path) -> TrainingData:
     """Open, check and encode the data of a run; statistics and tokenizers are kept in `folder` and reused.
@@ -118,6 +124,7 @@ def prepare(config: TrainConfig, folder: Path) -> TrainingData:
     """
     opened = open_demonstrations(config)
     stats = {name: _stats(config, group, folder) for name, group in _by_robot(opened).items()}
+    claim_videos(folder, {one.dataset.fingerprint: one.dataset.picture_files(one.cameras) for one in opened})
     mine = [one for one in opened if one.robot == config.robot]
     tokenizers = _tokenizers(config, mine[0], stats[config.robot.name], folder / "tokenizer")
     sets = tuple(_training_set(config, one, stats[one.robot.name], tokenizers, folder / "cache") for one in opened)
@@ -190,8 +197,10 @@ def _cached(config: TrainConfig, one: Opened, folder: Path) -> Dataset:
     """The same samples after encoding (`raw`: bit for bit): the cache resizes as the pipeline does."""
     if config.data.cache == "none":
         return one.dataset
-    cameras, size = [one.robot.dataset_key(key) for key in one.robot.cameras.values()], config.model.vision.image_size
-    cached = CachedDataset(one.dataset, cameras, folder, size, format=config.data.cache, max_gb=config.data.cache_gb)
+    size = config.model.vision.image_size
+    cached = CachedDataset(
+        one.dataset, one.cameras, folder, size, format=config.data.cache, max_gb=config.data.cache_gb
+    )
     if config.data.cache_fill == "ahead":
         cached.fill()
     return cached
@@ -219,6 +228,15 @@ def _stats(config: TrainConfig, group: Sequence[Opened], folder: Path) -> NormSt
     robot, (data, rows) = group[0].robot, provenance_of(group)
     own = robot.name == config.robot.name
     path = folder / ("norm_stats.json" if own else f"robots/{robot.name}/norm_stats.json")
+    steps = checkpoint_steps(folder)
+    if not path.exists() and steps:
+        kept = folder / "checkpoints" / str(steps[-1]) / path.relative_to(folder)
+        raise NormStatsError(
+            expected="the statistics that this run was trained with",
+            found=f"no such file, and a checkpoint of step {steps[-1]}",
+            where=str(path),
+            next=f"cp {kept} {path}",
+        )
     if not path.exists():
         if config.data.norm_stats and own:
             # From now on the run is tied to its data, although the numbers are those of other demonstrations.
@@ -235,7 +253,9 @@ def _stats(config: TrainConfig, group: Sequence[Opened], folder: Path) -> NormSt
             expected=f"statistics of these demonstrations ({data[:12]}, frames {rows[:12]})",
             found=f"statistics of others, or of an older state of them ({stats.data[:12]}, frames {stats.rows[:12]})",
             where=str(path),
-            next=f"delete {path} to compute them again, or start a new run folder",
+            next="put the demonstrations back as they were (files, episodes, mask), or start a new run folder"
+            if steps
+            else f"delete {path} to compute them again, or start a new run folder",
         )
     return stats
 

@@ -3,6 +3,7 @@
 runs/NAME/
 ├─ config.json       the complete TrainConfig; another one in the same folder is refused
 ├─ norm_stats.json   of the training episodes
+├─ videos.json       size and digest of the files that hold the pictures, of each dataset
 ├─ tokenizer/
 ├─ cache/            decoded pictures, where they are kept
 ├─ first_batch/      pictures, tokens, values and pipeline of the first batch
@@ -22,10 +23,14 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from manipi.checkpoints.native import verify
+from manipi.data.picture_files import replaced
 from manipi.errors import CheckpointError, TrainingError
 from manipi.model.config import CONFIG_TYPES
 from manipi.records import from_json, json_bytes, read_json, to_json
@@ -107,8 +112,7 @@ class Run:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
-        found = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        return sorted(int(p.name) for p in found if p.name.isdigit())
+        return checkpoint_steps(self.folder)
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / str(step)
@@ -216,6 +220,35 @@ class Run:
                 whole = text[: text.rfind("\n") + 1].splitlines()
                 kept = [line for line in whole if json.loads(line)["step"] <= step]
                 atomic_write(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of a run that have a checkpoint, ascending."""
+    path = folder / "checkpoints"
+    return sorted(int(p.name) for p in (path.iterdir() if path.is_dir() else ()) if p.name.isdigit())
+
+
+def claim_videos(folder: Path, now: Mapping[str, Mapping[str, str]]) -> None:
+    """Tie a run to the files that hold its pictures: `Dataset.picture_files` by the dataset's fingerprint.
+
+    Raises:
+        TrainingError: the run has a checkpoint, and files are others than those that it was trained on.
+    """
+    path, trained = folder / "videos.json", bool(checkpoint_steps(folder))
+    before = read_json(path) if path.exists() else {}
+    others = [name for data, files in now.items() for name in replaced(before.get(data, {}), files)]
+    if others and trained:
+        raise TrainingError(
+            expected="the videos that this run was trained on",
+            found=f"{len(others)} others of the same names: {', '.join(others[:4])}" + (" …" if others[4:] else ""),
+            where=str(path),
+            next="put the videos back as they were, or train on these in a run folder of their own (--run-dir)",
+        )
+    if trained and any(now.values()) and not before:
+        tqdm.write(f"{folder} did not say yet which videos it is trained on; from now on, those that are there")
+    known = {data: {**before.get(data, {}), **files} for data, files in now.items()}
+    if known != before:
+        atomic_write(path, json_bytes(known))
 
 
 def append_log(path: Path, record: dict[str, Any]) -> None:
