@@ -11,7 +11,6 @@ import errno
 import math
 import os
 import re
-import shutil
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,8 +26,8 @@ from tqdm import tqdm
 
 from manipi.data.dataset import Dataset
 from manipi.data.shared import allocate
-from manipi.errors import ConfigError, StorageError
-from manipi.storage import storage_errors
+from manipi.errors import ConfigError
+from manipi.storage import require_room, storage_errors
 from manipi.transforms.images import resize_with_pad
 
 CacheFormat: TypeAlias = Literal["raw", "jpeg"]
@@ -146,14 +145,8 @@ class CachedDataset(Dataset):
             )
         with storage_errors(place):
             place.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(place).free
-        if needed > free:
-            raise StorageError(
-                expected=f"{found} of free space",
-                found=f"{free / 1e9:.2f} GB",
-                where=str(place),
-                next="--data.cache jpeg  # takes about a seventh of the room; or none, or free some space",
-            )
+        next = "--data.cache jpeg  # takes about a seventh of the room; or none, or free some space"
+        require_room(place, needed, next, what=f"decoded pictures of {', '.join(cameras)}")
 
 
 def _cached_dataset(
