@@ -29,6 +29,7 @@ pytestmark = [
 ]
 BACKBONES = {"PaliGemmaForConditionalGeneration", "GemmaForCausalLM"}
 BACKBONES |= {"PaliGemmaForConditionalGenerationWithPiGemma", "PiGemmaForCausalLM"}
+ARM, RELATIVE_ARM = (Joints(7),), (Joints(4, relative=True), Joints(3))
 TOLERANCE = 3e-4
 """Of actions in float32, as for ours against the reference."""
 
@@ -51,7 +52,7 @@ def load(monkeypatch):
 def exported(tmp_path):
     """`exported(case, layout)` is the recorded checkpoint, imported and exported again, for an arm of these groups."""
 
-    def export(case, layout, actions=(Joints(7),)):
+    def export(case, layout, actions=ARM):
         (stats,) = case.folder.glob("ckpt_pure/assets/*/norm_stats.json")
         robot = Robot(
             name=stats.parent.name,
@@ -179,7 +180,7 @@ def test_lerobot_loads_our_export(case, exported, lerobot_policy, measure, capsy
     measure("LeRobot, our export: actions", _error(actions, case.outputs["actions_10"]), TOLERANCE)
 
 
-@pytest.mark.parametrize("actions", [(Joints(7),), (Joints(4, relative=True), Joints(3))], ids=["absolute", "relative"])
+@pytest.mark.parametrize("actions", [ARM, RELATIVE_ARM], ids=["absolute", "relative"])
 @over("case", values=FLOW)
 @torch.no_grad()
 def test_lerobot_answers_as_we_do(case, actions, exported, lerobot_policy, load, measure, capsys):
@@ -206,7 +207,8 @@ def test_lerobot_answers_as_we_do(case, actions, exported, lerobot_policy, load,
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 def test_what_lerobot_saves_is_what_we_read(kind, exclude, load, tmp_path):
     """Config and processors as LeRobot itself writes them, and what its own steps do to a number."""
-    configs, factory = load(f"lerobot.policies.{kind}.configuration_{kind}"), load("lerobot.policies.factory")
+    load("lerobot.policies.factory")
+    configs = load(f"lerobot.policies.{kind}.configuration_{kind}")
     features, processor = load("lerobot.configs"), load(f"lerobot.policies.{kind}.processor_{kind}")
     tokenizers = load("lerobot.processor.tokenizer_processor")
     names = ["joint_1", "joint_2", "Left_Gripper"]
@@ -225,14 +227,13 @@ def test_what_lerobot_saves_is_what_we_read(kind, exclude, load, tmp_path):
         output_features={"action": features.PolicyFeature(type=features.FeatureType.ACTION, shape=(3,))},
     )
     one = {name: torch.full((3,), value) for name, value in (("mean", 0.0), ("std", 1.0), ("q01", -1.0), ("q99", 1.0))}
-    with pytest.MonkeyPatch.context() as patched:  # the tokenizer is on the Hub only, and is not saved
-        words = SimpleNamespace(from_pretrained=lambda *_, **__: None)
-        patched.setattr(tokenizers, "AutoTokenizer", words)
+    with pytest.MonkeyPatch.context() as patched:  # the tokenizer is on the Hub only
+        words = SimpleNamespace(save_pretrained=lambda folder: (folder.mkdir(), (folder / "x").touch()))
+        patched.setattr(tokenizers, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda *_, **__: words))
         make = getattr(processor, f"make_{kind}_pre_post_processors")
         before, after = make(config, {"observation.state": one, "action": one})
-    config.save_pretrained(tmp_path)
-    before.save_pretrained(tmp_path)
-    after.save_pretrained(tmp_path)
+    for one in (config, before, after):
+        one.save_pretrained(tmp_path)
     stated = read_stated(SimpleNamespace(path=tmp_path, layout="lerobot"))
     assert {name: said.value for name, said in stated.model.items() if name in ("action_horizon", "max_token_len")} == {
         "action_horizon": 12,
@@ -244,7 +245,6 @@ def test_what_lerobot_saves_is_what_we_read(kind, exclude, load, tmp_path):
     theirs = step._build_mask(3)
     ours = stated.relative.value
     assert theirs == ([True] * 3 if ours is True else list(ours))
-    assert factory
 
 
 def transformers_like(words):
