@@ -125,8 +125,15 @@ def _infos(
 
 def _write_jax(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
     arrays = openpi_arrays(checkpoint.config.model)
-    (folder / "params").mkdir()
     infos = _infos(arrays, checkpoint.weights, dtype)
+    if strange := {str(info.dtype).removeprefix("torch.") for info in infos.values()} - {"float32", "bfloat16"}:
+        raise ConfigError(
+            expected="weights in float32 or bfloat16, as openpi-jax has them",
+            found=", ".join(sorted(strange)),
+            where=str(folder),
+            next="--dtype float32, or bfloat16",
+        )
+    (folder / "params").mkdir()
     write_tree(folder / "params", infos, _layers(arrays, checkpoint.weights, dtype))
     _write_companions(folder, checkpoint)
 

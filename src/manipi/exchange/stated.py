@@ -231,10 +231,10 @@ def _read_config(folder: Path) -> Stated:
             raise _no_place(f"{name} other than {value:g}", config.where)
     model = _sizes(config, _SIZES)
     if config.has("image_resolution"):
-        edges = set(config.get("image_resolution", list))
-        if len(edges) != 1 or not all(isinstance(edge, int) for edge in edges):
-            raise _no_place(f"pictures of {shown(config.get('image_resolution', list))}", config.where)
-        model["image_size"] = Said(value=edges.pop(), where=f"{CONFIG}, image_resolution")
+        edges = config.get("image_resolution", list)
+        if len(edges) != 2 or edges[0] != edges[1] or not isinstance(edges[0], int):
+            raise _no_place(f"pictures of {shown(edges)}, which are not square", config.where)
+        model["image_size"] = Said(value=edges[0], where=f"{CONFIG}, image_resolution")
     if (dtype := config.get("dtype", str, "")) in ("float32", "bfloat16"):
         model["dtype"] = Said(value=dtype, where=f"{CONFIG}, dtype")
     stated = Stated(
