@@ -16,6 +16,7 @@ from safetensors.torch import load_file, load_model, save_model
 
 from manipi.exchange.exporting import export_checkpoint
 from manipi.exchange.importing import Wanted, import_checkpoint
+from manipi.exchange.stated import read_stated
 from manipi.model.config import Pi0FastConfig, Pi05Config
 from manipi.policy import Policy
 from manipi.robots.robot import Joints, Robot, State
@@ -28,6 +29,7 @@ pytestmark = [
 ]
 BACKBONES = {"PaliGemmaForConditionalGeneration", "GemmaForCausalLM"}
 BACKBONES |= {"PaliGemmaForConditionalGenerationWithPiGemma", "PiGemmaForCausalLM"}
+ARM, RELATIVE_ARM = (Joints(7),), (Joints(4, relative=True), Joints(3))
 TOLERANCE = 3e-4
 """Of actions in float32, as for ours against the reference."""
 
@@ -48,15 +50,15 @@ def load(monkeypatch):
 
 @pytest.fixture
 def exported(tmp_path):
-    """`exported(case, layout)` is the recorded checkpoint, imported and exported again."""
+    """`exported(case, layout)` is the recorded checkpoint, imported and exported again, for an arm of these groups."""
 
-    def export(case, layout):
+    def export(case, layout, actions=ARM):
         (stats,) = case.folder.glob("ckpt_pure/assets/*/norm_stats.json")
         robot = Robot(
             name=stats.parent.name,
             cameras={slot: slot for slot in case.cameras},
             state=(State("state", 7),),
-            actions=(Joints(7),),
+            actions=actions,
         )
         (words,) = find("tokenizer/small_sp.model")
         action = BinningTokenizer() if isinstance(case.config, Pi0FastConfig) else None
@@ -178,11 +180,12 @@ def test_lerobot_loads_our_export(case, exported, lerobot_policy, measure, capsy
     measure("LeRobot, our export: actions", _error(actions, case.outputs["actions_10"]), TOLERANCE)
 
 
+@pytest.mark.parametrize("actions", [ARM, RELATIVE_ARM], ids=["absolute", "relative"])
 @over("case", values=FLOW)
 @torch.no_grad()
-def test_lerobot_answers_as_we_do(case, exported, lerobot_policy, load, measure, capsys):
+def test_lerobot_answers_as_we_do(case, actions, exported, lerobot_policy, load, measure, capsys):
     """From pictures, state and words to commands, through the processors that LeRobot finds in our export."""
-    folder = exported(case, "lerobot")
+    folder = exported(case, "lerobot", actions)
     ours, theirs = Policy.load(folder.parent / "ours"), lerobot_policy(case, folder, capsys)
     before, after = load("lerobot.policies.factory").make_pre_post_processors(
         theirs.config,
@@ -196,8 +199,52 @@ def test_lerobot_answers_as_we_do(case, exported, lerobot_policy, load, measure,
     mine = ours.infer({**pictures, "state": state, "prompt": "push the cube"}, noise[0].numpy())["actions"]
     seen = {f"observation.images.{slot}": torch.tensor(p).permute(2, 0, 1) / 255 for slot, p in pictures.items()}
     batch = before({**seen, "observation.state": torch.from_numpy(state), "task": "push the cube"})
-    actions = after(theirs.predict_action_chunk(batch, noise=noise))[0]
-    measure("LeRobot, our export: commands", _error(actions, mine) / float(np.ptp(mine)), TOLERANCE)
+    commands = after(theirs.predict_action_chunk(batch, noise=noise))[0]
+    measure("LeRobot, our export: commands", _error(commands, mine) / float(np.ptp(mine)), TOLERANCE)
+
+
+@pytest.mark.parametrize("exclude", [["gripper"], [], ["joint"]])
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_what_lerobot_saves_is_what_we_read(kind, exclude, load, tmp_path):
+    """Config and processors as LeRobot itself writes them, and what its own steps do to a number."""
+    load("lerobot.policies.factory")
+    configs = load(f"lerobot.policies.{kind}.configuration_{kind}")
+    features, processor = load("lerobot.configs"), load(f"lerobot.policies.{kind}.processor_{kind}")
+    tokenizers = load("lerobot.processor.tokenizer_processor")
+    names = ["joint_1", "joint_2", "Left_Gripper"]
+    config = getattr(configs, f"{kind.upper()}Config")(
+        device="cpu",
+        chunk_size=12,
+        n_action_steps=5,
+        num_inference_steps=7,
+        use_relative_actions=True,
+        relative_exclude_joints=exclude,
+        action_feature_names=names,
+        input_features={
+            "observation.images.front": features.PolicyFeature(type=features.FeatureType.VISUAL, shape=(3, 224, 224)),
+            "observation.state": features.PolicyFeature(type=features.FeatureType.STATE, shape=(3,)),
+        },
+        output_features={"action": features.PolicyFeature(type=features.FeatureType.ACTION, shape=(3,))},
+    )
+    one = {name: torch.full((3,), value) for name, value in (("mean", 0.0), ("std", 1.0), ("q01", -1.0), ("q99", 1.0))}
+    with pytest.MonkeyPatch.context() as patched:  # the tokenizer is on the Hub only
+        words = SimpleNamespace(save_pretrained=lambda folder: (folder.mkdir(), (folder / "x").touch()))
+        patched.setattr(tokenizers, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda *_, **__: words))
+        make = getattr(processor, f"make_{kind}_pre_post_processors")
+        before, after = make(config, {"observation.state": one, "action": one})
+    for one in (config, before, after):
+        one.save_pretrained(tmp_path)
+    stated = read_stated(SimpleNamespace(path=tmp_path, layout="lerobot"))
+    assert {name: said.value for name, said in stated.model.items() if name in ("action_horizon", "max_token_len")} == {
+        "action_horizon": 12,
+        "max_token_len": {"pi0": 48, "pi05": 200}[kind],
+    }
+    assert (stated.num_steps, stated.norm_mode.value) == (7, {"pi0": "zscore", "pi05": "quantile"}[kind])
+    assert stated.cameras == ("observation.images.front",)
+    step = next(step for step in before.steps if type(step).__name__ == "RelativeActionsProcessorStep")
+    theirs = step._build_mask(3)
+    ours = stated.relative.value
+    assert theirs == ([True] * 3 if ours is True else list(ours))
 
 
 def transformers_like(words):

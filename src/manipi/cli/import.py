@@ -37,6 +37,8 @@ class _Import:
     """Which norm stats of the checkpoint's assets."""
     norm_stats: Path | None = None
     """Norm stats from this file instead."""
+    normalization: Literal["zscore", "quantile"] | None = None
+    """How states and actions were scaled, where no file beside the weights says so and the recipe has another."""
     action_horizon: int | None = None
     """Steps of an action chunk, where the recipe's are not the checkpoint's."""
     max_token_len: int | None = None
@@ -82,6 +84,7 @@ def main(arguments: Sequence[str]) -> None:
             tokenizer=args.tokenizer,
             action_tokenizer=args.action_tokenizer,
             sizes={"action_horizon": args.action_horizon, "max_token_len": args.max_token_len},
+            normalization=args.normalization,
             norm_stats=args.norm_stats,
             asset_id=args.asset_id or (args.source in RELEASED and RELEASED[args.source].asset_id) or "",
         )

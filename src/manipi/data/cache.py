@@ -12,7 +12,6 @@ import errno
 import math
 import os
 import re
-import shutil
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,9 +28,9 @@ from tqdm import tqdm
 from manipi.data.dataset import Dataset
 from manipi.data.picture_files import replaced
 from manipi.data.shared import allocate
-from manipi.errors import ConfigError, StorageError
+from manipi.errors import ConfigError
 from manipi.records import json_bytes, read_json
-from manipi.storage import atomic_write, storage_errors
+from manipi.storage import atomic_write, require_room, storage_errors
 from manipi.transforms.images import resize_with_pad
 
 CacheFormat: TypeAlias = Literal["raw", "jpeg"]
@@ -156,14 +155,8 @@ class CachedDataset(Dataset):
             )
         with storage_errors(place):
             place.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(place).free
-        if needed > free:
-            raise StorageError(
-                expected=f"{found} of free space",
-                found=f"{free / 1e9:.2f} GB",
-                where=str(place),
-                next="--data.cache jpeg  # takes about a seventh of the room; or none, or free some space",
-            )
+        next = "--data.cache jpeg  # takes about a seventh of the room; or none, or free some space"
+        require_room(place, needed, next, what=f"decoded pictures of {', '.join(cameras)}")
 
 
 def _cached_dataset(
