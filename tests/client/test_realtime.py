@@ -218,7 +218,7 @@ class Straight:
 
 def hold_and_go_on(horizon, execute_steps, delays, join, lag, num_steps=120):
     """Per control step: command, starved, where the arm is, and where it was for the question that is answered there.
-    The answer to question n is there `delays[n]` control steps later. In a step the arm makes all but `lag` of its way."""
+    The answer to question n is there `delays[n]` control steps later. A step of the arm leaves `lag` of its way."""
     policy, position, asked_at, questions, rows = Straight(horizon), np.zeros(1), 0.0, 0, []
     with RealTimeBroker(policy, execute_steps, join) as broker:
         for _ in range(num_steps):

@@ -6,8 +6,8 @@
     newest               a    a    a    a    b    b    b    b     until 13 nobody knew of B
     ensemble             a    a    a    a   a·b  a·b   b    b
 
-A control step in which the robot held still, because it had no action, does not move this clock: a plan for a robot that
-did not move goes on where it stopped.
+A control step in which the robot held still, because it had no action, does not move this clock: a plan for a robot
+that did not move goes on where it stopped.
 
 Shape letters: H action horizon, A action dimensions.
 """
@@ -19,7 +19,7 @@ from typing import Any, Mapping
 
 import numpy as np
 
-from manipi_client.errors import ActionChunkError
+from manipi_client.errors import ActionChunkError, shown
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ChunkQueue:
     """Chunks in the order of their observations; those without a row that is still to come are dropped.
 
     Args:
-        ensemble: None executes the newest chunk. Otherwise the mean of all chunks that reach an action is executed, with
+        ensemble: None executes the newest chunk. Otherwise the mean of all chunks that reach so far is executed, with
             weights exp(-ensemble · i), i = 0 for the oldest (temporal ensembling: Zhao et al. 2023, arXiv 2304.13705).
     """
 
@@ -81,14 +81,30 @@ class ChunkQueue:
         return np.zeros((0, 0), np.float32) if newest is None else newest.actions[max(executed - newest.first, 0) :]
 
 
-def read_chunk(answer: Mapping[str, Any], execute_steps: int) -> np.ndarray:
-    """The actions [H, A] of a policy's answer. Raises ActionChunkError where H is less than `execute_steps`."""
+def read_chunk(answer: Mapping[str, Any], execute_steps: int, before: np.ndarray | None = None) -> np.ndarray:
+    """The actions [H, A] of a policy's answer.
+
+    Args:
+        before: those of an earlier answer.
+
+    Raises:
+        ActionChunkError: H is less than `execute_steps`, or an action has another shape than before.
+    """
     shape = np.shape(answer.get("actions", ()))
     if len(shape) == 0 or shape[0] < execute_steps:
         raise ActionChunkError(
             expected=f"actions of at least {execute_steps} steps (execute_steps)",
-            found=f"actions of shape {shape}" if "actions" in answer else f"no actions, only {sorted(answer)}",
+            found=f"actions of shape {shape}"
+            if "actions" in answer
+            else f"no actions, only {shown(sorted(map(str, answer)))}",
             where="the policy's answer",
             next="set execute_steps to the policy's action horizon or less",
+        )
+    if before is not None and before.shape[1:] != shape[1:]:
+        raise ActionChunkError(
+            expected=f"actions that have shape {before.shape[1:]} each, as those before",
+            found=f"actions of shape {shape}",
+            where="the policy's answer",
+            next="look which policy answers: it is another one than at the start",
         )
     return np.asarray(answer["actions"])

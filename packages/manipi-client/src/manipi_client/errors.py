@@ -4,8 +4,10 @@
     ├─ InputError                   the caller gave a value that cannot be used (also a ValueError and a TypeError)
     ├─ ActionChunkError             the chunk has fewer steps than are to be executed (also a ValueError)
     └─ PolicyServerError            the server, or what came from it
-        ├─ ConnectError             the address is wrong, or the server refuses this client
-        │   └─ ConnectTimeout       no server answered in time
+        ├─ ConnectError             there is no policy server at the address
+        │   ├─ ConnectTimeout       no server answered in time
+        │   ├─ AccessDenied         the server does not let this client in
+        │   └─ PolicyChanged        the server that was connected again has another robot, or another checkpoint
         ├─ ConnectionLost           the server went away, or closed the connection
         ├─ InferenceTimeout         no actions in time; the connection is closed
         ├─ ProtocolError            bytes that are not this protocol (also a ValueError)
@@ -94,11 +96,19 @@ class PolicyServerError(ManipiClientError):
 
 
 class ConnectError(PolicyServerError):
-    """The address is wrong, or the server refuses this client. Trying again would not help."""
+    """There is no policy server at the address, or none for this client."""
 
 
 class ConnectTimeout(ConnectError):
     """No server answered in time."""
+
+
+class AccessDenied(ConnectError):
+    """The server does not let this client in: HTTP 401 or 403. Trying again does not help."""
+
+
+class PolicyChanged(ConnectError):
+    """The server that was connected again has another robot, or another checkpoint. Trying again does not help."""
 
 
 class ConnectionLost(PolicyServerError):

@@ -35,7 +35,7 @@ import numpy as np
 
 from manipi_client.chunks import Chunk, ChunkQueue, read_chunk
 from manipi_client.client import backoff
-from manipi_client.errors import ConnectError, ConnectTimeout, InputError, PolicyServerError
+from manipi_client.errors import AccessDenied, InputError, PolicyChanged, PolicyServerError
 from manipi_client.keys import DELAY, PREVIOUS, STEP
 from manipi_client.motion import Motion, MotionMeter
 from manipi_client.policy import Policy
@@ -109,6 +109,7 @@ class RealTimeBroker:
         self.delays: Deque[int] = deque(maxlen=_DELAYS_KEPT)
         self.error: PolicyServerError | None = None
         self._resetting: Future | None = None
+        self._actions: np.ndarray | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -137,9 +138,11 @@ class RealTimeBroker:
         """The action for this step: `actions` [A], and `starved`, whether it is not the policy's.
 
         Raises:
-            ActionChunkError: a chunk has fewer steps than `execute_steps`.
+            ActionChunkError: a chunk has fewer steps than `execute_steps`, or its actions another shape than before.
             InputError: the policy cannot go on from a previous chunk, and `join` is `real_time`.
-            PolicyServerError: the policy fails for the first observation of an episode, or refuses this client.
+            PolicyServerError: the policy fails for the first observation of an episode.
+            AccessDenied, PolicyChanged: the server does not let this client in, or is another robot's. Every other
+                failure to connect is a server that is not up yet.
         """
         self._take_answer()
         if self._should_ask():
@@ -207,15 +210,14 @@ class RealTimeBroker:
             self._fail(error)
             return
         self._check_real_time()
-        actions = read_chunk(answer, self._execute_steps)
-        self._queue.add(Chunk(actions, question.executed, question.step, question.observed_at))
+        self._actions = read_chunk(answer, self._execute_steps, self._actions)
+        self._queue.add(Chunk(self._actions, question.executed, question.step, question.observed_at))
         if self._timed:
             self.delays.append(self._executed - question.executed)
         self._timed, self._failures, self.error = True, 0, None
 
     def _fail(self, error: PolicyServerError) -> None:
-        refused = isinstance(error, ConnectError) and not isinstance(error, ConnectTimeout)
-        if self._last_action is None or refused:
+        if self._last_action is None or isinstance(error, (AccessDenied, PolicyChanged)):
             raise error
         logger.warning("the policy failed; it will be asked again\n%s", error)
         self._timed, self.error = False, error
