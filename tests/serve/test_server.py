@@ -253,13 +253,17 @@ def serve_in_thread(policy, port):
 def test_a_public_address_must_be_allowed(policy, host):
     with pytest.raises(ServeError, match="let everyone in with --insecure") as refused:
         PolicyServer(policy, host)
-    assert refused.value.where == f"{host}:8000"
+    assert refused.value.where == ("[::]:8000" if host == "::" else f"{host}:8000")
 
 
-def test_a_public_address_can_be_allowed(policy, observation):
-    server = PolicyServer(policy, "0.0.0.0", 0, access=Access(insecure=True))
-    with server.serve_in_thread() as port, WebsocketPolicy(port=port) as client:
-        assert client.infer(observation)["actions"].shape == (4, 3)
+@pytest.mark.parametrize(("host", "reached"), [("0.0.0.0", ["127.0.0.1"]), ("::", ["127.0.0.1", "[::1]"])])
+def test_a_public_address_can_be_allowed(policy, observation, host, reached):
+    if host == "::" and not socket.has_dualstack_ipv6():
+        pytest.skip("this computer has no IPv6")
+    with PolicyServer(policy, host, 0, access=Access(insecure=True)).serve_in_thread() as port:
+        for address in reached:
+            with WebsocketPolicy(f"{address}:{port}") as client:
+                assert client.infer(observation)["actions"].shape == (4, 3)
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.7"])

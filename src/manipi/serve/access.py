@@ -91,8 +91,9 @@ def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | 
 def bind(family: socket.AddressFamily, address: tuple) -> socket.socket:
     """A listening socket. Raises ServeError where the port is in use or the address is not this computer's."""
     host, port = address[:2]
+    both = host == "::" and socket.has_dualstack_ipv6()  # "::" is every address of this computer, also those of IPv4
     try:
-        return socket.create_server((host, port), family=family)
+        return socket.create_server((host, port), family=family, dualstack_ipv6=both)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             hint = f"stop what listens there, or choose another port: --port {port + 1} (0 picks a free one)"
@@ -100,6 +101,11 @@ def bind(family: socket.AddressFamily, address: tuple) -> socket.socket:
         raise _bind_error(
             "an address to listen on", str(error), host, port, "choose another --host or --port"
         ) from error
+
+
+def join_host(host: str, port: int) -> str:
+    """`host:port` of a URL, where an IPv6 address has brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _password(credentials: str) -> str:
@@ -110,7 +116,7 @@ def _password(credentials: str) -> str:
 
 
 def _bind_error(expected: str, found: str, host: str, port: int, next: str) -> ServeError:
-    return ServeError(expected=expected, found=found, where=f"{host}:{port}", next=next)
+    return ServeError(expected=expected, found=found, where=join_host(host, port), next=next)
 
 
 def _setting_error(expected: str, found: str, where: str, next: str) -> ServeError:

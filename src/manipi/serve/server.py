@@ -39,10 +39,11 @@ from websockets.protocol import State
 
 from manipi.errors import ConfigError, DeadlineError, ManipiError
 from manipi.robots.robot import Robot
-from manipi.serve.access import Access, bind
+from manipi.serve.access import Access, bind, join_host
 from manipi.serve.batching import Answer, Batcher, Query, Result
 from manipi.serve.guard import ActionGuard, GuardMode
 from manipi.serve.pages import Pages
+from manipi.serve.slips import require_prompt, unknown_keys
 from manipi.serve.state import Client, ServerState
 from manipi.types import Observation
 from manipi_client import wire
@@ -123,6 +124,7 @@ class PolicyServer:
         metadata: sent to every client first; the policy's own when None.
         robot: whose limits `guard` keeps, and whose cameras the dashboard shows; None: neither.
         guard: what happens to commands beyond the robot's limits.
+        empty_prompts: take observations without an instruction, of which the policy was trained on some.
 
     Raises:
         ServeError: a public address without a token.
@@ -137,12 +139,14 @@ class PolicyServer:
         metadata: Mapping[str, Any] | None = None,
         robot: Robot | None = None,
         guard: GuardMode = "clamp",
+        empty_prompts: bool = False,
         access: Access | None = None,
         limits: Limits | None = None,
     ):
         self._policy, self._access, self._limits = policy, access or Access(), limits or Limits()
         self._state = ServerState(dict(policy.metadata if metadata is None else metadata), robot)
         self._guard = None if robot is None else ActionGuard(robot, guard)
+        self._robot, self._empty_prompts = robot, empty_prompts
         self._metadata_frame = wire.pack(self._state.metadata)
         self._family, self._address = self._access.resolve(host, port)
 
@@ -223,7 +227,7 @@ class PolicyServer:
             process_request=pages.answer,
         ):
             host, port = listener.getsockname()[:2]
-            logger.info("serving on %s:%d", host, port)
+            logger.info("serving on %s", join_host(host, port))
             state.ready = True
             on_ready(host, port)
             try:
@@ -245,7 +249,7 @@ class PolicyServer:
     async def _talk(self, connection: ServerConnection, batcher: Batcher) -> None:
         """One client, from its metadata frame to its end."""
         host, port = (connection.remote_address or ("an address that is gone", 0))[:2]
-        client = Client(connection, f"{host}:{port}", self._new_noise())
+        client = Client(connection, join_host(host, port), self._new_noise())
         self._state.clients.add(client)
         logger.info("client %s connected", client.address)
         closed = asyncio.ensure_future(connection.wait_closed())
@@ -287,16 +291,28 @@ class PolicyServer:
             if not observation:
                 return wire.pack({"server_timing": client.timing})
         limit_ms = _pop(observation, DEADLINE, "milliseconds from 0", _is_duration, default=self._limits.deadline_ms)
+        slips = self._find_slips(client, observation)
         self._time(read=time.monotonic() - received)
         query = Query(observation, None if SEED in observation else next(client.noise))
         left_s = None if limit_ms is None else limit_ms / 1000 - (time.monotonic() - received)
         answer = await _in_time(client, batcher, query, left_s)
         client.timing["infer_ms"] = answer.infer_s * 1000
         began = time.monotonic()
-        answer_frame = wire.pack({**answer.value, "server_timing": client.timing})
+        answer_frame = wire.pack({**answer.value, **slips, "server_timing": client.timing})
         self._time(wait=answer.wait_s, infer=answer.infer_s, write=time.monotonic() - began)
         self._state.note_answer(client, observation, answer.value.get("actions"))
         return answer_frame
+
+    def _find_slips(self, client: Client, observation: Observation) -> dict[str, list[str]]:
+        """What the answer says besides. Raises ObservationError for an empty prompt."""
+        if self._robot is None:
+            return {}
+        if not self._empty_prompts:
+            require_prompt(observation, self._robot)
+        unknown = unknown_keys(observation, self._robot, client.unknown_keys)
+        for text in unknown:
+            logger.warning("client %s sends %s", client.address, text)
+        return {"unknown_keys": unknown} if unknown else {}
 
     def _new_noise(self) -> Iterator[np.ndarray | None]:
         return self._policy.noise_stream() if isinstance(self._policy, NoisyPolicy) else itertools.repeat(None)

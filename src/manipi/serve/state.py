@@ -32,6 +32,8 @@ class Client:
     since: float = field(default_factory=time.time)
     observations: int = 0
     errors: int = 0
+    unknown_keys: set[str] = field(default_factory=set)
+    """Keys of its observations that it was told nobody reads."""
     last: float | None = None
     busy: bool = False
     """An observation of its is being answered."""

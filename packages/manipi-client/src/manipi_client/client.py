@@ -66,9 +66,8 @@ _NO_KEEPALIVE_NO_PROXY: dict[str, Any] = (
 _TIMEOUTS = (TimeoutError, socket.timeout)
 
 # A port that nobody listens on, or a tunnel or container proxy in front of a server that has not started.
-_NOT_UP_YET = (ConnectionError, ConnectionClosed, EOFError, ssl.SSLEOFError, *_TIMEOUTS)
-
-_HUNG_UP = (EOFError, ConnectionResetError, ssl.SSLEOFError)
+_HUNG_UP = (EOFError, ConnectionResetError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+_NOT_UP_YET = (ConnectionError, ConnectionClosed, *_HUNG_UP, *_TIMEOUTS)
 
 # What an HTTP proxy says of a server that has not started, and a server that stops or is full of itself.
 _NOT_UP_YET_STATUS = (502, 503, 504)
@@ -178,11 +177,13 @@ class WebsocketPolicy:
             try:
                 answer = self._exchange(connection, frame, seconds)
                 self._require_action_shape(observation, answer)
-                return answer
             except BaseException:
                 # Also after Ctrl-C: the answer that is under way must not be read as the next one's.
                 self._disconnect()
                 raise
+        if isinstance(unknown := answer.get("unknown_keys"), list):  # manipi's server says it once
+            logger.warning("%s was sent %s", self._uri, _text("; ".join(map(str, unknown))))
+        return answer
 
     def reset(self) -> None:
         """Nothing: a policy server keeps no state between observations."""
@@ -215,7 +216,8 @@ class WebsocketPolicy:
         except _TIMEOUTS as error:
             raise self._inference_timeout(seconds) from error
         except ConnectionClosed as error:
-            if isinstance(error.__cause__, BlockingIOError):  # The send limit of `_limit_sends`.
+            # The send limit of `_limit_sends`, which websockets 13 hides behind its own for closing.
+            if isinstance(error.__cause__, BlockingIOError) or (error.rcvd is None and time.monotonic() >= deadline):
                 raise self._inference_timeout(seconds) from error
             raise self._connection_lost(error) from error
         return self._read_map(answer)
