@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import threading
 import time
 
 import numpy as np
@@ -90,6 +91,24 @@ def test_a_deadline_travels_and_ends_the_wait():
             assert policy.infer({"n": 2})["n"] == 2, "the late answer is not taken for this one"
             assert policy.infer({"n": 4, "manipi/deadline_ms": 5000.0})["n"] == 4
             assert [o["manipi/deadline_ms"] for o in server.observations] == [100.0, 100.0, 5000.0]
+
+
+def test_an_observation_whose_deadline_passed_while_connecting_is_not_sent():
+    with FakePolicyServer(echo) as server:
+        policy = WebsocketPolicy(port=server.port, deadline=0.2)
+        assert policy.infer({"n": 1})["n"] == 1
+    started = time.monotonic()
+    restart = threading.Timer(0.6, lambda: servers.append(FakePolicyServer(echo, port=server.port).__enter__()))
+    servers = []
+    restart.start()
+    with pytest.raises(InferenceTimeout, match="nothing was sent"):
+        policy.infer({"n": 2})
+    assert 0.5 < time.monotonic() - started < 3
+    restart.join()
+    assert policy.infer({"n": 3})["n"] == 3
+    assert [observation["n"] for observation in servers[0].observations] == [3]
+    policy.close()
+    servers[0].__exit__(None, None, None)
 
 
 def test_a_lazy_client_connects_when_it_is_asked():

@@ -237,8 +237,59 @@ def hold_and_go_on(horizon, execute_steps, delays, join, lag, num_steps=120):
         return rows, list(broker.delays), policy.asked, broker.motion
 
 
+def random_case(seed):
+    rng = np.random.default_rng(seed)
+    horizon = int(rng.integers(1, 30))
+    delays = rng.choice([1, 2, 3, horizon // 2 + 1, horizon, horizon + 1, 2 * horizon + 7], size=rng.integers(1, 9))
+    return horizon, int(rng.integers(1, horizon + 1)), delays.tolist()
+
+
 STARVING = [(2, 40), (60,), (1, 3, 33, 2, 28), (17, 18, 19, 5)]
 """Control steps until an answer, question by question: longer than any plan, now and then or always."""
+
+
+@pytest.mark.parametrize("join", ["synchronous", "asynchronous", "ensemble", "real_time"])
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_the_delays_are_the_arm_makes_its_plans_steps(seed, join):
+    horizon, execute_steps, delays = random_case(seed)
+    rows, timed, *_ = hold_and_go_on(horizon, execute_steps, delays, join, lag=0.0)
+    executed = [command for command, starved, *_ in rows if not starved]
+    np.testing.assert_allclose(executed, PACE * np.arange(1, len(executed) + 1), rtol=1e-9)
+    assert all(command == before[0] for (command, starved, *_), before in zip(rows[1:], rows) if starved)
+    assert max(timed, default=0) <= horizon
+
+
+@pytest.mark.parametrize("join", ["synchronous", "asynchronous", "ensemble", "real_time"])
+@pytest.mark.parametrize("failing", [(1,), (2, 3, 4), (1, 3, 5, 6)], ids=str)
+def test_a_policy_that_fails_and_answers_again_goes_on_where_the_arm_stopped(failing, join, monkeypatch):
+    monkeypatch.setattr("manipi_client.realtime.backoff", lambda failures: 0.0)
+    policy, position, commands = Straight(8), np.zeros(1), []
+    policy.gate.set()
+    answer = policy.infer
+
+    def fail_at_times(observation):
+        question = len(policy.asked)
+        result = answer(observation)
+        if question in failing:
+            raise ConnectionLost(expected="actions", found="none", where="here", next="wait")
+        return result
+
+    policy.infer = fail_at_times
+    with RealTimeBroker(policy, 6, join) as broker:
+        for step in range(80):
+            if step % 5 == 0:
+                broker.wait()
+            elif step % 5 == 1:  # a question that comes now is answered in four steps
+                policy.gate.clear()
+            if step % 5 == 4 or join == "synchronous":
+                policy.gate.set()
+            position = broker.infer({"state": position})["actions"]
+            commands.append(position.item())
+        policy.gate.set()
+    assert broker.state == "running"
+    steps = np.diff([0.0, *commands])
+    assert set(np.round(steps / PACE, 6)) <= {0.0, 1.0}
+    assert sum(steps > 0) > 20
 
 
 @pytest.mark.parametrize("join", ["synchronous", "asynchronous", "ensemble", "real_time"])

@@ -162,7 +162,7 @@ class WebsocketPolicy:
             `actions` [H, A], `server_timing` and `policy_timing` in milliseconds, and whatever the policy adds.
 
         Raises:
-            InferenceTimeout: no answer within `request_timeout`, or by the deadline.
+            InferenceTimeout: no answer within `request_timeout`, or by the deadline, which may pass while connecting.
             RemoteInferenceError: the policy refused the observation, or failed.
             ConnectionLost: the server went away.
             InputError: the observation holds something that does not travel, or a deadline that is none.
@@ -170,10 +170,13 @@ class WebsocketPolicy:
             ConnectTimeout, AccessDenied, PolicyChanged, ConnectError: as when connecting, after a connection was lost.
         """
         observation = {**self._told, **observation}
-        seconds = min(self._request_timeout, _deadline(observation))
+        allowed = _deadline(observation)
+        seconds, end = min(self._request_timeout, allowed), time.monotonic() + allowed
         with self._lock, self._packer.pack(observation) as frame:
             self._interrupted.clear()
             connection = self._open_connection()
+            if time.monotonic() >= end:
+                raise self._inference_timeout(seconds, "a connection, made only after that; nothing was sent")
             try:
                 answer = self._exchange(connection, frame, seconds)
                 self._require_action_shape(observation, answer)
@@ -352,10 +355,12 @@ class WebsocketPolicy:
             next="start the server, or wait until it is ready; check host and port, or raise connect_timeout",
         )
 
-    def _inference_timeout(self, seconds: float) -> InferenceTimeout:
+    def _inference_timeout(
+        self, seconds: float, found: str = "no answer; the connection is now closed, and the next call opens another"
+    ) -> InferenceTimeout:
         return InferenceTimeout(
             expected=f"actions within {seconds:g} s",
-            found="no answer; the connection is now closed, and the next call opens another",
+            found=found,
             where=self._uri,
             next="look at the server's log; raise request_timeout (or deadline) if its first inference compiles",
         )

@@ -18,7 +18,7 @@ _OF_THE_ROBOT = ("robot", "action_space", "action_dim", "control_hz")
 _OF_TRAINING = ("default_prompt", "dataset_keys")
 """What a robot's description says of data and recipe; another checkpoint of the same robot may have another."""
 
-_SHOWN = 4
+_SHOWN, _DEEPEST = 4, 8
 
 _OTHER_ROBOT = "start the server of this robot again; a run with another robot needs a new client"
 _OTHER_CHECKPOINT = (
@@ -45,17 +45,16 @@ def policy_changed(changes: List[str], uri: str, *, robot: bool) -> PolicyChange
     )
 
 
-def differences(before: Any, now: Any, name: str = "") -> List[str]:
+def differences(before: Any, now: Any, name: str = "", depth: int = 0) -> List[str]:
     """What is different in two values of metadata, each as a short text with the name of the key."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
+    if depth < _DEEPEST and isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = [*before, *(key for key in now if key not in before)]
-        named = [(key, f"{name}.{key}"[:80] if name else str(key)[:40]) for key in keys]
-        return [
-            text for key, inner in named for text in differences(before.get(key, _NONE), now.get(key, _NONE), inner)
-        ]
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        named = [(f"{name}.{key}"[:80] if name else str(key)[:40], key) for key in keys]
+        inner = [(label, before.get(key, _NONE), now.get(key, _NONE)) for label, key in named]
+        return [text for label, one, other in inner for text in differences(one, other, label, depth + 1)]
+    if depth < _DEEPEST and isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         pairs = enumerate(zip(before, now))
-        return [text for i, (one, other) in pairs for text in differences(one, other, f"{name}[{i}]")]
+        return [text for i, (one, other) in pairs for text in differences(one, other, f"{name}[{i}]", depth + 1)]
     if before is not _NONE and now is not _NONE and wire.pack(before) == wire.pack(now):
         return []
     return [f"{name} is {_told(now)}, was {_told(before)}"]
