@@ -64,8 +64,6 @@ def main(arguments: Sequence[str]) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     args = parse(_Serve, arguments, "serve")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    # It logs a traceback for everyone who connects and does not speak websocket.
-    logging.getLogger("websockets").setLevel(logging.CRITICAL)
     tls = tls_context(args.tls_cert, args.tls_key)
     access = Access(token=read_token(args.token_file), tls=tls, insecure=args.insecure)
     access.resolve(args.host, args.port)  # before the model is loaded
