@@ -8,7 +8,7 @@ import ssl
 from os import PathLike
 from urllib.parse import urlsplit
 
-from manipi_client.errors import ConnectError, shown
+from manipi_client.errors import ConnectError, one_line, shown
 
 _SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 
@@ -61,7 +61,7 @@ def tls_context(ca: str | PathLike[str] | None, uri: str) -> ssl.SSLContext | No
     except (OSError, TypeError) as error:  # ssl.SSLError is an OSError
         raise ConnectError(
             expected="a file with certificates (PEM), the server's own or of who signed it",
-            found=shown(str(error)),
+            found=one_line(str(error), 200),
             where=f"ca={shown(str(ca))}",
             next="copy the file that the server was started with: manipi serve --tls-cert",
         ) from error

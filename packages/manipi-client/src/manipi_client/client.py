@@ -44,6 +44,7 @@ from manipi_client.errors import (
     InputError,
     ProtocolError,
     error_from_text,
+    one_line,
     shown,
 )
 from manipi_client.identity import policy_changed, require_same
@@ -376,7 +377,7 @@ class WebsocketPolicy:
 
 def _text(told: object) -> str:
     """What an error or a server says, on one line of bounded length."""
-    return shown(str(told) or type(told).__name__, 200)[1:-1]
+    return one_line(str(told) or type(told).__name__, 200)
 
 
 def _fragments(frame: memoryview) -> Iterator[memoryview]:
