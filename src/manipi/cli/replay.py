@@ -27,15 +27,15 @@ class _Replay:
     dataset: tyro.conf.Positional[Path]
     """A recording, as manipi.data.recorder.Recorder writes it."""
     target: tyro.conf.Positional[str]
-    """A checkpoint folder, or ws://HOST:PORT (wss:// with TLS)."""
+    """A checkpoint folder, or HOST:PORT, wss://HOST:PORT with TLS; its token may be in MANIPI_TOKEN."""
     tolerance: float = 0.02
     """Largest difference allowed, as a share of what the dimension travels in the recording."""
     max_questions: int = 256
     """Questions that are asked, evenly spaced."""
-    token_file: Path | None = None
-    """File with the server's token; the environment variable MANIPI_TOKEN unless given."""
     ca: Path | None = None
     """Certificate (PEM) of a server whose own is self-signed."""
+    token_file: Path | None = None
+    """File with the server's token."""
     device: str = "cpu"
     """Where a checkpoint's model runs, such as cuda."""
     num_threads: int = 0
