@@ -136,12 +136,15 @@ class Batcher:
             results = [error] * len(batch)
         infer_s = time.monotonic() - began
         self._loop.call_soon_threadsafe(self._answer_all, batch, results, began, infer_s)
+        del results  # An error in it knows this frame, and the two would keep each other until a collection.
 
     def _answer_all(self, batch: list[Waiting], results: Sequence[Result], began: float, infer_s: float) -> None:
         self._computing = False
         for waiting, result in zip(batch, results, strict=True):
             failed = isinstance(result, BaseException)
             _settle(waiting, result if failed else Answer(result, began - waiting.since, infer_s))
+        # An error's traceback knows the frames of the thread, and they know this list: it would keep the observations.
+        batch.clear()
         self._start()
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 
-from manipi.errors import TokenizerError
+from manipi.errors import TokenizerError, shown
 from manipi.tokenizers.actions import ActionTokenizer
 from manipi.tokenizers.binning import bin_indices
 from manipi.tokenizers.text import TextTokenizer, codes_from_tokens, tokens_from_codes
@@ -136,7 +136,7 @@ def extract_codes(tokenizer: TextTokenizer, ids: Sequence[int], *, reference_tex
     if found is None:
         raise TokenizerError(
             expected=f"the tokens of {ACTION_MARKER!r}",
-            found=repr(tokenizer.decode(list(ids))[:100]),
+            found=shown(tokenizer.decode(list(ids)), 100),
             where=f"the {len(ids)} tokens that the model emitted",
             next="decode with CodeConstraint, or train longer",
         )
@@ -172,7 +172,7 @@ def _pad(
         raise TokenizerError(
             expected=f"at most {max_len} tokens (max_token_len)",
             found=f"{len(ids)} tokens: {len(prefix)} of prompt and {len(postfix)} of actions",
-            where=f"the prompt {tokenizer.decode(prefix)!r}",
+            where=f"the prompt {shown(tokenizer.decode(prefix), 300)}",
             next=f"raise max_token_len to at least {len(ids)}, or shorten the instruction",
         )
     index = np.arange(max_len)
