@@ -43,7 +43,7 @@ from manipi.robots.robot import Robot
 from manipi.serve.access import Access, bind
 from manipi.serve.batching import Answer, Batcher, Query, Result
 from manipi.serve.guard import ActionGuard, GuardMode
-from manipi.serve.memory import LARGE_BYTES, give_back, keep_collections_short
+from manipi.serve.memory import LARGE_BYTES, give_back, keep_collections_short, reuse_freed_memory
 from manipi.serve.pages import Pages
 from manipi.serve.state import Client, ServerState
 from manipi.transforms.observation import check_texts
@@ -210,6 +210,7 @@ class PolicyServer:
             thread.join()
 
     async def _serve(self, stop: asyncio.Event, on_ready: Callable[[str, int], None]) -> None:
+        reuse_freed_memory()
         listener, limits, state = bind(self._family, self._address), self._limits, self._state
         batcher = Batcher(
             self._compute,
