@@ -390,7 +390,9 @@ def test_a_fake_server_whose_function_raises_sends_the_traceback():
 def test_an_error_survives_the_text_frame():
     sent = InferenceTimeout(expected="a\nb", found="c", where="d", next="e")
     received = error_from_text(error_to_text(sent), "ws://server")
-    assert (received.code, received.expected, received.found) == ("InferenceTimeout", "a\nb", "c")
+    assert (received.code, received.expected, received.found) == ("InferenceTimeout", "a\\nb", "c"), (
+        "a part is one line"
+    )
     assert (received.where, received.next) == ("d (told by ws://server)", "e")
     assert error_from_text("", "ws://server").found == "(an empty message)"
 

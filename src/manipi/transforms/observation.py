@@ -46,10 +46,8 @@ class ReadRobot:
         sample = self._flat(sample)
         cameras = {slot: key for slot, key in self.robot.cameras.items() if not self._absent(sample, slot, key)}
         images = {f"image/{slot}": self._image(sample, key) for slot, key in cameras.items()}
-        vectors = [self._vector(sample, s.key, s.size) for s in self.robot.state]
-        state = np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
         kept = {key: sample[key] for key in _CHUNK_KEYS if key in sample}
-        return {**images, "state": state, "prompt": self._prompt(sample), **kept}  # type: ignore[dict-item]
+        return {**images, "state": self._state(sample), "prompt": self._prompt(sample), **kept}  # type: ignore[dict-item]
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
         """Raises BadValueError rather than hand NaN or infinity to a robot."""
@@ -63,6 +61,10 @@ class ReadRobot:
                 next="look at the observation (a quaternion of zeros?), and at the loss of the run behind this policy",
             )
         return np.asarray(actions_HA, dtype=np.float32)
+
+    def read_state(self, observation: Observation) -> np.ndarray:
+        """The state [S] alone, float32, as `encode` reads it. Raises ObservationError as it does."""
+        return self._state(self._flat(observation))
 
     def read_part(self, observation: Observation) -> Sample:
         """The part of an observation that `encode` reads, by its flat keys, whatever else is in it."""
@@ -93,6 +95,10 @@ class ReadRobot:
                 found = shown(other) + _hint(other, beside)
                 raise self._mismatch(f"no key but {', '.join(beside)} there", found, other)
         return key not in sample
+
+    def _state(self, sample: Mapping) -> np.ndarray:
+        vectors = [self._vector(sample, s.key, s.size) for s in self.robot.state]
+        return np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
 
     def _image(self, sample: Mapping, key: str) -> np.ndarray:
         expected = "a picture [height, width, 3] or [3, height, width], uint8 or float in [0, 1]"
