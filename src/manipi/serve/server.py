@@ -46,7 +46,7 @@ from manipi.serve.guard import ActionGuard, GuardMode
 from manipi.serve.memory import LARGE_BYTES, give_back, keep_collections_short, reuse_freed_memory
 from manipi.serve.pages import Pages
 from manipi.serve.state import Client, ServerState
-from manipi.transforms.observation import check_texts
+from manipi.transforms.observation import check_content
 from manipi.types import Observation
 from manipi_client import wire
 from manipi_client.errors import ManipiClientError, ProtocolError, error_to_text
@@ -429,7 +429,7 @@ def _read_observation(frame: str | bytes) -> dict[str, Any]:
             where="the frame that the client sent",
             next="send observations with manipi_client.WebsocketPolicy or openpi's client",
         )
-    check_texts(observation)
+    check_content(observation)
     return observation
 
 
