@@ -52,6 +52,21 @@ def test_frames_come_in_the_order_asked_for(dataset, episodes):
     assert [frame.prompt for frame in found[:3]] == ["push the block", "push the block", "öffne die Schublade"]
 
 
+@pytest.mark.parametrize("name", ["", "synthetic_lerobot_v21", "synthetic_droid_rlds"])
+def test_instructions_are_those_of_the_rows(name, dataset, shared_datasets):
+    """Those of a whole dataset in one go, as the prompts of its rows one by one."""
+    whole = open_dataset(shared_datasets / name) if name else dataset
+    chosen = open_dataset(whole.root, [whole.episodes[-1].index, whole.episodes[0].index])
+    for some in (whole, chosen):
+        texts, numbers = some.instructions("task")
+        assert len(numbers) == some.num_frames
+        possible = [{texts[number] for number in row} for row in numbers.tolist()]
+        assert all(some.prompt(row) in texts for row, texts in enumerate(possible))
+        assert name == "synthetic_droid_rlds" or all(len(texts) == 1 for texts in possible)
+    with pytest.raises(MissingFeatureError, match="--data.prompt task"):
+        whole.instructions("subtask")
+
+
 def test_columns_are_shared_and_read_only(dataset):
     assert dataset.column("action") is dataset.column("action")
     with pytest.raises(ValueError, match="read-only"):

@@ -95,6 +95,12 @@ class Dataset(abc.ABC):
             next="--data.prompt task  # uses the instruction of the episode",
         )
 
+    def instructions(self, source: PromptSource) -> tuple[list[str], Int64[np.ndarray, "N k"]]:
+        """Every text that a policy may be told, and which of them each row may have; readers know it without a loop."""
+        prompt_at, numbers = self.prompt if source == "task" else self.subtask, dict[str, int]()
+        rows = [numbers.setdefault(prompt_at(row), len(numbers)) for row in range(self.num_frames)]
+        return list(numbers), np.array(rows, np.int64)[:, None]
+
     @abc.abstractmethod
     def _read_column(self, key: str) -> np.ndarray:
         """All values of a vector feature, [N, d], floats as float32 and the rest as int64."""

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from manipi.data.dataset import Dataset
+from manipi.data.dataset import Dataset, PromptSource
 from manipi.data.lerobot_index import open_index
 from manipi.data.lerobot_tables import ROW_COLUMNS, broken, parquet_errors, read_values, row_faults
 from manipi.data.video import VideoFrames, decoders_for
@@ -76,6 +76,14 @@ class LeRobotDataset(Dataset):
             known = f"subtask_index among {sorted(self._index.subtasks)}"
             broken(self.root, known, str(number), f"{self.root}, {self.locate(row)}")
         return self._index.subtasks[number]
+
+    def instructions(self, source: PromptSource) -> tuple[list[str], np.ndarray]:
+        key = "task_index" if source == "task" else "subtask_index"
+        prompt_at = self.prompt if source == "task" else self.subtask
+        if source == "subtask" and key not in self.features:
+            prompt_at(0)
+        _, first, numbers = np.unique(self.column(key)[:, 0], return_index=True, return_inverse=True)
+        return [prompt_at(row) for row in first.tolist()], numbers.reshape(-1, 1)
 
     def place(self, row: int) -> str:
         return f"{self._index.tables[int(self.episode_of(np.asarray(row)))]}, {self.locate(row)}"
