@@ -20,7 +20,14 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
 from manipi.data.shared import SharedArray
-from manipi.errors import BadValueError, ConfigError, DatasetNotFoundError, FetchError, MissingFeatureError
+from manipi.errors import (
+    BadValueError,
+    ConfigError,
+    DatasetNotFoundError,
+    FetchError,
+    MissingFeatureError,
+    unknown_name,
+)
 from manipi.remote.fetch import fetch, is_here
 from manipi.types import Frame
 
@@ -308,5 +315,7 @@ def open_dataset(
     if (root / "meta/info.json").is_file() or find_version(root) is None:
         dataset: Dataset = LeRobotDataset(root, sorted(episodes))
         return dataset if list(episodes) == sorted(episodes) else EpisodeSubset(dataset, episodes)
+    if fields and fields not in BY_NAME:
+        raise unknown_name("map of RLDS features", fields, BY_NAME, next="name one of them (DatasetConfig.fields)")
     dataset = open_rlds(root, fields=BY_NAME[fields] if fields else None, split=split, seed=seed)
     return EpisodeSubset(dataset, episodes) if episodes else dataset
