@@ -1,4 +1,4 @@
-"""A fault in a user's recipe or robot file, in every command that reads one: file and line, and no traceback of ours."""
+"""A fault in a user's recipe or robot file, in every command that reads one: file and line, no traceback of ours."""
 
 import pytest
 

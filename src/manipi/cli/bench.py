@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import table, write_result
 from manipi.errors import ConfigError
 
@@ -44,7 +44,7 @@ class _Infer:
     """Where the model runs, such as cuda."""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the figures to this file."""
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import manipi
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import table, write_result
 
 OPTIONAL = {
@@ -36,7 +36,7 @@ class _Doctor:
     manipi doctor --json doctor.json    for a bug report
     """
 
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the answers to this file."""
 
 

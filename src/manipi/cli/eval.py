@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import table, write_result
 from manipi.errors import ConfigError
 
@@ -44,15 +45,15 @@ class _Eval:
     """Where the model runs, such as cuda."""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
-    plot: Path | None = None
+    plot: NewFile | None = None
     """Draw predicted over recorded commands into this PNG. Default: open_loop_STEP.png in the run's folder."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the errors to this file."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Evaluate; prints tables and one sentence per baseline."""
-    args = tyro.cli(_Eval, args=arguments, prog="manipi eval")
+    args = parse(_Eval, arguments, "eval")
     _check(args)
     if args.scenes:
         _drive(args)

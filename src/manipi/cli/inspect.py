@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import table, write_result
 from manipi.cli.stats import stats_table
 
@@ -32,7 +32,7 @@ class _Inspect:
 
     target: tyro.conf.Positional[str]
     """A dataset's folder or URL, a checkpoint's folder, a recipe, or path/to/file.py:function."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write what is shown to this file."""
 
 

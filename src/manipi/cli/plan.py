@@ -5,12 +5,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from manipi.cli.arguments import parse, recipe_name
+from manipi.cli.arguments import NewFile, parse, recipe_name
 from manipi.cli.result import table, write_result
 from manipi.recipes.registry import RECIPES, load_recipe
 from manipi.train.config import TrainConfig
@@ -48,9 +47,9 @@ class _Plan:
     """A size such as 24GB, or a name such as rtx4090 or h100; empty: only forecast."""
     gpus: int = 1
     """So many share the batch and the training state (FSDP)."""
-    plot: Path | None = None
+    plot: NewFile | None = None
     """Draw the parts over the step into this PNG."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the forecast in bytes, and the settings that fit, to this file."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 

@@ -3,12 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, NewFolder, parse
 from manipi.cli.result import table, write_result
 from manipi.errors import ConfigError
 from manipi.recipes.registry import load_recipe
@@ -35,9 +34,9 @@ class _Stats:
 
     target: tyro.conf.Positional[str]
     """A recipe, or path/to/file.py:function."""
-    out: Path | None = None
+    out: NewFile | None = None
     """Save them here, in openpi's layout."""
-    plot: Path | None = None
+    plot: NewFile | None = None
     """Draw a histogram of every dimension, with q01 and q99, into this PNG."""
     per_step: bool = False
     """Also take the actions at each step of the chunk apart (of a mixture's first dataset); in full in --json."""
@@ -47,15 +46,15 @@ class _Stats:
     """Threads; 0: one per processor. The result does not depend on it."""
     ray: bool = False
     """Work on the Ray cluster that this process belongs to, or on one started here."""
-    sketch: Path | None = None
+    sketch: NewFile | None = None
     """Save what statistics of several datasets or machines can be merged from (manipi.data.sketch)."""
-    fit_fast: Path | None = None
+    fit_fast: NewFolder | None = None
     """Fit FAST to the normalised chunks (of a mixture's first dataset), save it in this folder, say what it loses."""
     fast_scale: float = 10
     """Finer is more exact and costs more codes."""
     fast_codes: int = 1024
     """Most codes to learn."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write statistics, suspicious dimensions and the report on FAST to this file."""
 
 
