@@ -116,7 +116,7 @@ def _recipe(args: _Infer) -> "tuple[Engine, ModelInput, None]":
 
     recipe = load_recipe(args.target)
     with torch.device("meta"):
-        model = VLA(recipe.model)
+        model = VLA(recipe.policy_model)
     model = model.to(model.dtype).to_empty(device=args.device)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)

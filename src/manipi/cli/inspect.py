@@ -109,6 +109,7 @@ def _recipe(target: str) -> Any:
     from manipi.transforms.trace import token_layout, trace
 
     config = load_recipe(target)
+    config = dataclasses.replace(config, model=config.policy_model)  # with the dtype that it computes in
     print(f"{target}\n")
     _section("config", "\n".join(_settings(config)))
     _section("tokens", _draw(config.model))
