@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from golden import ABSENT, CASES, find, over
+from golden import ABSENT, CASES, find, over, read_json
 from safetensors.torch import load_file, load_model, save_model
 
 from manipi.exchange.exporting import export_checkpoint
@@ -46,23 +46,18 @@ def load(monkeypatch):
     return load
 
 
-def size_of(case):
-    """Of a robot with one dimension less than the model, which is padded."""
-    return case.config.action_dim - 1
-
-
 @pytest.fixture
 def exported(tmp_path):
     """`exported(case, layout)` is the recorded checkpoint, imported and exported again."""
 
     def export(case, layout):
         (stats,) = case.folder.glob("ckpt_pure/assets/*/norm_stats.json")
-        size = size_of(case)
+        state, actions = (len(read_json(stats)["norm_stats"][key]["mean"]) for key in ("state", "actions"))
         robot = Robot(
             name=stats.parent.name,
             cameras={slot: slot for slot in case.cameras},
-            state=(State("state", size),),
-            actions=(Joints(size),),
+            state=(State("state", state),),
+            actions=(Joints(actions),),
         )
         words = next(path for path in find("tokenizer/*.model") if path.is_relative_to(case.folder.parents[1]))
         action = BinningTokenizer() if isinstance(case.config, Pi0FastConfig) else None
@@ -72,7 +67,7 @@ def exported(tmp_path):
             robot=robot,
             model=case.config,
             tokenizers=tokenizers,
-            sizes={"max_token_len": max(200, case.config.max_token_len)},
+            sizes={"max_token_len": 200 + case.config.action_horizon * actions},
         )
         import_checkpoint(case.folder / "ckpt_pure", tmp_path / "ours", wanted)
         export_checkpoint(tmp_path / "ours", layout, tmp_path / "theirs")
@@ -201,7 +196,7 @@ def test_lerobot_answers_as_we_do(case, exported, lerobot_policy, load, measure,
         preprocessor_overrides={"tokenizer_processor": {"tokenizer": transformers_like(ours.tokenizers.text)}},
     )
     rng = np.random.default_rng(0)
-    state, noise = rng.normal(size=size_of(case)).astype(np.float32), case.tensor("init_noise")[:1]
+    state, noise = rng.normal(size=ours.robot.state_size).astype(np.float32), case.tensor("init_noise")[:1]
     size = case.config.vision.image_size
     pictures = {slot: rng.integers(0, 256, (size, size, 3), np.uint8) for slot in case.cameras}
     mine = ours.infer({**pictures, "state": state, "prompt": "push the cube"}, noise[0].numpy())["actions"]

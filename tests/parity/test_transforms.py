@@ -251,7 +251,7 @@ def check_inputs(case: Case, measure: Measure) -> None:
 def camera_masks(
     sample: Sample, slots: tuple[str, ...], kind: type[Pi0Config] | type[Pi0FastConfig] = Pi0Config
 ) -> np.ndarray:
-    model = kind(cameras=slots, action_dim=max(1, sample["state"].size))
+    model = kind(cameras=slots, action_dim=max(sample[key].shape[-1] for key in ("state", "actions") if key in sample))
     resize = ResizeImages(model.vision.image_size)
     return ModelLayout(model, 1).encode(resize.encode(sample))["image_valid"]
 
