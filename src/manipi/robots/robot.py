@@ -12,7 +12,7 @@ metadata. A robot needs no place inside this package: any Python file that build
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -169,7 +169,7 @@ class Robot:
     dataset_keys: Mapping[str, str] = field(default_factory=dict)
     """Observation key -> feature name in datasets, where the two differ."""
     optional: tuple[str, ...] = ()
-    """Camera slots whose pictures may be absent from an observation; the model is then told so."""
+    """Camera slots whose pictures may be absent from an observation or a dataset; the model is then told so."""
     ignored: tuple[str, ...] = ()
     """Observation keys beside those of optional cameras that clients may send and nobody reads."""
     max_rates: tuple[float, ...] = ()
@@ -268,6 +268,14 @@ class Robot:
 
     def dataset_key(self, key: str) -> str:
         return self.dataset_keys.get(key, key)
+
+    def cameras_in(self, features: Container[str]) -> dict[str, str]:
+        """`cameras` without the optional ones that a dataset with these features lacks."""
+        return {
+            slot: key
+            for slot, key in self.cameras.items()
+            if slot not in self.optional or self.dataset_key(key) in features
+        }
 
     def to_json(self) -> dict[str, Any]:
         return to_json(self)

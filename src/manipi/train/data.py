@@ -173,6 +173,8 @@ def _open(config: TrainConfig, settings: DatasetConfig) -> Opened:
     episodes = _sound(settings, robot) if config.data.skip_bad_episodes else settings.episodes
     dataset = open_dataset(settings.path, episodes, fields=settings.fields, seed=config.seed)
     check_features(dataset, robot)
+    for slot in robot.cameras.keys() - robot.cameras_in(dataset.features):
+        tqdm.write(f"absent  {dataset.name}: the optional camera {slot!r} ({robot.dataset_key(robot.cameras[slot])})")
     rows, held_out = split_episodes(dataset, holdout=config.data.holdout, seed=config.seed)
     if settings.keep:
         keep = read_mask(fetch(settings.keep), dataset)
@@ -223,7 +225,8 @@ def _cached(config: TrainConfig, one: Opened, folder: Path) -> Dataset:
     """The same samples after encoding (`raw`: bit for bit): the cache resizes as the pipeline does."""
     if config.data.cache == "none":
         return one.dataset
-    cameras, size = [one.robot.dataset_key(key) for key in one.robot.cameras.values()], config.model.vision.image_size
+    there, size = one.robot.cameras_in(one.dataset.features), config.model.vision.image_size
+    cameras = [one.robot.dataset_key(key) for key in there.values()]
     cached = CachedDataset(one.dataset, cameras, folder, size, format=config.data.cache, max_gb=config.data.cache_gb)
     if config.data.cache_fill == "ahead":
         cached.fill()
@@ -240,8 +243,8 @@ def _no_demonstrations(found: str) -> ConfigError:
 
 
 def check_features(dataset: Dataset, robot: Robot) -> None:
-    """The dataset has the cameras, states and actions that the robot names, in the sizes that it names."""
-    for key in robot.cameras.values():
+    """The dataset has what the robot names, in the sizes that it names; optional cameras may be absent."""
+    for key in robot.cameras_in(dataset.features).values():
         dataset.require(robot.dataset_key(key), "image")
     for key, size in [*((s.key, s.size) for s in robot.state), (robot.action_key, robot.action_size)]:
         dataset.require(robot.dataset_key(key), "vector", size)

@@ -73,7 +73,7 @@ class Pipeline:
 
 def observation_of(frame: Frame, robot: Robot) -> Sample:
     """A frame in the dataset's keys -> the observation in the robot's keys, with its actions."""
-    keys = [*robot.cameras.values(), *(s.key for s in robot.state)]
+    keys = [*robot.cameras_in(frame.observation).values(), *(s.key for s in robot.state)]
     observation = {key: frame.observation[robot.dataset_key(key)] for key in keys}
     rest = {"actions": frame.actions, "action_valid": frame.action_valid, "prompt": frame.prompt}
     return {**observation, **rest}  # type: ignore[dict-item]
