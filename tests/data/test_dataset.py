@@ -69,7 +69,7 @@ def test_instructions_are_those_of_the_rows(name, dataset, shared_datasets, tmp_
         possible = [{texts[number] for number in row} for row in numbers.tolist()]
         assert all(some.prompt(row) in texts for row, texts in enumerate(possible))
         assert "rlds" in name or all(len(texts) == 1 for texts in possible)
-    with pytest.raises(MissingFeatureError, match="--data.prompt task"):
+    with pytest.raises(MissingFeatureError, match=r"--data\.prompt task"):
         whole.instructions("subtask")
 
 

@@ -12,7 +12,7 @@ metadata. A robot needs no place inside this package: any Python file that build
 """
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -257,7 +257,7 @@ class Robot:
     @property
     def action_space(self) -> tuple[ActionDimension, ...]:
         """The command's dimensions, in order."""
-        names = [name for group in self.actions for name in _dimension_names(group)]
+        names = _dimension_names(self.actions)
         units = [unit for group in self.actions for unit in _dimension_units(group)]
         rates = self.max_rates or (math.inf,) * self.action_size
         columns = ([value if math.isfinite(value) else None for value in values] for values in (*self.limits, rates))
@@ -289,10 +289,23 @@ class Robot:
         return fingerprint([self.state, [replace(group, low=None, high=None) for group in self.actions]])
 
 
-def _dimension_names(group: ActionGroup) -> list[str]:
-    if isinstance(group, EndEffector):
-        return ["x", "y", "z", *(f"rotation {i + 1}" for i in range(group.size - 3))]
-    return [f"joint {i + 1}" for i in range(group.size)] if isinstance(group, Joints) else ["gripper"]
+def _dimension_names(groups: Sequence[ActionGroup]) -> list[str]:
+    """No two alike: joints are numbered through, and poses and grippers are where there are several."""
+    poses = sum(isinstance(group, EndEffector) for group in groups)
+    grippers = sum(isinstance(group, Gripper | LinkageGripper) for group in groups)
+    names, joint, pose, gripper = list[str](), 0, 0, 0
+    for group in groups:
+        if isinstance(group, EndEffector):
+            pose += 1
+            own = ["x", "y", "z", *(f"rotation {i + 1}" for i in range(group.size - 3))]
+            names += [f"pose {pose} {name}" for name in own] if poses > 1 else own
+        elif isinstance(group, Joints):
+            names += [f"joint {joint + i + 1}" for i in range(group.size)]
+            joint += group.size
+        else:
+            gripper += 1
+            names.append(f"gripper {gripper}" if grippers > 1 else "gripper")
+    return names
 
 
 def _dimension_units(group: ActionGroup) -> list[str]:
