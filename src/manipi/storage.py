@@ -23,7 +23,7 @@ from manipi.errors import StorageError
 _STORAGE_ERRNOS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
     *(errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP),
 )
 """No room, no right, a file in the way, and a file system without locks."""
@@ -183,13 +183,53 @@ def _size(folder: Path) -> int:
 
 def require_absent(target: Path) -> None:
     """StorageError where something of that name exists."""
-    if target.exists():
+    if os.path.exists(target):
         raise StorageError(
             expected="a folder that does not exist yet",
             found="something of that name",
             where=str(target),
             next="choose another name, or move the old folder away",
         )
+
+
+def require_new_file(target: Path) -> None:
+    """StorageError where no file of that name can be made, or where something else than a file has the name."""
+    if os.path.exists(target) and not target.is_file():  # Path.exists raises for a name that is too long
+        raise StorageError(
+            expected="a name for a file, which is made or replaced",
+            found="a folder" if target.is_dir() else "a device or a pipe",
+            where=str(target),
+            next="name a file in that folder" if target.is_dir() else "name a file",
+        )
+    _require_writable(target)
+
+
+def require_new_folder(target: Path) -> None:
+    """StorageError where there is something of that name, or where no folder of that name can be made."""
+    require_absent(target)
+    _require_writable(target)
+
+
+def require_folder(target: Path) -> None:
+    """StorageError where nothing can be written into a folder of that name, whether it is there or has to be made."""
+    _require_writable(target / "file")
+
+
+def _require_writable(target: Path) -> None:
+    """By making a folder, which vanishes again, where the first part of the path is missing; only trying tells."""
+    path = target.absolute()
+    missing = next((p for p in (*reversed(path.parents), path) if not os.path.exists(p)), path)
+    probe = missing.with_name(f".{missing.name}.{os.getpid()}.partial")
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise StorageError(
+            expected="a place where something can be written",
+            found=f"{error.strerror}",
+            where=f"{missing.parent}, for {target}",
+            next="choose another folder",
+        ) from error
 
 
 def name_for_good(folder: Path, name: Path) -> None:

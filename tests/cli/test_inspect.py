@@ -106,6 +106,8 @@ def test_recipe(manipi, recipe_file, tmp_path):
     assert "│ base 64 │ left_wrist 64 │ right_wrist 64 │ prompt 60 │ actions 10 │" in done.stdout
     assert re.search(r"'Task: (pick up the cube|open the drawer), State: [\d ]+;\\nAction: '", done.stdout)
     trace = json.loads((tmp_path / "out.json").read_text())
+    assert re.search(r"longest prompt  \d+ of 60 tokens \(max_token_len\): synthetic_lerobot_v30, ep", done.stdout)
+    assert trace["longest_prompt"]["tokens"] >= len(trace["token_ids"])
     stages = {stage["step"]: stage for stage in trace["stages"]}
     expected = ["observation", "ReadRobot", "ActionSpace", "Normalize", "ResizeImages", "TokenizePrompt", "ModelLayout"]
     assert list(stages) == expected

@@ -122,7 +122,7 @@ def test_outliers_and_limits(toy):
     commands = toy.column("actions")[:, 1]
     limited = replace(TABLETOP, actions=(Joints(3, low=(-9.0, float(np.median(commands)), -9.0)), Gripper()))
     (note,) = beyond_limits(toy, limited, np.arange(65))
-    assert note.startswith("command[1] is outside the robot's limits in 32 frames: ")
+    assert note.startswith("command[1] joint 2 is outside the robot's limits in 32 frames: ")
     assert beyond_limits(toy, replace(limited, actions=(Joints(3), Gripper())), np.arange(65)) == []
 
 

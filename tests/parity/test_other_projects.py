@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from golden import ABSENT, CASES, find, over
+from golden import ABSENT, CASES, find, over, read_json
 from safetensors.torch import load_file, load_model, save_model
 
 from manipi.exchange.exporting import export_checkpoint
@@ -29,7 +29,6 @@ pytestmark = [
 ]
 BACKBONES = {"PaliGemmaForConditionalGeneration", "GemmaForCausalLM"}
 BACKBONES |= {"PaliGemmaForConditionalGenerationWithPiGemma", "PiGemmaForCausalLM"}
-ARM, RELATIVE_ARM = (Joints(7),), (Joints(4, relative=True), Joints(3))
 TOLERANCE = 3e-4
 """Of actions in float32, as for ours against the reference."""
 
@@ -50,21 +49,27 @@ def load(monkeypatch):
 
 @pytest.fixture
 def exported(tmp_path):
-    """`exported(case, layout)` is the recorded checkpoint, imported and exported again, for an arm of these groups."""
+    """`exported(case, layout)` is the recorded checkpoint, imported and exported; its first actions may be relative."""
 
-    def export(case, layout, actions=ARM):
+    def export(case, layout, relative=0):
         (stats,) = case.folder.glob("ckpt_pure/assets/*/norm_stats.json")
+        state, actions = (len(read_json(stats)["norm_stats"][key]["mean"]) for key in ("state", "actions"))
         robot = Robot(
             name=stats.parent.name,
             cameras={slot: slot for slot in case.cameras},
-            state=(State("state", 7),),
-            actions=actions,
+            state=(State("state", state),),
+            actions=(Joints(relative, relative=True), Joints(actions - relative)) if relative else (Joints(actions),),
         )
-        (words,) = find("tokenizer/small_sp.model")
+        words = next(path for path in find("tokenizer/*.model") if path.is_relative_to(case.folder.parents[1]))
         action = BinningTokenizer() if isinstance(case.config, Pi0FastConfig) else None
         tokenizers = Tokenizers(SentencePieceTokenizer(words), action)
         # The recorded prompts are short; the certificate's, with a chunk of actions, is not.
-        wanted = Wanted(robot=robot, model=case.config, tokenizers=tokenizers, sizes={"max_token_len": 200})
+        wanted = Wanted(
+            robot=robot,
+            model=case.config,
+            tokenizers=tokenizers,
+            sizes={"max_token_len": 200 + case.config.action_horizon * actions},
+        )
         import_checkpoint(case.folder / "ckpt_pure", tmp_path / "ours", wanted)
         export_checkpoint(tmp_path / "ours", layout, tmp_path / "theirs")
         return tmp_path / "theirs"
@@ -180,12 +185,12 @@ def test_lerobot_loads_our_export(case, exported, lerobot_policy, measure, capsy
     measure("LeRobot, our export: actions", _error(actions, case.outputs["actions_10"]), TOLERANCE)
 
 
-@pytest.mark.parametrize("actions", [ARM, RELATIVE_ARM], ids=["absolute", "relative"])
+@pytest.mark.parametrize("relative", [0, 4], ids=["absolute", "relative"])
 @over("case", values=FLOW)
 @torch.no_grad()
-def test_lerobot_answers_as_we_do(case, actions, exported, lerobot_policy, load, measure, capsys):
+def test_lerobot_answers_as_we_do(case, relative, exported, lerobot_policy, load, measure, capsys):
     """From pictures, state and words to commands, through the processors that LeRobot finds in our export."""
-    folder = exported(case, "lerobot", actions)
+    folder = exported(case, "lerobot", relative)
     ours, theirs = Policy.load(folder.parent / "ours"), lerobot_policy(case, folder, capsys)
     before, after = load("lerobot.policies.factory").make_pre_post_processors(
         theirs.config,
@@ -193,7 +198,7 @@ def test_lerobot_answers_as_we_do(case, actions, exported, lerobot_policy, load,
         preprocessor_overrides={"tokenizer_processor": {"tokenizer": transformers_like(ours.tokenizers.text)}},
     )
     rng = np.random.default_rng(0)
-    state, noise = rng.normal(size=7).astype(np.float32), case.tensor("init_noise")[:1]
+    state, noise = rng.normal(size=ours.robot.state_size).astype(np.float32), case.tensor("init_noise")[:1]
     size = case.config.vision.image_size
     pictures = {slot: rng.integers(0, 256, (size, size, 3), np.uint8) for slot in case.cameras}
     mine = ours.infer({**pictures, "state": state, "prompt": "push the cube"}, noise[0].numpy())["actions"]

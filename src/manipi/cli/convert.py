@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, NewFolder, parse
 from manipi.cli.result import table, write_result
 from manipi.errors import ConfigError
 
@@ -39,7 +39,7 @@ class _Convert:
 
     source: tyro.conf.Positional[Path]
     """Folder or file of the recordings."""
-    target: tyro.conf.Positional[Path]
+    target: tyro.conf.Positional[NewFolder]
     """Folder to write; it must not exist."""
     format: str | None = None
     """aloha, droid, libero, robomimic, zarr, lerobot or rlds; recognised by the files unless given."""
@@ -69,7 +69,7 @@ class _Convert:
     """Processes that encode, 0 for none beside this one; one per processor core unless given."""
     skip_bad_episodes: bool = False
     """Leave out episodes that cannot be read, and say which; without it the first one ends the conversion."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write what was converted and skipped to this file."""
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from manipi.checkpoints.released import RELEASED, resolve
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, NewFolder, parse
 from manipi.cli.result import table, write_result
 from manipi.recipes.registry import load_recipe, load_robot
 
@@ -27,7 +27,7 @@ class _Import:
 
     source: tyro.conf.Positional[str]
     """A released name (pi05_base, pi05_droid …), a folder, a file, or gs://, s3://, hf://, https://."""
-    target: tyro.conf.Positional[Path]
+    target: tyro.conf.Positional[NewFolder]
     """Folder to write; it must not exist."""
     recipe: str = ""
     """What weights cannot tell, from this recipe. A released name knows its own."""
@@ -53,7 +53,7 @@ class _Import:
     """For adapters: the checkpoint that they belong to."""
     offline: bool = False
     """Use what is in the cache, and never the network."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the certificate to this file."""
 
 

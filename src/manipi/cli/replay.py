@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import table, write_result
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class _Replay:
     """Where a checkpoint's model runs, such as cuda."""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the differences to this file."""
 
 

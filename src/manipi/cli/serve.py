@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, parse
 from manipi.records import to_json
 from manipi.robots.robot import Robot
 from manipi.serve.access import Access, join_host, read_token, tls_context
@@ -56,7 +56,7 @@ class _Serve:
     """Keep matrices in 8 bits; only after `manipi bench infer CHECKPOINT --quantize KIND --data DATASET`."""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
-    ready_file: Path | None = None
+    ready_file: NewFile | None = None
     """Write the port to this file once clients can connect."""
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, parse
+from manipi.storage import require_new_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class _View:
     """Number of the episode; the first one unless given."""
     without: tuple[str, ...] = ()
     """Cameras and vectors to leave out, such as a camera whose files are not there."""
-    out: Path | None = None
+    out: NewFile | None = None
     """The file to write; view-<dataset>-<episode>.html, or .rrd with --rerun, unless given."""
     rerun: bool = False
     """Write a recording for the rerun viewer instead: pip install 'manipi[view]'."""
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     dataset = open_dataset(args.dataset, episodes=(number,))
     kind, write = ("rrd", write_rerun) if args.rerun else ("html", write_view)
     path = args.out or Path(f"view-{dataset.name}-{number}.{kind}")
+    require_new_file(path)
     write(path, dataset, without=args.without)
     opens = f"rerun {path}" if args.rerun else "open it in a browser"
     if depth := [key for key, feature in dataset.features.items() if feature.kind == "depth"]:

@@ -25,7 +25,7 @@ import simplejpeg
 from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
-from manipi.data.dataset import Dataset
+from manipi.data.dataset import Dataset, PromptSource
 from manipi.data.picture_files import replaced
 from manipi.data.shared import allocate
 from manipi.errors import ConfigError
@@ -109,6 +109,9 @@ class CachedDataset(Dataset):
 
     def subtask(self, row: int) -> str:
         return self._dataset.subtask(row)
+
+    def instructions(self, source: PromptSource) -> tuple[list[str], np.ndarray]:
+        return self._dataset.instructions(source)
 
     def _fingerprint(self) -> str:
         return self._dataset.fingerprint

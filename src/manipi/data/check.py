@@ -188,7 +188,12 @@ def _look_into(
 
 
 def _robot(dataset: Dataset, robot: Robot) -> Iterator[Finding]:
-    pictures = [(key, None) for key in robot.cameras.values()]
+    there = robot.cameras_in(dataset.features)
+    for slot, key in robot.cameras.items():
+        if slot not in there:
+            what = f"no picture {robot.dataset_key(key)!r} for the optional camera {slot!r}"
+            yield warning("robot", what, "nothing, if it is so; else correct the robot's cameras or dataset_keys")
+    pictures = [(key, None) for key in there.values()]
     vectors = [(s.key, s.size) for s in robot.state] + [(robot.action_key, robot.action_size)]
     for key, size in (*pictures, *vectors):
         try:

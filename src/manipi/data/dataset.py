@@ -20,7 +20,14 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
 from manipi.data.shared import SharedArray
-from manipi.errors import BadValueError, ConfigError, DatasetNotFoundError, FetchError, MissingFeatureError
+from manipi.errors import (
+    BadValueError,
+    ConfigError,
+    DatasetNotFoundError,
+    FetchError,
+    MissingFeatureError,
+    unknown_name,
+)
 from manipi.remote.fetch import fetch, is_here
 from manipi.types import Frame
 
@@ -99,6 +106,12 @@ class Dataset(abc.ABC):
             where=str(self.root),
             next="--data.prompt task  # uses the instruction of the episode",
         )
+
+    def instructions(self, source: PromptSource) -> tuple[list[str], Int64[np.ndarray, "N k"]]:
+        """Every text that a policy may be told, and which of them each row may have; readers know it without a loop."""
+        prompt_at, numbers = self.prompt if source == "task" else self.subtask, dict[str, int]()
+        rows = [numbers.setdefault(prompt_at(row), len(numbers)) for row in range(self.num_frames)]
+        return list(numbers), np.array(rows, np.int64)[:, None]
 
     @abc.abstractmethod
     def _read_column(self, key: str) -> np.ndarray:
@@ -313,5 +326,7 @@ def open_dataset(
     if (root / "meta/info.json").is_file() or find_version(root) is None:
         dataset: Dataset = LeRobotDataset(root, sorted(episodes))
         return dataset if list(episodes) == sorted(episodes) else EpisodeSubset(dataset, episodes)
+    if fields and fields not in BY_NAME:
+        raise unknown_name("map of RLDS features", fields, BY_NAME, next="name one of them (DatasetConfig.fields)")
     dataset = open_rlds(root, fields=BY_NAME[fields] if fields else None, split=split, seed=seed)
     return EpisodeSubset(dataset, episodes) if episodes else dataset

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float64
 from PIL import Image
 
-from manipi.data.dataset import Dataset
+from manipi.data.dataset import Dataset, PromptSource
 from manipi.data.lerobot_index import open_index
 from manipi.data.lerobot_tables import (
     ROW_COLUMNS,
@@ -106,6 +106,14 @@ class LeRobotDataset(Dataset):
             next = f"give it a text in {self.root / 'meta/subtasks.parquet'}, or use --data.prompt task"
             broken(self.root, known, str(number), f"{self.root}, {self.locate(row)}", next)
         return self._index.subtasks[number]
+
+    def instructions(self, source: PromptSource) -> tuple[list[str], np.ndarray]:
+        key = "task_index" if source == "task" else "subtask_index"
+        prompt_at = self.prompt if source == "task" else self.subtask
+        if source == "subtask" and key not in self.features:
+            prompt_at(0)
+        _, first, numbers = np.unique(self.column(key)[:, 0], return_index=True, return_inverse=True)
+        return [prompt_at(row) for row in first.tolist()], numbers.reshape(-1, 1)
 
     def place(self, row: int) -> str:
         return f"{self._index.tables[int(self.episode_of(np.asarray(row)))]}, {self.locate(row)}"

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from manipi.data.dataset import Dataset
 from manipi.data.describe import is_action, is_state
+from manipi.data.dimensions import feature_names
 from manipi.errors import ConfigError, MissingFeatureError, shown
 from manipi.page import data_uri, encode_mp4, fact_rows, polyline, render
 from manipi.storage import atomic_write, storage_errors
@@ -128,8 +129,7 @@ def _sections(dataset: Dataset, keys: Sequence[str]) -> Iterator[tuple[str, list
 
 def _charts(dataset: Dataset, keys: dict[str, str]) -> list[Chart]:
     values = {kind: dataset.column(key) for kind, key in keys.items()}
-    size, names = next(iter(values.values())).shape[1], dataset.features[next(iter(keys.values()))].names
-    names = names if len(names) == size else [str(d) for d in range(size)]
+    names = feature_names(dataset, next(iter(keys.values())))
     return [Chart(name, {kind: v[:, d] for kind, v in values.items()}) for d, name in enumerate(names)]
 
 

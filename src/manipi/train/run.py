@@ -5,6 +5,7 @@ runs/NAME/
 ├─ norm_stats.json   of the training episodes
 ├─ videos.json       size and digest of the files that hold the pictures, of each dataset
 ├─ tokenizer/
+├─ longest_prompt.json  of all the data, and which data they were
 ├─ cache/            decoded pictures, where they are kept
 ├─ first_batch/      pictures, tokens, values and pipeline of the first batch
 ├─ metrics.jsonl     one line per logged step
@@ -76,6 +77,8 @@ MAY_CHANGE = (
 )
 """Settings that a resumed run may bring anew: they change neither a batch nor an update. That another path holds the
 same data, the norm stats' fingerprint says."""
+MAY_CHANGE_BEFORE_STEP_1 = ("model.max_token_len",)
+"""What else a run may bring anew that got no further than its first checkpoint: the advice of errors at its start."""
 
 
 class Run:
@@ -97,6 +100,9 @@ class Run:
         wanted = to_json(self.config)
         changes = _differences(read_json(stored), wanted) if stored.exists() else []
         other = [change for setting, change in changes if not _may_change(setting)]
+        fixes = all(_may_change(setting) or setting in MAY_CHANGE_BEFORE_STEP_1 for setting, _ in changes)
+        if other and self.steps() == [0] and fixes:
+            self._drop(0)
         if other and self.steps():
             raise _another_run(other, stored)
         if changes and not self.steps():
