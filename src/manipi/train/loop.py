@@ -29,7 +29,7 @@ from manipi.train.optimizer import gradient_norm, learning_rate, parameter_norm,
 from manipi.train.parallel import World, open_world, require_shared
 from manipi.train.progress import ProgressLog, plot_loss, show_mixture
 from manipi.train.run import Run
-from manipi.train.saving import CheckpointWriter, make_saver, read_window
+from manipi.train.saving import CheckpointWriter, Saver, make_saver, read_window
 from manipi.train.state import TrainState
 from manipi.train.stop_signals import StopSignals
 from manipi.train.trained import format_table, parameter_table, require_packages
@@ -116,13 +116,14 @@ def _train(
         StopSignals() as stop,
         RunLog(run, state.step, lead=world.leads) as out,
         ProgressLog(out, state.step, end, **lines) as progress,
-        make_saver(writer, state, lock) as saver,
         data.loader(state.step, world.rank, world.size) as loader,
         Guards(config.guards, run.folder, loader, data.mixture) as guards,
+        _saver(guards, writer, state, lock) as saver,
     ):
         progress.measure(state, config.noise_draws)
         if window is None:
-            saver.save(progress.window)
+            with guards.phase("the start", "the first checkpoint"):
+                saver.save(progress.window)
         for step, batch, wait in guards.batches(state.step):
             if step >= end:
                 break
@@ -147,12 +148,18 @@ def _train(
                     saver.save(progress.window)
             if stopped_by:
                 break
-        saver.wait()
+        with guards.phase("the end", "the last checkpoint"):
+            saver.wait()
         if world.leads and (metrics_so_far := run.read_metrics()):
             plot_loss(metrics_so_far, run.folder / "loss.png")
     if world.leads and stop.received and state.step < end:
         said = f"{stop.received}: stopped at step {state.step} of {end}, with a checkpoint"
         tqdm.write(f"{said}; the same command goes on")
+
+
+def _saver(guards: Guards, writer: CheckpointWriter, state: TrainState, lock: Lock | None) -> Saver:
+    with guards.phase("the start", "the process that writes checkpoints"):
+        return make_saver(writer, state, lock)
 
 
 def _memory_report(config: TrainConfig, inputs: ModelInput, world: World) -> AbstractContextManager[None]:
