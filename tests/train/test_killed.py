@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -67,6 +68,28 @@ def stop_when(process: Command, moment: Callable[[], bool]) -> None:
             os.killpg(process.pid, signal.SIGCONT)
         time.sleep(0.002)
     pytest.fail(f"the run ended before its moment came: {process.said()}")
+
+
+def helpers(process: Command) -> list[int]:
+    """Its writer and its data workers, in the order in which they were started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == process.pid and b"spawn_main" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return sorted(found)
+
+
+def kill_helper(process: Command, number: int, delay: float) -> None:
+    """So long after its birth."""
+    while process.poll() is None and len(born := helpers(process)) <= number:
+        time.sleep(0.001)
+    assert process.poll() is None, process.said()
+    time.sleep(delay)
+    os.kill(born[number], signal.SIGKILL)
 
 
 def log_lines(run: Path) -> list[str]:
@@ -140,6 +163,46 @@ def test_sigterm_saves_and_exits_with_0(config, start, tmp_path):
     assert whole_checkpoints_alone(run) == [0, 4, step]
     train(config, run, show=False)
     same_run(whole, run)
+
+
+def require_a_clean_end(process: Command, config: TrainConfig, whole: Path, run: Path) -> None:
+    """After the death of a helper: an error that says so, soon, and a run that goes on as if nothing had happened."""
+    done = process.communicate(timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert "with exit code -9 (-9: killed, often for want of memory)" in done.stderr
+    assert "Traceback" not in done.stderr
+    train(config, run, show=False)
+    same_run(whole, run)
+
+
+@pytest.fixture
+def deep(config) -> dict:
+    """Changes after which the writer is told of more tensors than fit into a pipe."""
+    sizes = {name: replace(getattr(config.model, name), depth=6) for name in ("vlm", "action_expert")}
+    return {"model": replace(config.model, **sizes)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "delay"), [(0, 0.0), (1, 0.2)], ids=["writer", "worker"])
+def test_a_helper_is_killed_while_it_starts(number, delay, deep, config, start, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(replace(config, **deep, steps=4), whole, show=False)
+    process = start(run, **deep, steps=4, data=replace(config.data, num_workers=1))
+    kill_helper(process, number, delay)
+    require_a_clean_end(process, replace(config, **deep, steps=4), whole, run)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_twenty_helpers_are_killed_at_random_moments_of_their_start(deep, config, start, tmp_path):
+    whole, rng = tmp_path / "whole", random.Random(22)
+    train(replace(config, **deep, steps=40), whole, show=False)
+    for kill in range(20):
+        run, number, delay = tmp_path / f"run{kill}", rng.randint(0, 1), rng.uniform(0, 2)
+        sys.stdout.write(f"kill {kill}: {('writer', 'worker')[number]}, {delay:.3f} s after its birth\n")
+        process = start(run, **deep, steps=40, data=replace(config.data, num_workers=1))
+        kill_helper(process, number, delay)
+        require_a_clean_end(process, replace(config, **deep, steps=40), whole, run)
 
 
 @pytest.mark.slow
