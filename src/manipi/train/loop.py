@@ -4,7 +4,8 @@ Everything random is a pure function of (seed, step): the sampler's rows, the no
 therefore needs weights, average and optimizer alone, and equals an undisturbed one.
 """
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from manipi.checkpoints.native import Checkpoint, PolicyConfig
 from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
+from manipi.model.device import ran_out_of_memory
 from manipi.storage import atomic_write
 from manipi.train.accumulate import accumulate_gradients
 from manipi.train.augment import augment
@@ -50,7 +52,8 @@ def train(
         show: draw a progress bar.
 
     Raises:
-        TrainingError: the folder belongs to another run or trainer, or the loss is not finite (NonFiniteError).
+        TrainingError: the folder belongs to another run or trainer, the loss is not finite (NonFiniteError), a GPU has
+            too little memory, or a process of the run died.
         CheckpointError: the checkpoint to go on from is damaged.
         DataError, ConfigError: see `manipi.train.data.prepare`; ConfigError also where a package is missing.
         StorageError: a checkpoint could not be written; the ones before it are untouched.
@@ -66,8 +69,9 @@ def train(
         run = world.once(lambda: _open_run(folder, config, resume_from))
         require_shared(run.folder, world)
         data = world.in_turn(lambda: prepare(config, run.folder))
-        state, window = _open_state(run, world, show=show and world.leads)
-        _train(run, data, state, window, locks[0] if locks else None, end, show=show and world.leads)
+        with _enough_memory(config, world, show=show and world.leads):
+            state, window = _open_state(run, world, show=show and world.leads)
+            _train(run, data, state, window, locks[0] if locks else None, end, show=show and world.leads)
         return run.checkpoint(state.step)
 
 
@@ -77,6 +81,19 @@ def _open_run(folder: Path, config: TrainConfig, resume_from: int | None) -> Run
     if resume_from is not None:
         run.rewind(resume_from)
     return run
+
+
+@contextmanager
+def _enough_memory(config: TrainConfig, world: World, *, show: bool) -> Iterator[None]:
+    """Raises TrainingError with the forecast and the settings that fit, where a GPU runs out of memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        from manipi.train.plan import out_of_memory  # it takes a step of this module's itself
+
+        raise out_of_memory(error, config, world.device, gpus=world.size, show=show) from error
 
 
 def _open_state(run: Run, world: World, *, show: bool) -> tuple[TrainState, list[dict[str, float]] | None]:

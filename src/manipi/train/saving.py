@@ -348,10 +348,11 @@ class Snapshot:
             ) from error
         self._device = max((t.device for t in tensors.values()), key=lambda device: device.type == "cuda")
         if self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device)
-            first = next(iter(self.tensors.values()))
-            runtime: Any = torch.cuda.cudart()
-            torch.cuda.check_error(int(runtime.cudaHostRegister(first.data_ptr(), size, 0)))
+            with torch.cuda.device(self._device):
+                self._stream = torch.cuda.Stream()
+                first = next(iter(self.tensors.values()))
+                runtime: Any = torch.cuda.cudart()
+                torch.cuda.check_error(int(runtime.cudaHostRegister(first.data_ptr(), size, 0)))
 
     def _map(self, descriptor: int, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]) -> None:
         self._descriptor, self._layout = descriptor, layout
