@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,15 +41,20 @@ def config(tiny) -> TrainConfig:
 
 
 @pytest.fixture
-def start(config, tmp_path) -> Callable[..., Command]:
+def start(config, tmp_path) -> Iterator[Callable[..., Command]]:
     """`start(folder)` runs `manipi train` there in a process of its own, with its group and a writer process."""
+    started = list[Command]()
 
     def start(run: Path, **changes) -> Command:
         write_json(tmp_path / "config.json", replace(config, async_save=True, **changes))
         (tmp_path / "recipe.py").write_text(RECIPE.format(folder=str(tmp_path)))
-        return Command("train", f"{tmp_path}/recipe.py:recipe", "--run-dir", run)
+        started.append(Command("train", f"{tmp_path}/recipe.py:recipe", "--run-dir", run))
+        return started[-1]
 
-    return start
+    yield start
+    for process in started:
+        if process.poll() is None:  # a test has failed, and what hangs is deaf to all else
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def is_stopped(pid: int) -> bool:
@@ -83,13 +88,14 @@ def helpers(process: Command) -> list[int]:
     return sorted(found)
 
 
-def kill_helper(process: Command, number: int, delay: float) -> None:
-    """So long after its birth."""
+def strike_helper(process: Command, number: int, delay: float = 0.0, by: int = signal.SIGKILL) -> int:
+    """So long after its birth. Returns its id."""
     while process.poll() is None and len(born := helpers(process)) <= number:
         time.sleep(0.001)
     assert process.poll() is None, process.said()
     time.sleep(delay)
-    os.kill(born[number], signal.SIGKILL)
+    os.kill(born[number], by)
+    return born[number]
 
 
 def log_lines(run: Path) -> list[str]:
@@ -188,8 +194,25 @@ def test_a_helper_is_killed_while_it_starts(number, delay, deep, config, start, 
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(replace(config, **deep, steps=4), whole, show=False)
     process = start(run, **deep, steps=4, data=replace(config.data, num_workers=1))
-    kill_helper(process, number, delay)
+    strike_helper(process, number, delay)
     require_a_clean_end(process, replace(config, **deep, steps=4), whole, run)
+
+
+@pytest.mark.slow
+def test_a_writer_that_stops_while_it_starts(deep, config, start, tmp_path):
+    """It is reported, and a signal that comes meanwhile is heard."""
+    process = start(tmp_path / "run", **deep, guards=replace(config.guards, stall_seconds=0.5))
+    writer = strike_helper(process, 0, by=signal.SIGSTOP)
+    while "stalled: the run has been waiting for the checkpoint of step 4" not in process.said():
+        assert process.poll() is None, process.said()
+        time.sleep(0.05)
+    assert "in _receive" in process.said()  # the trainer's stack
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(writer, signal.SIGCONT)
+    done = process.communicate()
+    assert done.returncode == 0, done.stderr
+    assert "SIGTERM: stopped at step 5 of 16, with a checkpoint" in done.stdout
+    assert whole_checkpoints_alone(tmp_path / "run")[:2] == [0, 4]
 
 
 @pytest.mark.long
@@ -201,7 +224,7 @@ def test_twenty_helpers_are_killed_at_random_moments_of_their_start(deep, config
         run, number, delay = tmp_path / f"run{kill}", rng.randint(0, 1), rng.uniform(0, 2)
         sys.stdout.write(f"kill {kill}: {('writer', 'worker')[number]}, {delay:.3f} s after its birth\n")
         process = start(run, **deep, steps=40, data=replace(config.data, num_workers=1))
-        kill_helper(process, number, delay)
+        strike_helper(process, number, delay)
         require_a_clean_end(process, replace(config, **deep, steps=40), whole, run)
 
 
