@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -105,7 +105,8 @@ class ModelInput:
                 where="ModelInput.from_numpy",
                 next="build the batch with the transform pipeline",
             )
-        return cls(**{key: _to_tensor(key, value) for key, value in batch.items()}).to(device)
+        tensors: dict[str, Any] = {key: _to_tensor(key, value) for key, value in batch.items()}
+        return cls(**tensors).to(device)
 
     def to(self, device: torch.device | str) -> "ModelInput":
         """The same batch on another device. To a GPU, copies from pinned memory do not wait."""
@@ -173,7 +174,7 @@ def blank_input(config: ModelConfig, cameras: Sequence[bool], prompt_len: int, d
         delay: with a previous chunk of zeros, of which so many steps are committed.
     """
     size, longest, horizon = config.vision.image_size, config.max_token_len, config.action_horizon
-    previous = (
+    previous: dict[str, Any] = (
         {}
         if delay is None
         else {
