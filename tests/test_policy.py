@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+import torch
 
 from manipi.errors import ConfigError, ObservationError
+from manipi.model import VLA
 from manipi.policy import Policy
 from manipi.robots import Robot
 
@@ -129,3 +131,15 @@ def test_a_fused_policy_acts_like_the_plain_one(policy, trained):
     plain = policy.infer_batch(observations(), noises)
     for one, answer in zip(plain, fused.infer_batch(observations(), noises), strict=True):
         np.testing.assert_allclose(answer["actions"], one["actions"], atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["to", "sample"])
+def test_a_gpu_without_room_for_the_policy(trained, monkeypatch, where):
+    """What torch would raise there, while the weights move or while the self-test is computed."""
+
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB.")
+
+    monkeypatch.setattr(VLA, where, no_room)
+    with pytest.raises(ConfigError, match=r"(?s)expected room for 0\.0\d GiB of weights on cpu.*to allocate 4.00 GiB"):
+        Policy.load(trained("pi05"))

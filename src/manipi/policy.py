@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 
 from manipi.checkpoints.native import Checkpoint, PolicyConfig, SelfTest, read_checkpoint
-from manipi.errors import ConfigError, SelfTestError, WeightsMismatchError, unknown_name
+from manipi.errors import ConfigError, SelfTestError, WeightsMismatchError, shown, unknown_name
 from manipi.model import VLA, ModelInput
 from manipi.model.config import Pi0FastConfig
+from manipi.model.device import ran_out_of_memory, require_device
 from manipi.model.engine import Engine
 from manipi.model.graphs import require_compiled
 from manipi.model.inputs import blank_input
@@ -84,14 +86,15 @@ class Policy:
         Raises:
             CheckpointError: the folder is incomplete or altered, or the self-test does not repeat.
             UnknownNameError: it was not trained on that robot.
-            ConfigError: torch cannot compile here.
+            ConfigError: torch cannot compile here, or the device is not there or has too little memory.
         """
         checkpoint = read_checkpoint(Path(folder))
         assert checkpoint.self_test is not None
         policy = Policy.from_checkpoint(checkpoint, device=device, seed=seed)
-        if compile:
-            policy.compile()
-        policy.check(checkpoint.self_test, where=str(folder))
+        with _room_on(device, policy.model):
+            if compile:
+                policy.compile()
+            policy.check(checkpoint.self_test, where=str(folder))
         if robot in (None, policy.robot.name):
             return policy
         if robot not in checkpoint.other_robots:
@@ -101,13 +104,20 @@ class Policy:
 
     @staticmethod
     def from_checkpoint(checkpoint: Checkpoint, *, device: str = "cpu", seed: int = 0) -> "Policy":
-        """The policy on `device`. Raises ConfigError where there is none, WeightsMismatchError where names differ."""
-        _require_device(device)
+        """The policy on `device`.
+
+        Raises:
+            WeightsMismatchError: names or shapes differ.
+            ConfigError: there is no such device, or too little memory on it.
+        """
+        require_device(device)
         with torch.device("meta"):
             model = VLA(checkpoint.config.model)
         _load_weights(model, checkpoint.weights)
         c = checkpoint
-        return Policy(model.to(device).eval(), c.config, c.robot, c.norm_stats, c.tokenizers, seed=seed)
+        with _room_on(device, model):
+            model = model.to(device)
+        return Policy(model.eval(), c.config, c.robot, c.norm_stats, c.tokenizers, seed=seed)
 
     def fuse(self, quantization: Quantization = "none") -> None:
         """Run through an engine from now on. It takes over the weights; `model` is the engine then.
@@ -321,15 +331,21 @@ def _alike(encoded: Sequence[Encoded]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _require_device(device: str) -> None:
+@contextmanager
+def _room_on(device: str, model: VLA | Engine) -> Iterator[None]:
+    """Around what takes memory there for good. Raises ConfigError where there is too little."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        yield
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 2**30
         raise ConfigError(
-            expected="a device that torch can use here, such as cpu or cuda",
-            found=str(error).splitlines()[0],
-            where=f"device {device!r}",
-            next="manipi doctor  # says what there is; or --device cpu",
+            expected=f"room for {weights:.2f} GiB of weights on {device}, and for what is computed with them",
+            found=shown(str(error).splitlines()[0], 200),
+            where=f"device {device}",
+            next="end what else is on it (nvidia-smi), choose another --device, or keep matrices in 8 bits "
+            "(manipi bench infer CHECKPOINT --quantize int8_weights --data DATASET)",
         ) from error
 
 

@@ -1,15 +1,18 @@
 """The engine beside the model that it is made of: same results, less work."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from manipi.errors import ConfigError, UnknownNameError
 from manipi.model import VLA, ModelInput
 from manipi.model.config import Adapters, Compat, GemmaSize, LoRA, Pi0FastConfig
 from manipi.model.engine import Engine
+from manipi.model.graphs import compile_layers
 from manipi.model.quantize import Float8, Int8Rows, Int8Weights, PackedInt8, compute_dtype
 
 B, C, L, H, A = 3, 2, 7, 5, 6
@@ -190,6 +193,42 @@ def test_cuda_graphs_repeat_the_models_actions(configs, build, batch, name):
     for (inputs, draws), answer in zip(cases, expected, strict=True):
         found = engine.sample(inputs.to("cuda"), draws.cuda()).cpu()
         torch.testing.assert_close(found, answer, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_cuda_graphs_on_another_gpu_than_the_first(configs, build, batch):
+    model, inputs = model_of(configs["pi05"], build), row(masked(batch, "all valid"), 0)
+    expected = oracle(model, inputs, noise(1))
+    engine = Engine(model.to("cuda:1"), num_steps=4)
+    engine.compile()
+    with ThreadPoolExecutor(1) as thread:  # in which torch starts on the first one, as a server's does
+        found = thread.submit(engine.sample, inputs.to("cuda:1"), noise(1).to("cuda:1")).result().cpu()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("thread", ["the same", "another"])
+def test_a_layer_has_more_variants_than_torch_makes_by_default(thread):
+    """Also in the thread of a server, which has torch's settings of its own."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return x.relu() + 1
+
+    torch._dynamo.reset()
+    layer, compiled = Layer(), CompileCounter()
+    compile_layers([layer], torch.device("cpu"), backend=compiled, dynamic=False)
+    sizes = range(2, 26)
+
+    def call() -> None:
+        for size in sizes:
+            layer(torch.ones(size))
+
+    if thread == "another":
+        with ThreadPoolExecutor(1) as other:
+            other.submit(call).result()
+    else:
+        call()
+    assert compiled.frame_count == len(sizes)
 
 
 # π0-FAST

@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from manipi.model import VLA, ModelInput
 from manipi.model.config import Compat, Pi0FastConfig
@@ -142,6 +144,38 @@ def test_masks_are_read_before_they_leave_the_host_and_again_when_they_change(ba
     changed = replace(batch, image_valid=torch.zeros(B, C, dtype=torch.bool))
     assert changed.kept.cameras == ()
     assert not changed.kept.plain
+
+
+def test_what_is_kept_goes_along_with_parts_and_changes_of_a_batch(batch):
+    """On a device where masks cannot be read, as on a GPU that would be waited for."""
+    here = masked(batch, [[True, False], [False, True], [False, False]], [4, 6, 1])
+    there = here.to("meta")
+    assert there.to("meta").kept == here.kept
+    assert replace(there, delay=torch.zeros(B, device="meta"), images=there.images * 2).kept == here.kept
+    assert [part.kept for part in there.split(B)] == [part.kept for part in here.split(B)]
+    assert len({part.kept for part in there.split(B)}) == B
+    again = replace(replace(there, state=there.state + 1).split(B)[1], actions=None).split(1)[0]
+    assert again.kept == here.split(B)[1].kept
+    with pytest.raises(NotImplementedError, match="meta"):
+        _ = replace(there, token_valid=there.token_valid.clone()).kept
+
+
+def test_only_copies_from_the_host_to_a_gpu_do_not_wait(batch):
+    """What comes back without waiting is read before it is there."""
+    waited = {}
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                way = args[0].device.type, torch.device(kwargs["device"]).type
+                waited.setdefault(way, set()).add(not kwargs.get("non_blocking", False))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(allow_non_fake_inputs=True), Copies():
+        there = batch.to("cuda:0")
+        there.to("cpu")
+        batch.to("meta")
+    assert waited == {("cpu", "cuda"): {False}, ("cuda", "cpu"): {True}, ("cpu", "meta"): {True}}
 
 
 def test_prompts_on_a_gpu_keep_a_round_number_of_tokens():

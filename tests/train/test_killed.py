@@ -2,12 +2,13 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,15 +41,20 @@ def config(tiny) -> TrainConfig:
 
 
 @pytest.fixture
-def start(config, tmp_path) -> Callable[..., Command]:
+def start(config, tmp_path) -> Iterator[Callable[..., Command]]:
     """`start(folder)` runs `manipi train` there in a process of its own, with its group and a writer process."""
+    started = list[Command]()
 
     def start(run: Path, **changes) -> Command:
         write_json(tmp_path / "config.json", replace(config, async_save=True, **changes))
         (tmp_path / "recipe.py").write_text(RECIPE.format(folder=str(tmp_path)))
-        return Command("train", f"{tmp_path}/recipe.py:recipe", "--run-dir", run)
+        started.append(Command("train", f"{tmp_path}/recipe.py:recipe", "--run-dir", run))
+        return started[-1]
 
-    return start
+    yield start
+    for process in started:
+        if process.poll() is None:  # a test has failed, and what hangs is deaf to all else
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def is_stopped(pid: int) -> bool:
@@ -67,6 +73,29 @@ def stop_when(process: Command, moment: Callable[[], bool]) -> None:
             os.killpg(process.pid, signal.SIGCONT)
         time.sleep(0.002)
     pytest.fail(f"the run ended before its moment came: {process.said()}")
+
+
+def helpers(process: Command) -> list[int]:
+    """Its writer and its data workers, in the order in which they were started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == process.pid and b"spawn_main" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return sorted(found)
+
+
+def strike_helper(process: Command, number: int, delay: float = 0.0, by: int = signal.SIGKILL) -> int:
+    """So long after its birth. Returns its id."""
+    while process.poll() is None and len(born := helpers(process)) <= number:
+        time.sleep(0.001)
+    assert process.poll() is None, process.said()
+    time.sleep(delay)
+    os.kill(born[number], by)
+    return born[number]
 
 
 def log_lines(run: Path) -> list[str]:
@@ -140,6 +169,63 @@ def test_sigterm_saves_and_exits_with_0(config, start, tmp_path):
     assert whole_checkpoints_alone(run) == [0, 4, step]
     train(config, run, show=False)
     same_run(whole, run)
+
+
+def require_a_clean_end(process: Command, config: TrainConfig, whole: Path, run: Path) -> None:
+    """After the death of a helper: an error that says so, soon, and a run that goes on as if nothing had happened."""
+    done = process.communicate(timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert "with exit code -9 (-9: killed, often for want of memory)" in done.stderr
+    assert "Traceback" not in done.stderr
+    train(config, run, show=False)
+    same_run(whole, run)
+
+
+@pytest.fixture
+def deep(config) -> dict:
+    """Changes after which the writer is told of more tensors than fit into a pipe."""
+    sizes = {name: replace(getattr(config.model, name), depth=6) for name in ("vlm", "action_expert")}
+    return {"model": replace(config.model, **sizes)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "delay"), [(0, 0.0), (1, 0.2)], ids=["writer", "worker"])
+def test_a_helper_is_killed_while_it_starts(number, delay, deep, config, start, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(replace(config, **deep, steps=4), whole, show=False)
+    process = start(run, **deep, steps=4, data=replace(config.data, num_workers=1))
+    strike_helper(process, number, delay)
+    require_a_clean_end(process, replace(config, **deep, steps=4), whole, run)
+
+
+@pytest.mark.slow
+def test_a_writer_that_stops_while_it_starts(deep, config, start, tmp_path):
+    """It is reported, and a signal that comes meanwhile is heard."""
+    process = start(tmp_path / "run", **deep, guards=replace(config.guards, stall_seconds=0.5))
+    writer = strike_helper(process, 0, by=signal.SIGSTOP)
+    while "stalled: the run has been waiting for the checkpoint of step 4" not in process.said():
+        assert process.poll() is None, process.said()
+        time.sleep(0.05)
+    assert "in _receive" in process.said()  # the trainer's stack
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(writer, signal.SIGCONT)
+    done = process.communicate()
+    assert done.returncode == 0, done.stderr
+    assert "SIGTERM: stopped at step 5 of 16, with a checkpoint" in done.stdout
+    assert whole_checkpoints_alone(tmp_path / "run")[:2] == [0, 4]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_twenty_helpers_are_killed_at_random_moments_of_their_start(deep, config, start, tmp_path):
+    whole, rng = tmp_path / "whole", random.Random(22)
+    train(replace(config, **deep, steps=40), whole, show=False)
+    for kill in range(20):
+        run, number, delay = tmp_path / f"run{kill}", rng.randint(0, 1), rng.uniform(0, 2)
+        sys.stdout.write(f"kill {kill}: {('writer', 'worker')[number]}, {delay:.3f} s after its birth\n")
+        process = start(run, **deep, steps=40, data=replace(config.data, num_workers=1))
+        strike_helper(process, number, delay)
+        require_a_clean_end(process, replace(config, **deep, steps=40), whole, run)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -322,8 +323,8 @@ def test_a_corrupted_newest_checkpoint_is_named_with_the_one_before(tiny, traine
         train(config, run, show=False)
     assert error.value.expected == "a sound checkpoint of step 2"
     assert error.value.where == str(weights)
-    assert error.value.next == "--resume-from 0 goes on from the one before it, and deletes this one"
-    with pytest.raises(CheckpointError, match="one of this run's checkpoints: 0, 2"):
+    assert error.value.next == "--resume-from 0 goes on from the newest sound one before it, and deletes those after"
+    with pytest.raises(CheckpointError, match=r"(?s)one of this run's checkpoints: 0, 2.*leave --resume-from out"):
         train(config, run, resume_from=1, show=False)
     assert train(config, run, resume_from=0, show=False) == run / "checkpoints/2"
     verify(run / "checkpoints/2")
@@ -331,8 +332,53 @@ def test_a_corrupted_newest_checkpoint_is_named_with_the_one_before(tiny, traine
         train(config, run, resume_from=0, show=False)
     flip(run / "checkpoints/0/config.json")
     shutil.rmtree(run / "checkpoints/2")
-    with pytest.raises(CheckpointError, match="there is none before it"):
+    with pytest.raises(CheckpointError, match="there is no sound one before it"):
         train(config, run, show=False)
+
+
+def test_a_damaged_checkpoint_is_never_offered(tiny, trained, tmp_path):
+    """Whichever of three are damaged, the advice works, or says that there is nothing to go on from."""
+    original, config = copy(trained("pi05"), tmp_path), tiny("pi05", steps=2)
+    shutil.copytree(original / "checkpoints/0", original / "checkpoints/1")
+    for damaged in ((2,), (2, 1), (2, 1, 0), (2, 0)):
+        run = shutil.copytree(original, tmp_path / "-".join(map(str, damaged)))
+        for step in damaged:
+            flip(run / f"checkpoints/{step}/model.safetensors")
+        with pytest.raises(CheckpointError, match="a sound checkpoint of step 2") as error:
+            Run(run, config).newest()
+        sound = sorted({0, 1} - set(damaged))
+        if not sound:
+            assert error.value.next == f"there is no sound one before it: delete {run / 'checkpoints'} and start again"
+            continue
+        offered = re.match(r"--resume-from (\d+) ", error.value.next)
+        assert int(offered[1]) == sound[-1]
+        Run(run, config).rewind(int(offered[1]))
+        assert Run(run, config).newest() == sound[-1]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [*lines[:-1], b"\0" * 300],  # a line that never reached the disk
+        lambda lines: [*lines, b"\0" * 5000],
+        lambda lines: [*lines[:-1], b"\0" * 40 + lines[-1]],  # a run that went on behind it
+        lambda lines: [lines[0], b'{"loss": 1', b"\xff\xfe", b"[1]", b"null", b'{"step": "two"}', *lines[1:]],
+    ],
+)
+def test_a_log_after_a_loss_of_power(tiny, tmp_path, capsys, damage):
+    config = tiny(steps=4)
+    train(config, tmp_path, stop_at=2, show=False)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes().splitlines()
+    damaged = damage(whole)
+    path.write_bytes(b"".join(line + b"\n" for line in damaged))
+    train(config, tmp_path, show=False)
+    there = [json.loads(line) for line in whole if any(line in one for one in damaged)]
+    assert Run(tmp_path, config).read_metrics()[: len(there)] == there
+    assert [line["step"] for line in Run(tmp_path, config).read_metrics()][-2:] == [3, 4]
+    lost = sum(not any(line in one for line in whole) for one in damaged)
+    said = f"{path}: dropped {lost} of {len(damaged)} lines, which cannot be read"
+    assert (said in capsys.readouterr().out) == bool(lost)
 
 
 def plant(dataset, tmp_path, column, value):

@@ -1,5 +1,6 @@
 """The forecast of a step's memory against real steps: autograd's hooks, real tensors, torch's allocator."""
 
+import re
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,10 +10,12 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from manipi.errors import ConfigError, UnknownNameError
+from manipi.errors import ConfigError, TrainingError, UnknownNameError
+from manipi.model import VLA
 from manipi.model.config import Adapters, LoRA, Pi0FastConfig
+from manipi.train import loop
 from manipi.train.config import ComputeConfig, OptimizerConfig
-from manipi.train.loop import train_step
+from manipi.train.loop import train, train_step
 from manipi.train.memory import GIB, SHARDED, forecast, largest_batch, step_memory
 from manipi.train.noise import draw_noise
 from manipi.train.plan import find_fit, fits, gpu_bytes
@@ -176,6 +179,53 @@ def test_nothing_fits(flat):
     compute = ComputeConfig(recompute="full", precision="pure_bf16")
     config = flat(batch_size=1, ema_decay=0.0, noise_draws=1, compute=compute)
     assert find_fit(config, forecast(config), GIB) is None
+
+
+SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.65 GiB\nof which 1 is free."
+
+
+def raising_once(function, error):
+    """`function`, but for its first call."""
+    calls = iter([error])
+
+    def called(*args, **kwargs):
+        for first in calls:
+            raise first
+        return function(*args, **kwargs)
+
+    return called
+
+
+def test_a_state_that_a_gpu_has_no_room_for(flat, tmp_path, monkeypatch):
+    """What torch would raise is raised where it would be; there is no GPU here."""
+    config = flat(batch_size=4096)
+    monkeypatch.setattr(VLA, "init_weights", raising_once(VLA.init_weights, torch.OutOfMemoryError(SAID)))
+    with pytest.raises(TrainingError, match=r"CUDA out of memory. Tried to allocate 2.00 GiB") as caught:
+        train(config, tmp_path, show=False)
+    memory = forecast(config)
+    assert f"forecast of a step: {memory.peak / GIB:.2f} GiB" in caught.value.found
+    assert "\n" not in caught.value.found
+    flags = re.match(r"--accumulate (\d+) needs (\d+\.\d\d) GiB", caught.value.next)
+    fitting = forecast(replace(config, accumulate=int(flags[1])))
+    assert f"{(fitting.peak + fitting.reserve) / GIB:.2f}" == flags[2]
+    assert fitting.peak + fitting.reserve < memory.peak + memory.reserve
+
+
+def test_a_step_that_a_gpu_has_no_room_for(flat, tmp_path, monkeypatch):
+    """Most of the savings are there already. The folder stays sound."""
+    compute = ComputeConfig(recompute="full", precision="pure_bf16")
+    config = flat(batch_size=1, ema_decay=0.0, noise_draws=1, compute=compute, steps=2)
+    first, second = train_step, raising_once(train_step, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when …"))
+    monkeypatch.setattr(loop, "train_step", lambda state, *rest: (second if state.step else first)(state, *rest))
+    with pytest.raises(TrainingError, match=r"(?s)CUBLAS_STATUS_ALLOC_FAILED.*no settings that are known fit"):
+        train(config, tmp_path, show=False)
+    assert train(config, tmp_path, show=False).name == "2"
+
+
+def test_other_errors_stay_what_they_are(flat, tmp_path, monkeypatch):
+    monkeypatch.setattr(VLA, "init_weights", raising_once(VLA.init_weights, RuntimeError("CUDA error: misaligned")))
+    with pytest.raises(RuntimeError, match="misaligned"):
+        train(flat(), tmp_path, show=False)
 
 
 def test_gpus_by_name_and_by_size():

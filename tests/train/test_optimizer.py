@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from manipi.errors import ConfigError
 from manipi.train.config import LRScale, OptimizerConfig
-from manipi.train.noise import BETA_ALPHA, draw_noise
+from manipi.train.noise import BETA_ALPHA, draw_delay, draw_noise
 from manipi.train.optimizer import (
     clip_scale,
     gradient_norm,
@@ -21,7 +21,7 @@ from manipi.train.optimizer import (
     update,
     update_average,
 )
-from manipi.train.rounding import round_stochastically
+from manipi.train.rounding import round_stochastically, step_seed
 
 
 def test_learning_rate_at_its_corners():
@@ -182,6 +182,32 @@ def test_multipliers_of_the_learning_rate():
 
 
 # ---- rounding at random
+
+
+def test_noise_and_rounding_have_streams_of_their_own():
+    """Of one another, of other steps and of other seeds; and the noise is what it has always been."""
+    places = [(seed, step) for seed in (0, 1, 42, 2**40) for step in range(-1, 300)]
+    drawn = {"noise": [], "delay": [], "rounding": [step_seed(*place) for place in places]}
+    seeded = torch.Generator.manual_seed
+
+    class Recorded(torch.Generator):
+        def manual_seed(self, seed):
+            drawn[name].append(seed)
+            return seeded(self, seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "Generator", Recorded)
+        for place in places:
+            name = "noise"
+            draw_noise(*place, 1, 1, 1, 1)
+            name = "delay"
+            draw_delay(*place, 1, 1)
+    assert all(len(seeds) == len(places) for seeds in drawn.values())
+    assert len(set().union(*drawn.values())) == 3 * len(places)
+    noise, timesteps = draw_noise(42, 7, 2, 3, 4, 5)
+    assert noise.flatten()[:3].tolist() == [-0.3135215640068054, -0.5665296316146851, 0.36278149485588074]
+    assert timesteps.flatten()[:3].tolist() == [0.9998884797096252, 0.30570536851882935, 0.7584753036499023]
+    assert draw_delay(42, 7, 6, 3).tolist() == [2, 2, 3, 3, 1, 0]
 
 
 def test_rounding_at_random_is_unbiased():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.commands import run_manipi
 from tests.train import ranks
 from tests.train.ranks import Ranks
 
@@ -232,3 +233,14 @@ def test_the_examples_flags(tiny, name):
 def test_a_line_that_cannot_be(tiny, flags, message):
     with pytest.raises(ConfigError, match=message):
         Launch(**flags).command(tiny(), [])
+
+
+def test_more_gpus_than_there_are():
+    """One error, and no torchrun that starts so many processes to hear it from each."""
+    there = torch.cuda.device_count()
+    done = run_manipi("train", "tabletop", "--gpus", there + 2, "--batch-size", 4 * (there + 2), "--data.path", "none")
+    assert done.returncode == 1
+    assert f"expected {there + 2} GPUs on this host" in done.stderr
+    assert "--processes N to train on the processor" in done.stderr
+    assert "torch.distributed.run" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

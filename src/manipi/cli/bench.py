@@ -1,14 +1,14 @@
 """`manipi bench infer`: where the time of an inference call goes, and what 8 bits cost in action error."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from manipi.cli.arguments import NewFile, parse
-from manipi.cli.result import table, write_result
+from manipi.cli.result import said_device, table, write_result
 from manipi.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class _Infer:
     """Timed calls, after two others."""
     compile: bool = False
     """Compile the layers first."""
-    device: str = "cpu"
-    """Where the model runs, such as cuda."""
+    device: str = "auto"
+    """Where the model runs, such as cpu or cuda:1; auto: a GPU where there is one."""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
     json: NewFile | None = None
@@ -58,6 +58,7 @@ def main(arguments: Sequence[str]) -> None:
             raise ConfigError(expected="infer", found=found, where="manipi bench", next="manipi bench infer --help")
     args = parse(_Infer, arguments[1:], "bench infer")
     _check(args)
+    args = replace(args, device=said_device(args.device))
 
     import torch
 

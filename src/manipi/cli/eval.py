@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from manipi.cli.arguments import NewFile, parse
-from manipi.cli.result import table, write_result
+from manipi.cli.result import said_device, table, write_result
 from manipi.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class _Eval:
     """Closed loop: executed steps after an observation until the next one is sent."""
     delay: int = 2
     """Closed loop: executed steps until the answer to an observation is there."""
-    device: str = "cpu"
-    """Where the model runs, such as cuda."""
+    device: str = "auto"
+    """Where the model runs, such as cpu or cuda:1; auto: a GPU where there is one."""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
     plot: NewFile | None = None
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
 
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    policy = Policy.load(args.checkpoint, device=args.device)
+    policy = Policy.load(args.checkpoint, device=said_device(args.device))
     if args.data is not None and args.holdout is not None:
         split = new_split(policy, args.data, holdout=args.holdout, seed=args.seed)
     else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from manipi.cli.arguments import NewFile, parse
-from manipi.cli.result import table, write_result
+from manipi.cli.result import said_device, table, write_result
 
 if TYPE_CHECKING:
     from manipi.evaluate.replay import Answering, Replay
@@ -36,8 +36,8 @@ class _Replay:
     """Certificate (PEM) of a server whose own is self-signed."""
     token_file: Path | None = None
     """File with the server's token."""
-    device: str = "cpu"
-    """Where a checkpoint's model runs, such as cuda."""
+    device: str = "auto"
+    """Where a checkpoint's model runs, such as cpu or cuda:1; auto: a GPU where there is one."""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
     json: NewFile | None = None
@@ -77,7 +77,7 @@ def _open(args: _Replay) -> "Iterator[Answering]":
 
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    yield Policy.load(Path(args.target), device=args.device)
+    yield Policy.load(Path(args.target), device=said_device(args.device))
 
 
 def _render(result: "Replay", tolerance: float) -> str:

@@ -15,6 +15,16 @@ def write_result(result: Any, path: Path | None) -> None:
         atomic_write(path, f"{text}\n".encode())
 
 
+def said_device(wanted: str) -> str:
+    """The device that `--device` stands for, which is said where it was left to us."""
+    from manipi.model.device import choose_device
+
+    device = choose_device(wanted)
+    if wanted == "auto":
+        print(f"device  {device}", flush=True)
+    return device
+
+
 def table(rows: list[tuple[Any, ...]], header: tuple[str, ...] | None = None) -> str:
     """Columns aligned: text to the left, numbers to the right."""
     shown = [tuple(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row) for row in rows]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from manipi.cli.arguments import NewFile, parse
+from manipi.cli.result import said_device
 from manipi.records import to_json
 from manipi.robots.robot import Robot
 from manipi.serve.access import Access, join_host, read_token, tls_context
@@ -46,8 +47,8 @@ class _Serve:
     empty_prompts: bool = False
     """Take observations whose prompt is empty also where the policy was not trained on such."""
     limits: Limits = field(default_factory=Limits)
-    device: str = "cpu"
-    """Where the model runs, such as cuda."""
+    device: str = "auto"
+    """Where the model runs, such as cpu or cuda:1; auto: a GPU where there is one."""
     seed: int = 0
     """Of the noise that actions are sampled from."""
     compile: bool = False
@@ -98,11 +99,12 @@ def _load_policy(args: _Serve) -> "Policy":
 
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    device = said_device(args.device)
     if args.quantize == "none":
-        return Policy.load(args.checkpoint, robot=args.robot, device=args.device, seed=args.seed, compile=args.compile)
+        return Policy.load(args.checkpoint, robot=args.robot, device=device, seed=args.seed, compile=args.compile)
     require_report(args.checkpoint, args.quantize)
     # The self-test is of the exact weights; what 8 bits change, the report says.
-    policy = Policy.load(args.checkpoint, robot=args.robot, device=args.device, seed=args.seed)
+    policy = Policy.load(args.checkpoint, robot=args.robot, device=device, seed=args.seed)
     policy.fuse(args.quantize)
     if args.compile:
         policy.compile()

@@ -55,7 +55,12 @@ def main(arguments: Sequence[str]) -> None:
     args = parse_train(target, load_recipe(target), arguments[1:])
     run_dir = args.run_dir or Path("runs") / target.rpartition(":")[2]
     if args.launch.wanted:
-        _become(args.launch.command(args.config, arguments))
+        torchrun = args.launch.command(args.config, arguments)
+
+        from manipi.train.parallel import require_gpus
+
+        require_gpus(args.launch.gpus)  # by name, and not from every process that torchrun starts and ends
+        _become(torchrun)
 
     from manipi.train.loop import train
     from manipi.train.run import Run

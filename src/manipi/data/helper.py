@@ -1,14 +1,20 @@
 """Processes that help another one, and end with it."""
 
+import mmap
 import multiprocessing
+import os
+import pickle
 import signal
 import weakref
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import DupFd, ForkingPickler
 from multiprocessing.util import Finalize
 from typing import Any
+
+from manipi.data.shared import nameless_file
 
 _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """What a terminal or a scheduler sends to a whole process group: only the process that is helped shall act on it."""
@@ -20,11 +26,12 @@ def start_helper(target: Callable[..., None], *args: Any) -> tuple[BaseProcess, 
     """Run `target(*args, connection)` in a fresh interpreter. Returns the process, and our end of its connection.
 
     The end of either process reads as EOFError at the other end. `kill` ends the helper, which is deaf to `terminate`.
+    This returns at once, whatever becomes of the helper, and however much the arguments are.
     """
     # A forked process would inherit the locks of torch's and Arrow's threads, perhaps held.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=target, args=(*args, theirs), daemon=True)
+    process = context.Process(target=_begin, args=(_Parcel((target, *args)), theirs), daemon=True)
     resource_tracker.ensure_running()  # starting it would unblock signals
     # Blocked rather than ignored: the helper inherits that from its first instruction, and we get the signal after all.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
@@ -35,6 +42,36 @@ def start_helper(target: Callable[..., None], *args: Any) -> tuple[BaseProcess, 
     theirs.close()  # with our copy of it open, the death of the helper would go unseen
     _running.add(process)
     return process, ours
+
+
+def _begin(parcel: "_Parcel", caller: Connection) -> None:
+    target, *args = parcel.contents
+    target(*args, caller)
+
+
+class _Parcel:
+    """What a helper is started with, in memory that it gets the descriptor of.
+
+    Python writes arguments into a pipe whose reading end it keeps open meanwhile. Where they are more than the pipe
+    holds (64 kB) and the helper dies before it has read them, that never ends, and no signal is heard.
+    """
+
+    def __init__(self, contents: tuple[Any, ...]):
+        self.contents = contents
+
+    def __reduce__(self) -> tuple:
+        # While the process is being started, which is when descriptors within may be handed on.
+        pickled = ForkingPickler.dumps(self.contents)
+        descriptor = nameless_file(len(pickled))
+        weakref.finalize(self, os.close, descriptor)
+        with mmap.mmap(descriptor, len(pickled)) as memory:
+            memory[:] = pickled
+        return _unpack, (DupFd(descriptor),)
+
+
+def _unpack(descriptor: Any) -> _Parcel:
+    with os.fdopen(descriptor.detach(), "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
+        return _Parcel(pickle.loads(memory))
 
 
 def _end_all() -> None:

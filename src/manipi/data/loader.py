@@ -119,8 +119,8 @@ class Loader:
 
     def _from_workers(self, step: int) -> Batch:
         if not self._workers:
-            numbers = range(step, step + self._num_workers)
-            self._workers = [_Worker(self._task, first, self._num_workers, self._prefetch) for first in numbers]
+            for first in range(step, step + self._num_workers):  # one by one: what ends this shall end them
+                self._workers.append(_Worker(self._task, first, self._num_workers, self._prefetch))
         return self._workers[(step - self._start_step) % self._num_workers].receive()
 
 

@@ -5,6 +5,7 @@ made stays on disk, in `compile/` of manipi's home (or where TORCHINDUCTOR_CACHE
 quick. On a GPU a whole call is recorded once per shape, and then played back without Python in between.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,18 +17,26 @@ from manipi.errors import ConfigError
 from manipi.storage import home
 
 RECOMPILE_LIMIT = 64
+"""One layer's code serves prefix, state and steps, with and without padding, of one length and of any: more than the
+eight variants after which torch would go on uncompiled, without a word."""
+
+
+def many_variants() -> dict[str, Any]:
+    """Options of `torch.compile` for code of which it makes many variants, in whichever thread it is called."""
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": RECOMPILE_LIMIT}
+    # torch 2.11, whose setting is the process's; later it is each thread's, and one made here is not that of a server.
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    return {}
 
 
 def compile_layers(layers: Iterable[nn.Module], device: torch.device, **options: Any) -> None:
     """Have the layers compiled at their first call, with the tuning of matrix products on a GPU."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "compile"))
-    # One layer's code serves prefix, state and steps, with and without padding, of one length and of any: more than
-    # the eight variants after which torch would go on uncompiled, without a word.
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     if device.type == "cuda":
         options.setdefault("mode", "max-autotune-no-cudagraphs")
     for layer in layers:
-        layer.compile(**options)
+        layer.compile(**many_variants(), **options)
 
 
 def require_compiled(warm_up: Callable[[], object]) -> None:
@@ -58,13 +67,14 @@ class Graphs:
         """`function(batch, noise)`, where `batch` is a named tuple."""
         arguments = (*batch, noise)
         key = tuple((one.shape, one.dtype) if isinstance(one, Tensor) else one for one in arguments)
-        if key not in self._recorded:
-            self._recorded[key] = self._record(function, batch, noise)
-        graph, places, answer = self._recorded[key]
-        for place, value in zip(places, (one for one in arguments if isinstance(one, Tensor)), strict=True):
-            place.copy_(value)
-        graph.replay()
-        return answer.clone()
+        with torch.cuda.device(noise.device):  # streams and graphs are made on the thread's GPU, which is the first one
+            if key not in self._recorded:
+                self._recorded[key] = self._record(function, batch, noise)
+            graph, places, answer = self._recorded[key]
+            for place, value in zip(places, (one for one in arguments if isinstance(one, Tensor)), strict=True):
+                place.copy_(value)
+            graph.replay()
+            return answer.clone()
 
     def _record(
         self, function: Callable[..., Tensor], batch: Any, noise: Tensor
@@ -77,6 +87,6 @@ class Graphs:
                 function(type(batch)(*own[:-1]), own[-1])
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):  # torch's own stream is of one GPU for all
             answer = function(type(batch)(*own[:-1]), own[-1])
         return graph, [one for one in own if isinstance(one, Tensor)], answer

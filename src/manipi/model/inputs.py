@@ -5,9 +5,9 @@ Shape letters: B batch, C camera slots, L prompt tokens, H action horizon, A act
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,19 @@ from manipi.model.trim import PROMPT_MULTIPLE, Kept, kept
 
 _DTYPES = {"tokens": torch.long, "delay": torch.long, "state": torch.float32, "actions": torch.float32}
 """Fields that are neither pictures nor masks. Pictures keep their dtype, masks are bool."""
+
+
+Masks: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+"""`image_valid`, `token_valid` and `token_causal` of a batch."""
+
+
+@dataclass(frozen=True)
+class HostMasks:
+    """Masks in the host's memory, which can be read without waiting for a device."""
+
+    copies: Masks
+    of: Masks
+    """What they are copies of; of other masks they say nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +60,8 @@ class ModelInput:
     """π0-FAST training: tokens that see only what comes before them."""
     token_loss: Bool[Tensor, "B L"] | None = None
     """π0-FAST training: tokens to predict."""
+    host_masks: HostMasks | None = field(default=None, repr=False, compare=False)
+    """Of a batch that came to a device by `to`; it goes along when other fields are replaced."""
 
     @property
     def batch_size(self) -> int:
@@ -54,12 +69,22 @@ class ModelInput:
 
     @cached_property
     def kept(self) -> Kept:
-        """What the model computes of this batch. Waits for a GPU, unless the batch came there by `to`."""
-        return self._kept_on(self.tokens.device)
+        """What the model computes of this batch. Waits for a GPU, unless the masks came there by `to`."""
+        multiple = PROMPT_MULTIPLE if self.tokens.device.type == "cuda" else 1
+        return kept(*(self._copies or self._masks), multiple=multiple)
 
-    def _kept_on(self, device: torch.device) -> Kept:
-        multiple = PROMPT_MULTIPLE if device.type == "cuda" else 1
-        return kept(self.image_valid, self.token_valid, self.token_causal, multiple=multiple)
+    @property
+    def _masks(self) -> Masks:
+        return self.image_valid, self.token_valid, self.token_causal
+
+    @property
+    def _copies(self) -> Masks | None:
+        """The masks in the host's memory, where they are known there."""
+        if self.tokens.device.type == "cpu":
+            return self._masks
+        host = self.host_masks
+        same = host is not None and all(a is b for a, b in zip(host.of, self._masks, strict=True))
+        return host.copies if host is not None and same else None
 
     @classmethod
     def from_numpy(cls, batch: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> "ModelInput":
@@ -68,11 +93,11 @@ class ModelInput:
         Raises:
             ConfigError: a key that is no field, or a required field that is absent.
         """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
+        fields = {one.name: one for one in dataclasses.fields(cls) if one.name != "host_masks"}
         for key in batch:
             if key not in fields:
                 raise unknown_name("model input", key, fields, next="drop it from the batch")
-        missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in batch]
+        missing = [name for name, one in fields.items() if one.default is dataclasses.MISSING and name not in batch]
         if missing:
             raise ConfigError(
                 expected="every required model input",
@@ -80,23 +105,38 @@ class ModelInput:
                 where="ModelInput.from_numpy",
                 next="build the batch with the transform pipeline",
             )
-        return cls(**{key: _to_tensor(key, value) for key, value in batch.items()}).to(device)
+        tensors: dict[str, Any] = {key: _to_tensor(key, value) for key, value in batch.items()}
+        return cls(**tensors).to(device)
 
     def to(self, device: torch.device | str) -> "ModelInput":
-        """The same batch on another device; copies from pinned memory do not wait."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        moved = dataclasses.replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
-        if self.tokens.device.type == "cpu" != moved.tokens.device.type:
-            vars(moved)["kept"] = self._kept_on(moved.tokens.device)  # while the masks can be read without waiting
-        return moved
+        """The same batch on another device. To a GPU, copies from pinned memory do not wait."""
+        target = torch.device(device)
+        # Only that way: what comes from a GPU without waiting is read before it is there.
+        moved = {
+            name: t.to(target, non_blocking=t.device.type == "cpu" and target.type == "cuda")
+            for name, t in self._tensors.items()
+        }
+        return dataclasses.replace(self, **moved)._with_host_masks(self._copies)
 
     def split(self, parts: int) -> list[Self]:
         """The batch in equal parts, in order."""
-        per_sample = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        per_sample = self._tensors
         if self.action_dim_valid is not None and self.action_dim_valid.ndim == 1:
             del per_sample["action_dim_valid"]
         chunks = zip(*(value.chunk(parts) for value in per_sample.values()), strict=True)
-        return [dataclasses.replace(self, **dict(zip(per_sample, chunk, strict=True))) for chunk in chunks]
+        split = [dataclasses.replace(self, **dict(zip(per_sample, chunk, strict=True))) for chunk in chunks]
+        if (copies := self._copies) is None:
+            return split
+        own = zip(*([None] * parts if one is None else one.chunk(parts) for one in copies), strict=True)
+        return [part._with_host_masks(masks) for part, masks in zip(split, own, strict=True)]
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def _with_host_masks(self, copies: Masks | None) -> Self:
+        host = None if copies is None or self.tokens.device.type == "cpu" else HostMasks(copies, self._masks)
+        return dataclasses.replace(self, host_masks=host)
 
     def check(self, config: ModelConfig) -> None:
         """Compare shapes with the model's.
@@ -134,7 +174,7 @@ def blank_input(config: ModelConfig, cameras: Sequence[bool], prompt_len: int, d
         delay: with a previous chunk of zeros, of which so many steps are committed.
     """
     size, longest, horizon = config.vision.image_size, config.max_token_len, config.action_horizon
-    previous = (
+    previous: dict[str, Any] = (
         {}
         if delay is None
         else {

@@ -49,10 +49,7 @@ def augment(inputs: ModelInput, config: TrainConfig, step: int, first_row: int =
         recoloured = _recolour(changed_BChw3, draws_BCP[:, :, None, None, 3:], how)
         changed_BChw3 = torch.where(_picked(draws_BCP, how), recoloured, changed_BChw3)
     changed_BChw3 = torch.where(inputs.image_valid[..., None, None, None], changed_BChw3, images_BChw3)
-    changed = replace(inputs, images=changed_BChw3 * 2 - 1)
-    if "kept" in vars(inputs):  # known without waiting for a GPU, and the same
-        vars(changed)["kept"] = inputs.kept
-    return changed
+    return replace(inputs, images=changed_BChw3 * 2 - 1)
 
 
 def draw(seed: int, step: int, first_row: int, rows: int, cameras: int) -> Float[Tensor, "B C P"]:

@@ -17,6 +17,7 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from manipi.model import VLA
+from manipi.model.graphs import many_variants
 from manipi.train.config import ComputeConfig
 
 _KEPT_OPS = (
@@ -37,7 +38,7 @@ def apply_compute(model: VLA, config: ComputeConfig) -> None:
         if config.recompute != "none":
             layer.forward = _recomputing(layer.forward, config.recompute)
         if config.compile:
-            layer.forward = torch.compile(layer.forward)
+            layer.forward = torch.compile(layer.forward, **many_variants())
 
 
 def _recomputing(forward: Callable[..., Any], recompute: str) -> Callable[..., Any]:

@@ -4,7 +4,8 @@ Everything random is a pure function of (seed, step): the sampler's rows, the no
 therefore needs weights, average and optimizer alone, and equals an undisturbed one.
 """
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from manipi.checkpoints.native import Checkpoint, PolicyConfig
 from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
+from manipi.model.device import ran_out_of_memory
 from manipi.storage import atomic_write
 from manipi.train.accumulate import accumulate_gradients
 from manipi.train.augment import augment
@@ -29,7 +31,7 @@ from manipi.train.optimizer import gradient_norm, learning_rate, parameter_norm,
 from manipi.train.parallel import World, open_world, require_shared
 from manipi.train.progress import ProgressLog, plot_loss, show_mixture
 from manipi.train.run import Run
-from manipi.train.saving import CheckpointWriter, make_saver, read_window
+from manipi.train.saving import CheckpointWriter, Saver, make_saver, read_window
 from manipi.train.state import TrainState
 from manipi.train.stop_signals import StopSignals
 from manipi.train.trained import format_table, parameter_table, require_packages
@@ -50,7 +52,8 @@ def train(
         show: draw a progress bar.
 
     Raises:
-        TrainingError: the folder belongs to another run or trainer, or the loss is not finite (NonFiniteError).
+        TrainingError: the folder belongs to another run or trainer, the loss is not finite (NonFiniteError), a GPU has
+            too little memory, or a process of the run died.
         CheckpointError: the checkpoint to go on from is damaged.
         DataError, ConfigError: see `manipi.train.data.prepare`; ConfigError also where a package is missing.
         StorageError: a checkpoint could not be written; the ones before it are untouched.
@@ -66,8 +69,9 @@ def train(
         run = world.once(lambda: _open_run(folder, config, resume_from))
         require_shared(run.folder, world)
         data = world.in_turn(lambda: prepare(config, run.folder))
-        state, window = _open_state(run, world, show=show and world.leads)
-        _train(run, data, state, window, locks[0] if locks else None, end, show=show and world.leads)
+        with _enough_memory(config, world, show=show and world.leads):
+            state, window = _open_state(run, world, show=show and world.leads)
+            _train(run, data, state, window, locks[0] if locks else None, end, show=show and world.leads)
         return run.checkpoint(state.step)
 
 
@@ -77,6 +81,19 @@ def _open_run(folder: Path, config: TrainConfig, resume_from: int | None) -> Run
     if resume_from is not None:
         run.rewind(resume_from)
     return run
+
+
+@contextmanager
+def _enough_memory(config: TrainConfig, world: World, *, show: bool) -> Iterator[None]:
+    """Raises TrainingError with the forecast and the settings that fit, where a GPU runs out of memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        from manipi.train.plan import out_of_memory  # it takes a step of this module's itself
+
+        raise out_of_memory(error, config, world.device, gpus=world.size, show=show) from error
 
 
 def _open_state(run: Run, world: World, *, show: bool) -> tuple[TrainState, list[dict[str, float]] | None]:
@@ -118,13 +135,14 @@ def _train(
         StopSignals() as stop,
         RunLog(run, state.step, lead=world.leads) as out,
         ProgressLog(out, state.step, end, **lines) as progress,
-        make_saver(writer, state, lock) as saver,
         data.loader(state.step, world.rank, world.size) as loader,
         Guards(config.guards, run.folder, loader, data.mixture) as guards,
+        _saver(guards, writer, state, lock) as saver,
     ):
         progress.measure(state, config.noise_draws)
         if window is None:
-            saver.save(progress.window)
+            with guards.phase("the start", "the first checkpoint"):
+                saver.save(progress.window)
         for step, batch, wait in guards.batches(state.step):
             if step >= end:
                 break
@@ -149,12 +167,18 @@ def _train(
                     saver.save(progress.window)
             if stopped_by:
                 break
-        saver.wait()
+        with guards.phase("the end", "the last checkpoint"):
+            saver.wait()
         if world.leads and (metrics_so_far := run.read_metrics()):
             plot_loss(metrics_so_far, run.folder / "loss.png")
     if world.leads and stop.received and state.step < end:
         said = f"{stop.received}: stopped at step {state.step} of {end}, with a checkpoint"
         tqdm.write(f"{said}; the same command goes on")
+
+
+def _saver(guards: Guards, writer: CheckpointWriter, state: TrainState, lock: Lock | None) -> Saver:
+    with guards.phase("the start", "the process that writes checkpoints"):
+        return make_saver(writer, state, lock)
 
 
 def _memory_report(config: TrainConfig, inputs: ModelInput, world: World) -> AbstractContextManager[None]:

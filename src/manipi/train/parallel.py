@@ -210,8 +210,24 @@ def require_shared(folder: Path, world: World) -> None:
         )
 
 
+def require_gpus(count: int) -> None:
+    """Raises ConfigError where this host has fewer."""
+    if count > (available := _gpus()):
+        raise ConfigError(
+            expected=f"{count} GPUs on this host",
+            found=f"{available or 'none'} that torch can use",
+            where="--gpus",
+            next=(f"--gpus {available}, " if available else "")
+            + "--processes N to train on the processor; manipi doctor says what there is",
+        )
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def _device(kind: str) -> torch.device:
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available = _gpus()
     if kind == "cpu" or (kind == "auto" and not available):
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,13 +1,15 @@
 """Which settings let a run fit a GPU, cheapest first."""
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
 from tqdm import tqdm
 
-from manipi.errors import ConfigError, unknown_name
+from manipi.errors import ConfigError, TrainingError, shown, unknown_name
 from manipi.model.config import Pi0FastConfig
 from manipi.train.config import TrainConfig
 from manipi.train.memory import GIB, StepMemory, forecast
@@ -195,6 +197,46 @@ def find_fit(
             if config.batch_size % more == 0 and (found := search.with_savings(config, [])):
                 return found
     return None
+
+
+def out_of_memory(
+    error: BaseException, config: TrainConfig, device: torch.device, *, gpus: int = 1, show: bool = False
+) -> TrainingError:
+    """What to raise where a run ran out of memory: with the forecast of its step, and the first settings that fit.
+
+    Args:
+        device: what this process computes on.
+        gpus: as for `forecast`.
+    """
+    memory, available = forecast(config, gpus=gpus), _available(device)
+    needed = memory.peak + memory.reserve
+    # Where the forecast fits, it was too low, or not of a step: look for settings that need less than it says.
+    found = find_fit(config, memory, min(available, int(0.9 * needed)), gpus=gpus, show=show)
+    what_next = "no settings that are known fit: a GPU with more memory, or more of them (--gpus N)"
+    if found is not None:
+        flags = [saving.flags for saving in found.savings] + ([f"--gpus {found.gpus}"] if found.gpus > gpus else [])
+        what_next = f"{' '.join(flags)} needs {_gib(found.memory.peak + found.memory.reserve)}"
+        what_next += ", in another folder (--run-dir) where this one has checkpoints"
+    if needed <= available:
+        what_next += "; a step should have fitted: see what else has memory there (nvidia-smi)"
+    return TrainingError(
+        expected=f"a run that does with the {_gib(available)} that this process can have of {device}",
+        found=f"{shown(str(error).splitlines()[0], 200)}; forecast of a step: {_gib(memory.peak)}, and "
+        f"{_gib(memory.reserve)} for what is not counted",
+        where=f"batch size {config.batch_size}, {gpus} process{'es'[: 2 * (gpus > 1)]}",
+        next=f"{what_next}; manipi plan RECIPE --gpu {available / GIB:.0f}GB says what each setting costs",
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def _available(device: torch.device) -> int:
+    """Bytes that this process has or can have there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _apply(config: TrainConfig, savings: list[Saving]) -> TrainConfig:

@@ -16,6 +16,8 @@ import torch
 from torch import Generator, Tensor
 from torch.distributed.tensor import DTensor
 
+from manipi.data.sampler import random_bits
+
 CHUNK = 2**24
 """Numbers that are updated at once: they bound the float32 copies."""
 
@@ -30,8 +32,11 @@ def round_stochastically(values: Tensor, generator: Generator) -> Tensor:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of one step's random numbers: with it, nothing about them has to be saved."""
-    return (seed * 1_000_003 + step) % 2**63
+    """The seed of one step's rounding: with it, nothing about it has to be saved.
+
+    A hash, and so no seed of the step's noise, of its delays, or of another step's.
+    """
+    return random_bits(f"rounding/{seed}/{step}").random_raw() % 2**63
 
 
 class StochasticAdamW(torch.optim.Optimizer):

@@ -139,7 +139,7 @@ class Run:
                 expected=f"one of this run's checkpoints: {', '.join(map(str, steps)) or 'there is none'}",
                 found=str(step),
                 where=str(self.checkpoints),
-                next="--resume-from one of these steps",
+                next="leave --resume-from out: the newest is verified, and of a damaged one is said where to go on",
             )
         self._require_sound(step)
         later = steps[steps.index(step) + 1 :]
@@ -166,13 +166,14 @@ class Run:
             verify(self.checkpoint(step))
         except CheckpointError as error:
             before = [one for one in self.steps() if one < step]
+            sound = next(filter(self._is_sound, reversed(before)), None)
             raise CheckpointError(
                 expected=f"a sound checkpoint of step {step}",
                 found=error.found,
                 where=error.where,
-                next=f"--resume-from {before[-1]} goes on from the one before it, and deletes this one"
-                if before
-                else f"there is none before it: delete {self.checkpoint(step)} and start again",
+                next=f"there is no sound one before it: delete {self.checkpoints} and start again"
+                if sound is None
+                else f"--resume-from {sound} goes on from the newest sound one before it, and deletes those after",
             ) from error
 
     def best(self) -> dict[str, Any] | None:
@@ -219,13 +220,27 @@ class Run:
         return read_log(self.metrics)
 
     def forget_after(self, step: int) -> None:
-        """Drop log lines of steps that a resumed run will do again (a killed run may also leave half a line)."""
+        """Drop log lines of steps that a resumed run will do again, and what is no line.
+
+        A killed run may leave half a line, and a machine that lost its power bytes of zero.
+        """
         for path in (self.metrics, self.validations):
             if path.exists():
-                text = path.read_text(encoding="utf-8")
-                whole = text[: text.rfind("\n") + 1].splitlines()
-                kept = [line for line in whole if json.loads(line)["step"] <= step]
-                atomic_write(path, "".join(f"{line}\n" for line in kept).encode())
+                lines = [line.strip(b"\0") for line in path.read_bytes().split(b"\n")[:-1]]
+                records = [_record(line) for line in lines]
+                kept = [line for line, record in zip(lines, records) if record and record["step"] <= step]
+                atomic_write(path, b"".join(line + b"\n" for line in kept))
+                if lost := records.count(None):
+                    tqdm.write(f"{path}: dropped {lost} of {len(lines)} lines, which cannot be read")
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A log line's record; None where it is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

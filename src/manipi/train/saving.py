@@ -14,9 +14,9 @@ import mmap
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -184,7 +184,8 @@ class AsyncSaver(Saver):
         self._snapshot = Snapshot({name: local(tensor) for name, tensor in fixed.items()})
         shardings = {name: sharding(tensor) for name, tensor in fixed.items()}
         self._process, self._connection = start_helper(_serve, writer, self._snapshot, shardings, writers, lock)
-        writers.introduce(state.world, self._connection)
+        with self._alive():
+            writers.introduce(state.world, self._connection)
         self._copier, self._copy = ThreadPoolExecutor(1, "copier"), Future[None]()
         self._copy.set_result(None)
         self._writing = self._copies_state = False
@@ -221,8 +222,11 @@ class AsyncSaver(Saver):
             self._copy.result()
 
     def _hand_over(self, source: "Source", rows: Mapping[str, Tensor], step: int, window: Window) -> None:
-        """Of the token embedding's rows there are few, and their number grows: they go with the word."""
-        apart = {name: tensor.cpu().numpy() for name, tensor in rows.items()}
+        """Of the token embedding's rows there are few, and their number grows: they go with the word.
+
+        As bytes, since NumPy has no bfloat16.
+        """
+        apart = {name: (tensor.dtype, tensor.cpu().view(torch.uint8).numpy()) for name, tensor in rows.items()}
         self._snapshot.copy(source)
         with suppress(BrokenPipeError, ConnectionResetError):  # its end is seen when its answer is read
             self._connection.send((step, window, apart))
@@ -239,8 +243,16 @@ class AsyncSaver(Saver):
 
     def _receive(self) -> None:
         self._writing = False
-        try:
+        with self._alive():
             answer = self._connection.recv()
+        if answer is not None:
+            raise answer
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Around words to the writer and from it. Raises TrainingError where it has ended."""
+        try:
+            yield
         except (EOFError, OSError):
             self._process.join()
             raise TrainingError(
@@ -249,8 +261,6 @@ class AsyncSaver(Saver):
                 where=f"checkpoint writer, process {self._process.pid}, of {self._writer.run.folder}",
                 next="the checkpoints before it are whole: run the same command again; or --no-async-save",
             ) from None
-        if answer is not None:
-            raise answer
 
 
 def make_saver(writer: CheckpointWriter, state: TrainState, lock: Lock | None) -> Saver:
@@ -286,7 +296,8 @@ def _serve(
         state = {name: shard_from(part, shardings[name], world.mesh) for name, part in snapshot.tensors.items()}
         while True:
             step, window, apart = trainer.recv()
-            tensors = state | {name: torch.from_numpy(values) for name, values in apart.items()}
+            rows = {name: torch.from_numpy(raw).view(dtype) for name, (dtype, raw) in apart.items()}
+            tensors = state | rows
             trainer.send(_error_of(writer, world, tensors, step, window))
 
 
@@ -337,10 +348,11 @@ class Snapshot:
             ) from error
         self._device = max((t.device for t in tensors.values()), key=lambda device: device.type == "cuda")
         if self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device)
-            first = next(iter(self.tensors.values()))
-            runtime: Any = torch.cuda.cudart()
-            torch.cuda.check_error(int(runtime.cudaHostRegister(first.data_ptr(), size, 0)))
+            with torch.cuda.device(self._device):
+                self._stream = torch.cuda.Stream()
+                first = next(iter(self.tensors.values()))
+                runtime: Any = torch.cuda.cudart()
+                torch.cuda.check_error(int(runtime.cudaHostRegister(first.data_ptr(), size, 0)))
 
     def _map(self, descriptor: int, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]) -> None:
         self._descriptor, self._layout = descriptor, layout
