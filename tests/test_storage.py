@@ -105,3 +105,16 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     remove_partial(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [".hidden"]
     remove_partial(tmp_path / "absent")
+
+
+def test_only_what_is_taken_back_is_said_to_be(tmp_path):
+    """Half a line of a log stays where the disk filled up, so that its error must not claim otherwise."""
+    claim = "nothing half-written was left"
+    with pytest.raises(StorageError) as error, storage_errors(tmp_path / "log"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert claim not in error.value.next
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=claim):
+        atomic_write(tmp_path / "file" / "x", b"1")
+    with pytest.raises(StorageError, match=claim), atomic_directory(tmp_path / "file" / "x"):
+        pytest.fail("the block must not run")

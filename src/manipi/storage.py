@@ -24,11 +24,13 @@ def home() -> Path:
     return Path(os.environ.get("MANIPI_HOME") or "~/.cache/manipi").expanduser().absolute()
 
 
-_NEXT = "free some space or choose another folder; nothing half-written was left"
+_NEXT = "free some space or choose another folder"
+_NEXT_WHOLE = f"{_NEXT}; nothing half-written was left"
+"""Where all that was written is taken back; what appends to a file cannot say so."""
 
 
 @contextmanager
-def atomic_directory(target: Path, next: str = _NEXT, *, resume: bool = False) -> Iterator[Path]:
+def atomic_directory(target: Path, next: str = _NEXT_WHOLE, *, resume: bool = False) -> Iterator[Path]:
     """A temporary sibling of `target` that takes its name when the block ends well, and vanishes when it does not.
 
     A process that is killed inside the block leaves the sibling behind, for `remove_partial`.
@@ -69,7 +71,7 @@ def remove_partial(folder: Path, name: str | None = None) -> None:
 
 def atomic_write(path: Path, data: bytes) -> None:
     """The file holds `data` in full, or what it held before."""
-    with storage_errors(path):
+    with storage_errors(path, _NEXT_WHOLE):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:

@@ -76,6 +76,8 @@ def render(report: "CheckReport", *, quick: bool) -> str:
     size = f"{report.num_episodes} episodes · {report.num_frames:,} frames · {len(report.cameras)} cameras"
     pictures = "first and last pictures" if quick else "every picture"
     parts = [f"{report.root}\n{size} · {pictures} decoded" if report.num_frames else report.root]
+    if report.depth:
+        parts.append(f"left out: {', '.join(report.depth)}, which record depth, not colours")
     for severity, check in itertools.product(("error", "warning"), CHECKS):
         found = [f for f in report.findings if (f.severity, f.check) == (severity, check)]
         parts += [_block(finding) for finding in found[:SHOWN]]

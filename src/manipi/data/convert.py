@@ -8,17 +8,16 @@ An episode's folder takes its name when it is complete. A conversion that was ki
 episodes that have none, and comes to the same bytes. `TARGET` appears when all is done, and the parts vanish.
 """
 
-import multiprocessing
+import itertools
 import os
+import queue
 import shutil
-import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
@@ -28,10 +27,11 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from manipi.data.dataset import Feature
+from manipi.data.helper import start_helper
 from manipi.data.lerobot_episode import EpisodeEncoder, Pictures
 from manipi.data.lerobot_writer import LeRobotWriter
 from manipi.data.sources.source import EpisodeSource, SourceEpisode
-from manipi.errors import ConfigError, DataError, MissingFeatureError, StorageError
+from manipi.errors import ConfigError, DataError, ManipiError, MissingFeatureError, StorageError, shown
 from manipi.records import fingerprint, json_bytes, read_json, to_json
 from manipi.storage import atomic_directory, atomic_write, remove_partial, require_absent, storage_errors
 from manipi.transforms.images import resize_with_pad
@@ -55,6 +55,8 @@ class ConvertSettings:
     """Degrees by which every picture is turned."""
     exclude: tuple[str, ...] = ()
     """Vectors and cameras to leave out, by the names that they would have."""
+    swap_channels: tuple[str, ...] | None = None
+    """Cameras whose red and blue were recorded in each other's place, to exchange them; empty: all of them."""
     pix_fmt: Literal["yuv420p", "yuv444p"] = "yuv420p"
     crf: int = 23
 
@@ -79,6 +81,8 @@ class ConvertReport:
     """Episodes that an earlier, interrupted conversion had encoded."""
     skipped: tuple[tuple[str, str], ...]
     """Bad episodes that were left out, and why."""
+    remarks: tuple[tuple[str, str], ...] = ()
+    """Features that were left out, or read from an unusual layout, of the first episode that can be read."""
 
 
 def convert(
@@ -104,15 +108,16 @@ def convert(
     target = target.expanduser().absolute()
     parts = target.with_name(f".{target.name}.parts")
     require_absent(target)
-    encoder = _encoder(source, settings, skip_bad)
+    encoder, remarks = _encoder(source, settings, skip_bad)
     with _resumable(target, parts):
         _check_same(parts, source, settings)
         job = _Job(source=source, encoder=encoder, settings=settings, parts=parts, skip_bad=skip_bad)
         todo = [number for number in range(len(source.names)) if not job.folder(number).exists()]
         reused = len(source.names) - len(todo)
         bad: dict[int, str] = {}
-        with tqdm(total=len(source.names), initial=reused, desc="encode", unit="episode", disable=not show) as bar:
-            for number, error in _run(job, todo, num_workers):
+        bar = tqdm(total=len(source.names), initial=reused, desc="encode", unit="episode", disable=not show)
+        with bar, closing(_run(job, todo, num_workers)) as results:
+            for number, error in results:
                 bad |= {number: error} if error else {}
                 bar.update()
         folders = [job.folder(number) for number in range(len(source.names)) if number not in bad]
@@ -123,6 +128,7 @@ def convert(
         num_frames=writer.num_frames,
         reused=reused,
         skipped=tuple((source.names[number], bad[number]) for number in sorted(bad)),
+        remarks=remarks,
     )
 
 
@@ -171,8 +177,10 @@ def _check_same(parts: Path, source: EpisodeSource, settings: ConvertSettings) -
         )
 
 
-def _encoder(source: EpisodeSource, settings: ConvertSettings, skip_bad: bool) -> EpisodeEncoder:
-    """Features and rate, from the first episode that can be read."""
+def _encoder(
+    source: EpisodeSource, settings: ConvertSettings, skip_bad: bool
+) -> tuple[EpisodeEncoder, tuple[tuple[str, str], ...]]:
+    """Features and rate, and the remarks, of the first episode that can be read."""
     fps = settings.fps or source.fps
     if fps is None or fps != round(fps):
         raise ConfigError(
@@ -183,16 +191,19 @@ def _encoder(source: EpisodeSource, settings: ConvertSettings, skip_bad: bool) -
         )
     for name in source.names:
         try:
-            features = _features(source, name, settings)
+            features, remarks = _features(source, name, settings)
         except (DataError, ConfigError):
             if not skip_bad or name == source.names[-1]:
                 raise
             continue
-        return EpisodeEncoder(features=features, fps=round(fps), pix_fmt=settings.pix_fmt, crf=settings.crf)
+        encoder = EpisodeEncoder(features=features, fps=round(fps), pix_fmt=settings.pix_fmt, crf=settings.crf)
+        return encoder, tuple((k, text) for k, text in remarks.items() if text and k not in settings.exclude)
     raise AssertionError("a source has at least one episode")
 
 
-def _features(source: EpisodeSource, name: str, settings: ConvertSettings) -> dict[str, Feature]:
+def _features(
+    source: EpisodeSource, name: str, settings: ConvertSettings
+) -> tuple[dict[str, Feature], Mapping[str, str]]:
     with source.open(name) as episode:
         features = {}
         for key, values in _data(episode, source, settings, name).items():
@@ -204,7 +215,7 @@ def _features(source: EpisodeSource, name: str, settings: ConvertSettings) -> di
                 shape = next((block.shape[1:] for block in values), ())
                 features[key] = Feature(kind="image", shape=shape, dtype="video")
         _task(episode, settings, f"{source.root}, {name}")
-    return features
+        return features, episode.remarks
 
 
 # One episode --------------------------------------------------------------------------------------------------------
@@ -242,8 +253,11 @@ def _data(
     episode: SourceEpisode, source: EpisodeSource, settings: ConvertSettings, name: str
 ) -> Mapping[str, np.ndarray | Pictures]:
     """The vectors, those joined of others, and the pictures, turned and resized."""
-    columns = dict(episode.columns)
-    usual = [(whole, parts) for whole, parts in source.joins if all(part in columns for part in parts)]
+    usual = [(whole, parts) for whole, parts in source.joins if all(part in episode.columns for part in parts)]
+    names = [*episode.columns, *(whole for whole, _ in (*settings.joins, *usual)), *episode.pictures]
+    _require_known("exclude", settings.exclude, (*names, *episode.remarks), f"{source.root}, {name}")
+    _require_known("swap-channels", settings.swap_channels or (), episode.pictures, f"{source.root}, {name}")
+    columns = {key: episode.columns[key] for key in episode.columns if key not in settings.exclude}
     for whole, parts in (*settings.joins, *usual):
         if missing := [part for part in parts if part not in episode.columns]:
             raise MissingFeatureError(
@@ -254,15 +268,18 @@ def _data(
             )
         if (whole, parts) in settings.joins or whole not in columns:
             columns[whole] = np.concatenate([episode.columns[part] for part in parts], axis=1)
-    data = columns | {camera: _Shown(blocks, settings) for camera, blocks in episode.pictures.items()}
-    if unknown := set(settings.exclude) - data.keys():
-        raise MissingFeatureError(
-            expected=f"features to leave out, among {', '.join(data)}",
-            found=", ".join(sorted(unknown)),
-            where=f"{source.root}, {name}",
-            next="--exclude NAME",
-        )
+    data = columns | {camera: _Shown(blocks, settings, camera) for camera, blocks in episode.pictures.items()}
     return {key: values for key, values in data.items() if key not in settings.exclude}
+
+
+def _require_known(flag: str, named: Iterable[str], known: Iterable[str], where: str) -> None:
+    if unknown := sorted(set(named) - set(known)):
+        raise MissingFeatureError(
+            expected=f"names for --{flag}, among {', '.join(dict.fromkeys(known))}",
+            found=shown(", ".join(unknown)),
+            where=where,
+            next=f"--{flag} NAME",
+        )
 
 
 @dataclass(frozen=True)
@@ -271,10 +288,14 @@ class _Shown:
 
     blocks: Iterable[np.ndarray]
     settings: ConvertSettings
+    camera: str
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        swapped = self.settings.swap_channels
         for block in self.blocks:
             turned = block[:, ::-1, ::-1] if self.settings.rotate else block
+            if swapped is not None and (not swapped or self.camera in swapped):
+                turned = turned[..., ::-1]
             if self.settings.resize and turned.shape[1:3] != self.settings.resize:
                 turned = np.stack([resize_with_pad(image, *self.settings.resize) for image in turned])
             yield turned
@@ -295,51 +316,66 @@ def _task(episode: SourceEpisode, settings: ConvertSettings, where: str) -> str 
 
 # Processes ----------------------------------------------------------------------------------------------------------
 
-_job: "_Job | None" = None
-"""A worker's own; sent once, since it names every episode."""
 
+def _run(job: _Job, numbers: list[int], num_workers: int) -> Generator[tuple[int, str], None, None]:
+    """Results in the order in which they are ready.
 
-def _run(job: _Job, numbers: list[int], num_workers: int) -> Iterator[tuple[int, str]]:
-    """Results in the order in which they are ready."""
+    Pipes alone join the processes: what a pool's queues are made of has names in /dev/shm, which stay there when all
+    processes are killed at once.
+    """
     if not num_workers:
         yield from map(job, numbers)
         return
-    # A forked process would inherit the locks of the video encoder's threads.
-    context = multiprocessing.get_context("spawn")
-    watched, held = context.Pipe(duplex=False)
-    with ProcessPoolExecutor(num_workers, context, initializer=_begin, initargs=(job, watched)) as pool:
+    waiting, workers = iter(numbers), dict[Connection, BaseProcess]()
+    try:
+        for number in itertools.islice(waiting, num_workers):
+            process, worker = start_helper(_work, job)
+            workers[worker] = process
+            worker.send(number)
+        while workers:
+            ready = wait(list(workers))
+            for worker in [worker for worker in workers if worker in ready]:
+                result = worker.recv()
+                if isinstance(result, ManipiError):
+                    raise result
+                yield result
+                if (number := next(waiting, None)) is not None:
+                    worker.send(number)
+                else:
+                    workers.pop(worker).kill()
+    except (EOFError, ConnectionError):
+        raise DataError(
+            expected="processes that encode until all is done",
+            found="the end of one (killed, often for want of memory)",
+            where=str(job.source.root),
+            next="run the same command again, with a smaller --num-workers",
+        ) from None
+    finally:
+        for process in workers.values():
+            process.kill()
+        for process in workers.values():
+            process.join()
+
+
+def _work(job: _Job, caller: Connection) -> None:
+    """Encode the episodes that the caller names, one after the other, until it goes."""
+    numbers = queue.SimpleQueue[int]()
+    threading.Thread(target=_listen, args=(caller, numbers), daemon=True).start()
+    while True:
         try:
-            for future in as_completed([pool.submit(_encode, number) for number in numbers]):
-                yield future.result()
-        except BrokenProcessPool:
-            raise DataError(
-                expected="processes that encode until all is done",
-                found="the end of one (killed, often for want of memory)",
-                where=str(job.source.root),
-                next="run the same command again, with a smaller --num-workers",
-            ) from None
-        except BaseException:
-            held.close()  # and so ends the workers, in the middle of what they do
-            raise
+            result = job(numbers.get())
+        except ManipiError as error:
+            result = error
+        caller.send(result)
 
 
-def _begin(job: _Job, watched: Connection) -> None:
-    """Prepare a worker, which ends when the parent lets go of the pipe, be it because it was killed."""
-    global _job
-    _job = job
-    # Ctrl-C reaches the whole process group; the parent ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
-
-
-def _end_with(watched: Connection) -> None:
-    watched.poll(None)
-    os._exit(1)
-
-
-def _encode(number: int) -> tuple[int, str]:
-    assert _job, "the worker has begun"
-    return _job(number)
+def _listen(caller: Connection, numbers: "queue.SimpleQueue[int]") -> None:
+    """What the caller names; its end, be it that it was killed, ends this process in the middle of what it does."""
+    try:
+        while True:
+            numbers.put(caller.recv())
+    except (EOFError, OSError):
+        os._exit(1)
 
 
 def _assemble(folders: list[Path], target: Path, encoder: EpisodeEncoder, robot_type: str, show: bool) -> LeRobotWriter:

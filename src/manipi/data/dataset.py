@@ -32,9 +32,9 @@ PromptSource: TypeAlias = Literal["task", "subtask"]
 class Feature:
     """One quantity that a dataset records at every frame."""
 
-    kind: Literal["image", "vector", "text"]
+    kind: Literal["image", "depth", "vector", "text"]
     shape: tuple[int, ...]
-    """(h, w, 3) of a picture, (d,) of a vector."""
+    """(h, w, 3) of a picture, also of a depth map of 8 bits; (h, w, 1) of a deeper one; (d,) of a vector."""
     dtype: str
     """As the dataset states it: "video", "image", "float32", "int64", "string" …"""
     names: tuple[str, ...] = ()
@@ -119,6 +119,7 @@ class Dataset(abc.ABC):
 
     @property
     def cameras(self) -> list[str]:
+        """What shows colours. Depth maps are pictures only where they are asked for by name, and have 8 bits."""
         return [key for key, feature in self.features.items() if feature.kind == "image"]
 
     def episode_of(self, rows: Int64[np.ndarray, "*n"]) -> Int64[np.ndarray, "*n"]:
@@ -155,7 +156,7 @@ class Dataset(abc.ABC):
         """The pictures of some rows, in the order asked for; read in file order, where neighbours are cheap.
 
         Raises:
-            MissingFeatureError: the dataset has no camera of that name.
+            MissingFeatureError: the dataset has no camera of that name, or a depth map that eight bits cannot show.
             DatasetFormatError: a file is missing, truncated, or of another size; names file, episode and frame.
         """
         self.require(camera, "image")
@@ -171,14 +172,19 @@ class Dataset(abc.ABC):
     def require(self, key: str, kind: Literal["image", "vector", "text"], size: int | None = None) -> None:
         """Check that there is a feature of a kind and, for vectors, of a size; else MissingFeatureError."""
         known = {name: feature for name, feature in self.features.items() if feature.kind == kind}
+        other = self.features.get(key)
         if key in known and size in (None, math.prod(known[key].shape)):
             return
-        other = self.features.get(key)
+        if other and other.kind == "depth" and kind == "image" and other.shape[-1] == 3:
+            return
+        next = f"manipi inspect {self.root}  # lists the features; name one of them in the robot"
+        if other and other.kind == "depth":
+            next = f"name a camera of colours in the robot: {', '.join(self.cameras) or 'there is none'}"
         raise MissingFeatureError(
             expected=f"{kind} {key!r}" + (f" of size {size}" if size else ""),
             found=f"{other.kind} {key!r} of shape {other.shape}" if other else f"only {', '.join(known) or 'none'}",
             where=str(self.root),
-            next=f"manipi inspect {self.root}  # lists the features; name one of them in the robot",
+            next=next,
         )
 
     def _check_rows(self, rows: np.ndarray) -> None:

@@ -27,7 +27,7 @@ from manipi.data.lerobot_tables import (
     runs,
 )
 from manipi.data.lerobot_times import off_grid, time_fault
-from manipi.data.video import VideoFrames, decoders_for
+from manipi.data.video import VideoFrames, decoders_for, without_camera
 from manipi.errors import DataError, shown
 from manipi.remote.fetch import fetch, origin
 
@@ -84,7 +84,7 @@ class LeRobotDataset(Dataset):
             digest.update(f"{path.relative_to(self.root)}\n".encode() + path.read_bytes())
         if self._index.clips and self._times:
             digest.update(b"pictures at timestamps")
-        holds_pictures = any(self.features[key].dtype == "image" for key in self.cameras)
+        holds_pictures = any(feature.dtype == "image" for feature in self.features.values())
         for path in self._tables:
             with parquet_errors(path, self.root), path.open("rb") as file:
                 size = path.stat().st_size
@@ -102,7 +102,8 @@ class LeRobotDataset(Dataset):
         number = int(self.column("subtask_index")[row, 0])
         if number not in self._index.subtasks:
             known = f"subtask_index among {sorted(self._index.subtasks)}"
-            broken(self.root, known, str(number), f"{self.root}, {self.locate(row)}")
+            next = f"give it a text in {self.root / 'meta/subtasks.parquet'}, or use --data.prompt task"
+            broken(self.root, known, str(number), f"{self.root}, {self.locate(row)}", next)
         return self._index.subtasks[number]
 
     def place(self, row: int) -> str:
@@ -168,12 +169,17 @@ class LeRobotDataset(Dataset):
         if camera in self._index.clips:
             self._compare_times(camera)
             read = self._read_video_frame
+        elif self.features[camera].dtype == "video":
+            where, next = f"{self.root / 'meta/episodes'}, {camera!r}", without_camera(self.root)
+            broken(self.root, "the place of a video in the entry of each episode", "none", where, next)
         images = np.empty((0, *shape), np.uint8)
         for i, row in enumerate(rows.tolist()):
             image = read(camera, row)
             if image.shape != shape:
                 expected = f"a picture of shape {shape}, as meta/info.json says"
-                broken(self.root, expected, f"{image.shape}", f"{self._file(camera, row)}, {self.locate(row)}")
+                where = f"{self._file(camera, row)}, {self.locate(row)}"
+                correct = f"correct its shape in {self.root / 'meta/info.json'}, if all pictures have this one"
+                broken(self.root, expected, f"{image.shape}", where, f"{correct}; else record the episode again")
             if not i:  # memory is taken for a shape that a picture has
                 images = np.empty((len(rows), *shape), np.uint8)
             images[i] = image

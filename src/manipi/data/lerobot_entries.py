@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from manipi.data.lerobot_tables import broken, is_number, not_as_meant, plain, read_columns, whole_numbers
+from manipi.data.lerobot_tables import allow, broken, is_number, not_as_meant, plain, read_columns, whole_numbers
 from manipi.errors import DatasetFormatError, shown
 
 T = TypeVar("T")
@@ -175,7 +175,7 @@ def read_texts(path: Path, root: Path, number: str, text: str) -> dict[int, str]
     table = read_columns(path, [number], root, optional=[text, unnamed])
     column = text if text in table.column_names else unnamed
     if column not in table.column_names:
-        broken(root, f"a column {text!r}", f"only {', '.join(table.column_names)}", path)
+        broken(root, f"a column {text!r}", f"only {', '.join(table.column_names)}", path, not_as_meant(path))
     texts = plain(table.column(column)).to_pylist()
     if bad := [value for value in texts if value is not None and not isinstance(value, str)]:
         broken(root, f"texts in {column!r}", shown(bad[0]), path, not_as_meant(path))
@@ -245,7 +245,7 @@ def _read_text(path: Path, root: Path) -> str:
     except FileNotFoundError:
         broken(root, "a metadata file", "nothing", path)
     except (OSError, UnicodeDecodeError) as error:
-        broken(root, "a readable metadata file", str(error), path)
+        broken(root, "a readable metadata file", str(error), path, allow(error, path))
 
 
 def _parse(text: str, where: str, root: Path) -> Any:

@@ -9,16 +9,19 @@ import itertools
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from manipi.data.dataset import Episode, Feature
 from manipi.data.lerobot_entries import Entry, EpisodeTable, flat_names, read_entries, read_entry, read_texts
-from manipi.data.lerobot_tables import Fault, broken, format_error, read_columns, see_check
+from manipi.data.lerobot_tables import Fault, broken, column_names, format_error, read_columns, see_check
 from manipi.data.subset import require_episodes
+from manipi.data.video import is_deep
 from manipi.errors import DatasetFormatError, DatasetNotFoundError, shown
 
 _NUMBERS = ("float", "double", "half", "bfloat", "int", "uint", "long", "short", "bool")
@@ -49,7 +52,7 @@ class LeRobotIndex:
     tables: list[Path]
     """Per episode, the data table that its rows are in."""
     clips: dict[str, list[Clip]]
-    """Per feature that is stored as video, one clip per episode."""
+    """Per feature that is stored as video, one clip per episode; not those of which no episode has a place."""
     metadata: list[Path]
     promised: tuple[int, int]
     """Episodes and frames that meta/info.json counts."""
@@ -99,17 +102,22 @@ def metadata_faults(index: LeRobotIndex, root: Path) -> Iterator[Fault]:
     yield from (Fault(error, lost) for error in index.unreadable)
     for number, count in listed.items():
         if count > 1:
-            yield Fault(format_error(root, f"episode {number} once", f"{count} entries of it", meta, next), (number,))
+            error = format_error(root, f"episode {number} once", f"{count} entries of it", meta, next)
+            yield Fault(error, (number,), advice=f"take out all of its entries in {meta} but one")
     for e in index.episodes:
         if e.length < 1:
             where = f"{meta}, episode {e.index}"
-            yield Fault(format_error(root, "at least one frame", f"{e.length} frames", where, next), (e.index,))
+            advice = f"take its entry out of {meta}, or correct the length that it states"
+            error = format_error(root, "at least one frame", f"{e.length} frames", where, next)
+            yield Fault(error, (e.index,), advice=advice)
     for what, counted, promised in zip(
         ("episodes", "frames"), (len(index.episodes), sum(e.length for e in index.episodes)), index.promised
     ):
         if counted != promised and not index.unreadable:
             expected = f"{promised} {what} in all, as meta/info.json says"
-            yield Fault(format_error(root, expected, str(counted), meta, next), lost if what == "episodes" else ())
+            advice = f"correct total_{what} in {meta / 'info.json'}, or put back the entries that are lost"
+            error = format_error(root, expected, str(counted), meta, next)
+            yield Fault(error, lost if what == "episodes" else (), advice=advice)
 
 
 def read_index(root: Path) -> LeRobotIndex:
@@ -167,7 +175,7 @@ def _read_v3(info: Entry, root: Path) -> LeRobotIndex:
     episode_files = sorted((root / "meta/episodes").glob("*/*.parquet"))
     if not episode_files:
         broken(root, "tables of episodes", "none", root / "meta/episodes")
-    videos, columns, tables, unreadable = _video_keys(info), dict[str, list](), list[Path](), list[DatasetFormatError]()
+    videos, columns, tables, unreadable = _recorded(info, episode_files, root), dict[str, list](), list[Path](), []
     for path in episode_files:
         try:
             read = _read_episode_table(path, root, videos)
@@ -207,6 +215,16 @@ def _read_v3(info: Entry, root: Path) -> LeRobotIndex:
         promised=_promised(info, columns["length"]),
         unreadable=unreadable,
     )
+
+
+def _recorded(info: Entry, episode_files: list[Path], root: Path) -> list[str]:
+    """The cameras that any episode has a place for. One that was never recorded is missed where it is asked for."""
+    stated = list[set[str]]()
+    for path in episode_files:
+        with suppress(DatasetFormatError):  # reading it tells
+            stated.append(set(column_names(path, root)))
+    places = {key: {f"videos/{key}/{name}" for name in ("chunk_index", "file_index")} for key in _video_keys(info)}
+    return [key for key, names in places.items() if any(names <= columns for columns in stated) or not stated]
 
 
 def _read_episode_table(path: Path, root: Path, videos: list[str]) -> dict[str, list]:
@@ -249,22 +267,39 @@ def _subtasks(root: Path) -> dict[int, str]:
 
 def _features(info: Entry) -> dict[str, Feature]:
     """Without those of no dimension, such as shape (0,), which hold nothing."""
-    features = {key: _feature(entry) for key, entry in info.entries("features").items()}
+    features = {key: _feature(key, entry) for key, entry in info.entries("features").items()}
     return {key: feature for key, feature in features.items() if 0 not in feature.shape}
 
 
-def _feature(entry: Entry) -> Feature:
+def _feature(key: str, entry: Entry) -> Feature:
     """A feature from its entry in info.json, which states pictures as [h, w, 3] or [3, h, w]; stored is [h, w, 3]."""
     dtype, names = entry.text("dtype"), flat_names(entry.values.get("names"))
     if dtype in ("image", "video"):
         shape = entry.shape("shape")
         if len(shape) not in (2, 3):
             entry.refuse("shape", "height, width and channels of a picture")
-        channels_first = names[0].startswith("channel") if len(names) == 3 else shape[0] == 3
-        return Feature(kind="image", shape=(*shape[1:], shape[0]) if channels_first else shape, dtype=dtype)
+        channels_first = names[0].startswith("channel") if len(names) == 3 else shape[0] in (1, 3) and shape[-1] != 1
+        shape = (*shape[1:], shape[0]) if channels_first and len(shape) == 3 else shape
+        return _picture(key, shape, dtype, entry.values.get("info") or entry.values.get("video_info"))
     if not dtype.startswith(_NUMBERS):  # "string", "language" and what else there may be: not read here
         return Feature(kind="text", shape=(1,), dtype=dtype, names=names)
     return Feature(kind="vector", shape=entry.shape("shape"), dtype=dtype, names=names)
+
+
+def _picture(key: str, shape: tuple[int, ...], dtype: str, about: Any) -> Feature:
+    """A camera of colours or of depth. What has one channel and is no depth map is grey, and read as three equal ones.
+
+    Depth is what is marked as such, has more than 8 bits of grey, or one channel and either no axis for it or a name
+    that says so.
+    """
+    about = about if isinstance(about, Mapping) else {}
+    encoded = str(about.get("video.pix_fmt") or about.get("pix_fmt") or "")
+    marked, deep = any(about.get(name) for name in ("is_depth_map", "video.is_depth_map")), is_deep(encoded)
+    single = len(shape) == 2 or shape[-1:] == (1,)
+    if marked or deep or (single and (len(shape) == 2 or "depth" in key.lower())):
+        shown = not deep and (bool(encoded) or not single)
+        return Feature(kind="depth", shape=(*shape[:2], 3 if shown else 1), dtype=dtype)
+    return Feature(kind="image", shape=(*shape[:2], 3) if single else shape, dtype=dtype)
 
 
 def _video_keys(info: Entry) -> list[str]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,8 @@ class Fault:
     episodes: tuple[int, ...] = ()
     """Numbers of the episodes that it spoils; none: the whole dataset."""
     frame: int | None = None
+    advice: str = ""
+    """What to do about it, for `manipi check`, to which the error itself sends its reader."""
 
 
 def read_values(path: Path, widths: Mapping[str, int], root: Path) -> dict[str, np.ndarray]:
@@ -121,41 +123,51 @@ def row_faults(
     for number, start, end in runs(numbers):
         if only and number not in lengths:
             continue
-        if fault := _misplaced(lengths, number, end - start, seen):
-            expected, found, frame = *fault, None
-        else:
-            expected, found, frame = _misread(tasks, {key: values[start:end, 0] for key, values in rows.items()})
-        if expected:
+        here = {key: values[start:end, 0] for key, values in rows.items()}
+        if fault := _misplaced(lengths, number, end - start, seen) or _misread(tasks, here):
+            expected, found, frame, advice = fault
             where = f"{path}, episode {number}" + (f", frame {frame}" if frame is not None else "")
-            yield Fault(format_error(root, expected, found, where, see_check(root)), (number,), frame)
+            error = format_error(root, expected, found, where, see_check(root))
+            yield Fault(error, (number,), frame, f"{advice}, in {path}; or leave the episode out")
         seen.add(number)
     for number in sorted(lengths.keys() - set(numbers.tolist())):
-        where = f"{path}, episode {number}"
-        yield Fault(format_error(root, f"{lengths[number]} rows", "none", where, see_check(root)), (number,))
+        where, advice = f"{path}, episode {number}", f"take its entry out of {root / 'meta'}, or leave the episode out"
+        error = format_error(root, f"{lengths[number]} rows", "none", where, see_check(root))
+        yield Fault(error, (number,), advice=advice)
 
 
-def _misplaced(lengths: Mapping[int, int], number: int, length: int, seen: set[int]) -> tuple[str, str] | None:
+_Wrong: TypeAlias = tuple[str, str, int | None, str]
+"""Expected, found, frame, and what to do about it."""
+
+
+def _misplaced(lengths: Mapping[int, int], number: int, length: int, seen: set[int]) -> _Wrong | None:
+    """What is wrong with an episode's place or length."""
     if number not in lengths:
-        return "an episode of the metadata", "one that is in the table alone"
+        advice = "give its rows an entry in the metadata, or take them out"
+        return "an episode of the metadata", "one that is in the table alone", None, advice
     if number in seen:
-        return "the rows of each episode in one piece", "more of them further on"
+        advice = "write the rows of every episode in one piece, under a number of its own"
+        return "the rows of each episode in one piece", "more of them further on", None, advice
     if length != lengths[number]:
-        return f"{lengths[number]} rows, as the metadata say", f"{length}"
+        advice = "correct its length in the metadata, or add or take out rows"
+        return f"{lengths[number]} rows, as the metadata say", f"{length}", None, advice
     return None
 
 
-def _misread(tasks: Mapping[int, str], rows: Mapping[str, np.ndarray]) -> tuple[str, str, int]:
-    """Expected, found and frame of the first bad row of an episode; expected is empty where there is none."""
+def _misread(tasks: Mapping[int, str], rows: Mapping[str, np.ndarray]) -> _Wrong | None:
+    """What is wrong with the first bad row of an episode."""
     seconds, indices = rows["timestamp"], rows["task_index"]
+    timed = "sort its rows, or write timestamp = frame / fps"
     if (endless := np.flatnonzero(~np.isfinite(seconds))).size:
-        return "finite timestamps", f"{seconds[endless[0]]} s", int(endless[0])
+        return "finite timestamps", f"{seconds[endless[0]]} s", int(endless[0]), timed
     if (back := np.flatnonzero(~(np.diff(seconds) > 0))).size:
         at = int(back[0])
-        return "ascending timestamps", f"{seconds[at]:.4f} s, then {seconds[at + 1]:.4f} s", at + 1
+        return "ascending timestamps", f"{seconds[at]:.4f} s, then {seconds[at + 1]:.4f} s", at + 1, timed
     if (unknown := np.flatnonzero(~np.isin(indices, list(tasks)))).size:
         at = int(unknown[0])
-        return f"a task_index with a text, among {shown(sorted(tasks))}", f"{indices[at]}", at
-    return "", "", 0
+        advice = "give the task a text in the metadata, or correct its number"
+        return f"a task_index with a text, among {shown(sorted(tasks))}", f"{indices[at]}", at, advice
+    return None
 
 
 def runs(numbers: np.ndarray) -> list[tuple[int, int, int]]:
@@ -174,7 +186,7 @@ def read_columns(path: Path, names: list[str], root: Path, optional: Sequence[st
         table = pq.ParquetFile(path)
         known = table.schema_arrow.names
         if missing := [name for name in names if name not in known]:
-            broken(root, f"the columns {', '.join(missing)}", f"only {', '.join(known)}", path)
+            broken(root, f"the columns {', '.join(missing)}", f"only {', '.join(known)}", path, not_as_meant(path))
         wanted = [*names, *(name for name in optional if name in known)]
         if twice := [name for name in wanted if known.count(name) > 1]:
             broken(root, f"one column {twice[0]!r}", f"{known.count(twice[0])}", path, not_as_meant(path))
@@ -194,12 +206,21 @@ def parquet_errors(path: Path, root: Path) -> Iterator[None]:
     except FileNotFoundError:
         broken(root, "a parquet file", "nothing", path)
     except (pa.ArrowException, OSError) as error:  # Arrow reports a damaged page as an OSError
-        broken(root, "a readable parquet file", str(error), path)
+        broken(root, "a readable parquet file", str(error), path, allow(error, path))
 
 
 def broken(root: Path, expected: str, found: str, where: str | Path, next: str = "") -> NoReturn:
     """Raise the error for a dataset whose files are missing, damaged or disagree."""
     raise format_error(root, expected, found, where, next)
+
+
+def allow(error: Exception, path: Path) -> str:
+    """What to do about a file that may not be read; empty for anything else that is wrong with it."""
+    return (
+        f"chmod +r {path}  # as its owner, or ask for the right to read it"
+        if isinstance(error, PermissionError)
+        else ""
+    )
 
 
 def not_as_meant(path: Path) -> str:

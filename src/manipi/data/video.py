@@ -51,12 +51,17 @@ class VideoFrames:
             where: names the frame in errors.
         """
         if not path.is_file():
-            raise _broken("a video file", "nothing", where)
+            raise _broken("a video file", "nothing", where, without_camera())
         try:
-            return self._decoder(path).frame(seconds)
+            decoder = self._decoder(path)
+            if is_deep(decoder.pix_fmt):
+                next = 'write "info": {"is_depth_map": true} into its entry in meta/info.json, which leaves it out'
+                raise _broken("pictures of 8 bits per channel", f"a depth map ({decoder.pix_fmt})", where, next)
+            return decoder.frame(seconds)
         except (FFmpegError, _NoFrame) as error:
             self._close(path)
-            raise _broken(f"a frame at {seconds:.3f} s", str(error), where) from error
+            allow = f"chmod +r {path}" if isinstance(error, PermissionError) else ""
+            raise _broken(f"a frame at {seconds:.3f} s", str(error), where, allow) from error
 
     def _decoder(self, path: Path) -> "_Decoder":
         self._decoders[path] = decoder = self._decoders.pop(path, None) or _Decoder(path)
@@ -70,13 +75,22 @@ class VideoFrames:
             decoder.close()
 
 
-def _broken(expected: str, found: str, where: str) -> DatasetFormatError:
-    return DatasetFormatError(
-        expected=expected,
-        found=found,
-        where=where,
-        next="hf download <dataset> --repo-type dataset --local-dir <folder>  # fetch this file again",
+def _broken(expected: str, found: str, where: str, next: str = "") -> DatasetFormatError:
+    fetch = "hf download <dataset> --repo-type dataset --local-dir <folder>  # fetch this file again"
+    return DatasetFormatError(expected=expected, found=found, where=where, next=next or fetch)
+
+
+def without_camera(root: Path | str = "<folder>") -> str:
+    """What to do about a camera without files."""
+    return (
+        f"hf download <dataset> --repo-type dataset --local-dir {root}  # if it was recorded; or do without it: "
+        "manipi view --without CAMERA, manipi convert --exclude CAMERA, a robot that does not name it"
     )
+
+
+def is_deep(pix_fmt: str) -> bool:
+    """Whether FFmpeg's format is grey of more than 8 bits, as depth maps are: gray12le, gray16be, grayf32le."""
+    return pix_fmt.startswith(("gray9", "gray1", "grayf"))
 
 
 class _NoFrame(Exception):
@@ -95,6 +109,7 @@ class _Decoder:
         codec.thread_count = 1
         # A damaged frame is an error, where FFmpeg would rather paint over it.
         codec.options = {"err_detect": "explode"}
+        self.pix_fmt = codec.pix_fmt or ""
         self._tick = float(self._stream.time_base or 1)
         self._period = float(1 / (self._stream.average_rate or 30))
         self._reformatter = VideoReformatter()
