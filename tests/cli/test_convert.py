@@ -39,6 +39,29 @@ def test_converts(recording, tmp_path, capsys):
     assert json.loads((tmp_path / "report.json").read_text())["num_frames"] == 12
 
 
+@pytest.mark.parametrize(
+    ("flags", "red"),
+    [([], True), (["--swap-channels"], False), (["--swap-channels", "observation.images.top"], False)],
+)
+def test_swaps_channels_of_all_cameras_or_of_those_named(recording, tmp_path, flags, red):
+    for path in recording.iterdir():
+        with h5py.File(path, "a") as file:
+            file["observations/images/top"][..., 0] = 200
+    command = ["convert", str(recording), str(tmp_path / "set"), "--task", "wave", "--num-workers", "0", *flags]
+    main(command)
+    shown = open_dataset(tmp_path / "set").images("observation.images.top", np.arange(2)).mean(axis=(0, 1, 2))
+    assert (shown[0] > shown[2] + 50) == red
+    assert (shown[2] > shown[0] + 50) != red
+
+
+def test_says_what_was_left_out(recording, tmp_path, capsys):
+    for path in recording.iterdir():
+        with h5py.File(path, "a") as file:
+            file["observations/images/top_depth"] = np.full((6, 32, 48), 900, np.uint16)
+    main(["convert", str(recording), str(tmp_path / "set"), "--task", "wave", "--num-workers", "0"])
+    assert "note      observation.images.top_depth: records depth, not colours: left out" in capsys.readouterr().out
+
+
 def test_says_which_episodes_it_skipped(recording, tmp_path, capsys):
     (recording / "episode_1.hdf5").write_bytes(b"")
     command = ["convert", str(recording), str(tmp_path / "set"), "--task", "wave", "--num-workers", "1"]

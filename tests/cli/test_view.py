@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 
 import av
 import numpy as np
@@ -66,6 +67,17 @@ def test_an_episode_whose_neighbours_are_broken(copy_of, manipi, tmp_path):
     assert broken.returncode == 1
     assert "episode_000002.parquet" in broken.stderr
     assert not (tmp_path / "cwd/view-synthetic_lerobot_v21-2.html").exists()
+
+
+def test_without_a_camera_whose_files_are_gone(copy_of, manipi):
+    root = copy_of("synthetic_lerobot_v30")
+    camera = sorted((root / "videos").iterdir())[0]
+    shutil.rmtree(camera)
+    broken = manipi("view", root, 1)
+    assert broken.returncode == 1
+    assert "manipi view --without CAMERA" in broken.stderr
+    done = manipi("view", root, 1, "--without", camera.name)
+    assert done.returncode == 0, done.stderr
 
 
 def test_unknown_episode(shared_datasets, manipi):

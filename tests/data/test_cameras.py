@@ -13,6 +13,7 @@ import pytest
 
 from manipi.cli.check import render
 from manipi.data.check import check_dataset, sort_episodes
+from manipi.data.checks.page import write_check_page
 from manipi.data.convert import ConvertSettings, convert
 from manipi.data.dataset import Feature, open_dataset
 from manipi.data.lerobot_writer import LeRobotWriter
@@ -106,6 +107,8 @@ def test_depth_is_named_and_left_out(root, tmp_path):
     report = check_dataset(root, robot=robot("front", "wrist"))
     assert (report.findings, report.cameras, report.depth) == ((), ("front", "wrist"), ("head",))
     assert "left out: head, which record depth, not colours" in render(report, quick=False)
+    write_check_page(tmp_path / "check.html", report)
+    assert "Left out, because they record depth: head." in (tmp_path / "check.html").read_text()
     write_view(tmp_path / "page.html", open_dataset(root, episodes=(1,)), show=False)
     assert (tmp_path / "page.html").read_text().count("<video ") == 2
     done = convert(open_source(root), tmp_path / "out", ConvertSettings(), num_workers=0, show=False)
@@ -129,9 +132,11 @@ def test_depth_that_is_asked_for(root):
 
 def test_depth_that_info_json_states_as_colours(root):
     add_camera(root, "head", {"shape": [16, 16, 3]})
-    findings = check_dataset(root, quick=True).findings
-    assert {(f.severity, f.check, f.features) for f in findings} == {("error", "pictures", ("head",))}
-    assert all("found a depth map (gray12le)" in f.what and '"is_depth_map": true' in f.next for f in findings)
+    (finding,) = check_dataset(root, quick=True).findings
+    assert (finding.severity, finding.check, finding.features) == ("error", "pictures", ("head",))
+    assert finding.episodes == (0, 1, 2)
+    assert "found a depth map (gray12le)" in finding.what
+    assert '"is_depth_map": true' in finding.next
     edit_info(root, lambda info: info["features"]["head"].update(info={"is_depth_map": True}))
     assert check_dataset(root, quick=True).findings == ()
 

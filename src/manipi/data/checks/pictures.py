@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 from tqdm import tqdm
@@ -30,10 +31,19 @@ def picture_findings(dataset: Dataset, cameras: Sequence[str], *, quick: bool, n
     with ThreadPoolExecutor(num_workers, initializer=begin) as pool:
         try:
             bar = tqdm(pool.map(decode, jobs), total=len(jobs), desc="pictures", unit="clip", leave=False)
-            return [finding for finding in bar if finding is not None]
+            findings = [finding for finding in bar if finding is not None]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    return [finding for camera in cameras for finding in _once(dataset, camera, findings)]
+
+
+def _once(dataset: Dataset, camera: str, findings: Sequence[Finding]) -> list[Finding]:
+    """What is wrong with a camera; where that is the same in all of its episodes, it is one finding."""
+    here = [finding for finding in findings if finding.features == (camera,)]
+    if len(here) < len(dataset.episodes) or len({(finding.what, finding.next) for finding in here}) != 1:
+        return here
+    return [replace(here[0], episodes=tuple(number for finding in here for number in finding.episodes))]
 
 
 def _decode(dataset: Dataset, camera: str, position: int, *, quick: bool) -> Finding | None:
