@@ -253,6 +253,57 @@ def test_language(tmp_path):
     assert report.tasks == {"close it": 2, "Close it.": 1, "close  it": 1, "open it": 1, "": 1}
 
 
+def spoilt(**changes):
+    """Writes five waves, of which episode 1 is changed, or all commands are."""
+
+    def make(root):
+        states, tasks = [wave(s) for s in range(5)], ["close it"] * 5
+        if "state" in changes:
+            states[1] = changes["state"](states[1])
+        if "task" in changes:
+            tasks[1] = changes["task"]
+        actions = [changes["action"](state) for state in states] if "action" in changes else None
+        return write(root, states, actions=actions, tasks=tasks)
+
+    return make
+
+
+ADVICE = {
+    "pause": (
+        spoilt(state=lambda s: np.repeat(s[:20], [1] * 19 + [41], axis=0)),
+        "nothing moves",
+        "manipi filter ROOT --idle",
+    ),
+    "twins": (spoilt(state=lambda s: wave(0)), "the same numbers", r"manipi filter ROOT --without \d+ --out"),
+    "jump": (
+        spoilt(state=lambda s: s + [5, 0] * (np.arange(60) == 30)[:, None]),
+        "steps by",
+        "look at the frame: a lost",
+    ),
+    "shaking": (
+        spoilt(state=lambda s: s + 0.1 * np.random.default_rng(0).standard_normal((60, 2))),
+        "has a jerk",
+        "look at the episode",
+    ),
+    "clipped": (spoilt(action=lambda s: np.clip(s, [-0.9, -2], [0.9, 2])), "commands that rest", "were cut off"),
+    "still": (spoilt(action=lambda s: s * [1, 0]), "98 % of the values", "leave out what the robot does not use"),
+    "silent": (spoilt(task=""), "have no instruction", "write what the robot does there"),
+    "spelling": (spoilt(task="Close it."), "in 2 spellings", "spell it in one way"),
+}
+
+
+@pytest.mark.parametrize("cause", ADVICE)
+def test_advice_fits_its_cause(tmp_path, cause):
+    """Of warnings; tests/data/test_bad_input.py has that of errors."""
+    plant, what, advice = ADVICE[cause]
+    root = plant(tmp_path / "set")
+    found = [f for f in check_dataset(root, quick=True).findings if what in f.what]
+    assert found
+    for finding in found:
+        assert re.search(advice.replace("ROOT", re.escape(str(root))), finding.next)
+        assert not re.search("hf download|manipi check|<folder>", finding.next)
+
+
 def test_a_table_left_behind(copy_of):
     root = copy_of(V21)
     shutil.copyfile(table_of(root, 1), table_of(root, 9))

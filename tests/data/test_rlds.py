@@ -15,7 +15,7 @@ from encoders import every_sample
 from PIL import Image
 from records import checksum, delimited, example, leaf, write_rlds
 
-from manipi.data.dataset import open_dataset
+from manipi.data.dataset import Feature, open_dataset
 from manipi.data.describe import describe_dataset
 from manipi.data.loader import Loader
 from manipi.data.mask import read_mask
@@ -272,6 +272,18 @@ def test_what_no_key_can_show_is_left_out(make):
     assert dataset.features.keys() == STEPS.keys()
     with pytest.raises(MissingFeatureError, match="depth"):
         make(make_episode(1), steps=STEPS | strange, fields=RldsFields(fps=1, images={"top": ("depth",)}))
+
+
+def test_depth_in_a_tensor_is_no_vector(make):
+    """Of 384 numbers; a map that names it still gets them."""
+    steps, depth = STEPS | {"observation/depth": leaf("tensor", (16, 24))}, [1.5] * (2 * 16 * 24)
+    dataset = make(make_episode(2, observation__depth=depth), steps=steps)
+    assert dataset.features["observation/depth"] == Feature(kind="depth", shape=(16, 24, 1), dtype="float32")
+    assert dataset.cameras == ["observation/image"]
+    with pytest.raises(MissingFeatureError, match="found depth 'observation/depth'"):
+        dataset.column("observation/depth")
+    fields = RldsFields(fps=1, vectors={"far": ("observation/depth",)})
+    assert make(make_episode(2, observation__depth=depth), steps=steps, fields=fields).column("far").shape == (2, 384)
 
 
 def test_only_the_episodes_that_a_map_leaves_in(make):

@@ -196,7 +196,7 @@ class Dataset(abc.ABC):
         if other and other.kind == "depth" and kind == "image" and other.shape[-1] == 3:
             return
         next = f"manipi inspect {self.root}  # lists the features; name one of them in the robot"
-        if other and other.kind == "depth":
+        if other and other.kind == "depth" and kind == "image":
             next = f"name a camera of colours in the robot: {', '.join(self.cameras) or 'there is none'}"
         raise MissingFeatureError(
             expected=f"{kind} {key!r}" + (f" of size {size}" if size else ""),

@@ -14,7 +14,7 @@ from PIL import Image
 
 from manipi.data.dataset import Dataset, Feature, PromptSource
 from manipi.data.rlds_fields import RldsFields, find_fields
-from manipi.data.rlds_index import RldsIndex, find_version, read_info, read_source
+from manipi.data.rlds_index import RldsIndex, find_version, is_depth, read_info, read_source
 from manipi.data.tfrecord import broken
 from manipi.errors import DatasetNotFoundError
 from manipi.records import fingerprint
@@ -52,6 +52,8 @@ class RldsDataset(Dataset):
         self._file = lru_cache(maxsize=open_files)(partial(_File, self._index))
         features = {key: source.vector(key) for key in source.fields.vectors}
         features |= {name: source.steps[name] for name in source.fields.prompts}
+        depth = {n: f for n, f in source.steps.items() if is_depth(n, f) and n not in features}
+        features |= {n: Feature(kind="depth", shape=(*f.shape, 1), dtype=f.dtype) for n, f in depth.items()}
         super().__init__(root=root, name=source.name, fps=fields.fps, features=features, episodes=self._index.episodes)
         self.features = {camera: self._camera(names) for camera, names in source.fields.images.items()} | features
 

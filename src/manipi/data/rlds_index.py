@@ -179,13 +179,21 @@ def read_source(root: Path, fields: RldsFields, split: str) -> Source:
 
 
 def _resolve(fields: RldsFields, steps: Mapping[str, Feature]) -> RldsFields:
-    every = {kind: {n: (n,) for n in sorted(steps) if steps[n].kind == kind} for kind in ("image", "vector", "text")}
+    every = {
+        kind: {n: (n,) for n in sorted(steps) if steps[n].kind == kind and not is_depth(n, steps[n])}
+        for kind in ("image", "vector", "text")
+    }
     return replace(
         fields,
         images=fields.images or every["image"],
         vectors=fields.vectors or every["vector"],
         prompts=fields.prompts or tuple(name for name in every["text"] if name.split("/")[-1] in _INSTRUCTIONS),
     )
+
+
+def is_depth(name: str, feature: Feature) -> bool:
+    """Whether a matrix of numbers is a depth map, which is no vector unless a map of fields says so."""
+    return feature.kind == "vector" and len(feature.shape) == 2 and "depth" in name.lower() and min(feature.shape) >= 16
 
 
 @contextmanager
