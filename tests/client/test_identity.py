@@ -235,7 +235,7 @@ def test_differences_are_short_whatever_is_told():
     assert all(len(text) < 250 for text in told)
     assert differences(before, before) == []
     deep, deeper = 1, 2
-    for _ in range(300):
+    for _ in range(100):
         deep, deeper = {"a": [deep]}, {"a": [deeper]}
     assert len(differences(deep, deeper)) == 1
     assert differences(deep, deep) == []
