@@ -44,7 +44,7 @@ from manipi.serve.access import Access, bind, join_host
 from manipi.serve.batching import Answer, Batcher, Query, Result
 from manipi.serve.guard import ActionGuard, GuardMode
 from manipi.serve.memory import LARGE_BYTES, give_back, keep_collections_short, reuse_freed_memory
-from manipi.serve.pages import Pages
+from manipi.serve.pages import Connection, Pages
 from manipi.serve.slips import require_prompt, unknown_keys
 from manipi.serve.state import Client, ServerState
 from manipi.transforms.observation import check_content
@@ -234,6 +234,7 @@ class PolicyServer:
             close_timeout=_CLOSE_SECONDS,
             origins=[None],  # no page of another site may drive a robot through its visitor's browser
             process_request=pages.answer,
+            create_connection=Connection,
             logger=_silent,
         ):
             host, port = listener.getsockname()[:2]
