@@ -20,7 +20,9 @@ def test_every_stage_leaves_its_result_and_is_not_repeated(tmp_path):
     assert all(set(rate) >= {"n", "k", "rate", "low", "high"} for rate in report["success"].values())
     assert all(rate["n"] == 1 for rate in report["success"].values())
     assert report["settings"]["dataset"]["episodes"] == 20
-    assert "<video" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "<video" in page
+    assert "computed in float32" in page  # as its recipe's precision says, and not its model
     kept = [tmp_path / "dataset", tmp_path / "check.json", *(tmp_path / "trials").iterdir()]
     before = {path: path.stat().st_mtime_ns for path in [*kept, tmp_path / "run" / "checkpoints" / "2"]}
     Demo(tmp_path, SMALL).run()

@@ -57,9 +57,9 @@ def parse(kind: type[_T], arguments: Sequence[str], command: str, *, default: _T
         sys.stderr.write(said.getvalue())
         raise
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        path = getattr(parsed, name)
-        for require in _requirements(hint) if path is not None else ():
-            require(path)
+        if (path := getattr(parsed, name)) is not None:
+            for require in _requirements(hint):
+                require(path)
     return parsed
 
 
