@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+OPTIONAL := $(VENV)/.optional
 # Threads of the tests' own processes would fight over the cores with pytest-xdist's.
 TEST_ENV := OMP_NUM_THREADS=1
 SHARED := $(if $(MANIPI_SHARED),$(MANIPI_SHARED),../shared)
 
-.PHONY: install demo test test-long lint types layers size parity bench bench-cli bench-serve fuzz soak bench-data bench-train bench-infer bench-realtime test-lerobot test-client docs clean help
+.PHONY: install optional demo test test-long lint types layers size parity bench bench-cli bench-serve fuzz soak bench-data bench-train bench-infer bench-realtime test-lerobot test-client docs clean help
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -16,6 +17,13 @@ $(READY): pyproject.toml constraints.txt packages/manipi-client/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e packages/manipi-client -e '.[dev]'
 	@touch $(READY)
+
+optional: $(OPTIONAL)  ## what more of the tests can use: every extra, and openpi's own client (300 MB)
+$(OPTIONAL): $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[low-bit,ray,view,wandb]'
+	# It asks for a NumPy below 2, and works with ours.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2 dm-tree==0.1.10
+	@touch $@
 
 demo: $(READY)  ## record, train, serve, drive, report (ten to twenty minutes on two cores)
 	$(BIN)/manipi demo

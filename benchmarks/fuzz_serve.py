@@ -5,7 +5,9 @@
 The server runs in a process of its own, with the real check of observations and the action guard. Beside the bad
 clients a good one goes on asking, from a process of its own, and some senders never finish their frame. A bad frame may
 be answered, be told its error, or lose its connection; what must not happen is an error that nobody planned
-(PolicyFailure), ten seconds without any of these, growing memory, or a good client that is not served.
+(PolicyFailure), an error's text beyond 4,000 bytes, ten seconds without any of these, growing memory, or a good client
+that is not served. Then come the frames of `hostile.py`, nearly as large as the limit of 64 MB, beside a good client
+that must never wait for a second.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from typing import Any
 import msgpack
 import numpy as np
 from harness import Measure, memory_mb, report
+from hostile import frames, plain
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
@@ -39,7 +42,8 @@ ROBOT = Robot(
     actions=(Joints(6, relative=True, low=(-3.0,) * 6, high=(3.0,) * 6), Gripper(low=(0.0,), high=(1.0,))),
     max_rates=(3.0,) * 7,
 )
-SLOW_SENDERS, HANG_S, MAX_MESSAGE_MB = 4, 10.0, 4.0
+SLOW_SENDERS, HANG_S, MAX_MESSAGE_MB = 4, 10.0, 64.0
+MAX_TEXT_BYTES = 4_000
 
 
 class Checked:
@@ -57,7 +61,6 @@ class Checked:
 
 def serve(sender: Connection) -> None:
     logging.getLogger("manipi").setLevel(logging.ERROR)  # which leaves errors that nobody planned
-    logging.getLogger("websockets").setLevel(logging.CRITICAL)
     server = PolicyServer(Checked(), port=0, robot=ROBOT, limits=Limits(max_message_mb=MAX_MESSAGE_MB))
     server.serve_forever(lambda host, port: sender.send(port))
 
@@ -207,7 +210,7 @@ FRAMES: tuple[Callable[[np.random.Generator], "bytes | str"], ...] = (
 # ---- what is not even a frame
 
 HANDSHAKE = (
-    b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
 
@@ -249,14 +252,15 @@ class Fuzzer:
     def step(self) -> None:
         kind = self._rng.integers(0, len(FRAMES) + 1)
         try:
-            outcome = raw(self._port, self._rng) if kind == len(FRAMES) else self._send(FRAMES[kind](self._rng))
+            outcome = raw(self._port, self._rng) if kind == len(FRAMES) else self.send(FRAMES[kind](self._rng))
         except (ConnectionClosed, ConnectionError):
             outcome = "disconnected"
         if not outcome.startswith(("answered", "raw")):
             self.close()
         self.outcomes[outcome] += 1
 
-    def _send(self, frame: "bytes | str") -> str:
+    def send(self, frame: "bytes | str") -> str:
+        """What the server made of a frame."""
         if self._connection is None:
             self._connection = connect(
                 f"ws://127.0.0.1:{self._port}", compression=None, max_size=None, proxy=None, ping_interval=None
@@ -266,7 +270,9 @@ class Fuzzer:
         answer = self._connection.recv(HANG_S)
         if isinstance(answer, bytes):
             return "answered"
-        code = answer.partition("\n")[0]
+        code, num_bytes = answer.partition("\n")[0], len(answer.encode())
+        if num_bytes > MAX_TEXT_BYTES:
+            self.unplanned.append(f"a text of {num_bytes} bytes: {answer[:200]}")
         if code not in ("ProtocolError", "ObservationError", "ActionError"):
             self.unplanned.append(answer)
         return f"told {code}"
@@ -281,6 +287,7 @@ class Fuzzer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=100_000)
+    parser.add_argument("--large-mb", type=float, default=60.0, help="size of the frames of hostile.py")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
@@ -299,10 +306,22 @@ def main() -> None:
                 if number in (args.frames // 5, args.frames - 1):
                     memory.append(memory_mb(server.pid))
 
+        def send_large() -> None:
+            observation = plain(good_observation(np.random.default_rng(0), 8))
+            for name, make in frames(observation, int(args.large_mb * 2**20)).items():
+                try:
+                    outcome = fuzzer.send(make())
+                finally:
+                    fuzzer.close()
+                print(f"{name:36}  {outcome}, {memory_mb(server.pid):.0f} MiB")
+
         began = time.perf_counter()
         beside = ask_beside(context, port, fuzz)
         seconds = time.perf_counter() - began
         fuzzer.close()
+        before = memory_mb(server.pid)
+        beside_large = ask_beside(context, port, send_large)
+        kept = memory_mb(server.pid) - before
         for connection in slow:
             connection.close()
     finally:
@@ -311,15 +330,20 @@ def main() -> None:
     say(fuzzer, args.frames / seconds)
     p50, p99 = ([float(np.quantile(times, q)) for times in (alone, beside)] for q in (0.5, 0.99))
     print(f"good client: p50 {1e3 * p50[0]:.1f} ms alone, {1e3 * p50[1]:.1f} ms beside;", end=" ")
-    print(f"p99 {1e3 * p99[0]:.1f} ms alone, {1e3 * p99[1]:.1f} ms beside; {len(beside)} answers")
+    print(f"p99 {1e3 * p99[0]:.1f} ms alone, {1e3 * p99[1]:.1f} ms beside; {len(beside)} answers;", end=" ")
+    print(f"longest wait {max(beside_large):.2f} s beside large frames")
     measures = [
         Measure(name="unplanned errors", value=len(fuzzer.unplanned), unit="", goal=0),
         Measure(name="frames without an outcome", value=args.frames - fuzzer.outcomes.total(), unit="", goal=0),
         Measure(name="memory growth", value=memory[1] - memory[0], unit="MiB", goal=32),
+        Measure(name="memory kept of large frames", value=kept, unit="MiB", goal=32 + 2 * args.large_mb),
         Measure(name="server's exit code", value=abs(server.exitcode or 0), unit="", goal=0),
     ]
     if args.frames >= 10_000:  # fewer are no measurement
-        measures.append(Measure(name="good client's p50, beside / alone", value=p50[1] / p50[0], unit="x", goal=3))
+        measures += [
+            Measure(name="good client's p50, beside / alone", value=p50[1] / p50[0], unit="x", goal=3),
+            Measure(name="good client's longest wait beside large frames", value=max(beside_large), unit="s", goal=1.0),
+        ]
     report(measures)
 
 

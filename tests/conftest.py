@@ -3,6 +3,7 @@
 import gc
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import hypothesis
 import numpy as np
 import pytest
 from tests.interrupt import interruptible
+from tests.skips import pytest_sessionfinish, pytest_terminal_summary
 
 from manipi.data.dataset import Feature
 from manipi.data.lerobot_writer import LeRobotWriter
@@ -20,7 +22,7 @@ from manipi.robots.tabletop import TABLETOP
 from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from manipi.train.loop import train
 
-__all__ = ["interruptible"]
+__all__ = ["interruptible", "pytest_sessionfinish", "pytest_terminal_summary"]
 
 # Examples have no deadline: timings are no tests.
 hypothesis.settings.register_profile("manipi", deadline=None)
@@ -100,11 +102,17 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The slow ones first: one that began last would keep a core busy alone. Long forms only where they are asked for."""
+    """The slow ones first: one that began last would keep a core busy alone. Long forms where they are asked for."""
     wanted = config.getoption("--long")
     config.hook.pytest_deselected(items=[i for i in items if (i.get_closest_marker("long") is not None) != wanted])
     items[:] = [i for i in items if (i.get_closest_marker("long") is not None) == wanted]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """`without("ray")`: from now on as if that package were not installed."""
+    return lambda package: monkeypatch.setitem(sys.modules, package, None)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 import errno
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from manipi.errors import StorageError
-from manipi.storage import atomic_directory, atomic_write, remove_partial, storage_errors
+from manipi.storage import (
+    atomic_directory,
+    atomic_write,
+    remove_dead,
+    remove_partial,
+    require_room,
+    storage_errors,
+)
 
 
 def test_the_folder_appears_whole(tmp_path):
@@ -58,7 +67,8 @@ def test_a_full_disk(mount):
     disk = mount(1)
     with pytest.raises(StorageError) as error, atomic_directory(disk / "folder") as partial:
         (partial / "large").write_bytes(bytes(2_000_000))
-    assert error.value.found == "No space left on device (1 MB free)"  # counted after the cleaning up
+    # Counted where it failed, not after the cleaning up. Of the room, one page is the folder's.
+    assert error.value.found == "No space left on device: 0.0 MB free when 1.0 MB of it were written"
     assert error.value.where == str(disk / "folder")
     assert list(disk.iterdir()) == []
 
@@ -66,7 +76,7 @@ def test_a_full_disk(mount):
 def test_a_full_disk_leaves_the_file_as_it_was(mount):
     disk = mount(1)
     atomic_write(disk / "file", b"old")
-    with pytest.raises(StorageError, match="No space left"):
+    with pytest.raises(StorageError, match=r"room for 2 MB\n   found 1 MB free"):
         atomic_write(disk / "file", bytes(2_000_000))
     assert (disk / "file").read_bytes() == b"old"
     assert list(disk.iterdir()) == [disk / "file"]
@@ -90,18 +100,115 @@ def test_other_errors_of_the_operating_system_pass_through(tmp_path):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
+def test_needed_and_free_never_look_equal(mount):
+    disk = mount(1)
+    free = shutil.disk_usage(disk).free
+    for size in (free + 1, free + 1000, free + 100_000, 5 * free):
+        with pytest.raises(StorageError) as error:
+            require_room(disk, size, "less")
+        needed, there = (re.findall(r"[\d.,]+", text)[0] for text in (error.value.expected, error.value.found))
+        assert float(needed.replace(",", "")) > float(there), str(error.value)
+    require_room(disk, free, "less")
+
+
+def test_a_right_that_is_missing_says_nothing_of_room(tmp_path):
+    with pytest.raises(StorageError) as error, storage_errors(tmp_path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    assert error.value.found == "Permission denied"
+
+
+WRITING = """
+import sys, time; from pathlib import Path; from manipi.storage import atomic_directory, atomic_write
+with atomic_directory(Path(sys.argv[1])) as partial:
+    (partial / 'a').touch(); print('begun', flush=True); time.sleep(60)
+"""
+
+
+@pytest.fixture
+def writer():
+    """`writer(target)` is a process that has begun to write that folder."""
+    started = []
+
+    def start(target: Path) -> subprocess.Popen:
+        process = subprocess.Popen([sys.executable, "-c", WRITING, str(target)], stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_what_a_killed_process_left_goes_with_the_next_writer_of_that_name(tmp_path, writer):
+    process = writer(tmp_path / "folder")
+    with pytest.raises(StorageError, match="another one that is writing it now"), atomic_directory(tmp_path / "folder"):
+        pytest.fail("the block must not run")
+    process.kill()
+    process.wait()
+    assert names(tmp_path) == {".folder.writing.partial", ".folder.writing.lock"}
+    with atomic_directory(tmp_path / "folder") as partial:
+        assert list(partial.iterdir()) == []
+    assert names(tmp_path) == {"folder"}
+
+
+def test_what_killed_processes_left_is_told_from_what_is_being_written(tmp_path, writer):
+    dead, _ = writer(tmp_path / "dead"), writer(tmp_path / "alive")
+    dead.kill()
+    dead.wait()
+    for name in (".hidden", ".set.partial", ".set.lock", ".old.abcdefgh.partial"):  # a download's and others'
+        (tmp_path / name).mkdir()
+    kept = names(tmp_path) - {".dead.writing.partial", ".dead.writing.lock"}
+    remove_dead(tmp_path)
+    assert names(tmp_path) == kept
+    assert (tmp_path / ".alive.writing.partial/a").exists()
+    remove_dead(tmp_path / "absent")
+
+
+def test_a_file_that_a_killed_process_left_is_taken_up(tmp_path):
+    (tmp_path / ".file.writing.partial").write_bytes(bytes(1000))
+    atomic_write(tmp_path / "file", b"new")
+    assert names(tmp_path) == {"file"}
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_processes_that_write_one_file_wait_for_each_other(tmp_path):
     script = (
-        "import os, signal, sys; from pathlib import Path; from manipi.storage import atomic_directory\n"
-        "with atomic_directory(Path(sys.argv[1])) as partial:\n"
-        "    (partial / 'a').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+        "import sys; from pathlib import Path; from manipi.storage import atomic_write\n"
+        "for i in range(200): atomic_write(Path(sys.argv[1]), sys.argv[2].encode() * 5000)"
     )
-    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "folder")])
-    assert killed.returncode == -9
-    (left,) = tmp_path.iterdir()
+    path = tmp_path / "file"
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(path), word]) for word in "abc"]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert path.read_bytes() in [word * 5000 for word in (b"a", b"b", b"c")]
+    assert names(tmp_path) == {"file"}
+
+
+def test_the_one_writer_of_a_folder_removes_all_that_is_partial(tmp_path, writer):
+    process = writer(tmp_path / "folder")
+    process.kill()
+    process.wait()
     (tmp_path / ".hidden").touch()
     (tmp_path / ".file.1.partial").touch()
-    assert (left / "a").exists()
     remove_partial(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == [".hidden"]
+    assert names(tmp_path) == {".hidden"}
     remove_partial(tmp_path / "absent")
+
+
+def test_only_what_is_taken_back_is_said_to_be(tmp_path):
+    """Half a line of a log stays where the disk filled up, so that its error must not claim otherwise."""
+    claim = "nothing half-written was left"
+    with pytest.raises(StorageError) as error, storage_errors(tmp_path / "log"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert claim not in error.value.next
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=claim):
+        atomic_write(tmp_path / "file" / "x", b"1")
+    with pytest.raises(StorageError, match=claim), atomic_directory(tmp_path / "file" / "x"):
+        pytest.fail("the block must not run")

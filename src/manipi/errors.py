@@ -30,6 +30,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 # One bounded `repr` for the errors of the server and the client, which cannot import this package.
+from manipi_client.errors import one_line as one_line
 from manipi_client.errors import shown as shown
 
 

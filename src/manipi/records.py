@@ -8,13 +8,16 @@ another version is never half understood.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from manipi.errors import ConfigError, IntegrityError, ManipiError, unknown_name
+from manipi.errors import ConfigError, IntegrityError, ManipiError, shown, unknown_name
 
 
 def to_json(value: Any) -> Any:
@@ -32,11 +35,13 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(data: Any, kinds: Iterable[type], where: str) -> Any:
-    """The inverse of `to_json` for the dataclasses in `kinds`; lists become tuples.
+    """The inverse of `to_json` for the dataclasses in `kinds`, the first of which the whole is; lists become tuples.
 
     Raises:
-        ConfigError: an unknown type, or fields that do not match the dataclass; `where` names the file.
+        ConfigError: an unknown type, fields that do not match the dataclass, or values of other types than theirs;
+            `where` names the file.
     """
+    kinds = tuple(kinds)
     by_name = {kind.__name__: kind for kind in kinds}
 
     def build(value: Any) -> Any:
@@ -47,11 +52,16 @@ def from_json(data: Any, kinds: Iterable[type], where: str) -> Any:
         built = {k: build(v) for k, v in value.items() if k != "type"}
         if "type" not in value:
             return built
-        if value["type"] not in by_name:
-            raise unknown_name(f"type in {where}", value["type"], by_name, next="use the version that wrote the file")
+        if not isinstance(value["type"], str) or value["type"] not in by_name:
+            next = "use the version that wrote the file"
+            raise unknown_name(f"type in {where}", str(value["type"]), by_name, next=next)
         return _construct(by_name[value["type"]], built, where)
 
-    return build(data)
+    built = build(data)
+    if not isinstance(built, kinds[0]):
+        next = "restore the file, or use the manipi version that wrote it"
+        raise ConfigError(expected=f"a {kinds[0].__name__}", found=shown(data), where=where, next=next)
+    return built
 
 
 def _construct(kind: type, values: dict[str, Any], where: str) -> Any:
@@ -63,14 +73,45 @@ def _construct(kind: type, values: dict[str, Any], where: str) -> Any:
             where=where,
             next="use the manipi version that wrote the file, or write it again",
         )
+    hints = _hints(kind)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise ConfigError(
+                expected=f"{getattr(hints[name], '__name__', hints[name])} for {kind.__name__}.{name}",
+                found=shown(value),
+                where=where,
+                next="use the manipi version that wrote the file, or write it again",
+            )
     return kind(**values)
+
+
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a file is what a field is annotated with. Arrays are flat tuples of numbers here."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in args)
+    if origin is typing.Literal:
+        return any(value == one and type(value) is type(one) for one in args)
+    if origin is tuple:
+        kinds = args[:1] * len(value) if args[-1:] == (...,) and isinstance(value, tuple) else args
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if origin in (Mapping, dict):
+        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
+    if getattr(hint, "__name__", "") == "ndarray":
+        return isinstance(value, tuple) and all(_fits(one, float) for one in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, str if hint is Path else hint)
 
 
 def read_json(path: Path, error: type[ManipiError] = IntegrityError) -> Any:
     """The parsed file. Raises `error` where it is absent or no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as cause:
+    except (OSError, ValueError, RecursionError) as cause:
         next = "restore the file or write it again"
         raise error(expected="a JSON file", found=str(cause), where=str(path), next=next) from cause
 

@@ -1,12 +1,21 @@
-"""Folders and files that appear whole or not at all."""
+"""Folders and files that appear whole or not at all.
+
+    folder/                      takes its name when all is in it
+    .folder.writing.partial/     until then
+    .folder.writing.lock         locked by the process that writes; free, and the folder beside it is a dead one's
+    .file.writing.partial        a file until then, which is locked itself
+
+A lock is free once no process has it open, whatever they died of: what a killed process left is told from what another
+one is writing, and the next writer of the same name removes it.
+"""
 
 import errno
+import fcntl
 import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from manipi.errors import StorageError
@@ -14,9 +23,10 @@ from manipi.errors import StorageError
 _STORAGE_ERRNOS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EEXIST),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP),
 )
-"""No room, no right, and a file in the way."""
+"""No room, no right, a file in the way, and a file system without locks."""
 
 
 def home() -> Path:
@@ -24,97 +34,250 @@ def home() -> Path:
     return Path(os.environ.get("MANIPI_HOME") or "~/.cache/manipi").expanduser().absolute()
 
 
-_NEXT = "free some space or choose another folder; nothing half-written was left"
+_NEXT = "free some space or choose another folder"
+_NEXT_WHOLE = f"{_NEXT}; nothing half-written was left"
+"""Where all that was written is taken back; what appends to a file cannot say so."""
 
 
 @contextmanager
-def atomic_directory(target: Path, next: str = _NEXT, *, resume: bool = False) -> Iterator[Path]:
+def atomic_directory(target: Path, next: str = _NEXT_WHOLE, *, resume: bool = False) -> Iterator[Path]:
     """A temporary sibling of `target` that takes its name when the block ends well, and vanishes when it does not.
 
-    A process that is killed inside the block leaves the sibling behind, for `remove_partial`.
+    What a process that was killed inside the block left is removed by the next call with this target.
 
     Args:
         resume: whether a block that does not end well leaves the sibling for the next call, which finds it as it was;
             the caller sees to it that there is one call at a time.
 
     Raises:
-        StorageError: `target` exists already, the disk is full, or the folder cannot be written.
+        StorageError: `target` exists already or another process is writing it, the disk is full, or the folder cannot
+            be written.
     """
     target = Path(target)
     require_absent(target)
     with storage_errors(target, next):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if resume:
-            (partial := target.with_name(f".{target.name}.partial")).mkdir(exist_ok=True)
-        else:
-            partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-        partial.chmod(0o755)  # mkdtemp makes private folders; ours is handed to other users and machines
-        try:
-            yield partial
-            _sync(partial)
-            require_absent(target)  # another process may have made it meanwhile
-            partial.rename(target)
-            _sync_entry(target.parent)
-        except BaseException:
-            if not resume:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
+        partial = target.with_name(f".{target.name}.partial") if resume else _partial(target)
+        with nullcontext() if resume else _only_writer(target):
+            if partial.exists() and not resume:
+                shutil.rmtree(partial)
+            partial.mkdir(exist_ok=resume)
+            partial.chmod(0o755)  # whatever the umask: it is handed to other users and machines
+            try:
+                with storage_errors(target, next, written=partial):
+                    yield partial
+                    _sync(partial)
+                    require_absent(target)  # something else may have made it meanwhile
+                    partial.rename(target)
+                    _sync_entry(target.parent)
+            except BaseException:
+                if not resume:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+
+
+def remove_dead(folder: Path) -> None:
+    """Delete the folders that killed processes left half-written in `folder`; those of living ones stay.
+
+    Raises:
+        StorageError: they cannot be deleted.
+    """
+    with storage_errors(folder, next="delete what begins with a dot and ends in .partial there, or choose another one"):
+        for lock in folder.glob(".*.writing.lock"):
+            try:
+                if (handle := _lock(lock, wait=False)) is None:
+                    continue
+            except PermissionError:  # another user's, and theirs to delete
+                continue
+            if (partial := lock.with_suffix(".partial")).exists():
+                shutil.rmtree(partial)
+            lock.unlink()
+            os.close(handle)
 
 
 def remove_partial(folder: Path, name: str | None = None) -> None:
     """Delete what killed processes left half-written in `folder`, or of one `name` there; no other may be writing."""
     for partial in folder.glob(".*.partial" if name is None else f".{glob.escape(name)}.*.partial"):
         shutil.rmtree(partial) if partial.is_dir() and not partial.is_symlink() else partial.unlink()
+        partial.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """The file holds `data` in full, or what it held before."""
-    with storage_errors(path):
+    """The file holds `data` in full, or what it held before. Raises StorageError."""
+    with storage_errors(path, _NEXT_WHOLE, size=len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = _partial(path)
+        handle = _lock(partial, wait=True)
+        assert handle is not None
         try:
-            partial.write_bytes(data)
-            _sync_entry(partial)
+            os.ftruncate(handle, 0)  # a killed process may have left it
+            with os.fdopen(handle, "wb", closefd=False) as file:
+                file.write(data)
+            os.fsync(handle)
             partial.replace(path)
-        finally:
+        except BaseException:
             partial.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(handle)
 
 
 @contextmanager
-def storage_errors(where: Path, next: str = _NEXT) -> Iterator[None]:
-    """A full disk, a forbidden folder or a file where a folder is needed as a StorageError that names the place."""
+def storage_errors(where: Path, next: str = _NEXT, *, size: int = 0, written: Path | None = None) -> Iterator[None]:
+    """A full disk, a forbidden folder or a file where a folder is needed as a StorageError that names the place.
+
+    Args:
+        size: bytes that the block needs, where that is known.
+        written: what it has written so far, for the message of a full disk.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in _STORAGE_ERRNOS:
             raise
-        free = shutil.disk_usage(_existing(where)).free / 1e6
+        if error.errno != errno.ENOSPC:
+            raise StorageError(
+                expected="room and the right to write", found=f"{error.strerror}", where=str(where), next=next
+            ) from error
+        free = _free(where)
+        if size > free:
+            raise _no_room(where, size, free, next) from error
+        so_far = f" when {_megabytes(_size(written))} of it were written" if written is not None else ""
         raise StorageError(
-            expected="room and the right to write",
-            found=f"{error.strerror} ({free:,.0f} MB free)",
+            expected="room on the disk",
+            found=f"{error.strerror}: {_megabytes(free)} free{so_far}",
             where=str(where),
             next=next,
         ) from error
 
 
-def require_room(where: Path, size: int, next: str) -> None:
-    """StorageError where the disk of `where` has less than `size` bytes left."""
-    free = shutil.disk_usage(_existing(where)).free
+def require_room(where: Path, size: int, next: str = _NEXT, *, what: str = "") -> None:
+    """StorageError where the disk of `where` has less than `size` bytes left for `what`."""
+    free = _free(where)
     if free < size:
-        raise StorageError(
-            expected=f"room for {size / 1e6:,.0f} MB", found=f"{free / 1e6:,.0f} MB free", where=str(where), next=next
-        )
+        raise _no_room(where, size, free, next, what)
+
+
+def _no_room(where: Path, size: int, free: int, next: str, what: str = "") -> StorageError:
+    # As many digits as it takes to see the difference; the sixth is that of a byte.
+    digits = min(n for n in range(7) if n == 6 or _megabytes(size, n) != _megabytes(free, n))
+    return StorageError(
+        expected=f"room for {_megabytes(size, digits)}{f' of {what}' if what else ''}",
+        found=f"{_megabytes(free, digits)} free",
+        where=str(where),
+        next=next,
+    )
+
+
+def _megabytes(size: int, digits: int = 1) -> str:
+    return f"{size / 1e6:,.{digits}f} MB"
+
+
+def _free(where: Path) -> int:
+    return shutil.disk_usage(_existing(where)).free
+
+
+def _size(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*"))
 
 
 def require_absent(target: Path) -> None:
     """StorageError where something of that name exists."""
-    if target.exists():
+    if os.path.exists(target):
         raise StorageError(
             expected="a folder that does not exist yet",
             found="something of that name",
             where=str(target),
             next="choose another name, or move the old folder away",
         )
+
+
+def require_new_file(target: Path) -> None:
+    """StorageError where no file of that name can be made, or where something else than a file has the name."""
+    if os.path.exists(target) and not target.is_file():  # Path.exists raises for a name that is too long
+        raise StorageError(
+            expected="a name for a file, which is made or replaced",
+            found="a folder" if target.is_dir() else "a device or a pipe",
+            where=str(target),
+            next="name a file in that folder" if target.is_dir() else "name a file",
+        )
+    _require_writable(target)
+
+
+def require_new_folder(target: Path) -> None:
+    """StorageError where there is something of that name, or where no folder of that name can be made."""
+    require_absent(target)
+    _require_writable(target)
+
+
+def require_folder(target: Path) -> None:
+    """StorageError where nothing can be written into a folder of that name, whether it is there or has to be made."""
+    _require_writable(target / "file")
+
+
+def _require_writable(target: Path) -> None:
+    """By making a folder, which vanishes again, where the first part of the path is missing; only trying tells."""
+    path = target.absolute()
+    missing = next((p for p in (*reversed(path.parents), path) if not os.path.exists(p)), path)
+    probe = missing.with_name(f".{missing.name}.{os.getpid()}.partial")
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise StorageError(
+            expected="a place where something can be written",
+            found=f"{error.strerror}",
+            where=f"{missing.parent}, for {target}",
+            next="choose another folder",
+        ) from error
+
+
+def name_for_good(folder: Path, name: Path) -> None:
+    """Rename a folder that is whole and on the disk; the new name, too, outlasts a crash of the machine."""
+    folder.rename(name)
+    _sync_entry(name.parent)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.writing.partial")
+
+
+@contextmanager
+def _only_writer(target: Path) -> Iterator[None]:
+    path = _partial(target).with_suffix(".lock")
+    handle = _lock(path, wait=False)
+    if handle is None:
+        raise StorageError(
+            expected="one process at a time that writes a folder",
+            found="another one that is writing it now",
+            where=str(target),
+            next="wait for it or end it, or choose another name",
+        )
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(path: Path, *, wait: bool) -> int | None:
+    """The descriptor of a file at `path`, made where it is absent, and locked until closed; None: another's."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Whoever had it may have renamed or deleted it since it was opened here.
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
 
 
 def _existing(path: Path) -> Path:

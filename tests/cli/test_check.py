@@ -62,14 +62,21 @@ def test_nothing_found_in_sound_datasets(shared_datasets, name):
 
 
 def test_timestamps_of_another_rate(copy_of):
+    """The videos have no pictures at these times; without videos, they are only odd."""
     root = copy_of(V21)
 
     def slower(rows):
         rows *= 2
 
     edit(table_of(root), "timestamp", slower)
-    finding = the_finding(root, severity="warning")
-    assert "0.0400 s after the frame before, not 1/50 s (53 frames in all)" in finding.what
+    report = check_dataset(root, quick=True)
+    assert [(f.severity, f.check, f.episodes) for f in report.findings] == 2 * [("error", "timestamps", (2,))]
+    assert "its timestamps are 0.04 s apart, and fps is 50 in meta/info.json" in report.findings[0].what
+    copy = copy_of("synthetic_lerobot_v30_image")
+    edit(copy / "data/chunk-000/file-000.parquet", "timestamp", slower)
+    report = check_dataset(copy, quick=True)
+    assert [(f.severity, f.episodes) for f in report.findings] == [("warning", (e,)) for e in range(6)]
+    assert "0.0400 s after the frame before, not 1/50 s (53 frames in all)" in report.findings[2].what
 
 
 @pytest.mark.parametrize(("column", "belongs"), [("frame_index", 7), ("index", 40 + 47 + 7)])

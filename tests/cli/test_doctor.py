@@ -1,13 +1,17 @@
 """`doctor`, `recipes`, and what every command's help has in common."""
 
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
 
-from manipi.cli.doctor import OPTIONAL
+from manipi.cli import doctor
 from manipi.cli.train import parse_train
 from manipi.errors import ConfigError
 from manipi.recipes.registry import RECIPES, load_recipe
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_doctor(manipi, tmp_path):
@@ -15,17 +19,41 @@ def test_doctor(manipi, tmp_path):
     assert done.returncode == 0, done.stderr
     answers = json.loads((tmp_path / "doctor.json").read_text())
     topics = {answer["topic"] for answer in answers}
-    assert topics >= {"manipi", "python", "platform", "processor", "memory", "disk", "torch", "video", *OPTIONAL}
+    assert topics >= {
+        "manipi",
+        "python",
+        "platform",
+        "processor",
+        "memory",
+        "disk",
+        "torch",
+        "video",
+        "numpy",
+        "mujoco",
+        "ray",
+    }
     assert all(answer["ok"] or answer["next"] for answer in answers)
     assert len(done.stdout.splitlines()) == len(answers)
 
 
-def test_doctor_names_a_package_that_is_absent(monkeypatch, capsys):
-    from manipi.cli import doctor
+def test_doctor_knows_every_extra_of_the_package():
+    """Of the metadata that the package is built with, so that no list here goes stale."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert doctor.PURPOSES.keys() == project["optional-dependencies"].keys() - {"dev"}
 
-    monkeypatch.setitem(doctor.OPTIONAL, "no_such_package", ("a test", "pip install it"))
+
+def test_doctor_names_what_is_absent_or_too_old(monkeypatch, capsys):
+    metadata = ["numpy<3,>=2.0", "numpy<2", "numpy>=99.1; extra == 'demo'", 'no-such-package>=1; extra == "view"']
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: metadata)
     doctor.main([])
-    assert "absent  no_such_package" in capsys.readouterr().out
+    rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    found = [(state, rest) for state, topic, rest in rows if topic in ("numpy", "no-such-package")]
+    assert [state for state, _ in found] == ["ok", "absent", "absent", "absent"]
+    assert "needed is <2" in found[1][1]
+    assert found[2][1].endswith(
+        "needed is >=99.1: the simulated arm of manipi demo (demo)   → pip install 'manipi[demo]'"
+    )
+    assert found[3][1] == "manipi view --rerun (view)   → pip install 'manipi[view]'"
 
 
 def test_recipes(manipi, tmp_path):

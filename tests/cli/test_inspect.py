@@ -52,6 +52,43 @@ def test_sketch_knows_wrists_and_grippers(tmp_path):
     assert [s.key for s in robot.state] == ["qpos"]
 
 
+POSES = {
+    "x y z roll pitch yaw gripper": ["euler_xyz", "Gripper"],
+    "X Y Z Roll Pitch Yaw": ["euler_xyz"],
+    "x y z yaw gripper": ["none", "Joints(1)", "Gripper"],
+    "ee_x ee_y ee_z ee_qx ee_qy ee_qz ee_qw": ["quat_xyzw"],
+    "eef_pos_x eef_pos_y eef_pos_z eef_quat_x eef_quat_y eef_quat_z eef_quat_w": ["quat_xyzw"],
+    "pos.x pos.y pos.z rot.x rot.y rot.z": ["rotvec"],
+    "x y z rot6d_0 rot6d_1 rot6d_2 rot6d_3 rot6d_4 rot6d_5": ["rot6d"],
+    "left.x left.y left.z left.rx left.ry left.rz left.grip right.x right.y right.z": ["rotvec", "Gripper", "none"],
+    "j0 j1 x y z euler_x euler_y euler_z j8": ["Joints(2)", "euler_xyz", "Joints(1)"],
+    "x y z qw qx qy qz": ["none", "Joints(4)"],  # a quaternion that begins with w is written in no form of ours
+    "delta_x delta_y delta_z delta_roll delta_pitch delta_yaw": ["Joints(6)"],  # offsets are no pose
+    "shoulder wrist_roll wrist_yaw": ["Joints(3)"],
+    "x y": ["Joints(2)"],
+}
+
+
+@pytest.mark.parametrize("names", POSES)
+def test_sketch_knows_tool_poses(tmp_path, names):
+    labels = tuple(names.split())
+    features = {
+        "cam": Feature(kind="image", shape=(16, 16, 3), dtype="video"),
+        "action": Feature(kind="vector", shape=(len(labels),), dtype="float32", names=labels),
+    }
+    with LeRobotWriter(tmp_path / "set", fps=20, features=features, robot_type="toy") as writer:
+        values = {"cam": np.zeros((2, 16, 16, 3), np.uint8), "action": np.zeros((2, len(labels)), np.float32)}
+        writer.add_episode(values, task="wait")
+    robot = run_source(sketch_robot(open_dataset(tmp_path / "set"), "toy"))
+    said = {
+        "EndEffector": lambda g: g.rotation,
+        "Joints": lambda g: f"Joints({g.size})",
+        "Gripper": lambda g: "Gripper",
+    }
+    assert [said[type(group).__name__](group) for group in robot.actions] == POSES[names]
+    assert robot.action_size == len(labels)
+
+
 def test_dataset(manipi, shared_datasets, tmp_path):
     done = manipi("inspect", shared_datasets / "synthetic_lerobot_v21", "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
@@ -69,6 +106,8 @@ def test_recipe(manipi, recipe_file, tmp_path):
     assert "│ base 64 │ left_wrist 64 │ right_wrist 64 │ prompt 60 │ actions 10 │" in done.stdout
     assert re.search(r"'Task: (pick up the cube|open the drawer), State: [\d ]+;\\nAction: '", done.stdout)
     trace = json.loads((tmp_path / "out.json").read_text())
+    assert re.search(r"longest prompt  \d+ of 60 tokens \(max_token_len\): synthetic_lerobot_v30, ep", done.stdout)
+    assert trace["longest_prompt"]["tokens"] >= len(trace["token_ids"])
     stages = {stage["step"]: stage for stage in trace["stages"]}
     expected = ["observation", "ReadRobot", "ActionSpace", "Normalize", "ResizeImages", "TokenizePrompt", "ModelLayout"]
     assert list(stages) == expected

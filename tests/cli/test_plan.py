@@ -37,6 +37,16 @@ def test_what_does_not_fit_exits_with_1_and_names_a_command_that_fits(capsys, tm
     assert "lacks" in printed
 
 
+def test_the_longest_prompt_of_data_at_hand(capsys, recipe_file, tmp_path):
+    main([f"{recipe_file}:my_recipe", "--json", f"{tmp_path}/a.json"])
+    tokens = json.loads((tmp_path / "a.json").read_text())["longest_prompt"]["tokens"]
+    assert f"longest prompt  {tokens} of 60 tokens (max_token_len): synthetic_lerobot_v30" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=f"--model.max-token-len {tokens}"):
+        main([f"{recipe_file}:my_recipe", "--model.max-token-len", f"{tokens - 1}"])
+    main([f"{recipe_file}:my_recipe", "--data.path", f"{tmp_path}/elsewhere"])
+    assert "longest prompt  not measured: the data are not on this disk" in capsys.readouterr().out
+
+
 def test_what_cannot_be_asked():
     with pytest.raises(UnknownNameError, match="did you mean rtx4090"):
         main(["tabletop", "--gpu", "rtx409"])

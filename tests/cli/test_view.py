@@ -10,7 +10,9 @@ import av
 import numpy as np
 import pytest
 
+from manipi.cli.view import main
 from manipi.data.dataset import open_dataset
+from manipi.errors import ConfigError
 
 
 def films(html):
@@ -72,14 +74,13 @@ def test_unknown_episode(shared_datasets, manipi):
     assert "unknown [9]" in done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("rerun") is not None, reason="rerun is installed here")
-def test_rerun_that_is_not_installed(shared_datasets, manipi):
-    done = manipi("view", shared_datasets / "synthetic_lerobot_v30", "--rerun")
-    assert done.returncode == 1
-    assert "pip install 'manipi[view]'" in done.stderr
+def test_rerun_that_is_not_installed(shared_datasets, tmp_path, without):
+    without("rerun")
+    with pytest.raises(ConfigError, match=r"pip install 'manipi\[view\]'"):
+        main([str(shared_datasets / "synthetic_lerobot_v30"), "--rerun", "--out", str(tmp_path / "episode.rrd")])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("rerun") is None, reason="rerun-sdk is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("rerun") is None, reason="needs manipi[view]")
 def test_rerun(shared_datasets, manipi, tmp_path):
     out = tmp_path / "episode.rrd"
     done = manipi("view", shared_datasets / "synthetic_lerobot_v30", "--rerun", "--out", out)

@@ -6,8 +6,8 @@ from manipi_client.chunks import Chunk, ChunkQueue, read_chunk
 from manipi_client.motion import MotionMeter
 
 
-def chunk(first_step, *values):
-    return Chunk(np.array(values, float)[:, None], first_step, observed_at=0.0)
+def chunk(first, *values):
+    return Chunk(np.array(values, float)[:, None], first, step=first, observed_at=0.0)
 
 
 def test_the_newest_chunk_is_executed_by_its_own_clock():

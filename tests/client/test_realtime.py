@@ -177,15 +177,151 @@ def test_a_sequence_by_hand():
             actions.append((answer["actions"].item(), answer["starved"]))
         let_through.release()
     # Step 4 gets the answer to step 2, at its third row, and asks again at once: that observation was 2 steps ago.
+    # Step 7 gets the answer to step 4; two actions were executed since, and one step held.
     assert actions == [
-        (0, False), (1, False), (2, False), (3, False), (22, False), (23, False), (23, True), (43, False),
+        (0, False), (1, False), (2, False), (3, False), (22, False), (23, False), (23, True), (42, False),
     ]  # fmt: skip
     assert [o["n"] for o in asked] == [0, 2, 4, 7]
     assert [(o["manipi/prev_actions"].ravel().tolist(), o["manipi/delay"]) for o in asked[1:3]] == [
         ([2, 3], 1),
         ([22, 23], 2),
     ]
-    assert list(broker.delays) == [2, 3]
+    assert list(broker.delays) == [2, 2], "a held step is no executed one"
+
+
+# ---- an arm that is held goes on from where it stands ----------------------------------------------------------------
+
+PACE = 0.01
+
+
+class Straight:
+    """Plans to go on at PACE from where the arm is; what is left of an old plan comes back as it was. Answers leave
+    while `gate` is set."""
+
+    metadata = REAL_TIME
+
+    def __init__(self, horizon):
+        self.horizon, self.gate, self.asked = horizon, threading.Event(), []
+
+    def infer(self, observation):
+        self.asked.append(observation)
+        plan = observation["state"] + PACE * np.arange(1.0, self.horizon + 1)[:, None]
+        left = observation.get("manipi/prev_actions", plan[:0])
+        if len(left):
+            plan = np.concatenate([left, left[-1] + PACE * np.arange(1.0, self.horizon - len(left) + 1)[:, None]])
+        self.gate.wait()
+        return {"actions": plan}
+
+    def reset(self):
+        pass
+
+
+def hold_and_go_on(horizon, execute_steps, delays, join, lag, num_steps=120):
+    """Per control step: command, starved, where the arm is, and where it was for the question that is answered there.
+    The answer to question n is there `delays[n]` control steps later. A step of the arm leaves `lag` of its way."""
+    policy, position, asked_at, questions, rows = Straight(horizon), np.zeros(1), 0.0, 0, []
+    with RealTimeBroker(policy, execute_steps, join) as broker:
+        for _ in range(num_steps):
+            answered_at = None
+            if broker.age is not None and broker.age >= delays[questions % len(delays)]:
+                policy.gate.set()
+                broker.wait()
+                answered_at = asked_at
+            (policy.gate.set if not rows or join == "synchronous" else policy.gate.clear)()
+            answer = broker.infer({"state": position})
+            if broker.age == 1:
+                asked_at, questions = position.item(), questions + 1
+            rows.append((answer["actions"].item(), answer["starved"], position.item(), answered_at))
+            position = position + (1 - lag) * (answer["actions"] - position)
+        policy.gate.set()
+        return rows, list(broker.delays), policy.asked, broker.motion
+
+
+def random_case(seed):
+    rng = np.random.default_rng(seed)
+    horizon = int(rng.integers(1, 30))
+    delays = rng.choice([1, 2, 3, horizon // 2 + 1, horizon, horizon + 1, 2 * horizon + 7], size=rng.integers(1, 9))
+    return horizon, int(rng.integers(1, horizon + 1)), delays.tolist()
+
+
+STARVING = [(2, 40), (60,), (1, 3, 33, 2, 28), (17, 18, 19, 5)]
+"""Control steps until an answer, question by question: longer than any plan, now and then or always."""
+
+
+@pytest.mark.parametrize("join", ["synchronous", "asynchronous", "ensemble", "real_time"])
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_the_delays_are_the_arm_makes_its_plans_steps(seed, join):
+    horizon, execute_steps, delays = random_case(seed)
+    rows, timed, *_ = hold_and_go_on(horizon, execute_steps, delays, join, lag=0.0)
+    executed = [command for command, starved, *_ in rows if not starved]
+    np.testing.assert_allclose(executed, PACE * np.arange(1, len(executed) + 1), rtol=1e-9)
+    assert all(command == before[0] for (command, starved, *_), before in zip(rows[1:], rows) if starved)
+    assert max(timed, default=0) <= horizon
+
+
+@pytest.mark.parametrize("join", ["synchronous", "asynchronous", "ensemble", "real_time"])
+@pytest.mark.parametrize("failing", [(1,), (2, 3, 4), (1, 3, 5, 6)], ids=str)
+def test_a_policy_that_fails_and_answers_again_goes_on_where_the_arm_stopped(failing, join, monkeypatch):
+    monkeypatch.setattr("manipi_client.realtime.backoff", lambda failures: 0.0)
+    policy, position, commands = Straight(8), np.zeros(1), []
+    policy.gate.set()
+    answer = policy.infer
+
+    def fail_at_times(observation):
+        question = len(policy.asked)
+        result = answer(observation)
+        if question in failing:
+            raise ConnectionLost(expected="actions", found="none", where="here", next="wait")
+        return result
+
+    policy.infer = fail_at_times
+    with RealTimeBroker(policy, 6, join) as broker:
+        for step in range(80):
+            if step % 5 == 0:
+                broker.wait()
+            elif step % 5 == 1:  # a question that comes now is answered in four steps
+                policy.gate.clear()
+            if step % 5 == 4 or join == "synchronous":
+                policy.gate.set()
+            position = broker.infer({"state": position})["actions"]
+            commands.append(position.item())
+        policy.gate.set()
+    assert broker.state == "running"
+    steps = np.diff([0.0, *commands])
+    assert set(np.round(steps / PACE, 6)) <= {0.0, 1.0}
+    assert sum(steps > 0) > 20
+
+
+@pytest.mark.parametrize("join", ["synchronous", "asynchronous", "ensemble", "real_time"])
+@pytest.mark.parametrize("delays", STARVING, ids=str)
+@pytest.mark.parametrize(("horizon", "execute_steps"), [(16, 8), (16, 1), (10, 10), (8, 3)])
+def test_after_a_hold_the_plan_goes_on_where_the_arm_stopped(horizon, execute_steps, delays, join):
+    rows, timed, asked, motion = hold_and_go_on(horizon, execute_steps, delays, join, lag=0.0)
+    executed = [command for command, starved, *_ in rows if not starved]
+    np.testing.assert_allclose(executed, PACE * np.arange(1, len(executed) + 1), rtol=1e-9)
+    held = [(command, before[0]) for (command, starved, *_), before in zip(rows[1:], rows) if starved]
+    assert (len(held) > 2) == (join != "synchronous"), "this test is of arms that are held"
+    assert all(command == before for command, before in held)
+    np.testing.assert_allclose(motion.seam_jump, PACE, rtol=1e-9)
+    assert motion.starved_steps == len(held)
+    assert max(timed, default=0) <= horizon, "no more can be executed until an answer comes than is planned"
+    for observation in asked:
+        if "manipi/prev_actions" in observation:
+            left = observation["manipi/prev_actions"]
+            np.testing.assert_allclose(left[0], observation["state"] + PACE, rtol=1e-9)
+            assert observation["manipi/delay"] <= min(len(left), max([1, *timed]))
+
+
+@pytest.mark.parametrize("join", ["asynchronous", "ensemble", "real_time"])
+@pytest.mark.parametrize("delays", STARVING, ids=str)
+def test_an_arm_that_lags_behind_leaps_no_further_than_it_moved(delays, join):
+    rows, *_ = hold_and_go_on(16, 8, delays, join, lag=0.7)
+    after_holds = 0
+    for (before, was_starved, *_), (command, starved, position, answered_at) in zip(rows, rows[1:]):
+        if was_starved and not starved:
+            after_holds += 1
+            assert abs(command - before) <= 1.0001 * PACE + abs(position - answered_at)
+    assert after_holds >= 1
 
 
 # ---- servers that fail -----------------------------------------------------------------------------------------------

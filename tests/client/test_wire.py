@@ -87,6 +87,42 @@ def test_an_array_that_does_not_fit_its_description_is_a_protocol_error(changes,
         wire.unpack(msgpack.packb({"state": array_map(changes)}))
 
 
+HUGE = b"\x1b[2J\n\xff" * 100_000
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        array_map({b"dtype": HUGE}),
+        array_map({b"shape": HUGE}),
+        array_map({b"shape": [HUGE, 1]}),
+        array_map({b"shape": [2**64 - 1] * 5_000}),
+        array_map({b"shape": [2**63] * 60}),
+        array_map({b"data": "x" * 10**6}),
+        {b"__npgeneric__": True, b"data": HUGE, b"dtype": "<f4"},
+        {b"__npgeneric__": True, b"data": HUGE, b"dtype": "<i8"},
+        {b"__npgeneric__": True, b"data": "9" * 10**6, b"dtype": "<f8"},
+        {b"__npgeneric__": True, b"data": "\n" * 10**6, b"dtype": "<M8[s]"},
+        {b"__npgeneric__": True, b"data": 1, b"dtype": HUGE},
+    ],
+    ids=range(11),
+)
+def test_a_protocol_error_repeats_little_of_the_frame(value):
+    with pytest.raises(ProtocolError) as error:
+        wire.unpack(msgpack.packb(value))
+    assert len(str(error.value)) < 700
+    assert "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [{b"a": 1}, {"a": {HUGE: 1}}, [{"a": 1}, {b"": 1}]], ids=range(3))
+def test_where_items_are_limited_keys_are_texts(value):
+    assert wire.unpack(msgpack.packb(value)) == value
+    with pytest.raises(ProtocolError, match="a map whose keys are texts") as error:
+        wire.unpack(msgpack.packb(value), max_items=100)
+    assert len(str(error.value)) < 400
+    assert wire.unpack(wire.pack({"a": np.float32(1)}), max_items=100) == {"a": 1}
+
+
 @pytest.mark.parametrize(("dtype", "data"), [("|u1", 300), ("<f4", "x"), ("<f4", [1.0]), ("|O", 1), ("<i4", None)])
 def test_a_scalar_that_does_not_fit_its_dtype_is_a_protocol_error(dtype, data):
     with pytest.raises(ProtocolError):

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +63,12 @@ def tiny_disk(mount):
 @pytest.fixture
 def dataset(written):
     return open_dataset(written)
+
+
+@pytest.fixture(scope="session")
+def shared_cases() -> Path:
+    """Inputs that failed once."""
+    shared = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[2] / "../shared")) / "cases/data"
+    if not shared.is_dir():
+        pytest.skip(f"the inputs that failed are not at {shared}; set MANIPI_SHARED")
+    return shared.resolve()

@@ -13,13 +13,14 @@ CAMERA = "observation.images.top"
 _read = partial(frames, cameras=[CAMERA], state_keys=["observation.state"], action_key="action", horizon=4)
 
 
-def samples(encode, dataset, rows):
-    return [encode(frame) for frame in _read(dataset, rows)]
+def samples(encode, dataset, rows, camera=CAMERA):
+    return [encode(frame) for frame in _read(dataset, rows, cameras=[camera])]
 
 
 def encode(frame):
     place = np.array([frame.episode, frame.index])
-    return {"image": frame.observation[CAMERA], "actions": frame.actions, "valid": frame.action_valid, "place": place}
+    image = next(values for values in frame.observation.values() if values.ndim == 3)
+    return {"image": image, "actions": frame.actions, "valid": frame.action_valid, "place": place}
 
 
 def every_sample(dataset, rows, **keys):

@@ -170,6 +170,8 @@ class Defect:
     """What is planted, and who says what about it."""
 
     plant: Callable[[Copy], None]
+    advice: str
+    """What the check says to do about it; `FETCH` alone speaks of fetching."""
     check: str
     where: str
     what: str
@@ -182,33 +184,115 @@ class Defect:
     """Part of the name of the sets that can have it."""
 
 
+FETCH = "hf download <dataset> --repo-type dataset --local-dir /"
 FRAMES = r"episode \d+, frame \d+"
 HERE, EXACT = f"{{table}}, episode {EPISODE}", f"{{table}}, episode {EPISODE}, frame {FRAME}"
 DEFECTS = {
-    "truncated video": Defect(truncate_video, "pictures", f"{{video}}, {FRAMES}", "expected a frame at"),
-    "short video": Defect(shorten_video, "pictures", f"{{video}}, {FRAMES}", "truncated, or shorter"),
-    "picture of another size": Defect(resize_video, "pictures", f"{{video}}, {FRAMES}", r"found \(32, 48, 3\)"),
-    "missing column": Defect(drop_column, "tables", "{table}", "expected the columns action"),
-    "NaN": Defect(partial(put_bad_value, value=np.nan), "values", EXACT, "nan in ", BadValueError),
-    "infinity": Defect(partial(put_bad_value, value=-np.inf), "values", EXACT, "-inf in ", BadValueError),
-    "timestamp out of order": Defect(swap_timestamps, "timestamps", EXACT, "expected ascending timestamps"),
-    "task without text": Defect(put_unknown_task, "numbering", EXACT, "expected a task_index with a text.*found 77"),
+    "truncated video": Defect(truncate_video, FETCH, "pictures", f"{{video}}, {FRAMES}", "expected a frame at"),
+    "short video": Defect(shorten_video, FETCH, "pictures", f"{{video}}, {FRAMES}", "truncated, or shorter"),
+    "picture of another size": Defect(
+        resize_video,
+        r"correct its shape in .*meta/info.json",
+        "pictures",
+        f"{{video}}, {FRAMES}",
+        r"found \(32, 48, 3\)",
+    ),
+    "missing column": Defect(
+        drop_column,
+        "--exclude action|record or convert its episodes again",
+        "tables",
+        "{table}",
+        "expected the columns action",
+    ),
+    "NaN": Defect(
+        partial(put_bad_value, value=np.nan),
+        "repair the values, or leave the episode out",
+        "values",
+        EXACT,
+        "nan in ",
+        BadValueError,
+    ),
+    "infinity": Defect(
+        partial(put_bad_value, value=-np.inf),
+        "repair the values, or leave the episode out",
+        "values",
+        EXACT,
+        "-inf in ",
+        BadValueError,
+    ),
+    "timestamp out of order": Defect(
+        swap_timestamps,
+        "sort its rows, or write timestamp = frame / fps",
+        "timestamps",
+        EXACT,
+        "expected ascending timestamps",
+    ),
+    "task without text": Defect(
+        put_unknown_task,
+        "give the task a text in the metadata",
+        "numbering",
+        EXACT,
+        "expected a task_index with a text.*found 77",
+    ),
     "still dimension": Defect(
-        fix_a_dimension, "values", "all episodes", r"lie within 0.0001 in action\[3\]", None, severity="warning"
+        fix_a_dimension,
+        "leave out what the robot does not use",
+        "values",
+        "all episodes",
+        r"lie within 0.0001 in action\[3\]",
+        None,
+        severity="warning",
     ),
     "unknown version": Defect(
-        change_version, "metadata", "meta/info.json", "expected codebase_version.*'v9.9'", hopeless=True
+        change_version,
+        "convert_dataset_v21_to_v30",
+        "metadata",
+        "meta/info.json",
+        "expected codebase_version.*'v9.9'",
+        hopeless=True,
     ),
-    "rows missing": Defect(lose_rows, "tables", HERE, r"expected \d+ rows.*found \d+"),
-    "entry missing": Defect(lose_entry, "metadata", "meta", r"expected \d episodes in all"),
-    "entry broken": Defect(break_entry, "metadata", "meta/episodes.jsonl, line 3", "expected JSON", only="v21"),
-    "episode of no frames": Defect(add_empty_episode, "metadata", r"meta, episode \d", "expected at least one frame"),
-    "two episodes of one number": Defect(number_twice, "tables", r"{table}, episode \d", "expected "),
-    "two entries of one episode": Defect(list_twice, "metadata", "meta", f"expected episode {EPISODE} once"),
-    "forbidden table": Defect(partial(forbid, what="table"), "tables", "{table}", "Permission denied"),
-    "forbidden video": Defect(partial(forbid, what="video"), "pictures", f"{{video}}, {FRAMES}", "Permission denied"),
+    "rows missing": Defect(
+        lose_rows,
+        "correct its length in the metadata, or add or take out rows",
+        "tables",
+        HERE,
+        r"expected \d+ rows.*found \d+",
+    ),
+    "entry missing": Defect(
+        lose_entry,
+        "correct total_episodes in .*, or put back the entries",
+        "metadata",
+        "meta",
+        r"expected \d episodes in all",
+    ),
+    "entry broken": Defect(break_entry, FETCH, "metadata", "meta/episodes.jsonl, line 3", "expected JSON", only="v21"),
+    "episode of no frames": Defect(
+        add_empty_episode,
+        "take its entry out of .*meta",
+        "metadata",
+        r"meta, episode \d",
+        "expected at least one frame",
+    ),
+    "two episodes of one number": Defect(
+        number_twice,
+        "in one piece, under a number of its own|correct its length|give its rows an entry|take its entry out",
+        "tables",
+        r"{table}, episode \d",
+        "expected ",
+    ),
+    "two entries of one episode": Defect(
+        list_twice,
+        "take out all of its entries in .*meta but one",
+        "metadata",
+        "meta",
+        f"expected episode {EPISODE} once",
+    ),
+    "forbidden table": Defect(partial(forbid, what="table"), r"chmod \+r ", "tables", "{table}", "Permission denied"),
+    "forbidden video": Defect(
+        partial(forbid, what="video"), r"chmod \+r ", "pictures", f"{{video}}, {FRAMES}", "Permission denied"
+    ),
     "forbidden metadata": Defect(
-        partial(forbid, what="entries"), "metadata", "meta/episodes", "Permission denied", hopeless=True
+        partial(forbid, what="entries"), r"chmod \+r ", "metadata", "meta/episodes", "Permission denied", hopeless=True
     ),
 }
 CASES = [(name, dataset) for name, d in DEFECTS.items() for dataset in SETS if d.only in dataset]
@@ -265,6 +349,10 @@ def test_defect(defect, copy):
         found = [f for f in findings if (f.severity, f.check) == (planted.severity, planted.check)]
         matching = [f for f in found if _matches(where, f.where) and _matches(planted.what, f.what)]
         assert matching, findings
+        for finding in matching:
+            assert _matches(planted.advice, finding.next)
+            assert ("hf download" in finding.next) == (planted.advice == FETCH)
+            assert "manipi check" not in finding.next  # where it comes from
         if planted.error is None:
             assert sort_episodes(copy.root)[1] == {}
             train(copy.root)

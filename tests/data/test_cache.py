@@ -5,11 +5,13 @@ import pickle
 import shutil
 import time
 
+import av
 import numpy as np
 import pytest
 
 from manipi.data.cache import CachedDataset
 from manipi.data.dataset import frames, open_dataset
+from manipi.data.video import VideoWriter
 from manipi.errors import ConfigError, DatasetFormatError, MissingFeatureError, StorageError
 from manipi.transforms.images import resize_with_pad
 
@@ -49,6 +51,29 @@ def test_the_rest_is_the_dataset(dataset, tmp_path):
         np.testing.assert_array_equal(ours.observation[CAMERA], theirs.observation[CAMERA])
     assert cached.fingerprint == dataset.fingerprint
     assert cached.column("action") is dataset.column("action")
+
+
+@pytest.mark.parametrize("format", ["raw", "jpeg"])
+def test_pictures_of_videos_that_were_replaced_are_forgotten(written, tmp_path, format):
+    root, folder = shutil.copytree(written, tmp_path / "set"), tmp_path / "cache"
+    old = CachedDataset(open_dataset(root), [CAMERA], folder, format=format).images(CAMERA, ROWS)
+    for path in (root / "videos" / CAMERA).rglob("*.mp4"):
+        turn_round(path)
+    expected = CachedDataset(open_dataset(root), [CAMERA], tmp_path / "other", format=format).images(CAMERA, ROWS)
+    again = CachedDataset(open_dataset(root), [CAMERA], folder, format=format)
+    for served in (again, pickle.loads(pickle.dumps(again))):
+        np.testing.assert_array_equal(served.images(CAMERA, ROWS), expected)
+    assert not np.array_equal(old, expected)
+
+
+def turn_round(path):
+    """The same file with other colours."""
+    with av.open(str(path)) as container:
+        images = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        rate = int(container.streams.video[0].average_rate)
+    video = VideoWriter(path, fps=rate, height=images.shape[1], width=images.shape[2])
+    video.add(255 - images)
+    video.close()
 
 
 def test_pickle_holds_no_pictures(dataset, tmp_path):
@@ -131,7 +156,7 @@ def test_size_bound(dataset, tmp_path):
 def test_disk_too_small(shared_datasets, tiny_disk):
     dataset = open_dataset(shared_datasets / "synthetic_lerobot_v30")
     camera = "observation.images.cam_left_wrist"
-    with pytest.raises(StorageError, match=r"(?s)0.05 GB for .*cam_left_wrist of free space.*--data.cache jpeg"):
+    with pytest.raises(StorageError, match=r"(?s)room for \d+ MB of decoded .*cam_left_wrist.*--data.cache jpeg"):
         CachedDataset(dataset, [camera], tiny_disk)
     cached = CachedDataset(dataset, [camera], tiny_disk, format="jpeg")
     with pytest.raises(StorageError, match=r"(?s)No space left.*--data.cache none"):

@@ -295,6 +295,9 @@ def test_a_killed_conversion_goes_on(recordings, tmp_path, sent):
     process = start(root, tmp_path / "set")
     until(lambda: len(list(parts.glob("episode-*"))) >= 2, process)
     workers = children_of(process.pid)
+    # What has a name there would stay when all processes are killed at once.
+    held = [line for pid in (process.pid, *workers) for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    assert [line for line in held if "/dev/shm/" in line and not line.endswith("(deleted)")] == []
     process.send_signal(sent)
     _, said = process.communicate()
     assert process.returncode == (-9 if sent == signal.SIGKILL else 130), said
@@ -428,16 +431,17 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:20_000])
 
 
+AGAIN, OTHER = "copy the file again or repair it", "name the --format, if another one was recognised"
 BAD = {
-    cut: (DatasetFormatError, r"(?s)a readable HDF5 file.*truncated file.*episode_1.hdf5"),
-    without_action: (DatasetFormatError, r"(?s)'action' in /.*observations.*episode_1.hdf5"),
+    cut: (DatasetFormatError, r"(?s)a readable HDF5 file.*truncated file.*episode_1.hdf5" + f".*next {AGAIN}"),
+    without_action: (DatasetFormatError, r"(?s)'action' in /.*observations.*episode_1.hdf5" + f".*next {OTHER}"),
     shorter: (ConfigError, r"(?s)'action' as float32 of shape \(5, 14\).*\(4, 14\).*episode_1.hdf5"),
     fewer_pictures: (ConfigError, r"(?s)'observation.images.top'.*\(5, 48, 64, 3\).*3 pictures.*episode_1.hdf5"),
     other_size: (ConfigError, r"(?s)'observation.images.top'.*\(5, 24, 32, 3\).*episode_1.hdf5"),
     nan: (BadValueError, r"(?s)'observation.state'.*episode_1.hdf5, frame 3"),
     no_frames: (ConfigError, r"(?s)'observation.state' as float32 of shape \('T', 14\).*episode_1.hdf5"),
-    words: (DatasetFormatError, r"(?s)numbers of every frame in 'action'.*episode_1.hdf5"),
-    no_jpeg: (DatasetFormatError, r"(?s)a JPEG or PNG picture.*episode_1.hdf5, top, frame 0"),
+    words: (DatasetFormatError, r"(?s)numbers of every frame in 'action'.*episode_1.hdf5" + f".*next {OTHER}"),
+    no_jpeg: (DatasetFormatError, r"(?s)a JPEG or PNG picture.*episode_1.hdf5, top, frame 0" + f".*next {AGAIN}"),
 }
 
 
@@ -543,18 +547,18 @@ def test_a_join_of_what_is_not_there(aloha, tmp_path):
 
 
 def test_what_is_excluded_is_left_out(recordings, tmp_path):
-    """Depth has no place in a video; a name that nothing has is refused."""
+    """Depth is left out, and said to be; a name that nothing has is refused."""
     path = tmp_path / "depth.hdf5"
     with h5py.File(path, "w") as file:
         file["data/demo_0/actions"] = recordings.numbers(5, 7, 0)
         file["data/demo_0/obs/image"] = recordings.pictures(5)
         file["data/demo_0/obs/depth"] = np.zeros((5, 48, 64, 1), np.float32)
-    with pytest.raises(ConfigError, match=r"(?s)pictures of shape.*'observation.images.depth'.*leave it out"):
-        run(path, tmp_path / "set", task="t")
-    with pytest.raises(MissingFeatureError, match=r"(?s)among action, .*found deep"):
+    with pytest.raises(MissingFeatureError, match=r"(?s)among action, .*found 'deep'"):
         run(path, tmp_path / "set", task="t", exclude=("deep",))
-    run(path, tmp_path / "set", task="t", exclude=("observation.images.depth",))
+    report = run(path, tmp_path / "set", task="t")
+    assert report.remarks == (("observation.images.depth", "records depth, not colours: left out"),)
     assert open_dataset(tmp_path / "set").cameras == ["observation.images.image"]
+    assert run(path, tmp_path / "other", task="t", exclude=("observation.images.depth",)).remarks == ()
 
 
 def test_an_attribute_that_is_no_json(recordings, tmp_path):

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from manipi.data.dataset import action_chunks, frames, open_dataset
+from manipi.data.subset import EpisodeSubset
 from manipi.errors import (
     ConfigError,
     DatasetFormatError,
@@ -50,6 +51,26 @@ def test_frames_come_in_the_order_asked_for(dataset, episodes):
         difference = frame.observation[CAMERA].astype(int) - episodes[frame.episode][CAMERA][frame.index]
         assert np.abs(difference).mean() < 3
     assert [frame.prompt for frame in found[:3]] == ["push the block", "push the block", "öffne die Schublade"]
+
+
+@pytest.mark.parametrize("name", ["", "synthetic_lerobot_v21", "synthetic_droid_rlds/droidlike/1.0.0"])
+def test_instructions_are_those_of_the_rows(name, dataset, shared_datasets, tmp_path, monkeypatch):
+    """Those of a whole dataset in one go, as the prompts of its rows one by one."""
+    monkeypatch.setenv("MANIPI_HOME", str(tmp_path))
+    whole = (
+        open_dataset(shared_datasets / name, fields="droid_joint_position" if "rlds" in name else "")
+        if name
+        else dataset
+    )
+    chosen = EpisodeSubset(whole, [whole.episodes[-1].index, whole.episodes[0].index])
+    for some in (whole, chosen):
+        texts, numbers = some.instructions("task")
+        assert len(numbers) == some.num_frames
+        possible = [{texts[number] for number in row} for row in numbers.tolist()]
+        assert all(some.prompt(row) in texts for row, texts in enumerate(possible))
+        assert "rlds" in name or all(len(texts) == 1 for texts in possible)
+    with pytest.raises(MissingFeatureError, match=r"--data\.prompt task"):
+        whole.instructions("subtask")
 
 
 def test_columns_are_shared_and_read_only(dataset):

@@ -122,7 +122,7 @@ def test_outliers_and_limits(toy):
     commands = toy.column("actions")[:, 1]
     limited = replace(TABLETOP, actions=(Joints(3, low=(-9.0, float(np.median(commands)), -9.0)), Gripper()))
     (note,) = beyond_limits(toy, limited, np.arange(65))
-    assert note.startswith("command[1] is outside the robot's limits in 32 frames: ")
+    assert note.startswith("command[1] joint 2 is outside the robot's limits in 32 frames: ")
     assert beyond_limits(toy, replace(limited, actions=(Joints(3), Gripper())), np.arange(65)) == []
 
 
@@ -348,14 +348,14 @@ def test_the_rows_are_part_of_the_fingerprint(toy):
     assert every.data == some.data
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed")
-def test_ray_that_is_not_installed(toy):
+def test_ray_that_is_not_installed(toy, without):
+    without("ray")
     with pytest.raises(ConfigError, match=r"the package ray") as error:
         compute_norm_stats(toy, TABLETOP, HORIZON, np.arange(65), workers=Workers(ray=True))
     assert error.value.next == "pip install 'manipi[ray]'"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs pip install 'manipi[ray]'")
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs manipi[ray]")
 def test_ray_does_not_show(toy):
     rows = np.arange(65)
     equal(

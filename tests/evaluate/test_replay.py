@@ -1,6 +1,7 @@
 """A run is recorded through a real server and replayed against checkpoints and servers."""
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from manipi.errors import ConfigError, MissingFeatureError, ObservationError, St
 from manipi.evaluate.replay import replay
 from manipi.policy import Policy
 from manipi.robots.tabletop import TABLETOP
-from manipi.serve import PolicyServer
+from manipi.serve import Access, PolicyServer
+from manipi.serve.access import tls_context
 from manipi.train.loop import train
 from manipi_client import (
+    AccessDenied,
     ActionChunkBroker,
     Environment,
     PolicyAgent,
@@ -159,12 +162,23 @@ def test_the_command_compares_checkpoints(recording, trained, tiny, tmp_path, ca
         main([str(recording), str(other), "--tolerance", "1e9"])
 
 
-def test_the_command_asks_a_server(recording, trained):
-    with (
-        PolicyServer(Policy.load(trained("pi05")), port=0).serve_in_thread() as port,
-        pytest.raises(SystemExit, match="0"),
-    ):
-        main([str(recording), f"ws://127.0.0.1:{port}"])
+def test_the_command_asks_a_server(recording, trained, tmp_path):
+    """With a token, and a certificate that no authority signed."""
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    command += ["-subj", "/CN=robot", "-addext", "subjectAltName=IP:127.0.0.1"]
+    try:
+        subprocess.run([*command, "-keyout", "key.pem", "-out", "cert.pem"], cwd=tmp_path, check=True, stderr=-3)
+    except FileNotFoundError:
+        pytest.skip("openssl is not installed")
+    (tmp_path / "token").write_text("k3y-of-the-lab")
+    access = Access(token="k3y-of-the-lab", tls=tls_context(tmp_path / "cert.pem", tmp_path / "key.pem"))
+    flags = ["--token-file", str(tmp_path / "token"), "--ca", str(tmp_path / "cert.pem")]
+    with PolicyServer(Policy.load(trained("pi05")), port=0, access=access).serve_in_thread() as port:
+        for address in (f"wss://127.0.0.1:{port}", f"127.0.0.1:{port}"):
+            with pytest.raises(SystemExit, match="0"):
+                main([str(recording), address, *flags])
+        with pytest.raises(AccessDenied, match="check token"):
+            main([str(recording), f"127.0.0.1:{port}", *flags[2:]])
 
 
 def test_a_policy_that_cannot_go_on_is_asked_without_the_previous_chunk(recording, trained):

@@ -170,17 +170,17 @@ def test_norm_stats_come_back_from_lerobots_preprocessor(exported, checkpoints, 
             np.testing.assert_array_equal(getattr(getattr(after, field), name), expected.astype(np.float32))
 
 
-def test_a_preprocessor_that_normalises_otherwise_is_refused(exported, checkpoints, tmp_path):
+def test_a_base_without_statistics_needs_some(exported, checkpoints, tmp_path):
     folder, before = lerobot_alone(exported("pi05", "lerobot"), tmp_path), read_checkpoint(checkpoints("pi05"))
-    wanted = Wanted(robot=before.robot, model=before.config.model, tokenizers=before.tokenizers, norm_mode="zscore")
-    with pytest.raises(NormStatsError, match="MEAN_STD for state and actions"):
-        import_checkpoint(folder, tmp_path / "back", wanted)
+    wanted = Wanted(robot=before.robot, model=before.config.model, tokenizers=before.tokenizers)
     pipeline = json.loads((folder / "policy_preprocessor.json").read_text())
     for step in pipeline["steps"]:
         step.pop("state_file", None)  # as a base is published, which was trained on no robot in particular
     (folder / "policy_preprocessor.json").write_text(json.dumps(pipeline))
     with pytest.raises(NormStatsError, match="with a state_file"):
-        import_checkpoint(folder, tmp_path / "back", replace(wanted, norm_mode="quantile"))
+        import_checkpoint(folder, tmp_path / "back", wanted)
+    stats = exported("pi05", "lerobot") / "assets/tabletop/norm_stats.json"
+    import_checkpoint(folder, tmp_path / "back", replace(wanted, norm_stats=stats))
 
 
 def test_fast_has_no_processors_that_would_decode_with_other_codes(exported):

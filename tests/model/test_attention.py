@@ -74,7 +74,7 @@ def test_a_processor_never_uses_flex_attention(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_on_a_gpu_outputs_and_gradients_agree(dtype):
     first, second = prefix_and_suffix("pi05", num_prefix=300)

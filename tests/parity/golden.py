@@ -148,7 +148,8 @@ class Case:
         names = {"tokens": "tokenized_prompt", "token_valid": "tokenized_prompt_mask"}
         names |= {"token_causal": "token_ar_mask", "token_loss": "token_loss_mask"}
         arrays = {ours: self.inputs[prefix + name] for ours, name in names.items() if prefix + name in self.inputs}
-        arrays |= {name: self.inputs[name] for name in ("state", "actions")}
+        # Of a state wider than the actions, which no network reads, our pipeline hands on no more than that.
+        arrays |= {"state": self.inputs["state"][:, : self.config.action_dim], "actions": self.inputs["actions"]}
         valid = {name: self.inputs[f"image_mask/{name}"] for name in self.cameras}
         valid |= {name: self.inputs[key] for name in valid if (key := f"{masks}image_mask/{name}") in self.inputs}
         arrays["images"] = np.stack([self.inputs[f"image/{name}"] for name in self.cameras], axis=1)

@@ -1,6 +1,11 @@
 """Which of our robots a recorded observation belongs to, and how its slots are called."""
 
-from manipi.robots import Robot
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from manipi.robots import Robot, State
 from manipi.robots.aloha import aloha
 from manipi.robots.droid import droid
 from manipi.robots.libero import libero
@@ -13,17 +18,29 @@ def slot_of(recorded: str) -> str:
 
 
 def robot_of(
-    keys: set[str], slots: tuple[str, ...], *, relative: bool, pi_convention: bool, prompt: str | None
+    observation: Mapping[str, np.ndarray],
+    slots: tuple[str, ...],
+    *,
+    relative: bool,
+    pi_convention: bool,
+    prompt: str | None,
 ) -> Robot:
-    """The robot that has these observation keys.
+    """The robot that has the keys of an observation, with states of its sizes.
 
     Args:
-        keys: with "/" between the names of nested maps.
+        observation: with "/" between the names of nested maps.
         slots: the model's.
         relative: whether the recorded transforms make actions relative.
         pi_convention: whether they convert ALOHA to the pretraining convention.
         prompt: the default one.
     """
+    robot = _robot_with(set(observation), slots, relative, pi_convention, prompt)
+    return replace(robot, state=tuple(State(s.key, np.size(observation[s.key])) for s in robot.state))
+
+
+def _robot_with(
+    keys: set[str], slots: tuple[str, ...], relative: bool, pi_convention: bool, prompt: str | None
+) -> Robot:
     if any(key.startswith("images/") for key in keys):
         return aloha(pi_convention=pi_convention, relative=relative, default_prompt=prompt)
     if "observation/joint_position" in keys:

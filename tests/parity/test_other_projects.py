@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from golden import ABSENT, CASES, find, over
+from golden import ABSENT, CASES, find, over, read_json
 from safetensors.torch import load_file, load_model, save_model
 
 from manipi.exchange.exporting import export_checkpoint
 from manipi.exchange.importing import Wanted, import_checkpoint
+from manipi.exchange.stated import read_stated
 from manipi.model.config import Pi0FastConfig, Pi05Config
 from manipi.policy import Policy
 from manipi.robots.robot import Joints, Robot, State
@@ -48,21 +49,27 @@ def load(monkeypatch):
 
 @pytest.fixture
 def exported(tmp_path):
-    """`exported(case, layout)` is the recorded checkpoint, imported and exported again."""
+    """`exported(case, layout)` is the recorded checkpoint, imported and exported; its first actions may be relative."""
 
-    def export(case, layout):
+    def export(case, layout, relative=0):
         (stats,) = case.folder.glob("ckpt_pure/assets/*/norm_stats.json")
+        state, actions = (len(read_json(stats)["norm_stats"][key]["mean"]) for key in ("state", "actions"))
         robot = Robot(
             name=stats.parent.name,
             cameras={slot: slot for slot in case.cameras},
-            state=(State("state", 7),),
-            actions=(Joints(7),),
+            state=(State("state", state),),
+            actions=(Joints(relative, relative=True), Joints(actions - relative)) if relative else (Joints(actions),),
         )
-        (words,) = find("tokenizer/small_sp.model")
+        words = next(path for path in find("tokenizer/*.model") if path.is_relative_to(case.folder.parents[1]))
         action = BinningTokenizer() if isinstance(case.config, Pi0FastConfig) else None
         tokenizers = Tokenizers(SentencePieceTokenizer(words), action)
         # The recorded prompts are short; the certificate's, with a chunk of actions, is not.
-        wanted = Wanted(robot=robot, model=case.config, tokenizers=tokenizers, sizes={"max_token_len": 200})
+        wanted = Wanted(
+            robot=robot,
+            model=case.config,
+            tokenizers=tokenizers,
+            sizes={"max_token_len": 200 + case.config.action_horizon * actions},
+        )
         import_checkpoint(case.folder / "ckpt_pure", tmp_path / "ours", wanted)
         export_checkpoint(tmp_path / "ours", layout, tmp_path / "theirs")
         return tmp_path / "theirs"
@@ -178,11 +185,12 @@ def test_lerobot_loads_our_export(case, exported, lerobot_policy, measure, capsy
     measure("LeRobot, our export: actions", _error(actions, case.outputs["actions_10"]), TOLERANCE)
 
 
+@pytest.mark.parametrize("relative", [0, 4], ids=["absolute", "relative"])
 @over("case", values=FLOW)
 @torch.no_grad()
-def test_lerobot_answers_as_we_do(case, exported, lerobot_policy, load, measure, capsys):
+def test_lerobot_answers_as_we_do(case, relative, exported, lerobot_policy, load, measure, capsys):
     """From pictures, state and words to commands, through the processors that LeRobot finds in our export."""
-    folder = exported(case, "lerobot")
+    folder = exported(case, "lerobot", relative)
     ours, theirs = Policy.load(folder.parent / "ours"), lerobot_policy(case, folder, capsys)
     before, after = load("lerobot.policies.factory").make_pre_post_processors(
         theirs.config,
@@ -190,14 +198,58 @@ def test_lerobot_answers_as_we_do(case, exported, lerobot_policy, load, measure,
         preprocessor_overrides={"tokenizer_processor": {"tokenizer": transformers_like(ours.tokenizers.text)}},
     )
     rng = np.random.default_rng(0)
-    state, noise = rng.normal(size=7).astype(np.float32), case.tensor("init_noise")[:1]
+    state, noise = rng.normal(size=ours.robot.state_size).astype(np.float32), case.tensor("init_noise")[:1]
     size = case.config.vision.image_size
     pictures = {slot: rng.integers(0, 256, (size, size, 3), np.uint8) for slot in case.cameras}
     mine = ours.infer({**pictures, "state": state, "prompt": "push the cube"}, noise[0].numpy())["actions"]
     seen = {f"observation.images.{slot}": torch.tensor(p).permute(2, 0, 1) / 255 for slot, p in pictures.items()}
     batch = before({**seen, "observation.state": torch.from_numpy(state), "task": "push the cube"})
-    actions = after(theirs.predict_action_chunk(batch, noise=noise))[0]
-    measure("LeRobot, our export: commands", _error(actions, mine) / float(np.ptp(mine)), TOLERANCE)
+    commands = after(theirs.predict_action_chunk(batch, noise=noise))[0]
+    measure("LeRobot, our export: commands", _error(commands, mine) / float(np.ptp(mine)), TOLERANCE)
+
+
+@pytest.mark.parametrize("exclude", [["gripper"], [], ["joint"]])
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_what_lerobot_saves_is_what_we_read(kind, exclude, load, tmp_path):
+    """Config and processors as LeRobot itself writes them, and what its own steps do to a number."""
+    load("lerobot.policies.factory")
+    configs = load(f"lerobot.policies.{kind}.configuration_{kind}")
+    features, processor = load("lerobot.configs"), load(f"lerobot.policies.{kind}.processor_{kind}")
+    tokenizers = load("lerobot.processor.tokenizer_processor")
+    names = ["joint_1", "joint_2", "Left_Gripper"]
+    config = getattr(configs, f"{kind.upper()}Config")(
+        device="cpu",
+        chunk_size=12,
+        n_action_steps=5,
+        num_inference_steps=7,
+        use_relative_actions=True,
+        relative_exclude_joints=exclude,
+        action_feature_names=names,
+        input_features={
+            "observation.images.front": features.PolicyFeature(type=features.FeatureType.VISUAL, shape=(3, 224, 224)),
+            "observation.state": features.PolicyFeature(type=features.FeatureType.STATE, shape=(3,)),
+        },
+        output_features={"action": features.PolicyFeature(type=features.FeatureType.ACTION, shape=(3,))},
+    )
+    one = {name: torch.full((3,), value) for name, value in (("mean", 0.0), ("std", 1.0), ("q01", -1.0), ("q99", 1.0))}
+    with pytest.MonkeyPatch.context() as patched:  # the tokenizer is on the Hub only
+        words = SimpleNamespace(save_pretrained=lambda folder: (folder.mkdir(), (folder / "x").touch()))
+        patched.setattr(tokenizers, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda *_, **__: words))
+        make = getattr(processor, f"make_{kind}_pre_post_processors")
+        before, after = make(config, {"observation.state": one, "action": one})
+    for one in (config, before, after):
+        one.save_pretrained(tmp_path)
+    stated = read_stated(SimpleNamespace(path=tmp_path, layout="lerobot"))
+    assert {name: said.value for name, said in stated.model.items() if name in ("action_horizon", "max_token_len")} == {
+        "action_horizon": 12,
+        "max_token_len": {"pi0": 48, "pi05": 200}[kind],
+    }
+    assert (stated.num_steps, stated.norm_mode.value) == (7, {"pi0": "zscore", "pi05": "quantile"}[kind])
+    assert stated.cameras == ("observation.images.front",)
+    step = next(step for step in before.steps if type(step).__name__ == "RelativeActionsProcessorStep")
+    theirs = step._build_mask(3)
+    ours = stated.relative.value
+    assert theirs == ([True] * 3 if ours is True else list(ours))
 
 
 def transformers_like(words):

@@ -229,7 +229,7 @@ def check_inputs(case: Case, measure: Measure) -> None:
     slots = tuple(map(slot_of, names))
     kind = case.args.get("model_type", "pi0")
     convention = case.args.get("adapt_to_pi", True)
-    robot = robot_of(set(case.inputs), slots, relative=False, pi_convention=convention, prompt="none came")
+    robot = robot_of(case.inputs, slots, relative=False, pi_convention=convention, prompt="none came")
     sample = ReadRobot(robot).encode(nested(case.inputs))
     assert sample["prompt"] == str(expected.get("prompt", "none came"))
     space = ActionSpace(robot)
@@ -251,7 +251,7 @@ def check_inputs(case: Case, measure: Measure) -> None:
 def camera_masks(
     sample: Sample, slots: tuple[str, ...], kind: type[Pi0Config] | type[Pi0FastConfig] = Pi0Config
 ) -> np.ndarray:
-    model = kind(cameras=slots)
+    model = kind(cameras=slots, action_dim=max(sample[key].shape[-1] for key in ("state", "actions") if key in sample))
     resize = ResizeImages(model.vision.image_size)
     return ModelLayout(model, 1).encode(resize.encode(sample))["image_valid"]
 
@@ -390,8 +390,8 @@ def check_preprocess(case: Case, measure: Measure) -> None:
             measure("preprocessing: scaling", np.abs(found.numpy() - expected).max(), 1e-6)
         elif every := re.fullmatch(r"image_(.+)_every_(\d+)th_pixel", key):
             name, step = every[1], int(every[2])
-            size = expected.shape[1] * step
-            found = resized(given[f"image/{name}"], size, size)[:, ::step, ::step] * LEVEL - 1
+            size = [int(number) for number in re.findall(r"resized to (\d+)x(\d+)", case.args["note"])[0]]
+            found = resized(given[f"image/{name}"], *size)[:, ::step, ::step] * LEVEL - 1
             measure("preprocessing: pictures", np.abs(found - expected).max(), 1.5 * LEVEL)
         else:
             assert key.removeprefix("image_mask/") in masks, key

@@ -1,5 +1,7 @@
 """Datasets in a store: metadata and tables come at once, videos when they are first needed."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +57,40 @@ def test_a_video_that_the_store_has_lost(serve, store):
         del store.files[name]
     with pytest.raises(FetchError, match=r"cam_high.*file-000\.mp4"):
         dataset.images(CAMERA, np.array([0]))
+
+
+FILES = f"""
+import json, sys
+from manipi.data.dataset import open_dataset
+print(json.dumps(open_dataset(sys.argv[1]).picture_files([{CAMERA!r}])))
+"""
+
+
+def test_a_store_tells_which_videos_were_replaced(serve, store):
+    pytest.importorskip("s3fs", reason="s3fs is part of manipi[cloud]")
+    serve("synthetic_lerobot_v21")
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+
+    def told():
+        command = [sys.executable, "-c", FILES, "s3://bucket/synthetic_lerobot_v21"]
+        env = os.environ | keys | {"AWS_ENDPOINT_URL": store.url}
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        return json.loads(done.stdout), done.stderr
+
+    before, _ = told()
+    assert {f"synthetic_lerobot_v21/{name}" for name in before} == {
+        f for f in store.files if CAMERA in f and ".mp4" in f
+    }
+    replaced = max(before)
+    store.files[f"synthetic_lerobot_v21/{replaced}"] = store.files[f"synthetic_lerobot_v21/{replaced}"][::-1]
+    after, _ = told()
+    assert [name for name in before if before[name] != after[name]] == [replaced]
+    for name in list(store.files):
+        del store.files[name]
+    unknown, said = told()
+    assert unknown == {}
+    assert "whether the videos of s3://bucket/synthetic_lerobot_v21 were replaced is not known" in said
+    assert not videos()
 
 
 def test_no_dataset_there(store):

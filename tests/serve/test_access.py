@@ -4,6 +4,7 @@ import base64
 import http.client
 import json
 import re
+import socket
 import ssl
 import subprocess
 import sys
@@ -53,6 +54,152 @@ def test_another_token_does_not(guarded_port, token):
     with pytest.raises(ConnectError, match="401") as refused:
         WebsocketPolicy(port=guarded_port, token=token)
     assert TOKEN not in str(refused.value)
+
+
+UPGRADE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    "Sec-WebSocket-Version": "13",
+}
+PATHS = {
+    "/": 200,
+    "/?token=x": 200,
+    "/state.json": 200,
+    "/metrics": 200,
+    "/healthz": 200,
+    "/readyz": 200,
+    "/readyz?x": 200,
+    "//healthz": 404,
+    "/healthz/": 404,
+    "/HEALTHZ": 404,
+    "/healthz/../": 404,
+    "/policy": 404,
+}
+"""What each path answers to GET."""
+
+
+def ask(port, path, method="GET", headers=()):
+    """The status and the bytes after the head, by a client that helps nobody: what is in the socket is what counts."""
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall("\r\n".join([*lines, "\r\n"]).encode("latin-1"))
+        said = b""
+        while b"\r\n\r\n" not in said and (part := connection.recv(65_536)):
+            said += part
+        head, _, body = said.partition(b"\r\n\r\n")
+        status = int(head.split()[1])
+        while status != 101 and (part := connection.recv(65_536)):  # to its end
+            body += part
+    return status, body, head.decode()
+
+
+def headers_for(token, **others):
+    shown = {} if token is None else {"Authorization": f"Api-Key {token}"}
+    return list({"Host": "localhost", **shown, **others}.items())
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "upgrade", "upgrade by HEAD"])
+@pytest.mark.parametrize("token", [None, "another-token", TOKEN])
+def test_who_gets_what(guarded_port, method, token):
+    """Without the token: whether the process lives, to a plain request, and nothing else on any path."""
+    upgrade = UPGRADE if "upgrade" in method else {}
+    verb = {"upgrade": "GET", "upgrade by HEAD": "HEAD"}.get(method, method)
+    for path, of_get in PATHS.items():
+        status, body, _ = ask(guarded_port, path, verb, headers_for(token, **upgrade))
+        name = path.partition("?")[0]
+        if method in ("POST", "upgrade by HEAD"):
+            assert status == 405, path
+        elif token != TOKEN and (upgrade or name not in ("/healthz", "/readyz")):
+            assert status == 401, path
+        elif upgrade:
+            assert status == (101 if name == "/" else 404), path
+        else:
+            assert status == of_get, path
+        assert status == 101 or (body == b"") == (verb == "HEAD"), path
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/policy"])
+def test_a_policy_is_at_one_path_alone(port, observation, path):
+    with pytest.raises(InvalidStatus, match="404"), connect(f"ws://127.0.0.1:{port}{path}", proxy=None):
+        pass
+    with WebsocketPolicy(f"ws://127.0.0.1:{port}/?robot=1") as client:
+        assert client.infer(observation)["actions"].shape == (4, 3)
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/state.json"])
+def test_a_head_says_what_a_get_would(port, path):
+    heads = [ask(port, path, method, headers_for(None)) for method in ("GET", "HEAD")]
+    lengths = [re.search("Content-Length: ([0-9]+)", head)[1] for _, _, head in heads]
+    assert heads[1][1] == b""
+    assert path == "/state.json" or lengths[0] == lengths[1] == str(len(heads[0][1]))
+
+
+@pytest.mark.parametrize("name", ["Authorization", "Host", "Upgrade", "Connection", "Origin", "Sec-WebSocket-Key"])
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_a_header_that_comes_twice_is_no_failure_of_the_server(policy, name, token, caplog):
+    with PolicyServer(policy, port=0, access=Access(token=token)).serve_in_thread() as port:
+        for path, upgrade in ((path, upgrade) for path in ("/", "/healthz") for upgrade in ({}, UPGRADE)):
+            once = headers_for(TOKEN, **upgrade)
+            first = dict(once).get(name, "http://localhost")
+            for second in (first, "x"):
+                status, _, _ = ask(port, path, "GET", [*once, (name, first), (name, second)])
+                assert status < 500
+                harmless = name in ("Upgrade", "Connection") or (name == "Authorization" and token is None)
+                assert status != 101 or harmless
+    assert "Traceback" not in caplog.text
+
+
+def test_two_tokens_open_nothing(guarded_port):
+    for first, second in ((TOKEN, "x"), ("x", TOKEN), (TOKEN, TOKEN)):
+        both = [("Authorization", f"Api-Key {token}") for token in (first, second)]
+        assert ask(guarded_port, "/state.json", "GET", [("Host", "localhost"), *both])[0] == 401
+
+
+OWN = ["localhost", "LOCALHOST:8000", "localhost.", "127.0.0.1", "127.0.0.1:80", "127.8.9.1", "[::1]", "[::1]:8000"]
+STRANGE = [
+    "evil.example",
+    "evil.example:8000",
+    "localhost.evil.example",
+    "127.0.0.1.evil.example",
+    "192.0.2.7",
+    "x]",
+    "",
+]
+
+
+@pytest.mark.parametrize("path", [*PATHS, "upgrade"])
+def test_a_name_of_strangers_is_refused_on_loopback(port, path):
+    """DNS rebinding: a page of evil.example, whose name its owner has resolved to 127.0.0.1, is of our origin."""
+    upgrade = UPGRADE if path == "upgrade" else {}
+    for host in STRANGE:
+        status, body, _ = ask(port, "/" if upgrade else path, "GET", headers_for(None, **upgrade, Host=host))
+        assert status == 403, host
+        assert b"localhost" in body
+    for host in OWN:
+        status, *_ = ask(port, "/" if upgrade else path, "GET", headers_for(None, **upgrade, Host=host))
+        assert status == (101 if upgrade else PATHS[path]), host
+    if not upgrade:  # as HTTP/1.0 does, and no browser
+        assert ask(port, path, "GET")[0] == PATHS[path]
+
+
+def test_the_name_that_is_listened_on_is_known(policy, monkeypatch):
+    """As many systems have it: their own name is 127.0.1.1 in /etc/hosts."""
+    resolved = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", lambda *arguments, **options: resolved)
+        server = PolicyServer(policy, "Robot7", 0)
+    with server.serve_in_thread() as port:
+        statuses = [ask(port, "/metrics", "GET", [("Host", host)])[0] for host in ("robot7:1", "robot8:1")]
+    assert statuses == [200, 403]
+
+
+def test_where_a_token_or_the_user_lets_in_any_name_will_do(policy, guarded_port):
+    """A proxy in front may pass on the name that its clients use."""
+    assert ask(guarded_port, "/metrics", "GET", headers_for(TOKEN, Host="robots.example"))[0] == 200
+    server = PolicyServer(policy, "0.0.0.0", 0, access=Access(insecure=True))
+    with server.serve_in_thread() as port:
+        assert ask(port, "/metrics", "GET", headers_for(None, Host="robots.example"))[0] == 200
 
 
 @pytest.mark.parametrize("path", ["/", "/state.json", "/metrics", "/state.json?x=/healthz", "/nowhere"])
@@ -196,9 +343,12 @@ PolicyServer(policy, port=0).serve_forever(on_ready=lambda host, port: print(por
             time.sleep(0.2)
             process.terminate()
             time.sleep(0.1)
-            assert [get(port, path)[0].status for path in ("/readyz", "/healthz")] == [503, 200]
-            with pytest.raises(InvalidStatus, match="503"), connect(f"ws://127.0.0.1:{port}", proxy=None):
+            ready, _ = get(port, "/readyz")
+            assert (ready.status, ready.getheader("Retry-After")) == (503, "1")
+            assert get(port, "/healthz")[0].status == 200
+            with pytest.raises(InvalidStatus, match="503") as refused, connect(f"ws://127.0.0.1:{port}", proxy=None):
                 pass
+            assert refused.value.response.headers["Retry-After"] == "1"
             assert wire.unpack(client.recv())["actions"].shape == (4, 3)
         assert process.wait(5) == 0
 

@@ -3,11 +3,68 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from benchmarks.harness import memory_mb
+from benchmarks.hostile import GOOD, frames, plain
+from websockets.sync.client import connect
+
+from manipi_client import WebsocketPolicy
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SIZE = 12 * 2**20
+HOSTILE = frames(plain(GOOD), SIZE)
+PROGRAM = f"""
+import logging, sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+from fuzz_serve import ROBOT, Checked
+from manipi.serve import Limits, PolicyServer
+logging.basicConfig(level=logging.INFO, format="log %(message)s")
+server = PolicyServer(Checked(), port=0, robot=ROBOT, limits=Limits(max_message_mb={1.2 * SIZE / 2**20}))
+server.serve_forever(lambda host, port: print(port, flush=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """Port, process id and log of a server that checks observations as every policy does."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+    ):
+        port = int(process.stdout.readline())
+        with WebsocketPolicy(port=port) as client:
+            client.infer(GOOD)
+        yield port, process.pid, log
+        process.terminate()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_a_client_sent_is_not_repeated_and_not_kept(watched, name):
+    port, pid, log = watched
+    frame, before, said = HOSTILE[name](), memory_mb(pid), log.stat().st_size
+    with connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None, proxy=None) as connection:
+        connection.recv()
+        connection.send(frame)
+        answer = connection.recv(30)
+    if isinstance(answer, str):
+        assert answer.startswith(("ProtocolError\n", "ObservationError\n"))
+        assert len(answer.encode()) <= 4_000
+        assert len(answer.splitlines()) == 5
+    # The dashboard shows the last pictures that were answered, as they came, until the next ones.
+    kept = 2 * SIZE / 2**20 if isinstance(answer, bytes) and "picture" in name else 0
+    end = time.monotonic() + 5
+    while memory_mb(pid) > before + kept + 4:
+        assert time.monotonic() < end, f"{memory_mb(pid) - before:.0f} MiB more"
+        time.sleep(0.05)
+    with WebsocketPolicy(port=port) as client:
+        assert client.infer(GOOD)["actions"].shape == (10, 7)
+    new = log.read_text()[said:]
+    assert len(new) < 6_000
+    assert all(line.startswith("log ") and line.isprintable() for line in new.splitlines())
 
 
 def run(name, *flags):
@@ -21,7 +78,7 @@ def run(name, *flags):
 
 @pytest.mark.slow
 def test_two_thousand_bad_frames_harm_nobody():
-    said = run("fuzz_serve.py", "--frames", "2000", "--seed", "7")
+    said = run("fuzz_serve.py", "--frames", "2000", "--seed", "7", "--large-mb", "2")
     for outcome in ("told ProtocolError", "told ObservationError", "answered", "raw bytes"):
         assert outcome in said
 

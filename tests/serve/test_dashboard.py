@@ -59,6 +59,8 @@ class Tab:
     def __init__(self, connection):
         self._connection, self._numbers = connection, itertools.count(1)
         self.complaints = []
+        self.statuses = []
+        """HTTP status of the pages that were asked for. What is shown for a refused one, each browser decides."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -69,6 +71,8 @@ class Tab:
             message = json.loads(self._connection.recv(timeout=20))
             if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
                 self.complaints.append(message["params"])
+            if message.get("method") == "Network.responseReceived" and message["params"]["type"] == "Document":
+                self.statuses.append(message["params"]["response"]["status"])
             if message.get("id") == number:
                 assert "error" not in message, message
                 return message["result"]
@@ -81,6 +85,7 @@ class Tab:
         if token:  # what a browser sends after it has asked for name and password
             basic = base64.b64encode(f"me:{token}".encode()).decode()
             self.call("Network.setExtraHTTPHeaders", headers={"Authorization": f"Basic {basic}"})
+        self.statuses.clear()
         self.call("Page.navigate", url=url)
 
     def value(self, expression):
@@ -91,6 +96,15 @@ class Tab:
         while not self.value(expression):
             assert time.monotonic() < end, (expression, self.value("document.body.innerText"), self.complaints)
             time.sleep(0.1)
+
+    def status(self):
+        """Of the page that was opened last, once its answer is there."""
+        end = time.monotonic() + 20
+        while not self.statuses:
+            assert time.monotonic() < end, ("no answer", self.complaints)
+            self.value("0")  # reads what the browser has to report
+            time.sleep(0.1)
+        return self.statuses[-1]
 
     def screenshot(self):
         height = self.value("document.documentElement.scrollHeight")
@@ -107,7 +121,9 @@ def browser(tmp_path_factory):
     if program is None:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed (or set MANIPI_CHROMIUM)")
     profile = tmp_path_factory.mktemp("profile")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", f"--user-data-dir={profile}"]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update"]  # asks nobody but our server
+    flags += ["--remote-debugging-port=0", f"--user-data-dir={profile}"]
     process = subprocess.Popen([program, *flags, "about:blank"], stderr=subprocess.DEVNULL)
     try:
         yield _read_port(process, profile / "DevToolsActivePort")
@@ -207,6 +223,8 @@ def test_the_page_follows_and_says_when_the_server_is_gone(tab):
 def test_with_a_token_the_page_needs_it(tab):
     with busy_server(access=Access(token="a-long-secret")) as (port, _):
         tab.open(f"http://127.0.0.1:{port}/", token="another-secret")
-        tab.wait_for("document.body && document.body.innerText.includes('token')")
+        assert tab.status() == 401
+        assert tab.value("document.querySelectorAll('#curves').length") == 0
         tab.open(f"http://127.0.0.1:{port}/", token="a-long-secret")
+        assert tab.status() == 200
         tab.wait_for("document.querySelectorAll('#curves figure').length == 7")

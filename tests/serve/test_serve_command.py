@@ -6,12 +6,17 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from tests.commands import Command
 
+from manipi.cli.serve import _was_trained_without_prompt
+from manipi.data.dataset import Feature
+from manipi.data.lerobot_writer import LeRobotWriter
 from manipi.policy import Policy
+from manipi.train.loop import train
 from manipi_client import ConnectError, RemoteInferenceError, WebsocketPolicy
 
 
@@ -85,3 +90,20 @@ def test_a_checkpoint_served_with_a_token(trained, tmp_path):
     assert [dimension["unit"] for dimension in metadata["action_space"]] == ["m", "m", "m", ""]
     assert (metadata["control_hz"], metadata["image_size"], metadata["action_horizon"]) == (10.0, 16, 4)
     assert len(metadata["checkpoint"]) == 64
+
+
+def test_a_policy_that_was_trained_without_instructions_takes_none(tiny, trained, toy_episodes, tmp_path):
+    features = {
+        "observation/image": Feature(kind="image", shape=(16, 16, 3), dtype="video"),
+        "observation/state": Feature(kind="vector", shape=(4,), dtype="float32"),
+        "actions": Feature(kind="vector", shape=(4,), dtype="float32"),
+    }
+    with LeRobotWriter(
+        tmp_path / "data", fps=10, features=features, robot_type="tabletop", pix_fmt="yuv444p"
+    ) as writer:
+        for episode in toy_episodes:
+            writer.add_episode(episode, task="")
+    data = replace(tiny("pi05").data, path=str(tmp_path / "data"))
+    checkpoint = train(tiny("pi05", steps=1, data=data), tmp_path / "run", show=False)
+    assert _was_trained_without_prompt(checkpoint)
+    assert not _was_trained_without_prompt(trained("pi05"))

@@ -1,5 +1,6 @@
 """The server over real connections: openpi's protocol, and everything that clients and operators do to a server."""
 
+import contextlib
 import http.client
 import logging
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from manipi.errors import ServeError
@@ -158,6 +159,38 @@ def test_a_failing_policy_tells_clients_an_id_and_the_log_the_traceback(port, ob
     assert "RuntimeError: secret /home/user/weights" in caplog.text
 
 
+def test_what_clients_say_makes_no_line_of_the_log(observation, caplog):
+    """Neither in a traceback, nor as the reason of a close, nor before a websocket is one."""
+    forged = "\x1b[2J\n2026-01-01 manipi.serve.server stopped\u2028"
+
+    class Echo:
+        def __init__(self):
+            self.metadata = {}
+
+        def infer(self, observation, noise=None):
+            raise KeyError(observation["prompt"]) from ValueError(observation["prompt"] * 400)
+
+    with caplog.at_level(logging.INFO), PolicyServer(Echo(), port=0).serve_in_thread() as port:
+        with raw_connect(port) as connection:
+            connection.recv()
+            connection.send(wire.pack({**observation, "prompt": forged}))
+            assert connection.recv().startswith("PolicyFailure\n")
+        with raw_connect(port) as connection:
+            connection.recv()
+            connection.close(4000, forged)
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(f"GET / HTTP/1.1\r\n{forged}: x\r\n\r\n".encode())
+            connection.recv(1_000)
+    records = [record.getMessage() for record in caplog.records]
+    assert any("manipi.serve.server stopped" in record and "left" in record for record in records)
+    assert any("KeyError" in record and "ValueError" in record for record in records)
+    for first, *others in (record.split("\n") for record in records):
+        assert len(first) < 1_000
+        assert all(line.isprintable() for line in (first, *others))
+        assert all(line.startswith("    | ") for line in others)
+    assert sum(map(len, records)) < 25_000
+
+
 def test_an_answer_that_does_not_travel(port, observation):
     with WebsocketPolicy(port=port) as client, pytest.raises(RemoteInferenceError, match="set") as failure:
         client.infer({**observation, "prompt": "unsendable"})
@@ -253,13 +286,17 @@ def serve_in_thread(policy, port):
 def test_a_public_address_must_be_allowed(policy, host):
     with pytest.raises(ServeError, match="let everyone in with --insecure") as refused:
         PolicyServer(policy, host)
-    assert refused.value.where == f"{host}:8000"
+    assert refused.value.where == ("[::]:8000" if host == "::" else f"{host}:8000")
 
 
-def test_a_public_address_can_be_allowed(policy, observation):
-    server = PolicyServer(policy, "0.0.0.0", 0, access=Access(insecure=True))
-    with server.serve_in_thread() as port, WebsocketPolicy(port=port) as client:
-        assert client.infer(observation)["actions"].shape == (4, 3)
+@pytest.mark.parametrize(("host", "reached"), [("0.0.0.0", ["127.0.0.1"]), ("::", ["127.0.0.1", "[::1]"])])
+def test_a_public_address_can_be_allowed(policy, observation, host, reached):
+    if host == "::" and not socket.has_dualstack_ipv6():
+        pytest.skip("this computer has no IPv6")
+    with PolicyServer(policy, host, 0, access=Access(insecure=True)).serve_in_thread() as port:
+        for address in reached:
+            with WebsocketPolicy(f"{address}:{port}") as client:
+                assert client.infer(observation)["actions"].shape == (4, 3)
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.7"])
@@ -308,6 +345,36 @@ def test_a_signal_stops_the_server_after_what_has_arrived_is_answered(observatio
             assert closed.value.rcvd.code == 1001
         assert process.wait(5) == 0
         assert process.stdout.read() == "stopped\n"
+
+
+def test_while_it_stops_answers_arrive_and_clients_are_told_that_it_goes(observation):
+    """One observation is computed, one waits behind it; a third client is idle, a fourth comes when it is too late."""
+    conftest = Path(__file__).with_name("conftest.py")
+    command = [sys.executable, "-c", PROGRAM, str(conftest)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, contextlib.ExitStack() as stack:
+        port = process.stdout.readline().split()[1]
+        computed, waiting, idle = (stack.enter_context(raw_connect(port)) for _ in range(3))
+        for client in (computed, waiting, idle):
+            client.recv()
+        computed.send(wire.pack({**observation, "prompt": "slow"}))
+        time.sleep(0.2)
+        waiting.send(wire.pack(observation))
+        process.terminate()
+        time.sleep(0.1)
+        with pytest.raises(ConnectionClosed) as closed:
+            idle.recv(0.4)
+        assert closed.value.rcvd.code == 1001
+        with pytest.raises(InvalidStatus) as refused:
+            raw_connect(port).__enter__()
+        assert refused.value.response.status_code == 503
+        assert refused.value.response.headers["Retry-After"] == "1"
+        assert b"stopping" in refused.value.response.body
+        for client in (computed, waiting):
+            assert wire.unpack(client.recv(5))["actions"].shape == (4, 3)
+            with pytest.raises(ConnectionClosed) as closed:
+                client.recv(5)
+            assert closed.value.rcvd.code == 1001
+        assert process.wait(5) == 0
 
 
 def test_a_second_signal_does_not_wait(observation):

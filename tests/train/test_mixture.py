@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from manipi.data.check import check_dataset
 from manipi.data.dataset import Feature
 from manipi.data.lerobot_writer import LeRobotWriter
-from manipi.errors import ConfigError, UnknownNameError
+from manipi.errors import ConfigError, MissingFeatureError, UnknownNameError
 from manipi.policy import Policy
 from manipi.robots import Gripper, Joints, Robot, State
 from manipi.robots.tabletop import TABLETOP
@@ -138,3 +139,71 @@ def test_datasets_seen_from_a_root(tiny, toy_dataset, tmp_path):
     config = tiny()
     data = replace(config.data, path="", root=str(toy_dataset.parent), mixture=(DatasetConfig(path="dataset"),))
     assert prepare(replace(config, data=data), tmp_path).main.source.dataset.root == toy_dataset.resolve()
+
+
+@pytest.mark.parametrize("cache", ["none", "raw"])
+def test_an_optional_camera_may_be_absent_from_one_of_the_datasets(cache, tiny, toy_dataset, tmp_path, capsys):
+    """The toy's robot with a wrist camera, which one dataset has and the other lacks."""
+    two = replace(TABLETOP, cameras=TABLETOP.cameras | {"left_wrist": "wrist"}, optional=("left_wrist",))
+    features = {
+        "observation/image": Feature(kind="image", shape=(16, 16, 3), dtype="video"),
+        "wrist": Feature(kind="image", shape=(16, 16, 3), dtype="video"),
+        "observation/state": Feature(kind="vector", shape=(4,), dtype="float32"),
+        "actions": Feature(kind="vector", shape=(4,), dtype="float32"),
+    }
+    rng = np.random.default_rng(0)
+    with LeRobotWriter(tmp_path / "both", fps=10, features=features, robot_type="two") as writer:
+        for _ in range(4):
+            values = {k: rng.normal(size=(6, 4)) for k in ("observation/state", "actions")}
+            grey = np.full((6, 16, 16, 3), 128, np.uint8)
+            writer.add_episode({**values, "observation/image": grey, "wrist": grey}, task="reach it")
+    sets = (DatasetConfig(path=str(toy_dataset)), DatasetConfig(path=str(tmp_path / "both")))
+    config = tiny(steps=2, save_every=2)
+    model = replace(config.model, cameras=("base", "left_wrist"))
+    config = replace(config, robot=two, model=model, data=replace(config.data, path="", mixture=sets, cache=cache))
+    data = prepare(config, tmp_path / "run")
+    assert "absent  dataset: the optional camera 'left_wrist' (wrist)" in capsys.readouterr().out
+    about = [f.severity for f in check_dataset(toy_dataset, robot=two).findings if "'left_wrist'" in f.what]
+    assert about == ["warning"]
+    for one, valid in zip(data.sets, ([True, False], [True, True]), strict=True):
+        (sample,) = one.to_train_on.samples(one.rows[:1])
+        assert sample["image_valid"].tolist() == valid
+        assert sample["images"][1].any() == valid[1]
+    policy = Policy.load(train(config, tmp_path / "run", show=False))
+    observation = {key: value for key, value in data.example().items() if key != "prompt"}
+    assert policy.infer({**observation, "prompt": "reach it"})["actions"].shape == (4, 4)
+    with pytest.raises(MissingFeatureError, match="image 'wrist'"):
+        prepare(replace(config, robot=replace(two, optional=())), tmp_path / "other")
+
+
+@pytest.mark.parametrize("kind", ["pi05", "pi0_fast", "pi0"])
+def test_a_state_wider_than_the_actions_is_legal_where_it_is_text(kind, tiny, tmp_path):
+    """From training to answers; π0 alone has a network that reads it."""
+    wide = Robot(
+        name="wide", cameras={"base": "i"}, state=(State("s", 6),), actions=(Joints(4),), action_key="a", control_hz=10
+    )
+    features = {
+        "i": Feature(kind="image", shape=(16, 16, 3), dtype="video"),
+        "s": Feature(kind="vector", shape=(6,), dtype="float32"),
+        "a": Feature(kind="vector", shape=(4,), dtype="float32"),
+    }
+    rng = np.random.default_rng(0)
+    with LeRobotWriter(tmp_path / "data", fps=10, features=features, robot_type="wide") as writer:
+        for _ in range(4):
+            values = {"s": rng.normal(size=(6, 6)), "a": rng.normal(size=(6, 4))}
+            writer.add_episode({"i": np.zeros((6, 16, 16, 3), np.uint8), **values}, task="reach it")
+    config = tiny(kind, steps=1, save_every=1)
+    assert config.model.action_dim == 4
+    config = replace(config, robot=wide, data=replace(config.data, path=str(tmp_path / "data")))
+    if kind == "pi0":
+        with pytest.raises(ConfigError, match="at most 4 dimensions\n   found cameras base; 6 dimensions"):
+            train(config, tmp_path / "run", show=False)
+        return
+    policy = Policy.load(train(config, tmp_path / "run", show=False))
+    seen = {"i": np.zeros((16, 16, 3), np.uint8), "s": np.arange(6.0), "prompt": "reach it"}
+    assert policy.infer(seen)["actions"].shape == (4, 4)
+    last = (
+        policy.pipeline.encode(seen)[0]["tokens"],
+        policy.pipeline.encode({**seen, "s": np.arange(6.0) - 9})[0]["tokens"],
+    )
+    assert not np.array_equal(*last)  # the words hold all six

@@ -394,7 +394,7 @@ def test_sgd_does_not_round_at_random(tiny):
 # ---- states of 8 bits
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="no torchao: pip install 'manipi[low-bit]'")
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs manipi[low-bit]")
 @pytest.mark.parametrize("precision", ["fp32", "pure_bf16"])
 def test_moments_of_8_bits(precision, tiny, tmp_path):
     config = tiny(steps=4, compute=ComputeConfig(precision=precision))
@@ -405,8 +405,8 @@ def test_moments_of_8_bits(precision, tiny, tmp_path):
     resumes_exactly(config, tmp_path)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="torchao is installed")
-def test_moments_of_8_bits_without_torchao(tiny, tmp_path):
+def test_moments_of_8_bits_without_torchao(tiny, tmp_path, without):
+    without("torchao")
     config = tiny(optimizer=OptimizerConfig(state_bits=8))
     with pytest.raises(ConfigError, match=r"(?s)torchao.*pip install 'manipi\[low-bit\]'"):
         train(config, tmp_path, show=False)
@@ -420,7 +420,7 @@ def test_sgd_has_no_8_bits():
 # ---- a frozen base of 4 bits
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="no bitsandbytes: manipi[low-bit]")
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs manipi[low-bit]")
 def test_a_base_of_4_bits(tiny, tmp_path):
     config = adapted(tiny, "pi05", trained="qlora", frozen_dtype="bfloat16", steps=2)
     low_rank = TrainState.initial(replace(config, trained="lora"))
@@ -455,8 +455,8 @@ def test_a_base_of_4_bits(tiny, tmp_path):
     Policy.load(train(config, tmp_path / "run", show=False))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_a_base_of_4_bits_without_bitsandbytes(tiny, tmp_path):
+def test_a_base_of_4_bits_without_bitsandbytes(tiny, tmp_path, without):
+    without("bitsandbytes")
     with pytest.raises(ConfigError, match=r"(?s)bitsandbytes.*pip install 'manipi\[low-bit\]'"):
         train(adapted(tiny, "pi05", trained="qlora"), tmp_path, show=False)
 

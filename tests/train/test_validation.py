@@ -11,7 +11,7 @@ import torch
 
 from manipi.checkpoints.native import seal, verify
 from manipi.cli import main
-from manipi.data.chunk_error import dimension_units
+from manipi.data.dimensions import command_units
 from manipi.data.lerobot_writer import LeRobotWriter
 from manipi.data.source import frames_of
 from manipi.errors import ConfigError
@@ -306,4 +306,4 @@ def test_units_of_dimensions():
             Gripper(),
         ),
     )
-    assert dimension_units(robot) == (*"mmm", *["rad"] * 3, *"mmm", *[""] * 4, "deg", "deg", "")
+    assert command_units(robot) == (*"mmm", *["rad"] * 3, *"mmm", *[""] * 4, "deg", "deg", "")

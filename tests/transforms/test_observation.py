@@ -1,9 +1,11 @@
+import time
+
 import numpy as np
 import pytest
 
 from manipi.errors import BadValueError, ObservationError
 from manipi.robots import Gripper, Joints, Robot, State
-from manipi.transforms.observation import ReadRobot
+from manipi.transforms.observation import ReadRobot, check_content
 
 ROBOT = Robot(
     name="arm",
@@ -70,6 +72,13 @@ def test_the_full_text_for_nan():
     )
 
 
+def deep(depth):
+    value = [1.0]
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 BAD = {
     "no picture": ({"image": None}, "image", r"under 'image'[\s\S]*is it 'wrist_image'"),
     "three by width by three": ({"image": np.zeros((3, 6, 3), np.uint8)}, "image", "may be either axis of size 3"),
@@ -94,6 +103,19 @@ BAD = {
     "no prompt": ({"prompt": None}, "prompt", "found nothing"),
     "a number for a prompt": ({"prompt": 3}, "prompt", "found int"),
     "two prompts": ({"prompt": np.array(["a", "b"])}, "prompt", r"found <U1 \[2\]"),
+    "a long prompt": ({"prompt": "a" * 2_049}, "prompt", "found 2,049 characters"),
+    "long bytes for a prompt": ({"prompt": b"a" * 9_000}, "prompt", "found 9,000 bytes"),
+    "a prompt of 2,049 characters in bytes": ({"prompt": b"a" * 2_049}, "prompt", "found 2,049 characters"),
+    "an array of a long prompt": ({"prompt": np.array(["a" * 2_049])}, "prompt", r"<U2049 \[1\]"),
+    "an array of long bytes": ({"prompt": np.array(b"a" * 9_000)}, "prompt", r"S9000 \[\]"),
+    "a scalar of long bytes": ({"prompt": np.bytes_(b"a" * 9_000)}, "prompt", "found bytes_"),
+    "characters that are none": ({"prompt": np.frombuffer(b"\xff\xff\x11\x00", "<U1")}, "prompt", "0x11ffff"),
+    "half a surrogate pair": ({"prompt": np.array("\ud800")}, "prompt", "0xd800"),
+    "one long text beside numbers": ({"joints": [b"a" * 10**6, 0, 0]}, "joints", "found a list with bytes in it"),
+    "a text array beside numbers": ({"joints": [np.array("a"), 0, 0]}, "joints", r"a list with <U1 \[\] in it"),
+    "many numbers": ({"joints": [0] * 10**6}, "joints", "found a list of more numbers"),
+    "lists in lists": ({"joints": deep(2_000)}, "joints", "found"),
+    "a map for joints": ({"joints": [{}]}, "joints", "found a list with dict in it"),
     "a prompt in Latin-1": ({"prompt": "öffne".encode("latin-1")}, "prompt", "can't decode byte 0xf6"),
 }
 
@@ -166,3 +188,60 @@ def test_no_robot_is_sent_what_is_no_number(value):
     actions[1, 2] = value
     with pytest.raises(BadValueError, match=f"found {value} at step 1, dimension 2"):
         ReadRobot(ROBOT).decode(actions, observation())
+
+
+@pytest.mark.parametrize(
+    "observation",
+    [
+        {"k" * 257: 1},
+        {b"bytes" * 10**6: 1},
+        {"a": {b"bytes" * 10**6: 1}},
+        {"a": {"\x1b\n": {"b" * 250: 1}}},
+        {f"joints{i}" * 20: 1 for i in range(3_000)},
+        {"\x1b[2J\n": 1},
+    ],
+    ids=range(6),
+)
+def test_keys_of_strangers_are_measured_and_repeated_in_part(observation):
+    began = time.process_time()
+    with pytest.raises(ObservationError) as error:
+        ReadRobot(ROBOT).encode(observation)
+    assert time.process_time() - began < 1
+    parts = (error.value.expected, error.value.found, error.value.where, error.value.next)
+    assert sum(map(len, parts)) < 4_500
+    assert all(part.isprintable() for part in parts)
+
+
+def test_maps_in_maps_have_an_end():
+    value = {}
+    for _ in range(10**4):
+        value = {"": value}
+    with pytest.raises(ObservationError, match="at most 256 characters"):
+        ReadRobot(ROBOT).encode({"image": value})
+
+
+def test_texts_are_looked_at_wherever_they_are():
+    bad = np.frombuffer(b"\x00\x00\x11\x00", "<U1")
+    good = {"a": np.array(["öffne", "🤖"]), "b": [{"c": np.array("", ">U3")}], "d": np.zeros(3), "e": np.zeros(0, "U2")}
+    check_content(good)
+    for value in (bad, bad.byteswap().view(bad.dtype.newbyteorder()), [bad], {"c": [{"d": bad}]}, np.array("\udfff")):
+        with pytest.raises(ObservationError, match="characters of Unicode") as error:
+            check_content({**good, "f\n": value})
+        assert error.value.where == r"observation key 'f\n'"
+
+
+def test_how_deep_an_observation_may_be():
+    check_content({"a": deep(62)})
+    for value in (deep(63), [{"b": deep(70)}], {"b": deep(10**5)}):
+        with pytest.raises(ObservationError, match="at most 64 deep"):
+            check_content({"a": value})
+
+
+def test_the_part_that_is_read():
+    sample = observation(extra=np.zeros(9))
+    nested = {"image": sample.pop("image"), **sample}
+    assert ReadRobot(ROBOT).read_part(nested).keys() == observation().keys()
+    robot = Robot(name="arm", cameras={"base": "images/front/0"}, state=(), actions=(Joints(1),))
+    for sent in ({"images/front/0": 1}, {"images": {"front/0": 1}}, {"images/front": {"0": 1}}):
+        assert ReadRobot(robot).read_part({**sent, "images/x": 2, "y": {"z": 3}}) == {"images/front/0": 1}
+    assert ReadRobot(robot).read_part({"images": {"front/1": 1}, "images/front": {"1": 1}}) == {}

@@ -141,7 +141,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 def read_description(folder: Path) -> Checkpoint:
     """What `write_description` wrote; the weights are empty."""
     config = from_json(read_json(folder / "config.json"), (PolicyConfig, *CONFIG_TYPES), str(folder / "config.json"))
-    test = folder / "self_test.npz"
     robot, stats = _read_robot(folder)
     return Checkpoint(
         weights={},
@@ -149,7 +148,7 @@ def read_description(folder: Path) -> Checkpoint:
         robot=robot,
         norm_stats=stats,
         tokenizers=Tokenizers.load(folder / "tokenizer"),
-        self_test=_load_self_test(test) if test.is_file() else None,
+        self_test=read_self_test(folder),
         other_robots={path.name: _read_robot(path) for path in sorted((folder / "robots").glob("*"))},
     )
 
@@ -208,7 +207,11 @@ def _save_self_test(test: SelfTest, path: Path) -> None:
     np.savez(path, noise=test.noise, actions=test.actions, **observation)  # type: ignore[arg-type]
 
 
-def _load_self_test(path: Path) -> SelfTest:
+def read_self_test(folder: Path) -> SelfTest | None:
+    """The recorded answer; None where there is none yet."""
+    path = folder / "self_test.npz"
+    if not path.is_file():
+        return None
     with np.load(path, allow_pickle=False) as data:
         observation = {k.partition("|")[2]: data[k] for k in data.files if k.startswith("observation|")}
         return SelfTest(observation, data["noise"], data["actions"])

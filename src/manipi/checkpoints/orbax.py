@@ -20,12 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manipi.checkpoints.foreign_json import Fields, unexpected
 from manipi.checkpoints.openpi_names import to_torch
-from manipi.checkpoints.weight_store import ArrayInfo, damaged
+from manipi.checkpoints.weight_store import ArrayInfo, damaged, require_plain
 from manipi.errors import CheckpointError, ConfigError
-from manipi.records import read_json, write_json
+from manipi.records import write_json
 
 _METADATA = "_METADATA"
+_WRITTEN = {torch.float32: "<f4", torch.bfloat16: "bfloat16"}
+"""What openpi's checkpoints come in."""
 _PIECE = 16 << 20
 """Compressed bytes in memory at a time."""
 
@@ -47,7 +50,10 @@ class OrbaxStore:
                 next="name the checkpoint's folder, or its params folder",
             )
         self._arrays = {path: self._open(key) for path, key in _keys(self._folder)}
-        self.arrays = {path: ArrayInfo(tuple(a.shape), _torch_dtype(a)) for path, a in self._arrays.items()}
+        dtypes = {path: getattr(torch, a.dtype.name, None) for path, a in self._arrays.items()}
+        strange = {p: a.dtype.name for p, a in self._arrays.items() if not isinstance(dtypes[p], torch.dtype)}
+        require_plain(strange, self.where)
+        self.arrays = {path: ArrayInfo(tuple(a.shape), dtypes[path]) for path, a in self._arrays.items()}
         self._spilled: dict[str, IO[bytes]] = {}
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
@@ -152,7 +158,7 @@ def _spec(folder: Path, path: str, array: ArrayInfo, stacked: bool) -> dict[str,
         "metadata": {
             "shape": list(array.shape),
             "chunks": chunks,
-            "dtype": {torch.float32: "<f4", torch.bfloat16: "bfloat16"}[array.dtype],
+            "dtype": _WRITTEN[array.dtype],
             "compressor": {"id": "zstd", "level": 1},
             "fill_value": None,
             "order": "C",
@@ -170,16 +176,15 @@ def _leaf(path: str) -> tuple[str, dict[str, Any]]:
 
 def _keys(folder: Path) -> Iterable[tuple[str, str]]:
     """Tree path and key of each array."""
-    for leaf in read_json(folder / _METADATA)["tree_metadata"].values():
-        keys = [entry["key"] for entry in leaf["key_metadata"]]
-        parts = keys[1:] if keys[0] == "params" else keys
-        yield "/".join(parts[:-1] if parts[-1] == "value" else parts), ".".join(keys)
-
-
-def _torch_dtype(array: Any) -> torch.dtype:
-    found = getattr(torch, array.dtype.name, None)
-    assert isinstance(found, torch.dtype), f"torch has no {array.dtype.name}"
-    return found
+    leaves = Fields.read(folder / _METADATA).inner("tree_metadata")
+    for leaf in leaves.keys():  # noqa: SIM118 (they are no mapping)
+        entries = leaves.inner(leaf).objects("key_metadata")
+        keys = [entry.get("key", str) for entry in entries]
+        parts = keys[1:] if keys[:1] == ["params"] else keys
+        parts = parts[:-1] if parts[-1:] == ["value"] else parts
+        if not parts:
+            raise unexpected("the keys of an array", keys, leaves.where)
+        yield "/".join(parts), ".".join(keys)
 
 
 def _to_numpy(values: Tensor) -> np.ndarray:

@@ -16,13 +16,16 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from manipi.checkpoints.foreign_json import Fields
 from manipi.checkpoints.openpi_names import Array, openpi_arrays, require_match, unstack_layer
 from manipi.checkpoints.orbax import OrbaxStore
 from manipi.checkpoints.torch_names import PREFIXES, Prefixes, torch_arrays
-from manipi.checkpoints.weight_store import NpzStore, SafetensorsStore, Store
-from manipi.errors import CheckpointError, IntegrityError, WeightsMismatchError
+from manipi.checkpoints.weight_store import FLOATS, NpzStore, SafetensorsStore, Store, require_plain
+from manipi.errors import CheckpointError, IntegrityError, WeightsMismatchError, shown
 from manipi.model.config import ModelConfig
 
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+"""PEFT's files."""
 Layout: TypeAlias = Literal["openpi-jax", "openpi-torch", "lerobot", "paligemma", "paligemma-npz"]
 
 
@@ -60,6 +63,7 @@ class Source:
         """Compare names and shapes with the config's, and the two copies of a tied embedding with each other.
 
         Raises:
+            CheckpointError: weights in a type that is none of weights, such as 8 bits.
             WeightsMismatchError: all names and shapes that differ, or two embeddings where there should be one.
         """
         found = dict(self.shapes)
@@ -68,6 +72,10 @@ class Source:
             rows, width = found.get(self._embedding, (0, 0))
             found[self._embedding] = (min(rows, config.vocab_size), width)
         require_match(expected, found, self.store.where, self.unused)
+        infos = self.store.arrays
+        require_plain(
+            {name: infos[name].dtype for name in expected if infos[name].dtype not in FLOATS}, self.store.where
+        )
         if self.prefixes is not None and self.prefixes.lm_head in self.unused:
             self._require_tied(self.prefixes.lm_head)
 
@@ -142,8 +150,9 @@ def open_source(path: Path) -> Source:
     """The layout is told by the files and the names in them.
 
     Raises:
-        CheckpointError: nothing there, or nothing known. IntegrityError: a damaged file.
+        CheckpointError: nothing there, nothing known, or adapters of PEFT. IntegrityError: a damaged file.
     """
+    _require_no_adapters(path)
     for folder in (path, path / "params"):
         if (folder / "_METADATA").is_file():
             return Source(path, "openpi-jax", OrbaxStore(folder))
@@ -160,6 +169,29 @@ def open_source(path: Path) -> Source:
         found=f"{', '.join(sorted(p.name for p in path.iterdir())) or 'an empty folder'}" if path.is_dir() else "none",
         where=str(path),
         next="name the checkpoint's folder or file",
+    )
+
+
+def _require_no_adapters(path: Path) -> None:
+    """PEFT's adapters, beside their base or alone, are a part of the policy that would be lost."""
+    folder = path if path.is_dir() else path.parent
+    if path.name not in ADAPTERS and path.is_file() and path.suffix != ".safetensors":
+        return
+    found = [name for name in ADAPTERS if (folder / name).is_file()]
+    inner = sorted(one.parent.name for one in folder.glob("*/adapter_config.json")) if path.is_dir() else []
+    if not found and not inner:
+        return
+    base = ""
+    if (config := folder / ADAPTERS[0]).is_file():
+        base = Fields.read(config).get("base_model_name_or_path", str, "")
+    alone = not any(folder.glob("model*.safetensors*")) and not (folder / "params").is_dir()
+    raise CheckpointError(
+        expected="a policy's weights, all in one",
+        found=f"PEFT's adapters {'alone' if alone else 'beside them'}: {', '.join(found or inner)}"
+        + (f", for {shown(base)}" if base else ""),
+        where=str(folder),
+        next="put them into their base with PEFT's merge_and_unload() and save that"
+        + ("" if alone else "; or remove them, if the base alone is meant"),
     )
 
 

@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from manipi.checkpoints.foreign_json import Fields, file_beside
 from manipi.checkpoints.openpi_names import to_torch
-from manipi.errors import CheckpointError, IntegrityError
-from manipi.records import read_json
+from manipi.errors import CheckpointError, IntegrityError, shown
 
 
 class ArrayInfo(NamedTuple):
@@ -49,13 +49,20 @@ class SafetensorsStore:
     def __init__(self, path: Path):
         self.where, self._files = str(path), {}
         self.arrays: dict[str, ArrayInfo] = {}
+        strange: dict[str, str] = {}
         for file in _shards(path):
             with _damage(file):
                 opened = safe_open(file, framework="pt")
                 for name in opened.keys():  # noqa: SIM118 (the file is no mapping)
                     part = opened.get_slice(name)
-                    self.arrays[name] = ArrayInfo(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                    if name in self._files:
+                        raise ValueError(f"a second {name}, which another file of the index has already")
+                    if part.get_dtype() in _DTYPES:
+                        self.arrays[name] = ArrayInfo(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                    else:
+                        strange[name] = part.get_dtype()
                     self._files[name] = opened
+        require_plain(strange, self.where)
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
         with _damage(Path(self.where)):
@@ -81,14 +88,38 @@ class NpzStore:
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = tuple(_DTYPES.values())
+"""What weights come in; quantized ones are of other types, and mean nothing without their scales."""
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
 
+def require_plain(strange: Mapping[str, object], where: str) -> None:
+    """Raises CheckpointError where there are tensors of other types, by name."""
+    if strange:
+        types = sorted({str(dtype).removeprefix("torch.") for dtype in strange.values()})
+        raise CheckpointError(
+            expected="weights in float32, bfloat16, float16 or float64",
+            found=f"{', '.join(types)} in {len(strange)} tensors, such as {shown(min(strange))}",
+            where=where,
+            next="import the checkpoint that was quantized; --quantize makes 8 bits of it when it is served",
+        )
+
+
 def _shards(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if path.is_dir() and index.is_file():
-        return [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    return [path / "model.safetensors" if path.is_dir() else path]
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if not path.is_dir():
+        return [path]
+    if not index.is_file():
+        return [single]
+    if single.is_file():
+        raise CheckpointError(
+            expected="one file of weights, or several with an index",
+            found=f"{single.name} and {index.name}",
+            where=str(path),
+            next="remove the one that is not meant",
+        )
+    named = Fields.read(index).inner("weight_map")
+    return [file_beside(path, name, named.where) for name in sorted({named.get(key, str) for key in named.keys()})]  # noqa: SIM118
 
 
 def _npz_headers(path: Path) -> Iterator[tuple[str, ArrayInfo]]:
@@ -115,9 +146,10 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def damaged(path: Path, error: BaseException) -> IntegrityError:
+    """What a library says of a broken file."""
     return IntegrityError(
         expected="a complete file of weights",
-        found=str(error).splitlines()[0],
+        found=next(iter(str(error).splitlines()), type(error).__name__),
         where=str(path),
         next="copy or fetch it again; it is cut off or damaged",
     )

@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "open-loop error of a checkpoint on held-out episodes, beside simple baselines",
     "bench": "time every stage of an inference call: manipi bench infer RECIPE|CHECKPOINT",
     "serve": "serve a checkpoint over websocket, in openpi's protocol",
+    "record": "make a dataset of the episodes that a killed recording left",
     "replay": "put the questions of a recorded run to a checkpoint or a server, and compare the answers",
     "import": "make another project's checkpoint ours: openpi (Orbax, PyTorch), LeRobot; by name, folder or URL",
     "export": "write a checkpoint in openpi's or LeRobot's layout; its adapters alone, or merged",

@@ -3,15 +3,23 @@
 import contextlib
 import io
 import sys
-from collections.abc import Sequence
-from typing import TypeVar
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import tyro
 
 from manipi.errors import ConfigError
 from manipi.recipes.registry import RECIPES
+from manipi.storage import require_folder, require_new_file, require_new_folder
 
 _T = TypeVar("_T")
+
+NewFile: TypeAlias = Annotated[Path, require_new_file]
+NewFolder: TypeAlias = Annotated[Path, require_new_folder]
+Folder: TypeAlias = Annotated[Path, require_folder]
+"""What a command writes. `parse` sees that it can be written, so that no work is done in vain."""
 
 
 def recipe_name(arguments: Sequence[str], command: str) -> str:
@@ -31,6 +39,7 @@ def parse(kind: type[_T], arguments: Sequence[str], command: str, *, default: _T
 
     Raises:
         ConfigError: values that parse but contradict each other, as the config's own `__post_init__` says.
+        StorageError: a `NewFile`, `NewFolder` or `Folder` that cannot be written.
     """
     # A comment gives the reason for a field, which is no help with it.
     settings = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
@@ -38,7 +47,7 @@ def parse(kind: type[_T], arguments: Sequence[str], command: str, *, default: _T
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=arguments, prog=f"manipi {command}", config=settings, default=start)
+            parsed = tyro.cli(kind, args=arguments, prog=f"manipi {command}", config=settings, default=start)
     except SystemExit as exit:
         # tyro takes the ValueErrors of nested configs for mistyped flags, and would show their first words only.
         cause: BaseException | None = exit
@@ -47,3 +56,15 @@ def parse(kind: type[_T], arguments: Sequence[str], command: str, *, default: _T
                 raise cause from None
         sys.stderr.write(said.getvalue())
         raise
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        path = getattr(parsed, name)
+        for require in _requirements(hint) if path is not None else ():
+            require(path)
+    return parsed
+
+
+def _requirements(hint: Any) -> list[Callable[[Path], None]]:
+    """The checks of a field's type: `NewFile | None`, `Positional[NewFolder]` …"""
+    checks = (require_new_file, require_new_folder, require_folder)
+    own = [one for one in getattr(hint, "__metadata__", ()) if one in checks]
+    return own + [one for part in typing.get_args(hint) for one in _requirements(part)]

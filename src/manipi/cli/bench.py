@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import said_device, table, write_result
 from manipi.errors import ConfigError
 
@@ -44,7 +44,7 @@ class _Infer:
     """Where the model runs, such as cpu or cuda:1; auto: a GPU where there is one."""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the figures to this file."""
 
 
@@ -117,7 +117,7 @@ def _recipe(args: _Infer) -> "tuple[Engine, ModelInput, None]":
 
     recipe = load_recipe(args.target)
     with torch.device("meta"):
-        model = VLA(recipe.model)
+        model = VLA(recipe.policy_model)
     model = model.to(model.dtype).to_empty(device=args.device)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)

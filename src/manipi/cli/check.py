@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import table, write_result
 from manipi.recipes.registry import load_robot
 
@@ -42,9 +42,9 @@ class _Check:
     """Threads that decode pictures; one per processor core unless given."""
     strict: bool = False
     """Exit with 1 when there are warnings, too."""
-    html: Path | None = None
+    html: NewFile | None = None
     """Write the findings with pictures, and every episode at a glance, to this file, which stands alone."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the findings to this file."""
 
 
@@ -76,6 +76,8 @@ def render(report: "CheckReport", *, quick: bool) -> str:
     size = f"{report.num_episodes} episodes · {report.num_frames:,} frames · {len(report.cameras)} cameras"
     pictures = "first and last pictures" if quick else "every picture"
     parts = [f"{report.root}\n{size} · {pictures} decoded" if report.num_frames else report.root]
+    if report.depth:
+        parts.append(f"left out: {', '.join(report.depth)}, which record depth, not colours")
     for severity, check in itertools.product(("error", "warning"), CHECKS):
         found = [f for f in report.findings if (f.severity, f.check) == (severity, check)]
         parts += [_block(finding) for finding in found[:SHOWN]]

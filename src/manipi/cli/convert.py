@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, NewFolder, parse
 from manipi.cli.result import table, write_result
 from manipi.errors import ConfigError
 
@@ -28,6 +28,8 @@ class _Convert:
 
     Zarr        manipi convert pusht.zarr datasets/pusht --fps 10 --task "push the T" --pix-fmt yuv444p
 
+    BGR JPEGs   manipi convert recordings/ datasets/cube --task "pick up the cube" --swap-channels
+
     UMI         manipi convert dataset.zarr.zip datasets/cups --fps 60 --task "put the cup on the saucer"
 
     RLDS        manipi convert bridge/1.0.0 datasets/bridge
@@ -37,7 +39,7 @@ class _Convert:
 
     source: tyro.conf.Positional[Path]
     """Folder or file of the recordings."""
-    target: tyro.conf.Positional[Path]
+    target: tyro.conf.Positional[NewFolder]
     """Folder to write; it must not exist."""
     format: str | None = None
     """aloha, droid, libero, robomimic, zarr, lerobot or rlds; recognised by the files unless given."""
@@ -55,6 +57,8 @@ class _Convert:
     """HEIGHTxWIDTH of the pictures; the aspect is kept, and the rest black."""
     rotate: Literal[0, 180] = 0
     """Turn the pictures; LIBERO's are upside down."""
+    swap_channels: tuple[str, ...] | None = None
+    """Exchange red and blue of these cameras, or of all where none is named: for recordings in OpenCV's order."""
     drop_skipped: bool = False
     """DROID: leave out frames in which the robot did not take commands."""
     crf: int = 23
@@ -65,7 +69,7 @@ class _Convert:
     """Processes that encode, 0 for none beside this one; one per processor core unless given."""
     skip_bad_episodes: bool = False
     """Leave out episodes that cannot be read, and say which; without it the first one ends the conversion."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write what was converted and skipped to this file."""
 
 
@@ -85,6 +89,7 @@ def main(arguments: Sequence[str]) -> None:
         exclude=args.exclude,
         resize=resize,
         rotate=args.rotate,
+        swap_channels=args.swap_channels,
         pix_fmt=args.pix_fmt,
         crf=args.crf,
     )
@@ -103,6 +108,7 @@ def main(arguments: Sequence[str]) -> None:
         ("episodes", f"{report.num_episodes:,}" + (f" ({report.reused:,} from before)" if report.reused else "")),
         ("frames", f"{report.num_frames:,}"),
         ("seconds", f"{time.perf_counter() - began:.1f}"),
+        *(("note", f"{name}: {text}") for name, text in report.remarks),
         *(("skipped", f"{name}: {why}") for name, why in report.skipped),
         ("next", f"manipi check {report.target}"),
     ]

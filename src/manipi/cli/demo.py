@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import Folder, NewFile, parse
 from manipi.cli.result import table, write_result
 from manipi.demo.config import DemoConfig
 
@@ -19,9 +19,9 @@ class _Demo:
     """
 
     demo: tyro.conf.OmitArgPrefixes[DemoConfig] = field(default_factory=DemoConfig)
-    dir: Path | None = None
+    dir: Folder | None = None
     """Folder of everything. Default: runs/demo, or runs/demo_MODEL for another model than pi05."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the result to this file too."""
 
 

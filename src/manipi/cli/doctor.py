@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,19 +12,23 @@ from pathlib import Path
 from typing import Literal
 
 import manipi
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import table, write_result
 
-OPTIONAL = {
-    "mujoco": ("the simulated arm of manipi demo", "pip install 'manipi[demo]'"),
-    "gymnasium": ("the simulated arm of manipi demo", "pip install 'manipi[demo]'"),
-    "matplotlib": ("loss curves and reports", "pip install 'manipi[demo]'"),
-    "tensorstore": ("openpi's Orbax checkpoints", "pip install tensorstore"),
-    "torchao": ("moments of 8 bits", "pip install 'manipi[low-bit]'"),
-    "bitsandbytes": ("frozen weights of 4 bits", "pip install 'manipi[low-bit]'"),
-    "torchcodec": ("video decoding on the GPU", "pip install torchcodec"),
+PURPOSES = {
+    "cloud": "checkpoints and data in gs:// and s3://",
+    "convert": "manipi convert of HDF5 and Zarr",
+    "demo": "the simulated arm of manipi demo",
+    "low-bit": "moments of 8 bits, frozen weights of 4",
+    "openpi": "openpi's Orbax checkpoints",
+    "ray": "manipi stats --ray",
+    "tensorboard": "manipi train --log.tensorboard",
+    "view": "manipi view --rerun",
+    "wandb": "manipi train --log.wandb",
 }
+"""What the package's extras are for; which there are, and what they need, its metadata say."""
 CODECS: dict[str, Literal["r", "w"]] = {"h264": "r", "av1": "r", "libx264": "w"}
+_REQUIREMENT = re.compile(r"([\w.-]+)(?:\[[^]]*\])?([^;]*)(?:;.*extra == ['\"]([\w-]+)['\"])?")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -36,7 +41,7 @@ class _Doctor:
     manipi doctor --json doctor.json    for a bug report
     """
 
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the answers to this file."""
 
 
@@ -117,8 +122,34 @@ def _codecs() -> Iterator[Answer]:
 
 
 def _packages() -> Iterator[Answer]:
-    for name, (purpose, install) in OPTIONAL.items():
-        try:
-            yield Answer(topic=name, ok=True, found=f"{importlib.metadata.version(name)}  {purpose}")
-        except importlib.metadata.PackageNotFoundError:
-            yield Answer(topic=name, ok=False, found=purpose, next=install)
+    """Every package that this one needs, always or for an extra, as the metadata of its installation say."""
+    try:
+        requirements = importlib.metadata.requires("manipi") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Answer(topic="packages", ok=False, found="manipi is not installed as a package", next="pip install -e .")
+        return
+    for requirement in requirements:
+        match = _REQUIREMENT.match(requirement)
+        assert match, f"a requirement that the doctor cannot read: {requirement}"
+        name, bounds, extra = match.groups()
+        if extra != "dev":
+            yield _package(name, bounds.strip(), extra)
+
+
+def _package(name: str, bounds: str, extra: str | None) -> Answer:
+    purpose = f"{PURPOSES.get(extra, '')} ({extra})" if extra else "always needed"
+    install = f"pip install 'manipi[{extra}]'" if extra else "pip install --upgrade manipi"
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Answer(topic=name, ok=False, found=purpose, next=install)
+    if not all(_within(version, bound) for bound in bounds.split(",") if bound):
+        return Answer(topic=name, ok=False, found=f"{version}, needed is {bounds}: {purpose}", next=install)
+    return Answer(topic=name, ok=True, found=f"{version}  {purpose}")
+
+
+def _within(version: str, bound: str) -> bool:
+    """Whether "1.2.3" is within ">=1.2" or "<2", which are all that our metadata state."""
+    least = [int(number) for number in re.findall(r"\d+", bound)]
+    found = [*map(int, re.findall(r"\d+", version)), *[0] * len(least)][: len(least)]
+    return found < least if bound.startswith("<") else found >= least

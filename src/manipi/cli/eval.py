@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import said_device, table, write_result
 from manipi.errors import ConfigError
 
@@ -44,15 +45,15 @@ class _Eval:
     """Where the model runs, such as cpu or cuda:1; auto: a GPU where there is one."""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
-    plot: Path | None = None
+    plot: NewFile | None = None
     """Draw predicted over recorded commands into this PNG. Default: open_loop_STEP.png in the run's folder."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the errors to this file."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Evaluate; prints tables and one sentence per baseline."""
-    args = tyro.cli(_Eval, args=arguments, prog="manipi eval")
+    args = parse(_Eval, arguments, "eval")
     _check(args)
     if args.scenes:
         _drive(args)
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     from manipi.data.chunk_error import evenly_spaced
+    from manipi.data.dimensions import command_units
     from manipi.evaluate.held_out import new_split, open_split, run_folder
     from manipi.evaluate.open_loop import plot_chunks, predict, score
     from manipi.policy import Policy
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
         _show(side, results[side])
         if side == "held-out" and plot:
             plot_chunks(predictions, split.dataset, policy.robot, results[side], plot)
-    _show_dimensions(results["held-out"])
+    _show_dimensions(results["held-out"], command_units(policy.robot))
     print(f"\n{results['held-out'].verdict()}")
     print(f"plot  {plot}" if plot else "no plot: the checkpoint stands apart from its run, and there is no --plot")
     write_result({"split": split.origin, **results}, args.json)
@@ -133,11 +135,17 @@ def _show(side: str, result: "OpenLoop") -> None:
     print(table(summary, ("", "all steps", "first step", f"step {len(errors['policy'].per_step)}")))
 
 
-def _show_dimensions(result: "OpenLoop") -> None:
+def _show_dimensions(result: "OpenLoop", units: Sequence[str]) -> None:
+    from manipi.data.dimensions import label
+
     moving = [d for d, travel in enumerate(result.travel) if travel > 0]
     print(f"\nheld-out, in the robot's own units; {len(moving)} of {len(result.travel)} dimensions travel at all")
     rows = [
-        (result.dimensions[d], float(result.travel[d]), *(float(e.per_dimension[d]) for e in result.errors.values()))
+        (
+            label(result.dimensions[d], units[d]),
+            float(result.travel[d]),
+            *(float(e.per_dimension[d]) for e in result.errors.values()),
+        )
         for d in moving
     ]
     print(table(rows, ("dimension", "travel", *result.errors)))

@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, NewFolder, parse
 from manipi.cli.result import table, write_result
 
 
@@ -24,7 +24,7 @@ class _Export:
 
     source: tyro.conf.Positional[Path]
     """A checkpoint folder."""
-    target: tyro.conf.Positional[Path]
+    target: tyro.conf.Positional[NewFolder]
     """Folder to write; it must not exist."""
     to: Literal["openpi-jax", "openpi-torch", "lerobot", "adapters", "manipi", "program"]
     """The layout; program: one torch.export program, with its contract as JSON."""
@@ -32,7 +32,7 @@ class _Export:
     """Put low-rank adapters into the matrices first."""
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
     """Of the weights written."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the certificate to this file."""
 
 

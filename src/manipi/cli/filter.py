@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import table, write_result
 from manipi.data.filters import Rules
 from manipi.recipes.registry import load_robot
@@ -29,9 +28,9 @@ class _Filter:
     rules: Annotated[Rules, tyro.conf.arg(name="")]
     robot: str | None = None
     """Names the state and the actions: a recipe, or path/to/file.py:NAME; guessed from the names without it."""
-    out: Path | None = None
+    out: NewFile | None = None
     """Save the mask here; without it there is only the preview."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write what each rule leaves out to this file."""
 
 

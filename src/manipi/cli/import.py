@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from manipi.checkpoints.released import RELEASED, resolve
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, NewFolder, parse
 from manipi.cli.result import table, write_result
 from manipi.recipes.registry import load_recipe, load_robot
 
@@ -27,7 +27,7 @@ class _Import:
 
     source: tyro.conf.Positional[str]
     """A released name (pi05_base, pi05_droid …), a folder, a file, or gs://, s3://, hf://, https://."""
-    target: tyro.conf.Positional[Path]
+    target: tyro.conf.Positional[NewFolder]
     """Folder to write; it must not exist."""
     recipe: str = ""
     """What weights cannot tell, from this recipe. A released name knows its own."""
@@ -37,6 +37,8 @@ class _Import:
     """Which norm stats of the checkpoint's assets."""
     norm_stats: Path | None = None
     """Norm stats from this file instead."""
+    normalization: Literal["zscore", "quantile"] | None = None
+    """How states and actions were scaled, where no file beside the weights says so and the recipe has another."""
     action_horizon: int | None = None
     """Steps of an action chunk, where the recipe's are not the checkpoint's."""
     max_token_len: int | None = None
@@ -51,7 +53,7 @@ class _Import:
     """For adapters: the checkpoint that they belong to."""
     offline: bool = False
     """Use what is in the cache, and never the network."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the certificate to this file."""
 
 
@@ -82,6 +84,7 @@ def main(arguments: Sequence[str]) -> None:
             tokenizer=args.tokenizer,
             action_tokenizer=args.action_tokenizer,
             sizes={"action_horizon": args.action_horizon, "max_token_len": args.max_token_len},
+            normalization=args.normalization,
             norm_stats=args.norm_stats,
             asset_id=args.asset_id or (args.source in RELEASED and RELEASED[args.source].asset_id) or "",
         )

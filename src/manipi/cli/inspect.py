@@ -1,7 +1,6 @@
 """`manipi inspect`: a dataset, a checkpoint, or what a recipe does to its first frame."""
 
 import dataclasses
-import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import table, write_result
 from manipi.cli.stats import stats_table
 
@@ -33,7 +32,7 @@ class _Inspect:
 
     target: tyro.conf.Positional[str]
     """A dataset's folder or URL, a checkpoint's folder, a recipe, or path/to/file.py:function."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write what is shown to this file."""
 
 
@@ -105,24 +104,22 @@ def _checkpoint(path: Path) -> Any:
 
 def _recipe(target: str) -> Any:
     from manipi.recipes.registry import load_recipe
-    from manipi.train.data import prepare
+    from manipi.train.data import at_hand, prepare_to_look
     from manipi.transforms.pipeline import observation_of
     from manipi.transforms.trace import token_layout, trace
 
     config = load_recipe(target)
+    config = dataclasses.replace(config, model=config.policy_model)  # with the dtype that it computes in
     print(f"{target}\n")
     _section("config", "\n".join(_settings(config)))
     _section("tokens", _draw(config.model))
     paths = [one.path for one in config.data.datasets]
     own = bool(config.data.path) and "://" not in config.data.path
-    if not own and not (paths and all(Path(path).expanduser().is_dir() for path in paths)):
+    if not own and not at_hand(config):
         found = f"not on this disk: {', '.join(paths)}" if paths else "the recipe has no dataset of its own"
         print(f"no frame to show: {found}\nnext  manipi train {target} --data.path FOLDER")
         return {"config": config, "tokens": token_layout(config.model)}
-    with tempfile.TemporaryDirectory() as folder:
-        # Frames are decoded as they are needed: one is enough here.
-        uncached = dataclasses.replace(config, data=dataclasses.replace(config.data, cache="none"))
-        data = prepare(uncached, Path(folder))
+    data = prepare_to_look(config)
     source = data.main.source
     frame = source.frames(data.main.rows[:1])[0]
     sample = observation_of(frame, config.robot)
@@ -132,7 +129,9 @@ def _recipe(target: str) -> Any:
     _section(f"the first frame, episode {frame.episode}, behind every step (• new or changed)", _stages(stages))
     _section(f"{len(tokens)} of {len(encoded['tokens'])} prompt tokens", f"{data.tokenizers.text.decode(tokens)!r}")
     print(_shorten(" ".join(map(str, tokens)), 4 * WIDTH))
-    return {"config": config, "tokens": token_layout(config.model), "stages": stages, "token_ids": tokens}
+    print(f"\n{data.longest}")
+    shown = {"stages": stages, "token_ids": tokens, "longest_prompt": data.longest}
+    return {"config": config, "tokens": token_layout(config.model), **shown}
 
 
 def _facts(title: str, **facts: str) -> None:

@@ -5,12 +5,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from manipi.cli.arguments import parse, recipe_name
+from manipi.cli.arguments import NewFile, parse, recipe_name
 from manipi.cli.result import table, write_result
 from manipi.recipes.registry import RECIPES, load_recipe
 from manipi.train.config import TrainConfig
@@ -18,12 +17,13 @@ from manipi.train.config import TrainConfig
 if TYPE_CHECKING:
     from manipi.train.memory import StepMemory
     from manipi.train.plan import Fit
+    from manipi.train.prompt_length import LongestPrompt
 
 HELP = f"""usage: manipi plan RECIPE|FILE.py:FUNCTION [--gpu 24GB|rtx4090|h100|…] [--gpus N] [--flags of manipi train]
 
-Forecast the peak memory of a training step by part. No weights are loaded and no data are read: the trainer's own step
-runs once on tensors without contents, which takes seconds. Where the GPU has less, settings that fit are searched,
-those that cost least first. docs/memory.md says what the parts are.
+Forecast the peak memory of a training step by part. No weights are loaded: the trainer's own step runs once on tensors
+without contents, which takes seconds. Where the GPU has less, settings that fit are searched, those that cost least
+first. docs/memory.md says what the parts are. Of data on this disk the longest prompt is shown, too.
 
   manipi plan pi0_libero --gpu 80GB
   manipi plan pi0_libero --gpu rtx4090 --batch-size 8
@@ -47,9 +47,9 @@ class _Plan:
     """A size such as 24GB, or a name such as rtx4090 or h100; empty: only forecast."""
     gpus: int = 1
     """So many share the batch and the training state (FSDP)."""
-    plot: Path | None = None
+    plot: NewFile | None = None
     """Draw the parts over the step into this PNG."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the forecast in bytes, and the settings that fit, to this file."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
@@ -72,6 +72,9 @@ def main(arguments: Sequence[str]) -> None:
         f"{target}, batch {args.config.batch_size} on {args.gpus} GPU{'s'[: args.gpus > 1]}: peak of a step, per GPU\n"
     )
     print(memory_table(memory, capacity))
+    longest = _longest_prompt(args.config)
+    result["longest_prompt"] = longest
+    print(f"\n{longest or 'longest prompt  not measured: the data are not on this disk'}")
     if args.plot is not None:
         plot_memory(memory, args.plot, capacity)
         print(f"\npicture  {args.plot}")
@@ -84,6 +87,13 @@ def main(arguments: Sequence[str]) -> None:
     result["found"] = found and _show(target, arguments[1:], found, capacity)
     write_result(result, args.json)
     sys.exit(1)
+
+
+def _longest_prompt(config: TrainConfig) -> "LongestPrompt | None":
+    """Of the recipe's data, where they are on this disk."""
+    from manipi.train.data import at_hand, prepare_to_look
+
+    return prepare_to_look(config).longest if at_hand(config) else None
 
 
 def memory_table(memory: "StepMemory", capacity: int | None) -> str:

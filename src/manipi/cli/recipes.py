@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import table, write_result
 from manipi.recipes.registry import RECIPES, load_recipe
 from manipi.train.config import DatasetConfig
@@ -24,7 +23,7 @@ class _Recipes:
     manipi train tabletop --help    its numbers
     """
 
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the list to this file."""
 
 

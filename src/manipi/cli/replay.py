@@ -1,5 +1,6 @@
 """`manipi replay`: a recorded run against a checkpoint or a server, number by number."""
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,11 +10,14 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import said_device, table, write_result
 
 if TYPE_CHECKING:
     from manipi.evaluate.replay import Answering, Replay
+
+
+_HOST_AND_PORT = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[\w.-]+):\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +27,20 @@ class _Replay:
     dataset: tyro.conf.Positional[Path]
     """A recording, as manipi.data.recorder.Recorder writes it."""
     target: tyro.conf.Positional[str]
-    """A checkpoint folder, or ws://HOST:PORT."""
+    """A checkpoint folder, or HOST:PORT, wss://HOST:PORT with TLS; its token may be in MANIPI_TOKEN."""
     tolerance: float = 0.02
     """Largest difference allowed, as a share of what the dimension travels in the recording."""
     max_questions: int = 256
     """Questions that are asked, evenly spaced."""
+    ca: Path | None = None
+    """Certificate (PEM) of a server whose own is self-signed."""
     token_file: Path | None = None
     """File with the server's token."""
     device: str = "auto"
     """Where a checkpoint's model runs, such as cpu or cuda:1; auto: a GPU where there is one."""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the differences to this file."""
 
 
@@ -56,11 +62,12 @@ def main(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def _open(args: _Replay) -> "Iterator[Answering]":
-    if "://" in args.target:
+    if "://" in args.target or _HOST_AND_PORT.fullmatch(args.target):
+        from manipi.serve.access import read_token
         from manipi_client import WebsocketPolicy
 
-        token = None if args.token_file is None else args.token_file.read_text().strip()
-        with WebsocketPolicy(args.target, None, token) as policy:
+        # Another checkpoint in the middle would be compared as if it were the same: the client refuses it.
+        with WebsocketPolicy(args.target, None, read_token(args.token_file), ca=args.ca) as policy:
             yield policy
         return
 

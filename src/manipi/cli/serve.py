@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import said_device
 from manipi.records import to_json
 from manipi.robots.robot import Robot
-from manipi.serve.access import Access, read_token, tls_context
+from manipi.serve.access import Access, join_host, read_token, tls_context
 from manipi.serve.guard import GuardMode
 from manipi.serve.server import Limits, PolicyServer
 from manipi.storage import atomic_write
@@ -44,6 +44,8 @@ class _Serve:
     """Listen where other computers can connect, without a token."""
     guard: GuardMode = "clamp"
     """Commands beyond the robot's limits and rates: moved to the nearest allowed one, refused, or let through."""
+    empty_prompts: bool = False
+    """Take observations whose prompt is empty also where the policy was not trained on such."""
     limits: Limits = field(default_factory=Limits)
     device: str = "auto"
     """Where the model runs, such as cpu or cuda:1; auto: a GPU where there is one."""
@@ -55,7 +57,7 @@ class _Serve:
     """Keep matrices in 8 bits; only after `manipi bench infer CHECKPOINT --quantize KIND --data DATASET`."""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
-    ready_file: Path | None = None
+    ready_file: NewFile | None = None
     """Write the port to this file once clients can connect."""
 
 
@@ -63,8 +65,6 @@ def main(arguments: Sequence[str]) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     args = parse(_Serve, arguments, "serve")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    # It logs a traceback for everyone who connects and does not speak websocket.
-    logging.getLogger("websockets").setLevel(logging.CRITICAL)
     tls = tls_context(args.tls_cert, args.tls_key)
     access = Access(token=read_token(args.token_file), tls=tls, insecure=args.insecure)
     access.resolve(args.host, args.port)  # before the model is loaded
@@ -77,13 +77,14 @@ def main(arguments: Sequence[str]) -> None:
         metadata={**policy.metadata, **_describe(policy.robot, args.checkpoint)},
         robot=policy.robot,
         guard=args.guard,
+        empty_prompts=args.empty_prompts or _was_trained_without_prompt(args.checkpoint),
         access=access,
         limits=args.limits,
     )
 
     def ready(host: str, port: int) -> None:
-        page = f"{'https' if tls else 'http'}://{host}:{port}"
-        print(f"{policy.robot.name}: {'wss' if tls else 'ws'}://{host}:{port}   dashboard: {page}/", flush=True)
+        place, s = join_host(host, port), "s" if tls else ""
+        print(f"{policy.robot.name}: ws{s}://{place}   dashboard: http{s}://{place}/", flush=True)
         if args.ready_file is not None:
             atomic_write(args.ready_file, str(port).encode())
 
@@ -108,6 +109,14 @@ def _load_policy(args: _Serve) -> "Policy":
     if args.compile:
         policy.compile()
     return policy
+
+
+def _was_trained_without_prompt(checkpoint: Path) -> bool:
+    """By the recorded observation, which is one of training."""
+    from manipi.checkpoints.native import read_self_test
+
+    test = read_self_test(checkpoint)
+    return test is not None and not str(test.observation.get("prompt", "?")).strip()
 
 
 def _describe(robot: Robot, checkpoint: Path) -> dict[str, Any]:

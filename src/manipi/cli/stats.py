@@ -1,14 +1,13 @@
 """`manipi stats`: norm stats of a recipe's training data, the dimensions to look at, and a FAST tokenizer for it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, NewFolder, parse
 from manipi.cli.result import table, write_result
 from manipi.errors import ConfigError
 from manipi.recipes.registry import load_recipe
@@ -16,6 +15,7 @@ from manipi.robots.robot import Robot
 from manipi.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from manipi.data.dataset import Dataset
     from manipi.tokenizers.fast import ReconstructionReport
     from manipi.types import FieldStats, NormStats
 
@@ -35,9 +35,9 @@ class _Stats:
 
     target: tyro.conf.Positional[str]
     """A recipe, or path/to/file.py:function."""
-    out: Path | None = None
+    out: NewFile | None = None
     """Save them here, in openpi's layout."""
-    plot: Path | None = None
+    plot: NewFile | None = None
     """Draw a histogram of every dimension, with q01 and q99, into this PNG."""
     per_step: bool = False
     """Also take the actions at each step of the chunk apart (of a mixture's first dataset); in full in --json."""
@@ -47,15 +47,15 @@ class _Stats:
     """Threads; 0: one per processor. The result does not depend on it."""
     ray: bool = False
     """Work on the Ray cluster that this process belongs to, or on one started here."""
-    sketch: Path | None = None
+    sketch: NewFile | None = None
     """Save what statistics of several datasets or machines can be merged from (manipi.data.sketch)."""
-    fit_fast: Path | None = None
+    fit_fast: NewFolder | None = None
     """Fit FAST to the normalised chunks (of a mixture's first dataset), save it in this folder, say what it loses."""
     fast_scale: float = 10
     """Finer is more exact and costs more codes."""
     fast_codes: int = 1024
     """Most codes to learn."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write statistics, suspicious dimensions and the report on FAST to this file."""
 
 
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parse(_Stats, arguments, "stats")
 
     from manipi.data import stats as norm_stats
+    from manipi.data.dimensions import action_labels, state_labels
     from manipi.data.sketch import NormStatsSketch
     from manipi.storage import atomic_directory
     from manipi.tokenizers import FastTokenizer
@@ -83,13 +84,15 @@ def main(arguments: Sequence[str]) -> None:
     limits = [note for one in sets for note in norm_stats.beyond_limits(one.dataset, robot, one.rows)]
     notes = [*norm_stats.suspicious_dimensions(raw), *limits]
     widened = norm_stats.widened_dimensions(raw, stats)
+    labels = state_labels(robot, sets[0].dataset), action_labels(robot, sets[0].dataset)
     places = ", ".join(str(one.dataset.root) for one in sets)
-    print(f"{stats.num_frames:,} frames of training episodes in {places}\n\n{stats_table(stats, robot)}\n")
+    tables = stats_table(stats, robot, sets[0].dataset)
+    print(f"{stats.num_frames:,} frames of training episodes in {places}\n\n{tables}\n")
     print("suspicious\n" + "\n".join(f"  {note}" for note in notes) if notes else "nothing suspicious")
     if widened:
         print("\nwidened\n" + "\n".join(f"  {note}" for note in widened))
     if per_step is not None:
-        print(f"\nq01 to q99 at each step of the chunk\n\n{_per_step_table(per_step, robot)}")
+        print(f"\nq01 to q99 at each step of the chunk\n\n{_per_step_table(per_step, labels[1])}")
     if args.out is not None:
         save_norm_stats(stats, args.out)
         print(f"\nsaved  {args.out}")
@@ -99,8 +102,7 @@ def main(arguments: Sequence[str]) -> None:
     if args.plot is not None:
         from manipi.data.stats_plot import plot_stats
 
-        names = (list(_state_names(robot)), list(_action_names(robot)))
-        plot_stats(sketch, stats, names, args.plot, raw=raw if floors else None)
+        plot_stats(sketch, stats, labels, args.plot, raw=raw if floors else None)
         print(f"\nsaved  {args.plot}")
     report = None
     if args.fit_fast is not None:
@@ -110,7 +112,7 @@ def main(arguments: Sequence[str]) -> None:
         with atomic_directory(args.fit_fast) as folder:
             tokenizer.save(folder)
         print(f"\nFAST with {tokenizer.vocab_size:,} codes, on {len(chunks):,} chunks\n")
-        print(f"{_report_table(report, stats, config)}\n\nsaved  {args.fit_fast}")
+        print(f"{_report_table(report, stats, config, labels[1])}\n\nsaved  {args.fit_fast}")
     answer = {"stats": stats, "suspicious": notes, "widened": widened, "per_step": per_step, "fast": report}
     write_result(answer, args.json)
 
@@ -132,32 +134,36 @@ def _floors(texts: Sequence[str]) -> dict[str, float]:
     return floors
 
 
-def _per_step_table(field: "FieldStats", robot: Robot) -> str:
+def _per_step_table(field: "FieldStats", labels: Sequence[str]) -> str:
     """At most six steps of the chunk, evenly spread; the first and the last among them."""
     import numpy as np
 
     steps = sorted(set(np.linspace(0, len(field.q01) - 1, 6).round().astype(int).tolist()))
     rows = [
         (f"actions[{d}]", name, *(f"{field.q01[h, d]:.4g} … {field.q99[h, d]:.4g}" for h in steps))
-        for d, name in enumerate(_action_names(robot))
+        for d, name in enumerate(labels)
     ]
     return table(rows, ("dimension", "name", *(f"step {h}" for h in steps)))
 
 
-def stats_table(stats: "NormStats", robot: Robot) -> str:
-    """One row per dimension, as the model sees it."""
+def stats_table(stats: "NormStats", robot: Robot, dataset: "Dataset | None" = None) -> str:
+    """One row per dimension, as the model sees it; with the dataset's names where there is one."""
     import numpy as np
+
+    from manipi.data.dimensions import action_labels, state_labels
 
     rows = []
     for kind, field in (("state", stats.state), ("actions", stats.actions)):
-        names = list(_state_names(robot) if kind == "state" else _action_names(robot))
+        names = (state_labels if kind == "state" else action_labels)(robot, dataset)
         # Adding zero makes a plain 0 of -0.
         columns_6d = np.stack([field.mean, field.std, field.q01, field.q99, field.min, field.max]) + 0.0
         rows += [(f"{kind}[{d}]", name, *columns_6d[:, d].tolist()) for d, name in enumerate(names)]
     return table(rows, ("dimension", "name", "mean", "std", "q01", "q99", "min", "max"))
 
 
-def _report_table(report: "ReconstructionReport", stats: "NormStats", config: TrainConfig) -> str:
+def _report_table(
+    report: "ReconstructionReport", stats: "NormStats", config: TrainConfig, labels: Sequence[str]
+) -> str:
     """What the round trip through codes costs each dimension, normalised and in the units of its action group."""
     import numpy as np
 
@@ -167,22 +173,10 @@ def _report_table(report: "ReconstructionReport", stats: "NormStats", config: Tr
     zero_one_2A = np.stack([np.zeros_like(report.max_error), np.ones_like(report.max_error)])
     worth_A = np.diff(unnormalize(zero_one_2A, stats.actions, config.norm_mode), axis=0)[0]
     columns_4A = np.stack([e for error in (report.max_error, report.mean_error) for e in (error, error * worth_A)])
-    names = enumerate(_action_names(config.robot))
-    rows = [(f"actions[{d}]", name, *columns_4A[:, d].tolist()) for d, name in names]
+    rows = [(f"actions[{d}]", name, *columns_4A[:, d].tolist()) for d, name in enumerate(labels)]
     numbers, codes = config.model.action_horizon * config.robot.model_action_size, report.mean_codes
     errors = table(rows, ("dimension", "name", "max error", "in units", "mean error", "in units"))
     return (
         f"{errors}\n\n{codes:.1f} codes per chunk, at most {report.max_codes}; "
         f"{numbers / codes:.1f} times fewer than one for each of its {numbers} numbers"
     )
-
-
-def _state_names(robot: Robot) -> Iterator[str]:
-    for state in robot.state:
-        yield from state.names or (f"{state.key}[{d}]" for d in range(state.size))
-
-
-def _action_names(robot: Robot) -> Iterator[str]:
-    for group in robot.actions:
-        kind = f"{'relative ' if group.relative else ''}{type(group).__name__}"
-        yield from (kind if group.model_size == 1 else f"{kind}[{d}]" for d in range(group.model_size))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from manipi.cli.arguments import parse, recipe_name
+from manipi.cli.arguments import Folder, NewFile, parse, recipe_name
 from manipi.cli.result import write_result
 from manipi.recipes.registry import RECIPES, load_recipe
 from manipi.train.config import TrainConfig
@@ -36,11 +36,11 @@ class _Train:
     manipi train tabletop --run-dir runs/first --steps 2000 --optimizer.lr 1e-3
     """
 
-    run_dir: Path | None = None
+    run_dir: Folder | None = None
     """The run's folder; runs/RECIPE unless named."""
     resume_from: int | None = None
     """Go on from the checkpoint of this step, where those after it are damaged: they are deleted."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the last metrics to this file."""
     launch: Annotated[Launch, tyro.conf.arg(name="")] = field(default_factory=Launch)
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import tyro
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, parse
+from manipi.storage import require_new_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,13 +19,17 @@ class _View:
     manipi view path/to/dataset 17 --out episode.html
 
     manipi view path/to/dataset 17 --rerun
+
+    manipi view path/to/dataset 17 --without observation.images.wrist
     """
 
     dataset: tyro.conf.Positional[str]
     """Folder or URL of a dataset."""
     episode: tyro.conf.Positional[int | None] = None
     """Number of the episode; the first one unless given."""
-    out: Path | None = None
+    without: tuple[str, ...] = ()
+    """Cameras and vectors to leave out, such as a camera whose files are not there."""
+    out: NewFile | None = None
     """The file to write; view-<dataset>-<episode>.html, or .rrd with --rerun, unless given."""
     rerun: bool = False
     """Write a recording for the rerun viewer instead: pip install 'manipi[view]'."""
@@ -41,6 +46,9 @@ def main(arguments: Sequence[str]) -> None:
     dataset = open_dataset(args.dataset, episodes=(number,))
     kind, write = ("rrd", write_rerun) if args.rerun else ("html", write_view)
     path = args.out or Path(f"view-{dataset.name}-{number}.{kind}")
-    write(path, dataset)
+    require_new_file(path)
+    write(path, dataset, without=args.without)
     opens = f"rerun {path}" if args.rerun else "open it in a browser"
+    if depth := [key for key, feature in dataset.features.items() if feature.kind == "depth"]:
+        print(f"left out: {', '.join(depth)}, which record depth, not colours")
     print(f"{path}  ({path.stat().st_size / 1e6:.1f} MB): {opens}")

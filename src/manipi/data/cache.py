@@ -2,6 +2,7 @@
 
 folder/FINGERPRINT/SIZE-FORMAT/CAMERA/frames    one slot of equal size per row
                                       present   per row, the length and checksum of what is in its slot; 0: nothing
+                                      videos.json   the files that they were decoded from: size and digest
 
 Any number of processes may fill it at once: for the same row they write the same bytes to the same place. A slot counts
 only where its checksum fits, so that neither a killed process nor a crashed machine leaves a picture that is not one.
@@ -11,9 +12,8 @@ import errno
 import math
 import os
 import re
-import shutil
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -25,10 +25,12 @@ import simplejpeg
 from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
-from manipi.data.dataset import Dataset
+from manipi.data.dataset import Dataset, PromptSource
+from manipi.data.picture_files import replaced
 from manipi.data.shared import allocate
-from manipi.errors import ConfigError, StorageError
-from manipi.storage import storage_errors
+from manipi.errors import ConfigError
+from manipi.records import json_bytes, read_json
+from manipi.storage import atomic_write, require_room, storage_errors
 from manipi.transforms.images import resize_with_pad
 
 CacheFormat: TypeAlias = Literal["raw", "jpeg"]
@@ -43,7 +45,8 @@ class CachedDataset(Dataset):
 
     Args:
         cameras: those to cache; the others are served by `dataset`.
-        folder: holds one folder per dataset fingerprint, size and format, so that changed data are decoded anew.
+        folder: holds one folder per dataset fingerprint, size and format, so that changed data are decoded anew;
+            pictures of files that were replaced since are forgotten.
         size: pictures are kept at [size, size], resized as the pipeline does it, which then lets them pass untouched;
             None keeps them as they are.
         format: "raw" gives the decoder's own bytes; "jpeg" (quality 95) takes about a seventh of the room and more
@@ -66,6 +69,7 @@ class CachedDataset(Dataset):
         *,
         format: CacheFormat = "raw",
         max_gb: float = 50.0,
+        _in_worker: bool = False,
     ):
         for camera in cameras:
             dataset.require(camera, "image")
@@ -81,8 +85,13 @@ class CachedDataset(Dataset):
         name = f"{size}x{size}-{format}" if size else f"full-{format}"
         place = Path(folder) / dataset.fingerprint[:16] / name
         folders = {camera: place / re.sub(r"[^\w.-]", "_", camera) for camera in cameras}
+        if not _in_worker:  # the process that it comes from has looked
+            for camera, path in folders.items():
+                _forget_replaced(path, dataset.picture_files([camera]))
         if format == "raw":
-            self._check_size([camera for camera, path in folders.items() if not path.exists()], place, max_gb)
+            self._check_size(
+                [camera for camera, path in folders.items() if not (path / "present").exists()], place, max_gb
+            )
         limit = int(max_gb * 1e9 / max(1, len(cameras)))
         self._pictures = {
             camera: _Pictures(path, self.num_frames, self.features[camera].shape, format, limit)
@@ -100,6 +109,9 @@ class CachedDataset(Dataset):
 
     def subtask(self, row: int) -> str:
         return self._dataset.subtask(row)
+
+    def instructions(self, source: PromptSource) -> tuple[list[str], np.ndarray]:
+        return self._dataset.instructions(source)
 
     def _fingerprint(self) -> str:
         return self._dataset.fingerprint
@@ -146,20 +158,25 @@ class CachedDataset(Dataset):
             )
         with storage_errors(place):
             place.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(place).free
-        if needed > free:
-            raise StorageError(
-                expected=f"{found} of free space",
-                found=f"{free / 1e9:.2f} GB",
-                where=str(place),
-                next="--data.cache jpeg  # takes about a seventh of the room; or none, or free some space",
-            )
+        next = "--data.cache jpeg  # takes about a seventh of the room; or none, or free some space"
+        require_room(place, needed, next, what=f"decoded pictures of {', '.join(cameras)}")
 
 
 def _cached_dataset(
     dataset: Dataset, cameras: Sequence[str], folder: Path, size: int | None, format: CacheFormat, max_gb: float
 ) -> CachedDataset:
-    return CachedDataset(dataset, cameras, folder, size, format=format, max_gb=max_gb)
+    return CachedDataset(dataset, cameras, folder, size, format=format, max_gb=max_gb, _in_worker=True)
+
+
+def _forget_replaced(folder: Path, now: Mapping[str, str]) -> None:
+    """Of earlier releases, which did not say what they were decoded from, pictures are taken as they are."""
+    said = folder / "videos.json"
+    before = read_json(said) if said.exists() else {}
+    with storage_errors(folder):
+        if replaced(before, now):
+            (folder / "present").unlink(missing_ok=True)  # first: without it, nothing counts as there
+        if now and (known := {**before, **now}) != before:
+            atomic_write(said, json_bytes(known))
 
 
 class _Pictures:

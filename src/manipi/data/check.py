@@ -2,13 +2,16 @@
 
     check        error                                          warning
     metadata     entries that are missing, twice or disagree
-    tables       missing columns, rows, episodes                tables of no episode
+    tables       missing columns, rows, episodes; a data_path   tables of no episode
+                 that leads nowhere
     numbering    frame_index, index, task_index
     timestamps   not ascending                                  not 1/fps apart
-    values       NaN, infinity                                  dimensions that never move, jumps, clipped commands
+    values       NaN, infinity                                  dimensions that never move, jumps, clipped commands,
+                                                                rotations that wrap or change their sign
     movement                                                    pauses, shaking, episodes that are alike
     language                                                    no instruction, one instruction in several spellings
-    pictures     frames that cannot be decoded                  a video longer than its episodes
+    pictures     frames that cannot be decoded; cameras that    a video longer than its episodes
+                 no file has
     robot        a feature that the dataset lacks               another rate than the dataset's, commands beyond limits
 
 Nothing stops at the first finding: what cannot be read is reported, and the rest is read all the same. Tables and
@@ -28,6 +31,7 @@ from manipi.data.checks import values
 from manipi.data.checks.lerobot import open_lerobot
 from manipi.data.checks.pictures import picture_findings
 from manipi.data.checks.report import CheckReport, EpisodeFacts, Finding, from_error, warning
+from manipi.data.checks.rotations import find_leaps, report_leaps
 from manipi.data.checks.values import Signal
 from manipi.data.dataset import Dataset, open_dataset
 from manipi.data.describe import is_action
@@ -41,7 +45,8 @@ def check_dataset(
     """Check everything about the dataset at `root`; what is wrong is in the report, never raised.
 
     Args:
-        robot: also check that the dataset has what this robot names, and stays within its limits.
+        robot: also check that the dataset has what this robot names, and stays within its limits; errors in features
+            that it does not name are warnings then.
         quick: decode the first and the last picture of each episode only.
         num_workers: threads that decode pictures; by default one per processor core.
     """
@@ -51,17 +56,20 @@ def check_dataset(
     except DataError as error:
         return CheckReport(root=str(root), findings=_located(root, [from_error(error, "metadata")]))
     facts: tuple[EpisodeFacts, ...] = ()
+    absent = {key for finding in findings for key in finding.features}
     if rows is not None:
-        signals, bad = values.read_signals(rows)
+        signals, bad = values.read_signals(rows, rows.features.keys() - absent)
         found, facts = _look_into(rows, signals, robot)
         findings += [*bad, *found]
     if to_decode is not None:
         workers = num_workers or os.cpu_count() or 1
-        findings += picture_findings(to_decode, to_decode.cameras, quick=quick, num_workers=workers)
+        cameras = _cameras(to_decode, _keys(robot), absent)
+        findings += picture_findings(to_decode, cameras, quick=quick, num_workers=workers)
     dataset = to_decode or rows
     if dataset is None:
         return CheckReport(root=str(root), findings=_located(root, findings))
     if robot is not None:
+        findings = [_concerning(robot, finding) for finding in findings]
         findings += _robot(dataset, robot)
     return CheckReport(
         root=str(root),
@@ -69,6 +77,7 @@ def check_dataset(
         num_frames=dataset.num_frames,
         fps=dataset.fps,
         cameras=tuple(dataset.cameras),
+        depth=tuple(key for key, feature in dataset.features.items() if feature.kind == "depth"),
         findings=_located(root, findings),
         episodes=facts,
         tasks=dict(Counter(e.task for e in dataset.episodes).most_common()),
@@ -91,16 +100,14 @@ def sort_episodes(
     Raises:
         DataError: something is wrong that no choice of episodes avoids.
     """
-    root, keys = Path(root).expanduser().resolve(), None
-    if robot is not None:
-        keys = {
-            robot.dataset_key(k) for k in (*robot.cameras.values(), *(s.key for s in robot.state), robot.action_key)
-        }
+    root, keys = Path(root).expanduser().resolve(), _keys(robot)
     findings, rows, to_decode = _open(root, keys, fields)
+    absent = {key for finding in findings for key in finding.features}
     if rows is not None:
-        findings += values.read_signals(rows, keys)[1]
+        wanted = rows.features.keys() if keys is None else keys
+        findings += values.read_signals(rows, wanted - absent)[1]
     if to_decode is not None:
-        cameras = [camera for camera in to_decode.cameras if keys is None or camera in keys]
+        cameras = [c for c in _cameras(to_decode, keys, absent) if keys is None or c in keys]
         workers = num_workers or os.cpu_count() or 1
         findings += picture_findings(to_decode, cameras, quick=True, num_workers=workers)
     bad: dict[int, str] = {}
@@ -109,6 +116,27 @@ def sort_episodes(
             bad.setdefault(number, f"{finding.where}: {finding.what}")
     sound = [episode.index for episode in rows.episodes if episode.index not in bad] if rows is not None else []
     return tuple(sound), dict(sorted(bad.items()))
+
+
+def _keys(robot: Robot | None) -> set[str] | None:
+    """The features that a robot names."""
+    if robot is None:
+        return None
+    keys = (*robot.cameras.values(), *(s.key for s in robot.state), robot.action_key)
+    return {robot.dataset_key(key) for key in keys}
+
+
+def _cameras(dataset: Dataset, asked: set[str] | None, absent: set[str]) -> list[str]:
+    """Those of colours, and of depth those that are asked for and can be shown."""
+    depth = [k for k, f in dataset.features.items() if f.kind == "depth" and f.shape[-1] == 3 and k in (asked or ())]
+    return [camera for camera in (*dataset.cameras, *depth) if camera not in absent]
+
+
+def _concerning(robot: Robot, finding: Finding) -> Finding:
+    """What is wrong with features that the robot does not name does not keep it from training."""
+    if finding.severity != "error" or not finding.features or set(finding.features) & (_keys(robot) or set()):
+        return finding
+    return replace(finding, severity="warning", what=f"{finding.what}; {robot.name!r} does not use it")
 
 
 def _open(root: Path, keys: set[str] | None, fields: str = "") -> tuple[list[Finding], Dataset | None, Dataset | None]:
@@ -133,7 +161,10 @@ def _look_into(
     idle_N, findings, jerks = whole.find_idle(dataset, signals, robot), [], []
     for signal in signals:
         jerk_Ed = values.jerk(dataset, signal)
-        findings += [*values.still(signal), *values.jumps(dataset, signal), *values.shaking(dataset, signal, jerk_Ed)]
+        leaps = find_leaps(dataset, signal)
+        findings += [*values.still(signal), *report_leaps(dataset, signal, leaps, robot)]
+        findings += values.jumps(dataset, signal, [(leap.rows, leap.dims) for leap in leaps])
+        findings += values.shaking(dataset, signal, jerk_Ed)
         if is_action(signal.key):
             findings += values.clipped(dataset, signal, idle_N)
         jerks.append(jerk_Ed[:, signal.moving_d])
@@ -157,7 +188,12 @@ def _look_into(
 
 
 def _robot(dataset: Dataset, robot: Robot) -> Iterator[Finding]:
-    pictures = [(key, None) for key in robot.cameras.values()]
+    there = robot.cameras_in(dataset.features)
+    for slot, key in robot.cameras.items():
+        if slot not in there:
+            what = f"no picture {robot.dataset_key(key)!r} for the optional camera {slot!r}"
+            yield warning("robot", what, "nothing, if it is so; else correct the robot's cameras or dataset_keys")
+    pictures = [(key, None) for key in there.values()]
     vectors = [(s.key, s.size) for s in robot.state] + [(robot.action_key, robot.action_size)]
     for key, size in (*pictures, *vectors):
         try:

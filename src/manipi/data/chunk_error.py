@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int64
 
 from manipi.data.dataset import Dataset, action_chunks
 from manipi.data.stats import NEAR_CONSTANT, read_state
-from manipi.robots.robot import EndEffector, Robot
+from manipi.robots.robot import Robot
 from manipi.transforms.actions import ActionSpace
 
 
@@ -70,24 +70,6 @@ def travel_of(robot: Robot, dataset: Dataset, train_rows: Int64[np.ndarray, "T"]
     """q99 - q01 of the commands; 0 where a dimension counts as constant."""
     low, high = np.quantile(commands(robot, dataset)[train_rows].astype(np.float64), (0.01, 0.99), axis=0)
     return np.where(high - low < NEAR_CONSTANT, 0.0, high - low)
-
-
-def dimension_names(robot: Robot, dataset: Dataset) -> tuple[str, ...]:
-    """What the dataset calls the dimensions of a command; their numbers where it has no names."""
-    names = dataset.features[robot.dataset_key(robot.action_key)].names
-    return names if len(names) == robot.action_size else tuple(map(str, range(robot.action_size)))
-
-
-def dimension_units(robot: Robot) -> tuple[str, ...]:
-    """The unit of each dimension of a command; empty where there is none."""
-    angle = {"rotvec": "rad", "euler_xyz": "rad"}
-    units: list[str] = []
-    for group in robot.actions:
-        if isinstance(group, EndEffector):
-            units += [group.unit] * 3 + [angle.get(group.rotation, "")] * (group.size - 3)
-        else:
-            units += [getattr(group, "unit", "")] * group.size
-    return tuple(units)
 
 
 def recorded_chunks(

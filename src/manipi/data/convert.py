@@ -8,35 +8,31 @@ An episode's folder takes its name when it is complete. A conversion that was ki
 episodes that have none, and comes to the same bytes. `TARGET` appears when all is done, and the parts vanish.
 """
 
-import multiprocessing
+import itertools
 import os
-import shutil
-import signal
+import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from manipi.data.dataset import Feature
+from manipi.data.helper import start_helper
 from manipi.data.lerobot_episode import EpisodeEncoder, Pictures
-from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.data.parts import Parts
 from manipi.data.sources.source import EpisodeSource, SourceEpisode
-from manipi.errors import ConfigError, DataError, MissingFeatureError, StorageError
+from manipi.errors import ConfigError, DataError, ManipiError, MissingFeatureError, StorageError, shown
 from manipi.records import fingerprint, json_bytes, read_json, to_json
-from manipi.storage import atomic_directory, atomic_write, remove_partial, require_absent, storage_errors
+from manipi.storage import atomic_directory, atomic_write, require_absent, storage_errors
 from manipi.transforms.images import resize_with_pad
-
-_PARTS = "episode-*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +51,8 @@ class ConvertSettings:
     """Degrees by which every picture is turned."""
     exclude: tuple[str, ...] = ()
     """Vectors and cameras to leave out, by the names that they would have."""
+    swap_channels: tuple[str, ...] | None = None
+    """Cameras whose red and blue were recorded in each other's place, to exchange them; empty: all of them."""
     pix_fmt: Literal["yuv420p", "yuv444p"] = "yuv420p"
     crf: int = 23
 
@@ -79,6 +77,8 @@ class ConvertReport:
     """Episodes that an earlier, interrupted conversion had encoded."""
     skipped: tuple[tuple[str, str], ...]
     """Bad episodes that were left out, and why."""
+    remarks: tuple[tuple[str, str], ...] = ()
+    """Features that were left out, or read from an unusual layout, of the first episode that can be read."""
 
 
 def convert(
@@ -101,55 +101,48 @@ def convert(
         DataError: an episode that cannot be read; the others that are encoded stay for the next attempt.
         StorageError: `target` exists, or the disk is full.
     """
-    target = target.expanduser().absolute()
-    parts = target.with_name(f".{target.name}.parts")
-    require_absent(target)
-    encoder = _encoder(source, settings, skip_bad)
-    with _resumable(target, parts):
+    parts = Parts(target, "conversion")
+    if not parts.finished:
+        require_absent(parts.target)
+    encoder, remarks = _encoder(source, settings, skip_bad)
+    with _resumable(parts):
         _check_same(parts, source, settings)
+        if parts.finished:
+            return _report(parts, parts.settle())
         job = _Job(source=source, encoder=encoder, settings=settings, parts=parts, skip_bad=skip_bad)
-        todo = [number for number in range(len(source.names)) if not job.folder(number).exists()]
+        todo = [number for number in range(len(source.names)) if not parts.episode(number).exists()]
         reused = len(source.names) - len(todo)
         bad: dict[int, str] = {}
-        with tqdm(total=len(source.names), initial=reused, desc="encode", unit="episode", disable=not show) as bar:
-            for number, error in _run(job, todo, num_workers):
+        bar = tqdm(total=len(source.names), initial=reused, desc="encode", unit="episode", disable=not show)
+        with bar, closing(_run(job, todo, num_workers)) as results:
+            for number, error in results:
                 bad |= {number: error} if error else {}
                 bar.update()
-        folders = [job.folder(number) for number in range(len(source.names)) if number not in bad]
-        writer = _assemble(folders, target, encoder, settings.robot_type or source.robot_type, show)
-    return ConvertReport(
-        target=str(target),
-        num_episodes=writer.num_episodes,
-        num_frames=writer.num_frames,
-        reused=reused,
-        skipped=tuple((source.names[number], bad[number]) for number in sorted(bad)),
-    )
+        folders = [parts.episode(number) for number in range(len(source.names)) if number not in bad]
+        robot_type = settings.robot_type or source.robot_type
+        skipped = [(source.names[number], bad[number]) for number in sorted(bad)]
+        report = {"reused": reused, "skipped": skipped, "remarks": remarks}
+        return _report(parts, parts.finish(folders, encoder, robot_type, report, show=show))
+
+
+def _report(parts: Parts, finished: Mapping[str, Any]) -> ConvertReport:
+    pairs = {key: tuple((name, text) for name, text in finished[key]) for key in ("skipped", "remarks")}
+    return ConvertReport(**{**finished, "target": str(parts.target), **pairs})
 
 
 @contextmanager
-def _resumable(target: Path, parts: Path) -> Iterator[None]:
-    """The folder of the parts, alone in it; it vanishes when the block ends well, and stays when it does not."""
+def _resumable(parts: Parts) -> Iterator[None]:
+    """The parts for this process alone; a full disk leaves them, and says how to go on."""
     try:
-        with storage_errors(target):
-            parts.mkdir(parents=True, exist_ok=True)
-            with FileLock(parts / "lock", timeout=0):
-                remove_partial(parts)
-                remove_partial(target.parent, target.name)
-                yield
-                shutil.rmtree(parts)
-    except Timeout:
-        raise ConfigError(
-            expected="one conversion at a time to a folder",
-            found="another one that is going on",
-            where=str(target),
-            next="wait for it, or choose another folder",
-        ) from None
+        with parts.claimed(), storage_errors(parts.target):
+            yield
     except StorageError as error:
-        next = f"make room, or allow writing there, and run the same command again; finished episodes wait in {parts}"
+        again = "make room, or allow writing there, and run the same command again"
+        next = f"{again}; finished episodes wait in {parts.folder}"
         raise StorageError(expected=error.expected, found=error.found, where=error.where, next=next) from error
 
 
-def _check_same(parts: Path, source: EpisodeSource, settings: ConvertSettings) -> None:
+def _check_same(parts: Parts, source: EpisodeSource, settings: ConvertSettings) -> None:
     """What was begun in `parts` must be this conversion, or its episodes would not belong together."""
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(source.files())]
     wanted = {
@@ -158,21 +151,23 @@ def _check_same(parts: Path, source: EpisodeSource, settings: ConvertSettings) -
         "episodes and files": fingerprint([list(source.names), stamps, source.drop_skipped]),
         "encoder": av.__version__,
     }
-    path = parts / "conversion.json"
-    if not any(parts.glob(_PARTS)):
+    path = parts.folder / "conversion.json"
+    if not (parts.episodes() or parts.finished):
         atomic_write(path, json_bytes(wanted))
     begun = read_json(path)
     if changed := [name for name, value in wanted.items() if begun.get(name) != value]:
         raise ConfigError(
             expected="the conversion that was begun there, to go on with it",
             found=f"another: {', '.join(changed)} changed",
-            where=str(parts),
-            next=f"repeat the first command, or start afresh with: rm -r {parts}",
+            where=str(parts.folder),
+            next=f"repeat the first command, or start afresh with: rm -r {parts.folder}",
         )
 
 
-def _encoder(source: EpisodeSource, settings: ConvertSettings, skip_bad: bool) -> EpisodeEncoder:
-    """Features and rate, from the first episode that can be read."""
+def _encoder(
+    source: EpisodeSource, settings: ConvertSettings, skip_bad: bool
+) -> tuple[EpisodeEncoder, tuple[tuple[str, str], ...]]:
+    """Features and rate, and the remarks, of the first episode that can be read."""
     fps = settings.fps or source.fps
     if fps is None or fps != round(fps):
         raise ConfigError(
@@ -183,16 +178,19 @@ def _encoder(source: EpisodeSource, settings: ConvertSettings, skip_bad: bool) -
         )
     for name in source.names:
         try:
-            features = _features(source, name, settings)
+            features, remarks = _features(source, name, settings)
         except (DataError, ConfigError):
             if not skip_bad or name == source.names[-1]:
                 raise
             continue
-        return EpisodeEncoder(features=features, fps=round(fps), pix_fmt=settings.pix_fmt, crf=settings.crf)
+        encoder = EpisodeEncoder(features=features, fps=round(fps), pix_fmt=settings.pix_fmt, crf=settings.crf)
+        return encoder, tuple((k, text) for k, text in remarks.items() if text and k not in settings.exclude)
     raise AssertionError("a source has at least one episode")
 
 
-def _features(source: EpisodeSource, name: str, settings: ConvertSettings) -> dict[str, Feature]:
+def _features(
+    source: EpisodeSource, name: str, settings: ConvertSettings
+) -> tuple[dict[str, Feature], Mapping[str, str]]:
     with source.open(name) as episode:
         features = {}
         for key, values in _data(episode, source, settings, name).items():
@@ -204,7 +202,7 @@ def _features(source: EpisodeSource, name: str, settings: ConvertSettings) -> di
                 shape = next((block.shape[1:] for block in values), ())
                 features[key] = Feature(kind="image", shape=shape, dtype="video")
         _task(episode, settings, f"{source.root}, {name}")
-    return features
+        return features, episode.remarks
 
 
 # One episode --------------------------------------------------------------------------------------------------------
@@ -217,18 +215,15 @@ class _Job:
     source: EpisodeSource
     encoder: EpisodeEncoder
     settings: ConvertSettings
-    parts: Path
+    parts: Parts
     skip_bad: bool
-
-    def folder(self, number: int) -> Path:
-        return self.parts / f"episode-{number:06d}"
 
     def __call__(self, number: int) -> tuple[int, str]:
         """Encode an episode; its number, and why it was skipped."""
         name = self.source.names[number]
         where = f"{self.source.root}, {name}"
         try:
-            with self.source.open(name) as episode, atomic_directory(self.folder(number)) as folder:
+            with self.source.open(name) as episode, atomic_directory(self.parts.episode(number)) as folder:
                 task = _task(episode, self.settings, where)
                 self.encoder.encode(folder, _data(episode, self.source, self.settings, name), task, where)
         except (DataError, ConfigError) as error:
@@ -242,8 +237,11 @@ def _data(
     episode: SourceEpisode, source: EpisodeSource, settings: ConvertSettings, name: str
 ) -> Mapping[str, np.ndarray | Pictures]:
     """The vectors, those joined of others, and the pictures, turned and resized."""
-    columns = dict(episode.columns)
-    usual = [(whole, parts) for whole, parts in source.joins if all(part in columns for part in parts)]
+    usual = [(whole, parts) for whole, parts in source.joins if all(part in episode.columns for part in parts)]
+    names = [*episode.columns, *(whole for whole, _ in (*settings.joins, *usual)), *episode.pictures]
+    _require_known("exclude", settings.exclude, (*names, *episode.remarks), f"{source.root}, {name}")
+    _require_known("swap-channels", settings.swap_channels or (), episode.pictures, f"{source.root}, {name}")
+    columns = {key: episode.columns[key] for key in episode.columns if key not in settings.exclude}
     for whole, parts in (*settings.joins, *usual):
         if missing := [part for part in parts if part not in episode.columns]:
             raise MissingFeatureError(
@@ -254,15 +252,18 @@ def _data(
             )
         if (whole, parts) in settings.joins or whole not in columns:
             columns[whole] = np.concatenate([episode.columns[part] for part in parts], axis=1)
-    data = columns | {camera: _Shown(blocks, settings) for camera, blocks in episode.pictures.items()}
-    if unknown := set(settings.exclude) - data.keys():
-        raise MissingFeatureError(
-            expected=f"features to leave out, among {', '.join(data)}",
-            found=", ".join(sorted(unknown)),
-            where=f"{source.root}, {name}",
-            next="--exclude NAME",
-        )
+    data = columns | {camera: _Shown(blocks, settings, camera) for camera, blocks in episode.pictures.items()}
     return {key: values for key, values in data.items() if key not in settings.exclude}
+
+
+def _require_known(flag: str, named: Iterable[str], known: Iterable[str], where: str) -> None:
+    if unknown := sorted(set(named) - set(known)):
+        raise MissingFeatureError(
+            expected=f"names for --{flag}, among {', '.join(dict.fromkeys(known))}",
+            found=shown(", ".join(unknown)),
+            where=where,
+            next=f"--{flag} NAME",
+        )
 
 
 @dataclass(frozen=True)
@@ -271,10 +272,14 @@ class _Shown:
 
     blocks: Iterable[np.ndarray]
     settings: ConvertSettings
+    camera: str
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        swapped = self.settings.swap_channels
         for block in self.blocks:
             turned = block[:, ::-1, ::-1] if self.settings.rotate else block
+            if swapped is not None and (not swapped or self.camera in swapped):
+                turned = turned[..., ::-1]
             if self.settings.resize and turned.shape[1:3] != self.settings.resize:
                 turned = np.stack([resize_with_pad(image, *self.settings.resize) for image in turned])
             yield turned
@@ -295,56 +300,63 @@ def _task(episode: SourceEpisode, settings: ConvertSettings, where: str) -> str 
 
 # Processes ----------------------------------------------------------------------------------------------------------
 
-_job: "_Job | None" = None
-"""A worker's own; sent once, since it names every episode."""
 
+def _run(job: _Job, numbers: list[int], num_workers: int) -> Generator[tuple[int, str], None, None]:
+    """Results in the order in which they are ready.
 
-def _run(job: _Job, numbers: list[int], num_workers: int) -> Iterator[tuple[int, str]]:
-    """Results in the order in which they are ready."""
+    Pipes alone join the processes: what a pool's queues are made of has names in /dev/shm, which stay there when all
+    processes are killed at once.
+    """
     if not num_workers:
         yield from map(job, numbers)
         return
-    # A forked process would inherit the locks of the video encoder's threads.
-    context = multiprocessing.get_context("spawn")
-    watched, held = context.Pipe(duplex=False)
-    with ProcessPoolExecutor(num_workers, context, initializer=_begin, initargs=(job, watched)) as pool:
+    waiting, workers = iter(numbers), dict[Connection, BaseProcess]()
+    try:
+        for number in itertools.islice(waiting, num_workers):
+            process, worker = start_helper(_work, job)
+            workers[worker] = process
+            worker.send(number)
+        while workers:
+            ready = wait(list(workers))
+            for worker in [worker for worker in workers if worker in ready]:
+                result = worker.recv()
+                if isinstance(result, ManipiError):
+                    raise result
+                yield result
+                if (number := next(waiting, None)) is not None:
+                    worker.send(number)
+                else:
+                    workers.pop(worker).kill()
+    except (EOFError, ConnectionError):
+        raise DataError(
+            expected="processes that encode until all is done",
+            found="the end of one (killed, often for want of memory)",
+            where=str(job.source.root),
+            next="run the same command again, with a smaller --num-workers",
+        ) from None
+    finally:
+        for process in workers.values():
+            process.kill()
+        for process in workers.values():
+            process.join()
+
+
+def _work(job: _Job, caller: Connection) -> None:
+    """Encode the episodes that the caller names, one after the other, until it goes."""
+    numbers = queue.SimpleQueue[int]()
+    threading.Thread(target=_listen, args=(caller, numbers), daemon=True).start()
+    while True:
         try:
-            for future in as_completed([pool.submit(_encode, number) for number in numbers]):
-                yield future.result()
-        except BrokenProcessPool:
-            raise DataError(
-                expected="processes that encode until all is done",
-                found="the end of one (killed, often for want of memory)",
-                where=str(job.source.root),
-                next="run the same command again, with a smaller --num-workers",
-            ) from None
-        except BaseException:
-            held.close()  # and so ends the workers, in the middle of what they do
-            raise
+            result = job(numbers.get())
+        except ManipiError as error:
+            result = error
+        caller.send(result)
 
 
-def _begin(job: _Job, watched: Connection) -> None:
-    """Prepare a worker, which ends when the parent lets go of the pipe, be it because it was killed."""
-    global _job
-    _job = job
-    # Ctrl-C reaches the whole process group; the parent ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
-
-
-def _end_with(watched: Connection) -> None:
-    watched.poll(None)
-    os._exit(1)
-
-
-def _encode(number: int) -> tuple[int, str]:
-    assert _job, "the worker has begun"
-    return _job(number)
-
-
-def _assemble(folders: list[Path], target: Path, encoder: EpisodeEncoder, robot_type: str, show: bool) -> LeRobotWriter:
-    settings = {"features": encoder.features, "fps": encoder.fps, "pix_fmt": encoder.pix_fmt, "crf": encoder.crf}
-    with LeRobotWriter(target, robot_type=robot_type, **settings) as writer:
-        for folder in tqdm(folders, desc="assemble", unit="episode", disable=not show):
-            writer.add_encoded(folder)
-    return writer
+def _listen(caller: Connection, numbers: "queue.SimpleQueue[int]") -> None:
+    """What the caller names; its end, be it that it was killed, ends this process in the middle of what it does."""
+    try:
+        while True:
+            numbers.put(caller.recv())
+    except (EOFError, OSError):
+        os._exit(1)

@@ -20,7 +20,14 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
 from manipi.data.shared import SharedArray
-from manipi.errors import BadValueError, ConfigError, DatasetNotFoundError, FetchError, MissingFeatureError
+from manipi.errors import (
+    BadValueError,
+    ConfigError,
+    DatasetNotFoundError,
+    FetchError,
+    MissingFeatureError,
+    unknown_name,
+)
 from manipi.remote.fetch import fetch, is_here
 from manipi.types import Frame
 
@@ -32,9 +39,9 @@ PromptSource: TypeAlias = Literal["task", "subtask"]
 class Feature:
     """One quantity that a dataset records at every frame."""
 
-    kind: Literal["image", "vector", "text"]
+    kind: Literal["image", "depth", "vector", "text"]
     shape: tuple[int, ...]
-    """(h, w, 3) of a picture, (d,) of a vector."""
+    """(h, w, 3) of a picture, also of a depth map of 8 bits; (h, w, 1) of a deeper one; (d,) of a vector."""
     dtype: str
     """As the dataset states it: "video", "image", "float32", "int64", "string" …"""
     names: tuple[str, ...] = ()
@@ -82,6 +89,11 @@ class Dataset(abc.ABC):
     @abc.abstractmethod
     def _fingerprint(self) -> str: ...
 
+    def picture_files(self, cameras: Sequence[str]) -> dict[str, str]:
+        """What `fingerprint` leaves out: size and a digest of each file that holds pictures of some cameras alone, by
+        its path in the dataset. Files that are not there, or whose store does not tell, are left out."""
+        return {}
+
     @abc.abstractmethod
     def prompt(self, row: int) -> str:
         """The instruction at a row."""
@@ -94,6 +106,12 @@ class Dataset(abc.ABC):
             where=str(self.root),
             next="--data.prompt task  # uses the instruction of the episode",
         )
+
+    def instructions(self, source: PromptSource) -> tuple[list[str], Int64[np.ndarray, "N k"]]:
+        """Every text that a policy may be told, and which of them each row may have; readers know it without a loop."""
+        prompt_at, numbers = self.prompt if source == "task" else self.subtask, dict[str, int]()
+        rows = [numbers.setdefault(prompt_at(row), len(numbers)) for row in range(self.num_frames)]
+        return list(numbers), np.array(rows, np.int64)[:, None]
 
     @abc.abstractmethod
     def _read_column(self, key: str) -> np.ndarray:
@@ -119,6 +137,7 @@ class Dataset(abc.ABC):
 
     @property
     def cameras(self) -> list[str]:
+        """What shows colours. Depth maps are pictures only where they are asked for by name, and have 8 bits."""
         return [key for key, feature in self.features.items() if feature.kind == "image"]
 
     def episode_of(self, rows: Int64[np.ndarray, "*n"]) -> Int64[np.ndarray, "*n"]:
@@ -155,7 +174,7 @@ class Dataset(abc.ABC):
         """The pictures of some rows, in the order asked for; read in file order, where neighbours are cheap.
 
         Raises:
-            MissingFeatureError: the dataset has no camera of that name.
+            MissingFeatureError: the dataset has no camera of that name, or a depth map that eight bits cannot show.
             DatasetFormatError: a file is missing, truncated, or of another size; names file, episode and frame.
         """
         self.require(camera, "image")
@@ -171,14 +190,19 @@ class Dataset(abc.ABC):
     def require(self, key: str, kind: Literal["image", "vector", "text"], size: int | None = None) -> None:
         """Check that there is a feature of a kind and, for vectors, of a size; else MissingFeatureError."""
         known = {name: feature for name, feature in self.features.items() if feature.kind == kind}
+        other = self.features.get(key)
         if key in known and size in (None, math.prod(known[key].shape)):
             return
-        other = self.features.get(key)
+        if other and other.kind == "depth" and kind == "image" and other.shape[-1] == 3:
+            return
+        next = f"manipi inspect {self.root}  # lists the features; name one of them in the robot"
+        if other and other.kind == "depth":
+            next = f"name a camera of colours in the robot: {', '.join(self.cameras) or 'there is none'}"
         raise MissingFeatureError(
             expected=f"{kind} {key!r}" + (f" of size {size}" if size else ""),
             found=f"{other.kind} {key!r} of shape {other.shape}" if other else f"only {', '.join(known) or 'none'}",
             where=str(self.root),
-            next=f"manipi inspect {self.root}  # lists the features; name one of them in the robot",
+            next=next,
         )
 
     def _check_rows(self, rows: np.ndarray) -> None:
@@ -302,5 +326,7 @@ def open_dataset(
     if (root / "meta/info.json").is_file() or find_version(root) is None:
         dataset: Dataset = LeRobotDataset(root, sorted(episodes))
         return dataset if list(episodes) == sorted(episodes) else EpisodeSubset(dataset, episodes)
+    if fields and fields not in BY_NAME:
+        raise unknown_name("map of RLDS features", fields, BY_NAME, next="name one of them (DatasetConfig.fields)")
     dataset = open_rlds(root, fields=BY_NAME[fields] if fields else None, split=split, seed=seed)
     return EpisodeSubset(dataset, episodes) if episodes else dataset

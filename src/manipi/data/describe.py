@@ -1,5 +1,6 @@
 """What is in a dataset, and a robot that would fit it."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,22 @@ from manipi.records import read_json
 
 _STATE_WORDS, _GRIPPER_WORDS = ("state", "qpos", "joint", "proprio"), ("grip", "jaw")
 _RATE_WORDS = ("vel", "delta", "/s")
+_POSITION = ("x", "y", "z")
+_ROTATIONS = {
+    ("roll", "pitch", "yaw"): "euler_xyz",
+    ("rx", "ry", "rz"): "rotvec",
+    ("qx", "qy", "qz", "qw"): "quat_xyzw",
+    ("r1", "r2", "r3", "r4", "r5", "r6"): "rot6d",
+    ("r0", "r1", "r2", "r3", "r4", "r5"): "rot6d",
+}
+"""What the names of a rotation's dimensions say, behind those of a position."""
+_PREFIXES = {
+    **dict.fromkeys(("rot", "rotation", "rotvec", "axisangle", "aa", "rot6d", "r6d"), "r"),
+    **dict.fromkeys(("quat", "quaternion", "orientation"), "q"),
+    **dict.fromkeys(("euler", "rpy"), "e"),
+}
+"""A word before the axis in the name, and what the axis is called then: quat_x is qx, rot_x is rx, rot6d_1 is r1."""
+_EULER = {"ex": "roll", "ey": "pitch", "ez": "yaw"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +110,10 @@ def sketch_robot(dataset: Dataset, name: str) -> str:
     action = dataset.features.get(action_key, Feature(kind="vector", shape=(1,), dtype="float32"))
     cameras = "".join(f'        "{slot}": "{key}",\n' for slot, key in _slots(dataset.cameras))
     state = "".join(f'        State("{key}", {dataset.features[key].shape[0]}),\n' for key in states)
+    groups = list(_groups(action))
+    kinds = sorted({source.partition("(")[0] for source, _ in groups} | {"Robot", "State"})
     return f"""\
-from manipi.robots import Gripper, Joints, Robot, State
+from manipi.robots import {", ".join(kinds)}
 
 ROBOT = Robot(
     name="{name}",
@@ -103,7 +122,7 @@ ROBOT = Robot(
     state=(
 {state}    ),
     actions=(  # Joints(n, relative=True): the model sees offsets from the state
-{"".join(f"        {line},{note}" for line, note in _groups(action))}    ),
+{"".join(f"        {line},{note}" for line, note in groups)}    ),
     action_key="{action_key}",
     control_hz={dataset.fps:g},
 )
@@ -121,12 +140,43 @@ def _slots(cameras: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _groups(action: Feature) -> Iterator[tuple[str, str]]:
-    """Source and comment of each group: a `Gripper` where a dimension's name says so, `Joints` between."""
+    """Source and comment of each group, by the dimensions' names: grippers, tool poses, and joints between."""
     names = action.names if len(action.names) == action.shape[0] else ("",) * action.shape[0]
-    for gripper, group in groupby(names, key=lambda name: any(word in name.lower() for word in _GRIPPER_WORDS)):
+    for gripper, group in groupby(names, key=is_gripper):
         members = list(group)
         if gripper:
             yield from (("Gripper(open=0.0, closed=1.0)", f"  # {name}: correct the range\n") for name in members)
         else:
-            span = f"  # {members[0]} … {members[-1]}\n" if members[0] else "  # is one of them a gripper?\n"
-            yield f"Joints({len(members)})", span
+            yield from _poses_and_joints(members)
+
+
+def _poses_and_joints(names: list[str]) -> Iterator[tuple[str, str]]:
+    axes, start, position = [_axis(name) for name in names], 0, 0
+    while position <= len(names):
+        size, rotation = _pose_at(axes[position:])
+        if (size or position == len(names)) and position > start:
+            span = f"{names[start]} … {names[position - 1]}" if names[start] else "is one of them a gripper?"
+            yield f"Joints({position - start})", f"  # {span}\n"
+        if size:
+            source = f'EndEffector(rotation="{rotation}")' if rotation else "EndEffector()"
+            yield source, f"  # {names[position]} … {names[position + size - 1]}: is it so, and absolute?\n"
+            start = position + size
+        position += size or 1
+
+
+def _pose_at(axes: list[str]) -> tuple[int, str]:
+    """How many dimensions from the first on are a tool pose, and the form of its rotation; 0: they are none."""
+    if tuple(axes[:3]) != _POSITION:
+        return 0, ""
+    forms = ((len(names) + 3, form) for names, form in _ROTATIONS.items() if tuple(axes[3 : 3 + len(names)]) == names)
+    return next(forms, (3, ""))
+
+
+def _axis(name: str) -> str:
+    """`x`, `yaw`, `qw` … of a dimension's name, without what stands before it; of offsets and velocities nothing."""
+    words: list[str] = re.findall(r"[a-z]+\d*[a-z]*\d*|\d+", name.lower())
+    if not words or is_rate(name):
+        return ""
+    prefix = next((_PREFIXES[word] for word in reversed(words[:-1]) if word in _PREFIXES), "")
+    axis = prefix + words[-1] if re.fullmatch(r"[xyzw]|\d", words[-1]) else words[-1]
+    return _EULER.get(axis, axis)

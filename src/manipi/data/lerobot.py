@@ -2,26 +2,41 @@
 
 import hashlib
 import io
+import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow.parquet as pq
+from jaxtyping import Float64
 from PIL import Image
 
-from manipi.data.dataset import Dataset
+from manipi.data.dataset import Dataset, PromptSource
 from manipi.data.lerobot_index import open_index
-from manipi.data.lerobot_tables import ROW_COLUMNS, broken, parquet_errors, read_values, row_faults
-from manipi.data.video import VideoFrames, decoders_for
-from manipi.errors import DataError
+from manipi.data.lerobot_tables import (
+    ROW_COLUMNS,
+    broken,
+    format_error,
+    parquet_errors,
+    plain,
+    read_values,
+    row_faults,
+    runs,
+)
+from manipi.data.lerobot_times import off_grid, time_fault
+from manipi.data.picture_files import states_in_store, states_on_disk
+from manipi.data.video import VideoFrames, decoders_for, without_camera
+from manipi.errors import DataError, shown
 from manipi.remote.fetch import fetch, origin
 
 _FOOTER_BYTES = 1 << 20
 _ROW_GROUPS = 8
 """Row groups of encoded pictures kept in RAM; LeRobot writes one per episode."""
+_DEEP = {"I": "32 bits", "F": "a float"}
+"""Pictures whose numbers do not fit 8 bits, and would become white or black."""
 
 
 class LeRobotDataset(Dataset):
@@ -29,6 +44,8 @@ class LeRobotDataset(Dataset):
 
     Args:
         numbers: the episodes to use, in ascending order, where not all: files of others are not touched.
+        times: the timestamps of each episode off the grid (`lerobot_times`), by its number; None: the tables say.
+        compared: cameras whose videos are known to have pictures at these times.
 
     Raises:
         DatasetNotFoundError: no episodes or frames.
@@ -36,27 +53,39 @@ class LeRobotDataset(Dataset):
         ConfigError: no episode of that number.
     """
 
-    def __init__(self, root: Path, numbers: Sequence[int] = ()):
+    def __init__(
+        self,
+        root: Path,
+        numbers: Sequence[int] = (),
+        times: Mapping[int, Float64[np.ndarray, " T"]] | None = None,
+        compared: Collection[str] = (),
+    ):
         self._index = index = open_index(root, numbers)
         self._numbers, self._tables = tuple(numbers), list(dict.fromkeys(index.tables))
         super().__init__(root=root, name=root.name, fps=index.fps, features=index.features, episodes=index.episodes)
-        pictures = [index.features[camera].shape for camera in index.clips]
-        self._videos = VideoFrames(decoders_for(max((h * w for h, w, _ in pictures), default=0)))
+        pictures = [index.features[camera].shape for camera in index.clips if camera in index.features]
+        self._videos = VideoFrames(decoders_for(max((math.prod(shape[:2]) for shape in pictures), default=0)))
         self._origin = origin(root / "meta").removesuffix("/meta/")
         self._pictures = lru_cache(maxsize=_ROW_GROUPS)(_read_pictures)
+        self._compared = set(compared)
+        if times is not None:
+            self._times = times
 
     def __reduce__(self) -> tuple:
-        return LeRobotDataset, (self.root, self._numbers)
+        return LeRobotDataset, (self.root, self._numbers, self.__dict__.get("_times"), self._compared)
 
     def _fingerprint(self) -> str:
         """SHA-256 over names and contents of metadata and tables.
 
         Tables that hold pictures are too big to be read for this; their footer tells the size and range of each column.
+        Of episodes off the grid, earlier releases took pictures by frame number: theirs may not be mixed with these.
         """
         digest = hashlib.sha256(f"{self._numbers}".encode() if self._numbers else b"")
         for path in self._index.metadata:
             digest.update(f"{path.relative_to(self.root)}\n".encode() + path.read_bytes())
-        holds_pictures = any(self.features[key].dtype == "image" for key in self.cameras)
+        if self._index.clips and self._times:
+            digest.update(b"pictures at timestamps")
+        holds_pictures = any(feature.dtype == "image" for feature in self.features.values())
         for path in self._tables:
             with parquet_errors(path, self.root), path.open("rb") as file:
                 size = path.stat().st_size
@@ -74,8 +103,17 @@ class LeRobotDataset(Dataset):
         number = int(self.column("subtask_index")[row, 0])
         if number not in self._index.subtasks:
             known = f"subtask_index among {sorted(self._index.subtasks)}"
-            broken(self.root, known, str(number), f"{self.root}, {self.locate(row)}")
+            next = f"give it a text in {self.root / 'meta/subtasks.parquet'}, or use --data.prompt task"
+            broken(self.root, known, str(number), f"{self.root}, {self.locate(row)}", next)
         return self._index.subtasks[number]
+
+    def instructions(self, source: PromptSource) -> tuple[list[str], np.ndarray]:
+        key = "task_index" if source == "task" else "subtask_index"
+        prompt_at = self.prompt if source == "task" else self.subtask
+        if source == "subtask" and key not in self.features:
+            prompt_at(0)
+        _, first, numbers = np.unique(self.column(key)[:, 0], return_index=True, return_inverse=True)
+        return [prompt_at(row) for row in first.tolist()], numbers.reshape(-1, 1)
 
     def place(self, row: int) -> str:
         return f"{self._index.tables[int(self.episode_of(np.asarray(row)))]}, {self.locate(row)}"
@@ -85,19 +123,40 @@ class LeRobotDataset(Dataset):
     def _read_column(self, key: str) -> np.ndarray:
         width = int(np.prod(self.features[key].shape)) if key in self.features else 1
         rows, values = self._table_rows, self._concatenate({key: width})[key]
-        return values[rows] if self._numbers else values  # a copy costs a tenth of the reading
+        values = values.astype(np.float32, copy=False) if values.dtype.kind == "f" else values
+        in_order = len(rows) == len(values) and np.array_equal(rows, np.arange(len(rows)))
+        return values if in_order else values[rows]  # a copy costs a tenth of the reading
+
+    @property
+    def _table_rows(self) -> np.ndarray:
+        """Which row of the tables, one behind the other, each row is."""
+        return self._rows[0]
 
     @cached_property
-    def _table_rows(self) -> np.ndarray:
-        """Which row of the tables each row is. Rows are addressed by position, so they must be as promised."""
+    def _times(self) -> Mapping[int, Float64[np.ndarray, " T"]]:
+        """The timestamps of the episodes off the grid, by episode number."""
+        return self._rows[1]
+
+    @cached_property
+    def _rows(self) -> tuple[np.ndarray, Mapping[int, Float64[np.ndarray, " T"]]]:
+        """Which row of the tables each row is, and `_times`. The tables must hold what the metadata promise."""
         found = self._concatenate(ROW_COLUMNS)
         numbers, seconds, tasks = (found[key][:, 0] for key in ROW_COLUMNS)
-        rows = np.flatnonzero(np.isin(numbers, self._numbers)) if self._numbers else np.arange(len(numbers))
-        expected = np.repeat([e.index for e in self.episodes], [e.length for e in self.episodes])
-        if np.array_equal(expected, numbers[rows]) and np.isin(tasks[rows], list(self._index.tasks)).all():
-            ascends = np.diff(seconds[rows]) > 0
-            if ascends[np.diff(expected) == 0].all():
-                return rows
+        spans: dict[int, list[tuple[int, int]]] = {}
+        for number, start, end in runs(numbers):
+            spans.setdefault(number, []).append((start, end))
+        wanted = [(e, spans.get(e.index, [])) for e in self.episodes]
+        if all(len(found) == 1 and found[0][1] - found[0][0] == e.length for e, found in wanted):
+            rows = np.concatenate([np.arange(*found[0]) for _, found in wanted])
+            seconds, known = seconds[rows], np.isin(tasks[rows], list(self._index.tasks)).all()
+            ascends = np.diff(seconds) > 0
+            ascends[self.starts[1:] - 1] = True  # from one episode to the next
+            complete = bool(self._numbers) or len(rows) == len(numbers)
+            if complete and known and ascends.all() and np.isfinite(seconds).all():
+                frames = np.arange(len(rows)) - np.repeat(self.starts, self.ends - self.starts)
+                off = self.episode_of(np.flatnonzero(off_grid(seconds, frames, self.fps)))
+                chosen = [self.episodes[position] for position in np.unique(off).tolist()]
+                return rows, {e.index: seconds[e.start : e.start + e.length].copy() for e in chosen}
         raise self._row_fault()
 
     def _row_fault(self) -> DataError:
@@ -108,19 +167,30 @@ class LeRobotDataset(Dataset):
         raise AssertionError("the fast test and row_faults disagree")
 
     def _concatenate(self, widths: dict[str, int]) -> dict[str, np.ndarray]:
+        """Floats where any table has floats: tables may have other types than each other."""
         parts = [read_values(path, widths, self.root) for path in self._tables]
         return {key: np.concatenate([part[key] for part in parts]) if parts[1:] else parts[0][key] for key in widths}
 
     # Pictures ---------------------------------------------------------------------------------------------------
 
     def _read_images(self, camera: str, rows: np.ndarray) -> np.ndarray:
-        images = np.empty((len(rows), *self.features[camera].shape), np.uint8)
-        read = self._read_video_frame if camera in self._index.clips else self._read_picture
+        shape, read = self.features[camera].shape, self._read_picture
+        if camera in self._index.clips:
+            self._compare_times(camera)
+            read = self._read_video_frame
+        elif self.features[camera].dtype == "video":
+            where, next = f"{self.root / 'meta/episodes'}, {camera!r}", without_camera(self.root)
+            broken(self.root, "the place of a video in the entry of each episode", "none", where, next)
+        images = np.empty((0, *shape), np.uint8)
         for i, row in enumerate(rows.tolist()):
             image = read(camera, row)
-            if image.shape != images.shape[1:]:
-                expected = f"a picture of shape {images.shape[1:]}, as meta/info.json says"
-                broken(self.root, expected, f"{image.shape}", f"{self._file(camera, row)}, {self.locate(row)}")
+            if image.shape != shape:
+                expected = f"a picture of shape {shape}, as meta/info.json says"
+                where = f"{self._file(camera, row)}, {self.locate(row)}"
+                correct = f"correct its shape in {self.root / 'meta/info.json'}, if all pictures have this one"
+                broken(self.root, expected, f"{image.shape}", where, f"{correct}; else record the episode again")
+            if not i:  # memory is taken for a shape that a picture has
+                images = np.empty((len(rows), *shape), np.uint8)
             images[i] = image
         return images
 
@@ -130,9 +200,28 @@ class LeRobotDataset(Dataset):
 
     def _read_video_frame(self, camera: str, row: int) -> np.ndarray:
         position = int(self.episode_of(np.asarray(row)))
-        clip = self._index.clips[camera][position]
-        seconds = clip.start + (row - self.episodes[position].start) / self.fps
+        clip, episode = self._index.clips[camera][position], self.episodes[position]
+        frame, times = row - episode.start, self._times.get(episode.index)
+        seconds = clip.start + (frame / self.fps if times is None else float(times[frame]))
         return self._videos.frame(self._here(clip.path), seconds, where=f"{clip.path}, {self.locate(row)}")
+
+    def _compare_times(self, camera: str) -> None:
+        """Once per camera: a video that is here must have a picture at every timestamp of episodes off the grid.
+
+        One that is not here yet is not fetched for this; its decoder says where it has none.
+        """
+        if camera in self._compared:
+            return
+        for position, episode in enumerate(self.episodes):
+            times = self._times.get(episode.index)
+            if times is not None and (fault := time_fault(self._index, self.root, camera, position, times)):
+                raise fault.error
+        self._compared.add(camera)
+
+    def picture_files(self, cameras: Sequence[str]) -> dict[str, str]:
+        clips = [clip.path for camera in cameras for clip in self._index.clips.get(camera, ())]
+        names = sorted({str(path.relative_to(self.root)) for path in clips})
+        return states_in_store(self._origin, names) if self._origin else states_on_disk(self.root, names)
 
     def _here(self, path: Path) -> Path:
         """A video of a dataset whose metadata were fetched comes when it is first needed."""
@@ -143,11 +232,26 @@ class LeRobotDataset(Dataset):
     def _read_picture(self, camera: str, row: int) -> np.ndarray:
         stored = int(self._table_rows[row])
         start, path, group = self._row_groups[bisect_right(self._row_groups, stored, key=lambda entry: entry[0]) - 1]
-        encoded = self._pictures(path, group, camera)[stored - start]
+        entry = self._pictures(self.root, path, group, camera)[stored - start]
+        encoded = entry.get("bytes") if isinstance(entry, dict) else entry
+
+        def refuse(found: str, next: str = "") -> NoReturn:
+            where = f"{path}, {self.locate(row)}"
+            raise format_error(self.root, f"an encoded picture of 8 bits per channel in {camera!r}", found, where, next)
+
+        if not isinstance(encoded, bytes):
+            leave_out = f"manipi convert {self.root} TARGET --exclude {camera}  # leaves this camera out"
+            refuse(shown(entry) if encoded is None else f"a {type(encoded).__name__}", leave_out)
         try:
-            return np.asarray(Image.open(io.BytesIO(encoded["bytes"])).convert("RGB"))
-        except OSError as error:
-            broken(self.root, f"an encoded picture in {camera!r}", str(error), f"{path}, {self.locate(row)}")
+            with Image.open(io.BytesIO(encoded)) as picture:
+                if picture.mode in _DEEP or picture.mode.startswith("I;16"):
+                    leave_out = f"store it with 8 bits, or: manipi convert {self.root} TARGET --exclude {camera}"
+                    refuse(
+                        f"{picture.format} of {_DEEP.get(picture.mode, '16 bits')} per pixel, perhaps depth", leave_out
+                    )
+                return np.asarray(picture.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            refuse(shown(str(error), 200))
 
     @cached_property
     def _row_groups(self) -> list[tuple[int, Path, int]]:
@@ -162,5 +266,9 @@ class LeRobotDataset(Dataset):
         return groups
 
 
-def _read_pictures(path: Path, group: int, camera: str) -> list[dict[str, Any]]:
-    return pq.ParquetFile(path).read_row_group(group, columns=[camera]).column(0).to_pylist()
+def _read_pictures(root: Path, path: Path, group: int, camera: str) -> list[dict[str, Any] | bytes]:
+    with parquet_errors(path, root):
+        table = pq.ParquetFile(path)
+        if camera not in table.schema_arrow.names:
+            broken(root, f"the columns {camera}", f"only {', '.join(table.schema_arrow.names)}", path)
+        return plain(table.read_row_group(group, columns=[camera]).column(0)).to_pylist()

@@ -8,19 +8,22 @@
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import quote
 
 import numpy as np
+from av.error import FFmpegError
 from jaxtyping import UInt8
 
 from manipi.data.dataset import Feature
 from manipi.data.lerobot_stats import EpisodeStats, chosen_pictures, image_stats, vector_stats
 from manipi.data.video import VideoWriter
-from manipi.errors import BadValueError, ConfigError, MissingFeatureError
+from manipi.errors import BadValueError, ConfigError, DatasetFormatError, MissingFeatureError, shown
 
 Pictures: TypeAlias = UInt8[np.ndarray, "T h w 3"] | Iterable[UInt8[np.ndarray, "n h w 3"]]
 """The pictures of an episode at once, or block by block."""
@@ -160,13 +163,28 @@ class EncodedEpisode:
 
 
 def read_episode(folder: Path) -> EncodedEpisode:
-    """The episode in `folder`; its videos stay where they are."""
-    record = json.loads((folder / "episode.json").read_text())
-    stats = {key: {n: np.array(v) for n, v in part.items()} for key, part in record.pop("stats").items()}
-    with np.load(_columns_file(folder)) as file:
-        columns = {key: file[key] for key in file.files}
-    task_index_T = columns.pop("task_index")
-    return EncodedEpisode(folder=folder, columns=columns, task_index_T=task_index_T, stats=stats, **record)
+    """The episode in `folder`; its videos stay where they are. Raises DatasetFormatError where a file is damaged."""
+    with encoded_errors(folder):
+        record = json.loads((folder / "episode.json").read_text())
+        stats = {key: {n: np.array(v) for n, v in part.items()} for key, part in record.pop("stats").items()}
+        with _columns_file(folder).open("rb") as content, np.load(content) as file:
+            columns = {key: file[key] for key in file.files}
+        task_index_T = columns.pop("task_index")
+        return EncodedEpisode(folder=folder, columns=columns, task_index_T=task_index_T, stats=stats, **record)
+
+
+@contextmanager
+def encoded_errors(folder: Path) -> Iterator[None]:
+    """What cannot be read of an encoded episode, as a DatasetFormatError that names its folder."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, FFmpegError) as error:
+        raise DatasetFormatError(
+            expected="an encoded episode, as it was written",
+            found=shown(str(error), 200),
+            where=str(folder),
+            next=f"rm -r {folder}  # and run the same command again: convert encodes it anew, record leaves it out",
+        ) from error
 
 
 def video_file(folder: Path, camera: str) -> Path:

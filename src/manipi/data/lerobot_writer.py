@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manipi.data.dataset import Feature
-from manipi.data.lerobot_episode import EpisodeEncoder, Pictures, read_episode, video_file
+from manipi.data.lerobot_episode import EpisodeEncoder, Pictures, encoded_errors, read_episode, video_file
 from manipi.data.lerobot_stats import EpisodeStats, merge, vector_stats
 from manipi.errors import ConfigError
 from manipi.storage import atomic_directory
@@ -246,8 +246,10 @@ class _VideoFile:
         self.num_frames = self.num_bytes = 0
 
     def append(self, episode: Path) -> None:
-        with av.open(str(episode)) as source:
-            stream = source.streams.video[0]
+        with ExitStack() as stack:
+            with encoded_errors(episode.parent):
+                source = stack.enter_context(av.open(str(episode)))
+                stream = source.streams.video[0]
             self._stream = self._stream or self._container.add_stream_from_template(stream)
             start = round(self.num_frames / self._fps / (stream.time_base or 1))
             for packet in source.demux(stream):

@@ -9,30 +9,41 @@ Beside the robot's own cameras, state and commands, a frame has what was asked a
 question can be put to another policy (`manipi.evaluate.replay`). Pictures are stored without loss but for the colour
 space, which moves a value by 2 at most. Versions, robot and the policy's metadata are in `meta/recording.json`.
 
+An episode is on the disk when its `on_episode_end` returns: encoded, in a folder of its own beside the dataset
+(`manipi.data.parts`). A process that is killed loses the episode at hand and no other.
+
 Shape letters: H action horizon, A dimensions of the robot's command.
 """
 
+import json
+import logging
 import platform
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Self
 
+import av
 import numpy as np
 
 import manipi
 import manipi_client
 from manipi.data.dataset import Feature
-from manipi.data.lerobot_writer import LeRobotWriter
-from manipi.records import json_bytes
+from manipi.data.lerobot_episode import EpisodeEncoder, read_episode
+from manipi.data.parts import Parts
+from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, StorageError
+from manipi.records import from_json, json_bytes, read_json
 from manipi.robots.robot import Robot
-from manipi.storage import require_absent
+from manipi.storage import atomic_directory, atomic_write, require_absent
 from manipi.transforms.observation import ReadRobot
 from manipi_client import Policy, Subscriber
 from manipi_client.keys import DELAY, PREVIOUS, SEED, STEP
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = "meta/recording.json"
 
@@ -42,38 +53,79 @@ ANSWER_MS, INFER_MS = "manipi.answer_ms", "manipi.infer_ms"
 """Features beside the robot's: chunks are flat, [H·A], and zero where nothing was asked; `manipi.left` is what was left
 of the previous chunk, its first `manipi.num_left` steps."""
 
+_BEGUN = "recording.json"
+
 _BLOCK = 16
 """Pictures that are in memory at a time."""
 
 
 class Recorder(Subscriber):
-    """Writes every episode when it ends; the dataset appears at `root` when the block ends.
+    """Keeps every episode when it ends; the dataset of all of them appears at `root` when the block ends.
 
         with Recorder(root, robot) as recorder:
             broker = RealTimeBroker(recorder.watch(WebsocketPolicy("192.168.1.20")), execute_steps=8)
             Runtime(environment, PolicyAgent(broker), [recorder], max_hz=robot.control_hz).run()
+
+    A recorder that was killed left its episodes; the next one with this root goes on behind them, and
+    `finish_recording` makes the dataset of them.
 
     Args:
         root: a folder that does not exist yet.
         seed: of the first question's noise; each question has the next number, so that it can be asked again.
 
     Raises:
-        StorageError: `root` exists, or the disk is full.
+        StorageError: `root` exists, or the disk is full; the episodes before are kept.
         ObservationError: an observation does not match the robot.
-        ConfigError: an action of another size, or nothing was recorded.
+        ConfigError: an action of another size; another recording is going on there, or one of another robot or policy
+            was begun.
     """
 
     def __init__(self, root: str | Path, robot: Robot, *, seed: int = 0):
-        require_absent(Path(root))
-        self._root, self._robot, self._seed = Path(root), robot, seed
+        self._parts = Parts(Path(root), "recording")
+        if self._parts.finished:
+            with self._parts.claimed():
+                self._parts.settle()
+        require_absent(self._parts.target)
+        self._robot, self._seed = robot, seed
         self._read = ReadRobot(robot)
-        self._writer: LeRobotWriter | None = None
+        self._stack = ExitStack()
         self._policy: Policy | None = None
-        self._questions = 0
+        self._begun: _Recording | None = None
+        self._number = self._questions = 0
         self._pictures: dict[str, _Pictures] = {}
         self._begin()
 
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(self._parts.claimed())
+            if kept := self._parts.episodes():
+                self._go_on(kept)
+            self._stack = stack.pop_all()
+        return self
+
+    def _go_on(self, kept: list[Path]) -> None:
+        """Behind the episodes of a recording that was begun and not finished."""
+        self._begun = _read_begun(self._parts)
+        self._require_begun("robot", self._begun.description["robot"], self._robot.to_json())
+        self._require_begun("video encoder", self._begun.video_encoder, av.__version__)
+        self._number = int(kept[-1].name.removeprefix("episode-")) + 1
+        if (seeds := read_episode(kept[-1]).columns.get(SEEDED)) is not None:
+            self._questions = max(0, int(seeds.max()) + 1 - self._seed)
+        logger.warning("going on with the recording that was begun in %s: %d episodes", self._parts.folder, len(kept))
+
+    def _require_begun(self, name: str, begun: Any, now: Any) -> None:
+        """Episodes of one dataset have one robot, one policy and one layout. Compares as a file keeps it."""
+        if begun == json.loads(json_bytes(now)):
+            return
+        raise ConfigError(
+            expected=f"the {name} of the recording that was begun there",
+            found=f"another {name}",
+            where=str(self._parts.folder),
+            next=f"manipi record --finish {self._parts.target}  # then record to another folder",
+        )
+
     def _begin(self) -> None:
+        self._ended = False
         self._rows: list[dict[str, Any]] = []
         self._prompts: list[str] = []
         self._answers: dict[int, _Answer] = {}
@@ -81,7 +133,13 @@ class Recorder(Subscriber):
         self._started = time.monotonic()
 
     def watch(self, policy: Policy) -> "WatchedPolicy":
-        """The policy, whose questions and answers are recorded; put it behind the broker."""
+        """The policy, whose questions and answers are recorded; put it behind the broker.
+
+        Raises:
+            ConfigError: the episodes that are there already are of another policy.
+        """
+        if self._begun:
+            self._require_begun("policy", self._begun.description["policy"], dict(policy.metadata))
         self._policy = policy
         return WatchedPolicy(self, policy)
 
@@ -104,27 +162,39 @@ class Recorder(Subscriber):
         )
 
     def on_episode_end(self) -> None:
-        """Encodes and writes the episode; one without a step is left out."""
+        """Encodes the episode and returns when it is on the disk; one without a step is left out."""
         if not self._rows:
             return
-        answers = dict(self._answers)  # an answer may still come
-        if answers:
-            none = next(iter(answers.values())).nothing()
-            self._rows = [row | answers.get(i, none).columns() for i, row in enumerate(self._rows)]
-        columns = {key: np.stack([np.atleast_1d(row[key]) for row in self._rows]) for key in self._rows[0]}
-        writer = self._open(columns)
-        writer.add_episode(columns | {key: p.blocks() for key, p in self._pictures.items()}, task=self._prompts)
+        self._ended = True
+        folder = self._parts.episode(self._number)
+        if not folder.exists():  # it does where Ctrl-C came after it was named
+            self._encode(folder)
+        self._number += 1
         self._begin()
 
-    def __enter__(self) -> Self:
-        return self
+    def _encode(self, folder: Path) -> None:
+        answers = dict(self._answers)  # an answer may still come
+        rows = self._rows
+        if answers:
+            none = next(iter(answers.values())).nothing()
+            rows = [row | answers.get(i, none).columns() for i, row in enumerate(rows)]
+        columns = {key: np.stack([np.atleast_1d(row[key]) for row in rows]) for key in rows[0]}
+        encoder, where = self._encoder(columns), f"{self._parts.target}, episode {self._number}"
+        next_ = "make room; the episodes before this one are kept"
+        with atomic_directory(folder, next_) as partial:
+            data = columns | {key: pictures.blocks() for key, pictures in self._pictures.items()}
+            encoder.encode(partial, data, self._prompts, where)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """Also after an error: the episodes that ended before it are kept."""
-        self._close_pictures()
-        if self._writer is not None:
-            self._writer.add_file(DESCRIPTION, json_bytes(self._description()))
-            self._writer.close()
+        with self._stack:
+            if self._ended and kind and issubclass(kind, KeyboardInterrupt):
+                self.on_episode_end()  # Ctrl-C came while it was being encoded
+            self._close_pictures()
+            if self._parts.episodes():
+                _finish(self._parts, show=False)
+            else:
+                self._parts.remove()
 
     # ---- questions, from the broker's thread
 
@@ -162,14 +232,18 @@ class Recorder(Subscriber):
         parts = np.split(state, ends[:-1]) if self._robot.state else []
         return {self._robot.dataset_key(s.key): part for s, part in zip(self._robot.state, parts, strict=True)}
 
-    def _open(self, columns: Mapping[str, np.ndarray]) -> LeRobotWriter:
-        if self._writer is None:
-            vectors = {k: Feature(kind="vector", shape=v.shape[1:], dtype=str(v.dtype)) for k, v in columns.items()}
-            cameras = {k: Feature(kind="image", shape=p.shape, dtype="video") for k, p in self._pictures.items()}
-            kind, rate = self._robot.name, round(self._robot.control_hz)
-            settings = {"features": {**cameras, **vectors}, "robot_type": kind, "pix_fmt": "yuv444p", "crf": 0}
-            self._writer = LeRobotWriter(self._root, fps=rate, **settings)
-        return self._writer
+    def _encoder(self, columns: Mapping[str, np.ndarray]) -> EpisodeEncoder:
+        """As the first episode has it, whose layout is that of all."""
+        vectors = {k: Feature(kind="vector", shape=v.shape[1:], dtype=str(v.dtype)) for k, v in columns.items()}
+        cameras = {k: Feature(kind="image", shape=p.shape, dtype="video") for k, p in self._pictures.items()}
+        rate = round(self._robot.control_hz)
+        encoder = EpisodeEncoder(features={**cameras, **vectors}, fps=rate, pix_fmt="yuv444p", crf=0)
+        if self._begun is None:
+            begun = _Recording(encoder=encoder, video_encoder=av.__version__, description=self._description())
+            atomic_write(self._parts.folder / _BEGUN, json_bytes(begun))
+            self._begun = _read_begun(self._parts)
+        self._require_begun("layout", json.loads(json_bytes(self._begun.encoder)), encoder)
+        return encoder
 
     def _description(self) -> dict[str, Any]:
         versions = {"manipi": manipi.__version__, "manipi_client": manipi_client.__version__}
@@ -177,8 +251,68 @@ class Recorder(Subscriber):
             "robot": self._robot.to_json(),
             "policy": {} if self._policy is None else dict(self._policy.metadata),
             "versions": versions | {"python": platform.python_version(), "numpy": np.__version__},
-            "written": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+
+
+# What was begun -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recording:
+    """What all episodes of a recording have in common, beside them from the first one on."""
+
+    encoder: EpisodeEncoder
+    video_encoder: str
+    description: dict[str, Any]
+
+
+def finish_recording(root: Path, *, show: bool = True) -> dict[str, int]:
+    """Make the dataset at `root` of the episodes that a killed recorder left; returns `num_episodes`, `num_frames`.
+
+    Raises:
+        DatasetNotFoundError: nothing was left there.
+        ConfigError: the recording is going on.
+        StorageError: something has the name `root`, or the disk is full; the episodes stay.
+        DatasetFormatError: an episode's files are damaged.
+    """
+    parts = Parts(root, "recording")
+    begun = (parts.folder / _BEGUN).exists() and parts.episodes()
+    if not (parts.finished or begun):
+        raise DatasetNotFoundError(
+            expected=f"the episodes of a recording that was not finished, in {parts.folder}",
+            found="a dataset that is whole" if (parts.target / DESCRIPTION).exists() else "none",
+            where=str(parts.target),
+            next=f"manipi check {parts.target}" if parts.target.exists() else "name the folder that was recorded to",
+        )
+    with parts.claimed():
+        return parts.settle() if parts.finished else _finish(parts, show=show)
+
+
+def _finish(parts: Parts, *, show: bool) -> dict[str, int]:
+    require_absent(parts.target)
+    begun = _read_begun(parts)
+    described = begun.description | {"written": datetime.now(UTC).isoformat(timespec="seconds")}
+    files, robot_type = {DESCRIPTION: json_bytes(described)}, begun.description["robot"]["name"]
+    next_ = f"make room, then: manipi record --finish {parts.target}  # the episodes wait in {parts.folder}"
+    try:
+        return parts.finish(parts.episodes(), begun.encoder, robot_type, {}, files=files, show=show)
+    except StorageError as error:
+        raise StorageError(expected=error.expected, found=error.found, where=error.where, next=next_) from error
+
+
+def _read_begun(parts: Parts) -> _Recording:
+    path = parts.folder / _BEGUN
+    if not path.exists():
+        raise ConfigError(
+            expected="the episodes of a recording",
+            found="others",
+            where=str(parts.folder),
+            next="choose another folder",
+        )
+    stored = read_json(path, DatasetFormatError)
+    # The description stays as it is in the file: its robot is of types of its own.
+    encoder = from_json(stored["encoder"], (EpisodeEncoder, Feature), str(path))
+    return _Recording(encoder=encoder, video_encoder=stored["video_encoder"], description=stored["description"])
 
 
 @dataclass(frozen=True, kw_only=True)

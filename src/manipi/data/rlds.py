@@ -12,7 +12,7 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
-from manipi.data.dataset import Dataset, Feature
+from manipi.data.dataset import Dataset, Feature, PromptSource
 from manipi.data.rlds_fields import RldsFields, find_fields
 from manipi.data.rlds_index import RldsIndex, find_version, read_info, read_source
 from manipi.data.tfrecord import broken
@@ -63,6 +63,12 @@ class RldsDataset(Dataset):
         texts = [self._index.texts[number] for number in self._index.prompts[row].tolist()]
         texts = [text for text in texts if text]
         return texts[self._draw("prompt", row, len(texts))] if texts else ""
+
+    def instructions(self, source: PromptSource) -> tuple[list[str], np.ndarray]:
+        numbers = self._index.prompts
+        if source == "subtask" or not numbers.shape[1]:
+            return super().instructions(source)
+        return list(self._index.texts), numbers
 
     def _fingerprint(self) -> str:
         """Over the metadata, the map, split and seed, and the length and checksum of every record."""

@@ -48,7 +48,7 @@ def frames_of(
     return frames(
         dataset,
         rows,
-        cameras=[robot.dataset_key(key) for key in robot.cameras.values()] if pictures else [],
+        cameras=[robot.dataset_key(key) for key in robot.cameras_in(dataset.features).values()] if pictures else [],
         state_keys=[robot.dataset_key(s.key) for s in robot.state],
         action_key=robot.dataset_key(robot.action_key),
         horizon=action_horizon,

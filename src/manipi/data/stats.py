@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from manipi.data.chunk_values import Columns, Offsets, Part, parts_of, transposed
 from manipi.data.dataset import Dataset
+from manipi.data.dimensions import command_names
 from manipi.data.sketch import NormStatsSketch, Sketch, Tally, field_of
 from manipi.errors import ConfigError, unknown_name
 from manipi.robots.robot import Robot
@@ -327,10 +328,11 @@ def suspicious_dimensions(stats: NormStats) -> list[str]:
 
 def beyond_limits(dataset: Dataset, robot: Robot, rows: Int64[np.ndarray, " n"]) -> list[str]:
     """Plain sentences about commands outside the limits that the robot states, in its own units."""
-    commands, notes = dataset.column(robot.dataset_key(robot.action_key)), []
+    commands, names, notes = dataset.column(robot.dataset_key(robot.action_key)), command_names(robot, dataset), []
     for d, (low, high) in enumerate(zip(*robot.limits, strict=True)):
         values = commands[rows, d]
         if outside := int(np.count_nonzero((values < low) | (values > high))):
             found, limits = f"{values.min():.6g} to {values.max():.6g}", f"limits {low:.6g} to {high:.6g}"
-            notes.append(f"command[{d}] is outside the robot's limits in {outside:,} frames: {found}, {limits}")
+            where = f"is outside the robot's limits in {outside:,} frames"
+            notes.append(f"command[{d}] {names[d]} {where}: {found}, {limits}")
     return notes

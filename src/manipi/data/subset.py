@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from manipi.data.dataset import Dataset
+from manipi.data.dataset import Dataset, PromptSource
 from manipi.errors import ConfigError
 from manipi.records import fingerprint
 
@@ -42,11 +42,18 @@ class EpisodeSubset(Dataset):
     def subtask(self, row: int) -> str:
         return self._dataset.subtask(int(self._rows[row]))
 
+    def instructions(self, source: PromptSource) -> tuple[list[str], np.ndarray]:
+        texts, numbers = self._dataset.instructions(source)
+        return texts, numbers[self._rows]
+
     def place(self, row: int) -> str:
         return self._dataset.place(int(self._rows[row]))
 
     def _fingerprint(self) -> str:
         return fingerprint([self._dataset.fingerprint, self._numbers])
+
+    def picture_files(self, cameras: Sequence[str]) -> dict[str, str]:
+        return self._dataset.picture_files(cameras)
 
     def _read_column(self, key: str) -> np.ndarray:
         return self._dataset.column(key)[self._rows]

@@ -5,7 +5,7 @@ Shape letters: T frames of the episode, d dimensions.
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from manipi.data.dataset import Dataset
 from manipi.data.describe import is_action, is_state
-from manipi.errors import ConfigError
+from manipi.data.dimensions import feature_names
+from manipi.errors import ConfigError, MissingFeatureError, shown
 from manipi.page import data_uri, encode_mp4, fact_rows, polyline, render
 from manipi.storage import atomic_write, storage_errors
 
@@ -24,25 +25,45 @@ FILM_HEIGHT, FILM_BLOCK, POINTS = 240, 32, 600
 NUMBERING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
 
-def write_view(path: Path, dataset: Dataset, *, show: bool = True) -> None:
+def write_view(path: Path, dataset: Dataset, *, without: Sequence[str] = (), show: bool = True) -> None:
     """Write the page of the only episode of `dataset`, as `open_dataset(root, episodes=(3,))` opens it.
 
+    Args:
+        without: cameras and vectors to leave out.
+
     Raises:
+        MissingFeatureError: there is nothing of that name to leave out.
         DataError: tables or pictures of the episode are missing or broken.
         StorageError: the file cannot be written.
     """
-    atomic_write(path, render("manipi.data", "view_template.html", _fields(dataset, show)))
+    keys = _shown(dataset, without)
+    atomic_write(path, render("manipi.data", "view_template.html", _fields(dataset, keys, show)))
 
 
-def _fields(dataset: Dataset, show: bool) -> dict[str, str]:
-    episode, sections = dataset.episodes[0], list(_sections(dataset))
+def _shown(dataset: Dataset, without: Sequence[str]) -> list[str]:
+    """The features to show: cameras of colours, and numbers that are no numbering."""
+    features = [
+        k for k, f in dataset.features.items() if f.kind == "image" or (f.kind == "vector" and "float" in f.dtype)
+    ]
+    if unknown := sorted(set(without) - set(features)):
+        raise MissingFeatureError(
+            expected=f"features to leave out, among {', '.join(features)}",
+            found=shown(", ".join(unknown)),
+            where=str(dataset.root),
+            next="--without CAMERA",
+        )
+    return [key for key in features if key not in without and key not in NUMBERING]
+
+
+def _fields(dataset: Dataset, keys: Sequence[str], show: bool) -> dict[str, str]:
+    episode, sections = dataset.episodes[0], list(_sections(dataset, keys))
     curves = [
         [[_short(v) for v in c.tolist()] for c in chart.curves.values()] for _, charts in sections for chart in charts
     ]
     return {
         "title": escape(f"{dataset.name}, episode {episode.index}"),
         "task": escape(episode.task.strip() or "(no instruction)"),
-        "films": "\n".join(_film(dataset, camera, show) for camera in dataset.cameras),
+        "films": "\n".join(_film(dataset, camera, show) for camera in dataset.cameras if camera in keys),
         "last": str(episode.length - 1),
         "curves": "\n".join(_section(title, charts) for title, charts in sections),
         "facts": fact_rows(_facts(dataset)),
@@ -93,11 +114,9 @@ class Chart:
     """By kind, "state" or "action", [T]."""
 
 
-def _sections(dataset: Dataset) -> Iterator[tuple[str, list[Chart]]]:
+def _sections(dataset: Dataset, keys: Sequence[str]) -> Iterator[tuple[str, list[Chart]]]:
     """Charts of all numbers. A state and an action of as many dimensions share theirs: one follows the other."""
-    floats = [
-        k for k, f in dataset.features.items() if f.kind == "vector" and "float" in f.dtype and k not in NUMBERING
-    ]
+    floats = [key for key in keys if dataset.features[key].kind == "vector"]
     action = next((key for key in floats if is_action(key)), "")
     size = dataset.features[action].shape if action else ()
     state = next((key for key in floats if key != action and is_state(key) and dataset.features[key].shape == size), "")
@@ -110,8 +129,7 @@ def _sections(dataset: Dataset) -> Iterator[tuple[str, list[Chart]]]:
 
 def _charts(dataset: Dataset, keys: dict[str, str]) -> list[Chart]:
     values = {kind: dataset.column(key) for kind, key in keys.items()}
-    size, names = next(iter(values.values())).shape[1], dataset.features[next(iter(keys.values()))].names
-    names = names if len(names) == size else [str(d) for d in range(size)]
+    names = feature_names(dataset, next(iter(keys.values())))
     return [Chart(name, {kind: v[:, d] for kind, v in values.items()}) for d, name in enumerate(names)]
 
 
@@ -142,13 +160,14 @@ def _short(value: float) -> float:
 # rerun --------------------------------------------------------------------------------------------------------------
 
 
-def write_rerun(path: Path, dataset: Dataset, *, show: bool = True) -> None:
+def write_rerun(path: Path, dataset: Dataset, *, without: Sequence[str] = (), show: bool = True) -> None:
     """Write the only episode of `dataset` as a recording that the rerun viewer opens.
 
     Raises:
         ConfigError: rerun-sdk is not installed.
         DataError, StorageError: as `write_view`.
     """
+    keys = _shown(dataset, without)
     try:
         rerun = importlib.import_module("rerun")
     except ImportError as error:
@@ -162,8 +181,8 @@ def write_rerun(path: Path, dataset: Dataset, *, show: bool = True) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     recording = rerun.RecordingStream(f"manipi/{dataset.name}")
     recording.save(str(path))
-    cameras = {camera: _images(dataset, camera, show) for camera in dataset.cameras}
-    charts = [(title, chart) for title, group in _sections(dataset) for chart in group]
+    cameras = {camera: _images(dataset, camera, show) for camera in dataset.cameras if camera in keys}
+    charts = [(title, chart) for title, group in _sections(dataset, keys) for chart in group]
     for frame in range(dataset.num_frames):
         recording.set_time("frame", sequence=frame)
         recording.set_time("time", duration=frame / dataset.fps)

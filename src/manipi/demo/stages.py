@@ -137,7 +137,8 @@ class Demo:
         newest = run.checkpoint(self.train_config.steps) / "model.safetensors"
         return {
             "demo": to_json(self.config),
-            "train": to_json(self.train_config),
+            # With the dtype that it ran in, which the precision decides and not the recipe's model.
+            "train": to_json(replace(self.train_config, model=self.train_config.policy_model)),
             "dataset": {"episodes": len(dataset.episodes), "frames": dataset.num_frames},
             "final_loss": run.read_metrics()[-1]["loss"],
             "weights_mb": newest.stat().st_size / 1e6,

@@ -24,12 +24,12 @@ from manipi.data.chunk_error import (
     baselines,
     chunk_error,
     commands,
-    dimension_names,
     nearest_neighbour,
     recorded_chunks,
     travel_of,
 )
 from manipi.data.dataset import Dataset
+from manipi.data.dimensions import command_names
 from manipi.data.source import frames_of
 from manipi.policy import Policy
 from manipi.robots.robot import Robot
@@ -106,7 +106,7 @@ def score(predictions: Predictions, dataset: Dataset, robot: Robot, train_rows: 
     return OpenLoop(
         frames=len(p.rows),
         episodes=len(np.unique(dataset.episode_of(p.rows))),
-        dimensions=dimension_names(robot, dataset),
+        dimensions=command_names(robot, dataset),
         travel=travel,
         errors={name: chunk_error(chunks, p.recorded, p.valid, travel) for name, chunks in p.chunks.items()},
     )

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from manipi.checkpoints.quantized import QuantizationReport, identity
-from manipi.data.chunk_error import chunk_error, dimension_names, evenly_spaced, recorded_chunks, travel_of
+from manipi.data.chunk_error import chunk_error, evenly_spaced, recorded_chunks, travel_of
 from manipi.data.dataset import open_dataset
+from manipi.data.dimensions import command_names
 from manipi.evaluate.open_loop import infer_rows
 from manipi.model.quantize import Quantization
 from manipi.policy import Policy
@@ -38,7 +39,7 @@ def measure_quantization(
         dataset=dataset.name,
         frames=len(rows),
         difference=difference.share_of_travel,
-        per_dimension=dict(zip(dimension_names(robot, dataset), difference.per_dimension.tolist(), strict=True)),
+        per_dimension=dict(zip(command_names(robot, dataset), difference.per_dimension.tolist(), strict=True)),
         error=chunk_error(quantized, recorded, valid, travel).share_of_travel,
         plain_error=chunk_error(plain, recorded, valid, travel).share_of_travel,
     )

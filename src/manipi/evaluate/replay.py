@@ -18,8 +18,9 @@ import numpy as np
 from jaxtyping import Float, Int64
 from tqdm import tqdm
 
-from manipi.data.chunk_error import dimension_names, evenly_spaced
+from manipi.data.chunk_error import evenly_spaced
 from manipi.data.dataset import Dataset
+from manipi.data.dimensions import command_names
 from manipi.data.recorder import ANSWER_MS, ASKED, CHUNK, DELAYED, DESCRIPTION, LEFT, NUM_LEFT, SEEDED
 from manipi.data.stats import NEAR_CONSTANT
 from manipi.errors import ConfigError, MissingFeatureError
@@ -107,7 +108,7 @@ def _compare(
     return Replay(
         questions=len(rows),
         steps=recorded.shape[1],
-        dimensions=dimension_names(robot, dataset),
+        dimensions=command_names(robot, dataset),
         travel=travel,
         mean=difference.mean(axis=(0, 1)),
         largest=largest,

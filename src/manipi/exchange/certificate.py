@@ -43,6 +43,8 @@ class Certificate:
     """Largest difference of one chunk [H, A] in normalised units, or of the logits."""
     magnitude: float
     """Largest number among those compared."""
+    said: tuple[str, ...] = ()
+    """What the files beside imported weights say of the policy."""
 
     def rows(self) -> list[tuple[str, str]]:
         """For the screen."""
@@ -54,6 +56,7 @@ class Certificate:
             ("tensors", f"{self.tensors:,} with {self.parameters:,} numbers, all accounted for"),
             ("dtypes", dtypes[0] if dtypes[0] == dtypes[1] else f"{dtypes[0]}  →  {dtypes[1]}"),
             *([("left behind", ", ".join(self.unused))] if self.unused else []),
+            *(("its files say" if not number else "", text) for number, text in enumerate(self.said)),
             ("before, after", f"{what}: largest difference {self.difference:.3g} of {self.magnitude:.3g}"),
         ]
 
@@ -69,6 +72,7 @@ def certify(
     read: Iterable[torch.dtype],
     written: Mapping[str, ArrayInfo],
     unused: tuple[str, ...] = (),
+    said: tuple[str, ...] = (),
 ) -> Certificate:
     """The certificate of an import or export.
 
@@ -76,6 +80,7 @@ def certify(
         before, after: answers, as of `answer`.
         read: dtypes of the tensors that were read.
         written: shape and dtype of ours, as they were written.
+        said: see `Certificate`.
 
     Raises:
         SelfTestError: the answers differ by more than the written dtypes explain.
@@ -102,6 +107,7 @@ def certify(
         compared="logits" if isinstance(model, Pi0FastConfig) else "actions",
         difference=difference,
         magnitude=magnitude,
+        said=said,
     )
 
 

@@ -34,7 +34,7 @@ from manipi.exchange.certificate import (
     record_self_test,
 )
 from manipi.exchange.importing import DESCRIPTION
-from manipi.exchange.lerobot_processors import MODES, write_processors
+from manipi.exchange.lerobot_processors import MODES, relative_settings, write_processors
 from manipi.model.config import GEMMA_2B, GEMMA_300M, ModelConfig, Pi0Config, Pi0FastConfig
 from manipi.records import write_json
 from manipi.storage import atomic_directory
@@ -60,6 +60,8 @@ def export_checkpoint(
     checkpoint = read_checkpoint(folder)
     exported = merge_adapters(checkpoint) if merge else checkpoint
     _require_place(exported.config.model, to, folder)
+    if to == "lerobot":
+        relative_settings(exported.robot)  # or nothing is computed first
     before = answer_of_weights(checkpoint.weights, checkpoint)
     with atomic_directory(target) as partial:
         _WRITERS[to](partial, exported, dtype)
@@ -123,8 +125,15 @@ def _infos(
 
 def _write_jax(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
     arrays = openpi_arrays(checkpoint.config.model)
-    (folder / "params").mkdir()
     infos = _infos(arrays, checkpoint.weights, dtype)
+    if strange := {str(info.dtype).removeprefix("torch.") for info in infos.values()} - {"float32", "bfloat16"}:
+        raise ConfigError(
+            expected="weights in float32 or bfloat16, as openpi-jax has them",
+            found=", ".join(sorted(strange)),
+            where=str(folder),
+            next="--dtype float32, or bfloat16",
+        )
+    (folder / "params").mkdir()
     write_tree(folder / "params", infos, _layers(arrays, checkpoint.weights, dtype))
     _write_companions(folder, checkpoint)
 
@@ -217,6 +226,8 @@ def _lerobot_config(checkpoint: Checkpoint) -> dict[str, object]:
         "input_features": images | state,
         "output_features": {"action": {"type": "ACTION", "shape": [robot.model_action_size]}},
         "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode},
+        **({} if kind == "pi0_fast" else {"num_inference_steps": checkpoint.config.num_steps}),
+        **relative_settings(robot),
     }
 
 

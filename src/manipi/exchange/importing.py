@@ -2,12 +2,12 @@
 
 weights      the source's tensors, streamed one layer at a time; strict in both directions
 norm stats   assets/<asset id>/norm_stats.json beside the weights, or LeRobot's policy_preprocessor.json
-the rest     robot, horizon, prompt format, tokenizers: from a recipe or robot, or from the `manipi/` folder that our
-             own exports carry
+the rest     robot, tokenizers, and what the files beside the weights leave open: from a recipe or robot, or from the
+             `manipi/` folder that our own exports carry; what contradicts those files (`stated`) is refused
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -37,7 +37,8 @@ from manipi.exchange.certificate import (
     record_self_test,
 )
 from manipi.exchange.lerobot_processors import PREPROCESSOR, read_processor_stats
-from manipi.model.config import ModelConfig, NormMode, Pi0Config
+from manipi.exchange.stated import Stated, read_stated
+from manipi.model.config import ModelConfig, NormMode
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory
 from manipi.tokenizers import Tokenizers
@@ -58,7 +59,9 @@ class Wanted:
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Fields of the model config that are other ones."""
     norm_mode: NormMode | None = None
-    """None: z-score for π0, quantiles for the others, as openpi trains."""
+    """The recipe's; None: what the files say, or z-score for π0 and quantiles for the others, as openpi trains."""
+    normalization: NormMode | None = None
+    """Named by the user, instead of the recipe's."""
     tokenizers: Tokenizers
     norm_stats: Path | None = None
     """Their file; None: the one in the checkpoint's assets, or its LeRobot preprocessor."""
@@ -76,14 +79,16 @@ def import_checkpoint(
         dtype: of the weights written; None keeps each tensor's own.
 
     Raises:
-        CheckpointError: see `manipi.checkpoints.sources`.
+        CheckpointError: see `manipi.checkpoints.sources` and `manipi.exchange.stated`.
         NormStatsError: no statistics, several to choose from, or statistics of another robot.
-        ConfigError: the source does not describe itself, and nothing else does.
+        ConfigError: the source does not describe itself, and nothing else does; or recipe, robot or flags contradict
+            the files beside the weights.
         SelfTestError: the policy answers otherwise than before.
     """
     source = open_source(path)
     _require_policy(source)
-    described = describe(source, wanted)
+    stated = read_stated(source) if wanted is not None else Stated(folder=source.path)
+    described = describe(source, wanted, stated)
     model = described.config.model
     source.check(model)
     before = answer_of_source(source, described)
@@ -101,6 +106,7 @@ def import_checkpoint(
             read=[info.dtype for name, info in source.store.arrays.items() if name not in source.unused],
             written=infos,
             unused=source.unused,
+            said=stated.rows(),
         )
         write_description(folder, replace(whole, self_test=record_self_test(whole)))
         seal(folder)
@@ -124,8 +130,8 @@ def import_adapters(path: Path, base: Path, target: Path) -> Certificate:
     )
 
 
-def describe(source: Source, wanted: Wanted | None) -> Checkpoint:
-    """Everything but the weights."""
+def describe(source: Source, wanted: Wanted | None, stated: Stated) -> Checkpoint:
+    """Everything but the weights; of our own export, what it carries counts alone."""
     carried = source.path / DESCRIPTION
     if wanted is None and carried.is_dir():
         described = read_description(carried)
@@ -138,17 +144,30 @@ def describe(source: Source, wanted: Wanted | None) -> Checkpoint:
             where=str(source.path),
             next="add --recipe NAME (manipi recipes), or --robot FILE.py:NAME",
         )
-    model = replace(infer_config(source, like=wanted.model), **wanted.sizes)
-    mode = wanted.norm_mode or ("zscore" if isinstance(model, Pi0Config) else "quantile")
+    model = _model(source, wanted, stated)
+    stated.require_robot(wanted.robot, model.cameras)
+    mode = stated.normalization(wanted.norm_mode, wanted.normalization, type(model))
     step = int(source.path.name) if source.path.name.isdigit() else 0
+    sampling = {} if stated.num_steps is None else {"num_steps": stated.num_steps}
     return Checkpoint(
         weights={},
-        config=PolicyConfig(model=model, norm_mode=mode, step=step),
+        config=PolicyConfig(model=model, norm_mode=mode, step=step, **sampling),
         robot=wanted.robot,
-        norm_stats=_norm_stats(source.path, wanted, model.action_horizon, mode),
+        norm_stats=_norm_stats(stated.folder, wanted, model.action_horizon),
         tokenizers=wanted.tokenizers,
         self_test=None,
     )
+
+
+def _model(source: Source, wanted: Wanted, stated: Stated) -> ModelConfig:
+    inferred = infer_config(source, like=wanted.model)
+    stated.require_kind(type(inferred))
+    if wanted.model is None:  # the files say what the released policies' settings would
+        known = {f.name for f in fields(inferred)} - {"action_dim"}
+        inferred = replace(inferred, **{name: said.value for name, said in stated.model.items() if name in known})
+    model = replace(inferred, **wanted.sizes)
+    stated.require_model(model, frozenset(wanted.sizes))
+    return model
 
 
 def _require_policy(source: Source) -> None:
@@ -161,7 +180,7 @@ def _require_policy(source: Source) -> None:
         )
 
 
-def _norm_stats(path: Path, wanted: Wanted, horizon: int, mode: NormMode) -> NormStats:
+def _norm_stats(path: Path, wanted: Wanted, horizon: int) -> NormStats:
     if wanted.norm_stats is not None:
         return read_openpi_stats(wanted.norm_stats, wanted.robot, horizon)
     root = path.parent if path.name == "params" else path
@@ -169,7 +188,7 @@ def _norm_stats(path: Path, wanted: Wanted, horizon: int, mode: NormMode) -> Nor
         p.parent.relative_to(root / "assets").as_posix(): p for p in sorted(root.glob("assets/**/norm_stats.json"))
     }
     if not found and (root / PREPROCESSOR).is_file():
-        return read_processor_stats(root, wanted.robot, horizon, mode)
+        return read_processor_stats(root, wanted.robot, horizon)
     names = ", ".join(found) or "none"
     if wanted.asset_id and wanted.asset_id not in found:
         raise _no_stats(f"norm stats of {wanted.asset_id!r}", f"those of {names}", root, "name one of them: --asset-id")

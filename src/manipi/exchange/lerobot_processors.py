@@ -4,28 +4,36 @@ policy_preprocessor.json                                     the steps in order,
 policy_preprocessor_step_2_normalizer_processor.safetensors  observation.state.mean, action.q99, …
 policy_postprocessor.json, …
 
-State and actions are the model's there: LeRobot knows none of our robots' conversions (offsets, 6D rotations, gripper
-directions, limits), so whoever calls it has to do them, as around openpi.
+State and actions are the model's there: LeRobot knows none of our robots' conversions (6D rotations, gripper
+directions, limits), so whoever calls it has to do them, as around openpi. Offsets from the state are the exception:
+LeRobot has steps for those since 0.5.1, and they are written for a relative robot, so that it hands out positions.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from manipi.checkpoints.foreign_json import Fields, file_beside
 from manipi.checkpoints.native import Checkpoint
-from manipi.errors import NormStatsError
+from manipi.checkpoints.weight_store import SafetensorsStore
+from manipi.errors import ConfigError, NormStatsError, shown
 from manipi.model.config import NormMode, Pi0FastConfig, Pi05Config
-from manipi.records import read_json, write_json
+from manipi.records import write_json
 from manipi.robots.robot import Robot
 from manipi.tokenizers import PALIGEMMA_PIECES_SHA256, SentencePieceTokenizer, TextTokenizer
+from manipi.transforms.actions import ActionSpace
 from manipi.transforms.normalize import EPSILON, stats_from_fields
 from manipi.types import NormStats
 
 MODES: dict[NormMode, str] = {"zscore": "MEAN_STD", "quantile": "QUANTILES"}
 PREPROCESSOR = "policy_preprocessor.json"
+POSTPROCESSOR = "policy_postprocessor.json"
+ABSOLUTE = "(absolute)"
+"""In the name of every dimension that is no offset; LeRobot excludes dimensions by a part of their name."""
 _STATS = ("mean", "std", "q01", "q99", "min", "max")
 _FEATURES = {"state": "observation.state", "actions": "action"}
 
@@ -51,9 +59,56 @@ def write_processors(folder: Path, checkpoint: Checkpoint, config: dict[str, Any
         *_prompt_steps(checkpoint),
         device,
     ]
+    after = [("unnormalizer_processor", actions), device]
+    if relative := relative_settings(checkpoint.robot):
+        excluded, names = relative["relative_exclude_joints"], relative["action_feature_names"]
+        step = {"enabled": True, "exclude_joints": excluded, "action_names": names}
+        before.insert(2, ("relative_actions_processor", step))
+        after.insert(1, ("absolute_actions_processor", {"enabled": True}))
     stats = _tensors(checkpoint.norm_stats)
     _write_pipeline(folder, "policy_preprocessor", before, stats)
-    _write_pipeline(folder, "policy_postprocessor", [("unnormalizer_processor", actions), device], stats)
+    _write_pipeline(folder, "policy_postprocessor", after, stats)
+
+
+def relative_dims(robot: Robot) -> tuple[bool, ...]:
+    """Which dimensions of an action, as the model sees it, are offsets from the same dimension of the state.
+
+    Raises:
+        ConfigError: the robot's offsets are others than LeRobot's, whose steps subtract numbers at equal places.
+    """
+    dims = tuple(group.relative for group in robot.actions for _ in range(group.model_size))
+    if not any(dims):
+        return dims
+    rng = np.random.default_rng(0)
+    state, command = rng.uniform(0.1, 0.9, (8, robot.state_size)), rng.uniform(0.1, 0.9, (8, 2, robot.action_size))
+    absolute = replace(robot, actions=tuple(replace(group, relative=False) for group in robot.actions))
+    seen, base = ActionSpace(robot), ActionSpace(absolute)
+    states = seen.state_to_model(state)[:, None, : len(dims)]
+    offsets = base.to_model(command, state)
+    if states.shape[-1] == len(dims):
+        offsets = offsets - states * np.array(dims)
+    if not np.allclose(offsets, seen.to_model(command, state)):
+        kinds = ", ".join(dict.fromkeys(type(group).__name__ for group in robot.actions if group.relative))
+        raise ConfigError(
+            expected="offsets as LeRobot has them: an action's number less the one at the same place of the state",
+            found=f"other ones of the relative groups ({kinds})",
+            where=f"robot {robot.name!r}",
+            next="LeRobot cannot say them: take openpi's layout, or train with absolute actions",
+        )
+    return dims
+
+
+def relative_settings(robot: Robot) -> dict[str, Any]:
+    """The fields of LeRobot's config that say what is relative; empty where nothing is, which older versions read too.
+
+    Raises:
+        ConfigError: as `relative_dims`.
+    """
+    dims = relative_dims(robot)
+    if not any(dims):
+        return {}
+    names = [f"action {number} {'(relative)' if relative else ABSOLUTE}" for number, relative in enumerate(dims)]
+    return {"use_relative_actions": True, "relative_exclude_joints": [ABSOLUTE], "action_feature_names": names}
 
 
 def _prompt_steps(checkpoint: Checkpoint) -> list[tuple[str, dict[str, Any]]]:
@@ -100,27 +155,31 @@ def _write_pipeline(
     write_json(folder / f"{name}.json", {"name": name, "steps": entries})
 
 
-def read_processor_stats(folder: Path, robot: Robot, action_horizon: int, mode: NormMode) -> NormStats:
+def read_processor_stats(folder: Path, robot: Robot, action_horizon: int) -> NormStats:
     """The statistics of a LeRobot policy, for this robot; see `stats_from_fields`.
 
     Raises:
-        NormStatsError: the pipeline normalises otherwise than `mode`, without statistics, or not at all; or they are
-            not this robot's.
+        NormStatsError: the pipeline has no statistics, or they are not this robot's.
+        CheckpointError: a file that is not as LeRobot writes it.
     """
     path = folder / PREPROCESSOR
-    steps = read_json(path)["steps"]
-    found = [step for step in steps if step.get("registry_name") == "normalizer_processor"]
-    if len(found) != 1 or "state_file" not in found[0]:
-        raise _unusable("one normalizer_processor with a state_file", f"{len(found)} steps, or one without", path)
-    modes = {found[0]["config"]["norm_map"].get(kind) for kind in ("STATE", "ACTION")}
-    if modes != {MODES[mode]}:
-        raise _unusable(f"{MODES[mode]} for state and actions, as {mode} normalisation", f"{modes}", path)
-    tensors = load_file(folder / found[0]["state_file"])
+    steps = [step for step in Fields.read(path).objects("steps") if step.has("state_file")]
+    found = [step for step in steps if step.get("registry_name", str, "") == "normalizer_processor"]
+    if len(found) != 1:
+        raise _unusable("one normalizer_processor with a state_file", f"{len(found)} of them", path)
+    file = file_beside(folder, found[0].get("state_file", str), found[0].where)
+    store = SafetensorsStore(file)
     fields = {
-        field: {name: tensors[key].tolist() for name in _STATS if (key := f"{feature}.{name}") in tensors}
+        field: {name: store.read(key).tolist() for name in _STATS if (key := f"{feature}.{name}") in store.arrays}
         for field, feature in _FEATURES.items()
     }
-    return stats_from_fields(fields, robot, action_horizon, str(folder / found[0]["state_file"]))
+    sizes = {"state": robot.state_size, "actions": robot.model_action_size}
+    for field, vectors in fields.items():
+        lengths = {len(values) if isinstance(values, list) else 0 for values in vectors.values()}
+        if lengths - {sizes[field]}:
+            expected = f"statistics of {sizes[field]} {field} dimensions, as robot {robot.name!r} has"
+            raise _unusable(expected, f"{shown(sorted(lengths))}", file)
+    return stats_from_fields(fields, robot, action_horizon, str(file))
 
 
 def _unusable(expected: str, found: str, path: Path) -> NormStatsError:

@@ -6,7 +6,7 @@ from pathlib import Path
 from manipi.checkpoints.released import ASSETS
 from manipi.checkpoints.tokenizers import open_action_tokenizer, open_text_tokenizer
 from manipi.exchange.importing import Wanted
-from manipi.model.config import Pi0FastConfig
+from manipi.model.config import NormMode, Pi0FastConfig
 from manipi.robots.robot import Robot
 from manipi.tokenizers import PALIGEMMA_VOCABULARY, SentencePieceTokenizer, Tokenizers, require_paligemma
 from manipi.train.config import TrainConfig
@@ -19,6 +19,7 @@ def wanted_from(
     tokenizer: str,
     action_tokenizer: str,
     sizes: Mapping[str, int | None],
+    normalization: NormMode | None,
     norm_stats: Path | None,
     asset_id: str,
 ) -> Wanted | None:
@@ -51,6 +52,7 @@ def wanted_from(
         model=model,
         sizes={name: value for name, value in sizes.items() if value is not None},
         norm_mode=config.norm_mode if config is not None else None,
+        normalization=normalization,
         tokenizers=Tokenizers(text, action),
         norm_stats=norm_stats,
         asset_id=asset_id,

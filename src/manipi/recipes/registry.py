@@ -7,17 +7,27 @@ my_package.recipes:my_recipe    a function in an importable module
 
 import importlib
 import importlib.util
+import inspect
+import os
 import sys
+import sysconfig
+import traceback
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from manipi.errors import ConfigError, unknown_name
+import manipi
+from manipi.errors import ConfigError, ManipiError, shown, unknown_name
 from manipi.robots.robot import Robot
 from manipi.train.config import TrainConfig
 
 Recipe: typing.TypeAlias = Callable[[], TrainConfig]
+
+_INSTALLED = map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))
+_NOT_OF_USERS = ("<", *(f"{folder}{os.sep}" for folder in (*manipi.__path__, *_INSTALLED)))
+"""Frozen modules; folders of Python, of installed packages and of this one."""
 
 _OPENPI = {
     "aloha": (
@@ -53,28 +63,61 @@ def load_recipe(target: str) -> TrainConfig:
 
     Raises:
         UnknownNameError: no such recipe; with the closest names.
-        ConfigError: no such file or module. What the file itself raises passes through, with its own traceback.
+        ConfigError: no such file or module, or a fault in it: what it raises, with file and line. An error of ours
+            keeps its type and says where in the file it came from.
     """
     if ":" not in target:
         if target not in RECIPES:
             raise unknown_name("recipe", target, RECIPES, next="manipi recipes, or name path/to/file.py:function")
         target = RECIPES[target]
     where, _, name = target.rpartition(":")
-    module = _load_module(where)
-    recipes = {n: f for n, f in vars(module).items() if _is_recipe(f)}
-    if name not in recipes:
-        raise unknown_name(f"recipe in {where}", name, recipes, next="annotate the function `-> TrainConfig`")
-    return recipes[name]()
+    return _call(_recipe_in(_load_module(where), name, where))
 
 
 def load_robot(target: str) -> Robot:
-    """The robot of a recipe, or the `Robot` that `path/to/file.py:NAME` names."""
+    """The robot of a recipe, or the `Robot` that `path/to/file.py:NAME` names. Raises as `load_recipe` does."""
     where, _, name = target.rpartition(":")
-    if where:
-        found = vars(_load_module(where)).get(name)
-        if isinstance(found, Robot):
-            return found
-    return load_recipe(target).robot
+    if not where:
+        return load_recipe(target).robot
+    module = _load_module(where)
+    found = vars(module).get(name)
+    if isinstance(found, Robot):
+        return found
+    if found is None or not callable(found):
+        known = [n for n, value in vars(module).items() if isinstance(value, Robot) or _is_recipe(value)]
+        raise unknown_name(f"robot or recipe in {where}", name, known, next="name a Robot(...) or a recipe of the file")
+    return _call(_recipe_in(module, name, where)).robot
+
+
+def _recipe_in(module: ModuleType, name: str, where: str) -> Recipe:
+    """The function of that name, which says of itself that it returns a config and takes no arguments."""
+    found = vars(module).get(name)
+    if found is None or not (_is_recipe(found) or inspect.isfunction(found)):
+        recipes = [n for n, value in vars(module).items() if _is_recipe(value)]
+        raise unknown_name(f"recipe in {where}", name, recipes, next="annotate the function `-> TrainConfig`")
+    parameters = inspect.signature(found).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if needed or not _is_recipe(found):
+        raise ConfigError(
+            expected=f"a recipe: def {name}() -> TrainConfig",
+            found=f"def {name}{inspect.signature(found)}",
+            where=_place_of(found),
+            next=f"give {', '.join(needed)} a default" if needed else "annotate the function `-> TrainConfig`",
+        )
+    return found
+
+
+def _call(recipe: Recipe) -> TrainConfig:
+    with _faults_of_users(_place_of(recipe)):
+        config = recipe()
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            expected="a TrainConfig, which the function is annotated to return",
+            found=f"{type(config).__name__} {shown(config)}" if config is not None else "nothing: no `return`",
+            where=_place_of(recipe),
+            next="return a TrainConfig(...), or dataclasses.replace(...) of one",
+        )
+    return config
 
 
 def _is_recipe(value: object) -> bool:
@@ -85,10 +128,16 @@ def _load_module(where: str) -> ModuleType:
     if not where:
         raise _not_found("the text before the colon", "nothing")
     if not where.endswith(".py"):
+        if Path(where).expanduser().with_suffix(".py").is_file() or "/" in where:
+            raise _not_found(where, "no name of a module, nor of a file that ends in .py")
         try:
-            return importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            raise _not_found(where, f"no module {error.name!r}") from error
+            with _faults_of_users(where):
+                return importlib.import_module(where)
+        except ConfigError as error:
+            cause = error.__cause__
+            if isinstance(cause, ModuleNotFoundError) and f"{where}.".startswith(f"{cause.name}."):
+                raise _not_found(where, f"no module {cause.name!r}") from cause
+            raise
     path = Path(where).expanduser().resolve()
     if not path.is_file():
         raise _not_found(where, "no such file")
@@ -99,8 +148,42 @@ def _load_module(where: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up by name, which must not be that of a module that is imported already.
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    with _faults_of_users(str(path)):
+        spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def _faults_of_users(file: str) -> Iterator[None]:
+    """What a user's `file` raises, as an error that names the line; our own errors keep their type."""
+    try:
+        yield
+    except ManipiError as error:
+        parts = {"expected": error.expected, "found": error.found, "next": error.next}
+        raise type(error)(**parts, where=f"{error.where}, from {_place_in(error, file)}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(
+            expected="a file of recipes and robots that runs to its end",
+            found=f"{type(error).__name__}: {shown(str(error), 400)[1:-1]}",
+            where=_place_in(error, file),
+            next="install the module, or start with its folder in PYTHONPATH"
+            if isinstance(error, ModuleNotFoundError)
+            else "correct this line, or what it calls",
+        ) from error
+
+
+def _place_in(error: BaseException, file: str) -> str:
+    """The innermost line that is neither ours nor of an installed package, and what it says; or else the file."""
+    if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():
+        return f"{error.filename}, line {error.lineno or 1}: {(error.text or '').strip()}".removesuffix(": ")
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    users = next((frame for frame in frames if not frame.filename.startswith(_NOT_OF_USERS)), None)
+    return f"{users.filename}, line {users.lineno}: {users.line}" if users else file
+
+
+def _place_of(function: Recipe) -> str:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{code.co_filename}, line {code.co_firstlineno}" if code else f"module {function.__module__}"
 
 
 def _not_found(where: str, found: str) -> ConfigError:

@@ -73,6 +73,12 @@ def origin(path: Path) -> str:
     return _manifest(path).get("source", "")
 
 
+def listing(url: str) -> dict[str, StoreFile]:
+    """The files of a folder in its store as they are now, by relative path. Raises FetchError."""
+    _require_network(url, None)
+    return Store(url).files()
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, from its manifest where it was fetched by itself."""
     return _manifest(path)["files"].get(".", {}).get("sha256") or _digest(path, "sha256")

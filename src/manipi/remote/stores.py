@@ -5,17 +5,22 @@ imported when its store is asked, because the first two are optional and all are
 """
 
 import base64
+import importlib
+import logging
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from manipi.errors import FetchError
+from manipi.storage import home
 
 T = TypeVar("T")
 
@@ -25,6 +30,18 @@ PUBLIC_BUCKETS = ("openpi-assets", "big_vision", "vertex-model-garden-paligemma-
 BLOCK = 16 << 20
 """Bytes of one request; a quarter after each failure, down to SMALLEST_BLOCK, and twice as many after each success."""
 SMALLEST_BLOCK = 64 << 10
+LOOK = 10.0
+"""Seconds within which the way to a store is found or not."""
+_ENDPOINTS = {"gs": "https://storage.googleapis.com", "hf": "https://huggingface.co", "s3": "https://s3.amazonaws.com"}
+_ENDPOINT_NAMES = {
+    "gs": ("STORAGE_EMULATOR_HOST",),
+    "hf": ("HF_ENDPOINT",),
+    "s3": ("FSSPEC_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+}
+"""Variables that name another one; their libraries read them too."""
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub", "https": "aiohttp", "http": "aiohttp"}
+_LIBRARIES = ("gcsfs", "s3fs", "fsspec", "aiohttp", "botocore", "aiobotocore", "huggingface_hub", "google.auth")
+_NO_ACCOUNT = ("NoCredentialsError", "DefaultCredentialsError", "RefreshError", "ProfileNotFound")
 PAUSES = (0.1, 0.5, 2.0, 8.0, 30.0)
 """Seconds before each new attempt; after the last one the error is given to the caller."""
 
@@ -42,10 +59,19 @@ class StoreFile:
 
 
 class Store:
-    """A source in its store, asked with bounded patience."""
+    """A source in its store, asked with bounded patience.
+
+    Raises:
+        FetchError: the store cannot be reached, within seconds where this process has never reached it; or it does not
+            answer.
+    """
 
     def __init__(self, url: str):
         self.url, self.scheme = url, url.partition("://")[0]
+        for library in _LIBRARIES:  # tells Python that somebody listens: they would print a traceback per attempt
+            logging.getLogger(library).addHandler(logging.NullHandler())
+        self.patiently(lambda: importlib.import_module(_PACKAGES[self.scheme]))
+        _require_reachable(url, self.scheme)
         self.fs, self.root = self.patiently(self._open)
 
     def _open(self) -> tuple[Any, str]:
@@ -166,6 +192,56 @@ class Store:
         raise AssertionError
 
 
+_reached: set[str] = set()
+"""Endpoints that this process has found reachable. They are asked with full patience: a run survives an outage."""
+
+
+def _require_reachable(url: str, scheme: str) -> None:
+    """One look at the way to a store, by itself: some libraries try for minutes, and cannot be told otherwise."""
+    own = f"{scheme}://{url.split('/')[2]}"
+    endpoint = next((os.environ[name] for name in _ENDPOINT_NAMES.get(scheme, ()) if os.environ.get(name)), "")
+    config = Path(os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config").expanduser()
+    if scheme == "s3" and not endpoint and config.is_file() and "endpoint_url" in config.read_text(errors="replace"):
+        return  # which of its profiles counts is for the library to say
+    endpoint = endpoint or _ENDPOINTS.get(scheme, own)
+    parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
+    proxy = getproxies().get(parts.scheme)
+    if proxy and not proxy_bypass(parts.hostname or ""):
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+    if endpoint in _reached:
+        return
+    failure: list[OSError] = [TimeoutError(f"no answer within {LOOK:g} s")]
+    # In a thread, because nothing bounds how long a name is looked up.
+    looking = threading.Thread(target=_look, args=(host, port, failure), daemon=True)
+    looking.start()
+    looking.join(LOOK)
+    if failure:
+        raise fetch_error(
+            f"a way to {host}:{port}, where {scheme}:// is",
+            str(failure[-1]),
+            url,
+            "check the network, and HTTPS_PROXY where there is a proxy; or copy here what another machine has fetched"
+            f" to its {home()}",
+        )
+    _reached.add(endpoint)
+
+
+def _look(host: str, port: int, failure: list[OSError]) -> None:
+    for pause in (1.0, 2.0, None):
+        try:
+            socket.create_connection((host, port), timeout=LOOK).close()
+        except OSError as error:
+            failure.append(error)
+        except UnicodeError as error:
+            failure.append(OSError(f"{host!r} is no name of a host: {error}"))
+        else:
+            failure.clear()
+        if not failure or pause is None:
+            return
+        time.sleep(pause)
+
+
 def _safe(name: str, url: str) -> str:
     """A store's answer must not write outside the download."""
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
@@ -180,6 +256,8 @@ def _hex(base64_digest: str | None) -> str:
 def _is_final(error: Exception) -> bool:
     """Whether another attempt would say the same."""
     cause = error.__cause__ or error
+    if type(cause).__name__ in _NO_ACCOUNT or "certificate" in str(cause).lower():
+        return True
     status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 416, 429)

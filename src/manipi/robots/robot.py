@@ -12,7 +12,7 @@ metadata. A robot needs no place inside this package: any Python file that build
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -169,7 +169,7 @@ class Robot:
     dataset_keys: Mapping[str, str] = field(default_factory=dict)
     """Observation key -> feature name in datasets, where the two differ."""
     optional: tuple[str, ...] = ()
-    """Camera slots whose pictures may be absent from an observation; the model is then told so."""
+    """Camera slots whose pictures may be absent from an observation or a dataset; the model is then told so."""
     ignored: tuple[str, ...] = ()
     """Observation keys beside those of optional cameras that clients may send and nobody reads."""
     max_rates: tuple[float, ...] = ()
@@ -257,7 +257,7 @@ class Robot:
     @property
     def action_space(self) -> tuple[ActionDimension, ...]:
         """The command's dimensions, in order."""
-        names = [name for group in self.actions for name in _dimension_names(group)]
+        names = _dimension_names(self.actions)
         units = [unit for group in self.actions for unit in _dimension_units(group)]
         rates = self.max_rates or (math.inf,) * self.action_size
         columns = ([value if math.isfinite(value) else None for value in values] for values in (*self.limits, rates))
@@ -268,6 +268,14 @@ class Robot:
 
     def dataset_key(self, key: str) -> str:
         return self.dataset_keys.get(key, key)
+
+    def cameras_in(self, features: Container[str]) -> dict[str, str]:
+        """`cameras` without the optional ones that a dataset with these features lacks."""
+        return {
+            slot: key
+            for slot, key in self.cameras.items()
+            if slot not in self.optional or self.dataset_key(key) in features
+        }
 
     def to_json(self) -> dict[str, Any]:
         return to_json(self)
@@ -281,10 +289,23 @@ class Robot:
         return fingerprint([self.state, [replace(group, low=None, high=None) for group in self.actions]])
 
 
-def _dimension_names(group: ActionGroup) -> list[str]:
-    if isinstance(group, EndEffector):
-        return ["x", "y", "z", *(f"rotation {i + 1}" for i in range(group.size - 3))]
-    return [f"joint {i + 1}" for i in range(group.size)] if isinstance(group, Joints) else ["gripper"]
+def _dimension_names(groups: Sequence[ActionGroup]) -> list[str]:
+    """No two alike: joints are numbered through, and poses and grippers are where there are several."""
+    poses = sum(isinstance(group, EndEffector) for group in groups)
+    grippers = sum(isinstance(group, Gripper | LinkageGripper) for group in groups)
+    names, joint, pose, gripper = list[str](), 0, 0, 0
+    for group in groups:
+        if isinstance(group, EndEffector):
+            pose += 1
+            own = ["x", "y", "z", *(f"rotation {i + 1}" for i in range(group.size - 3))]
+            names += [f"pose {pose} {name}" for name in own] if poses > 1 else own
+        elif isinstance(group, Joints):
+            names += [f"joint {joint + i + 1}" for i in range(group.size)]
+            joint += group.size
+        else:
+            gripper += 1
+            names.append(f"gripper {gripper}" if grippers > 1 else "gripper")
+    return names
 
 
 def _dimension_units(group: ActionGroup) -> list[str]:

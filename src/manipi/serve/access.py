@@ -8,9 +8,11 @@ import ipaddress
 import os
 import socket
 import ssl
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
+
+from websockets.datastructures import Headers
 
 from manipi.errors import ServeError
 
@@ -26,11 +28,14 @@ class Access:
     insecure: bool = False
     """Listen without a token where other computers can connect."""
 
-    def admits(self, headers: Mapping[str, str]) -> bool:
+    def admits(self, headers: Headers) -> bool:
         """Whether the request shows the token: `Api-Key TOKEN` as policy clients do, or as a browser's password."""
         if self.token is None:
             return True
-        scheme, _, shown = headers.get("Authorization", "").partition(" ")
+        shown_ones = headers.get_all("Authorization")
+        if len(shown_ones) != 1:  # of several, a proxy in front may have looked at another one
+            return False
+        scheme, _, shown = shown_ones[0].partition(" ")
         if scheme.lower() == "basic":
             shown = _password(shown)
         elif scheme.lower() != "api-key":
@@ -44,8 +49,7 @@ class Access:
         except OSError as error:
             expected = "a host name or address of this computer"
             raise _bind_error(expected, str(error), host, port, "check --host") from error
-        loopback = ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback
-        if not (loopback or self.token or self.insecure):
+        if not (_is_loopback(address[0]) or self.token or self.insecure):
             raise _bind_error(
                 "a token, or an address that only this computer reaches, such as 127.0.0.1",
                 "an address that other computers reach, and no token",
@@ -54,6 +58,21 @@ class Access:
                 f"set --token-file or {TOKEN_VARIABLE}, connect through `ssh -L`, or let everyone in with --insecure",
             )
         return family, address
+
+    def knows(self, headers: Headers, host: str, address: tuple) -> bool:
+        """Whether the request's Host header can belong to a server that listens on `host`, which is `address`.
+
+        A page of another site may have its own name resolved to 127.0.0.1 (DNS rebinding), and its visitor's browser
+        then takes the server for that site. Where neither the network nor a token keeps it out, the name has to.
+        """
+        names = headers.get_all("Host")
+        if self.token is not None or not _is_loopback(address[0]):
+            return len(names) <= 1
+        try:
+            known = [_is_own_name(urlsplit(f"//{name}").hostname or "", host) for name in names]
+        except ValueError:  # brackets without an address in them
+            return False
+        return len(names) <= 1 and all(known)  # a browser always sends one, HTTP/1.0 may send none
 
 
 def read_token(file: Path | None) -> str | None:
@@ -91,8 +110,9 @@ def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | 
 def bind(family: socket.AddressFamily, address: tuple) -> socket.socket:
     """A listening socket. Raises ServeError where the port is in use or the address is not this computer's."""
     host, port = address[:2]
+    both = host == "::" and socket.has_dualstack_ipv6()  # "::" is every address of this computer, also those of IPv4
     try:
-        return socket.create_server((host, port), family=family)
+        return socket.create_server((host, port), family=family, dualstack_ipv6=both)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             hint = f"stop what listens there, or choose another port: --port {port + 1} (0 picks a free one)"
@@ -100,6 +120,22 @@ def bind(family: socket.AddressFamily, address: tuple) -> socket.socket:
         raise _bind_error(
             "an address to listen on", str(error), host, port, "choose another --host or --port"
         ) from error
+
+
+def join_host(host: str, port: int) -> str:
+    """`host:port` of a URL, where an IPv6 address has brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _is_own_name(name: str, host: str) -> bool:
+    return name.rstrip(".") in ("localhost", host.lower()) or _is_loopback(name)
+
+
+def _is_loopback(name: object) -> bool:
+    try:
+        return ipaddress.ip_address(str(name).split("%")[0]).is_loopback
+    except ValueError:
+        return False
 
 
 def _password(credentials: str) -> str:
@@ -110,7 +146,7 @@ def _password(credentials: str) -> str:
 
 
 def _bind_error(expected: str, found: str, host: str, port: int, next: str) -> ServeError:
-    return ServeError(expected=expected, found=found, where=f"{host}:{port}", next=next)
+    return ServeError(expected=expected, found=found, where=join_host(host, port), next=next)
 
 
 def _setting_error(expected: str, found: str, where: str, next: str) -> ServeError:

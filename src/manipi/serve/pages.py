@@ -1,10 +1,12 @@
-"""What the server's port answers to a browser, a load balancer and Prometheus: GET, and nothing that changes it.
+"""What the server's port answers to a browser, a load balancer and Prometheus: GET and HEAD, which change nothing.
 
 /              the dashboard, which polls state.json
 /state.json    what it shows
 /metrics       for Prometheus
 /healthz       OK while the process lives, as openpi's server says it; needs no token
 /readyz        OK while observations are taken, 503 once the server stops; needs no token
+
+Only plain requests are pages. Whoever asks for a websocket needs the token on every path, and there is one at / alone.
 """
 
 import http
@@ -27,39 +29,65 @@ _HEADERS = {
     "img-src data:; connect-src 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
+_CHALLENGE = {"WWW-Authenticate": 'Basic realm="manipi: any name, the token as password"'}
+"""For browsers, which send the token as a password then."""
+_LATER = {"Retry-After": "1"}
+"""Seconds. A 503 is no refusal: a client tries again, and a robot goes on with what is left of its chunk until then."""
 
 
 class Pages:
     """Looks at every request first: pages are answered here, and so are handshakes that must not be.
 
     Args:
+        host, address: where the server listens, as it was told and as it was resolved.
         num_waiting: how many observations wait for the policy.
     """
 
-    def __init__(self, state: ServerState, access: Access, max_clients: int, num_waiting: Callable[[], int]):
-        self._state, self._access, self._max_clients, self._num_waiting = state, access, max_clients, num_waiting
+    def __init__(
+        self,
+        state: ServerState,
+        access: Access,
+        host: str,
+        address: tuple,
+        max_clients: int,
+        num_waiting: Callable[[], int],
+    ):
+        self._state, self._access, self._host, self._address = state, access, host, address
+        self._max_clients, self._num_waiting = max_clients, num_waiting
 
     async def answer(self, connection: ServerConnection, request: Request) -> Response | None:
         """The response, or None for a handshake that may go on."""
-        path = request.path.partition("?")[0]
-        if path not in _OPEN and not self._access.admits(request.headers):
-            return _response(401, "the token is missing, or another one", challenge=True)
-        if "websocket" in request.headers.get("Upgrade", "").lower():
-            return self._handshake()
-        return await self._page(path)
+        path, headers = request.path.partition("?")[0], request.headers
+        method = getattr(request, "method", "GET")  # older releases of websockets let nothing else through
+        upgrade = any("websocket" in value.lower() for value in headers.get_all("Upgrade"))
+        if not self._access.knows(headers, self._host, self._address):
+            response = _response(403, "the Host header is no name of this computer; use localhost, or set a token")
+        elif method not in (("GET",) if upgrade else ("GET", "HEAD")):
+            response = _response(405, "GET only; nothing here can be changed", Allow="GET, HEAD")
+        elif (upgrade or path not in _OPEN) and not self._access.admits(headers):
+            response = _response(401, "the token is missing, or another one", **_CHALLENGE)
+        elif upgrade:
+            response = self._refuse_handshake(path)
+        else:
+            response = await self._page(path)
+        if method == "HEAD" and response is not None:
+            response.body = b""
+        return response
 
-    def _handshake(self) -> Response | None:
+    def _refuse_handshake(self, path: str) -> Response | None:
+        if path != "/":
+            return _response(404, "policies are at /, the path that clients use unless they are told another one")
         if not self._state.ready:
-            return _response(503, "the server is stopping")
+            return _response(503, "the server is stopping", **_LATER)
         if len(self._state.clients) >= self._max_clients:
-            return _response(503, f"busy: {self._max_clients} clients are connected (--limits.max-clients)")
+            return _response(503, f"busy: {self._max_clients} clients are connected (--limits.max-clients)", **_LATER)
         return None
 
     async def _page(self, path: str) -> Response:
         if path == "/healthz":
             return _response(200, "OK")
         if path == "/readyz":
-            return _response(200, "OK") if self._state.ready else _response(503, "stopping")
+            return _response(200, "OK") if self._state.ready else _response(503, "stopping", **_LATER)
         if path == "/metrics":
             gauges = {"clients": len(self._state.clients), "waiting": self._num_waiting()}
             text = self._state.metrics.to_prometheus(gauges)
@@ -73,9 +101,7 @@ class Pages:
         return _response(404, "nothing here; the dashboard is at /")
 
 
-def _response(code: int, text: str, kind: str = "text/plain; charset=utf-8", *, challenge: bool = False) -> Response:
+def _response(code: int, text: str, kind: str = "text/plain; charset=utf-8", **headers: str) -> Response:
     status, body = http.HTTPStatus(code), (text if text.endswith("\n") else text + "\n").encode()
-    headers = Headers({**_HEADERS, "Content-Type": kind, "Content-Length": str(len(body))})
-    if challenge:  # for browsers, which send the token as a password then
-        headers["WWW-Authenticate"] = 'Basic realm="manipi: any name, the token as password"'
-    return Response(status.value, status.phrase, headers, body)
+    fields = {**_HEADERS, "Content-Type": kind, "Content-Length": str(len(body)), **headers}
+    return Response(status.value, status.phrase, Headers(fields), body)

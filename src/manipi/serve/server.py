@@ -26,6 +26,7 @@ import secrets
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -37,13 +38,16 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.protocol import State
 
-from manipi.errors import ConfigError, DeadlineError, ManipiError
+from manipi.errors import ConfigError, DeadlineError, ManipiError, one_line, shown
 from manipi.robots.robot import Robot
-from manipi.serve.access import Access, bind
+from manipi.serve.access import Access, bind, join_host
 from manipi.serve.batching import Answer, Batcher, Query, Result
 from manipi.serve.guard import ActionGuard, GuardMode
+from manipi.serve.memory import LARGE_BYTES, give_back, keep_collections_short, reuse_freed_memory
 from manipi.serve.pages import Pages
+from manipi.serve.slips import require_prompt, unknown_keys
 from manipi.serve.state import Client, ServerState
+from manipi.transforms.observation import check_content
 from manipi.types import Observation
 from manipi_client import wire
 from manipi_client.errors import ManipiClientError, ProtocolError, error_to_text
@@ -55,6 +59,10 @@ _MAX_ITEMS = 2_048
 """List and map items in an observation, and characters in a text of it. Arrays count as one."""
 
 _CLOSE_SECONDS = 2.0
+
+_silent = logging.getLogger(f"{__name__}.websockets")
+"""The library repeats what does not speak websocket as it came, behind a traceback."""
+_silent.setLevel(logging.CRITICAL)
 
 
 class ServablePolicy(Protocol):
@@ -123,6 +131,7 @@ class PolicyServer:
         metadata: sent to every client first; the policy's own when None.
         robot: whose limits `guard` keeps, and whose cameras the dashboard shows; None: neither.
         guard: what happens to commands beyond the robot's limits.
+        empty_prompts: take observations without an instruction, of which the policy was trained on some.
 
     Raises:
         ServeError: a public address without a token.
@@ -137,14 +146,16 @@ class PolicyServer:
         metadata: Mapping[str, Any] | None = None,
         robot: Robot | None = None,
         guard: GuardMode = "clamp",
+        empty_prompts: bool = False,
         access: Access | None = None,
         limits: Limits | None = None,
     ):
         self._policy, self._access, self._limits = policy, access or Access(), limits or Limits()
         self._state = ServerState(dict(policy.metadata if metadata is None else metadata), robot)
         self._guard = None if robot is None else ActionGuard(robot, guard)
+        self._robot, self._empty_prompts = robot, empty_prompts
         self._metadata_frame = wire.pack(self._state.metadata)
-        self._family, self._address = self._access.resolve(host, port)
+        self._host, (self._family, self._address) = host, self._access.resolve(host, port)
 
     def serve_forever(self, on_ready: Callable[[str, int], None] | None = None) -> None:
         """Serves until SIGTERM or SIGINT, which let every observation that arrived be answered. A second signal kills.
@@ -166,6 +177,7 @@ class PolicyServer:
 
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, stop_once)
+            keep_collections_short()
             await self._serve(stop, on_ready or (lambda host, port: None))
 
         asyncio.run(run())
@@ -202,6 +214,7 @@ class PolicyServer:
             thread.join()
 
     async def _serve(self, stop: asyncio.Event, on_ready: Callable[[str, int], None]) -> None:
+        reuse_freed_memory()
         listener, limits, state = bind(self._family, self._address), self._limits, self._state
         batcher = Batcher(
             self._compute,
@@ -210,7 +223,7 @@ class PolicyServer:
             max_waiting=limits.max_waiting,
             batch_wait_ms=limits.batch_wait_ms,
         )
-        pages = Pages(state, self._access, limits.max_clients, lambda: batcher.num_waiting)
+        pages = Pages(state, self._access, self._host, self._address, limits.max_clients, lambda: batcher.num_waiting)
         async with serve(
             lambda connection: self._talk(connection, batcher),
             sock=listener,
@@ -221,9 +234,10 @@ class PolicyServer:
             close_timeout=_CLOSE_SECONDS,
             origins=[None],  # no page of another site may drive a robot through its visitor's browser
             process_request=pages.answer,
+            logger=_silent,
         ):
             host, port = listener.getsockname()[:2]
-            logger.info("serving on %s:%d", host, port)
+            logger.info("serving on %s", join_host(host, port))
             state.ready = True
             on_ready(host, port)
             try:
@@ -236,6 +250,7 @@ class PolicyServer:
 
     async def _drain(self) -> None:
         """Answers what has arrived, until every client is gone."""
+        await asyncio.sleep(0)  # what the loop has read is taken up by its client's task, which is busy then
         clients = list(self._state.clients)
         logger.info("stopping: %d clients, %d to be answered", len(clients), sum(client.busy for client in clients))
         # Those who are busy are closed after their answer, by `_answer_all`.
@@ -245,7 +260,7 @@ class PolicyServer:
     async def _talk(self, connection: ServerConnection, batcher: Batcher) -> None:
         """One client, from its metadata frame to its end."""
         host, port = (connection.remote_address or ("an address that is gone", 0))[:2]
-        client = Client(connection, f"{host}:{port}", self._new_noise())
+        client = Client(connection, join_host(host, port), self._new_noise())
         self._state.clients.add(client)
         logger.info("client %s connected", client.address)
         closed = asyncio.ensure_future(connection.wait_closed())
@@ -254,26 +269,30 @@ class PolicyServer:
             await connection.send(self._metadata_frame)
             await self._answer_all(client, batcher)
         except ConnectionClosed as reason:
-            logger.info("client %s left: %s", client.address, reason)
+            logger.info("client %s left: %s", client.address, one_line(str(reason), 300))
         finally:
             closed.cancel()
             self._state.clients.discard(client)
+            if client.largest > LARGE_BYTES:
+                give_back()
 
     async def _answer_all(self, client: Client, batcher: Batcher) -> None:
         """Answers observations until one of them fails: openpi's protocol ends a connection with its first error."""
         connection = client.connection
         while self._state.ready:
             frame = await connection.recv()
-            received, client.busy = time.monotonic(), True
+            received, client.busy, client.largest = time.monotonic(), True, max(client.largest, len(frame))
             try:
-                answer_frame = await self._answer(client, batcher, frame, received)
+                answer = await self._answer(client, batcher, frame, received)
             except ConnectionClosed:
                 raise
             except Exception as error:  # noqa: BLE001 - the server outlives whatever a policy raises.
-                await connection.send(self._describe(client, error))
+                answer = self._describe(client, error)
+            del frame  # which is large, as the error was that knew it, and the next one may be long in coming
+            await connection.send(answer)
+            if isinstance(answer, str):
                 await connection.close(CloseCode.INTERNAL_ERROR, "the previous frame says what went wrong")
                 return
-            await connection.send(answer_frame)
             self._time(total=time.monotonic() - received)
             client.timing["prev_total_ms"], client.busy = (time.monotonic() - received) * 1000, False
         await connection.close(CloseCode.GOING_AWAY)
@@ -282,21 +301,34 @@ class PolicyServer:
         self._state.metrics.observations += 1
         client.observations += 1
         observation = _read_observation(frame)
+        del frame
         if _pop(observation, RESET, "true or false", lambda value: isinstance(value, bool), default=False):
             client.noise = self._new_noise()
             if not observation:
                 return wire.pack({"server_timing": client.timing})
         limit_ms = _pop(observation, DEADLINE, "milliseconds from 0", _is_duration, default=self._limits.deadline_ms)
+        slips = self._find_slips(client, observation)
         self._time(read=time.monotonic() - received)
         query = Query(observation, None if SEED in observation else next(client.noise))
         left_s = None if limit_ms is None else limit_ms / 1000 - (time.monotonic() - received)
         answer = await _in_time(client, batcher, query, left_s)
         client.timing["infer_ms"] = answer.infer_s * 1000
         began = time.monotonic()
-        answer_frame = wire.pack({**answer.value, "server_timing": client.timing})
+        answer_frame = wire.pack({**answer.value, **slips, "server_timing": client.timing})
         self._time(wait=answer.wait_s, infer=answer.infer_s, write=time.monotonic() - began)
         self._state.note_answer(client, observation, answer.value.get("actions"))
         return answer_frame
+
+    def _find_slips(self, client: Client, observation: Observation) -> dict[str, list[str]]:
+        """What the answer says besides. Raises ObservationError for an empty prompt."""
+        if self._robot is None:
+            return {}
+        if not self._empty_prompts:
+            require_prompt(observation, self._robot)
+        unknown = unknown_keys(observation, self._robot, client.unknown_keys)
+        for text in unknown:
+            logger.warning("client %s sends %s", client.address, text)
+        return {"unknown_keys": unknown} if unknown else {}
 
     def _new_noise(self) -> Iterator[np.ndarray | None]:
         return self._policy.noise_stream() if isinstance(self._policy, NoisyPolicy) else itertools.repeat(None)
@@ -309,7 +341,8 @@ class PolicyServer:
                 answers = self._policy.infer_batch([q.observation for q in queries], [q.noise for q in queries])
                 return [_or_error(self._keep_safe, q, answer) for q, answer in zip(queries, answers, strict=True)]
             except Exception as error:  # noqa: BLE001 - each is tried again below.
-                logger.info("a batch of %d failed, each of it is computed alone: %r", len(queries), error)
+                said = f"{type(error).__name__}: {shown(str(error), 200)}"
+                logger.info("a batch of %d failed, each of it is computed alone: %s", len(queries), said)
         return [_or_error(self._infer, query) for query in queries]
 
     def _infer(self, query: Query) -> Mapping[str, Any]:
@@ -332,20 +365,19 @@ class PolicyServer:
 
     def _describe(self, client: Client, error: Exception) -> str:
         """The text frame for an error. Tracebacks stay in the log: paths and code are no client's business."""
-        if isinstance(error, ManipiError | ManipiClientError):
-            logger.warning("client %s was answered with an error\n%s", client.address, error)
-        else:
+        if not isinstance(error, ManipiError | ManipiClientError):
             incident = secrets.token_hex(4)
-            logger.error("inference failed (id %s)", incident, exc_info=error)
+            logger.error("inference failed (id %s)\n%s", incident, _traceback(error))
             error = PolicyFailure(
                 expected="an action chunk",
                 found=f"{type(error).__name__} (id {incident})",
                 where="policy.infer on the server",
                 next=f"find id {incident} in the server's log: the traceback is there",
             )
-        text = error_to_text(error)
-        self._state.note_error(client, text.partition("\n")[0], str(error))
-        return text
+        code, _, text = error_to_text(error).partition("\n")
+        logger.warning("client %s was told %s: %s", client.address, code, " ".join(text.split()))
+        self._state.note_error(client, code, text)
+        return f"{code}\n{text}"
 
 
 async def _in_time(client: Client, batcher: Batcher, query: Query, left_s: float | None) -> Answer:
@@ -363,9 +395,24 @@ async def _in_time(client: Client, batcher: Batcher, query: Query, left_s: float
         client.waiting = None
         if timer is not None:
             timer.cancel()
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
+    try:
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+    finally:
+        # The error's traceback knows this frame, whose variables would keep it and the observation until a collection.
+        del answer, waiting
+
+
+def _traceback(error: BaseException) -> str:
+    """Where an error was raised. Every line is marked: its message may hold lines that a client sent."""
+    text = "".join(traceback.format_exception(error))
+    if len(text) > 20_000:
+        text = f"{text[:10_000]}\n...\n{text[-10_000:]}"
+    lines = text.splitlines()
+    if len(lines) > 200:
+        lines = [*lines[:100], "...", *lines[-100:]]
+    return "\n".join(f"    | {one_line(line, 500)}" for line in lines)
 
 
 def _late() -> DeadlineError:
@@ -398,6 +445,7 @@ def _read_observation(frame: str | bytes) -> dict[str, Any]:
             where="the frame that the client sent",
             next="send observations with manipi_client.WebsocketPolicy or openpi's client",
         )
+    check_content(observation)
     return observation
 
 
@@ -407,7 +455,7 @@ def _pop(observation: dict[str, Any], key: str, expected: str, allowed: Callable
     if isinstance(value, np.generic | np.ndarray) and value.size == 1:
         value = value.item()
     if value is not default and not allowed(value):
-        found = f"{type(value).__name__} {value!r:.40}"
+        found = f"{type(value).__name__} {shown(value)}"
         raise ProtocolError(expected=expected, found=found, where=f"observation key {key!r}", next="leave it out")
     return value
 

@@ -32,9 +32,13 @@ class Client:
     since: float = field(default_factory=time.time)
     observations: int = 0
     errors: int = 0
+    unknown_keys: set[str] = field(default_factory=set)
+    """Keys of its observations that it was told nobody reads."""
     last: float | None = None
     busy: bool = False
     """An observation of its is being answered."""
+    largest: int = 0
+    """Of its messages, in bytes."""
     waiting: Waiting | None = None
     """The one that is with the policy, or queues for it."""
     timing: dict[str, float] = field(default_factory=dict)
@@ -76,7 +80,9 @@ class ServerState:
         self.metrics.answers += 1
         client.last = time.time()
         if isinstance(actions, np.ndarray) and actions.ndim == 2:
-            self.last = Exchange(self.metrics.answers, observation, actions, client.address)
+            # What else an observation holds is not kept until the next one: it may be as large as a message can be.
+            seen = {} if self.robot is None else ReadRobot(self.robot).read_part(observation)
+            self.last = Exchange(self.metrics.answers, seen, actions, client.address)
 
     async def to_json(self) -> dict[str, Any]:
         """What the dashboard polls."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 
 
 class Spelling(NamedTuple):
@@ -41,6 +41,10 @@ class ActionTokenizer(Protocol):
         ...
 
     def encode(self, actions_HA: Float[np.ndarray, "H A"]) -> list[int]: ...
+    def num_codes(self, chunks_NHA: Float[np.ndarray, "N H A"]) -> Int64[np.ndarray, "N"]:
+        """The length of `encode` of every chunk, many at a time."""
+        ...
+
     def decode(self, codes: Sequence[int], horizon: int, action_dim: int) -> Float32[np.ndarray, "H A"]:
         """Raises TokenizerError where the codes are no chunk of that shape."""
         ...

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, Int64
 
 from manipi.errors import TokenizerError
 from manipi.tokenizers.actions import ONE_UNIT, Spelling
@@ -68,6 +68,10 @@ class BinningTokenizer:
     def encode(self, actions_HA: Float[np.ndarray, "H A"]) -> list[int]:
         """H*A codes, time as the slow axis. Actions beyond [-1, 1] saturate."""
         return bin_indices(actions_HA).ravel().tolist()
+
+    def num_codes(self, chunks_NHA: Float[np.ndarray, "N H A"]) -> Int64[np.ndarray, "N"]:
+        horizon, action_dim = chunks_NHA.shape[1:]
+        return np.full(len(chunks_NHA), horizon * action_dim, np.int64)
 
     def decode(self, codes: Sequence[int], horizon: int, action_dim: int) -> Float32[np.ndarray, "H A"]:
         """The chunk of the bins' left edges.

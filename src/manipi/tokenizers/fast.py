@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Int
+from jaxtyping import Float, Float32, Float64, Int, Int64
 from tokenizers import Tokenizer, decoders, models, trainers
 
 from manipi.errors import TokenizerError
@@ -106,8 +106,7 @@ class FastTokenizer:
         Raises:
             TokenizerError: a number is not finite, or the vocabulary lacks a character.
         """
-        characters = _quantize(actions_HA, self.scale) - self.min_token
-        text = "".join(map(chr, np.clip(characters, 0, self.num_characters - 1).ravel()))
+        (text,) = self._texts(np.asarray(actions_HA)[None])
         codes = self.bpe.encode(text, add_special_tokens=False).ids
         # Byte-pair encoding drops what it does not know, without a word.
         if b"".join(self.pieces[code] for code in codes) != text.encode():
@@ -118,6 +117,17 @@ class FastTokenizer:
                 next="fit a FAST tokenizer on this dataset",
             )
         return codes
+
+    def num_codes(self, chunks_NHA: Float[np.ndarray, "N H A"]) -> Int64[np.ndarray, "N"]:
+        """The length of `encode` of every chunk, in the threads of the library."""
+        found = self.bpe.encode_batch_fast(self._texts(chunks_NHA), add_special_tokens=False)
+        return np.array([len(one.ids) for one in found], np.int64)
+
+    def _texts(self, chunks_NHA: Float[np.ndarray, "N H A"]) -> list[str]:
+        """One character per coefficient, frequency as the slow axis."""
+        characters = _quantize(chunks_NHA, self.scale) - self.min_token
+        alphabet = np.clip(characters, 0, self.num_characters - 1).astype("<u4")
+        return [chunk.tobytes().decode("utf-32-le") for chunk in alphabet]
 
     def decode(
         self, codes: Sequence[int], horizon: int, action_dim: int, *, reference_zeros: bool = False
@@ -213,7 +223,7 @@ class FastTokenizer:
                 where="FastTokenizer.fit",
                 next="pass at least one chunk",
             )
-        integers = np.stack([_quantize(chunk, scale) for chunk in chunks])
+        integers = _quantize(chunks, scale)
         min_token = int(integers.min())
         num_characters = int(integers.max()) - min_token + 1
         if num_characters > min(vocab_size, _MAX_CHARACTERS):
@@ -249,11 +259,11 @@ def _spelling(piece: bytes) -> Spelling:
     return Spelling(closes, sum(byte & 0xC0 != 0x80 for byte in piece), opens)
 
 
-def _quantize(actions_HA: Float[np.ndarray, "H A"], scale: float) -> Int[np.ndarray, "H A"]:
+def _quantize(chunks_NHA: Float[np.ndarray, "N H A"], scale: float) -> Int[np.ndarray, "N H A"]:
     """Scaled DCT coefficients, rounded half to even."""
-    require_finite(actions_HA, what="actions for the FAST tokenizer [time, dimension]")
-    actions_HA = np.asarray(actions_HA, np.float64)
-    return np.rint(_dct_matrix(len(actions_HA)) @ actions_HA * scale).astype(np.int64)
+    require_finite(chunks_NHA, what="actions for the FAST tokenizer [chunk, time, dimension]")
+    chunks_NHA = np.asarray(chunks_NHA, np.float64)
+    return np.rint(_dct_matrix(chunks_NHA.shape[1]) @ chunks_NHA * scale).astype(np.int64)
 
 
 @lru_cache

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int64
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -145,6 +145,9 @@ class FsqTokenizer:
         z_T2 = np.tanh(self._dense(x_TD, "codebook/proj_down"))
         digits_T2 = np.rint((z_T2 + 1) * (self.config.digit_bins - 1) / 2).astype(np.int64)
         return (digits_T2 @ [1, self.config.digit_bins]).tolist()
+
+    def num_codes(self, chunks_NHA: Float[np.ndarray, "N H A"]) -> Int64[np.ndarray, "N"]:
+        return np.full(len(chunks_NHA), self.num_units(*chunks_NHA.shape[1:]), np.int64)
 
     def decode(
         self, codes: Sequence[int], horizon: int, action_dim: int, state_E: Float[np.ndarray, "E"] | None = None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 
-from manipi.errors import TokenizerError
+from manipi.errors import TokenizerError, shown
 from manipi.tokenizers.actions import ActionTokenizer
 from manipi.tokenizers.binning import bin_indices
 from manipi.tokenizers.text import TextTokenizer, codes_from_tokens, tokens_from_codes
@@ -50,9 +50,13 @@ def pi0_prompt(tokenizer: TextTokenizer, prompt: str, max_len: int, *, truncate:
     Raises:
         TokenizerError: the prompt needs more than max_len tokens.
     """
+    return _pad(tokenizer, pi0_tokens(tokenizer, prompt), [], max_len, truncate=truncate)
+
+
+def pi0_tokens(tokenizer: TextTokenizer, prompt: str) -> list[int]:
+    """`pi0_prompt` without its padding, however long."""
     # The newline is encoded apart: SentencePiece could otherwise merge it with what precedes.
-    ids = [tokenizer.bos_id, *tokenizer.encode(_clean(prompt)), *tokenizer.encode("\n")]
-    return _pad(tokenizer, ids, [], max_len, truncate=truncate)
+    return [tokenizer.bos_id, *tokenizer.encode(_clean(prompt)), *tokenizer.encode("\n")]
 
 
 def pi05_prompt(
@@ -75,10 +79,18 @@ def pi05_prompt(
     Raises:
         TokenizerError: more than max_len tokens, or a state that is not finite.
     """
+    tokens = pi05_tokens(tokenizer, prompt, state, minus_one_below=minus_one_below)
+    return _pad(tokenizer, tokens, [], max_len, truncate=truncate)
+
+
+def pi05_tokens(
+    tokenizer: TextTokenizer, prompt: str, state: Float[np.ndarray, "S"] | None, *, minus_one_below: bool = False
+) -> list[int]:
+    """`pi05_prompt` without its padding, however long."""
     if state is None:
-        return pi0_prompt(tokenizer, prompt, max_len, truncate=truncate)
+        return pi0_tokens(tokenizer, prompt)
     text = f"Task: {_clean(prompt)}, State: {_state_words(state, minus_one_below)};\n{ACTION_MARKER}"
-    return _pad(tokenizer, [tokenizer.bos_id, *tokenizer.encode(text)], [], max_len, truncate=truncate)
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
 def fast_prompt(
@@ -105,15 +117,29 @@ def fast_prompt(
     Raises:
         TokenizerError: more than max_len tokens, a number that is not finite, or a vocabulary without room for codes.
     """
+    prefix = fast_prefix(tokenizer, prompt, state, lower_case=lower_case, minus_one_below=minus_one_below)
+    postfix = [] if actions is None else fast_postfix(tokenizer, action_tokenizer.encode(actions))
+    return _pad(tokenizer, prefix, postfix, max_len, truncate=truncate)
+
+
+def fast_prefix(
+    tokenizer: TextTokenizer,
+    prompt: str,
+    state: Float[np.ndarray, "S"],
+    *,
+    lower_case: bool = False,
+    minus_one_below: bool = False,
+) -> list[int]:
+    """What `fast_prompt` has before the actions, however long."""
     clean = (prompt.lower() if lower_case else prompt).strip().replace("_", " ")
     text = f"Task: {clean}, State: {_state_words(state, minus_one_below)};\n"
-    prefix = [tokenizer.bos_id, *tokenizer.encode(text)]
-    postfix: list[int] = []
-    if actions is not None:
-        codes = tokens_from_codes(tokenizer, np.array(action_tokenizer.encode(actions), np.int64))
-        terminator = [*tokenizer.encode(ACTION_TERMINATOR), tokenizer.eos_id]
-        postfix = [*tokenizer.encode(ACTION_MARKER), *codes.tolist(), *terminator]
-    return _pad(tokenizer, prefix, postfix, max_len, truncate=truncate)
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
+
+
+def fast_postfix(tokenizer: TextTokenizer, codes: Sequence[int]) -> list[int]:
+    """The actions as `fast_prompt` has them."""
+    tokens = tokens_from_codes(tokenizer, np.array(codes, np.int64)).tolist()
+    return [*tokenizer.encode(ACTION_MARKER), *tokens, *tokenizer.encode(ACTION_TERMINATOR), tokenizer.eos_id]
 
 
 def extract_codes(tokenizer: TextTokenizer, ids: Sequence[int], *, reference_text: bool = False) -> list[int]:
@@ -136,7 +162,7 @@ def extract_codes(tokenizer: TextTokenizer, ids: Sequence[int], *, reference_tex
     if found is None:
         raise TokenizerError(
             expected=f"the tokens of {ACTION_MARKER!r}",
-            found=repr(tokenizer.decode(list(ids))[:100]),
+            found=shown(tokenizer.decode(list(ids)), 100),
             where=f"the {len(ids)} tokens that the model emitted",
             next="decode with CodeConstraint, or train longer",
         )
@@ -172,7 +198,7 @@ def _pad(
         raise TokenizerError(
             expected=f"at most {max_len} tokens (max_token_len)",
             found=f"{len(ids)} tokens: {len(prefix)} of prompt and {len(postfix)} of actions",
-            where=f"the prompt {tokenizer.decode(prefix)!r}",
+            where=f"the prompt {shown(tokenizer.decode(prefix), 300)}",
             next=f"raise max_token_len to at least {len(ids)}, or shorten the instruction",
         )
     index = np.arange(max_len)

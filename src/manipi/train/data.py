@@ -1,5 +1,6 @@
 """From a training config to encoded batches: dataset, split, statistics, tokenizers and the one pipeline."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +24,7 @@ from manipi.data.split import split_episodes
 from manipi.data.stats import compute_norm_stats, read_state, rows_fingerprint, sketch_norm_stats, suspicious_dimensions
 from manipi.errors import ConfigError, NormStatsError
 from manipi.model.config import Pi0FastConfig
+from manipi.records import fingerprint, from_json, read_json, write_json
 from manipi.remote.fetch import fetch
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory
@@ -33,6 +35,8 @@ from manipi.tokenizers import (
     Tokenizers,
 )
 from manipi.train.config import DatasetConfig, TrainConfig
+from manipi.train.prompt_length import LongestPrompt, longest_prompt
+from manipi.train.run import checkpoint_steps, claim_videos
 from manipi.transforms import pipeline
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.normalize import load_norm_stats, normalize, read_openpi_stats, save_norm_stats
@@ -60,6 +64,7 @@ class TrainingData:
     stats: Mapping[str, NormStats]
     """Per robot, by its name."""
     tokenizers: Tokenizers
+    longest: LongestPrompt
 
     @property
     def main(self) -> TrainingSet:
@@ -107,21 +112,56 @@ class Opened:
     rows: np.ndarray
     held_out: np.ndarray
 
+    @property
+    def cameras(self) -> list[str]:
+        """Those of the robot that the dataset has, by the dataset's names."""
+        return [self.robot.dataset_key(key) for key in self.robot.cameras_in(self.dataset.features).values()]
+
 
 def prepare(config: TrainConfig, folder: Path) -> TrainingData:
     """Open, check and encode the data of a run; statistics and tokenizers are kept in `folder` and reused.
 
     Raises:
         DataError: a dataset is absent, broken, or lacks what its robot names.
-        ConfigError: a robot does not fit the model, or the recipe has no dataset.
+        ConfigError: a robot or the longest prompt does not fit the model, or the recipe has no dataset.
         TokenizerError: another project's weights to start from, and not the tokenizer that they were trained with.
     """
     opened = open_demonstrations(config)
     stats = {name: _stats(config, group, folder) for name, group in _by_robot(opened).items()}
+    claim_videos(folder, {one.dataset.fingerprint: one.dataset.picture_files(one.cameras) for one in opened})
     mine = [one for one in opened if one.robot == config.robot]
     tokenizers = _tokenizers(config, mine[0], stats[config.robot.name], folder / "tokenizer")
     sets = tuple(_training_set(config, one, stats[one.robot.name], tokenizers, folder / "cache") for one in opened)
-    return TrainingData(config, sets, stats, tokenizers)
+    longest = _longest(config, sets, stats, tokenizers, folder / "longest_prompt.json")
+    longest.require_fit()
+    return TrainingData(config, sets, stats, tokenizers, longest)
+
+
+def at_hand(config: TrainConfig) -> bool:
+    """Whether the recipe has datasets, and all of them lie on this disk."""
+    paths = [one.path for one in config.data.datasets]
+    return bool(paths) and all("://" not in path and Path(path).expanduser().is_dir() for path in paths)
+
+
+def prepare_to_look(config: TrainConfig) -> TrainingData:
+    """As `prepare`, without leaving anything on disk, and without a cache: of pictures, few are looked at."""
+    with tempfile.TemporaryDirectory() as folder:
+        return prepare(replace(config, data=replace(config.data, cache="none")), Path(folder))
+
+
+def _longest(
+    config: TrainConfig, sets: Sequence[TrainingSet], stats: Mapping[str, NormStats], tokenizers: Tokenizers, path: Path
+) -> LongestPrompt:
+    """The run's longest prompt: of millions of frames it is looked for once, whoever asks again."""
+    read = [(one.source.dataset.fingerprint, one.source.prompt, one.source.pipeline.robot) for one in sets]
+    rows = [rows_fingerprint(np.concatenate([one.rows, one.held_out])) for one in sets]
+    action = tokenizers.action and tokenizers.action.sha256
+    of = fingerprint([config.model, config.norm_mode, read, rows, stats, tokenizers.text.reference, action])
+    if path.exists() and (kept := read_json(path)).get("of") == of:
+        return from_json(kept["longest"], (LongestPrompt,), str(path))
+    longest = longest_prompt(sets)
+    write_json(path, {"of": of, "longest": longest})
+    return longest
 
 
 def open_demonstrations(config: TrainConfig) -> list[Opened]:
@@ -140,6 +180,8 @@ def _open(config: TrainConfig, settings: DatasetConfig) -> Opened:
     episodes = _sound(settings, robot) if config.data.skip_bad_episodes else settings.episodes
     dataset = open_dataset(settings.path, episodes, fields=settings.fields, seed=config.seed)
     check_features(dataset, robot)
+    for slot in robot.cameras.keys() - robot.cameras_in(dataset.features):
+        tqdm.write(f"absent  {dataset.name}: the optional camera {slot!r} ({robot.dataset_key(robot.cameras[slot])})")
     rows, held_out = split_episodes(dataset, holdout=config.data.holdout, seed=config.seed)
     if settings.keep:
         keep = read_mask(fetch(settings.keep), dataset)
@@ -190,8 +232,10 @@ def _cached(config: TrainConfig, one: Opened, folder: Path) -> Dataset:
     """The same samples after encoding (`raw`: bit for bit): the cache resizes as the pipeline does."""
     if config.data.cache == "none":
         return one.dataset
-    cameras, size = [one.robot.dataset_key(key) for key in one.robot.cameras.values()], config.model.vision.image_size
-    cached = CachedDataset(one.dataset, cameras, folder, size, format=config.data.cache, max_gb=config.data.cache_gb)
+    size = config.model.vision.image_size
+    cached = CachedDataset(
+        one.dataset, one.cameras, folder, size, format=config.data.cache, max_gb=config.data.cache_gb
+    )
     if config.data.cache_fill == "ahead":
         cached.fill()
     return cached
@@ -207,8 +251,8 @@ def _no_demonstrations(found: str) -> ConfigError:
 
 
 def check_features(dataset: Dataset, robot: Robot) -> None:
-    """The dataset has the cameras, states and actions that the robot names, in the sizes that it names."""
-    for key in robot.cameras.values():
+    """The dataset has what the robot names, in the sizes that it names; optional cameras may be absent."""
+    for key in robot.cameras_in(dataset.features).values():
         dataset.require(robot.dataset_key(key), "image")
     for key, size in [*((s.key, s.size) for s in robot.state), (robot.action_key, robot.action_size)]:
         dataset.require(robot.dataset_key(key), "vector", size)
@@ -219,6 +263,15 @@ def _stats(config: TrainConfig, group: Sequence[Opened], folder: Path) -> NormSt
     robot, (data, rows) = group[0].robot, provenance_of(group)
     own = robot.name == config.robot.name
     path = folder / ("norm_stats.json" if own else f"robots/{robot.name}/norm_stats.json")
+    steps = checkpoint_steps(folder)
+    if not path.exists() and steps:
+        kept = folder / "checkpoints" / str(steps[-1]) / path.relative_to(folder)
+        raise NormStatsError(
+            expected="the statistics that this run was trained with",
+            found=f"no such file, and a checkpoint of step {steps[-1]}",
+            where=str(path),
+            next=f"cp {kept} {path}",
+        )
     if not path.exists():
         if config.data.norm_stats and own:
             # From now on the run is tied to its data, although the numbers are those of other demonstrations.
@@ -235,7 +288,9 @@ def _stats(config: TrainConfig, group: Sequence[Opened], folder: Path) -> NormSt
             expected=f"statistics of these demonstrations ({data[:12]}, frames {rows[:12]})",
             found=f"statistics of others, or of an older state of them ({stats.data[:12]}, frames {stats.rows[:12]})",
             where=str(path),
-            next=f"delete {path} to compute them again, or start a new run folder",
+            next="put the demonstrations back as they were (files, episodes, mask), or start a new run folder"
+            if steps
+            else f"delete {path} to compute them again, or start a new run folder",
         )
     return stats
 

@@ -125,6 +125,8 @@ def _train(
     show: bool,
 ) -> None:
     config, world = run.config, state.world
+    if show:
+        tqdm.write(str(data.longest))
     if show and len(data.sets) > 1:
         show_mixture(data.report())
     writer, validation = checkpoint_writer(run, data), Validation(run, data, show=show)

@@ -21,12 +21,11 @@ from manipi.data.chunk_error import (
     ChunkError,
     baselines,
     chunk_error,
-    dimension_names,
-    dimension_units,
     evenly_spaced,
     recorded_chunks,
     travel_of,
 )
+from manipi.data.dimensions import command_names, command_units
 from manipi.data.loader import Batch
 from manipi.model import VLA, ModelInput
 from manipi.model.autoregressive import TokenLoss
@@ -121,8 +120,8 @@ class HeldOutFrames:
             train_loss=self._loss(model, self._training)[0],
             raw_loss=self._loss(raw, self._held_out)[0] if raw is not None else None,
             token_accuracy=accuracy,
-            dimensions=dimension_names(self._robot, self._set.source.dataset),
-            units=dimension_units(self._robot),
+            dimensions=command_names(self._robot, self._set.source.dataset),
+            units=command_units(self._robot),
             travel=self._travel,
             errors={"policy": self._error(own), **self._baselines},
             probe=self._probe(policy, own),

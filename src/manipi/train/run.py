@@ -3,7 +3,9 @@
 runs/NAME/
 ├─ config.json       the complete TrainConfig; another one in the same folder is refused
 ├─ norm_stats.json   of the training episodes
+├─ videos.json       size and digest of the files that hold the pictures, of each dataset
 ├─ tokenizer/
+├─ longest_prompt.json  of all the data, and which data they were
 ├─ cache/            decoded pictures, where they are kept
 ├─ first_batch/      pictures, tokens, values and pipeline of the first batch
 ├─ metrics.jsonl     one line per logged step
@@ -22,12 +24,14 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from manipi.checkpoints.native import verify
+from manipi.data.picture_files import replaced
 from manipi.errors import CheckpointError, TrainingError
 from manipi.model.config import CONFIG_TYPES
 from manipi.records import from_json, json_bytes, read_json, to_json
@@ -73,6 +77,8 @@ MAY_CHANGE = (
 )
 """Settings that a resumed run may bring anew: they change neither a batch nor an update. That another path holds the
 same data, the norm stats' fingerprint says."""
+MAY_CHANGE_BEFORE_STEP_1 = ("model.max_token_len",)
+"""What else a run may bring anew that got no further than its first checkpoint: the advice of errors at its start."""
 
 
 class Run:
@@ -94,6 +100,9 @@ class Run:
         wanted = to_json(self.config)
         changes = _differences(read_json(stored), wanted) if stored.exists() else []
         other = [change for setting, change in changes if not _may_change(setting)]
+        fixes = all(_may_change(setting) or setting in MAY_CHANGE_BEFORE_STEP_1 for setting, _ in changes)
+        if other and self.steps() == [0] and fixes:
+            self._drop(0)
         if other and self.steps():
             raise _another_run(other, stored)
         if changes and not self.steps():
@@ -109,8 +118,7 @@ class Run:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
-        found = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        return sorted(int(p.name) for p in found if p.name.isdigit())
+        return checkpoint_steps(self.folder)
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / str(step)
@@ -233,6 +241,35 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of a run that have a checkpoint, ascending."""
+    path = folder / "checkpoints"
+    return sorted(int(p.name) for p in (path.iterdir() if path.is_dir() else ()) if p.name.isdigit())
+
+
+def claim_videos(folder: Path, now: Mapping[str, Mapping[str, str]]) -> None:
+    """Tie a run to the files that hold its pictures: `Dataset.picture_files` by the dataset's fingerprint.
+
+    Raises:
+        TrainingError: the run has a checkpoint, and files are others than those that it was trained on.
+    """
+    path, trained = folder / "videos.json", bool(checkpoint_steps(folder))
+    before = read_json(path) if path.exists() else {}
+    others = [name for data, files in now.items() for name in replaced(before.get(data, {}), files)]
+    if others and trained:
+        raise TrainingError(
+            expected="the videos that this run was trained on",
+            found=f"{len(others)} others of the same names: {', '.join(others[:4])}" + (" …" if others[4:] else ""),
+            where=str(path),
+            next="put the videos back as they were, or train on these in a run folder of their own (--run-dir)",
+        )
+    if trained and any(now.values()) and not before:
+        tqdm.write(f"{folder} did not say yet which videos it is trained on; from now on, those that are there")
+    known = {data: {**before.get(data, {}), **files} for data, files in now.items()}
+    if known != before:
+        atomic_write(path, json_bytes(known))
 
 
 def append_log(path: Path, record: dict[str, Any]) -> None:

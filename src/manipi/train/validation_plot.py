@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from manipi.data.dimensions import label
 from manipi.train.measure import SetResult
 from manipi.train.progress import figure
 
@@ -66,7 +67,7 @@ def _heat_map(drawing: Any, axis: Any, result: SetResult) -> None:
     horizon, size = share_HA.shape
     image = axis.imshow(100 * share_HA.T, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     axis.set_facecolor("#e6e6e6")  # of dimensions that never travel
-    labels = [f"{n} [{u}]" if u else n for n, u in zip(result.dimensions, result.units, strict=True)]
+    labels = [label(name, unit) for name, unit in zip(result.dimensions, result.units, strict=True)]
     axis.set_yticks(range(size), labels, fontsize=8)
     axis.set_title(f"{result.dataset}, {result.frames} frames", fontsize=9)
     axis.set_xlabel(f"step of the chunk, {1 / result.control_hz:.3g} s each", fontsize=8)

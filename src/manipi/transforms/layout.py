@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from manipi.model.config import ModelConfig, Pi0FastConfig
+from manipi.model.config import ModelConfig, Pi0Config, Pi0FastConfig
 from manipi.types import Sample
 
 
@@ -41,8 +41,8 @@ class ModelLayout:
         return actions_HA if actions_HA.ndim == 1 else actions_HA[..., : self.action_size]
 
     def _state(self, state_S: np.ndarray) -> np.ndarray:
-        # π0-FAST has read the state in the prompt, however long; its network takes none.
-        return state_S[: self.model.action_dim] if isinstance(self.model, Pi0FastConfig) else state_S
+        # Of the other two the network takes none; what they know of it stands in the prompt, however long.
+        return state_S if isinstance(self.model, Pi0Config) else state_S[: self.model.action_dim]
 
     def _cameras(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         size = self.model.vision.image_size

@@ -6,10 +6,11 @@ quantile    (x - q01) / (q99 - q01 + 1e-6) * 2 - 1        q01 -> -1, q99 -> 1
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from manipi.errors import NormStatsError
+from manipi.errors import NormStatsError, shown
 from manipi.model.config import NormMode
 from manipi.records import fingerprint, from_json, json_bytes, read_json, to_json
 from manipi.robots.robot import Robot
@@ -81,11 +82,11 @@ def save_norm_stats(stats: NormStats, path: Path) -> None:
 
 def load_norm_stats(path: Path) -> NormStats:
     """Raises NormStatsError where the file holds no statistics written by `save_norm_stats`."""
-    data = read_json(path) if path.is_file() else {}
-    if "manipi" not in data:
+    data = _read_object(path)
+    if not isinstance(data.get("manipi"), dict):
         raise NormStatsError(
             expected="norm stats with their provenance (top key 'manipi')",
-            found=f"top keys {sorted(data)}" if data else "no such file",
+            found=f"top keys {shown(sorted(data))}" if data else "no such file, or nothing in it",
             where=str(path),
             next="compute them: manipi stats TARGET",
         )
@@ -104,12 +105,12 @@ def read_openpi_stats(path: Path, robot: Robot, action_horizon: int) -> NormStat
     Raises:
         NormStatsError: no such file, not openpi's layout, or as `stats_from_fields` says.
     """
-    data = read_json(path) if path.is_file() else {}
+    data = _read_object(path)
     if "manipi" in data:
         return load_norm_stats(path)
     found = data.get("norm_stats")
-    if not isinstance(found, dict) or not {"state", "actions"} <= found.keys():
-        keys = sorted(found) if isinstance(found, dict) else sorted(data)
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), dict) for name in ("state", "actions")):
+        keys = shown(sorted(found) if isinstance(found, dict) else sorted(data))
         raise _unusable(
             "a key 'norm_stats' with 'state' and 'actions'", f"keys {keys}" if data else "no such file", str(path)
         )
@@ -135,6 +136,14 @@ def stats_from_fields(found: dict[str, dict], robot: Robot, action_horizon: int,
     )
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    """Empty where there is no such file."""
+    data = read_json(path) if path.is_file() else {}
+    if not isinstance(data, dict):
+        raise _unusable("an object with the key 'norm_stats'", shown(data), str(path))
+    return data
+
+
 def _read_field(recorded: dict, size: int, where: str) -> FieldStats:
     def read(name: str) -> np.ndarray:
         values = recorded.get(name)
@@ -145,12 +154,14 @@ def _read_field(recorded: dict, size: int, where: str) -> FieldStats:
         except (TypeError, ValueError):
             vector = np.zeros(0)
         if vector.ndim != 1 or len(vector) < size or not np.isfinite(vector[:size]).all():
-            raise _unusable(f"{name!r} with at least {size} finite numbers", f"{values}", where)
+            raise _unusable(f"{name!r} with at least {size} finite numbers", shown(values), where)
         return vector[:size]
 
     mean, std, q01, q99 = map(read, ("mean", "std", "q01", "q99"))
     if (std < 0).any() or (q99 < q01).any() or (size and not std.any()):
-        raise _unusable("deviations above 0, and q01 below q99", f"std {std}, q01 {q01}, q99 {q99}", where)
+        raise _unusable(
+            "deviations above 0, and q01 below q99", f"std {shown(std)}, q01 {shown(q01)}, q99 {shown(q99)}", where
+        )
     low, high = np.where(np.isnan(q01), mean - 3 * std, q01), np.where(np.isnan(q99), mean + 3 * std, q99)
     return FieldStats(mean, std, q01, q99, low, high)
 

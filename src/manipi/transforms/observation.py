@@ -4,6 +4,9 @@ Keys may be flat or nested: `{"images": {"cam_high": …}}` is `{"images/cam_hig
 
 A picture is uint8, or float in [0, 1], which becomes uint8 as openpi's adapters do it (255 times, cut). Three channels
 last or first: whichever axis has size 3. Where both have, nobody can tell, and it is refused.
+
+What an observation holds may come from strangers. Texts are measured before anything reads them, lists before they
+become arrays (one long text in a list makes every item of the array as long), and errors repeat little of them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,12 +15,20 @@ from difflib import get_close_matches
 
 import numpy as np
 
-from manipi.errors import BadValueError, ObservationError
+from manipi.errors import BadValueError, ObservationError, one_line, shown
 from manipi.robots.robot import Robot
 from manipi.types import Observation, Sample
 
 _CHUNK_KEYS = ("actions", "action_valid", "delay")
 _OTHER_KEYS = ("prompt", *_CHUNK_KEYS)
+
+MAX_PROMPT = 2_048
+"""Characters of a prompt, several times what any model reads; as bytes four times as many, as UTF-8 has it."""
+
+_MAX_KEY = 256
+"""Characters of a key, those of the maps around it included."""
+
+_MAX_KEYS_SHOWN, _MAX_DEPTH = 40, 64
 
 
 @dataclass(frozen=True)
@@ -35,10 +46,8 @@ class ReadRobot:
         sample = self._flat(sample)
         cameras = {slot: key for slot, key in self.robot.cameras.items() if not self._absent(sample, slot, key)}
         images = {f"image/{slot}": self._image(sample, key) for slot, key in cameras.items()}
-        vectors = [self._vector(sample, s.key, s.size) for s in self.robot.state]
-        state = np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
         kept = {key: sample[key] for key in _CHUNK_KEYS if key in sample}
-        return {**images, "state": state, "prompt": self._prompt(sample), **kept}  # type: ignore[dict-item]
+        return {**images, "state": self._state(sample), "prompt": self._prompt(sample), **kept}  # type: ignore[dict-item]
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
         """Raises BadValueError rather than hand NaN or infinity to a robot."""
@@ -53,9 +62,21 @@ class ReadRobot:
             )
         return np.asarray(actions_HA, dtype=np.float32)
 
+    def read_state(self, observation: Observation) -> np.ndarray:
+        """The state [S] alone, float32, as `encode` reads it. Raises ObservationError as it does."""
+        return self._state(self._flat(observation))
+
+    def read_part(self, observation: Observation) -> Sample:
+        """The part of an observation that `encode` reads, by its flat keys, whatever else is in it."""
+        keys = (*self.robot.cameras.values(), *(s.key for s in self.robot.state), "prompt")
+        found = ((key, _find(observation, key)) for key in keys)
+        return {key: value for key, value in found if value is not None}  # type: ignore[return-value]
+
     def _flat(self, sample: Observation, folder: str = "") -> dict[str, "np.ndarray | str"]:
         flat = {}
         for name, value in sample.items():
+            if not isinstance(name, str) or len(folder) + len(name) > _MAX_KEY:
+                raise self._mismatch(f"keys that are texts of at most {_MAX_KEY} characters", shown(name), folder)
             key = f"{folder}{name}"
             inner = self._flat(value, key + "/") if isinstance(value, Mapping) else {key: value}
             if twice := flat.keys() & inner.keys():
@@ -71,8 +92,13 @@ class ReadRobot:
         for other in sample:
             if other not in known and other.rpartition("/")[0] == folder:
                 beside = sorted(name for name in known if name.rpartition("/")[0] == folder)
-                raise self._mismatch(f"no key but {', '.join(beside)} there", repr(other) + _hint(other, beside), other)
+                found = shown(other) + _hint(other, beside)
+                raise self._mismatch(f"no key but {', '.join(beside)} there", found, other)
         return key not in sample
+
+    def _state(self, sample: Mapping) -> np.ndarray:
+        vectors = [self._vector(sample, s.key, s.size) for s in self.robot.state]
+        return np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
 
     def _image(self, sample: Mapping, key: str) -> np.ndarray:
         expected = "a picture [height, width, 3] or [3, height, width], uint8 or float in [0, 1]"
@@ -91,7 +117,7 @@ class ReadRobot:
 
     def _vector(self, sample: Mapping, key: str, size: int) -> np.ndarray:
         expected = f"{size} finite numbers"
-        value = np.atleast_1d(self._array(sample, key, expected))
+        value = np.atleast_1d(self._array(sample, key, expected, size))
         if value.shape != (size,) or value.dtype.kind not in "fiu":
             raise self._mismatch(expected, _describe(value), key)
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
@@ -101,24 +127,20 @@ class ReadRobot:
             raise self._mismatch(expected, f"{value[~finite][0]} at index {np.argmin(finite)}", key)
         return numbers
 
-    def _array(self, sample: Mapping, key: str, expected: str) -> np.ndarray:
-        value = self._get(sample, key, expected)
+    def _array(self, sample: Mapping, key: str, expected: str, most: int) -> np.ndarray:
         try:
-            return np.asarray(value)
-        except ValueError as error:  # lists of unequal length
-            raise self._mismatch(expected, str(error), key) from error
+            return as_array(self._get(sample, key, expected), most)
+        except ValueError as error:
+            raise self._mismatch(expected, one_line(str(error), 200), key) from error
 
     def _prompt(self, sample: Mapping) -> str:
-        prompt = sample.get("prompt", self.robot.default_prompt)
-        if isinstance(prompt, np.ndarray | np.generic) and prompt.size == 1:
-            prompt = prompt.item()
-        if isinstance(prompt, bytes):
-            try:
-                prompt = prompt.decode()
-            except UnicodeDecodeError as error:
-                raise self._mismatch("a text in UTF-8", str(error), "prompt") from error
-        if not isinstance(prompt, str):
-            raise self._mismatch("a text, or a robot with a default_prompt", _describe(prompt), "prompt")
+        value = sample.get("prompt", self.robot.default_prompt)
+        try:
+            prompt = as_text(value, MAX_PROMPT)
+        except ValueError as error:
+            raise self._mismatch(f"a text of at most {MAX_PROMPT:,} characters", str(error), "prompt") from None
+        if prompt is None:
+            raise self._mismatch("a text, or a robot with a default_prompt", _describe(value), "prompt")
         return prompt
 
     def _get(self, sample: Mapping, key: str, expected: str) -> "np.ndarray | str":
@@ -130,19 +152,110 @@ class ReadRobot:
         return ObservationError(
             expected=expected,
             found=found,
-            where=f"observation key {key!r} of robot {self.robot.name!r}",
+            where=f"observation key {shown(key)} of robot {self.robot.name!r}",
             next="send what the robot's spec says (server metadata, `robot`), or correct the Robot(...)",
         )
 
 
+def as_array(value: object, most: int) -> np.ndarray:
+    """The array of what an observation holds: an array already, a number, or at most so many numbers in lists.
+
+    Raises:
+        ValueError: lists of unequal lengths, of more numbers, or of anything else.
+    """
+    left = [value] if isinstance(value, list | tuple) else []
+    while left:
+        item = left.pop()
+        if isinstance(item, list | tuple):
+            left += item
+        elif isinstance(item, np.ndarray | np.generic) and item.dtype.kind in "biuf":
+            most -= item.size
+        elif isinstance(item, int | float):
+            most -= 1
+        else:
+            raise ValueError(f"a list with {_describe(item)} in it")
+        if most < 0:
+            raise ValueError("a list of more numbers")
+    if not isinstance(value, list | tuple | np.ndarray | np.generic | int | float):
+        raise ValueError(_describe(value))
+    return np.asarray(value)
+
+
+def as_text(value: object, most: int) -> str | None:
+    """The text that a str, bytes, a NumPy scalar or an array of one text holds; None where it is none of these.
+
+    Raises:
+        ValueError: more than `most` characters, bytes that are not UTF-8, or what no text has (`check_content`).
+    """
+    if isinstance(value, np.ndarray | np.generic) and value.size == 1:
+        if value.dtype.itemsize > 4 * most:
+            raise ValueError(_describe(value))
+        if (point := _no_character(value)) is not None:
+            raise ValueError(f"{point:#x}, which is no character")
+        value = value.item()
+    if isinstance(value, bytes):
+        if len(value) > 4 * most:
+            raise ValueError(f"{len(value):,} bytes")
+        value = value.decode()
+    if isinstance(value, str) and len(value) > most:
+        raise ValueError(f"{len(value):,} characters")
+    return value if isinstance(value, str) else None
+
+
+def check_content(observation: Mapping) -> None:
+    """Looks through what a stranger sent, for what code fails at that reads it later.
+
+    NumPy takes any 32 bits of an array for a character, and fails when it has to hand it out. Maps in maps end whoever
+    looks into them by recursion.
+
+    Raises:
+        ObservationError: nested too deep, a code point beyond Unicode's, or half of a surrogate pair.
+    """
+    left: list[tuple[object, int, object]] = [(key, 1, value) for key, value in observation.items()]
+    while left:
+        key, depth, value = left.pop()
+        if depth > _MAX_DEPTH:
+            found, expected = "more", f"maps and lists at most {_MAX_DEPTH} deep"
+        elif isinstance(value, Mapping | list):
+            left += [(key, depth + 1, v) for v in (value.values() if isinstance(value, Mapping) else value)]
+            continue
+        elif (point := _no_character(value)) is not None:
+            found, expected = f"{point:#x} in {_describe(value)}", "characters of Unicode"
+        else:
+            continue
+        where, next = f"observation key {shown(key)}", "send what the robot's spec says (server metadata, `robot`)"
+        raise ObservationError(expected=expected, found=found, where=where, next=next)
+
+
+def _no_character(value: object) -> int | None:
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "U" or not value.size:
+        return None
+    points = np.ascontiguousarray(value).reshape(-1).view(f"{value.dtype.str[0]}u4")
+    if points.max() < 0xD800:
+        return None
+    bad = (points > 0x10FFFF) | (points >> 11 == 0xD800 >> 11)
+    return int(points[bad][0]) if bad.any() else None
+
+
+def _find(observation: Mapping, key: str) -> "np.ndarray | str | None":
+    if key in observation:
+        return observation[key]
+    inner = ((key[len(name) + 1 :], value) for name, value in observation.items() if key.startswith(f"{name}/"))
+    found = (_find(value, rest) for rest, value in inner if isinstance(value, Mapping))
+    return next((value for value in found if value is not None), None)
+
+
 def _missing(key: str, sample: Iterable[str]) -> str:
+    """What there is instead, of which a stranger may have sent thousands: similar names are looked for in the first."""
     names = sorted(sample)
-    return f"only {', '.join(names)}" + _hint(key, names)
+    few = names[:_MAX_KEYS_SHOWN]
+    more = f" and {len(names) - len(few)} more" if len(names) > len(few) else ""
+    return f"only {', '.join(one_line(name, 80) for name in few)}{more}{_hint(key, few)}"
 
 
 def _hint(key: str, names: list[str]) -> str:
     close = get_close_matches(key, names, n=1)
-    return f" (is it {close[0]!r}?)" if close else ""
+    return f" (is it {shown(close[0])}?)" if close else ""
 
 
 def _describe(value: object) -> str:

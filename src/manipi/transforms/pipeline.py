@@ -21,7 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from manipi.errors import ConfigError, NormStatsError
-from manipi.model.config import ModelConfig, NormMode, Pi0FastConfig
+from manipi.model.config import ModelConfig, NormMode, Pi0Config
 from manipi.robots.robot import Robot
 from manipi.tokenizers import Tokenizers
 from manipi.transforms.actions import ActionSpace
@@ -73,7 +73,7 @@ class Pipeline:
 
 def observation_of(frame: Frame, robot: Robot) -> Sample:
     """A frame in the dataset's keys -> the observation in the robot's keys, with its actions."""
-    keys = [*robot.cameras.values(), *(s.key for s in robot.state)]
+    keys = [*robot.cameras_in(frame.observation).values(), *(s.key for s in robot.state)]
     observation = {key: frame.observation[robot.dataset_key(key)] for key in keys}
     rest = {"actions": frame.actions, "action_valid": frame.action_valid, "prompt": frame.prompt}
     return {**observation, **rest}  # type: ignore[dict-item]
@@ -102,8 +102,8 @@ def build(robot: Robot, model: ModelConfig, stats: NormStats, tokenizers: Tokeni
 def check_fit(robot: Robot, model: ModelConfig) -> None:
     """The robot's dimensions and camera slots fit the model's."""
     strange = sorted(set(robot.cameras) - set(model.cameras))
-    # π0-FAST reads the state as words alone, however many.
-    size = max(robot.model_action_size, 0 if isinstance(model, Pi0FastConfig) else robot.state_size)
+    # π0 alone reads the state as a vector; to the others it is words, however many, or nothing.
+    size = max(robot.model_action_size, robot.state_size if isinstance(model, Pi0Config) else 0)
     if strange or size > model.action_dim:
         raise ConfigError(
             expected=f"cameras among {', '.join(model.cameras)}; at most {model.action_dim} dimensions",

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from manipi.errors import ObservationError
+from manipi.errors import ObservationError, one_line, shown
+from manipi.transforms.observation import as_array
 from manipi.types import Observation
 from manipi_client.keys import DELAY, PREVIOUS, SEED
 
@@ -43,23 +44,36 @@ def read_request(
 
 def _previous_chunk(observation: Mapping[str, Any], action_size: int, horizon: int) -> dict[str, Any]:
     expected = f"1 to {horizon} commands of {action_size} finite numbers"
-    left = np.asarray(observation.get(PREVIOUS, ()))
+    left = _array(observation, PREVIOUS, expected, horizon * action_size)
     fits = left.ndim == 2 and left.shape[1] == action_size and 1 <= len(left) <= horizon and left.dtype.kind in "fiu"
-    if not fits or not np.isfinite(left).all():
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+        numbers = left.astype(np.float32) if fits else None
+    if numbers is None or not np.isfinite(numbers).all():
         raise _mismatch(PREVIOUS, expected, f"{left.dtype} {list(left.shape)}" + (", NaN or infinity" if fits else ""))
     steps = np.minimum(np.arange(horizon), len(left) - 1)
     return {
-        "actions": left[steps].astype(np.float32),
+        "actions": numbers[steps],
         "action_valid": np.arange(horizon) < len(left),
         "delay": np.int64(_count(observation, DELAY, horizon)),
     }
 
 
 def _count(observation: Mapping[str, Any], key: str, most: int) -> int:
-    value = np.asarray(observation.get(key))
+    expected = f"a whole number from 0 to {most}"
+    value = _array(observation, key, expected, 1)
     if value.size != 1 or value.dtype.kind not in "iu" or not 0 <= value.item() <= most:
-        raise _mismatch(key, f"a whole number from 0 to {most}", f"{value.dtype} {value.tolist()}")
+        numbers = value.tolist() if value.size == 1 and value.dtype.kind in "biuf" else list(value.shape)
+        raise _mismatch(key, expected, f"{value.dtype} {shown(numbers)}")
     return int(value.item())
+
+
+def _array(observation: Mapping[str, Any], key: str, expected: str, most: int) -> np.ndarray:
+    if key not in observation:
+        raise _mismatch(key, expected, "nothing")
+    try:
+        return as_array(observation[key], most)
+    except ValueError as error:
+        raise _mismatch(key, expected, one_line(str(error), 200)) from error
 
 
 def _mismatch(key: str, expected: str, found: str) -> ObservationError:

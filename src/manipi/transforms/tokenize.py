@@ -8,7 +8,7 @@ import numpy as np
 from manipi.errors import ConfigError
 from manipi.model.config import Compat, ModelConfig, Pi0FastConfig, Pi05Config
 from manipi.tokenizers import ActionTokenizer, ByteTokenizer, CodeConstraint, TextTokenizer, Tokenizers, extract_codes
-from manipi.tokenizers.prompts import fast_prompt, pi05_prompt
+from manipi.tokenizers.prompts import fast_postfix, fast_prefix, fast_prompt, pi05_prompt, pi05_tokens
 from manipi.types import Sample
 
 
@@ -26,6 +26,11 @@ class TokenizePrompt:
         quirks = _prompt_quirks(self.compat)
         prompt = pi05_prompt(self.tokenizer, str(sample["prompt"]), state, self.max_len, **quirks)
         return {**sample, "tokens": prompt.tokens, "token_valid": prompt.valid}
+
+    def prompt_length(self, prompt: str, state_S: np.ndarray) -> int:
+        """Tokens of a prompt, however many."""
+        state = state_S if self.with_state else None
+        return len(pi05_tokens(self.tokenizer, prompt, state, minus_one_below=self.compat.minus_one_state_bins))
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
         return actions_HA
@@ -48,6 +53,17 @@ class TokenizeActions:
         p = fast_prompt(self.tokenizer, self.action, prompt, sample["state"], actions, self.max_len, **quirks)
         rest = {k: v for k, v in sample.items() if k not in ("actions", "action_valid")}
         return {**rest, "tokens": p.tokens, "token_valid": p.valid, "token_causal": p.causal, "token_loss": p.loss}
+
+    with_state = True
+
+    def prompt_length(self, prompt: str, state_S: np.ndarray) -> int:
+        """Tokens of instruction and state, however many."""
+        quirks = {"lower_case": self.compat.fast_lower_case, "minus_one_below": self.compat.minus_one_state_bins}
+        return len(fast_prefix(self.tokenizer, prompt, state_S, **quirks))
+
+    def action_lengths(self, chunks_NHA: np.ndarray) -> np.ndarray:
+        """Tokens of each normalised chunk, [N]."""
+        return len(fast_postfix(self.tokenizer, [])) + self.action.num_codes(chunks_NHA)
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
         """Emitted token ids [T] -> normalised actions [H, A]. Raises TokenizerError where they spell no chunk."""

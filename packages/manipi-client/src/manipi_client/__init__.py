@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from manipi_client.errors import (
+    AccessDenied,
     ActionChunkError,
     ConnectError,
     ConnectionLost,
@@ -14,6 +15,7 @@ from manipi_client.errors import (
     InferenceTimeout,
     InputError,
     ManipiClientError,
+    PolicyChanged,
     PolicyServerError,
     ProtocolError,
     RemoteInferenceError,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccessDenied",
     "ActionChunkBroker",
     "ActionChunkError",
     "Agent",
@@ -46,6 +49,7 @@ __all__ = [
     "MotionMeter",
     "Policy",
     "PolicyAgent",
+    "PolicyChanged",
     "PolicyServerError",
     "ProtocolError",
     "RealTimeBroker",

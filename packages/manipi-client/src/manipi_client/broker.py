@@ -33,6 +33,7 @@ class ActionChunkBroker:
             )
         self._policy, self._execute_steps = policy, execute_steps
         self._chunk: dict[str, Any] | None = None
+        self._actions: np.ndarray | None = None
         self._step = 0
 
     @property
@@ -43,11 +44,11 @@ class ActionChunkBroker:
         """The next step: `actions` [A], and every other array, at any depth, that has a row per step of the chunk.
 
         Raises:
-            ActionChunkError: the chunk has fewer steps than `execute_steps`.
+            ActionChunkError: the chunk has fewer steps than `execute_steps`, or its actions another shape than before.
         """
         if self._chunk is None:
             answer = self._policy.infer(observation)
-            read_chunk(answer, self._execute_steps)
+            self._actions = read_chunk(answer, self._execute_steps, self._actions)
             self._chunk, self._step = answer, 0
         action = _take_step(self._chunk, self._step, len(self._chunk["actions"]))
         self._step += 1

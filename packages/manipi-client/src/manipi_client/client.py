@@ -19,20 +19,24 @@ import itertools
 import logging
 import math
 import socket
+import ssl
 import struct
 import sys
 import threading
 import time
+from os import PathLike
 from typing import Any, Iterator, Mapping
-from urllib.parse import urlsplit
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+import numpy as np
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.protocol import State
 from websockets.sync.client import ClientConnection, connect
 from websockets.version import version as websockets_version
 
 from manipi_client import wire
+from manipi_client.address import certificate_advice, other_scheme, read_address, tls_context
 from manipi_client.errors import (
+    AccessDenied,
     ConnectError,
     ConnectionLost,
     ConnectTimeout,
@@ -40,7 +44,10 @@ from manipi_client.errors import (
     InputError,
     ProtocolError,
     error_from_text,
+    one_line,
+    shown,
 )
+from manipi_client.identity import policy_changed, require_same
 from manipi_client.keys import DEADLINE
 
 logger = logging.getLogger(__name__)
@@ -60,10 +67,27 @@ _NO_KEEPALIVE_NO_PROXY: dict[str, Any] = (
 _TIMEOUTS = (TimeoutError, socket.timeout)
 
 # A port that nobody listens on, or a tunnel or container proxy in front of a server that has not started.
-_NOT_UP_YET = (ConnectionError, ConnectionClosed, EOFError, *_TIMEOUTS)
+_HUNG_UP = (EOFError, ConnectionResetError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+_NOT_UP_YET = (ConnectionError, ConnectionClosed, *_HUNG_UP, *_TIMEOUTS)
+
+# What an HTTP proxy says of a server that has not started, and a server that stops or is full of itself.
+_NOT_UP_YET_STATUS = (502, 503, 504)
+
+_NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
+"""Of a network that comes up later, such as a robot's."""
 
 # Not a policy server, or not for this client. websockets before 15 asserts that what answers speaks HTTP.
 _REFUSALS = (InvalidHandshake, InvalidURI, OSError, ValueError, AssertionError)
+
+_CLOSE_ADVICE = {
+    1001: "the server stops or starts again: ask again, and the client connects when it is back",
+    1009: "the observation is over the server's size limit: send smaller pictures, or raise --limits.max-message-mb",
+    1012: "the server starts again: ask again, and the client connects when it is back",
+}
+
+
+class _NotUpYet(ConnectionError):
+    """There is no server yet. Its text says what there is."""
 
 
 class WebsocketPolicy:
@@ -72,9 +96,13 @@ class WebsocketPolicy:
     May be used by several threads, which then take turns.
 
     Args:
-        host: name or address of the server, or a whole `ws://` or `wss://` URI.
-        port: port of the server, unless the URI has one; None for the scheme's own.
+        host: name or address of the server, also with a port (`robot:8000`, `[::1]:8000`), or a whole `ws://` or
+            `wss://` URI (`http` and `https` are the same).
+        port: port of the server, unless `host` has one; None for the scheme's own.
         token: sent as `Authorization: Api-Key <token>`.
+        ca: file with certificates (PEM) that are trusted instead of this computer's: a self-signed one of the server.
+            An address without a scheme is then `wss`.
+        allow_new_checkpoint: a server that is connected again may have another checkpoint of the same robot.
         connect_timeout: seconds to wait for a server that is still starting.
         request_timeout: seconds to wait for actions. The first answer may be slow where the server still compiles.
         deadline: seconds after which actions are of no use, told to the server; None: only an observation's own
@@ -82,8 +110,10 @@ class WebsocketPolicy:
         lazy: connect at the first `infer` instead of at once.
 
     Raises:
-        ConnectTimeout: no server answered within `connect_timeout`.
-        ConnectError: the address is wrong, or the server refuses.
+        ConnectTimeout: no server answered within `connect_timeout`, or it was not ready (HTTP 502, 503, 504).
+        AccessDenied: the token is missing or wrong (HTTP 401, 403).
+        PolicyChanged: the server that is connected again is for another robot, or has another checkpoint.
+        ConnectError: the address is wrong, or what answers there is no policy server.
         ProtocolError: what answers is not a policy server.
     """
 
@@ -93,26 +123,32 @@ class WebsocketPolicy:
         port: int | None = 8000,
         token: str | None = None,
         *,
+        ca: str | PathLike[str] | None = None,
         connect_timeout: float = 60.0,
         request_timeout: float = 60.0,
         deadline: float | None = None,
+        allow_new_checkpoint: bool = False,
         lazy: bool = False,
     ) -> None:
-        self._uri = _uri(host, port)
+        self._uri = read_address(host, port, secure=ca is not None)
+        self._ca, self._tls = ca, tls_context(ca, self._uri)
         self._headers = {"Authorization": f"Api-Key {token}"} if token else {}
         self._connect_timeout, self._request_timeout = connect_timeout, request_timeout
         self._told = {} if deadline is None else {DEADLINE: deadline * 1000}
         self._lock, self._interrupted = threading.Lock(), threading.Event()
         self._connection: ClientConnection | None = None
         self._packer = wire.Packer()
-        self._metadata: dict[str, Any] = {}
+        self._metadata: dict[str, Any] | None = None
+        self._allow_new_checkpoint = allow_new_checkpoint
+        self._connected_again = False
+        self._answered: tuple[dict[str, tuple[int, ...]], tuple[int, ...]] | None = None
         if not lazy:
             self.connect()
 
     @property
     def metadata(self) -> Mapping[str, Any]:
         """What the server said about itself when the connection was made."""
-        return self._metadata
+        return {} if self._metadata is None else self._metadata
 
     def connect(self) -> None:
         """Connects, unless there is a connection. Raises as the constructor does."""
@@ -127,24 +163,31 @@ class WebsocketPolicy:
             `actions` [H, A], `server_timing` and `policy_timing` in milliseconds, and whatever the policy adds.
 
         Raises:
-            InferenceTimeout: no answer within `request_timeout`, or by the deadline.
+            InferenceTimeout: no answer within `request_timeout`, or by the deadline, which may pass while connecting.
             RemoteInferenceError: the policy refused the observation, or failed.
             ConnectionLost: the server went away.
             InputError: the observation holds something that does not travel, or a deadline that is none.
             ProtocolError: the answer is not one.
-            ConnectTimeout, ConnectError: as when connecting, after the connection was lost.
+            ConnectTimeout, AccessDenied, PolicyChanged, ConnectError: as when connecting, after a connection was lost.
         """
         observation = {**self._told, **observation}
-        seconds = min(self._request_timeout, _deadline(observation))
+        allowed = _deadline(observation)
+        seconds, end = min(self._request_timeout, allowed), time.monotonic() + allowed
         with self._lock, self._packer.pack(observation) as frame:
             self._interrupted.clear()
             connection = self._open_connection()
+            if time.monotonic() >= end:
+                raise self._inference_timeout(seconds, "a connection, made only after that; nothing was sent")
             try:
-                return self._exchange(connection, frame, seconds)
+                answer = self._exchange(connection, frame, seconds)
+                self._require_action_shape(observation, answer)
             except BaseException:
                 # Also after Ctrl-C: the answer that is under way must not be read as the next one's.
                 self._disconnect()
                 raise
+        if isinstance(unknown := answer.get("unknown_keys"), list):  # manipi's server says it once
+            logger.warning("%s was sent %s", self._uri, _text("; ".join(map(str, unknown))))
+        return answer
 
     def reset(self) -> None:
         """Nothing: a policy server keeps no state between observations."""
@@ -177,7 +220,8 @@ class WebsocketPolicy:
         except _TIMEOUTS as error:
             raise self._inference_timeout(seconds) from error
         except ConnectionClosed as error:
-            if isinstance(error.__cause__, BlockingIOError):  # The send limit of `_limit_sends`.
+            # The send limit of `_limit_sends`, which websockets 13 hides behind its own for closing.
+            if isinstance(error.__cause__, BlockingIOError) or (error.rcvd is None and time.monotonic() >= deadline):
                 raise self._inference_timeout(seconds) from error
             raise self._connection_lost(error) from error
         return self._read_map(answer)
@@ -197,20 +241,27 @@ class WebsocketPolicy:
                 logger.warning("waiting up to %g s for a policy server at %s", self._connect_timeout, self._uri)
             try:
                 self._connection = self._handshake(deadline)
-                self._metadata = self._read_map(self._connection.recv(max(0.0, deadline - time.monotonic())))
+                metadata = self._read_map(self._connection.recv(max(0.0, deadline - time.monotonic())))
+                if self._metadata is not None:
+                    require_same(self._metadata, metadata, self._uri, allow_new_checkpoint=self._allow_new_checkpoint)
+                self._metadata, self._connected_again = metadata, True
                 return
             except BaseException as error:
                 self._disconnect()
                 if not isinstance(error, _NOT_UP_YET):
                     raise
+                if attempt == 0 and isinstance(error, _HUNG_UP):
+                    self._require_scheme(error, deadline)
                 if time.monotonic() + backoff(attempt) > deadline or self._interrupted.is_set():
                     raise self._connect_timeout_error(error) from error
             self._interrupted.wait(backoff(attempt))
 
     def _handshake(self, deadline: float) -> ClientConnection:
+        """A connection. Raises one of `_NOT_UP_YET` where another attempt may help, ConnectError where none does."""
         try:
-            connection = connect(
+            return connect(
                 self._uri,
+                ssl=self._tls,
                 additional_headers=self._headers,
                 compression=None,
                 max_size=None,
@@ -220,16 +271,63 @@ class WebsocketPolicy:
             ).__enter__()  # `_disconnect` leaves it; websockets deprecates a connection that was never entered.
         except _NOT_UP_YET:
             raise
+        except InvalidStatus as error:
+            raise self._status_error(error) from error
+        except ssl.SSLCertVerificationError as error:
+            next = certificate_advice(error, self._ca)
+            raise self._connect_error("a certificate that is trusted", error.verify_message, next) from error
         except _REFUSALS as error:
             if isinstance(error.__cause__, EOFError):
                 raise error.__cause__ from None
-            raise ConnectError(
-                expected="a policy server that lets this client in",
-                found=str(error) or type(error).__name__,
-                where=self._uri,
-                next="check host, port and token; curl the server's /healthz",
+            if isinstance(error, OSError) and error.errno in _NO_ROUTE:
+                raise _NotUpYet(str(error)) from error
+            self._require_scheme(error, deadline)
+            raise self._connect_error(
+                found=_text(error), next="check host and port; curl the server's /healthz"
             ) from error
-        return connection
+
+    def _status_error(self, error: InvalidStatus) -> Exception:
+        """What it means that the server answers the handshake with a page."""
+        status, body = error.response.status_code, bytes(error.response.body or b"")[:200].decode(errors="replace")
+        found = f"HTTP {status} {_text(body.strip())}"
+        if status in _NOT_UP_YET_STATUS:
+            return _NotUpYet(found)
+        if status == 400:  # so a web server answers who does not speak TLS to it
+            self._require_scheme(error, math.inf)
+        if status in (401, 403):
+            next = "check token, which is the one of the server's --token-file" if status == 401 else "do what it says"
+            return self._connect_error(found=found, next=next, kind=AccessDenied)
+        if location := error.response.headers.get("Location"):
+            return self._connect_error(found=f"{found}, and {shown(location)}", next="connect to that address")
+        return self._connect_error(found=found, next="check host, port and path; curl the server's /healthz")
+
+    def _require_scheme(self, error: BaseException, deadline: float) -> None:
+        """Raises ConnectError where what hung up speaks TLS and the address does not say so, or the other way round."""
+        other = other_scheme(self._uri, deadline - time.monotonic())
+        if other is not None:
+            found = f"one that speaks {'TLS' if other.startswith('wss') else 'no TLS'} ({_text(error)})"
+            raise self._connect_error(found=found, next=f"connect to {other}") from error
+
+    def _connect_error(
+        self,
+        expected: str = "a policy server that lets this client in",
+        found: str = "",
+        next: str = "",
+        kind: type[ConnectError] = ConnectError,
+    ) -> ConnectError:
+        return kind(expected=expected, found=found, where=self._uri, next=next)
+
+    def _require_action_shape(self, observation: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+        """Of a connection's first answer, beside the last one before it: a server may say nothing about itself."""
+        actions = answer.get("actions")
+        if not isinstance(actions, np.ndarray):
+            return
+        asked = {k: v.shape for k, v in observation.items() if isinstance(v, np.ndarray) and v.ndim < 2}
+        shape, before = actions.shape[1:], self._answered
+        if self._connected_again and before is not None and before[0] == asked and before[1] != shape:
+            changes = [f"an action for the same kind of observation has shape {shape}, was {before[1]}"]
+            raise policy_changed(changes, self._uri, robot=True)
+        self._connected_again, self._answered = False, (asked, shape)
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
@@ -253,15 +351,17 @@ class WebsocketPolicy:
     def _connect_timeout_error(self, error: BaseException) -> ConnectTimeout:
         return ConnectTimeout(
             expected=f"a policy server within {self._connect_timeout:g} s",
-            found=str(error) or type(error).__name__,
+            found=_text(error),
             where=self._uri,
-            next="start the server, check host and port, or raise connect_timeout",
+            next="start the server, or wait until it is ready; check host and port, or raise connect_timeout",
         )
 
-    def _inference_timeout(self, seconds: float) -> InferenceTimeout:
+    def _inference_timeout(
+        self, seconds: float, found: str = "no answer; the connection is now closed, and the next call opens another"
+    ) -> InferenceTimeout:
         return InferenceTimeout(
             expected=f"actions within {seconds:g} s",
-            found="no answer; the connection is now closed, and the next call opens another",
+            found=found,
             where=self._uri,
             next="look at the server's log; raise request_timeout (or deadline) if its first inference compiles",
         )
@@ -271,8 +371,13 @@ class WebsocketPolicy:
             expected="actions",
             found=f"a closed connection: {error.__cause__ or error}",
             where=self._uri,
-            next="look at the server's log; code 1009 means that the observation is over the server's size limit",
+            next=_CLOSE_ADVICE.get(error.rcvd.code if error.rcvd else 0, "look at the server's log, then ask again"),
         )
+
+
+def _text(told: object) -> str:
+    """What an error or a server says, on one line of bounded length."""
+    return one_line(str(told) or type(told).__name__, 200)
 
 
 def _fragments(frame: memoryview) -> Iterator[memoryview]:
@@ -295,15 +400,6 @@ def _deadline(observation: Mapping[str, Any]) -> float:
             next="leave it out where an answer is always of use",
         )
     return value / 1000
-
-
-def _uri(host: str, port: int | None) -> str:
-    if "://" not in host:
-        host = f"ws://[{host}]" if ":" in host else f"ws://{host}"
-    parts = urlsplit(host)
-    if port is None or parts.port is not None:
-        return host
-    return parts._replace(netloc=f"{parts.netloc}:{port}").geturl()
 
 
 def _limit_sends(connection: socket.socket, seconds: float) -> None:

@@ -4,8 +4,10 @@
     ├─ InputError                   the caller gave a value that cannot be used (also a ValueError and a TypeError)
     ├─ ActionChunkError             the chunk has fewer steps than are to be executed (also a ValueError)
     └─ PolicyServerError            the server, or what came from it
-        ├─ ConnectError             the address is wrong, or the server refuses this client
-        │   └─ ConnectTimeout       no server answered in time
+        ├─ ConnectError             there is no policy server at the address
+        │   ├─ ConnectTimeout       no server answered in time
+        │   ├─ AccessDenied         the server does not let this client in
+        │   └─ PolicyChanged        the server that was connected again has another robot, or another checkpoint
         ├─ ConnectionLost           the server went away, or closed the connection
         ├─ InferenceTimeout         no actions in time; the connection is closed
         ├─ ProtocolError            bytes that are not this protocol (also a ValueError)
@@ -18,8 +20,11 @@ from __future__ import annotations
 
 import copyreg
 import re
-import reprlib
-from typing import Any
+from datetime import date, timedelta
+from pathlib import PurePath
+from typing import Any, List
+
+import numpy as np
 
 _ERROR_TEXT = re.compile(
     r"(?P<code>\w+)\nexpected (?P<expected>.*)\n   found (?P<found>.*)\n   where (?P<where>.*)\n    next (?P<next>.*)",
@@ -27,36 +32,60 @@ _ERROR_TEXT = re.compile(
 )
 
 
-class _Bounded(reprlib.Repr):
-    """`repr` whose time, memory and length do not grow with the value: long texts and bytes are cut before they are written."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = self.maxlong = limit
-        self.maxlevel = 3
-
-    def repr_bytes(self, value: bytes, level: int) -> str:
-        head = repr(bytes(value[: self.maxstring // 4]))
-        return head if len(value) <= self.maxstring // 4 else f"{head}... ({len(value)} bytes)"
-
-    repr_bytearray = repr_memoryview = repr_bytes_ = repr_bytes
-
-    def repr_str_(self, value: str, level: int) -> str:
-        return self.repr_str(str(value[: self.maxstring + 1]), level)
-
-    def repr_ndarray(self, value: Any, level: int) -> str:
-        return f"an array of {str(value.dtype)[: self.maxstring]} of shape {self.repr_tuple(value.shape, level)}"
-
-
 def shown(value: object, limit: int = 80) -> str:
-    """`repr(value)` for an error's text: of at most `limit` characters, on one line, whatever the value is and however large.
+    """`repr(value)` for an error's text: at most `limit` characters, on one line, whatever the value is.
 
-    Texts, bytes and containers that are longer are cut and end in "...". Control characters, also escape codes and the
-    line breaks of Unicode, are written as escapes, so that what a stranger sent cannot forge a line of a log.
+    Time and memory do not grow with the value. Texts, bytes and containers that are longer are cut and end in "...".
+    Arrays are shown by type and shape, objects of other kinds by their type. Control characters, also escape codes and
+    the line breaks of Unicode, are written as escapes, so that what a stranger sent cannot forge a line of a log.
     """
-    text = _Bounded(limit).repr(value)
+    return one_line(_head(value, limit, depth=3), limit)
+
+
+def one_line(text: str, limit: int) -> str:
+    """The text in at most `limit` characters, with escapes for what is not printable; a longer one ends in "..."."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: limit + 1])
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _head(value: Any, limit: int, depth: int) -> str:
+    """The beginning of `repr(value)`, of a length that `limit` bounds."""
+    if isinstance(value, str):
+        return repr(str.__getitem__(value, slice(limit + 1)))
+    if isinstance(value, (bytes, bytearray)):
+        head = repr(bytes(value[: limit // 4]))
+        return head if len(value) <= limit // 4 else f"{head}... ({len(value)} bytes)"
+    if isinstance(value, np.ndarray):
+        return f"an array of {_name(value.dtype)} of shape {_head(list(value.shape), limit, depth)}"
+    if isinstance(value, np.dtype):
+        return _name(value)
+    if isinstance(value, np.generic):
+        return str(value) if value.dtype.kind in "biufcmM" else f"a scalar of {_name(value.dtype)}"
+    if isinstance(value, int) and value.bit_length() > 4 * limit:
+        return f"a whole number of {value.bit_length()} bits"
+    if value is None or isinstance(value, (int, float, complex, date, timedelta, range, type, PurePath)):
+        return repr(value)
+    for kind, brackets in ((dict, "{}"), (list, "[]"), (tuple, "()"), (set, "{}"), (frozenset, "{}")):
+        if isinstance(value, kind):
+            return f"{brackets[0]}{_items(value, limit, depth - 1)}{brackets[1]}"
+    return f"an object of type {type(value).__name__}"
+
+
+def _items(container: Any, limit: int, depth: int) -> str:
+    """As many items of a container as `limit` has place for."""
+    parts: List[str] = []
+    length = 0
+    for item in container:
+        if depth < 0 or length > limit:
+            return ", ".join([*parts, "..."])
+        entry = (item, container[item]) if isinstance(container, dict) else (item,)
+        parts.append(": ".join(_head(part, limit, depth) for part in entry))
+        length += len(parts[-1]) + 2
+    return ", ".join(parts) + ("," if isinstance(container, tuple) and len(parts) == 1 else "")
+
+
+def _name(dtype: np.dtype) -> str:
+    return str(dtype) if dtype.names is None else f"records of {len(dtype.names)} fields"
 
 
 class ManipiClientError(Exception):
@@ -94,11 +123,19 @@ class PolicyServerError(ManipiClientError):
 
 
 class ConnectError(PolicyServerError):
-    """The address is wrong, or the server refuses this client. Trying again would not help."""
+    """There is no policy server at the address, or none for this client."""
 
 
 class ConnectTimeout(ConnectError):
     """No server answered in time."""
+
+
+class AccessDenied(ConnectError):
+    """The server does not let this client in: HTTP 401 or 403. Trying again does not help."""
+
+
+class PolicyChanged(ConnectError):
+    """The server that was connected again has another robot, or another checkpoint. Trying again does not help."""
 
 
 class ConnectionLost(PolicyServerError):
@@ -124,9 +161,22 @@ class RemoteInferenceError(PolicyServerError):
         self.code, self.text = code, text
 
 
-def error_to_text(error: Exception) -> str:
-    """The text frame for an error of four parts, behind its `code` or else the name of its type."""
-    return f"{getattr(error, 'code', '') or type(error).__name__}\n{error}"
+def error_to_text(error: Any) -> str:
+    """The text frame for an error of four parts, behind its `code` or else the name of its type.
+
+    It has at most 4,000 bytes, whatever the error says, and no line breaks but its own.
+    """
+    code = _at_most(getattr(error, "code", "") or type(error).__name__, 100)
+    parts = (_at_most(part, 900) for part in (error.expected, error.found, error.where, error.next))
+    return "{}\nexpected {}\n   found {}\n   where {}\n    next {}".format(code, *parts)
+
+
+def _at_most(text: object, num_bytes: int) -> str:
+    """`one_line` of at most so many bytes of UTF-8."""
+    line = one_line(str(text), num_bytes)
+    if len(line.encode()) <= num_bytes:
+        return line
+    return line.encode()[: num_bytes - 3].decode(errors="ignore") + "..."
 
 
 def error_from_text(text: str, uri: str) -> RemoteInferenceError:
@@ -136,10 +186,10 @@ def error_from_text(text: str, uri: str) -> RemoteInferenceError:
         last_line = (text.strip().splitlines() or ["(an empty message)"])[-1]
         return RemoteInferenceError(
             expected="actions",
-            found=last_line,
+            found=one_line(last_line, 500),
             where=f"the policy at {uri}",
             next="read the whole message of the server in this error's `text`",
             text=text,
         )
-    fields = parts.groupdict()
+    fields = {name: one_line(part, 1_000) for name, part in parts.groupdict().items()}
     return RemoteInferenceError(**{**fields, "where": f"{fields['where']} (told by {uri})"}, text=text)

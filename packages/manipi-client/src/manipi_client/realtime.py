@@ -9,10 +9,17 @@
 How the chunks are joined:
 
     synchronous    the robot waits for each chunk and executes it from its first step
-    asynchronous   the new chunk takes over at the step that it arrives at
-    ensemble       the mean of all chunks that reach the step (temporal ensembling)
-    real_time      as asynchronous, and the policy is told what is left of the old chunk and how many steps the answer
-                   will take, so that the new chunk goes on from there (real-time chunking, arXiv 2506.07339)
+    asynchronous   the new chunk takes over when it arrives
+    ensemble       the mean of all chunks that reach the action (temporal ensembling)
+    real_time      as asynchronous, and the policy is told what is left of the old chunk and how much of that will be
+                   executed before the answer comes, so that the new chunk goes on from there (real-time chunking,
+                   arXiv 2506.07339)
+
+A chunk that arrives skips as many rows as actions were executed since its observation. Steps in which the robot held
+still are not among them: its plan goes on where it stopped, however long that was.
+
+    step           0    1    2    3    4    5    6    7    8
+    executed       a0   a1   a2   a3   ──   ──   ──   b2   b3      asked at step 2, answered at step 7, H = 4
 """
 
 from __future__ import annotations
@@ -28,7 +35,7 @@ import numpy as np
 
 from manipi_client.chunks import Chunk, ChunkQueue, read_chunk
 from manipi_client.client import backoff
-from manipi_client.errors import ConnectError, ConnectTimeout, InputError, PolicyServerError
+from manipi_client.errors import AccessDenied, InputError, PolicyChanged, PolicyServerError
 from manipi_client.keys import DELAY, PREVIOUS, STEP
 from manipi_client.motion import Motion, MotionMeter
 from manipi_client.policy import Policy
@@ -45,6 +52,8 @@ OnStarvation = Callable[[Mapping[str, Any], np.ndarray], np.ndarray]
 @dataclass
 class _Question:
     step: int
+    executed: int
+    """Actions of the policy before that step."""
     observed_at: float
     answer: Future
 
@@ -60,7 +69,8 @@ class RealTimeBroker:
         execute_steps: steps after an observation until the next one is sent; at most H. The policy is asked later where
             it has not answered yet.
         join: one of `JOINS`.
-        expected_delay: steps that an answer takes, until answers are timed; afterwards the longest of the last ten.
+        expected_delay: actions that are executed until an answer comes, as long as none was timed; afterwards the
+            longest of the last ten.
         ensemble_decay: of the weights of `ensemble`; 0 weighs all chunks alike.
         on_starvation: the action for an observation when there is none, given the last one. None holds the last one,
             which is right for positions; for velocities return zeros. It may raise to end the run.
@@ -68,7 +78,7 @@ class RealTimeBroker:
     Attributes:
         state: `waiting` for the first chunk, `running`, or `starved`.
         error: what the policy failed with last; None since it answered.
-        delays: in executed steps, of the last answers; without the first answer, and the first after a failure.
+        delays: in executed actions, of the last answers; without the first answer, and the first after a failure.
 
     Raises:
         InputError: an unknown `join`, or `execute_steps` below 1.
@@ -99,12 +109,14 @@ class RealTimeBroker:
         self.delays: Deque[int] = deque(maxlen=_DELAYS_KEPT)
         self.error: PolicyServerError | None = None
         self._resetting: Future | None = None
+        self._actions: np.ndarray | None = None
         self._begin()
 
     def _begin(self) -> None:
         self._queue.clear()
         self._question: _Question | None = None
-        self._step, self._failures, self._ask_after, self._timed = 0, 0, 0.0, False
+        self._step = self._executed = self._failures = 0
+        self._ask_after, self._timed = 0.0, False
         self._last_action: np.ndarray | None = None
         self.state = "waiting"
 
@@ -119,23 +131,25 @@ class RealTimeBroker:
 
     @property
     def age(self) -> int | None:
-        """Executed steps since the observation that is being answered; None: none is."""
+        """Control steps since the observation that is being answered, also those that held; None: none is."""
         return None if self._question is None else self._step - self._question.step
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """The action for this step: `actions` [A], and `starved`, whether it is not the policy's.
 
         Raises:
-            ActionChunkError: a chunk has fewer steps than `execute_steps`.
+            ActionChunkError: a chunk has fewer steps than `execute_steps`, or its actions another shape than before.
             InputError: the policy cannot go on from a previous chunk, and `join` is `real_time`.
-            PolicyServerError: the policy fails for the first observation of an episode, or refuses this client.
+            PolicyServerError: the policy fails for the first observation of an episode.
+            AccessDenied, PolicyChanged: the server does not let this client in, or is another robot's. Every other
+                failure to connect is a server that is not up yet.
         """
         self._take_answer()
         if self._should_ask():
             self._ask(observation)
         if self._last_action is None or self._join == "synchronous":
             self.wait()
-        action = self._queue.action(self._step)
+        action = self._queue.action(self._executed)
         starved = action is None
         if action is None:
             action = self._starve(observation)
@@ -175,14 +189,15 @@ class RealTimeBroker:
         if self._question is not None or time.monotonic() < self._ask_after:
             return False
         newest = self._queue.newest
-        return newest is None or self._step - newest.first_step >= self._execute_steps
+        return newest is None or self._step - newest.step >= self._execute_steps
 
     def _ask(self, observation: Mapping[str, Any]) -> None:
-        left, observation = self._queue.left(self._step), {**observation, STEP: self._step}
+        left, observation = self._queue.left(self._executed), {**observation, STEP: self._step}
         if self._join == "real_time" and len(left):
             delay = min(max(self.delays, default=self._expected_delay), len(left))
             observation = {**observation, PREVIOUS: left, DELAY: delay}
-        self._question = _Question(self._step, time.monotonic(), self._worker.submit(self._policy.infer, observation))
+        answer = self._worker.submit(self._policy.infer, observation)
+        self._question = _Question(self._step, self._executed, time.monotonic(), answer)
 
     def _take_answer(self) -> None:
         question = self._question
@@ -195,14 +210,14 @@ class RealTimeBroker:
             self._fail(error)
             return
         self._check_real_time()
-        self._queue.add(Chunk(read_chunk(answer, self._execute_steps), question.step, question.observed_at))
+        self._actions = read_chunk(answer, self._execute_steps, self._actions)
+        self._queue.add(Chunk(self._actions, question.executed, question.step, question.observed_at))
         if self._timed:
-            self.delays.append(self._step - question.step)
+            self.delays.append(self._executed - question.executed)
         self._timed, self._failures, self.error = True, 0, None
 
     def _fail(self, error: PolicyServerError) -> None:
-        refused = isinstance(error, ConnectError) and not isinstance(error, ConnectTimeout)
-        if self._last_action is None or refused:
+        if self._last_action is None or isinstance(error, (AccessDenied, PolicyChanged)):
             raise error
         logger.warning("the policy failed; it will be asked again\n%s", error)
         self._timed, self.error = False, error
@@ -235,5 +250,5 @@ class RealTimeBroker:
         if starved or newest is None:
             self._meter.add(action, None)
         else:
-            self._meter.add(action, newest.first_step, time.monotonic() - newest.observed_at)
-        self._step += 1
+            self._meter.add(action, newest.step, time.monotonic() - newest.observed_at)
+        self._step, self._executed = self._step + 1, self._executed + (not starved)

@@ -18,9 +18,12 @@ from typing import Any, Dict
 import msgpack
 import numpy as np
 
-from manipi_client.errors import InputError, ProtocolError
+from manipi_client.errors import InputError, ProtocolError, one_line, shown
 
 # Booleans, integers, floats, text, bytes, dates. Anything else, such as "O" or "f4,i4", never reaches np.dtype.
+_MAX_DIMENSIONS = 64
+"""Of NumPy 2. The product of more sizes is a number that takes long to compute and to write."""
+
 _DTYPE = re.compile(r"[<>|]?([biufSU]\d{1,9}|[mM]8\[\w+\])")
 
 
@@ -38,7 +41,7 @@ class Packer:
         except (TypeError, ValueError, OverflowError) as error:
             raise InputError(
                 expected="arrays of numbers, booleans or text; plain dicts, lists, strings, bytes, numbers and None",
-                found=str(error),
+                found=one_line(str(error), 300),
                 where="the message to send",
                 next="convert that value, for example with np.asarray(value, np.float32)",
             ) from error
@@ -59,10 +62,12 @@ def unpack(frame: bytes, *, max_items: int | None = None) -> Any:
 
     Args:
         max_items: of all lists and maps together, and characters of a text; None for any number. Arrays do not count.
-            A short frame can hold a million lists, which are slow to make and large in memory.
+            A short frame can hold a million lists, which are slow to make and large in memory. Keys then have to be
+            texts, since bytes have no limit but the frame's.
 
     Raises:
         ProtocolError: not MessagePack, too many items, or an array whose dtype, shape and data do not fit together.
+            It repeats little of what the frame holds, however large that is.
     """
     limits: Dict[str, Any] = {"object_hook": _from_map} if max_items is None else _limits(max_items)
     try:
@@ -70,7 +75,7 @@ def unpack(frame: bytes, *, max_items: int | None = None) -> Any:
     except ProtocolError:
         raise
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise _protocol_error("one MessagePack value", str(error) or type(error).__name__) from error
+        raise _protocol_error("one MessagePack value", one_line(str(error), 200) or type(error).__name__) from error
 
 
 def _limits(max_items: int) -> Dict[str, Any]:
@@ -81,7 +86,12 @@ def _limits(max_items: int) -> Dict[str, Any]:
         left -= len(value)
         if left < 0:
             raise _protocol_error(f"at most {max_items} items in lists and maps", "more")
-        return _from_map(value) if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = _from_map(value)
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            strange = next(key for key in value if not isinstance(key, str))
+            raise _protocol_error("a map whose keys are texts", f"the key {shown(strange)}")
+        return value
 
     sizes = {f"max_{kind}_len": max_items for kind in ("str", "array", "map", "ext")}
     return {"object_hook": count, "list_hook": count, **sizes}
@@ -113,13 +123,13 @@ def _from_map(fields: dict) -> Any:
 def _read_dtype(fields: dict) -> np.dtype:
     name = fields.get(b"dtype")
     if not isinstance(name, str) or not _DTYPE.fullmatch(name):
-        raise _protocol_error("a dtype of numbers, booleans, text or dates, such as '<f4'", repr(name))
+        raise _protocol_error("a dtype of numbers, booleans, text or dates, such as '<f4'", shown(name))
     try:
         dtype = np.dtype(name)
     except (TypeError, ValueError) as error:
-        raise _protocol_error("a dtype that NumPy knows", repr(name)) from error
+        raise _protocol_error("a dtype that NumPy knows", shown(name)) from error
     if dtype.itemsize == 0:
-        raise _protocol_error("a dtype of at least one byte", repr(name))
+        raise _protocol_error("a dtype of at least one byte", shown(name))
     return dtype
 
 
@@ -127,26 +137,30 @@ def _read_array(data: Any, dtype: np.dtype, shape: Any) -> np.ndarray:
     if not isinstance(data, bytes):
         raise _protocol_error("an array's data as bytes", type(data).__name__)
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise _protocol_error("an array's shape as a list of sizes", repr(shape))
+        raise _protocol_error("an array's shape as a list of sizes", shown(shape))
+    if len(shape) > _MAX_DIMENSIONS:
+        raise _protocol_error("a shape that NumPy can hold", f"{len(shape)} dimensions")
     needed = math.prod(shape) * dtype.itemsize
     if needed != len(data):
-        raise _protocol_error(f"{needed} bytes for shape {shape} of {dtype.str}", f"{len(data)} bytes")
+        raise _protocol_error(f"{shown(needed)} bytes for shape {shown(shape)} of {dtype.str}", f"{len(data)} bytes")
     try:
         return np.ndarray(shape, dtype, buffer=data)
     except ValueError as error:
-        raise _protocol_error("a shape that NumPy can hold", f"{shape}: {error}") from error
+        raise _protocol_error("a shape that NumPy can hold", f"{shown(shape)}: {error}") from error
 
 
 def _read_scalar(data: Any, dtype: np.dtype) -> np.generic:
-    if not isinstance(data, (bool, int, float, str, bytes)):
-        raise _protocol_error("a scalar's data as a plain value", type(data).__name__)
+    # Text for a number would be parsed, and a parser's error repeats all of it.
+    kinds: Any = bytes if dtype.kind == "S" else str if dtype.kind == "U" else (bool, int, float)
+    if not isinstance(data, kinds):
+        raise _protocol_error(f"a scalar's data as a plain value that {dtype.str} holds", type(data).__name__)
     try:
         # NumPy before 2 would wrap numbers around that are out of bounds, and any cuts fractions off.
         if dtype.kind in "iu" and not (np.iinfo(dtype).min <= int(data) <= np.iinfo(dtype).max and data == int(data)):
             raise OverflowError
         return dtype.type(data)
     except (TypeError, ValueError, OverflowError) as error:
-        raise _protocol_error(f"a value of {dtype.str}", repr(data)) from error
+        raise _protocol_error(f"a value of {dtype.str}", shown(data)) from error
 
 
 def _protocol_error(expected: str, found: str) -> ProtocolError:

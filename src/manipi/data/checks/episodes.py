@@ -53,9 +53,8 @@ def pauses(dataset: Dataset, idle_N: np.ndarray) -> Iterator[Finding]:
     if long := [number for number, share in shares.items() if share > IDLE_SHARE]:
         worst = max(long, key=lambda number: shares[number])
         what = f"nothing moves in more than {IDLE_SHARE:.0%} of the frames; in {shares[worst]:.0%} of episode {worst}"
-        yield warning(
-            "movement", what, "filter idle frames, or trim the episodes; a policy learns to stand still", long
-        )
+        next = "manipi filter <folder> --idle 0.5 --out keep.json  # else a policy learns to stand still"
+        yield warning("movement", what, next, long)
 
 
 def alike(dataset: Dataset, signals: Sequence[Signal]) -> Iterator[Finding]:
@@ -95,7 +94,8 @@ def _twins(dataset: Dataset, signals: Sequence[Signal], i: int, j: int) -> Findi
     what = (
         f"the same numbers as episode {b.index}" if same else f"within {ALIKE:.0%} of the movement of episode {b.index}"
     )
-    return warning("movement", what, "delete one of the two", (a.index, b.index))
+    next = f"manipi filter <folder> --without {a.index} --out keep.json  # leaves one of the two out"
+    return warning("movement", what, next, (a.index, b.index))
 
 
 def language(dataset: Dataset) -> Iterator[Finding]:

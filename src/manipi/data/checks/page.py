@@ -62,7 +62,7 @@ def _summary(report: CheckReport) -> str:
     return (
         f"{_counted(report.num_episodes, 'episode')}, {report.num_frames:,} frames at {report.fps:g} per second "
         f"({minutes:,.1f} minutes), {_counted(len(report.cameras), 'camera')}: {escape(', '.join(report.cameras))}."
-    )
+    ) + (f" Left out, because they record depth: {escape(', '.join(report.depth))}." if report.depth else "")
 
 
 def _facts(report: CheckReport) -> list[tuple[str, str]]:

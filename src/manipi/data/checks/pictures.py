@@ -38,14 +38,15 @@ def picture_findings(dataset: Dataset, cameras: Sequence[str], *, quick: bool, n
 
 def _decode(dataset: Dataset, camera: str, position: int, *, quick: bool) -> Finding | None:
     episode = dataset.episodes[position]
-    rows = episode.start + np.arange(episode.length)
-    blocks = rows[[0, -1], None] if quick else np.split(rows, range(_BLOCK, len(rows), _BLOCK))
-    for block in blocks:
+    start, stop = episode.start, episode.start + episode.length
+    step = max(1, episode.length - 1) if quick else _BLOCK
+    for first in range(start, stop, step):
+        block = np.arange(first, min(first + (1 if quick else _BLOCK), stop))
         try:
             dataset.images(camera, block)
         except DataError as error:
             frame = _first_broken(dataset, camera, block)
-            return from_error(error, "pictures", (episode.index,), frame - episode.start)
+            return from_error(error, "pictures", (episode.index,), frame - episode.start, (camera,))
     return None
 
 

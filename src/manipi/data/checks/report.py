@@ -23,6 +23,8 @@ class Finding:
     """Numbers of the episodes concerned; none: the whole dataset."""
     frame: int | None = None
     """Of the first of them."""
+    features: tuple[str, ...] = ()
+    """What it is about, where that is some features alone; robots that name none of them are not concerned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class CheckReport:
     num_frames: int = 0
     fps: float = 0.0
     cameras: tuple[str, ...] = ()
+    depth: tuple[str, ...] = ()
+    """Cameras that record depth, which are no pictures of colours and left out."""
     findings: tuple[Finding, ...] = ()
     episodes: tuple[EpisodeFacts, ...] = ()
     """Those whose tables can be read."""
@@ -69,7 +73,13 @@ class CheckReport:
 
 
 def error(
-    check: str, what: str, next: str, episodes: Sequence[int] = (), frame: int | None = None, where: str = ""
+    check: str,
+    what: str,
+    next: str,
+    episodes: Sequence[int] = (),
+    frame: int | None = None,
+    where: str = "",
+    features: Sequence[str] = (),
 ) -> Finding:
     return Finding(
         severity="error",
@@ -79,6 +89,7 @@ def error(
         next=next,
         episodes=tuple(episodes),
         frame=frame,
+        features=tuple(features),
     )
 
 
@@ -86,8 +97,10 @@ def warning(check: str, what: str, next: str, episodes: Sequence[int] = (), fram
     return replace(error(check, what, next, episodes, frame), severity="warning")
 
 
-def from_error(e: DataError, check: str, episodes: Sequence[int] = (), frame: int | None = None) -> Finding:
-    return error(check, f"expected {e.expected}; found {e.found}", e.next, episodes, frame, where=e.where)
+def from_error(
+    e: DataError, check: str, episodes: Sequence[int] = (), frame: int | None = None, features: Sequence[str] = ()
+) -> Finding:
+    return error(check, f"expected {e.expected}; found {e.found}", e.next, episodes, frame, e.where, features)
 
 
 def place(episodes: Sequence[int], frame: int | None = None) -> str:

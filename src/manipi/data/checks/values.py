@@ -6,7 +6,7 @@ hardly any frame. What is usual is what most episodes (`USUAL_SHARE`) stay below
 Shape letters: N rows, E episodes, d dimensions.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,12 +58,12 @@ def read_signals(dataset: Dataset, keys: Collection[str] | None = None) -> tuple
         try:
             values_Nd = dataset._read_column(key)
         except DataError as e:
-            findings.append(from_error(e, "tables"))
+            findings.append(from_error(e, "tables", features=(key,)))
             continue
         size = values_Nd.shape[1]
         labels = [f" {name!r}" for name in feature.names] if len(feature.names) == size else size * [""]
         names = tuple(f"{key}[{d}]{label}" for d, label in enumerate(labels))
-        findings += _not_finite(dataset, names, values_Nd)
+        findings += _not_finite(dataset, key, names, values_Nd)
         signals.append(_signal(key, names, values_Nd))
     return signals, findings
 
@@ -79,14 +79,14 @@ def _signal(key: str, names: tuple[str, ...], values_Nd: np.ndarray) -> Signal:
     return Signal(key, names, values_Nd, high_d - low_d)
 
 
-def _not_finite(dataset: Dataset, names: tuple[str, ...], values_Nd: np.ndarray) -> Iterator[Finding]:
+def _not_finite(dataset: Dataset, key: str, names: tuple[str, ...], values_Nd: np.ndarray) -> Iterator[Finding]:
     bad = np.argwhere(~np.isfinite(values_Nd))
     positions, first, counts = np.unique(dataset.episode_of(bad[:, 0]), return_index=True, return_counts=True)
     for position, (row, d), count in zip(positions.tolist(), bad[first].tolist(), counts.tolist(), strict=True):
         episode = dataset.episodes[position]
         what = f"{values_Nd[row, d]} in {names[d]} ({count} value{'s' if count > 1 else ''} in the episode)"
         next = "repair the values, or leave the episode out; training stops at them"
-        yield error("values", what, next, (episode.index,), row - episode.start, where=dataset.place(row))
+        yield error("values", what, next, (episode.index,), row - episode.start, dataset.place(row), (key,))
 
 
 def still(signal: Signal) -> Iterator[Finding]:
@@ -100,16 +100,21 @@ def still(signal: Signal) -> Iterator[Finding]:
         )
 
 
-def jumps(dataset: Dataset, signal: Signal) -> Iterator[Finding]:
+def jumps(
+    dataset: Dataset, signal: Signal, explained: Sequence[tuple[np.ndarray, tuple[int, ...]]]
+) -> Iterator[Finding]:
+    """Steps of one episode that are too large for the others; `explained`: rows and dimensions of what is none."""
     steps_Nd = np.abs(np.diff(signal.values_Nd, axis=0, prepend=signal.values_Nd[:1]))
     steps_Nd[dataset.starts] = 0  # there is no step from one episode to the next
+    for rows, dims in explained:
+        steps_Nd[rows[:, None], list(dims)] = 0
     largest_Ed = np.maximum.reduceat(steps_Nd, dataset.starts, axis=0)
     usual_d = np.quantile(largest_Ed, USUAL_SHARE, axis=0, method="lower")
     for e, d in _outliers(largest_Ed, usual_d, JUMP):
         episode = dataset.episodes[e]
         frame = int(steps_Nd[episode.start : episode.start + episode.length, d].argmax())
         what = f"{signal.names[d]} steps by {largest_Ed[e, d]:.3g}, in most episodes by at most {usual_d[d]:.3g}"
-        next = "look at the frame: a lost packet, an angle that wraps, a sensor that was reset?"
+        next = "look at the frame: a lost packet, a sensor that was reset, a wrong unit?"
         yield warning("values", what, next, (episode.index,), frame)
 
 
@@ -145,8 +150,9 @@ def clipped(dataset: Dataset, signal: Signal, idle_N: np.ndarray) -> Iterator[Fi
         if is_gripper(signal.names[d]):
             continue
         values_N = signal.values_Nd[:, d]
-        ends_N = (values_N == values_N.min()) | (values_N == values_N.max())
-        runs = [(end - start, start) for start, end in true_ranges(ends_N & ~idle_N) if end - start >= shortest]
+        low_N, high_N = values_N == values_N.min(), values_N == values_N.max()
+        ranges = [*true_ranges(low_N & ~idle_N), *true_ranges(high_N & ~idle_N)]
+        runs, ends_N = [(end - start, start) for start, end in ranges if end - start >= shortest], low_N | high_N
         share = sum(length for length, _ in runs) / len(values_N)
         if CLIPPED_SHARE < share <= ends_N.mean() < SNAPPING_SHARE and len(np.unique(values_N)) > SNAPPING_VALUES:
             shares[signal.names[d]], longest = share, max(longest, *runs)
@@ -177,7 +183,8 @@ def beyond_limits(dataset: Dataset, robot: Robot, signals: list[Signal]) -> Iter
 def uneven_timestamps(number: int, seconds: np.ndarray, fps: float) -> Iterator[Finding]:
     """A warning where the timestamps [T] of an episode ascend, but not by 1/fps."""
     step = np.diff(seconds.astype(np.float64))
-    if (step > 0).all() and (off := np.flatnonzero(np.abs(step * fps - 1) > SPACING)).size:
+    rounding = np.spacing(np.abs(seconds[1:]).astype(np.float32))  # of both, at the most; most tables store float32
+    if (step > 0).all() and (off := np.flatnonzero(np.abs(step * fps - 1) > SPACING + rounding * fps)).size:
         at = int(off[0])
         what = f"{step[at]:.4f} s after the frame before, not 1/{fps:g} s ({frames(off.size)} in all)"
         next = "resample the episode, or correct fps in the metadata"

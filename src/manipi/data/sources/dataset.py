@@ -1,14 +1,15 @@
 """Whatever `open_dataset` opens, as a source of episodes: LeRobot, RLDS."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from manipi.data.dataset import open_dataset
-from manipi.data.sources.source import Blocks, EpisodeSource, SourceEpisode, vector
+from manipi.data.dataset import Dataset, open_dataset
+from manipi.data.sources.source import Blocks, EpisodeSource, SourceEpisode, remark, vector
 
 _NUMBERING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 """What the writer numbers anew."""
@@ -35,7 +36,31 @@ class DatasetSource(EpisodeSource):
             return dataset.images(camera, np.arange(start, stop))
 
         yield SourceEpisode(
-            columns={key: vector(dataset.column(key)[rows.start : rows.stop]) for key in self._vectors},
+            columns=_Columns(dataset, self._vectors, rows),
             pictures={c: Blocks(partial(read, c), rows.start, rows.stop) for c in dataset.cameras},
             task=[dataset.prompt(row) for row in rows],
+            remarks={k: remark(f.kind, (), np.dtype("u1")) for k, f in dataset.features.items() if f.kind == "depth"},
         )
+
+
+@dataclass(frozen=True)
+class _Columns(Mapping[str, np.ndarray]):
+    """The vectors of an episode, each read when it is asked for: one that is left out may be missing."""
+
+    dataset: Dataset
+    names: list[str]
+    rows: range
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        if key not in self.names:
+            raise KeyError(key)
+        return vector(self.dataset.column(key)[self.rows.start : self.rows.stop])
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

@@ -13,7 +13,7 @@ import numpy as np
 from av.error import FFmpegError
 
 from manipi.data.sources.hdf5 import get, open_hdf5, read_vector
-from manipi.data.sources.source import BLOCK, EpisodeSource, SourceEpisode, broken, find_files
+from manipi.data.sources.source import BLOCK, OTHER_LAYOUT, EpisodeSource, SourceEpisode, broken, find_files
 
 if TYPE_CHECKING:
     import h5py
@@ -102,7 +102,8 @@ def _serials(file: "h5py.File", metadata: Mapping[str, Any], path: Path) -> dict
         s for s, is_wrist in wrist.items() if is_wrist
     ]
     if len(ordered) != len(_CAMERAS):
-        broken("two outside cameras and one wrist camera", f"{len(ordered)}", f"{path}, observation/camera_type")
+        where = f"{path}, observation/camera_type"
+        broken("two outside cameras and one wrist camera", f"{len(ordered)}", where, OTHER_LAYOUT)
     return dict(zip(_CAMERAS, ordered, strict=True))
 
 

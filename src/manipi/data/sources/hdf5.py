@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from manipi.data.sources.source import (
+    OTHER_LAYOUT,
     Blocks,
     EpisodeSource,
     SourceEpisode,
     broken,
     by_number,
     find_files,
+    kind_of,
     optional_module,
+    remark,
     vector,
 )
 from manipi.errors import DatasetFormatError
@@ -64,14 +67,15 @@ class AlohaSource(EpisodeSource):
             wanted = {new: old for old, new, required in self.columns if required or old in file}
             columns = {new: read_vector(file, old, path) for new, old in wanted.items()}
             cameras = get(file, "observations/images", path)
-            pictures = {f"observation.images.{key}": blocks(cameras, key, path) for key in cameras}
-            yield SourceEpisode(columns=columns, pictures=pictures)
+            # Whatever else is there shows when it is read, unless it is left out.
+            kinds = {key: "depth" if _kind(cameras, key, "picture") == "depth" else "picture" for key in cameras}
+            yield SourceEpisode(columns=columns, **_cameras(cameras, kinds, path))
 
 
 class RobomimicSource(EpisodeSource):
     """robomimic and LIBERO: many episodes per file; LIBERO has one file per task.
 
-    data/demo_N/obs/NAME                  observation.images.NAME where uint8 [T, h, w, 3], else observation.NAME
+    data/demo_N/obs/NAME                  observation.images.NAME where it holds pictures, else observation.NAME
     data/demo_N/actions, rewards, dones   action, next.reward, next.done
     data attribute problem_info           LIBERO's instruction; RoboCasa's is in the episode's ep_meta
     data attribute env_args               control_freq, else 20 frames per second
@@ -113,12 +117,12 @@ class RobomimicSource(EpisodeSource):
             wanted = {new: old for old, new, required in self.columns if required or old in episode}
             columns = {new: read_vector(episode, old, where) for new, old in wanted.items()}
             observations = get(episode, "obs", where)
-            cameras = [key for key in observations if len(getattr(observations[key], "shape", ())) == 4]
-            vectors = {key: read_vector(observations, key, where) for key in observations if key not in cameras}
+            kinds = {key: _kind(observations, key, "vector") for key in observations}
+            vectors = {k: read_vector(observations, k, where) for k, kind in kinds.items() if kind == "vector"}
             yield SourceEpisode(
                 columns={f"observation.{key}": values for key, values in vectors.items()} | columns,
-                pictures={f"observation.images.{key}": blocks(observations, key, where) for key in cameras},
                 task=_instruction(data, episode, where),
+                **_cameras(observations, kinds, where),
             )
 
 
@@ -137,7 +141,7 @@ def _about(group: "h5py.Group", name: str, where: str | Path) -> dict[str, Any]:
     try:
         return json.loads(str(group.attrs.get(name, "{}")))
     except json.JSONDecodeError as error:
-        broken(f"JSON in the attribute {name!r} of {group.name}", str(error), where)
+        broken(f"JSON in the attribute {name!r} of {group.name}", str(error), where, OTHER_LAYOUT)
 
 
 def recognise(files: Sequence[Path]) -> str:
@@ -150,7 +154,8 @@ def recognise(files: Sequence[Path]) -> str:
                     return "aloha"
                 if "data" in file:
                     return "robomimic"
-                broken("observations/qpos (ALOHA) or data/demo_N (robomimic, LIBERO)", ", ".join(file) or "none", path)
+                expected = "observations/qpos (ALOHA) or data/demo_N (robomimic, LIBERO)"
+                broken(expected, ", ".join(file) or "none", path, OTHER_LAYOUT)
         except DatasetFormatError as caught:
             error = error or caught
     assert error, "called with at least one file"
@@ -186,7 +191,7 @@ def open_hdf5(path: Path) -> "Iterator[h5py.File]":
 def get(group: "h5py.Group", name: str, where: str | Path) -> Any:
     """A member of a group; DatasetFormatError where there is none."""
     if not name or name not in group:
-        broken(f"{name!r} in {group.name}", ", ".join(group) or "nothing", where)
+        broken(f"{name!r} in {group.name}", ", ".join(group) or "nothing", where, OTHER_LAYOUT)
     return group[name]
 
 
@@ -194,29 +199,54 @@ def read_vector(group: "h5py.Group", name: str, where: str | Path) -> np.ndarray
     """A dataset in full, [T, d]."""
     dataset = get(group, name, where)
     if not getattr(dataset, "shape", ()) or dataset.dtype.kind not in "biuf":
-        broken(f"numbers of every frame in {name!r}", str(dataset), where)
+        broken(f"numbers of every frame in {name!r}", str(dataset), where, OTHER_LAYOUT)
     with reading(f"{where}, {name}"):
         return vector(dataset[()])
 
 
-def blocks(group: "h5py.Group", name: str, where: str | Path) -> Blocks:
-    """The pictures of a dataset: raw, or encoded with padding behind."""
-    rows = get(group, name, where)
-    return Blocks(partial(_pictures, rows, f"{where}, {name}"), 0, len(rows))
+def _kind(group: "h5py.Group", name: str, encoded: str) -> str:
+    """As `kind_of`; `encoded`: what rows of bytes are."""
+    rows: Any = group[name]
+    return encoded if _is_encoded(rows) else kind_of(name, rows.shape[1:], rows.dtype)
+
+
+def _is_encoded(rows: Any) -> bool:
+    """Whether the rows are bytes, of one length or of any; so is a group, which reading it refuses."""
+    return len(getattr(rows, "shape", ())) < 3 and getattr(rows, "dtype", np.dtype("O")) in (np.uint8, np.dtype("O"))
+
+
+def _cameras(group: "h5py.Group", kinds: Mapping[str, str], where: str | Path) -> dict[str, Any]:
+    """The pictures of a group, raw or encoded with padding behind, and what to know of them."""
+    pictures, remarks = {}, {}
+    for name, kind in kinds.items():
+        if kind != "vector":
+            rows: Any = group[name]
+            key, place = f"observation.images.{name}", f"{where}, {name}"
+            raw = not _is_encoded(rows)
+            remarks[key] = remark(kind, rows.shape[1:], rows.dtype) if raw else ""
+            if kind == "picture":
+                pictures[key] = Blocks(partial(_pictures if raw else _encoded, rows, place), 0, len(rows), place)
+    return {"pictures": pictures, "remarks": remarks}
 
 
 def _pictures(rows: "h5py.Dataset", where: str, start: int, stop: int) -> np.ndarray:
+    if not hasattr(rows, "shape"):
+        broken("pictures, raw or encoded", str(rows), where, "leave it out: --exclude NAME")
     with reading(where):
-        block = rows[start:stop]
-    return (
-        block
-        if block.ndim == 4
-        else np.stack([_decode(row, f"{where}, frame {start + i}") for i, row in enumerate(block)])
-    )
+        return rows[start:stop]
+
+
+def _encoded(rows: "h5py.Dataset", where: str, start: int, stop: int) -> np.ndarray:
+    block = _pictures(rows, where, start, stop)
+    return np.stack([_decode(row, f"{where}, frame {start + i}") for i, row in enumerate(block)])
 
 
 def _decode(row: np.ndarray, where: str) -> np.ndarray:
     try:
-        return np.asarray(Image.open(io.BytesIO(row.tobytes())).convert("RGB"))
+        image = Image.open(io.BytesIO(row.tobytes()))
+        if image.mode.startswith(("I", "F")):  # which would come out white
+            found = f"{image.format} of the mode {image.mode}, as depth is stored"
+            broken("pictures of 8 bits per channel", found, where, "leave the camera out: --exclude NAME")
+        return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
         broken("a JPEG or PNG picture", str(error), where)

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from manipi.data.sources.source import Blocks, EpisodeSource, SourceEpisode, broken, optional_module, vector
+from manipi.data.sources.source import (
+    OTHER_LAYOUT,
+    Blocks,
+    EpisodeSource,
+    SourceEpisode,
+    broken,
+    kind_of,
+    optional_module,
+    remark,
+    vector,
+)
 from manipi.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +33,7 @@ class ReplayBufferSource(EpisodeSource):
     """A .zarr folder or .zarr.zip file: neither rate nor instruction.
 
     data/action, data/state   action, observation.state
-    data/NAME                 observation.images.NAME where [N, h, w, 3], else observation.NAME
+    data/NAME                 observation.images.NAME where it holds pictures (`source.kind_of`), else observation.NAME
     meta/episode_ends         the row after the last of each episode
 
     UMI records no action: the pose of the gripper is what it was made to follow, so it becomes both state and action.
@@ -38,7 +48,8 @@ class ReplayBufferSource(EpisodeSource):
             ends = np.asarray(_get(group, "meta/episode_ends", root)[:])
         self._bounds = np.concatenate([[0], ends]).astype(int)
         if (np.diff(self._bounds) <= 0).any():
-            broken("ends of episodes that ascend", f"{ends.tolist()[:10]}", f"{root}, meta/episode_ends")
+            where = f"{root}, meta/episode_ends"
+            broken("ends of episodes that ascend", f"{ends.tolist()[:10]}", where, "correct meta/episode_ends")
         self.names = [str(number) for number in range(len(ends))]
         self.robot_type = "umi" if any("robot0_eef_pos" in path for path in self._arrays()) else "unknown"
 
@@ -52,17 +63,21 @@ class ReplayBufferSource(EpisodeSource):
     def open(self, name: str) -> Iterator[SourceEpisode]:
         start, stop = self._bounds[int(name) : int(name) + 2].tolist()
         with self._group() as group:
-            columns, pictures = {}, {}
+            columns, pictures, remarks = {}, {}, {}
             for key in self._arrays():
                 array, where = _get(group, f"data/{key}", self.root), f"{self.root}, data/{key}, episode {name}"
                 if array.shape[0] != self._bounds[-1]:
-                    broken(f"{self._bounds[-1]} rows, as meta/episode_ends says", f"{array.shape[0]}", where)
-                if array.ndim == 4 and array.shape[3] == 3:
-                    pictures[f"observation.images.{key}"] = Blocks(partial(_pictures, array, where), start, stop)
-                else:
+                    expected = f"{self._bounds[-1]} rows, as meta/episode_ends says"
+                    broken(expected, f"{array.shape[0]}", where, "correct meta/episode_ends, or record it again")
+                kind = kind_of(key, array.shape[1:], array.dtype)
+                if kind == "vector":
                     with _reading(where):
                         columns[_NAMES.get(key, f"observation.{key}")] = vector(np.asarray(array[start:stop]))
-            yield SourceEpisode(columns=columns, pictures=pictures)
+                    continue
+                remarks[f"observation.images.{key}"] = remark(kind, array.shape[1:], array.dtype)
+                if kind == "picture":
+                    pictures[f"observation.images.{key}"] = Blocks(partial(_pictures, array, where), start, stop, where)
+            yield SourceEpisode(columns=columns, pictures=pictures, remarks=remarks)
 
     def _arrays(self) -> list[str]:
         with self._group() as group, _reading(self.root):
@@ -87,7 +102,7 @@ class ReplayBufferSource(EpisodeSource):
 def _get(group: "zarr.Group", name: str, root: Path) -> Any:
     with _reading(root):
         if name not in group:
-            broken(f"{name!r} in the Zarr store", ", ".join(sorted(group.keys())) or "nothing", root)
+            broken(f"{name!r} in the Zarr store", ", ".join(sorted(group.keys())) or "nothing", root, OTHER_LAYOUT)
         return group[name]
 
 
@@ -109,10 +124,4 @@ def _reading(where: str | Path) -> Iterator[None]:
 
 def _pictures(rows: "zarr.Array", where: str, start: int, stop: int) -> np.ndarray:
     with _reading(where):
-        block = np.asarray(rows[start:stop])
-    if block.dtype.kind == "f":  # some sets keep 0…255 as floats
-        whole = block.astype(np.uint8)
-        if not np.array_equal(whole, block):
-            broken("whole numbers from 0 to 255", f"{block.dtype} from {block.min()} to {block.max()}", where)
-        return whole
-    return block
+        return np.asarray(rows[start:stop])

@@ -1,0 +1,115 @@
+"""Where a policy server is, from what a user writes down; TLS, and what answers there instead."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import ssl
+from os import PathLike
+from urllib.parse import urlsplit
+
+from manipi_client.errors import ConnectError, one_line, shown
+
+_SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
+
+_LOOK_SECONDS = 2.0
+
+# OpenSSL's numbers for a certificate that nobody known has signed, and for one of another name.
+_UNKNOWN_SIGNER, _OTHER_NAME = (18, 19, 20, 21), (62, 64)
+
+
+def read_address(host: str, port: int | None, *, secure: bool = False) -> str:
+    """The URI of an address as people write it: a name, an IP address, either with a port, or a whole URI.
+
+        robot   robot:8000   192.168.1.20:8000   ::1   [::1]:8000   ws://robot:8000/path   wss://robot   https://robot
+
+    Args:
+        port: where the address has none; None: the scheme's own.
+        secure: without a scheme it is `wss` and not `ws`.
+
+    Raises:
+        ConnectError: it is no such address.
+    """
+    try:
+        scheme, separator, rest = host.strip().rpartition("://")
+        scheme = _SCHEMES[scheme.lower()] if separator else "wss" if secure else "ws"
+        parts = urlsplit(f"{scheme}://{f'[{rest}]' if not separator and _is_ipv6(rest) else rest}")
+        if port is not None and parts.port is None:
+            parts = parts._replace(netloc=f"{parts.netloc.rstrip(':')}:{port}")
+        if not parts.hostname or parts.port == 0 or any(c.isspace() for c in parts.netloc):
+            raise ValueError("no host, or no port")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ConnectError(
+            expected="an address: robot, robot:8000, 192.168.1.20:8000, [::1]:8000, ws://robot:8000 or wss://robot:8000",
+            found=shown(host) + ("" if port in (None, 8000) else f", port {shown(port)}"),
+            where="the policy server's address",
+            next="write host and port as one of these; a port is a number from 1 to 65535",
+        ) from error
+    return parts.geturl()
+
+
+def tls_context(ca: str | PathLike[str] | None, uri: str) -> ssl.SSLContext | None:
+    """TLS that trusts the certificates in a PEM file and no others; None without a file: whom this computer trusts.
+
+    Raises:
+        ConnectError: the file cannot be read or holds no certificate, or the address is one without TLS.
+    """
+    if ca is None:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except (OSError, TypeError) as error:  # ssl.SSLError is an OSError
+        raise ConnectError(
+            expected="a file with certificates (PEM), the server's own or of who signed it",
+            found=one_line(str(error), 200),
+            where=f"ca={shown(str(ca))}",
+            next="copy the file that the server was started with: manipi serve --tls-cert",
+        ) from error
+    if not uri.startswith("wss:"):
+        raise ConnectError(
+            expected="an address with TLS where certificates are given (ca)",
+            found=shown(uri),
+            where="the policy server's address",
+            next="write wss:// instead of ws://, or leave ca out",
+        )
+    return context
+
+
+def certificate_advice(error: ssl.SSLCertVerificationError, ca: object) -> str:
+    """What to do about a certificate that did not pass."""
+    if error.verify_code in _UNKNOWN_SIGNER:
+        if ca is not None:
+            return "ca is another server's certificate: copy the one that this server was started with (--tls-cert)"
+        return "give the server's certificate, or that of who signed it: ca=FILE (manipi replay --ca FILE)"
+    if error.verify_code in _OTHER_NAME:
+        return "connect by a name that the certificate has, or make one whose subjectAltName has this address"
+    return "renew the server's certificate, or look at the clocks of both computers"
+
+
+def other_scheme(uri: str, seconds: float) -> str | None:
+    """The same address with TLS where it speaks TLS and the URI does not say so, and the other way round; else None.
+
+    Looks once, for at most two seconds. Nothing secret is sent.
+    """
+    parts = urlsplit(uri)
+    secure = parts.scheme == "wss"
+    try:
+        with socket.create_connection(
+            (parts.hostname or "", parts.port or (443 if secure else 80)), max(0.01, min(seconds, _LOOK_SECONDS))
+        ) as connection:
+            if secure:
+                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                return parts._replace(scheme="ws").geturl() if connection.recv(5) == b"HTTP/" else None
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the question is only whether
+            with context.wrap_socket(connection, server_hostname=parts.hostname):
+                return parts._replace(scheme="wss").geturl()
+    except OSError:  # ssl.SSLError and timeouts are; what answers speaks neither
+        return None
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text.partition("%")[0]).version == 6
+    except ValueError:
+        return False

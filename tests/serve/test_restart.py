@@ -1,0 +1,166 @@
+"""A robot in motion while its server is stopped with SIGTERM, or killed, in the middle of another client's request, and
+is started again: what is left of the chunk, then the last action, then on from there."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from manipi_client import (
+    AccessDenied,
+    ActionChunkBroker,
+    ManipiClientError,
+    PolicyChanged,
+    RealTimeBroker,
+    WebsocketPolicy,
+)
+
+PACE, H = 0.01, 20
+
+PROGRAM = f"""
+import sys, time
+import numpy as np
+from manipi.serve import Access, PolicyServer
+
+class Straight:
+    metadata = {{"robot": {{"name": sys.argv[2]}}, "checkpoint": sys.argv[3], "real_time": True}}
+
+    def infer(self, observation, noise=None):
+        time.sleep(observation.get("seconds", 0))
+        return {{"actions": observation["state"] + {PACE} * np.arange(1, {H} + 1)[:, None]}}
+
+server = PolicyServer(Straight(), port=int(sys.argv[1]), access=Access(token=sys.argv[4]))
+server.serve_forever(on_ready=lambda host, port: print(port, flush=True))
+"""
+TOKEN = "t0ken-of-the-lab"
+
+
+@contextlib.contextmanager
+def serving(port=0, robot="arm", checkpoint="a", token=TOKEN):
+    command = [sys.executable, "-c", PROGRAM, str(port), robot, checkpoint, token]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+class Robot:
+    """An arm that is where it was told to be, at 100 Hz."""
+
+    def __init__(self, broker):
+        self.broker, self.position, self.commands, self.errors = broker, np.zeros(1), [0.0], set()
+
+    def move(self, until, seconds=20.0):
+        """Steps until something holds; fails where it does not in time."""
+        end = time.monotonic() + seconds
+        while not until():
+            assert time.monotonic() < end, f"{self.broker.state}: {self.broker.error}"
+            self.position = self.broker.infer({"state": self.position})["actions"]
+            self.commands.append(self.position.item())
+            if self.broker.error is not None:
+                self.errors.add(str(self.broker.error.found))
+            time.sleep(0.01)
+
+    @property
+    def largest_step(self):
+        return np.abs(np.diff(self.commands)).max()
+
+
+def ask_slowly(port, answers):
+    with WebsocketPolicy(port=port, token=TOKEN) as other:
+        answers.append(other.infer({"state": np.zeros(1), "seconds": 1.5})["actions"])
+
+
+@pytest.mark.parametrize(
+    ("number", "join"),
+    [(signal.SIGTERM, "real_time"), (signal.SIGTERM, "ensemble"), (signal.SIGKILL, "asynchronous")],
+)
+def test_a_server_that_stops_and_comes_back(number, join):
+    with contextlib.ExitStack() as stack:
+        process, port = stack.enter_context(serving())
+        policy = stack.enter_context(WebsocketPolicy(port=port, token=TOKEN, connect_timeout=0.2))
+        broker = stack.enter_context(RealTimeBroker(policy, 8, join))
+        robot, answers = Robot(broker), []
+        robot.move(lambda: len(robot.commands) > 30 and broker.age is None)  # its next question meets the end
+        other = threading.Thread(target=ask_slowly, args=[port, answers])
+        if number == signal.SIGTERM:
+            other.start()
+            time.sleep(0.3)
+        os.kill(process.pid, number)
+        robot.move(lambda: broker.state == "starved" and process.poll() is not None and bool(robot.errors))
+        if number == signal.SIGTERM:
+            other.join()
+            assert len(answers) == 1, "what had arrived was answered"
+            assert any("HTTP 503 the server is stopping" in error for error in robot.errors)
+        stack.enter_context(serving(port))
+        moved = len(robot.commands)
+        robot.move(lambda: broker.state == "running" and len(robot.commands) > moved + 30)
+        assert broker.error is None
+        assert robot.largest_step < 1.001 * PACE
+        executed = [later for before, later in zip(robot.commands, robot.commands[1:]) if later != before]
+        np.testing.assert_allclose(executed, PACE * np.arange(1, len(executed) + 1))
+
+
+@pytest.mark.parametrize(
+    ("again", "error", "found"),
+    [
+        ({"robot": "leg"}, PolicyChanged, "robot.name is 'leg', was 'arm'"),
+        ({"checkpoint": "b"}, PolicyChanged, "checkpoint is 'b', was 'a'"),
+        ({"token": "an0ther-token"}, AccessDenied, "HTTP 401"),
+    ],
+)
+def test_another_robot_checkpoint_or_token_ends_the_run(again, error, found):
+    with contextlib.ExitStack() as stack:
+        process, port = stack.enter_context(serving())
+        policy = stack.enter_context(WebsocketPolicy(port=port, token=TOKEN, connect_timeout=0.2))
+        robot = Robot(stack.enter_context(RealTimeBroker(policy, 8, "asynchronous")))
+        robot.move(lambda: len(robot.commands) > 20)
+        process.terminate()
+        robot.move(lambda: process.poll() is not None)
+        stack.enter_context(serving(port, **again))
+        with pytest.raises(error, match=found):
+            robot.move(lambda: False)
+
+
+def test_a_broker_that_waits_asks_the_server_that_came_back():
+    with contextlib.ExitStack() as stack:
+        process, port = stack.enter_context(serving())
+        policy = stack.enter_context(WebsocketPolicy(port=port, token=TOKEN, connect_timeout=20))
+        broker, answers, commands, done = ActionChunkBroker(policy, 5), [], [], threading.Event()
+
+        def drive():
+            position = np.zeros(1)
+            while not done.is_set():
+                try:
+                    position = broker.infer({"state": position})["actions"]
+                except ManipiClientError as error:
+                    answers.append(error)
+                    return
+                commands.append(position.item())
+                time.sleep(0.02)
+
+        driving = threading.Thread(target=drive)
+        driving.start()
+        other = threading.Thread(target=ask_slowly, args=[port, answers])
+        other.start()
+        time.sleep(0.5)
+        process.terminate()
+        process.wait()
+        before = len(commands)
+        stack.enter_context(serving(port))
+        end = time.monotonic() + 10
+        while len(commands) < before + 20 and driving.is_alive() and time.monotonic() < end:
+            time.sleep(0.05)
+        done.set()
+        driving.join()
+        other.join()
+    assert [type(answer) for answer in answers] == [np.ndarray]
+    np.testing.assert_allclose(commands, PACE * np.arange(1, len(commands) + 1))
+    assert len(commands) >= before + 20

@@ -1,0 +1,57 @@
+"""A skip that nobody knows of fails where continuous integration runs, and nowhere else."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.skips import Skips, complaints
+
+TABLE = (Skips("needs a GPU", 2), Skips("no browser", 4, "chromium"))
+
+
+@pytest.mark.parametrize(
+    ("found", "without", "fine"),
+    [
+        ({"needs a GPU": 2}, "", True),
+        ({}, "", True),
+        ({"needs a GPU": 1}, "", False),
+        ({"needs a GPU": 3}, "", False),
+        ({"needs a GPU": 1, "needs a GPU of 80 GB": 1}, "", True),
+        ({"no browser: none is installed": 4}, "", False),
+        ({"no browser: none is installed": 4}, "optional chromium", True),
+        ({"no browser: none is installed": 3}, "chromium", False),
+        ({}, "chromium", True),
+        ({"needs a moon": 1}, "", False),
+    ],
+)
+def test_the_table(found, without, fine):
+    assert (not complaints(found, without, TABLE)) == fine
+
+
+SKIPPING = """
+import pytest
+
+def test_one():
+    pytest.skip("needs a moon")
+
+def test_two():
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("ci", "arguments", "code"),
+    [("true", [], 1), ("true", ["-n", "1"], 1), ("", [], 0), ("true", ["test_it.py"], 0), ("true", ["-k", "one"], 0)],
+)
+def test_a_run_with_a_new_skip(tmp_path, ci, arguments, code):
+    (tmp_path / "test_it.py").write_text(SKIPPING)
+    (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = .\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.skips", "-p", "no:cacheprovider", *arguments]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "CI": ci, "PYTHONPATH": path, "MANIPI_CI_WITHOUT": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert ("1 skipped for a reason that is not in the table: needs a moon" in done.stdout) == bool(code)
+    assert "1 skipped" in done.stdout.splitlines()[-1]  # the line that tells how many passed stays the last
