@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tests.commands import run_manipi
 
 import manipi
-from manipi.cli import COMMANDS
+from manipi.cli import COMMANDS, main
 from manipi.cli.train import parse_train
 from manipi.errors import ConfigError
+from manipi.model import VLA
 from manipi.recipes.registry import RECIPES, load_recipe
 from manipi.records import write_json
 
@@ -149,6 +151,25 @@ def test_the_table_of_recipes():
     rows = {line.split()[0]: line for line in lines}
     assert "0.9 droid/1.0.1 + 0.1 polaris_droid_cotrain_dataset/1.0.0" in rows["pi0_droid_jointpos_polaris"]
     assert rows["pi0_aloha"].split()[1:] == ["Pi0", "aloha", "–", "pi0_base", "30000", "32"]
+
+
+@pytest.mark.parametrize("said", ["CUDA out of memory. Tried to allocate 4.00 GiB.", "CUDA error: misaligned address"])
+def test_a_gpu_without_memory_in_any_command(said, monkeypatch, capsys):
+    """What torch would raise there; other errors of torch stay what they are."""
+
+    def fails(*_, **__):
+        raise (torch.OutOfMemoryError if "memory" in said else RuntimeError)(said)
+
+    monkeypatch.setattr(VLA, "to_empty", fails)
+    arguments = ["bench", "infer", "tabletop", "--device", "cpu"]
+    if "memory" not in said:
+        with pytest.raises(RuntimeError, match="misaligned"):
+            main(arguments)
+        return
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 1
+    assert "found 'CUDA out of memory. Tried to allocate 4.00 GiB.'" in capsys.readouterr().err
 
 
 def test_a_value_that_cannot_be():

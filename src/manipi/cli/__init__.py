@@ -4,9 +4,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import manipi
-from manipi.errors import ManipiError, unknown_name
+from manipi.errors import ConfigError, ManipiError, shown, unknown_name
 from manipi_client.errors import ManipiClientError
 
 COMMANDS = {
@@ -54,14 +55,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         _run(*arguments)
         sys.stdout.flush()
     except (ManipiError, ManipiClientError) as error:
-        print(f"\nmanipi {arguments[0]}: {type(error).__name__}\n{error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(arguments[0], error)
+    except RuntimeError as error:
+        _fail(arguments[0], _out_of_memory(arguments[0], error))
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         # Python flushes once more when it ends, and would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(command: str, error: Exception) -> NoReturn:
+    print(f"\nmanipi {command}: {type(error).__name__}\n{error}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _out_of_memory(command: str, error: RuntimeError) -> ManipiError:
+    """What a GPU without memory is told as, wherever that was. Raises any other error again."""
+    if "torch" not in sys.modules:
+        raise error
+    from manipi.model.device import ran_out_of_memory
+
+    if not ran_out_of_memory(error):
+        raise error
+    return ConfigError(
+        expected="enough memory on the GPU",
+        found=shown(str(error).splitlines()[0], 200),
+        where=f"manipi {command}",
+        next="end what else is on it (nvidia-smi), or --device cpu where the command has that flag",
+    )
 
 
 def _run(command: str = "--help", *arguments: str) -> None:
