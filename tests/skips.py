@@ -29,6 +29,7 @@ EXPECTED = (
     Skips("needs a GPU", 5),
     Skips("needs two GPUs", 1),
     Skips("this processor computes in bfloat16", 3),
+    Skips("this computer has no IPv6", 3),
     Skips("no browser", needs="chromium"),
     Skips("needs manipi[", needs="optional"),
     Skips("openpi_client.", needs="optional"),

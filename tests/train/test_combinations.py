@@ -62,7 +62,7 @@ def test_the_table_holds_every_pair():
 def resumes(tiny, folder, precision, trained, save, ema, recompute, policy) -> None:
     """Two steps with a save in between equal two without, bit for bit."""
     if trained == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("no bitsandbytes: manipi[low-bit]")
+        pytest.skip("needs manipi[low-bit]")
     config = tiny(policy, steps=2, save_every=2, ema_decay=ema)
     if trained in ("lora", "qlora"):
         names = ("vlm_adapters",) if policy == "pi0_fast" else ("vlm_adapters", "action_adapters")

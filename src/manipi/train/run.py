@@ -24,7 +24,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,18 @@ MAY_CHANGE = (
 )
 """Settings that a resumed run may bring anew: they change neither a batch nor an update. That another path holds the
 same data, the norm stats' fingerprint says."""
-MAY_CHANGE_BEFORE_STEP_1 = ("model.max_token_len",)
-"""What else a run may bring anew that got no further than its first checkpoint: the advice of errors at its start."""
+MAY_CHANGE_BEFORE_STEP_1 = (
+    "accumulate",
+    "compute",
+    "ema_decay",
+    "frozen_dtype",
+    "model.max_token_len",
+    "noise_draws",
+    "optimizer.state_bits",
+    "trained",
+)
+"""What else a run may bring anew that got no further than its first checkpoint: the advice of errors at its start, of
+too long a prompt and of too little memory."""
 
 
 class Run:
@@ -99,8 +109,8 @@ class Run:
         """Refuse a folder of another run; one that never got as far as a checkpoint has nothing to protect."""
         wanted = to_json(self.config)
         changes = _differences(read_json(stored), wanted) if stored.exists() else []
-        other = [change for setting, change in changes if not _may_change(setting)]
-        fixes = all(_may_change(setting) or setting in MAY_CHANGE_BEFORE_STEP_1 for setting, _ in changes)
+        other = [change for setting, change in changes if not _among(setting, MAY_CHANGE)]
+        fixes = all(_among(setting, MAY_CHANGE + MAY_CHANGE_BEFORE_STEP_1) for setting, _ in changes)
         if other and self.steps() == [0] and fixes:
             self._drop(0)
         if other and self.steps():
@@ -300,8 +310,8 @@ def _another_run(changes: list[str], where: Path) -> TrainingError:
     )
 
 
-def _may_change(setting: str) -> bool:
-    return any(setting == one or setting.startswith(f"{one}.") for one in MAY_CHANGE)
+def _among(setting: str, names: Iterable[str]) -> bool:
+    return any(setting == one or setting.startswith(f"{one}.") for one in names)
 
 
 def _differences(stored: Any, wanted: Any, path: str = "") -> list[tuple[str, str]]:
