@@ -1,6 +1,7 @@
 """Every frame of every layout of file is found exactly, whatever the order of the requests."""
 
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -33,6 +34,31 @@ def path(request, tmp_path):
     return path
 
 
+@pytest.mark.parametrize("group", ["1", "2", "30"])
+@pytest.mark.parametrize("order", ["forward", "backward", "random"])
+def test_frames_at_uneven_times(group, order, tmp_path):
+    """A quarter of the mean period is more than the time between frames that come in a burst."""
+    ticks = np.cumsum([0, *([100, 12, 13, 14, 15, 180, 90, 110, 11, 155] * 4)])
+    path = tmp_path / "uneven.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"g": group, "bf": "0", "crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for i, tick in enumerate(ticks.tolist()):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 4 * i + 10, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = tick, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    numbers = np.arange(len(ticks))
+    numbers = {"forward": numbers, "backward": numbers[::-1], "random": np.random.default_rng(0).permutation(numbers)}[
+        order
+    ]
+    videos = VideoFrames()
+    for off in (0.0, 0.003, -0.003):
+        found = [videos.frame(path, ticks[number] / 1000 + off, where="").mean() for number in numbers.tolist()]
+        np.testing.assert_array_equal(np.rint((np.array(found) - 10) / 4), numbers)
+
+
 @pytest.mark.parametrize("order", ["forward", "backward", "random", "strided", "repeated"])
 def test_exact_frame(path, order):
     numbers = {
@@ -45,6 +71,14 @@ def test_exact_frame(path, order):
     videos = VideoFrames()
     found = [videos.frame(path, number / FPS, where="") for number in numbers.tolist()]
     np.testing.assert_array_equal(np.rint((np.mean(found, axis=(1, 2, 3)) - 10) / 4), numbers)
+
+
+def test_many_frames_at_times_that_are_not_exact(path):
+    """Each is decoded with the one after it, which is kept for the next request."""
+    videos = VideoFrames()
+    for _ in range(3):
+        found = [videos.frame(path, (number + 0.2) / FPS, where="").mean() for number in range(COUNT)]
+        np.testing.assert_array_equal(np.rint((np.array(found) - 10) / 4), np.arange(COUNT))
 
 
 def test_no_frame_at_that_time(path):

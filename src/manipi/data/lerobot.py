@@ -227,7 +227,7 @@ class LeRobotDataset(Dataset):
 
         if not isinstance(encoded, bytes):
             leave_out = f"manipi convert {self.root} TARGET --exclude {camera}  # leaves this camera out"
-            refuse("null" if encoded is None else f"a {type(encoded).__name__}", leave_out)
+            refuse(shown(entry) if encoded is None else f"a {type(encoded).__name__}", leave_out)
         try:
             with Image.open(io.BytesIO(encoded)) as picture:
                 if picture.mode in _DEEP or picture.mode.startswith("I;16"):

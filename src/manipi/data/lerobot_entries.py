@@ -116,11 +116,10 @@ class Entry:
         broken(self.root, f"{expected} as {key!r}", shown(self.values[key]), self.where, _correct(self.where))
 
     def _whole(self, key: str, value: Any, least: int) -> int:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _MOST:
+        whole = not isinstance(value, bool) and isinstance(value, (int, float)) and least <= value < _MOST
+        if not whole or value != int(value):
             self.refuse(key, f"whole numbers of at least {least}")
-        return value
+        return int(value)
 
 
 def _correct(where: str) -> str:

@@ -51,7 +51,9 @@ def _rectangle(column: pa.ChunkedArray, key: str, width: int, path: Path, root: 
     expected = f"{width} numbers per row in {key!r}, as meta/info.json says"
     flat, found = plain(column), 1
     while isinstance(flat, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
-        lengths = pc.list_value_length(flat).to_numpy(zero_copy_only=False)  # NaN where a list is null
+        lengths = pc.call_function("list_value_length", [flat]).to_numpy(
+            zero_copy_only=False
+        )  # NaN where a list is null
         if (other := np.flatnonzero(lengths != lengths[:1])).size:
             at, row = int(other[0]), int(other[0]) // found
             unequal = f"{lengths[0]:g} in row 0 and {lengths[at]:g} in row {row}".replace("nan", "none")
@@ -110,23 +112,24 @@ def row_faults(
     *,
     only: bool = False,
 ) -> Iterator[Fault]:
-    """What is wrong with the rows of a table that should hold the `promised` episodes, in ascending order.
+    """What is wrong with the rows of a table that should hold the `promised` episodes, in any order, each in one piece.
 
     Args:
         rows: the values of `ROW_COLUMNS`.
         only: the table may hold other episodes too, which are not looked at.
     """
-    lengths, numbers, last = {e.index: e.length for e in promised if e.length > 0}, rows["episode_index"][:, 0], -1
+    lengths, numbers = {e.index: e.length for e in promised if e.length > 0}, rows["episode_index"][:, 0]
+    seen = set[int]()
     for number, start, end in runs(numbers):
         if only and number not in lengths:
             continue
         here = {key: values[start:end, 0] for key, values in rows.items()}
-        if fault := _misplaced(lengths, number, end - start, last) or _misread(tasks, here):
+        if fault := _misplaced(lengths, number, end - start, seen) or _misread(tasks, here):
             expected, found, frame, advice = fault
             where = f"{path}, episode {number}" + (f", frame {frame}" if frame is not None else "")
             error = format_error(root, expected, found, where, see_check(root))
             yield Fault(error, (number,), frame, f"{advice}, in {path}; or leave the episode out")
-        last = max(last, number)
+        seen.add(number)
     for number in sorted(lengths.keys() - set(numbers.tolist())):
         where, advice = f"{path}, episode {number}", f"take its entry out of {root / 'meta'}, or leave the episode out"
         error = format_error(root, f"{lengths[number]} rows", "none", where, see_check(root))
@@ -137,14 +140,14 @@ _Wrong: TypeAlias = tuple[str, str, int | None, str]
 """Expected, found, frame, and what to do about it."""
 
 
-def _misplaced(lengths: Mapping[int, int], number: int, length: int, last: int) -> _Wrong | None:
+def _misplaced(lengths: Mapping[int, int], number: int, length: int, seen: set[int]) -> _Wrong | None:
     """What is wrong with an episode's place or length."""
     if number not in lengths:
         advice = "give its rows an entry in the metadata, or take them out"
         return "an episode of the metadata", "one that is in the table alone", None, advice
-    if number <= last:
+    if number in seen:
         advice = "write the rows of every episode in one piece, under a number of its own"
-        return "each episode once, in ascending order", f"episode {number} behind {last}", None, advice
+        return "the rows of each episode in one piece", "more of them further on", None, advice
     if length != lengths[number]:
         advice = "correct its length in the metadata, or add or take out rows"
         return f"{lengths[number]} rows, as the metadata say", f"{length}", None, advice

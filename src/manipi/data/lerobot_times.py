@@ -44,8 +44,10 @@ def time_fault(
     except (FFmpegError, OSError, IndexError, ValueError):
         return None
     wanted_T = clip.start + seconds_T
-    nearest_T = shown_F[np.clip(np.searchsorted(shown_F, wanted_T - SLACK * period), 0, len(shown_F) - 1)]
-    bad_T = (np.abs(nearest_T - wanted_T) > SLACK * period) | (wanted_T > clip.end - SLACK * period)
+    after_T = np.searchsorted(shown_F, wanted_T)
+    before_T, after_T = shown_F[np.maximum(after_T - 1, 0)], shown_F[np.minimum(after_T, len(shown_F) - 1)]
+    distance_T = np.minimum(np.abs(before_T - wanted_T), np.abs(after_T - wanted_T))
+    bad_T = (distance_T > SLACK * period) | (wanted_T > clip.end - SLACK * period)
     if not bad_T.any():
         return None
     at = int(bad_T.argmax())

@@ -21,6 +21,9 @@ from manipi.errors import ConfigError, DatasetFormatError
 
 _DECODER_MB, _MOST_DECODERS = 256, 128
 """Bounds on the decoders that a reader keeps open: their memory, and their number, since each holds a file."""
+_SLACK, _EXACT = 0.25, 0.05
+"""Shares of a frame: how far a frame may be from its time, and what is no more than rounding. Where frames come at
+uneven times, one that is farther from its time than rounding may have a nearer neighbour."""
 
 
 def decoders_for(pixels: int) -> int:
@@ -41,7 +44,7 @@ class VideoFrames:
         """The one used last stands last."""
 
     def frame(self, path: Path, seconds: float, *, where: str) -> UInt8[np.ndarray, "h w 3"]:
-        """The one frame shown at a time, RGB. Consecutive frames are decoded without a seek.
+        """The frame nearest to a time, RGB. Consecutive frames are decoded without a seek.
 
         Args:
             seconds: its time stamp, exact to a quarter of a frame.
@@ -111,6 +114,8 @@ class _Decoder:
         self._period = float(1 / (self._stream.average_rate or 30))
         self._reformatter = VideoReformatter()
         self._ahead: Iterator[av.VideoFrame] = iter(())
+        self._seen: av.VideoFrame | None = None
+        """The frame after the last, where it was decoded too."""
         self._last: av.VideoFrame | None = None
         self._longest_run = 1
         """Most frames decoded from a keyframe on to reach another: what a seek can cost."""
@@ -122,17 +127,17 @@ class _Decoder:
         self._container.close()
 
     def _find(self, seconds: float) -> av.VideoFrame:
-        if self._last is not None and -0.25 < self._frames_from_last(seconds) < self._longest_run + 0.25:
+        if self._last is not None and -_EXACT < self._frames_from_last(seconds) < self._longest_run + _SLACK:
             return self._scan(seconds)
         return self._seek(seconds)
 
     def _seek(self, seconds: float) -> av.VideoFrame:
         """Go to the keyframe before a time, and decode on from there."""
-        # A quarter of a frame later, so that rounding to the file's time base cannot fall into the frame before.
-        target = int((seconds + 0.25 * self._period) / self._tick)
+        # A little later, so that rounding to the file's time base cannot fall into the frame before.
+        target = int((seconds + _EXACT * self._period) / self._tick)
         self._container.seek(target, stream=self._stream, backward=True)
-        self._ahead = _decode(self._container, self._stream)
-        self._last = next(self._ahead, None)
+        self._ahead, self._seen = _decode(self._container, self._stream), None
+        self._last = self._next()
         run = 0 if self._last is None else round(self._frames_from_last(seconds))
         found = self._scan(seconds)
         self._longest_run = max(self._longest_run, run)
@@ -140,15 +145,24 @@ class _Decoder:
 
     def _scan(self, seconds: float) -> av.VideoFrame:
         """Decode on until a time; the frame there must be the one asked for, and whole."""
-        while self._last is not None and self._frames_from_last(seconds) > 0.25:
-            self._last = next(self._ahead, None)
+        while self._last is not None and self._frames_from_last(seconds) > _SLACK:
+            self._last = self._next()
         if self._last is None:
             raise _NoFrame("the end of the file: it is truncated, or shorter than its metadata say")
-        if self._frames_from_last(seconds) < -0.25:
+        while (distance := self._frames_from_last(seconds)) > _EXACT and (after := self._next()):
+            if abs(seconds - self._time(after)) >= distance * self._period:
+                self._seen = after
+                break
+            self._last = after
+        if self._frames_from_last(seconds) < -_SLACK:
             raise _NoFrame(f"the next frame at {self._time(self._last):.3f} s")
         if self._last.is_corrupt:
             raise _NoFrame("a damaged frame")
         return self._last
+
+    def _next(self) -> av.VideoFrame | None:
+        frame, self._seen = self._seen or next(self._ahead, None), None
+        return frame
 
     def _frames_from_last(self, seconds: float) -> float:
         assert self._last is not None

@@ -3,7 +3,7 @@
 | module | finds |
 |---|---|
 | `report` | what a finding, an episode's facts and a report are |
-| `lerobot` | metadata, tables and video lengths that disagree; rows and timestamps out of order |
+| `lerobot` | metadata, tables and video lengths that disagree; rows out of order; timestamps without a picture |
 | `values` | NaN, dimensions that never move, jumps, shaking, clipped and forbidden commands |
 | `rotations` | angles that wrap; rotation vectors and quaternions that change their sign |
 | `episodes` | pauses, episodes that are alike, instructions that are missing or spelled differently |

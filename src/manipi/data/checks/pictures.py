@@ -48,9 +48,10 @@ def _once(dataset: Dataset, camera: str, findings: Sequence[Finding]) -> list[Fi
 
 def _decode(dataset: Dataset, camera: str, position: int, *, quick: bool) -> Finding | None:
     episode = dataset.episodes[position]
-    rows = episode.start + np.arange(episode.length)
-    blocks = rows[[0, -1], None] if quick else np.split(rows, range(_BLOCK, len(rows), _BLOCK))
-    for block in blocks:
+    start, stop = episode.start, episode.start + episode.length
+    step = max(1, episode.length - 1) if quick else _BLOCK
+    for first in range(start, stop, step):
+        block = np.arange(first, min(first + (1 if quick else _BLOCK), stop))
         try:
             dataset.images(camera, block)
         except DataError as error:
