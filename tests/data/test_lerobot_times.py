@@ -11,6 +11,7 @@ from tests.data.encoders import encode, samples
 
 from manipi.data.cache import CachedDataset
 from manipi.data.check import check_dataset, sort_episodes
+from manipi.data.checks.values import uneven_timestamps
 from manipi.data.convert import ConvertSettings, convert
 from manipi.data.dataset import open_dataset
 from manipi.data.lerobot import LeRobotDataset
@@ -163,6 +164,22 @@ def repeat(path, images, fps, count):
             packet.stream, packet.time_base, packet.is_keyframe = stream, packets[0].time_base, True
             packet.pts = packet.dts = round(i / tick)
             container.mux(packet)
+
+
+def test_rounding_of_float32_is_no_uneven_time():
+    times = (10_000 + np.arange(1000) / 100).astype(np.float32)
+    assert not list(uneven_timestamps(0, times, 100))
+    assert list(uneven_timestamps(0, np.delete(times, 500), 100))
+
+
+def test_check_sees_episodes_that_share_pictures(tmp_path):
+    root = write_set(tmp_path / "set")
+    assert not check_dataset(root).findings
+    start = f"videos/{CAMERA}/from_timestamp"
+    edit_column(root / "meta/episodes/chunk-000/file-000.parquet", start, pa.array([0.0, 1.2, 1.8]))
+    (finding,) = check_dataset(root).findings
+    assert (finding.severity, finding.episodes) == ("warning", (1,))
+    assert "run to 2.000 s, its part of that file only to 1.800 s" in finding.what
 
 
 @pytest.mark.parametrize("version", VERSIONS)
