@@ -330,7 +330,7 @@ def _run(job: _Job, numbers: list[int], num_workers: int) -> Generator[tuple[int
     except (EOFError, ConnectionError):
         raise DataError(
             expected="processes that encode until all is done",
-            found="the end of one (killed, often for want of memory)",
+            found="the end of one (its error stands above; without one it was killed, often for want of memory)",
             where=str(job.source.root),
             next="run the same command again, with a smaller --num-workers",
         ) from None
