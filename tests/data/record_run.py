@@ -69,7 +69,7 @@ def end_at(event: str, name: str, number: int, sent: int) -> None:
         if (name in str(path)) if event == "any" else (Path(path).name == name):
             seen += 1
             if seen == number:
-                os.kill(os.getpid(), sent)
+                signal.raise_signal(sent)  # in this thread, now
 
     sys.addaudithook(hook)
 
