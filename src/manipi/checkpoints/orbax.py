@@ -51,10 +51,15 @@ class OrbaxStore:
                 next="name the checkpoint's folder, or its params folder",
             )
         self._arrays = {path: self._open(key) for path, key in _keys(self._folder)}
-        dtypes = {path: getattr(torch, a.dtype.name, None) for path, a in self._arrays.items()}
-        strange = {p: a.dtype.name for p, a in self._arrays.items() if not isinstance(dtypes[p], torch.dtype)}
+        self.arrays: dict[str, ArrayInfo] = {}
+        strange: dict[str, str] = {}
+        for path, array in self._arrays.items():
+            dtype = getattr(torch, array.dtype.name, None)
+            if isinstance(dtype, torch.dtype):
+                self.arrays[path] = ArrayInfo(tuple(array.shape), dtype)
+            else:
+                strange[path] = array.dtype.name
         require_plain(strange, self.where)
-        self.arrays = {path: ArrayInfo(tuple(a.shape), dtypes[path]) for path, a in self._arrays.items()}
         self._spilled: dict[str, IO[bytes]] = {}
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
