@@ -29,6 +29,10 @@ _STORAGE_ERRNOS = (
 """No room, no right, a file in the way, and a file system without locks."""
 
 
+_FULL = 1 << 16
+"""Bytes that are as good as none: file systems keep some, and a failed write may have given some back."""
+
+
 def home() -> Path:
     """The folder for what is made or fetched once and then used by every run: MANIPI_HOME, or ~/.cache/manipi."""
     return Path(os.environ.get("MANIPI_HOME") or "~/.cache/manipi").expanduser().absolute()
@@ -149,6 +153,13 @@ def storage_errors(where: Path, next: str = _NEXT, *, size: int = 0, written: Pa
             where=str(where),
             next=next,
         ) from error
+
+
+def write_failed(error: Exception, path: Path) -> OSError:
+    """What a library that hides the number of a failed write says of it, as an error of the operating system."""
+    text = next(iter(str(error).splitlines()), type(error).__name__)
+    full = "No space left" in str(error) or _free(path) < _FULL
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else OSError(errno.EIO, text)
 
 
 def require_room(where: Path, size: int, next: str = _NEXT, *, what: str = "") -> None:

@@ -14,7 +14,6 @@
 It appears by one rename or not at all, and reading it verifies every hash.
 """
 
-import errno
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,7 @@ from manipi.errors import CheckpointError, IntegrityError
 from manipi.model.config import CONFIG_TYPES, ModelConfig, NormMode
 from manipi.records import from_json, read_json, write_json
 from manipi.robots.robot import Robot
-from manipi.storage import atomic_directory
+from manipi.storage import atomic_directory, write_failed
 from manipi.tokenizers import Tokenizers
 from manipi.transforms.normalize import load_norm_stats, save_norm_stats
 from manipi.types import NormStats, Sample
@@ -198,8 +197,8 @@ def _sha256(path: Path) -> str:
 def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file(dict(weights), path)
-    except SafetensorError as error:  # such as a full disk; an OSError everywhere else
-        raise OSError(errno.EIO, str(error), str(path)) from error
+    except SafetensorError as error:
+        raise write_failed(error, path) from error
 
 
 def _save_self_test(test: SelfTest, path: Path) -> None:

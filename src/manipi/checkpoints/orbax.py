@@ -25,6 +25,7 @@ from manipi.checkpoints.openpi_names import to_torch
 from manipi.checkpoints.weight_store import ArrayInfo, damaged, require_plain
 from manipi.errors import CheckpointError, ConfigError
 from manipi.records import write_json
+from manipi.storage import write_failed
 
 _METADATA = "_METADATA"
 _WRITTEN = {torch.float32: "<f4", torch.bfloat16: "bfloat16"}
@@ -50,10 +51,15 @@ class OrbaxStore:
                 next="name the checkpoint's folder, or its params folder",
             )
         self._arrays = {path: self._open(key) for path, key in _keys(self._folder)}
-        dtypes = {path: getattr(torch, a.dtype.name, None) for path, a in self._arrays.items()}
-        strange = {p: a.dtype.name for p, a in self._arrays.items() if not isinstance(dtypes[p], torch.dtype)}
+        self.arrays: dict[str, ArrayInfo] = {}
+        strange: dict[str, str] = {}
+        for path, array in self._arrays.items():
+            dtype = getattr(torch, array.dtype.name, None)
+            if isinstance(dtype, torch.dtype):
+                self.arrays[path] = ArrayInfo(tuple(array.shape), dtype)
+            else:
+                strange[path] = array.dtype.name
         require_plain(strange, self.where)
-        self.arrays = {path: ArrayInfo(tuple(a.shape), dtypes[path]) for path, a in self._arrays.items()}
         self._spilled: dict[str, IO[bytes]] = {}
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
@@ -134,22 +140,26 @@ def write_tree(folder: Path, arrays: Mapping[str, ArrayInfo], layers: Iterable[t
         folder: an existing, empty one.
         arrays: by tree path joined with "/".
         layers: their values, whole (None) or layer by layer, in any order.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
     """
     ts = _tensorstore()
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-    stacked, opened = {}, {}
+    opened = {}
     for path, layer, values in layers:
-        if path not in opened:
-            stacked[path] = layer is not None
-            opened[path] = ts.open(
-                _spec(folder, path, arrays[path], stacked[path]), create=True, context=context
-            ).result()
-        target = opened[path] if layer is None else opened[path][layer]
-        target.write(_to_numpy(values)).result()
+        try:
+            if path not in opened:
+                spec = _spec(folder, path, arrays[path], stacked=layer is not None)
+                opened[path] = ts.open(spec, create=True, context=context).result()
+            target = opened[path] if layer is None else opened[path][layer]
+            target.write(_to_numpy(values)).result()
+        except ValueError as error:
+            raise write_failed(error, folder) from error
     write_json(folder / _METADATA, {"tree_metadata": dict(map(_leaf, arrays)), "use_zarr3": False})
 
 
-def _spec(folder: Path, path: str, array: ArrayInfo, stacked: bool) -> dict[str, Any]:
+def _spec(folder: Path, path: str, array: ArrayInfo, *, stacked: bool) -> dict[str, Any]:
     key = ".".join(("params", *path.split("/")))
     chunks = [1, *array.shape[1:]] if stacked else list(array.shape)
     return {

@@ -29,6 +29,11 @@ class ArrayInfo(NamedTuple):
     dtype: torch.dtype
 
 
+def bytes_of(arrays: Mapping[str, ArrayInfo]) -> int:
+    """What they take on disk."""
+    return sum(torch.Size(array.shape).numel() * array.dtype.itemsize for array in arrays.values())
+
+
 class Store(Protocol):
     """Read-only arrays by name."""
 

@@ -43,7 +43,9 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     from manipi.exchange.exporting import export_checkpoint
+    from manipi.storage import remove_dead
 
+    remove_dead(args.target.parent)
     if args.to == "program":
         from manipi.exchange.program import export_program
 

@@ -71,9 +71,11 @@ def main(arguments: Sequence[str]) -> None:
     from manipi.exchange.importing import import_adapters, import_checkpoint
     from manipi.exchange.wanted import wanted_from
     from manipi.remote.fetch import fetch
+    from manipi.storage import remove_dead
 
     if args.offline:
         os.environ["MANIPI_OFFLINE"] = "1"  # the tokenizers may be fetched too
+    remove_dead(args.target.parent)
     path = fetch(resolve(args.source))
     if args.base is not None:
         certificate = import_adapters(path, args.base, args.target)

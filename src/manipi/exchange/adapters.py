@@ -38,7 +38,7 @@ def merge_adapters(checkpoint: Checkpoint) -> Checkpoint:
 
 def write_adapters(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
     """Write the adapters alone into an existing folder."""
-    adapters = {name: w.to(dtype or w.dtype) for name, w in checkpoint.weights.items() if _is_adapter(name)}
+    adapters = {name: w.to(dtype or w.dtype) for name, w in checkpoint.weights.items() if is_adapter(name)}
     infos = {name: ArrayInfo(tuple(w.shape), w.dtype) for name, w in adapters.items()}
     write_safetensors(folder / "adapters.safetensors", infos, adapters.items())
     write_json(folder / "config.json", checkpoint.config)
@@ -58,7 +58,7 @@ def read_adapters(folder: Path, base: Checkpoint) -> Checkpoint:
         WeightsMismatchError: they do not fit.
     """
     verify(folder)
-    weights = {name: w for name, w in base.weights.items() if not _is_adapter(name)}
+    weights = {name: w for name, w in base.weights.items() if not is_adapter(name)}
     expected, found = read_json(folder / "base.json")["sha256"], base_sha256(weights)
     if found != expected:
         raise IntegrityError(
@@ -80,11 +80,12 @@ def read_adapters(folder: Path, base: Checkpoint) -> Checkpoint:
 def base_sha256(weights: Mapping[str, Tensor]) -> str:
     """Of the matrices without adapters: names and bytes, in order of the names."""
     digest = hashlib.sha256()
-    for name in sorted(name for name in weights if not _is_adapter(name)):
+    for name in sorted(name for name in weights if not is_adapter(name)):
         digest.update(f"{name} {weights[name].dtype}".encode())
         digest.update(weights[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _is_adapter(name: str) -> bool:
+def is_adapter(name: str) -> bool:
+    """Whether the tensor of that name is a part of a low-rank update."""
     return name.endswith((".lora_a", ".lora_b"))

@@ -23,9 +23,9 @@ from manipi.checkpoints.orbax import write_tree
 from manipi.checkpoints.safetensors_writer import write_safetensors
 from manipi.checkpoints.sources import open_source
 from manipi.checkpoints.torch_names import PREFIXES, torch_arrays
-from manipi.checkpoints.weight_store import ArrayInfo
+from manipi.checkpoints.weight_store import ArrayInfo, bytes_of
 from manipi.errors import ConfigError
-from manipi.exchange.adapters import merge_adapters, read_adapters, write_adapters
+from manipi.exchange.adapters import is_adapter, merge_adapters, read_adapters, write_adapters
 from manipi.exchange.certificate import (
     Certificate,
     answer_of_source,
@@ -37,7 +37,7 @@ from manipi.exchange.importing import DESCRIPTION
 from manipi.exchange.lerobot_processors import MODES, relative_settings, write_processors
 from manipi.model.config import GEMMA_2B, GEMMA_300M, ModelConfig, Pi0Config, Pi0FastConfig
 from manipi.records import write_json
-from manipi.storage import atomic_directory
+from manipi.storage import atomic_directory, require_absent, require_room
 from manipi.transforms.normalize import save_norm_stats
 
 Target: TypeAlias = Literal["openpi-jax", "openpi-torch", "lerobot", "adapters", "manipi"]
@@ -56,12 +56,18 @@ def export_checkpoint(
         CheckpointError: the checkpoint is damaged.
         ConfigError: the layout has no place for the policy or its adapters.
         SelfTestError: the policy answers otherwise than before.
+        StorageError: `target` exists, or the disk is full.
     """
     checkpoint = read_checkpoint(folder)
     exported = merge_adapters(checkpoint) if merge else checkpoint
     _require_place(exported.config.model, to, folder)
     if to == "lerobot":
         relative_settings(exported.robot)  # or nothing is computed first
+    written = {name: ArrayInfo(tuple(w.shape), dtype or w.dtype) for name, w in exported.weights.items()}
+    require_absent(target)
+    if to != "openpi-jax":  # which is compressed, nobody knows how well
+        alone = {name: info for name, info in written.items() if to != "adapters" or is_adapter(name)}
+        require_room(target, bytes_of(alone))
     before = answer_of_weights(checkpoint.weights, checkpoint)
     with atomic_directory(target) as partial:
         _WRITERS[to](partial, exported, dtype)
@@ -74,7 +80,7 @@ def export_checkpoint(
             after,
             model=exported.config.model,
             read=[w.dtype for w in checkpoint.weights.values()],
-            written={name: ArrayInfo(tuple(w.shape), dtype or w.dtype) for name, w in exported.weights.items()},
+            written=written,
         )
 
 

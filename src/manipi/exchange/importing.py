@@ -26,7 +26,7 @@ from manipi.checkpoints.native import (
 )
 from manipi.checkpoints.safetensors_writer import write_safetensors
 from manipi.checkpoints.sources import Source, open_source
-from manipi.checkpoints.weight_store import ArrayInfo
+from manipi.checkpoints.weight_store import ArrayInfo, bytes_of
 from manipi.errors import ConfigError, NormStatsError, WeightsMismatchError
 from manipi.exchange.adapters import read_adapters
 from manipi.exchange.certificate import (
@@ -40,7 +40,7 @@ from manipi.exchange.lerobot_processors import PREPROCESSOR, read_processor_stat
 from manipi.exchange.stated import Stated, read_stated
 from manipi.model.config import ModelConfig, NormMode
 from manipi.robots.robot import Robot
-from manipi.storage import atomic_directory
+from manipi.storage import atomic_directory, require_absent, require_room
 from manipi.tokenizers import Tokenizers
 from manipi.transforms.normalize import read_openpi_stats
 from manipi.types import NormStats
@@ -84,6 +84,7 @@ def import_checkpoint(
         ConfigError: the source does not describe itself, and nothing else does; or recipe, robot or flags contradict
             the files beside the weights.
         SelfTestError: the policy answers otherwise than before.
+        StorageError: `target` exists, or there is no room for the weights.
     """
     source = open_source(path)
     _require_policy(source)
@@ -91,9 +92,12 @@ def import_checkpoint(
     described = describe(source, wanted, stated)
     model = described.config.model
     source.check(model)
+    infos = _infos(source, model, dtype)
+    require_absent(target)
+    require_room(target, bytes_of(infos))
     before = answer_of_source(source, described)
     with atomic_directory(target) as folder:
-        infos = _write_weights(source, model, folder / "model.safetensors", dtype)
+        _write_weights(source, model, folder / "model.safetensors", infos)
         whole = replace(described, weights=load_file(folder / "model.safetensors"))
         after = answer_of_weights(whole.weights, whole)
         certificate = certify(
@@ -201,13 +205,15 @@ def _no_stats(expected: str, found: str, root: Path, next: str) -> NormStatsErro
     return NormStatsError(expected=expected, found=found, where=str(root / "assets"), next=next)
 
 
-def _write_weights(source: Source, config: ModelConfig, path: Path, dtype: torch.dtype | None) -> dict[str, ArrayInfo]:
-    infos = {
+def _infos(source: Source, config: ModelConfig, dtype: torch.dtype | None) -> dict[str, ArrayInfo]:
+    return {
         name: ArrayInfo(array.our_shape, dtype or source.store.arrays[theirs].dtype)
         for theirs, array in source.arrays(config).items()
         for layer in array.names
         for name in layer
     }
+
+
+def _write_weights(source: Source, config: ModelConfig, path: Path, infos: Mapping[str, ArrayInfo]) -> None:
     bar = tqdm(source.tensors(config), total=len(infos), desc="weights", unit="tensor", disable=len(infos) < 500)
     write_safetensors(path, infos, ((name, tensor.to(infos[name].dtype)) for name, tensor in bar))
-    return infos

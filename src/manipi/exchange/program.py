@@ -8,10 +8,11 @@ It is the engine's `sample` for one observation, with all pictures of the robot 
 length. What stands before and after (resizing, normalisation, tokenizer) is the pipeline's, and is not in it.
 """
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
 from manipi.model.engine import Engine, Trimmed
 from manipi.policy import Policy
-from manipi.storage import atomic_directory
+from manipi.storage import atomic_directory, require_absent, require_room
 
 CONTRACT = 1
 """Changes when names, shapes or meanings do."""
@@ -69,6 +70,26 @@ class _Sampler(nn.Module):
         return self.engine.run(batch, noise[:, None])[:, 0]
 
 
+class _Kept(io.RawIOBase):
+    """A file whose first error is kept for later: torch's writer ends the process when one comes through it."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            if self.error is None:
+                self._file.write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def seek(self, *_: int) -> int:
+        """It is rewound when all is written, for those who would read it."""
+        return 0
+
+
 def export_program(checkpoint: Path, target: Path) -> ProgramReport:
     """Write the program and its contract, after the written one repeated the policy's answer to the self-test.
 
@@ -86,13 +107,18 @@ def export_program(checkpoint: Path, target: Path) -> ProgramReport:
             next="serve it: manipi serve CHECKPOINT",
         )
     assert test is not None, "loading has replayed it"
+    require_absent(target)
+    require_room(target, sum(p.nbytes for p in policy.model.parameters()))
     policy.fuse()
     inputs = policy.model_input([policy.encode(test.observation)])
     arguments, sampler = _arguments(policy, inputs, torch.from_numpy(test.noise)[None])
     expected = policy.run_model(inputs, test.noise[None])
     program = torch.export.export(sampler, (), kwargs=arguments, strict=False)
     with atomic_directory(target) as folder:
-        torch.export.save(program, folder / "program.pt2")
+        with (folder / "program.pt2").open("wb") as file:
+            torch.export.save(program, kept := _Kept(file))  # type: ignore[arg-type]
+            if kept.error is not None:
+                raise kept.error
         found = torch.export.load(folder / "program.pt2").module()(**arguments)
         difference = float((found - torch.from_numpy(expected)).abs().max())
         _require_same(difference, policy, checkpoint)
