@@ -394,8 +394,9 @@ class WebsocketPolicy:
         )
 
 
-def _close_code(error: BaseException | None) -> int | None:
-    return error.rcvd.code if isinstance(error, ConnectionClosed) and error.rcvd else None
+def _close_code(error: BaseException | None) -> int:
+    """What the server closed the connection with; 0 where it sent nothing."""
+    return error.rcvd.code if isinstance(error, ConnectionClosed) and error.rcvd else 0
 
 
 def _text(told: object) -> str:
