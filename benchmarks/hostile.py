@@ -78,6 +78,7 @@ def frames(observation: Mapping[str, Any], size: int) -> dict[str, Callable[[], 
         "names that are nearly right": lambda: wire.pack({f"{i:04}state" * 20: 0 for i in range(2_000)}),
         "names for a terminal": lambda: wire.pack({"\x1b]0;x\x07\n2026 manipi stopped": 0, "\u202e\u2028": 1}),
         "maps in maps": sent(images=nested(400)),
+        "as many maps in maps as a message can hold": sent(images=nested(1_000)),
         "nameless maps in maps": sent(images=nested(400, "")),
         "lists in lists": lambda: wire.pack({**observation, "extra": 0})[:-1] + b"\x91" * 500 + b"\x00",
     }

@@ -135,6 +135,21 @@ def test_a_head_says_what_a_get_would(port, path):
     assert path == "/state.json" or lengths[0] == lengths[1] == str(len(heads[0][1]))
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+@pytest.mark.parametrize(
+    "header", [("Content-Length", "5"), ("Transfer-Encoding", "chunked"), ("content-length", "05")]
+)
+def test_a_request_with_a_body_is_answered(port, method, header):
+    for path in ("/healthz", "/"):
+        status, body, head = ask(port, path, method, [("Host", "localhost"), header])
+        assert status == 400
+        assert (body == b"") == (method == "HEAD")
+        assert "Connection: close" in head
+    empty = [*headers_for(None), ("Content-Length", "0")]
+    assert ask(port, "/healthz", method, empty)[0] == (405 if method == "POST" else 200)
+    assert ask(port, "/", "GET", [*empty, *UPGRADE.items()])[0] == 101
+
+
 @pytest.mark.parametrize("name", ["Authorization", "Host", "Upgrade", "Connection", "Origin", "Sec-WebSocket-Key"])
 @pytest.mark.parametrize("token", [None, TOKEN])
 def test_a_header_that_comes_twice_is_no_failure_of_the_server(policy, name, token, caplog):

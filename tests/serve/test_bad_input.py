@@ -78,7 +78,7 @@ def run(name, *flags):
 
 @pytest.mark.slow
 def test_two_thousand_bad_frames_harm_nobody():
-    said = run("fuzz_serve.py", "--frames", "2000", "--seed", "7")
+    said = run("fuzz_serve.py", "--frames", "2000", "--seed", "7", "--large-mb", "2")
     for outcome in ("told ProtocolError", "told ObservationError", "answered", "raw bytes"):
         assert outcome in said
 

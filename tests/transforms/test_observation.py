@@ -5,7 +5,7 @@ import pytest
 
 from manipi.errors import BadValueError, ObservationError
 from manipi.robots import Gripper, Joints, Robot, State
-from manipi.transforms.observation import ReadRobot, check_texts
+from manipi.transforms.observation import ReadRobot, check_content
 
 ROBOT = Robot(
     name="arm",
@@ -223,11 +223,18 @@ def test_maps_in_maps_have_an_end():
 def test_texts_are_looked_at_wherever_they_are():
     bad = np.frombuffer(b"\x00\x00\x11\x00", "<U1")
     good = {"a": np.array(["öffne", "🤖"]), "b": [{"c": np.array("", ">U3")}], "d": np.zeros(3), "e": np.zeros(0, "U2")}
-    check_texts(good)
+    check_content(good)
     for value in (bad, bad.byteswap().view(bad.dtype.newbyteorder()), [bad], {"c": [{"d": bad}]}, np.array("\udfff")):
         with pytest.raises(ObservationError, match="characters of Unicode") as error:
-            check_texts({**good, "f\n": value})
+            check_content({**good, "f\n": value})
         assert error.value.where == r"observation key 'f\n'"
+
+
+def test_how_deep_an_observation_may_be():
+    check_content({"a": deep(62)})
+    for value in (deep(63), [{"b": deep(70)}], {"b": deep(10**5)}):
+        with pytest.raises(ObservationError, match="at most 64 deep"):
+            check_content({"a": value})
 
 
 def test_the_part_that_is_read():

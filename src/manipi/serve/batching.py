@@ -11,11 +11,12 @@ Between an observation and its answer lie two changes of thread and one of corou
 """
 
 import asyncio
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -75,7 +76,10 @@ class Batcher:
         self._max_batch, self._max_waiting, self._wait_s = max_batch, max_waiting, batch_wait_ms / 1000
         self._queue: deque[Waiting] = deque()
         self._loop, self._held = asyncio.get_running_loop(), False
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")
+        # Not an executor, whose own future takes locks while the event loop waits to run: one future per observation.
+        self._batches: SimpleQueue[list[Waiting] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
+        self._thread.start()
         self._computing = False
 
     @property
@@ -108,7 +112,8 @@ class Batcher:
 
     def close(self) -> None:
         """A batch that is being computed is computed to its end."""
-        self._worker.shutdown()
+        self._batches.put(None)
+        self._thread.join()
 
     def _start(self) -> None:
         """Compute what waits, if the thread is free, and as soon as the batch is full or has waited long enough."""
@@ -118,7 +123,7 @@ class Batcher:
         if len(self._queue) >= min(self._max_batch, self._num_clients()) or left_s <= 0:
             batch = [self._queue.popleft() for _ in range(min(self._max_batch, len(self._queue)))]
             self._computing = True
-            self._worker.submit(self._compute_all, batch)
+            self._batches.put(batch)
         elif not self._held:
             self._held = True
             self._loop.call_later(left_s, self._start_late)
@@ -127,8 +132,13 @@ class Batcher:
         self._held = False
         self._start()
 
-    def _compute_all(self, batch: list[Waiting]) -> None:
+    def _work(self) -> None:
         """In the thread."""
+        while (batch := self._batches.get()) is not None:
+            self._compute_all(batch)
+            del batch  # or the wait for the next one keeps it
+
+    def _compute_all(self, batch: list[Waiting]) -> None:
         began = time.monotonic()
         try:
             results = self._compute([waiting.query for waiting in batch])

@@ -72,7 +72,7 @@ class ActionGuard:
     def _slow_down(self, observation: Observation, limited_HA: np.ndarray) -> np.ndarray:
         if not (np.isfinite(self._step_A).any() and len(limited_HA)):
             return limited_HA
-        state = self._read.encode(observation)["state"]
+        state = self._read.read_state(observation)
         before_A = np.where(self._state_A >= 0, state[self._state_A] if state.size else 0, limited_HA[0])
         allowed_HA = limited_HA.copy()
         for step_A in allowed_HA:

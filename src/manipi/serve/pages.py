@@ -11,11 +11,13 @@ Only plain requests are pages. Whoever asks for a websocket needs the token on e
 
 import http
 import json
+import re
 from collections.abc import Callable
 
 from websockets.asyncio.server import ServerConnection
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
+from websockets.protocol import State
 
 from manipi import page
 from manipi.serve.access import Access
@@ -33,6 +35,26 @@ _CHALLENGE = {"WWW-Authenticate": 'Basic realm="manipi: any name, the token as p
 """For browsers, which send the token as a password then."""
 _LATER = {"Retry-After": "1"}
 """Seconds. A 503 is no refusal: a client tries again, and a robot goes on with what is left of its chunk until then."""
+
+
+_WITH_BODY = re.compile(
+    rb"[A-Z]+ \S+ HTTP/1\.[01]\r\n(?:[^\r\n]+\r\n)*?(?:transfer-encoding:|content-length:(?! *0*\r))", re.IGNORECASE
+)
+"""The beginning of a request that has a body."""
+
+
+class Connection(ServerConnection):
+    """One that also answers a request with a body, where the library hangs up without a word."""
+
+    def data_received(self, data: bytes) -> None:
+        if self.protocol.state is State.CONNECTING and _WITH_BODY.match(data):
+            refusal = _response(400, "a request must have no body; nothing here can be changed")
+            if data.startswith(b"HEAD "):
+                refusal.body = b""
+            self.transport.write(refusal.serialize())
+            self.transport.close()
+        else:
+            super().data_received(data)
 
 
 class Pages:

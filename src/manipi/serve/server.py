@@ -43,11 +43,11 @@ from manipi.robots.robot import Robot
 from manipi.serve.access import Access, bind, join_host
 from manipi.serve.batching import Answer, Batcher, Query, Result
 from manipi.serve.guard import ActionGuard, GuardMode
-from manipi.serve.memory import LARGE_BYTES, give_back, keep_collections_short
-from manipi.serve.pages import Pages
+from manipi.serve.memory import LARGE_BYTES, give_back, keep_collections_short, reuse_freed_memory
+from manipi.serve.pages import Connection, Pages
 from manipi.serve.slips import require_prompt, unknown_keys
 from manipi.serve.state import Client, ServerState
-from manipi.transforms.observation import check_texts
+from manipi.transforms.observation import check_content
 from manipi.types import Observation
 from manipi_client import wire
 from manipi_client.errors import ManipiClientError, ProtocolError, error_to_text
@@ -214,6 +214,7 @@ class PolicyServer:
             thread.join()
 
     async def _serve(self, stop: asyncio.Event, on_ready: Callable[[str, int], None]) -> None:
+        reuse_freed_memory()
         listener, limits, state = bind(self._family, self._address), self._limits, self._state
         batcher = Batcher(
             self._compute,
@@ -233,6 +234,7 @@ class PolicyServer:
             close_timeout=_CLOSE_SECONDS,
             origins=[None],  # no page of another site may drive a robot through its visitor's browser
             process_request=pages.answer,
+            create_connection=Connection,
             logger=_silent,
         ):
             host, port = listener.getsockname()[:2]
@@ -444,7 +446,7 @@ def _read_observation(frame: str | bytes) -> dict[str, Any]:
             where="the frame that the client sent",
             next="send observations with manipi_client.WebsocketPolicy or openpi's client",
         )
-    check_texts(observation)
+    check_content(observation)
     return observation
 
 

@@ -28,7 +28,7 @@ MAX_PROMPT = 2_048
 _MAX_KEY = 256
 """Characters of a key, those of the maps around it included."""
 
-_MAX_KEYS_SHOWN = 40
+_MAX_KEYS_SHOWN, _MAX_DEPTH = 40, 64
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,8 @@ class ReadRobot:
         sample = self._flat(sample)
         cameras = {slot: key for slot, key in self.robot.cameras.items() if not self._absent(sample, slot, key)}
         images = {f"image/{slot}": self._image(sample, key) for slot, key in cameras.items()}
-        vectors = [self._vector(sample, s.key, s.size) for s in self.robot.state]
-        state = np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
         kept = {key: sample[key] for key in _CHUNK_KEYS if key in sample}
-        return {**images, "state": state, "prompt": self._prompt(sample), **kept}  # type: ignore[dict-item]
+        return {**images, "state": self._state(sample), "prompt": self._prompt(sample), **kept}  # type: ignore[dict-item]
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
         """Raises BadValueError rather than hand NaN or infinity to a robot."""
@@ -63,6 +61,10 @@ class ReadRobot:
                 next="look at the observation (a quaternion of zeros?), and at the loss of the run behind this policy",
             )
         return np.asarray(actions_HA, dtype=np.float32)
+
+    def read_state(self, observation: Observation) -> np.ndarray:
+        """The state [S] alone, float32, as `encode` reads it. Raises ObservationError as it does."""
+        return self._state(self._flat(observation))
 
     def read_part(self, observation: Observation) -> Sample:
         """The part of an observation that `encode` reads, by its flat keys, whatever else is in it."""
@@ -93,6 +95,10 @@ class ReadRobot:
                 found = shown(other) + _hint(other, beside)
                 raise self._mismatch(f"no key but {', '.join(beside)} there", found, other)
         return key not in sample
+
+    def _state(self, sample: Mapping) -> np.ndarray:
+        vectors = [self._vector(sample, s.key, s.size) for s in self.robot.state]
+        return np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
 
     def _image(self, sample: Mapping, key: str) -> np.ndarray:
         expected = "a picture [height, width, 3] or [3, height, width], uint8 or float in [0, 1]"
@@ -179,7 +185,7 @@ def as_text(value: object, most: int) -> str | None:
     """The text that a str, bytes, a NumPy scalar or an array of one text holds; None where it is none of these.
 
     Raises:
-        ValueError: more than `most` characters, bytes that are not UTF-8, or what no text has (`check_texts`).
+        ValueError: more than `most` characters, bytes that are not UTF-8, or what no text has (`check_content`).
     """
     if isinstance(value, np.ndarray | np.generic) and value.size == 1:
         if value.dtype.itemsize > 4 * most:
@@ -196,24 +202,29 @@ def as_text(value: object, most: int) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def check_texts(observation: Mapping) -> None:
-    """Looks at all arrays of text. NumPy takes any 32 bits for a character, and fails when it has to hand it out.
+def check_content(observation: Mapping) -> None:
+    """Looks through what a stranger sent, for what code fails at that reads it later.
+
+    NumPy takes any 32 bits of an array for a character, and fails when it has to hand it out. Maps in maps end whoever
+    looks into them by recursion.
 
     Raises:
-        ObservationError: a code point beyond Unicode's, or half of a surrogate pair.
+        ObservationError: nested too deep, a code point beyond Unicode's, or half of a surrogate pair.
     """
-    left: list[tuple[object, object]] = list(observation.items())
+    left: list[tuple[object, int, object]] = [(key, 1, value) for key, value in observation.items()]
     while left:
-        key, value = left.pop()
-        if isinstance(value, Mapping | list):
-            left += [(key, inner) for inner in (value.values() if isinstance(value, Mapping) else value)]
+        key, depth, value = left.pop()
+        if depth > _MAX_DEPTH:
+            found, expected = "more", f"maps and lists at most {_MAX_DEPTH} deep"
+        elif isinstance(value, Mapping | list):
+            left += [(key, depth + 1, v) for v in (value.values() if isinstance(value, Mapping) else value)]
+            continue
         elif (point := _no_character(value)) is not None:
-            raise ObservationError(
-                expected="characters of Unicode",
-                found=f"{point:#x} in {_describe(value)}",
-                where=f"observation key {shown(key)}",
-                next="send texts as str, or as arrays that NumPy made of them",
-            )
+            found, expected = f"{point:#x} in {_describe(value)}", "characters of Unicode"
+        else:
+            continue
+        where, next = f"observation key {shown(key)}", "send what the robot's spec says (server metadata, `robot`)"
+        raise ObservationError(expected=expected, found=found, where=where, next=next)
 
 
 def _no_character(value: object) -> int | None:

@@ -186,10 +186,10 @@ def error_from_text(text: str, uri: str) -> RemoteInferenceError:
         last_line = (text.strip().splitlines() or ["(an empty message)"])[-1]
         return RemoteInferenceError(
             expected="actions",
-            found=last_line,
+            found=one_line(last_line, 500),
             where=f"the policy at {uri}",
             next="read the whole message of the server in this error's `text`",
             text=text,
         )
-    fields = parts.groupdict()
+    fields = {name: one_line(part, 1_000) for name, part in parts.groupdict().items()}
     return RemoteInferenceError(**{**fields, "where": f"{fields['where']} (told by {uri})"}, text=text)
