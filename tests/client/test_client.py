@@ -356,6 +356,42 @@ def test_connects_again_when_the_server_came_back(observation):
         thread.join()
 
 
+@pytest.mark.parametrize(
+    ("code", "answered"), [(1001, True), (1012, True), (1011, False), (1009, False), (1000, False)]
+)
+def test_a_server_that_goes_away_before_it_answers_is_asked_again_once(code, answered, observation):
+    """The observation and the server's farewell may cross on their way."""
+    asked = []
+
+    def answer(connection):
+        connection.send(wire.pack({}))
+        asked.append(connection.recv())
+        if len(asked) == 1 or not answered:
+            connection.close(code)
+        else:
+            connection.send(wire.pack({"actions": np.zeros((1, 1))}))
+
+    with raw_server(answer) as port, WebsocketPolicy(port=port) as policy:
+        if answered:
+            assert policy.infer(observation)["actions"].shape == (1, 1)
+        else:
+            with pytest.raises(ConnectionLost, match=f"received {code}"):
+                policy.infer(observation)
+    assert asked == asked[:1] * (2 if answered else 1)
+
+
+def test_a_server_that_always_goes_away(observation):
+    def leave(connection):
+        connection.send(wire.pack({}))
+        connection.recv()
+        connection.close(1001)
+
+    with raw_server(leave) as port, WebsocketPolicy(port=port) as policy:
+        with pytest.raises(ConnectionLost, match="received 1001") as lost:
+            policy.infer(observation)
+    assert "when it is back" in lost.value.next
+
+
 @pytest.mark.parametrize("frame", [b"\xc1", wire.pack([1]), wire.pack(None)])
 def test_an_answer_that_is_none(frame, observation):
     def answer(connection):

@@ -42,6 +42,7 @@ from manipi_client.errors import (
     ConnectTimeout,
     InferenceTimeout,
     InputError,
+    PolicyChanged,
     ProtocolError,
     error_from_text,
     one_line,
@@ -79,10 +80,14 @@ _NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
 # Not a policy server, or not for this client. websockets before 15 asserts that what answers speaks HTTP.
 _REFUSALS = (InvalidHandshake, InvalidURI, OSError, ValueError, AssertionError)
 
+_GOING_AWAY = (1001, 1012)
+"""The close codes of a server that stops, or starts again."""
+
 _CLOSE_ADVICE = {
-    1001: "the server stops or starts again: ask again, and the client connects when it is back",
+    **dict.fromkeys(
+        _GOING_AWAY, "the server stops or starts again: ask again, and the client connects when it is back"
+    ),
     1009: "the observation is over the server's size limit: send smaller pictures, or raise --limits.max-message-mb",
-    1012: "the server starts again: ask again, and the client connects when it is back",
 }
 
 
@@ -175,14 +180,16 @@ class WebsocketPolicy:
         seconds, end = min(self._request_timeout, allowed), time.monotonic() + allowed
         with self._lock, self._packer.pack(observation) as frame:
             self._interrupted.clear()
-            connection = self._open_connection()
-            if time.monotonic() >= end:
-                raise self._inference_timeout(seconds, "a connection, made only after that; nothing was sent")
             try:
-                answer = self._exchange(connection, frame, seconds)
+                answer = self._ask(frame, seconds, end)
+            except ConnectionLost as lost:
+                # A server that stops has answered what it read; its farewell and this observation crossed on their way.
+                if _close_code(lost.__cause__) not in _GOING_AWAY or self._interrupted.is_set():
+                    raise
+                answer = self._ask(frame, seconds, end)
+            try:
                 self._require_action_shape(observation, answer)
-            except BaseException:
-                # Also after Ctrl-C: the answer that is under way must not be read as the next one's.
+            except PolicyChanged:
                 self._disconnect()
                 raise
         if isinstance(unknown := answer.get("unknown_keys"), list):  # manipi's server says it once
@@ -210,6 +217,18 @@ class WebsocketPolicy:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _ask(self, frame: memoryview, seconds: float, end: float) -> dict[str, Any]:
+        """The answer, over a connection that is there or is made. Nothing is sent after `end`."""
+        connection = self._open_connection()
+        if time.monotonic() >= end:
+            raise self._inference_timeout(seconds, "a connection, made only after that; nothing was sent")
+        try:
+            return self._exchange(connection, frame, seconds)
+        except BaseException:
+            # Also after Ctrl-C: the answer that is under way must not be read as the next one's.
+            self._disconnect()
+            raise
 
     def _exchange(self, connection: ClientConnection, frame: memoryview, seconds: float) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
@@ -371,8 +390,13 @@ class WebsocketPolicy:
             expected="actions",
             found=f"a closed connection: {error.__cause__ or error}",
             where=self._uri,
-            next=_CLOSE_ADVICE.get(error.rcvd.code if error.rcvd else 0, "look at the server's log, then ask again"),
+            next=_CLOSE_ADVICE.get(_close_code(error), "look at the server's log, then ask again"),
         )
+
+
+def _close_code(error: BaseException | None) -> int:
+    """What the server closed the connection with; 0 where it sent nothing."""
+    return error.rcvd.code if isinstance(error, ConnectionClosed) and error.rcvd else 0
 
 
 def _text(told: object) -> str:
