@@ -77,7 +77,16 @@ MAY_CHANGE = (
 )
 """Settings that a resumed run may bring anew: they change neither a batch nor an update. That another path holds the
 same data, the norm stats' fingerprint says."""
-MAY_CHANGE_BEFORE_STEP_1 = ("model.max_token_len",)
+MAY_CHANGE_BEFORE_STEP_1 = (
+    "accumulate",
+    "compute.precision",
+    "ema_decay",
+    "frozen_dtype",
+    "model.max_token_len",
+    "noise_draws",
+    "optimizer.state_bits",
+    "trained",
+)
 """What else a run may bring anew that got no further than its first checkpoint: the advice of errors at its start."""
 
 
