@@ -13,12 +13,14 @@ from torch.profiler import ProfilerActivity, profile
 from manipi.errors import ConfigError, TrainingError, UnknownNameError
 from manipi.model import VLA
 from manipi.model.config import Adapters, LoRA, Pi0FastConfig
-from manipi.train import loop
+from manipi.records import to_json
+from manipi.train import loop, plan
 from manipi.train.config import ComputeConfig, OptimizerConfig
 from manipi.train.loop import train, train_step
 from manipi.train.memory import GIB, SHARDED, forecast, largest_batch, step_memory
 from manipi.train.noise import draw_noise
-from manipi.train.plan import find_fit, fits, gpu_bytes
+from manipi.train.plan import SAVINGS, find_fit, fits, gpu_bytes, in_parts
+from manipi.train.run import MAY_CHANGE_BEFORE_STEP_1, Run, _differences
 from manipi.train.state import TrainState
 
 LORA = Adapters(attention=LoRA(rank=4, alpha=4), feed_forward=LoRA(rank=4, alpha=4))
@@ -220,6 +222,31 @@ def test_a_step_that_a_gpu_has_no_room_for(flat, tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match=r"(?s)CUBLAS_STATUS_ALLOC_FAILED.*no settings that are known fit"):
         train(config, tmp_path, show=False)
     assert train(config, tmp_path, show=False).name == "2"
+
+
+def test_the_folder_of_a_run_that_never_fitted_takes_the_settings_that_do(flat, tmp_path, monkeypatch):
+    config = flat(steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", raising_once(train_step, torch.OutOfMemoryError(SAID)))
+        patch.setattr(plan, "find_fit", lambda *_, **__: None)  # a search takes seconds
+        with pytest.raises(TrainingError, match="CUDA out of memory"):
+            train(config, tmp_path, show=False)
+    assert Run(tmp_path, config).steps() == [0]
+    fitting = replace(config, accumulate=2, ema_decay=0.0, compute=ComputeConfig(precision="pure_bf16"))
+    assert train(fitting, tmp_path, show=False).name == "2"
+    with pytest.raises(TrainingError, match="accumulate was 2, now 1"):
+        train(replace(fitting, accumulate=1), tmp_path, show=False)
+
+
+def test_every_setting_that_is_advised_may_be_set_before_the_first_step(tiny):
+    config = make(tiny, "pi05", lora=True, compute=ComputeConfig(precision="fp32"), batch_size=4)
+    config = replace(config, trained="full", ema_decay=0.9, frozen_dtype="float32")
+    changed = {"optimizer.state_bits"}  # which is proposed where torchao is installed alone
+    for saving in (*SAVINGS, in_parts(2)):
+        for start in (config, replace(config, trained="lora")):
+            changed |= {name for name, _ in _differences(to_json(start), to_json(saving.change(start)))}
+    assert changed >= {"accumulate", "compute.precision", "trained", "frozen_dtype", "noise_draws", "ema_decay"}
+    assert changed <= {"compute.recompute", *MAY_CHANGE_BEFORE_STEP_1}
 
 
 def test_other_errors_stay_what_they_are(flat, tmp_path, monkeypatch):

@@ -216,7 +216,7 @@ def out_of_memory(
     if found is not None:
         flags = [saving.flags for saving in found.savings] + ([f"--gpus {found.gpus}"] if found.gpus > gpus else [])
         what_next = f"{' '.join(flags)} needs {_gib(found.memory.peak + found.memory.reserve)}"
-        what_next += ", in another folder (--run-dir) where this one has checkpoints after that of step 0"
+        what_next += ", in another folder (--run-dir) where steps were taken in this one"
     if needed <= available:
         what_next += "; a step should have fitted: see what else has memory there (nvidia-smi)"
     return TrainingError(

@@ -24,7 +24,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ MAY_CHANGE = (
 same data, the norm stats' fingerprint says."""
 MAY_CHANGE_BEFORE_STEP_1 = (
     "accumulate",
-    "compute",
+    "compute.precision",
     "ema_decay",
     "frozen_dtype",
     "model.max_token_len",
@@ -87,8 +87,7 @@ MAY_CHANGE_BEFORE_STEP_1 = (
     "optimizer.state_bits",
     "trained",
 )
-"""What else a run may bring anew that got no further than its first checkpoint: the advice of errors at its start, of
-too long a prompt and of too little memory."""
+"""What else a run may bring anew that got no further than its first checkpoint: the advice of errors at its start."""
 
 
 class Run:
@@ -109,8 +108,8 @@ class Run:
         """Refuse a folder of another run; one that never got as far as a checkpoint has nothing to protect."""
         wanted = to_json(self.config)
         changes = _differences(read_json(stored), wanted) if stored.exists() else []
-        other = [change for setting, change in changes if not _among(setting, MAY_CHANGE)]
-        fixes = all(_among(setting, MAY_CHANGE + MAY_CHANGE_BEFORE_STEP_1) for setting, _ in changes)
+        other = [change for setting, change in changes if not _may_change(setting)]
+        fixes = all(_may_change(setting) or setting in MAY_CHANGE_BEFORE_STEP_1 for setting, _ in changes)
         if other and self.steps() == [0] and fixes:
             self._drop(0)
         if other and self.steps():
@@ -310,8 +309,8 @@ def _another_run(changes: list[str], where: Path) -> TrainingError:
     )
 
 
-def _among(setting: str, names: Iterable[str]) -> bool:
-    return any(setting == one or setting.startswith(f"{one}.") for one in names)
+def _may_change(setting: str) -> bool:
+    return any(setting == one or setting.startswith(f"{one}.") for one in MAY_CHANGE)
 
 
 def _differences(stored: Any, wanted: Any, path: str = "") -> list[tuple[str, str]]:
