@@ -64,7 +64,8 @@ def config_of(**fields: Any) -> Callable[[Any], Any]:
 
 
 def test_what_the_files_say_is_taken_over(folder, wanted, tmp_path):
-    change(folder / CONFIG, config_of(num_inference_steps=4, n_action_steps=2))
+    more = {"rtc_training_max_delay": 3, "optimizer_lr": 1e-5}
+    change(folder / CONFIG, config_of(num_inference_steps=4, n_action_steps=2, **more))
     certificate = import_checkpoint(folder, tmp_path / "ours", wanted)
     config = read_checkpoint(tmp_path / "ours").config
     assert (config.num_steps, config.norm_mode) == (4, "quantile")
@@ -73,6 +74,7 @@ def test_what_the_files_say_is_taken_over(folder, wanted, tmp_path):
     assert "4 flow steps" in said
     assert "executes 2 of its 4 steps" in said
     assert "observation.images.base" in said
+    assert "also says ['rtc_training_max_delay'], which has no place here" in said
     assert any(text in said for _, text in certificate.rows())
 
 

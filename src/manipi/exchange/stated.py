@@ -9,7 +9,8 @@ Nothing that changes what the model sees or what its actions mean is passed over
 here is refused by its name.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,20 @@ _AFTER = ("unnormalizer_processor", "absolute_actions_processor", "device_proces
 _FIXED = {"n_obs_steps": 1, "min_period": 4e-3, "max_period": 4.0}
 _WITHOUT = ("use_peft", "use_visual_memory", "use_proprioceptive_memory")
 _SIZES = {"chunk_size": "action_horizon", "tokenizer_max_length": "max_token_len", "max_action_dim": "action_dim"}
+_NO_MATTER = re.compile(
+    "|".join(
+        (
+            "type|paligemma_variant|action_expert_variant|input_features|output_features|normalization_mapping",
+            "n_action_steps|num_inference_steps|image_resolution|dtype|max_state_dim|empty_cameras|device",
+            "use_relative_actions|relative_exclude_joints|action_feature_names|use_amp|gradient_checkpointing",
+            "time_sampling_.*|optimizer_.*|scheduler_.*|compile_.*|freeze_vision_encoder|train_expert_only",
+            "memory_.*|push_to_hub|repo_id|private|tags|license|pretrained_path|pretrained_revision|rtc_config",
+            "max_action_tokens|text_tokenizer_name|action_tokenizer_name|temperature|max_decoding_steps",
+            "fast_skip_tokens|validate_action_token_prefix|use_kv_cache",
+        )
+    )
+)
+"""Fields that are read, or that belong to training, to the hub, or to how LeRobot runs a policy."""
 _FLAGS = {"action_horizon": "--action-horizon", "max_token_len": "--max-token-len"}
 
 
@@ -243,7 +258,7 @@ def _read_config(folder: Path) -> Stated:
         model=model,
         num_steps=config.size("num_inference_steps") if config.has("num_inference_steps") else None,
         padded=tuple(config.size(name) if config.has(name) else 0 for name in ("max_state_dim", "max_action_dim")),  # type: ignore[arg-type]
-        notes=_executed(config),
+        notes=tuple(_notes(config)),
     )
     if config.has("normalization_mapping"):
         where = f"{CONFIG}, normalization_mapping"
@@ -255,11 +270,15 @@ def _read_config(folder: Path) -> Stated:
     return _read_features(stated, config)
 
 
-def _executed(config: Fields) -> tuple[str, ...]:
-    if not (config.has("n_action_steps") and config.has("chunk_size")):
-        return ()
-    steps, chunk = config.size("n_action_steps"), config.size("chunk_size")
-    return (f"LeRobot executes {steps} of its {chunk} steps; a client of ours chooses",) if steps != chunk else ()
+def _notes(config: Fields) -> Iterator[str]:
+    known = (*_SIZES, *_FIXED, *_WITHOUT)
+    strange = [name for name in config.keys() if name not in known and not _NO_MATTER.fullmatch(name)]  # noqa: SIM118
+    if strange := [name for name in strange if config.has(name)]:
+        yield f"{CONFIG} also says {shown(strange)}, which has no place here"
+    if config.has("n_action_steps") and config.has("chunk_size"):
+        steps, chunk = config.size("n_action_steps"), config.size("chunk_size")
+        if steps != chunk:
+            yield f"LeRobot executes {steps} of its {chunk} steps; a client of ours chooses"
 
 
 def _read_features(stated: Stated, config: Fields) -> Stated:
