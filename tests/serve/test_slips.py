@@ -1,6 +1,7 @@
 """Observations that match the robot's spec, and in which something is not as it was meant."""
 
 import logging
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from manipi.robots.tabletop import TABLETOP
 from manipi.serve import PolicyServer
-from manipi.serve.slips import unknown_keys
+from manipi.serve.slips import require_prompt, unknown_keys
 from manipi_client import ActionChunkBroker, RemoteInferenceError, WebsocketPolicy
 
 
@@ -105,6 +106,31 @@ def test_a_client_of_many_keys_is_told_of_some(client, caplog):
     told = [record.getMessage() for record in caplog.records if record.name == "manipi.serve.server"]
     assert 1 <= len(told) <= 10
     assert all(len(text) < 300 and "\n" not in text for text in told)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt": np.array(" " * 5_000_000)},
+        {"prompt": b" " * 5_000_000},
+        {"prompt": [""]},
+        {"prompt": np.array(["", ""])},
+        {b"x" * 5_000_000: 1},
+        {"a": {b"x" * 5_000_000: 1}},
+        {"x" * 5_000_000: 1},
+    ],
+    ids=["array", "bytes", "list", "two texts", "bytes as key", "nested", "long key"],
+)
+def test_what_is_no_slip_is_left_to_others(more):
+    """Quickly, and without a copy of it."""
+    tracemalloc.start()
+    asked = observe() | more
+    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    require_prompt(asked, TABLETOP)
+    assert all(len(text) < 200 for text in unknown_keys(asked, TABLETOP, set()))
+    assert tracemalloc.get_traced_memory()[1] - before < 1_000_000
+    tracemalloc.stop()
 
 
 def test_brokers_hand_out_the_same_steps(client):

@@ -7,10 +7,9 @@ many changes nothing, so that it is told once to each client that sends it, in t
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 
-import numpy as np
-
 from manipi.errors import ObservationError, shown
 from manipi.robots.robot import Robot
+from manipi.transforms.observation import MAX_PROMPT, as_text
 from manipi.types import Observation
 from manipi_client import keys
 
@@ -23,10 +22,11 @@ _MOST = 10
 
 def require_prompt(observation: Observation, robot: Robot) -> None:
     """Raises ObservationError for a prompt without a character but spaces, unless it is the robot's default."""
-    prompt = observation.get("prompt", robot.default_prompt)
-    if isinstance(prompt, np.ndarray | np.generic) and prompt.size == 1:
-        prompt = prompt.item()
-    if not isinstance(prompt, str | bytes) or prompt.strip() or robot.default_prompt == "":
+    try:
+        prompt = as_text(observation.get("prompt", robot.default_prompt), MAX_PROMPT)
+    except ValueError:  # the policy refuses it, and says why
+        return
+    if prompt is None or prompt.strip() or robot.default_prompt == "":
         return
     default = "" if robot.default_prompt is None else f", or leave the key out for {shown(robot.default_prompt)}"
     raise ObservationError(
@@ -56,7 +56,9 @@ def unknown_keys(observation: Observation, robot: Robot, told: set[str]) -> list
 
 def _flat_keys(observation: Mapping, folder: str = "") -> Iterator[str]:
     for name, value in observation.items():
-        key = f"{folder}{name}"[:256]
+        if not isinstance(name, str):  # the policy refuses it
+            continue
+        key = f"{folder}{name[:256]}"[:256]
         if isinstance(value, Mapping):
             yield from _flat_keys(value, f"{key}/")
         else:
