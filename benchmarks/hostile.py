@@ -71,7 +71,9 @@ def frames(observation: Mapping[str, Any], size: int) -> dict[str, Callable[[], 
             state=[array(f"|S{half // 100}", [100], bytes(half // 100 * 100)), *[array("|u1", [100], bytes(100))] * 300]
         ),
         "a picture of one row": sent(images={"base": array("|u1", [1, size // 3, 3], bytes(size // 3 * 3))}),
-        "a picture of floats": sent(images={"base": array("<f2", [size // 6, 1, 3], bytes(size // 6 * 6))}),
+        "a picture of floats": sent(
+            images={"base": array("<f2", [size // 6_000, 1_000, 3], bytes(size // 6_000 * 6_000))}
+        ),
         "a picture that is none": sent(images={"base": array("<i8", [size // 8], bytes(size // 8 * 8))}),
         "an unknown key": large(lambda data: {"unknown": data}),
         "long names": lambda: wire.pack({"a" * 2_000 + str(i): 0 for i in range(2_000)}),

@@ -91,6 +91,7 @@ BAD = {
     "with alpha": ({"image": np.zeros((4, 6, 4), np.uint8)}, "image", r"uint8 \[4, 6, 4\]"),
     "empty picture": ({"image": np.zeros((0, 6, 3), np.uint8)}, "image", r"uint8 \[0, 6, 3\]"),
     "a batch": ({"image": np.zeros((1, 4, 6, 3), np.uint8)}, "image", r"uint8 \[1, 4, 6, 3\]"),
+    "one row without end": ({"image": np.zeros((1, 16_385, 3), np.uint8)}, "image", r"uint8 \[1, 16385, 3\]"),
     "nested lists": ({"image": [[[0, 0, 0]]]}, "image", "found list"),
     "too few joints": ({"joints": np.zeros(2)}, "joints", r"float64 \[2\]"),
     "joints as a row": ({"joints": np.zeros((1, 3))}, "joints", r"float64 \[1, 3\]"),

@@ -28,7 +28,10 @@ def reuse_freed_memory() -> None:
 
 
 def give_back() -> None:
-    """Returns what is free to the system, as after a message that was far larger than the others."""
+    """Returns what is free to the system, as after a message that was far larger than the others.
+
+    The free end of another thread's heap stays, which has at most 64 MiB.
+    """
     library = _c_library()
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)

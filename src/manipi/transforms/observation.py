@@ -25,6 +25,9 @@ _OTHER_KEYS = ("prompt", *_CHUNK_KEYS)
 MAX_PROMPT = 2_048
 """Characters of a prompt, several times what any model reads; as bytes four times as many, as UTF-8 has it."""
 
+_MAX_SIDE = 16_384
+"""Pixels of a picture in a row or a column. A row of millions takes seconds to resize."""
+
 _MAX_KEY = 256
 """Characters of a key, those of the maps around it included."""
 
@@ -103,7 +106,7 @@ class ReadRobot:
     def _image(self, sample: Mapping, key: str) -> np.ndarray:
         expected = "a picture [height, width, 3] or [3, height, width], uint8 or float in [0, 1]"
         image = self._get(sample, key, expected)
-        if not isinstance(image, np.ndarray) or image.ndim != 3 or not image.size:
+        if not isinstance(image, np.ndarray) or image.ndim != 3 or not image.size or max(image.shape) > _MAX_SIDE:
             raise self._mismatch(expected, _describe(image), key)
         first, last = image.shape[0] == 3, image.shape[-1] == 3
         if first == last or not (image.dtype == np.uint8 or image.dtype.kind == "f"):
