@@ -104,7 +104,7 @@ test-client: $(CLIENT)/.installed  ## the client package's tests on Python 3.8 a
 	$(CLIENT)/bin/python -m pytest -q -c /dev/null --rootdir . --confcutdir tests/client --import-mode importlib -p no:cacheprovider \
 	  -W error -W default::pytest.PytestUnhandledThreadExceptionWarning tests/client
 
-$(CLIENT)/.installed: packages/manipi-client/pyproject.toml
+$(CLIENT)/.installed: packages/manipi-client/pyproject.toml $(wildcard packages/manipi-client/src/manipi_client/*.py)
 	test -x $(CLIENT)/bin/python || $(PYTHON38) -m venv $(CLIENT)
 	# The client is not installed in place: hatchling's newest releases want a newer Python.
 	$(CLIENT)/bin/pip install --quiet --disable-pip-version-check pytest ./packages/manipi-client
