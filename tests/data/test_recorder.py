@@ -109,7 +109,7 @@ def test_a_recording_killed_at_every_change_of_a_file(tmp_path):
     while status or not number:
         number += 1
         root = tmp_path / f"{number}/run"
-        ended, status = run(root, 3, "any", root.parent, number, "SIGKILL")
+        ended, status = run(root, 3, "any", str(root.parent), number, "SIGKILL")
         if (root.parent / ".run.parts/recording.json").exists() and not root.exists():
             kept = len(list(root.parent.glob(".run.parts/episode-*")))
             assert kept in (ended, ended + 1)  # it has its name before the call returns
