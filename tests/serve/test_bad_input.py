@@ -74,7 +74,7 @@ def test_what_a_client_sent_is_not_repeated_and_not_kept(watched, name):
 def test_a_prompt_is_measured_in_characters_of_any_script(watched, letter, kind):
     with WebsocketPolicy(port=watched[0]) as client:
         assert client.infer({**GOOD, "prompt": kind(letter * 2_048)})["actions"].shape == (10, 7)
-        with pytest.raises(RemoteInferenceError, match="2,048 characters|8,192 bytes in a text"):
+        with pytest.raises(RemoteInferenceError, match=r"2,048 characters|8,192 bytes in a text"):
             client.infer({**GOOD, "prompt": kind(letter * 2_049)})
 
 
