@@ -11,6 +11,7 @@ episodes that have none, and comes to the same bytes. `TARGET` appears when all 
 import itertools
 import os
 import queue
+import shlex
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -151,16 +152,16 @@ def _check_same(parts: Parts, source: EpisodeSource, settings: ConvertSettings) 
         "episodes and files": fingerprint([list(source.names), stamps, source.drop_skipped]),
         "encoder": av.__version__,
     }
-    path = parts.folder / "conversion.json"
     if not (parts.episodes() or parts.finished):
-        atomic_write(path, json_bytes(wanted))
-    begun = read_json(path)
+        atomic_write(parts.begun, json_bytes(wanted))
+    parts.require_own()
+    begun = read_json(parts.begun)
     if changed := [name for name, value in wanted.items() if begun.get(name) != value]:
         raise ConfigError(
             expected="the conversion that was begun there, to go on with it",
             found=f"another: {', '.join(changed)} changed",
             where=str(parts.folder),
-            next=f"repeat the first command, or start afresh with: rm -r {parts.folder}",
+            next=f"repeat the first command, or start afresh with: rm -r {shlex.quote(str(parts.folder))}",
         )
 
 

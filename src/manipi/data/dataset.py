@@ -310,6 +310,7 @@ def open_dataset(
     """
     # The readers build on this module, so that they can only be imported from inside the function.
     from manipi.data.lerobot import LeRobotDataset
+    from manipi.data.parts import how_to_finish
     from manipi.data.rlds import open_rlds
     from manipi.data.rlds_fields import BY_NAME
     from manipi.data.rlds_index import find_version
@@ -317,11 +318,12 @@ def open_dataset(
 
     root = fetch_tables(str(path)) if "://" in str(path) else Path(path).expanduser().resolve()
     if not root.is_dir():
+        waiting = how_to_finish(root)
         raise DatasetNotFoundError(
             expected="the folder of a LeRobot dataset, with meta/info.json in it, or of an RLDS dataset's version",
-            found="a file" if root.exists() else "nothing",
+            found="a file" if root.exists() else "nothing" + (", but its episodes wait beside it" if waiting else ""),
             where=str(root),
-            next=f"ls {root.parent}  # then give the right path (--data.path, or --data.root for mixtures)",
+            next=waiting or f"ls {root.parent}  # then give the right path (--data.path, or --data.root for mixtures)",
         )
     if (root / "meta/info.json").is_file() or find_version(root) is None:
         dataset: Dataset = LeRobotDataset(root, sorted(episodes))
