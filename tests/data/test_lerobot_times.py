@@ -182,6 +182,17 @@ def test_check_sees_episodes_that_share_pictures(tmp_path):
     assert "run to 2.000 s, its part of that file only to 1.800 s" in finding.what
 
 
+def test_an_end_may_be_the_time_of_the_last_picture(tmp_path):
+    """Some writers state that instead of when it is over; rows removed or not, its picture is there."""
+    column, last = f"videos/{CAMERA}/to_timestamp", np.cumsum(LENGTHS) / 10 - 0.1
+    for name, rows in {"sound": None, "rows removed": CUT}.items():
+        root = write_set(tmp_path / name, rows=rows)
+        edit_column(root / "meta/episodes/chunk-000/file-000.parquet", column, pa.array(last))
+        assert not [f for f in check_dataset(root).findings if f.check != "timestamps" or f.severity == "error"]
+        images = open_dataset(root).images(CAMERA, np.array([-1]) % open_dataset(root).num_frames)
+        assert addresses(images).tolist() == [[LENGTHS[2] - 1, 2]]
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_conversion_keeps_each_picture_with_its_row(version, tmp_path):
     source = open_source(write_set(tmp_path / "set", version, rows=CUT))

@@ -26,6 +26,7 @@ from manipi.errors import (
     DatasetNotFoundError,
     FetchError,
     MissingFeatureError,
+    shown,
     unknown_name,
 )
 from manipi.remote.fetch import fetch, is_here
@@ -33,6 +34,8 @@ from manipi.types import Frame
 
 PromptSource: TypeAlias = Literal["task", "subtask"]
 """What the policy is told: the instruction of the episode, or of the step."""
+
+_FOLDER = "the folder of a LeRobot dataset, with meta/info.json in it, or of an RLDS dataset's version"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,12 +321,20 @@ def open_dataset(
     root = fetch_tables(str(path)) if "://" in str(path) else Path(path).expanduser().resolve()
     if not root.is_dir():
         raise DatasetNotFoundError(
-            expected="the folder of a LeRobot dataset, with meta/info.json in it, or of an RLDS dataset's version",
+            expected=_FOLDER,
             found="a file" if root.exists() else "nothing",
             where=str(root),
             next=f"ls {root.parent}  # then give the right path (--data.path, or --data.root for mixtures)",
         )
-    if (root / "meta/info.json").is_file() or find_version(root) is None:
+    version = None if (root / "meta/info.json").is_file() else find_version(root)
+    if version is None and not any((root / name).is_dir() for name in ("meta", "data", "videos")):
+        raise DatasetNotFoundError(
+            expected=_FOLDER,
+            found=shown(sorted(path.name for path in root.iterdir()), 300),
+            where=str(root),
+            next=f"give the folder of one dataset; recordings of other formats: manipi convert {root} TARGET",
+        )
+    if version is None:
         dataset: Dataset = LeRobotDataset(root, sorted(episodes))
         return dataset if list(episodes) == sorted(episodes) else EpisodeSubset(dataset, episodes)
     if fields and fields not in BY_NAME:
