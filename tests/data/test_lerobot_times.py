@@ -204,6 +204,26 @@ def test_conversion_keeps_each_picture_with_its_row(version, tmp_path):
     np.testing.assert_array_equal(dataset.column("observation.state"), expected)
 
 
+RATES = {
+    "sound": ({}, 10, None),
+    "a gap": ({"rows": [range(LENGTHS[0]), CUT[1], range(LENGTHS[2])]}, 10, "[1]"),
+    "another rate": ({"video_fps": 20, "seconds": lambda e, frames: frames / 20}, 10, "[0, 1, 2]"),
+    "another rate, which is named": ({"video_fps": 20, "seconds": lambda e, frames: frames / 20}, 20, None),
+}
+
+
+@pytest.mark.parametrize("kind", RATES)
+def test_conversion_says_that_rows_were_not_evenly_apart(kind, tmp_path):
+    """`manipi check` of what is written sees no gap."""
+    how, fps, named = RATES[kind]
+    source, target = open_source(write_set(tmp_path / "set", **how)), tmp_path / "converted"
+    report = convert(source, target, ConvertSettings(fps=fps), num_workers=0, show=False)
+    assert [text.partition(" in episodes ")[2].partition(", and")[0] for _, text in report.remarks] == (
+        [named] if named else []
+    )
+    assert not [finding for finding in check_dataset(target).findings if finding.check == "timestamps"]
+
+
 def test_a_cache_of_other_pictures_is_not_mixed_in(tmp_path, monkeypatch):
     """A dataset off the grid has another fingerprint than before, by which its pictures are kept; others have not."""
     sound, cut = (open_dataset(write_set(tmp_path / name, rows=rows)) for name, rows in (("a", None), ("b", CUT)))

@@ -78,7 +78,8 @@ class ConvertReport:
     skipped: tuple[tuple[str, str], ...]
     """Bad episodes that were left out, and why."""
     remarks: tuple[tuple[str, str], ...] = ()
-    """Features that were left out, or read from an unusual layout, of the first episode that can be read."""
+    """Features that were left out, or read from an unusual layout, of the first episode that can be read; timestamps
+    that are others now."""
 
 
 def convert(
@@ -184,6 +185,7 @@ def _encoder(
                 raise
             continue
         encoder = EpisodeEncoder(features=features, fps=round(fps), pix_fmt=settings.pix_fmt, crf=settings.crf)
+        remarks = {**remarks, **source.remarks(fps)}
         return encoder, tuple((k, text) for k, text in remarks.items() if text and k not in settings.exclude)
     raise AssertionError("a source has at least one episode")
 

@@ -72,6 +72,10 @@ class EpisodeSource(abc.ABC):
     def open(self, name: str) -> AbstractContextManager[SourceEpisode]:
         """The episode of that name."""
 
+    def remarks(self, fps: float) -> Mapping[str, str]:
+        """What to know of features in all episodes, where they become rows of `fps` per second."""
+        return {}
+
     def files(self) -> Iterable[Path]:
         """Files that differ when the episodes do."""
         return [self.root] if self.root.is_file() else (path for path in self.root.rglob("*") if path.is_file())
