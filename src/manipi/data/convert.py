@@ -29,7 +29,7 @@ from manipi.data.helper import start_helper
 from manipi.data.lerobot_episode import EpisodeEncoder, Pictures
 from manipi.data.parts import Parts
 from manipi.data.sources.source import EpisodeSource, SourceEpisode
-from manipi.errors import ConfigError, DataError, ManipiError, MissingFeatureError, StorageError, shown
+from manipi.errors import ConfigError, DataError, ManipiError, MissingFeatureError, StorageError, quoted, shown
 from manipi.records import fingerprint, json_bytes, read_json, to_json
 from manipi.storage import atomic_directory, atomic_write, require_absent, storage_errors
 from manipi.transforms.images import resize_with_pad
@@ -161,7 +161,7 @@ def _check_same(parts: Parts, source: EpisodeSource, settings: ConvertSettings) 
             expected="the conversion that was begun there, to go on with it",
             found=f"another: {', '.join(changed)} changed",
             where=str(parts.folder),
-            next=f"repeat the first command, or start afresh with: rm -r {parts.folder}",
+            next=f"repeat the first command, or start afresh with: rm -r {quoted(parts.folder)}",
         )
 
 

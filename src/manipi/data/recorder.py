@@ -35,7 +35,7 @@ import manipi_client
 from manipi.data.dataset import Feature
 from manipi.data.lerobot_episode import EpisodeEncoder, read_episode
 from manipi.data.parts import Parts
-from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, StorageError
+from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, StorageError, quoted
 from manipi.records import from_json, json_bytes, read_json
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory, atomic_write, require_absent
@@ -121,7 +121,7 @@ class Recorder(Subscriber):
             expected=f"the {name} of the recording that was begun there",
             found=f"another {name}",
             where=str(self._parts.folder),
-            next=f"manipi record --finish {self._parts.target}  # then record to another folder",
+            next=f"manipi record --finish {quoted(self._parts.target)}  # then record to another folder",
         )
 
     def _begin(self) -> None:
@@ -282,7 +282,9 @@ def finish_recording(root: Path, *, show: bool = True) -> dict[str, int]:
             expected=f"the episodes of a recording that was not finished, in {parts.folder}",
             found="a dataset that is whole" if (parts.target / DESCRIPTION).exists() else "none",
             where=str(parts.target),
-            next=f"manipi check {parts.target}" if parts.target.exists() else "name the folder that was recorded to",
+            next=f"manipi check {quoted(parts.target)}"
+            if parts.target.exists()
+            else "name the folder that was recorded to",
         )
     with parts.claimed():
         return parts.settle() if parts.finished else _finish(parts, show=show)
@@ -293,7 +295,7 @@ def _finish(parts: Parts, *, show: bool) -> dict[str, int]:
     begun = _read_begun(parts)
     described = begun.description | {"written": datetime.now(UTC).isoformat(timespec="seconds")}
     files, robot_type = {DESCRIPTION: json_bytes(described)}, begun.description["robot"]["name"]
-    next_ = f"make room, then: manipi record --finish {parts.target}  # the episodes wait in {parts.folder}"
+    next_ = f"make room, then: manipi record --finish {quoted(parts.target)}  # the episodes wait in {parts.folder}"
     try:
         return parts.finish(parts.episodes(), begun.encoder, robot_type, {}, files=files, show=show)
     except StorageError as error:

@@ -14,7 +14,7 @@ from typing import Literal, NoReturn
 import numpy as np
 from jaxtyping import UInt8
 
-from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, unknown_name
+from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, quoted, unknown_name
 
 FORMATS = {
     "aloha": ("hdf5:AlohaSource", "episode_N.hdf5 with observations/qpos, observations/images/CAMERA, action"),
@@ -94,7 +94,10 @@ def open_source(root: Path, format: str | None = None, *, drop_skipped: bool = F
         raise unknown_name("format", format, FORMATS, next="leave --format out; it is recognised by the files")
     if not root.exists():
         raise DatasetNotFoundError(
-            expected="a recording", found="nothing", where=str(root), next=f"ls {root.parent}  # then give the path"
+            expected="a recording",
+            found="nothing",
+            where=str(root),
+            next=f"ls {quoted(root.parent)}  # then give the path",
         )
     format = format or _recognise(root)
     module, _, kind = FORMATS[format][0].partition(":")
