@@ -185,8 +185,8 @@ def _encoder(
                 raise
             continue
         encoder = EpisodeEncoder(features=features, fps=round(fps), pix_fmt=settings.pix_fmt, crf=settings.crf)
-        remarks = {**remarks, **source.remarks(fps)}
-        return encoder, tuple((k, text) for k, text in remarks.items() if text and k not in settings.exclude)
+        pairs = [*remarks.items(), *source.remarks(fps).items()]
+        return encoder, tuple((k, text) for k, text in pairs if text and k not in settings.exclude)
     raise AssertionError("a source has at least one episode")
 
 

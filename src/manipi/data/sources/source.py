@@ -73,7 +73,7 @@ class EpisodeSource(abc.ABC):
         """The episode of that name."""
 
     def remarks(self, fps: float) -> Mapping[str, str]:
-        """What to know of features in all episodes, where they become rows of `fps` per second."""
+        """What to know of the source as a whole, by feature or array, where it becomes rows of `fps` per second."""
         return {}
 
     def files(self) -> Iterable[Path]:
