@@ -22,8 +22,8 @@ from manipi.data.lerobot_tables import (
     format_error,
     leave_out,
     listed,
+    objects,
     parquet_errors,
-    plain,
     read_values,
     row_faults,
     runs,
@@ -271,4 +271,4 @@ def _read_pictures(root: Path, path: Path, group: int, camera: str) -> list[dict
         table = pq.ParquetFile(path)
         if camera not in table.schema_arrow.names:
             broken(root, f"the columns {listed([camera])}", f"only {listed(table.schema_arrow.names)}", path)
-        return plain(table.read_row_group(group, columns=[camera]).column(0)).to_pylist()
+        return objects(table.read_row_group(group, columns=[camera]).column(0), camera, path, root)

@@ -81,6 +81,14 @@ def plain(column: pa.ChunkedArray) -> pa.Array:
     return values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
 
 
+def objects(column: pa.ChunkedArray, key: str, path: Path, root: Path) -> list:
+    """A column's values as Python objects; DatasetFormatError where a text is none."""
+    try:
+        return plain(column).to_pylist()
+    except UnicodeDecodeError as error:  # no writer of parquet looks
+        broken(root, f"texts in UTF-8 in {key!r}", str(error), path, not_as_meant(path))
+
+
 def is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
 
