@@ -27,11 +27,20 @@ ManipiError                     what was expected, what was found, where, what t
 """
 
 import difflib
+import shlex
 from collections.abc import Iterable, Sequence
 
 # One bounded `repr` for the errors of the server and the client, which cannot import this package.
 from manipi_client.errors import one_line as one_line
 from manipi_client.errors import shown as shown
+
+_LONGEST = len("\\U0010ffff")
+"""Of the escapes that `one_line` writes."""
+
+
+def quoted(name: object) -> str:
+    """A path or name as one word of a command that is advised, with quotes where a shell would read more in it."""
+    return shlex.quote(str(name))
 
 
 class ManipiError(Exception):
@@ -49,7 +58,9 @@ class ManipiError(Exception):
         super().__init__(expected, found, where, next)
 
     def __str__(self) -> str:
-        return f"expected {self.expected}\n   found {self.found}\n   where {self.where}\n    next {self.next}"
+        """Line breaks stay, as in what another program said; other characters that are not printable are escaped."""
+        text = f"expected {self.expected}\n   found {self.found}\n   where {self.where}\n    next {self.next}"
+        return "\n".join(one_line(line, _LONGEST * len(line)) for line in text.split("\n"))
 
     def __reduce__(self) -> tuple:
         # Keyword-only arguments do not survive the default pickling, and worker processes pickle errors.

@@ -356,4 +356,4 @@ def test_command(copy_of, manipi, recipe_file, tmp_path):
 def test_command_on_a_folder_without_a_dataset(manipi, tmp_path):
     done = manipi("check", tmp_path)
     assert done.returncode == 1
-    assert "expected a metadata file; found nothing" in done.stdout
+    assert "expected the folder of a LeRobot dataset" in done.stdout

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from tests.data.addressed import CAMERA, write_set
 
 from manipi.cli.inspect import _draw
 from manipi.data.dataset import Feature, open_dataset
@@ -214,3 +215,36 @@ def test_settings_are_numbers_of_the_recipe():
 
 def test_robot_of_a_file(recipe_file):
     assert load_robot(f"{recipe_file}:ROBOT").name == load_robot(f"{recipe_file}:my_recipe").name == "aloha"
+
+
+@pytest.mark.parametrize("hostile", ['"); exit(3) #', "'); exit(3) #", "\nexit(3)\n", "\\", "\x1b[2J\u2028exit(3)"])
+def test_names_of_a_dataset_are_not_run_in_the_sketch(hostile, tmp_path):
+    """It is saved as a Python file, and imported by `--robot`."""
+    root = write_set(tmp_path / "set")
+    info = json.loads((root / "meta/info.json").read_text())
+    info["robot_type"] = hostile
+    info["features"]["observation.state"]["shape"] = [1, 2]
+    for key, new in {"observation.state": f"observation.state{hostile}", "action": f"action{hostile}"}.items():
+        info["features"][new] = {**info["features"].pop(key), "names": [f"{hostile}gripper", hostile]}
+    info["features"][f"front{hostile}"] = info["features"][CAMERA]
+    (root / "meta/info.json").write_text(json.dumps(info))
+    summary = describe_dataset(open_dataset(root))
+    robot = run_source(summary.robot)
+    assert (robot.name, robot.action_key) == (hostile, f"action{hostile}")
+    assert [(state.key, state.size) for state in robot.state] == [(f"observation.state{hostile}", 2)]
+    assert all(line.isprintable() for line in summary.robot.split("\n"))
+
+
+def test_nothing_of_a_dataset_reaches_the_screen_raw(manipi, tmp_path):
+    root = write_set(tmp_path / "a set")
+    info = json.loads((root / "meta/info.json").read_text())
+    info["robot_type"] = "\x1b[2J"
+    info["features"]["a\x1b[31m\nerror $(touch x)"] = {"dtype": "float32", "shape": [1], "names": ["\x07"]}
+    (root / "meta/info.json").write_text(json.dumps(info))
+    for command in ("inspect", "check", "view"):
+        done = manipi(command, root)
+        assert done.returncode == (0 if command == "inspect" else 1)
+        text = done.stdout + done.stderr.replace("\r", "")
+        assert all(line.isprintable() for line in text.split("\n"))
+        assert not any(line.startswith("error $") for line in text.split("\n"))
+        assert command != "check" or f"manipi convert '{root}' TARGET --exclude 'a\\x1b[31m\\nerror $(touch x)'" in text

@@ -94,7 +94,14 @@ def test_no_folder(tmp_path):
 
 
 def test_folder_of_something_else(tmp_path):
-    with pytest.raises(DatasetFormatError, match=r"(?s)a metadata file.*info\.json"):
+    (tmp_path / "episode_0.hdf5").touch()
+    with pytest.raises(DatasetNotFoundError, match=r"(?s)meta/info\.json.*found \['episode_0.hdf5'\].*manipi convert"):
+        open_dataset(tmp_path)
+
+
+def test_folder_that_lost_its_metadata(tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DatasetFormatError, match=r"(?s)a metadata file.*info\.json.*hf download"):
         open_dataset(tmp_path)
 
 

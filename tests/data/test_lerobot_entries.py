@@ -217,3 +217,39 @@ def test_any_column(root, chosen):
                     error.add_note(f"{path.name} {name} = {values if values is None else values.type}")
                     raise
         pq.write_table(whole, path)
+
+
+@pytest.mark.parametrize("text", ["half a pair \ud800", "\udfff"])
+def test_text_that_is_no_unicode(root, text):
+    """It can be shown, tokenised and written nowhere."""
+    info = root / "meta/info.json"
+    before = info.read_text()
+    info.write_text(before.replace("{", '{"x": "\\ud83d\\ude00", ', 1))
+    open_dataset(root)  # a whole pair is a character
+    info.write_text(before.replace("{", f'{{"x": {json.dumps(text)}, ', 1))
+    with pytest.raises(ManipiError, match=r"expected JSON\n.*surrogates[\s\S]*info.json"):
+        open_dataset(root)
+    info.write_text(before)
+    if (tasks := root / "meta/tasks.jsonl").exists():
+        tasks.write_text(tasks.read_text().replace('"pick the red cube"', json.dumps(text)))
+        with pytest.raises(ManipiError, match=r"expected JSON\n.*surrogates[\s\S]*tasks.jsonl, line 1"):
+            open_dataset(root)
+
+
+def test_whole_numbers_of_a_feature_that_is_called_float(root):
+    for table in (root / "data").rglob("*.parquet"):
+        edit_column(table, "observation.state", pa.array([[i % 5, 1] for i in range(pq.read_metadata(table).num_rows)]))
+    report = check_dataset(root, quick=True, num_workers=1)
+    assert not report.count("error")
+    assert {f.check for f in report.findings} == {"values"}
+
+
+def test_strings_that_are_no_utf8(root):
+    for table in root.rglob("*.parquet"):
+        for name, column in zip((t := pq.read_table(table)).column_names, t.columns):
+            if pa.types.is_string(column.type):
+                size = len(column)
+                offsets = pa.py_buffer(np.arange(size + 1, dtype=np.int32).tobytes())
+                broken = pa.StringArray.from_buffers(size, offsets, pa.py_buffer(b"\xff" * size))
+                pq.write_table(t.set_column(t.column_names.index(name), name, broken), table)
+    read(root, "tasks")

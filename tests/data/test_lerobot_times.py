@@ -182,6 +182,17 @@ def test_check_sees_episodes_that_share_pictures(tmp_path):
     assert "run to 2.000 s, its part of that file only to 1.800 s" in finding.what
 
 
+def test_an_end_may_be_the_time_of_the_last_picture(tmp_path):
+    """Some writers state that instead of when it is over; rows removed or not, its picture is there."""
+    column, last = f"videos/{CAMERA}/to_timestamp", np.cumsum(LENGTHS) / 10 - 0.1
+    for name, rows in {"sound": None, "rows removed": CUT}.items():
+        root = write_set(tmp_path / name, rows=rows)
+        edit_column(root / "meta/episodes/chunk-000/file-000.parquet", column, pa.array(last))
+        assert not [f for f in check_dataset(root).findings if f.check != "timestamps" or f.severity == "error"]
+        images = open_dataset(root).images(CAMERA, np.array([-1]) % open_dataset(root).num_frames)
+        assert addresses(images).tolist() == [[LENGTHS[2] - 1, 2]]
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_conversion_keeps_each_picture_with_its_row(version, tmp_path):
     source = open_source(write_set(tmp_path / "set", version, rows=CUT))
@@ -191,6 +202,26 @@ def test_conversion_keeps_each_picture_with_its_row(version, tmp_path):
     expected = [(frame, e) for e, kept in enumerate(CUT) for frame in kept]
     np.testing.assert_array_equal(addresses(dataset.images(CAMERA, rows)), expected)
     np.testing.assert_array_equal(dataset.column("observation.state"), expected)
+
+
+RATES = {
+    "sound": ({}, 10, None),
+    "a gap": ({"rows": [range(LENGTHS[0]), CUT[1], range(LENGTHS[2])]}, 10, "[1]"),
+    "another rate": ({"video_fps": 20, "seconds": lambda e, frames: frames / 20}, 10, "[0, 1, 2]"),
+    "another rate, which is named": ({"video_fps": 20, "seconds": lambda e, frames: frames / 20}, 20, None),
+}
+
+
+@pytest.mark.parametrize("kind", RATES)
+def test_conversion_says_that_rows_were_not_evenly_apart(kind, tmp_path):
+    """`manipi check` of what is written sees no gap."""
+    how, fps, named = RATES[kind]
+    source, target = open_source(write_set(tmp_path / "set", **how)), tmp_path / "converted"
+    report = convert(source, target, ConvertSettings(fps=fps), num_workers=0, show=False)
+    assert [text.partition(" in episodes ")[2].partition(", and")[0] for _, text in report.remarks] == (
+        [named] if named else []
+    )
+    assert not [finding for finding in check_dataset(target).findings if finding.check == "timestamps"]
 
 
 def test_a_cache_of_other_pictures_is_not_mixed_in(tmp_path, monkeypatch):

@@ -98,6 +98,18 @@ def test_hdf5_likewise(recordings, tmp_path, layout, stored):
     assert np.abs(shown - plain).max() <= 3
 
 
+def test_chunks_that_a_zarr_store_lacks_are_said(zarr_of, tmp_path):
+    """They read as zeros, and nothing else tells a broken copy."""
+    root = zarr_of(tmp_path, img=COLOURS)
+    assert run(root, tmp_path / "whole", fps=10).remarks == ()
+    chunks = [path for path in (root / "data/img").rglob("*") if path.is_file() and path.name[0].isdigit()]
+    chunks[0].unlink()
+    ((feature, text),) = run(root, tmp_path / "broken", fps=10).remarks
+    assert feature == "observation.images.img"
+    assert text.startswith(f"1 of {len(chunks)} chunks are not in the store, and read as 0")
+    assert run(root, tmp_path / "without", fps=10, exclude=("observation.images.img",)).remarks == ()
+
+
 def test_floats_that_begin_in_the_dark(zarr_of, tmp_path):
     """Black says nothing about the range; the first picture that is not black does."""
     for name, scale in (("unit", 255), ("whole", 1)):

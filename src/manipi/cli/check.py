@@ -12,6 +12,7 @@ import tyro
 
 from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import table, write_result
+from manipi.errors import one_line
 from manipi.recipes.registry import load_robot
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 SHOWN = 5
 """Findings of one kind that the screen shows; `--json` has all of them."""
+_LONGEST = 4000
+"""Characters of a line of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,7 @@ def render(report: "CheckReport", *, quick: bool) -> str:
     pictures = "first and last pictures" if quick else "every picture"
     parts = [f"{report.root}\n{size} · {pictures} decoded" if report.num_frames else report.root]
     if report.depth:
-        parts.append(f"left out: {', '.join(report.depth)}, which record depth, not colours")
+        parts.append(f"left out: {one_line(', '.join(report.depth), _LONGEST)}, which record depth, not colours")
     for severity, check in itertools.product(("error", "warning"), CHECKS):
         found = [f for f in report.findings if (f.severity, f.check) == (severity, check)]
         parts += [_block(finding) for finding in found[:SHOWN]]
@@ -91,5 +94,6 @@ def render(report: "CheckReport", *, quick: bool) -> str:
 
 
 def _block(finding: "Finding") -> str:
-    lines = [f"{finding.severity:<8} {finding.check}  {finding.where}", *textwrap.wrap(finding.what, 108)]
-    return "\n         ".join([*lines, f"→ {finding.next}"])
+    where, what, next = (one_line(text, _LONGEST) for text in (finding.where, finding.what, finding.next))
+    lines = [f"{finding.severity:<8} {finding.check}  {where}", *textwrap.wrap(what, 108)]
+    return "\n         ".join([*lines, f"→ {next}"])

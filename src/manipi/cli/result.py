@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from manipi.errors import one_line
 from manipi.records import to_json
 from manipi.storage import atomic_write
+
+_CELL = 1000
+"""Characters of a cell."""
 
 
 def write_result(result: Any, path: Path | None) -> None:
@@ -26,8 +30,8 @@ def said_device(wanted: str) -> str:
 
 
 def table(rows: list[tuple[Any, ...]], header: tuple[str, ...] | None = None) -> str:
-    """Columns aligned: text to the left, numbers to the right."""
-    shown = [tuple(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row) for row in rows]
+    """Columns aligned: text to the left, numbers to the right. A row is one line, whatever is not printable in it."""
+    shown = [tuple(f"{v:.4g}" if isinstance(v, float) else one_line(str(v), _CELL) for v in row) for row in rows]
     everything = [header, *shown] if header else shown
     widths = [max(len(row[i]) for row in everything) for i in range(len(everything[0]))] if everything else []
     numeric = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(widths))]

@@ -35,7 +35,7 @@ from manipi.data.checks.rotations import find_leaps, report_leaps
 from manipi.data.checks.values import Signal
 from manipi.data.dataset import Dataset, open_dataset
 from manipi.data.describe import is_action
-from manipi.errors import DataError
+from manipi.errors import DataError, quoted
 from manipi.robots.robot import Robot
 
 
@@ -212,7 +212,7 @@ def _located(root: Path, findings: Iterable[Finding]) -> tuple[Finding, ...]:
             f,
             where=f.where.replace(f"{root}/", ""),
             what=f.what.replace(f"{root}/", ""),
-            next=f.next.replace("<folder>", str(root)),
+            next=f.next.replace("<folder>", quoted(root)),
         )
         for f in findings
     )

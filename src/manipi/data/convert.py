@@ -11,7 +11,6 @@ episodes that have none, and comes to the same bytes. `TARGET` appears when all 
 import itertools
 import os
 import queue
-import shlex
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -30,7 +29,7 @@ from manipi.data.helper import start_helper
 from manipi.data.lerobot_episode import EpisodeEncoder, Pictures
 from manipi.data.parts import Parts
 from manipi.data.sources.source import EpisodeSource, SourceEpisode
-from manipi.errors import ConfigError, DataError, ManipiError, MissingFeatureError, StorageError, shown
+from manipi.errors import ConfigError, DataError, ManipiError, MissingFeatureError, StorageError, quoted, shown
 from manipi.records import fingerprint, json_bytes, read_json, to_json
 from manipi.storage import atomic_directory, atomic_write, require_absent, storage_errors
 from manipi.transforms.images import resize_with_pad
@@ -79,7 +78,8 @@ class ConvertReport:
     skipped: tuple[tuple[str, str], ...]
     """Bad episodes that were left out, and why."""
     remarks: tuple[tuple[str, str], ...] = ()
-    """Features that were left out, or read from an unusual layout, of the first episode that can be read."""
+    """Features that were left out, or read from an unusual layout, of the first episode that can be read; timestamps
+    that are others now."""
 
 
 def convert(
@@ -161,7 +161,7 @@ def _check_same(parts: Parts, source: EpisodeSource, settings: ConvertSettings) 
             expected="the conversion that was begun there, to go on with it",
             found=f"another: {', '.join(changed)} changed",
             where=str(parts.folder),
-            next=f"repeat the first command, or start afresh with: rm -r {shlex.quote(str(parts.folder))}",
+            next=f"repeat the first command, or start afresh with: rm -r {quoted(parts.folder)}",
         )
 
 
@@ -185,7 +185,8 @@ def _encoder(
                 raise
             continue
         encoder = EpisodeEncoder(features=features, fps=round(fps), pix_fmt=settings.pix_fmt, crf=settings.crf)
-        return encoder, tuple((k, text) for k, text in remarks.items() if text and k not in settings.exclude)
+        pairs = [*remarks.items(), *source.remarks(fps).items()]
+        return encoder, tuple((k, text) for k, text in pairs if text and k not in settings.exclude)
     raise AssertionError("a source has at least one episode")
 
 

@@ -26,6 +26,8 @@ from manipi.errors import (
     DatasetNotFoundError,
     FetchError,
     MissingFeatureError,
+    quoted,
+    shown,
     unknown_name,
 )
 from manipi.remote.fetch import fetch, is_here
@@ -33,6 +35,8 @@ from manipi.types import Frame
 
 PromptSource: TypeAlias = Literal["task", "subtask"]
 """What the policy is told: the instruction of the episode, or of the step."""
+
+_FOLDER = "the folder of a LeRobot dataset, with meta/info.json in it, or of an RLDS dataset's version"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +199,7 @@ class Dataset(abc.ABC):
             return
         if other and other.kind == "depth" and kind == "image" and other.shape[-1] == 3:
             return
-        next = f"manipi inspect {self.root}  # lists the features; name one of them in the robot"
+        next = f"manipi inspect {quoted(self.root)}  # lists the features; name one of them in the robot"
         if other and other.kind == "depth" and kind == "image":
             next = f"name a camera of colours in the robot: {', '.join(self.cameras) or 'there is none'}"
         raise MissingFeatureError(
@@ -211,7 +215,7 @@ class Dataset(abc.ABC):
                 expected=f"rows between 0 and {self.num_frames - 1}",
                 found=f"rows {rows.min()} to {rows.max()}",
                 where=str(self.root),
-                next=f"manipi inspect {self.root}  # shows the number of frames",
+                next=f"manipi inspect {quoted(self.root)}  # shows the number of frames",
             )
 
     def _check_finite(self, key: str, values: np.ndarray) -> None:
@@ -223,7 +227,7 @@ class Dataset(abc.ABC):
             expected=f"finite numbers in {key!r}",
             found=f"{values[row, dimension]} in dimension {dimension}, and {len(bad)} such values in all",
             where=self.place(row),
-            next=f"manipi check {self.root}  # lists every bad episode, to repair or leave out",
+            next=f"manipi check {quoted(self.root)}  # lists every bad episode, to repair or leave out",
         )
 
 
@@ -320,12 +324,21 @@ def open_dataset(
     if not root.is_dir():
         waiting = how_to_finish(root)
         raise DatasetNotFoundError(
-            expected="the folder of a LeRobot dataset, with meta/info.json in it, or of an RLDS dataset's version",
+            expected=_FOLDER,
             found="a file" if root.exists() else "nothing" + (", but its episodes wait beside it" if waiting else ""),
             where=str(root),
-            next=waiting or f"ls {root.parent}  # then give the right path (--data.path, or --data.root for mixtures)",
+            next=waiting
+            or f"ls {quoted(root.parent)}  # then give the right path (--data.path, or --data.root for mixtures)",
         )
-    if (root / "meta/info.json").is_file() or find_version(root) is None:
+    version = None if (root / "meta/info.json").is_file() else find_version(root)
+    if version is None and not any((root / name).is_dir() for name in ("meta", "data", "videos")):
+        raise DatasetNotFoundError(
+            expected=_FOLDER,
+            found=shown(sorted(path.name for path in root.iterdir()), 300),
+            where=str(root),
+            next=f"give the folder of one dataset; recordings of other formats: manipi convert {quoted(root)} TARGET",
+        )
+    if version is None:
         dataset: Dataset = LeRobotDataset(root, sorted(episodes))
         return dataset if list(episodes) == sorted(episodes) else EpisodeSubset(dataset, episodes)
     if fields and fields not in BY_NAME:

@@ -1,5 +1,6 @@
 """What is in a dataset, and a robot that would fit it."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from manipi.data.dataset import Dataset, Feature
+from manipi.errors import one_line, shown
 from manipi.records import read_json
 
 _STATE_WORDS, _GRIPPER_WORDS = ("state", "qpos", "joint", "proprio"), ("grip", "jaw")
@@ -73,7 +75,8 @@ def _origin(root: Path) -> tuple[str, str]:
     """Format and version, and the robot where the dataset names it."""
     if (root / "meta/info.json").is_file():
         info = read_json(root / "meta/info.json")
-        return f"LeRobot {info['codebase_version']}", info.get("robot_type") or ""
+        robot_type = info.get("robot_type") or ""
+        return f"LeRobot {info['codebase_version']}", robot_type if isinstance(robot_type, str) else shown(robot_type)
     info = read_json(root / "dataset_info.json")
     return f"RLDS {info['name']} {info.get('version', '')}".strip(), ""
 
@@ -104,29 +107,37 @@ def state_and_action_keys(dataset: Dataset) -> tuple[tuple[str, ...], tuple[str,
 
 
 def sketch_robot(dataset: Dataset, name: str) -> str:
-    """Python source of a `Robot` with every camera, state and action that the features' names suggest."""
+    """Python source of a `Robot` with every camera, state and action that the features' names suggest.
+
+    The dataset's names stand in it as literals and, on one line, in comments: whatever they are, none of them is run.
+    """
     states, actions = state_and_action_keys(dataset)
     action_key = actions[0] if actions else "action"
     action = dataset.features.get(action_key, Feature(kind="vector", shape=(1,), dtype="float32"))
-    cameras = "".join(f'        "{slot}": "{key}",\n' for slot, key in _slots(dataset.cameras))
-    state = "".join(f'        State("{key}", {dataset.features[key].shape[0]}),\n' for key in states)
+    cameras = "".join(f"        {_text(slot)}: {_text(key)},\n" for slot, key in _slots(dataset.cameras))
+    state = "".join(f"        State({_text(key)}, {math.prod(dataset.features[key].shape)}),\n" for key in states)
     groups = list(_groups(action))
     kinds = sorted({source.partition("(")[0] for source, _ in groups} | {"Robot", "State"})
     return f"""\
 from manipi.robots import {", ".join(kinds)}
 
 ROBOT = Robot(
-    name="{name}",
+    name={_text(name)},
     cameras={{
 {cameras}    }},
     state=(
 {state}    ),
     actions=(  # Joints(n, relative=True): the model sees offsets from the state
 {"".join(f"        {line},{note}" for line, note in groups)}    ),
-    action_key="{action_key}",
+    action_key={_text(action_key)},
     control_hz={dataset.fps:g},
 )
 """
+
+
+def _text(value: str) -> str:
+    """A Python literal, also of characters that no terminal should see."""
+    return f'"{value}"' if value.isprintable() and not set(value) & {'"', "\\"} else repr(value)
 
 
 def _slots(cameras: list[str]) -> Iterator[tuple[str, str]]:
@@ -141,7 +152,8 @@ def _slots(cameras: list[str]) -> Iterator[tuple[str, str]]:
 
 def _groups(action: Feature) -> Iterator[tuple[str, str]]:
     """Source and comment of each group, by the dimensions' names: grippers, tool poses, and joints between."""
-    names = action.names if len(action.names) == action.shape[0] else ("",) * action.shape[0]
+    size = math.prod(action.shape)
+    names = [one_line(name, 60) for name in action.names] if len(action.names) == size else [""] * size
     for gripper, group in groupby(names, key=is_gripper):
         members = list(group)
         if gripper:

@@ -18,7 +18,7 @@ from manipi.data.dataset import Dataset
 from manipi.data.describe import is_rate, state_and_action_keys
 from manipi.data.idle import droid_keep_ranges, idle_frames
 from manipi.data.mask import Mask, mask_of
-from manipi.errors import ConfigError
+from manipi.errors import ConfigError, quoted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def _apply(
                 expected=f"episodes from {numbers.min()} to {numbers.max()}",
                 found=f"{unknown}",
                 where="--without",
-                next=f"manipi inspect {dataset.root}  # lists the episodes",
+                next=f"manipi inspect {quoted(dataset.root)}  # lists the episodes",
             )
         yield (
             f"episodes {', '.join(map(str, rules.without))}",

@@ -20,8 +20,10 @@ from manipi.data.lerobot_tables import (
     ROW_COLUMNS,
     broken,
     format_error,
+    leave_out,
+    listed,
+    objects,
     parquet_errors,
-    plain,
     read_values,
     row_faults,
     runs,
@@ -240,15 +242,13 @@ class LeRobotDataset(Dataset):
             raise format_error(self.root, f"an encoded picture of 8 bits per channel in {camera!r}", found, where, next)
 
         if not isinstance(encoded, bytes):
-            leave_out = f"manipi convert {self.root} TARGET --exclude {camera}  # leaves this camera out"
-            refuse(shown(entry) if encoded is None else f"a {type(encoded).__name__}", leave_out)
+            next = f"{leave_out(self.root, camera)}  # leaves this camera out"
+            refuse(shown(entry) if encoded is None else f"a {type(encoded).__name__}", next)
         try:
             with Image.open(io.BytesIO(encoded)) as picture:
                 if picture.mode in _DEEP or picture.mode.startswith("I;16"):
-                    leave_out = f"store it with 8 bits, or: manipi convert {self.root} TARGET --exclude {camera}"
-                    refuse(
-                        f"{picture.format} of {_DEEP.get(picture.mode, '16 bits')} per pixel, perhaps depth", leave_out
-                    )
+                    found = f"{picture.format} of {_DEEP.get(picture.mode, '16 bits')} per pixel, perhaps depth"
+                    refuse(found, f"store it with 8 bits, or: {leave_out(self.root, camera)}")
                 return np.asarray(picture.convert("RGB"))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             refuse(shown(str(error), 200))
@@ -270,5 +270,5 @@ def _read_pictures(root: Path, path: Path, group: int, camera: str) -> list[dict
     with parquet_errors(path, root):
         table = pq.ParquetFile(path)
         if camera not in table.schema_arrow.names:
-            broken(root, f"the columns {camera}", f"only {', '.join(table.schema_arrow.names)}", path)
-        return plain(table.read_row_group(group, columns=[camera]).column(0)).to_pylist()
+            broken(root, f"the columns {listed([camera])}", f"only {listed(table.schema_arrow.names)}", path)
+        return objects(table.read_row_group(group, columns=[camera]).column(0), camera, path, root)

@@ -16,7 +16,16 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from manipi.data.lerobot_tables import allow, broken, is_number, not_as_meant, plain, read_columns, whole_numbers
+from manipi.data.lerobot_tables import (
+    allow,
+    broken,
+    is_number,
+    not_as_meant,
+    objects,
+    plain,
+    read_columns,
+    whole_numbers,
+)
 from manipi.errors import DatasetFormatError, shown
 
 T = TypeVar("T")
@@ -176,7 +185,7 @@ def read_texts(path: Path, root: Path, number: str, text: str) -> dict[int, str]
     column = text if text in table.column_names else unnamed
     if column not in table.column_names:
         broken(root, f"a column {text!r}", f"only {', '.join(table.column_names)}", path, not_as_meant(path))
-    texts = plain(table.column(column)).to_pylist()
+    texts = objects(table.column(column), column, path, root)
     if bad := [value for value in texts if value is not None and not isinstance(value, str)]:
         broken(root, f"texts in {column!r}", shown(bad[0]), path, not_as_meant(path))
     numbers = whole_numbers(plain(table.column(number)), number, path, root)
@@ -235,7 +244,7 @@ class EpisodeTable:
         return values.cast(pa.float64()).to_numpy(zero_copy_only=False)
 
     def instructions(self, name: str) -> list[list[str]]:
-        rows = plain(self.table.column(name)).to_pylist()
+        rows = objects(self.table.column(name), name, self.path, self.root)
         return [Entry({name: row}, str(self.path), self.root).instructions(name) for row in rows]
 
 
@@ -250,6 +259,9 @@ def _read_text(path: Path, root: Path) -> str:
 
 def _parse(text: str, where: str, root: Path) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\u" in text:  # half of a pair of such escapes is no character, and can be written nowhere
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits
         broken(root, "JSON", shown(str(error), 200), where)

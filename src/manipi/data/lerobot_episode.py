@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 from manipi.data.dataset import Feature
 from manipi.data.lerobot_stats import EpisodeStats, chosen_pictures, image_stats, vector_stats
 from manipi.data.video import VideoWriter
-from manipi.errors import BadValueError, ConfigError, DatasetFormatError, MissingFeatureError, shown
+from manipi.errors import BadValueError, ConfigError, DatasetFormatError, MissingFeatureError, quoted, shown
 
 Pictures: TypeAlias = UInt8[np.ndarray, "T h w 3"] | Iterable[UInt8[np.ndarray, "n h w 3"]]
 """The pictures of an episode at once, or block by block."""
@@ -183,7 +183,7 @@ def encoded_errors(folder: Path) -> Iterator[None]:
             expected="an encoded episode, as it was written",
             found=shown(str(error), 200),
             where=str(folder),
-            next=f"rm -r {folder}  # and run the same command again: convert encodes it anew, record leaves it out",
+            next=f"rm -r {quoted(folder)}  # then the same command: convert encodes it anew, record leaves it out",
         ) from error
 
 

@@ -200,6 +200,7 @@ def _read_v3(info: Entry, root: Path) -> LeRobotIndex:
             paths("video_path", f"videos/{key}", video_key=key),
             columns[f"videos/{key}/from_timestamp"],
             columns[f"videos/{key}/to_timestamp"],
+            info.rate("fps"),
         )
         for key in videos
     }
@@ -241,8 +242,12 @@ def _read_episode_table(path: Path, root: Path, videos: list[str]) -> dict[str, 
     return {**columns, "tasks": table.instructions("tasks")}
 
 
-def _clips(paths: list[Path], starts: list[float], ends: list[float]) -> list[Clip]:
-    """The episodes' parts of video files, each up to where the metadata say, or the next one in the file begins."""
+def _clips(paths: list[Path], starts: list[float], ends: list[float], fps: float) -> list[Clip]:
+    """The episodes' parts of video files, each up to where the metadata say, or the next one in the file begins.
+
+    A `to_timestamp` is the end of an episode's last picture, or (of writers other than LeRobot) its beginning. A frame
+    is added for the latter; the next episode bounds both.
+    """
     following: dict[Path, list[float]] = {}
     for path, start in zip(paths, starts, strict=True):
         following.setdefault(path, []).append(start)
@@ -252,7 +257,9 @@ def _clips(paths: list[Path], starts: list[float], ends: list[float]) -> list[Cl
     for path, start, end in zip(paths, starts, ends, strict=True):
         later = following[path]
         after = bisect_right(later, start)
-        clips.append(Clip(path, start, min(end if end > start else math.inf, *later[after : after + 1], math.inf)))
+        clips.append(
+            Clip(path, start, min(end + 1 / fps if end > start else math.inf, *later[after : after + 1], math.inf))
+        )
     return clips
 
 

@@ -3,6 +3,7 @@
 The reader raises the first fault, `manipi check` lists them all.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from manipi.data.dataset import Episode
-from manipi.errors import DataError, DatasetFormatError, shown
+from manipi.errors import DataError, DatasetFormatError, one_line, quoted, shown
 
 ROW_COLUMNS = {"episode_index": 1, "timestamp": 1, "task_index": 1}
 """What tells whether the rows are those that the metadata promise."""
@@ -78,6 +79,14 @@ def plain(column: pa.ChunkedArray) -> pa.Array:
     """A column in one piece, its values themselves where it has numbers of a dictionary."""
     values = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     return values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
+
+
+def objects(column: pa.ChunkedArray, key: str, path: Path, root: Path) -> list:
+    """A column's values as Python objects; DatasetFormatError where a text is none."""
+    try:
+        return plain(column).to_pylist()
+    except UnicodeDecodeError as error:  # no writer of parquet looks
+        broken(root, f"texts in UTF-8 in {key!r}", str(error), path, not_as_meant(path))
 
 
 def is_number(kind: pa.DataType) -> bool:
@@ -186,7 +195,8 @@ def read_columns(path: Path, names: list[str], root: Path, optional: Sequence[st
         table = pq.ParquetFile(path)
         known = table.schema_arrow.names
         if missing := [name for name in names if name not in known]:
-            broken(root, f"the columns {', '.join(missing)}", f"only {', '.join(known)}", path, not_as_meant(path))
+            expected, found = f"the columns {listed(missing)}", f"only {listed(known)}"
+            broken(root, expected, found, path, not_as_meant(path))
         wanted = [*names, *(name for name in optional if name in known)]
         if twice := [name for name in wanted if known.count(name) > 1]:
             broken(root, f"one column {twice[0]!r}", f"{known.count(twice[0])}", path, not_as_meant(path))
@@ -206,7 +216,7 @@ def parquet_errors(path: Path, root: Path) -> Iterator[None]:
     except FileNotFoundError:
         broken(root, "a parquet file", "nothing", path)
     except (pa.ArrowException, OSError) as error:  # Arrow reports a damaged page as an OSError
-        broken(root, "a readable parquet file", str(error), path, allow(error, path))
+        broken(root, "a readable parquet file", one_line(str(error), 300), path, allow(error, path))
 
 
 def broken(root: Path, expected: str, found: str, where: str | Path, next: str = "") -> NoReturn:
@@ -217,10 +227,20 @@ def broken(root: Path, expected: str, found: str, where: str | Path, next: str =
 def allow(error: Exception, path: Path) -> str:
     """What to do about a file that may not be read; empty for anything else that is wrong with it."""
     return (
-        f"chmod +r {path}  # as its owner, or ask for the right to read it"
+        f"chmod +r {quoted(path)}  # as its owner, or ask for the right to read it"
         if isinstance(error, PermissionError)
         else ""
     )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of columns, on one line; of thousands, the first."""
+    return one_line(", ".join(names), 1000)
+
+
+def leave_out(root: Path, *keys: str) -> str:
+    """The command that makes a dataset without some cameras or vectors."""
+    return f"manipi convert {quoted(root)} TARGET --exclude {shlex.join(keys)}"
 
 
 def not_as_meant(path: Path) -> str:
@@ -229,9 +249,9 @@ def not_as_meant(path: Path) -> str:
 
 
 def format_error(root: Path, expected: str, found: str, where: str | Path, next: str = "") -> DatasetFormatError:
-    fetch = f"hf download <dataset> --repo-type dataset --local-dir {root}  # fetches what is missing or broken"
+    fetch = f"hf download <dataset> --repo-type dataset --local-dir {quoted(root)}  # fetches what is missing or broken"
     return DatasetFormatError(expected=expected, found=found, where=str(where), next=next or fetch)
 
 
 def see_check(root: Path) -> str:
-    return f"manipi check {root}  # lists every bad episode, to repair or leave out"
+    return f"manipi check {quoted(root)}  # lists every bad episode, to repair or leave out"

@@ -18,7 +18,7 @@ from jaxtyping import Bool
 
 from manipi.data.dataset import Dataset
 from manipi.data.idle import true_ranges
-from manipi.errors import ConfigError, DatasetFormatError
+from manipi.errors import ConfigError, DatasetFormatError, quoted
 from manipi.records import from_json, read_json, to_json
 from manipi.storage import atomic_write
 
@@ -76,7 +76,7 @@ def read_mask(path: str | Path, dataset: Dataset) -> Bool[np.ndarray, " N"]:
             expected=f"a mask of this dataset ({dataset.fingerprint[:12]}), {dataset.root}",
             found=f"one of another dataset, or of an older state of it ({mask.dataset[:12]})",
             where=str(path),
-            next=f"manipi filter {dataset.root} --out {path}  # with the rules {', '.join(mask.rules)}",
+            next=f"manipi filter {quoted(dataset.root)} --out {quoted(path)}  # with the rules {', '.join(mask.rules)}",
         )
     return _rows(dataset, [str(episode.index) for episode in dataset.episodes], mask.keep, path)
 

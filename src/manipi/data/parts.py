@@ -11,7 +11,6 @@ A process that is killed loses the episode that it was encoding. At whatever mom
 either the episodes or the whole dataset, and goes on.
 """
 
-import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,7 +39,7 @@ def how_to_finish(target: Path) -> str | None:
     for activity, (_, command) in _BEGUN.items():
         parts = Parts(target, activity)
         if parts.begun.exists() and (parts.finished or parts.episodes()):
-            return command.format(shlex.quote(str(target)))
+            return command.format(quoted(target))
     return None
 
 

@@ -18,7 +18,6 @@ Shape letters: H action horizon, A dimensions of the robot's command.
 import json
 import logging
 import platform
-import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -36,7 +35,7 @@ import manipi_client
 from manipi.data.dataset import Feature
 from manipi.data.lerobot_episode import EpisodeEncoder, read_episode
 from manipi.data.parts import Parts, how_to_finish
-from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, StorageError
+from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, StorageError, quoted
 from manipi.records import from_json, json_bytes, read_json
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory, atomic_write, require_absent
@@ -120,7 +119,7 @@ class Recorder(Subscriber):
             expected=f"the {name} of the recording that was begun there",
             found=f"another {name}",
             where=str(self._parts.folder),
-            next=f"manipi record --finish {shlex.quote(str(self._parts.target))}  # then record to another folder",
+            next=f"manipi record --finish {quoted(self._parts.target)}  # then record to another folder",
         )
 
     def _begin(self) -> None:
@@ -285,7 +284,7 @@ def finish_recording(root: Path, *, show: bool = True) -> dict[str, int]:
             expected=f"the episodes of a recording that was not finished, in {parts.folder}",
             found="a dataset that is whole" if whole else "none",
             where=str(parts.target),
-            next=f"manipi check {shlex.quote(str(parts.target))}" if whole else other,
+            next=f"manipi check {quoted(parts.target)}" if whole else other,
         )
     with parts.claimed():
         return parts.settle() if parts.finished else _finish(parts, show=show)
@@ -295,7 +294,7 @@ def _finish(parts: Parts, *, show: bool) -> dict[str, int]:
     begun = _read_begun(parts)
     described = begun.description | {"written": datetime.now(UTC).isoformat(timespec="seconds")}
     files, robot_type = {DESCRIPTION: json_bytes(described)}, begun.description["robot"]["name"]
-    again = f"manipi record --finish {shlex.quote(str(parts.target))}  # the episodes wait in {parts.folder}"
+    again = f"manipi record --finish {quoted(parts.target)}  # the episodes wait in {parts.folder}"
     try:
         require_absent(parts.target)
         return parts.finish(parts.episodes(), begun.encoder, robot_type, {}, files=files, show=show)

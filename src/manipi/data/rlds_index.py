@@ -45,6 +45,7 @@ from manipi.errors import (
     DatasetNotFoundError,
     FetchError,
     MissingFeatureError,
+    quoted,
     unknown_name,
 )
 from manipi.records import fingerprint, write_json
@@ -288,7 +289,7 @@ class RldsIndex:
                 expected=f"the record file that was indexed, SHA-256 {self._sha256[number]}",
                 found=f"another one, {loan.sha256}",
                 where=str(loan.path),
-                next=f"rm -r {self._source.root} {self._folder}  # then it is fetched and indexed as it is now",
+                next=f"rm -r {quoted(self._source.root)} {quoted(self._folder)}  # then it is indexed anew",
             )
         return loan
 

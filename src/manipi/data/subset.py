@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from manipi.data.dataset import Dataset, PromptSource
-from manipi.errors import ConfigError
+from manipi.errors import ConfigError, quoted
 from manipi.records import fingerprint
 
 
@@ -70,5 +70,5 @@ def require_episodes(known: Collection[int], numbers: Sequence[int], root: Path)
             expected=f"each episode once, from {min(known)} to {max(known)}",
             found=f"unknown {unknown}" if unknown else f"{list(numbers)}",
             where=f"--data.episodes of {root}",
-            next=f"manipi inspect {root}  # lists the episodes",
+            next=f"manipi inspect {quoted(root)}  # lists the episodes",
         )

@@ -17,7 +17,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
-from manipi.errors import ConfigError, DatasetFormatError
+from manipi.errors import ConfigError, DatasetFormatError, quoted
 
 _DECODER_MB, _MOST_DECODERS = 256, 128
 """Bounds on the decoders that a reader keeps open: their memory, and their number, since each holds a file."""
@@ -60,7 +60,7 @@ class VideoFrames:
             return decoder.frame(seconds)
         except (FFmpegError, _NoFrame) as error:
             self._close(path)
-            allow = f"chmod +r {path}" if isinstance(error, PermissionError) else ""
+            allow = f"chmod +r {quoted(path)}" if isinstance(error, PermissionError) else ""
             raise _broken(f"a frame at {seconds:.3f} s", str(error), where, allow) from error
 
     def _decoder(self, path: Path) -> "_Decoder":
@@ -80,10 +80,11 @@ def _broken(expected: str, found: str, where: str, next: str = "") -> DatasetFor
     return DatasetFormatError(expected=expected, found=found, where=where, next=next or fetch)
 
 
-def without_camera(root: Path | str = "<folder>") -> str:
+def without_camera(root: Path | None = None) -> str:
     """What to do about a camera without files."""
+    folder = "<folder>" if root is None else quoted(root)
     return (
-        f"hf download <dataset> --repo-type dataset --local-dir {root}  # if it was recorded; or do without it: "
+        f"hf download <dataset> --repo-type dataset --local-dir {folder}  # if it was recorded; or do without it: "
         "manipi view --without CAMERA, manipi convert --exclude CAMERA, a robot that does not name it"
     )
 

@@ -17,9 +17,18 @@ from manipi.data.checks.values import uneven_timestamps
 from manipi.data.dataset import Dataset, Episode
 from manipi.data.lerobot import LeRobotDataset
 from manipi.data.lerobot_index import LeRobotIndex, metadata_faults, read_index
-from manipi.data.lerobot_tables import ROW_COLUMNS, Fault, column_names, read_values, row_faults, runs
+from manipi.data.lerobot_tables import (
+    ROW_COLUMNS,
+    Fault,
+    column_names,
+    leave_out,
+    listed,
+    read_values,
+    row_faults,
+    runs,
+)
 from manipi.data.lerobot_times import SLACK, how_off, off_grid, time_fault
-from manipi.errors import DataError
+from manipi.errors import DataError, quoted
 
 NUMBERING = ("frame_index", "index")
 """Columns that no picture or value is found by, and that a table need not have."""
@@ -147,7 +156,7 @@ def _absent(index: LeRobotIndex, root: Path, keys: Collection[str]) -> Iterator[
     A finding about no feature in particular is about all tables, without which nothing can be looked into.
     """
     everyone, where = tuple(e.index for e in index.episodes), str(root / "meta/info.json")
-    fetch = f"hf download <dataset> --repo-type dataset --local-dir {root}  # fetches what is missing"
+    fetch = f"hf download <dataset> --repo-type dataset --local-dir {quoted(root)}  # fetches what is missing"
     tables = list(dict.fromkeys(index.tables))
     if not any(path.is_file() for path in tables):
         strays = sorted((root / "data").rglob("*.parquet"))
@@ -162,7 +171,7 @@ def _absent(index: LeRobotIndex, root: Path, keys: Collection[str]) -> Iterator[
         strays = sorted(set((root / "videos").rglob("*.mp4")) - listed)
         places = [path for key in empty for path in sorted(videos[key])]
         found = _nothing_at(places) if places else "no episode names one"
-        advice = f"manipi convert {root} TARGET --exclude {' '.join(empty)}  # if it was never recorded; else {fetch}"
+        advice = f"{leave_out(root, *empty)}  # if it was never recorded; else {fetch}"
         if strays and places:
             advice = f"correct video_path in {where}"
             if len(empty) < len(videos):
@@ -182,8 +191,8 @@ def _absent_columns(index: LeRobotIndex, root: Path, keys: set[str], everyone: t
         if not absent:
             return
     for key in sorted(absent) if named else ():
-        what = f"expected the columns {key}; found only {', '.join(named)}"
-        advice = f"manipi convert {root} TARGET --exclude {key}  # or take it out of {root / 'meta/info.json'}"
+        what = f"expected the columns {listed([key])}; found only {listed(named)}"
+        advice = f"{leave_out(root, key)}  # or take it out of {root / 'meta/info.json'}"
         place = f"{tables[0]}" + (f", and {len(tables) - 1} more" if len(tables) > 1 else "")
         yield error("tables", what, advice, everyone, where=place, features=(key,))
 

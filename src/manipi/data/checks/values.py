@@ -60,6 +60,8 @@ def read_signals(dataset: Dataset, keys: Collection[str] | None = None) -> tuple
         except DataError as e:
             findings.append(from_error(e, "tables", features=(key,)))
             continue
+        if values_Nd.dtype.kind != "f":  # what info.json calls floats, tables may store as whole numbers
+            values_Nd = values_Nd.astype(np.float64)
         size = values_Nd.shape[1]
         labels = [f" {name!r}" for name in feature.names] if len(feature.names) == size else size * [""]
         names = tuple(f"{key}[{d}]{label}" for d, label in enumerate(labels))

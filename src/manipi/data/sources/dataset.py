@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from manipi.data.checks.values import uneven_timestamps
 from manipi.data.dataset import Dataset, open_dataset
 from manipi.data.sources.source import Blocks, EpisodeSource, SourceEpisode, remark, vector
+from manipi.errors import shown
 
 _NUMBERING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 """What the writer numbers anew."""
@@ -26,6 +28,19 @@ class DatasetSource(EpisodeSource):
         self.names = list(self._episodes)
         self._vectors = [k for k, f in dataset.features.items() if f.kind == "vector" and k not in _NUMBERING]
         self.dimension_names = {key: dataset.features[key].names for key in self._vectors}
+
+    def remarks(self, fps: float) -> Mapping[str, str]:
+        """That gaps and another rate are no longer seen afterwards."""
+        if "timestamp" not in self._dataset.features:
+            return {}
+        seconds = self._dataset.column("timestamp")[:, 0]
+        uneven = [
+            e.index
+            for e in self._dataset.episodes
+            if any(uneven_timestamps(e.index, seconds[e.start : e.start + e.length], fps))
+        ]
+        found = f"not 1/{fps:g} s apart in episodes {shown(uneven, 80)}, and written as if they were: gaps close up"
+        return {"timestamp": f"{found}; if their rate is another one, give it with --fps"} if uneven else {}
 
     @contextmanager
     def open(self, name: str) -> Iterator[SourceEpisode]:

@@ -1,7 +1,7 @@
 """Zarr in the layout of diffusion_policy's ReplayBuffer: all episodes one behind the other."""
 
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -59,6 +59,19 @@ class ReplayBufferSource(EpisodeSource):
             return [self.root]
         return [path for name in (".zarray", "zarr.json") for path in self.root.glob(f"*/*/{name}")]
 
+    def remarks(self, fps: float) -> Mapping[str, str]:
+        """Which arrays lack chunks: a store leaves out those of fill values alone, and a broken copy any."""
+        remarks = {}
+        with self._group() as group:
+            for key in self._arrays():
+                array = _get(group, f"data/{key}", self.root)
+                with _reading(f"{self.root}, data/{key}"):
+                    lacking, count = array.nchunks - array.nchunks_initialized, array.nchunks
+                if lacking > 0:
+                    found = f"{lacking} of {count} chunks are not in the store, and read as {array.fill_value}"
+                    remarks[_named(key, array)[1]] = f"{found}: right where all is so, else copy the store again"
+        return remarks
+
     @contextmanager
     def open(self, name: str) -> Iterator[SourceEpisode]:
         start, stop = self._bounds[int(name) : int(name) + 2].tolist()
@@ -69,14 +82,14 @@ class ReplayBufferSource(EpisodeSource):
                 if array.shape[0] != self._bounds[-1]:
                     expected = f"{self._bounds[-1]} rows, as meta/episode_ends says"
                     broken(expected, f"{array.shape[0]}", where, "correct meta/episode_ends, or record it again")
-                kind = kind_of(key, array.shape[1:], array.dtype)
+                kind, feature = _named(key, array)
                 if kind == "vector":
                     with _reading(where):
-                        columns[_NAMES.get(key, f"observation.{key}")] = vector(np.asarray(array[start:stop]))
+                        columns[feature] = vector(np.asarray(array[start:stop]))
                     continue
-                remarks[f"observation.images.{key}"] = remark(kind, array.shape[1:], array.dtype)
+                remarks[feature] = remark(kind, array.shape[1:], array.dtype)
                 if kind == "picture":
-                    pictures[f"observation.images.{key}"] = Blocks(partial(_pictures, array, where), start, stop, where)
+                    pictures[feature] = Blocks(partial(_pictures, array, where), start, stop, where)
             yield SourceEpisode(columns=columns, pictures=pictures, remarks=remarks)
 
     def _arrays(self) -> list[str]:
@@ -97,6 +110,12 @@ class ReplayBufferSource(EpisodeSource):
             yield group
         finally:
             store.close()
+
+
+def _named(key: str, array: "zarr.Array") -> tuple[str, str]:
+    """What an array holds, and the feature that it becomes."""
+    kind = kind_of(key, array.shape[1:], array.dtype)
+    return kind, _NAMES.get(key, f"observation.{key}") if kind == "vector" else f"observation.images.{key}"
 
 
 def _get(group: "zarr.Group", name: str, root: Path) -> Any:

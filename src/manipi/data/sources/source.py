@@ -14,7 +14,7 @@ from typing import Literal, NoReturn
 import numpy as np
 from jaxtyping import UInt8
 
-from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, unknown_name
+from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, quoted, unknown_name
 
 FORMATS = {
     "aloha": ("hdf5:AlohaSource", "episode_N.hdf5 with observations/qpos, observations/images/CAMERA, action"),
@@ -72,6 +72,10 @@ class EpisodeSource(abc.ABC):
     def open(self, name: str) -> AbstractContextManager[SourceEpisode]:
         """The episode of that name."""
 
+    def remarks(self, fps: float) -> Mapping[str, str]:
+        """What to know of the source as a whole, by feature or array, where it becomes rows of `fps` per second."""
+        return {}
+
     def files(self) -> Iterable[Path]:
         """Files that differ when the episodes do."""
         return [self.root] if self.root.is_file() else (path for path in self.root.rglob("*") if path.is_file())
@@ -90,7 +94,10 @@ def open_source(root: Path, format: str | None = None, *, drop_skipped: bool = F
         raise unknown_name("format", format, FORMATS, next="leave --format out; it is recognised by the files")
     if not root.exists():
         raise DatasetNotFoundError(
-            expected="a recording", found="nothing", where=str(root), next=f"ls {root.parent}  # then give the path"
+            expected="a recording",
+            found="nothing",
+            where=str(root),
+            next=f"ls {quoted(root.parent)}  # then give the path",
         )
     format = format or _recognise(root)
     module, _, kind = FORMATS[format][0].partition(":")
