@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from manipi.data.lerobot_episode import EpisodeEncoder
 from manipi.data.lerobot_writer import LeRobotWriter
-from manipi.errors import ConfigError
+from manipi.errors import ConfigError, quoted
 from manipi.records import json_bytes, read_json
 from manipi.storage import atomic_write, name_for_good, remove_partial, require_absent, storage_errors
 
