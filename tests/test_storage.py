@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -220,3 +221,22 @@ def test_processes_of_the_same_number_may_look_at_once(tmp_path):
     (tmp_path / f".run.{os.getpid()}.partial").mkdir()
     require_folder(tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == [f".run.{os.getpid()}.partial"]
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    """As of an export into the folder of a run that is started meanwhile."""
+    (tmp_path / ".old.k3j2.partial").mkdir()
+    (tmp_path / ".dead.txt.writing.partial").write_text("half")
+    (tmp_path / ".file.txt.writing.partial").write_text("half")
+    with (tmp_path / ".file.txt.writing.partial").open() as file, atomic_directory(tmp_path / "export") as folder:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / "a").write_text("whole")
+        remove_partial(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {
+            ".export.writing.partial",
+            ".export.writing.lock",
+            ".file.txt.writing.partial",
+        }
+    remove_partial(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert (tmp_path / "export/a").read_text() == "whole"

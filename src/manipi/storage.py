@@ -90,21 +90,35 @@ def remove_dead(folder: Path) -> None:
     with storage_errors(folder, next="delete what begins with a dot and ends in .partial there, or choose another one"):
         for lock in folder.glob(".*.writing.lock"):
             try:
-                if (handle := _lock(lock, wait=False)) is None:
-                    continue
+                handle = _lock(lock, wait=False)
             except PermissionError:  # another user's, and theirs to delete
                 continue
-            if (partial := lock.with_suffix(".partial")).exists():
-                shutil.rmtree(partial)
-            lock.unlink()
-            os.close(handle)
+            _remove(lock.with_suffix(".partial"), lock, handle)
 
 
 def remove_partial(folder: Path, name: str | None = None) -> None:
-    """Delete what killed processes left half-written in `folder`, or of one `name` there; no other may be writing."""
+    """As `remove_dead`, and what writers without a lock left: of every name in `folder`, or of one.
+
+    Of those no other may be writing; raises OSError where something cannot be deleted.
+    """
     for partial in folder.glob(".*.partial" if name is None else f".{glob.escape(name)}.*.partial"):
-        shutil.rmtree(partial) if partial.is_dir() and not partial.is_symlink() else partial.unlink()
-        partial.with_suffix(".lock").unlink(missing_ok=True)
+        if partial.is_symlink():
+            partial.unlink()
+        else:
+            lock = partial.with_suffix(".lock") if partial.is_dir() else partial
+            _remove(partial, lock, _lock(lock, wait=False))
+
+
+def _remove(partial: Path, lock: Path, handle: int | None) -> None:
+    """Delete both and close the lock's descriptor; nothing where there is none, for then a living process has it."""
+    if handle is None:
+        return
+    try:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        lock.unlink()
+    finally:
+        os.close(handle)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
