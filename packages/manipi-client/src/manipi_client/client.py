@@ -409,7 +409,7 @@ class WebsocketPolicy:
     def _connection_lost(self, error: ConnectionClosed) -> ConnectionLost:
         return ConnectionLost(
             expected="actions",
-            found=f"a closed connection: {error.__cause__ or error}",
+            found=f"a closed connection: {_text(error.__cause__ or error)}",
             where=self._uri,
             next=_CLOSE_ADVICE.get(_close_code(error), "look at the server's log, then ask again"),
         )
