@@ -239,7 +239,7 @@ class PolicyServer:
             close_timeout=_CLOSE_SECONDS,
             origins=[None],  # no page of another site may drive a robot through its visitor's browser
             process_request=pages.answer,
-            create_connection=functools.partial(Connection, connections),
+            create_connection=functools.partial(Connection, connections),  # type: ignore[arg-type] - it is only called
             logger=_silent,
         ):
             host, port = listener.getsockname()[:2]
