@@ -382,6 +382,18 @@ def test_a_server_that_goes_away_before_it_answers_is_asked_again_once(code, ans
     assert asked == asked[:1] * (2 if answered else 1)
 
 
+def test_a_reason_to_close_is_shown_on_one_line(observation):
+    def leave(connection):
+        connection.send(wire.pack({}))
+        connection.recv()
+        connection.close(1011, "\x1b[2J\n2026 manipi stopped")
+
+    with raw_server(leave) as port, WebsocketPolicy(port=port) as policy:
+        with pytest.raises(ConnectionLost, match="2026 manipi stopped") as lost:
+            policy.infer(observation)
+    assert lost.value.found.isprintable()
+
+
 def test_a_server_that_always_goes_away(observation):
     def leave(connection):
         connection.send(wire.pack({}))

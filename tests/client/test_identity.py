@@ -191,6 +191,13 @@ def test_a_server_that_says_nothing_at_all_is_known_by_its_actions(client, allow
         meet(client, {}, {}, width=3, allow_new_checkpoint=allowed)
 
 
+def test_names_that_a_server_made_up_are_shown_on_one_line():
+    with pytest.raises(PolicyChanged) as refused:
+        meet(websocket, {}, {"\x1b[2J\n" * 10: {"\n" * 500: "\n" * 500}})
+    assert refused.value.found.isprintable()
+    assert len(refused.value.found) < 300
+
+
 def test_once_refused_stays_refused():
     with FakePolicyServer(lambda o: {"actions": np.zeros((4, 2))}) as first:
         policy = WebsocketPolicy(port=first.port)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -469,3 +470,16 @@ def test_closing_does_not_wait_for_a_frozen_server():
         broker.close()
         policy.close()
         assert time.monotonic() - started < 5
+
+
+def test_a_broker_that_is_closed_while_the_first_action_is_awaited_says_so():
+    with FakePolicyServer(lambda o: {"actions": np.zeros((4, 1))}, delay_s=2) as server:
+        broker = RealTimeBroker(WebsocketPolicy(port=server.port), 2, "asynchronous")
+        calls = ThreadPoolExecutor(1)
+        call = calls.submit(broker.infer, {})
+        while not server.observations:
+            time.sleep(0.01)
+        broker.close()
+        with pytest.raises(ConnectionLost):
+            call.result(10)
+        calls.shutdown()

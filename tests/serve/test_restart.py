@@ -2,6 +2,8 @@
 is started again: what is left of the chunk, then the last action, then on from there."""
 
 import contextlib
+import http.client
+import json
 import os
 import signal
 import socket
@@ -195,3 +197,34 @@ def test_clients_that_let_the_server_wait_do_not_keep_it_from_stopping():
             policy.infer({"state": np.zeros(1)})  # the one before it is answered, or being
             process.terminate()
             assert process.wait(9) == 0  # 5 s for the last one's answer, 2 s to say farewell
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_server_at_once(first, second):
+    with serving() as (process, port), WebsocketPolicy(port=port, token=TOKEN) as policy:
+        answer = threading.Thread(target=lose, args=(policy,))
+        answer.start()
+        while not any(client["busy"] for client in json.loads(look(port, "/state.json")[1])["clients"]):
+            time.sleep(0.02)
+        process.send_signal(first)
+        while look(port, "/readyz")[0] == 200:
+            time.sleep(0.02)
+        process.send_signal(second)
+        assert process.wait(5) == -second
+        answer.join()
+
+
+def look(port, path):
+    """Status and text of a page."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection.request("GET", path, headers={"Authorization": f"Api-Key {TOKEN}"})
+    response = connection.getresponse()
+    said = response.read()
+    connection.close()
+    return response.status, said
+
+
+def lose(policy):
+    with contextlib.suppress(ManipiClientError):
+        policy.infer({"state": np.zeros(1), "seconds": 10})

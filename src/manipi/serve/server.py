@@ -178,13 +178,18 @@ class PolicyServer:
                 stop.set()
                 for number in (signal.SIGTERM, signal.SIGINT):
                     loop.remove_signal_handler(number)
+                    signal.signal(number, signal.SIG_DFL)  # KeyboardInterrupt would wait for the thread that computes
 
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, stop_once)
             keep_collections_short()
             await self._serve(stop, on_ready or (lambda host, port: None))
 
-        asyncio.run(run())
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            asyncio.run(run())
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     @contextlib.contextmanager
     def serve_in_thread(self) -> Iterator[int]:
@@ -239,7 +244,7 @@ class PolicyServer:
             close_timeout=_CLOSE_SECONDS,
             origins=[None],  # no page of another site may drive a robot through its visitor's browser
             process_request=pages.answer,
-            create_connection=functools.partial(Connection, connections),
+            create_connection=functools.partial(Connection, connections),  # type: ignore[arg-type] - it is only called
             logger=_silent,
         ):
             host, port = listener.getsockname()[:2]

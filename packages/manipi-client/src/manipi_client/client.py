@@ -24,7 +24,6 @@ import struct
 import sys
 import threading
 import time
-from numbers import Real
 from os import PathLike
 from typing import Any, Dict, Iterator, Mapping
 
@@ -63,6 +62,7 @@ logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 0.2
 
+_NUMBERS = (int, float, np.integer, np.floating)
 _LONGEST_SECONDS = 1e6
 """Of a timeout: eleven days. Operating systems do not take every number."""
 
@@ -409,7 +409,7 @@ class WebsocketPolicy:
     def _connection_lost(self, error: ConnectionClosed) -> ConnectionLost:
         return ConnectionLost(
             expected="actions",
-            found=f"a closed connection: {error.__cause__ or error}",
+            found=f"a closed connection: {_text(error.__cause__ or error)}",
             where=self._uri,
             next=_CLOSE_ADVICE.get(_close_code(error), "look at the server's log, then ask again"),
         )
@@ -439,7 +439,7 @@ def _deadline(observation: Mapping[str, Any]) -> float:
     if DEADLINE not in observation:
         return math.inf
     value = observation[DEADLINE]
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS) or not 0 < value < math.inf:
         raise InputError(
             expected="milliseconds, more than 0",
             found=shown(value),
@@ -451,7 +451,7 @@ def _deadline(observation: Mapping[str, Any]) -> float:
 
 def _seconds(name: str, value: Any) -> float:
     """A time that the constructor was given."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= _LONGEST_SECONDS:
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS) or not 0 <= value <= _LONGEST_SECONDS:
         raise InputError(
             expected=f"seconds, from 0 to {_LONGEST_SECONDS:g}",
             found=shown(value),

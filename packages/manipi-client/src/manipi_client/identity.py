@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, List, Mapping
 
 from manipi_client import wire
-from manipi_client.errors import PolicyChanged, shown
+from manipi_client.errors import PolicyChanged, one_line, shown
 
 _OF_THE_ROBOT = ("robot", "action_space", "action_dim", "control_hz")
 
@@ -49,7 +49,7 @@ def differences(before: Any, now: Any, name: str = "", depth: int = 0) -> List[s
     """What is different in two values of metadata, each as a short text with the name of the key."""
     if depth < _DEEPEST and isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = [*before, *(key for key in now if key not in before)]
-        named = [(f"{name}.{key}"[:80] if name else str(key)[:40], key) for key in keys]
+        named = [(one_line(f"{name}.{key}" if name else str(key), 80), key) for key in keys]
         inner = [(label, before.get(key, _NONE), now.get(key, _NONE)) for label, key in named]
         return [text for label, one, other in inner for text in differences(one, other, label, depth + 1)]
     if depth < _DEEPEST and isinstance(before, list) and isinstance(now, list) and len(before) == len(now):

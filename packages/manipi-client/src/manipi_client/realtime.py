@@ -35,7 +35,7 @@ import numpy as np
 
 from manipi_client.chunks import Chunk, ChunkQueue, read_chunk
 from manipi_client.client import backoff
-from manipi_client.errors import AccessDenied, InputError, PolicyChanged, PolicyServerError
+from manipi_client.errors import AccessDenied, InputError, PolicyChanged, PolicyServerError, shown
 from manipi_client.keys import DELAY, PREVIOUS, STEP
 from manipi_client.motion import Motion, MotionMeter
 from manipi_client.policy import Policy
@@ -97,7 +97,7 @@ class RealTimeBroker:
         if join not in JOINS or execute_steps < 1:
             raise InputError(
                 expected=f"a join among {', '.join(JOINS)}, and at least one step to execute",
-                found=f"{join!r}, {execute_steps}",
+                found=f"{shown(join)}, {execute_steps}",
                 where="RealTimeBroker(execute_steps, join)",
                 next="give a number between 1 and the policy's action horizon",
             )
@@ -173,7 +173,6 @@ class RealTimeBroker:
 
     def close(self) -> None:
         """Ends the worker; a policy that can be interrupted is."""
-        self._question = None
         getattr(self._policy, "interrupt", lambda: None)()
         self._worker.shutdown()
 
@@ -228,7 +227,7 @@ class RealTimeBroker:
         if self._join == "real_time" and not self._policy.metadata.get("real_time"):
             raise InputError(
                 expected="a policy that goes on from a previous chunk: `real_time` in the server's metadata",
-                found=f"metadata with {sorted(map(str, self._policy.metadata))}",
+                found=f"metadata with {shown(sorted(map(str, self._policy.metadata)), 300)}",
                 where="RealTimeBroker(join='real_time')",
                 next="serve a flow policy (π0, π0.5) with `manipi serve`, or use join='asynchronous' or 'ensemble'",
             )
