@@ -18,9 +18,9 @@ $(READY): pyproject.toml constraints.txt packages/manipi-client/pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e packages/manipi-client -e '.[dev]'
 	@touch $(READY)
 
-optional: $(OPTIONAL)  ## what more of the tests can use: every extra, and openpi's own client (300 MB)
+optional: $(OPTIONAL)  ## what more of the tests can use: torchao, bitsandbytes, ray, rerun, and openpi's own client (300 MB)
 $(OPTIONAL): $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[low-bit,ray,view,wandb]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[low-bit,ray,view]'
 	# It asks for a NumPy below 2, and works with ours.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2 dm-tree==0.1.10
 	@touch $@

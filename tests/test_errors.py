@@ -31,3 +31,4 @@ def test_an_unknown_name_brings_the_closest_ones():
     assert error.next == "did you mean tabletop?"
     assert error.found == "'tabeltop'"
     assert unknown_name("recipe", "xyz", ["tabletop"], next="look").next == "look"
+    assert unknown_name("recipe in x.py", "f", [], next="look").expected == "a recipe in x.py, of which there is none"

@@ -14,6 +14,7 @@ from manipi.storage import (
     atomic_write,
     remove_dead,
     remove_partial,
+    require_folder,
     require_room,
     storage_errors,
 )
@@ -212,3 +213,10 @@ def test_only_what_is_taken_back_is_said_to_be(tmp_path):
         atomic_write(tmp_path / "file" / "x", b"1")
     with pytest.raises(StorageError, match=claim), atomic_directory(tmp_path / "file" / "x"):
         pytest.fail("the block must not run")
+
+
+def test_processes_of_the_same_number_may_look_at_once(tmp_path):
+    """On several hosts, in containers, the ranks of a run have the same number and the same folder."""
+    (tmp_path / f".run.{os.getpid()}.partial").mkdir()
+    require_folder(tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == [f".run.{os.getpid()}.partial"]

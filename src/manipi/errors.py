@@ -177,4 +177,5 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, next: str) -> Un
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else next
-    return UnknownNameError(expected=f"a {kind}, one of: {', '.join(names)}", found=shown(name), where=kind, next=hint)
+    choice = f"one of: {', '.join(names)}" if names else "of which there is none"
+    return UnknownNameError(expected=f"a {kind}, {choice}", found=shown(name), where=kind, next=hint)

@@ -104,7 +104,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and all(_fits(one, float) for one in value)
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return not isinstance(hint, type) or isinstance(value, str if hint is Path else hint)
+    # `Any` is a class since Python 3.11.
+    return hint is Any or not isinstance(hint, type) or isinstance(value, str if hint is Path else hint)
 
 
 def read_json(path: Path, error: type[ManipiError] = IntegrityError) -> Any:

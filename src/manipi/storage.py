@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from uuid import uuid4
 
 from manipi.errors import StorageError
 
@@ -230,7 +231,8 @@ def _require_writable(target: Path) -> None:
     """By making a folder, which vanishes again, where the first part of the path is missing; only trying tells."""
     path = target.absolute()
     missing = next((p for p in (*reversed(path.parents), path) if not os.path.exists(p)), path)
-    probe = missing.with_name(f".{missing.name}.{os.getpid()}.partial")
+    # Of its own name: processes of several hosts may look at the same folder at once, and have the same number.
+    probe = missing.with_name(f".{missing.name}.{uuid4().hex[:8]}.partial")
     try:
         probe.mkdir()
         probe.rmdir()

@@ -19,6 +19,7 @@ OUTPUTS = {
     "inspect": ["somewhere --json {}"],
     "plan": ["tabletop --json {}", "tabletop --plot {}"],
     "recipes": ["--json {}"],
+    "record": ["--finish somewhere --json {}"],
     "replay": ["somewhere somewhere --json {}"],
     "serve": ["somewhere --ready-file {}"],
     "stats": [

@@ -58,6 +58,10 @@ def test_what_an_address_means(host, port, uri):
         ("robot", "http"),
         (8000, 8000),
         ("x" * 10_000 + ":y", 8000),
+        ("x" * 64, 8000),
+        ("robot..lab", 8000),
+        ("robot:8000#policy", 8000),
+        (b"robot", 8000),
     ],
     ids=str,
 )
@@ -100,6 +104,15 @@ def test_ipv6(address):
         pytest.skip("this computer has no IPv6")
     with server("::1") as port, WebsocketPolicy(address.format(port)) as policy, WebsocketPolicy("::1", port) as other:
         assert policy.infer({})["actions"].shape == other.infer({})["actions"].shape == (2, 2)
+
+
+def test_a_password_in_an_address_is_not_repeated(caplog):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(ConnectTimeout) as late:
+        WebsocketPolicy(f"ws://me:t0ken-of-the-lab@127.0.0.1:{port}/path", connect_timeout=0.2)
+    assert late.value.where == f"ws://127.0.0.1:{port}/path"
+    assert "t0ken" not in f"{late.value}{caplog.text}"
 
 
 # ---- TLS

@@ -1,6 +1,7 @@
 """The client against real servers on this computer: a good one, and every kind of bad one."""
 
 import contextlib
+import math
 import os
 import pickle
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -390,6 +392,59 @@ def test_a_server_that_always_goes_away(observation):
         with pytest.raises(ConnectionLost, match="received 1001") as lost:
             policy.infer(observation)
     assert "when it is back" in lost.value.next
+
+
+@pytest.mark.parametrize("token", ["t0ken-of-the-lab\n", " t0ken-of-the-lab\r\n"])
+def test_a_token_as_its_file_holds_it(token):
+    shown = []
+    with raw_server(lambda connection: shown.append(connection.request.headers["Authorization"])) as port:
+        with pytest.raises(ConnectTimeout):
+            WebsocketPolicy(port=port, token=token, connect_timeout=0.1)
+    assert shown[0] == "Api-Key t0ken-of-the-lab"
+
+
+@pytest.mark.parametrize("token", ["t0ken\r\nHost: x", "t0ken\0", "t0k\u00e9n", b"t0ken", 70])
+def test_what_is_no_token_is_not_repeated(token):
+    with pytest.raises(InputError, match="a token") as refused:
+        WebsocketPolicy(token=token, lazy=True)
+    assert "t0k" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["connect_timeout", "request_timeout", "deadline"])
+@pytest.mark.parametrize("value", ["1" * 10_000, -1, math.nan, math.inf, 1e308, True, [1]])
+def test_what_is_no_time(name, value):
+    with pytest.raises(InputError, match="seconds, from 0 to") as refused:
+        WebsocketPolicy(lazy=True, **{name: value})
+    assert name in refused.value.where
+    assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("value", ["1" * 10_000, 0, -1, math.nan, math.inf, True, None, np.zeros(10_000)])
+def test_what_is_no_deadline(value, observation):
+    with pytest.raises(InputError, match="milliseconds, more than 0") as refused:
+        WebsocketPolicy(lazy=True).infer({**observation, "manipi/deadline_ms": value})
+    assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("value", [np.float32(5_000), np.int64(5_000)])
+def test_a_deadline_may_be_a_scalar_of_numpy(value, observation):
+    with FakePolicyServer(chunk) as server, WebsocketPolicy(port=server.port) as policy:
+        assert policy.infer({**observation, "manipi/deadline_ms": value})["actions"].shape == (4, 3)
+
+
+def test_an_interrupted_client_waits_no_longer_for_a_port_that_says_nothing(observation):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        policy = WebsocketPolicy(port=silent.getsockname()[1], lazy=True)
+        calls = ThreadPoolExecutor(1)
+        call = calls.submit(policy.infer, observation)
+        with silent.accept()[0] as connection:
+            assert connection.recv(3) == b"GET"  # it waits for the answer to its handshake now
+            started = time.monotonic()
+            policy.interrupt()
+            with pytest.raises(ConnectTimeout):
+                call.result(10)
+            assert time.monotonic() - started < 3
+        calls.shutdown()
 
 
 @pytest.mark.parametrize("frame", [b"\xc1", wire.pack([1]), wire.pack(None)])

@@ -123,6 +123,18 @@ def test_where_items_are_limited_keys_are_texts(value):
     assert wire.unpack(wire.pack({"a": np.float32(1)}), max_items=100) == {"a": 1}
 
 
+@pytest.mark.parametrize(
+    "value", ["x" * 401, "\u9999" * 134, {"x" * 401: 1}, list(range(101)), [[0] * 60] * 2], ids=range(5)
+)
+def test_a_message_of_too_much_says_what_to_send_less_of(value):
+    wire.unpack(wire.pack(["\u9999" * 100, "x" * 400, list(range(90))]), max_items=100)
+    with pytest.raises(
+        ProtocolError, match="at most 100 items in lists and maps together, and 400 bytes in a text"
+    ) as error:
+        wire.unpack(wire.pack(value), max_items=100)
+    assert error.value.next.startswith("send less")
+
+
 @pytest.mark.parametrize(("dtype", "data"), [("|u1", 300), ("<f4", "x"), ("<f4", [1.0]), ("|O", 1), ("<i4", None)])
 def test_a_scalar_that_does_not_fit_its_dtype_is_a_protocol_error(dtype, data):
     with pytest.raises(ProtocolError):

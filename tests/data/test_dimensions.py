@@ -64,7 +64,7 @@ def test_the_datasets_names_count_everywhere(tmp_path, monkeypatch, capsys):
             writer.add_episode({"i": np.zeros((5, 16, 16, 3), np.uint8), **values}, task="t")
     dataset = open_dataset(tmp_path / "data")
     assert command_names(robot, dataset) == ("waist", "elbow")
-    assert {chart.name for _, charts in _sections(dataset) for chart in charts} == {"waist", "elbow"}
+    assert {chart.name for _, charts in _sections(dataset, ["s", "a"]) for chart in charts} == {"waist", "elbow"}
     recipe = tmp_path / "mine.py"
     recipe.write_text(
         "from dataclasses import replace\n"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,8 +19,10 @@ from record_run import LENGTHS, picture, record, record_until
 from tests.commands import FORKS
 
 from manipi.cli import main
+from manipi.data.convert import ConvertSettings, convert
 from manipi.data.dataset import open_dataset
 from manipi.data.recorder import Recorder, finish_recording
+from manipi.data.sources.source import open_source
 from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, StorageError
 from manipi.robots.tabletop import TABLETOP
 
@@ -109,7 +112,7 @@ def test_a_recording_killed_at_every_change_of_a_file(tmp_path):
     while status or not number:
         number += 1
         root = tmp_path / f"{number}/run"
-        ended, status = run(root, 3, "any", root.parent, number, "SIGKILL")
+        ended, status = run(root, 3, "any", str(root.parent), number, "SIGKILL")
         if (root.parent / ".run.parts/recording.json").exists() and not root.exists():
             kept = len(list(root.parent.glob(".run.parts/episode-*")))
             assert kept in (ended, ended + 1)  # it has its name before the call returns
@@ -148,6 +151,60 @@ class Told:
     """A policy that says who it is."""
 
     metadata: ClassVar = {"checkpoint": "another"}
+
+
+def test_an_error_before_the_first_new_episode_leaves_what_was_begun(tmp_path):
+    root = tmp_path / "set/run"
+    run(root, 4, *KILLS["in an episode"][1:], "SIGKILL")
+    with pytest.raises(ConfigError, match="another policy"), Recorder(root, TABLETOP) as recorder:
+        recorder.watch(Told())
+    assert not root.exists()
+    record(root, 3, 1)
+    require_whole(root, range(4))
+
+
+def test_a_dataset_that_waits_to_be_finished_is_no_missing_one(tmp_path):
+    root = tmp_path / "set/my run"
+    run(root, 4, *KILLS["in an episode"][1:], "SIGKILL")
+    with pytest.raises(DatasetNotFoundError, match="its episodes wait beside it") as missing:
+        open_dataset(root)
+    main(shlex.split(missing.value.next)[1:])
+    require_whole(root, range(3))
+
+
+@pytest.mark.parametrize("moment", ["in an episode", "before it is known to be whole", "before it has its own name"])
+def test_the_parts_of_a_recording_are_no_conversions(tmp_path, moment):
+    root, source = tmp_path / "my set/run", tmp_path / "source"
+    ended, *kill = KILLS[moment]
+    run(root, 4, *kill, "SIGKILL")
+    record(source, 0, 1)
+    with pytest.raises(ConfigError, match=r"no episodes there but those of a conversion") as refused:
+        convert(open_source(source), root, ConvertSettings(), num_workers=0, show=False)
+    assert f"manipi record --finish '{root}'" in refused.value.next
+    finish_recording(root, show=False)
+    require_whole(root, range(ended))
+
+
+def test_the_parts_of_a_conversion_are_no_recording(tmp_path):
+    root = tmp_path / "run"
+    (tmp_path / ".run.parts/episode-000000").mkdir(parents=True)
+    (tmp_path / ".run.parts/conversion.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no episodes there but those of a recording"), Recorder(root, TABLETOP):
+        pass
+    with pytest.raises(DatasetNotFoundError, match="manipi convert command that was begun"):
+        finish_recording(root)
+    assert (tmp_path / ".run.parts/episode-000000").exists()
+
+
+def test_something_in_the_way_of_a_recording_is_moved_away(tmp_path):
+    root = tmp_path / "set/run"
+    run(root, 4, *KILLS["in an episode"][1:], "SIGKILL")
+    root.mkdir()
+    with pytest.raises(StorageError, match=r"something of that name(?s:.*)move it away, then: manipi record --finish"):
+        finish_recording(root)
+    root.rmdir()
+    finish_recording(root, show=False)
+    require_whole(root, range(3))
 
 
 def test_one_recording_at_a_time(tmp_path):

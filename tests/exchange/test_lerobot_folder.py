@@ -155,6 +155,11 @@ def test_what_is_relative_goes_out_and_comes_back(folder, wanted, tmp_path, robo
     own = replace(wanted, robot=robot(wanted.robot))
     import_checkpoint(folder, tmp_path / "ours", replace(own, norm_stats=tmp_path / "stats.json"))
     export_checkpoint(tmp_path / "ours", "lerobot", tmp_path / "out")
+    other = ABSOLUTE if robot is not ABSOLUTE else ALL
+    with pytest.raises(ConfigError, match=r"(?s)(offsets|absolute).*leave --robot and --recipe out"):
+        import_checkpoint(tmp_path / "out", tmp_path / "no", replace(wanted, robot=other(wanted.robot)))
+    import_checkpoint(tmp_path / "out", tmp_path / "described", None)
+    assert read_checkpoint(tmp_path / "described").robot == own.robot
     for name in ("manipi", "assets"):
         shutil.rmtree(tmp_path / "out" / name)
     import_checkpoint(tmp_path / "out", tmp_path / "back", own)

@@ -37,7 +37,7 @@ def test_defaults_are_those_of_the_released_weights():
     ids=lambda config: type(config).__name__,
 )
 def test_json_round_trip(config):
-    assert from_json(json.loads(json.dumps(to_json(config))), CONFIG_TYPES, "here") == config
+    assert from_json(json.loads(json.dumps(to_json(config))), (type(config), *CONFIG_TYPES), "here") == config
 
 
 @pytest.mark.parametrize(

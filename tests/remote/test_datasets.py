@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 from manipi.data.dataset import open_dataset
-from manipi.errors import FetchError
+from manipi.data.picture_files import replaced
+from manipi.errors import FetchError, TrainingError
 from manipi.remote.fetch import home
+from manipi.train.run import claim_videos
 
 CAMERA = "observation.images.cam_high"
 
@@ -66,7 +69,20 @@ print(json.dumps(open_dataset(sys.argv[1]).picture_files([{CAMERA!r}])))
 """
 
 
-def test_a_store_tells_which_videos_were_replaced(serve, store):
+def copies_are_the_same(in_store, root, chosen, tmp_path):
+    """A run goes on with a copy of its dataset on disk or in another store, unless a video has another size."""
+    copy = shutil.copytree(root, tmp_path / "copy")
+    (tmp_path / "run/checkpoints/3").mkdir(parents=True)
+    other_store = {name: state.replace("s3://bucket", "gs://other") + "1" for name, state in in_store.items()}
+    for files in (in_store, open_dataset(copy).picture_files([CAMERA]), other_store, in_store):
+        claim_videos(tmp_path / "run", {"fingerprint": files})
+    with (copy / chosen).open("ab") as file:
+        file.write(b"0")
+    with pytest.raises(TrainingError, match=f"1 others of the same names: {chosen}"):
+        claim_videos(tmp_path / "run", {"fingerprint": open_dataset(copy).picture_files([CAMERA])})
+
+
+def test_a_store_tells_which_videos_were_replaced(serve, store, shared_datasets, tmp_path):
     pytest.importorskip("s3fs", reason="s3fs is part of manipi[cloud]")
     serve("synthetic_lerobot_v21")
     keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -81,10 +97,11 @@ def test_a_store_tells_which_videos_were_replaced(serve, store):
     assert {f"synthetic_lerobot_v21/{name}" for name in before} == {
         f for f in store.files if CAMERA in f and ".mp4" in f
     }
-    replaced = max(before)
-    store.files[f"synthetic_lerobot_v21/{replaced}"] = store.files[f"synthetic_lerobot_v21/{replaced}"][::-1]
+    chosen = max(before)
+    copies_are_the_same(before, shared_datasets / "synthetic_lerobot_v21", chosen, tmp_path)
+    store.files[f"synthetic_lerobot_v21/{chosen}"] = store.files[f"synthetic_lerobot_v21/{chosen}"][::-1]
     after, _ = told()
-    assert [name for name in before if before[name] != after[name]] == [replaced]
+    assert replaced(before, after) == [chosen]
     for name in list(store.files):
         del store.files[name]
     unknown, said = told()

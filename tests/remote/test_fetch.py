@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from manipi.data.dataset import open_dataset
 from manipi.errors import FetchError, StorageError, UnknownNameError
 from manipi.remote.fetch import fetch, home, verify
 from manipi.remote.stores import BLOCK
@@ -188,6 +189,26 @@ def test_offline_says_what_to_fetch_beforehand(source, switch, monkeypatch):
         fetch(source)
     assert source in caught.value.next
     assert str(home()) in caught.value.next
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "gs://",
+        "s3:///x",
+        "hf://",
+        "https://",
+        "https:///x",
+        "https://[bad/x",
+        "https://host:99999/x",
+        "http://host:a/x",
+    ],
+)
+def test_what_is_no_address(address):
+    with pytest.raises(FetchError, match=r"(?s)an address of a file or folder.*gs://bucket/path"):
+        fetch(address)
+    with pytest.raises(FetchError, match="an address of a file or folder"):
+        open_dataset(address)
 
 
 def test_what_is_not_there_or_does_not_answer_is_said(store):

@@ -1,6 +1,7 @@
 """Without a network: one error, within seconds, and no words of the libraries."""
 
 import contextlib
+import os
 import socket
 import time
 
@@ -93,3 +94,45 @@ def test_an_account_that_is_missing_is_not_asked_for_again(store, monkeypatch):
     monkeypatch.setattr(stores, "PAUSES", (60.0,))
     with pytest.raises(FetchError, match="NoCredentialsError"):
         fetch("s3://bucket/run", show=False)
+
+
+S3_PLACES = {
+    "s3.amazonaws.com": ({}, ""),
+    "s3.eu-west-1.amazonaws.com": ({"AWS_DEFAULT_REGION": "eu-west-1"}, ""),
+    "s3.cn-north-1.amazonaws.com.cn": ({}, "[default]\nregion = cn-north-1\n"),
+    "127.0.0.1": ({"AWS_PROFILE": "lab"}, "[profile lab]\nendpoint_url = http://127.0.0.1:9\nregion = eu-west-1\n"),
+    "127.0.0.2": ({"AWS_ENDPOINT_URL_S3": "http://127.0.0.2:9", "AWS_DEFAULT_REGION": "eu-west-1"}, ""),
+}
+
+
+@pytest.mark.parametrize("host", S3_PLACES)
+def test_s3_is_looked_for_where_its_library_finds_it(host, tmp_path, monkeypatch):
+    """In a network without a way out there may be one to the endpoint of a region, but none to s3.amazonaws.com."""
+    pytest.importorskip("s3fs", reason="s3fs is part of manipi[cloud]")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    variables, config = S3_PLACES[host]
+    (tmp_path / "config").write_text(config)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    looked = []
+
+    def look(host, port, failure):
+        looked.append(host)
+        failure.append(OSError("nobody there"))
+
+    monkeypatch.setattr(stores, "_look", look)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(FetchError, match="nobody there"):
+        fetch("s3://bucket/x", show=False)
+    assert looked == [host]
+
+
+def test_a_profile_that_nobody_wrote(monkeypatch, tmp_path):
+    pytest.importorskip("s3fs", reason="s3fs is part of manipi[cloud]")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    with pytest.raises(FetchError, match=r"ProfileNotFound.*lab"):
+        fetch("s3://bucket/x", show=False)

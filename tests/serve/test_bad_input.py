@@ -6,12 +6,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from benchmarks.harness import memory_mb
 from benchmarks.hostile import GOOD, frames, plain
 from websockets.sync.client import connect
 
-from manipi_client import WebsocketPolicy
+from manipi_client import RemoteInferenceError, WebsocketPolicy
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SIZE = 12 * 2**20
@@ -66,6 +67,15 @@ def test_what_a_client_sent_is_not_repeated_and_not_kept(watched, name):
     new = log.read_text()[said:]
     assert len(new) < 6_000
     assert all(line.startswith("log ") and line.isprintable() for line in new.splitlines())
+
+
+@pytest.mark.parametrize("letter", ["a", "\u6293", "\U0001f916"])
+@pytest.mark.parametrize("kind", [str, np.array, np.str_, str.encode])
+def test_a_prompt_is_measured_in_characters_of_any_script(watched, letter, kind):
+    with WebsocketPolicy(port=watched[0]) as client:
+        assert client.infer({**GOOD, "prompt": kind(letter * 2_048)})["actions"].shape == (10, 7)
+        with pytest.raises(RemoteInferenceError, match=r"2,048 characters|8,192 bytes in a text"):
+            client.infer({**GOOD, "prompt": kind(letter * 2_049)})
 
 
 def run(name, *flags):

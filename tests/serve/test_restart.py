@@ -4,6 +4,7 @@ is started again: what is left of the chunk, then the last action, then on from 
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from manipi_client import (
     PolicyChanged,
     RealTimeBroker,
     WebsocketPolicy,
+    wire,
 )
 
 PACE, H = 0.01, 20
@@ -164,3 +166,32 @@ def test_a_broker_that_waits_asks_the_server_that_came_back():
     assert [type(answer) for answer in answers] == [np.ndarray]
     np.testing.assert_allclose(commands, PACE * np.arange(1, len(commands) + 1))
     assert len(commands) >= before + 20
+
+
+def raw_client(port, *sent, receive_bytes=2**16):
+    """Sends bytes, and reads nothing."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    client.connect(("127.0.0.1", port))
+    for part in sent:
+        client.sendall(part)
+    return client
+
+
+def test_clients_that_let_the_server_wait_do_not_keep_it_from_stopping():
+    request = f"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Api-Key {TOKEN}\r\nConnection: Upgrade\r\n"
+    request += "Upgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    frame = wire.pack({"state": np.zeros(100_000)})  # whose answer of 16 MB fills every buffer
+    header = b"\x82\xff" + len(frame).to_bytes(8, "big") + bytes(4)  # a mask of zeros changes nothing
+    with serving() as (process, port), contextlib.ExitStack() as stack:
+        for sent in (
+            [],
+            [request[:50].encode()],
+            [request.encode(), header + frame[:1_000]],
+            [request.encode(), header + frame],
+        ):
+            stack.enter_context(raw_client(port, *sent))
+        with WebsocketPolicy(port=port, token=TOKEN) as policy:
+            policy.infer({"state": np.zeros(1)})  # the one before it is answered, or being
+            process.terminate()
+            assert process.wait(9) == 0  # 5 s for the last one's answer, 2 s to say farewell

@@ -207,8 +207,8 @@ def test_an_answer_that_does_not_travel(port, observation):
         (wire.pack({"state": np.zeros(3)})[:-9], "found "),
         (b"\x91" * 100_000, "found StackError"),
         (wire.pack({"state": [0.0] * 5_000}), "found 5000 exceeds"),
-        (wire.pack({"a": [[0] * 500] * 500}), "expected at most 2048 items"),
-        (wire.pack({"prompt": "word " * 1_000}), "found 5000 exceeds"),
+        (wire.pack({"a": [[0] * 500] * 500}), "expected at most 2,048 items"),
+        (wire.pack({"prompt": "word " * 2_000}), "found 10000 exceeds"),
     ],
     ids=["text", "malformed", "empty", "no map", "truncated", "deep", "long list", "many lists", "long text"],
 )

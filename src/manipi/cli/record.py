@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from manipi.cli.arguments import parse
+from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import write_result
 
 
@@ -18,7 +18,7 @@ class _Record:
 
     finish: Path
     """The folder that was recorded to. Its episodes wait beside it, in .NAME.parts."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Write the number of episodes and frames to this file."""
 
 

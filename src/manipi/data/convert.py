@@ -152,10 +152,10 @@ def _check_same(parts: Parts, source: EpisodeSource, settings: ConvertSettings) 
         "episodes and files": fingerprint([list(source.names), stamps, source.drop_skipped]),
         "encoder": av.__version__,
     }
-    path = parts.folder / "conversion.json"
     if not (parts.episodes() or parts.finished):
-        atomic_write(path, json_bytes(wanted))
-    begun = read_json(path)
+        atomic_write(parts.begun, json_bytes(wanted))
+    parts.require_own()
+    begun = read_json(parts.begun)
     if changed := [name for name, value in wanted.items() if begun.get(name) != value]:
         raise ConfigError(
             expected="the conversion that was begun there, to go on with it",

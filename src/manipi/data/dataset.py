@@ -314,6 +314,7 @@ def open_dataset(
     """
     # The readers build on this module, so that they can only be imported from inside the function.
     from manipi.data.lerobot import LeRobotDataset
+    from manipi.data.parts import how_to_finish
     from manipi.data.rlds import open_rlds
     from manipi.data.rlds_fields import BY_NAME
     from manipi.data.rlds_index import find_version
@@ -321,11 +322,13 @@ def open_dataset(
 
     root = fetch_tables(str(path)) if "://" in str(path) else Path(path).expanduser().resolve()
     if not root.is_dir():
+        waiting = how_to_finish(root)
         raise DatasetNotFoundError(
             expected=_FOLDER,
-            found="a file" if root.exists() else "nothing",
+            found="a file" if root.exists() else "nothing" + (", but its episodes wait beside it" if waiting else ""),
             where=str(root),
-            next=f"ls {quoted(root.parent)}  # then give the right path (--data.path, or --data.root for mixtures)",
+            next=waiting
+            or f"ls {quoted(root.parent)}  # then give the right path (--data.path, or --data.root for mixtures)",
         )
     version = None if (root / "meta/info.json").is_file() else find_version(root)
     if version is None and not any((root / name).is_dir() for name in ("meta", "data", "videos")):

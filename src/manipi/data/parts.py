@@ -2,6 +2,7 @@
 
     .TARGET.parts/
     ├─ lock                  one process at a time
+    ├─ recording.json        what was begun; of a conversion `conversion.json`
     ├─ episode-000042/       as `EpisodeEncoder` wrote it; it has its name when it is complete and on the disk
     ├─ dataset/              all of them, one behind the other
     └─ finished.json         says that `dataset` is whole; it then takes the name TARGET, and the parts vanish
@@ -21,9 +22,25 @@ from tqdm import tqdm
 
 from manipi.data.lerobot_episode import EpisodeEncoder
 from manipi.data.lerobot_writer import LeRobotWriter
-from manipi.errors import ConfigError
+from manipi.errors import ConfigError, quoted
 from manipi.records import json_bytes, read_json
 from manipi.storage import atomic_write, name_for_good, remove_partial, require_absent, storage_errors
+
+_BEGUN = {
+    "recording": ("recording.json", "manipi record --finish {}"),
+    "conversion": ("conversion.json", "repeat the manipi convert command that was begun to {}"),
+}
+"""By what makes the episodes: the file that says what was begun, and how to finish it."""
+
+
+def how_to_finish(target: Path) -> str | None:
+    """What to run where the episodes of a dataset wait beside it; None where none do."""
+    target = target.expanduser().absolute()
+    for activity, (_, command) in _BEGUN.items():
+        parts = Parts(target, activity)
+        if parts.begun.exists() and (parts.finished or parts.episodes()):
+            return command.format(quoted(target))
+    return None
 
 
 class Parts:
@@ -31,13 +48,14 @@ class Parts:
 
     Args:
         target: the folder of the dataset, which does not exist yet.
-        activity: what makes them, for errors: "conversion", "recording".
+        activity: what makes them: "conversion", "recording".
     """
 
     def __init__(self, target: Path, activity: str):
         self.target, self._activity = target.expanduser().absolute(), activity
         self.folder = self.target.with_name(f".{self.target.name}.parts")
         self._dataset, self._finished = self.folder / "dataset", self.folder / "finished.json"
+        self.begun = self.folder / _BEGUN[activity][0]
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -73,6 +91,17 @@ class Parts:
     def episodes(self) -> list[Path]:
         """The folders of those that are there, in order."""
         return sorted(self.folder.glob("episode-*"))
+
+    def require_own(self) -> None:
+        """Raises ConfigError where the episodes that are there were not begun by this activity."""
+        if (self.finished or self.episodes()) and not self.begun.exists():
+            first = how_to_finish(self.target)
+            raise ConfigError(
+                expected=f"no episodes there but those of a {self._activity}",
+                found=f"others, without {self.begun.name}",
+                where=str(self.folder),
+                next="choose another folder" + (f", or first: {first}" if first else ""),
+            )
 
     @property
     def finished(self) -> bool:

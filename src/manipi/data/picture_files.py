@@ -1,7 +1,11 @@
 """Whether the files that hold a dataset's pictures are still the same, without reading them.
 
 A video is known by its size and by its head and tail: an MP4 file's table of frames, with the size of each of them, is
-at one of its ends. Of a video in a store, the store's own size, version and checksums are asked for.
+at one of its ends. Of a video in a store, the store's own size and version are asked for. Two states of a file that one
+copy in a store and another one elsewhere gave have the size in common, and are compared by that alone:
+
+    SIZE ends DIGEST        on a disk
+    SIZE ADDRESS VERSION    in the store of a dataset with that address
 """
 
 import hashlib
@@ -23,7 +27,13 @@ _ENDS = 4096
 
 def replaced(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """The files that were known and are others now."""
-    return [name for name, state in now.items() if before.get(name, state) != state]
+    return [
+        name for name, state in now.items() if name in before and _others(before[name].split(" "), state.split(" "))
+    ]
+
+
+def _others(before: list[str], now: list[str]) -> bool:
+    return before[0] != now[0] or (before[1] == now[1] and before != now)
 
 
 def states_on_disk(root: Path, names: Sequence[str]) -> dict[str, str]:
@@ -43,7 +53,7 @@ def _state(path: Path) -> str:
             ends.update(file.read(_ENDS))
     except FileNotFoundError:  # what needs it says so
         return ""
-    return f"{size} {ends.hexdigest()[:32]}"
+    return f"{size} ends {ends.hexdigest()[:32]}"
 
 
 def states_in_store(url: str, names: Sequence[str]) -> dict[str, str]:
@@ -51,7 +61,7 @@ def states_in_store(url: str, names: Sequence[str]) -> dict[str, str]:
     have to be asked once per file. A store that cannot be reached is said in the log, and leaves the files unknown."""
     files = _videos(url) if names and not url.startswith("http") else {}
     known = {name: files.get(name.removeprefix("videos/")) for name in names}
-    return {name: f"{file.size} {file.version}" for name, file in known.items() if file}
+    return {name: f"{file.size} {url} {file.version}" for name, file in known.items() if file}
 
 
 @cache

@@ -34,7 +34,7 @@ import manipi
 import manipi_client
 from manipi.data.dataset import Feature
 from manipi.data.lerobot_episode import EpisodeEncoder, read_episode
-from manipi.data.parts import Parts
+from manipi.data.parts import Parts, how_to_finish
 from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, StorageError, quoted
 from manipi.records import from_json, json_bytes, read_json
 from manipi.robots.robot import Robot
@@ -52,8 +52,6 @@ LEFT, NUM_LEFT, DELAYED, SEEDED = "manipi.left", "manipi.num_left", "manipi.dela
 ANSWER_MS, INFER_MS = "manipi.answer_ms", "manipi.infer_ms"
 """Features beside the robot's: chunks are flat, [H·A], and zero where nothing was asked; `manipi.left` is what was left
 of the previous chunk, its first `manipi.num_left` steps."""
-
-_BEGUN = "recording.json"
 
 _BLOCK = 16
 """Pictures that are in memory at a time."""
@@ -91,7 +89,7 @@ class Recorder(Subscriber):
         self._stack = ExitStack()
         self._policy: Policy | None = None
         self._begun: _Recording | None = None
-        self._number = self._questions = 0
+        self._number = self._num_kept = self._questions = 0
         self._pictures: dict[str, _Pictures] = {}
         self._begin()
 
@@ -108,7 +106,7 @@ class Recorder(Subscriber):
         self._begun = _read_begun(self._parts)
         self._require_begun("robot", self._begun.description["robot"], self._robot.to_json())
         self._require_begun("video encoder", self._begun.video_encoder, av.__version__)
-        self._number = int(kept[-1].name.removeprefix("episode-")) + 1
+        self._number = self._num_kept = int(kept[-1].name.removeprefix("episode-")) + 1
         if (seeds := read_episode(kept[-1]).columns.get(SEEDED)) is not None:
             self._questions = max(0, int(seeds.max()) + 1 - self._seed)
         logger.warning("going on with the recording that was begun in %s: %d episodes", self._parts.folder, len(kept))
@@ -186,15 +184,18 @@ class Recorder(Subscriber):
             encoder.encode(partial, data, self._prompts, where)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        """Also after an error: the episodes that ended before it are kept."""
+        """Also after an error: the episodes that ended before it are kept.
+
+        One that comes before the first new episode, such as another policy's, leaves what was begun as it was.
+        """
         with self._stack:
             if self._ended and kind and issubclass(kind, KeyboardInterrupt):
                 self.on_episode_end()  # Ctrl-C came while it was being encoded
             self._close_pictures()
-            if self._parts.episodes():
-                _finish(self._parts, show=False)
-            else:
+            if not self._parts.episodes():
                 self._parts.remove()
+            elif kind is None or self._number > self._num_kept:
+                _finish(self._parts, show=False)
 
     # ---- questions, from the broker's thread
 
@@ -240,7 +241,7 @@ class Recorder(Subscriber):
         encoder = EpisodeEncoder(features={**cameras, **vectors}, fps=rate, pix_fmt="yuv444p", crf=0)
         if self._begun is None:
             begun = _Recording(encoder=encoder, video_encoder=av.__version__, description=self._description())
-            atomic_write(self._parts.folder / _BEGUN, json_bytes(begun))
+            atomic_write(self._parts.begun, json_bytes(begun))
             self._begun = _read_begun(self._parts)
         self._require_begun("layout", json.loads(json_bytes(self._begun.encoder)), encoder)
         return encoder
@@ -276,44 +277,37 @@ def finish_recording(root: Path, *, show: bool = True) -> dict[str, int]:
         DatasetFormatError: an episode's files are damaged.
     """
     parts = Parts(root, "recording")
-    begun = (parts.folder / _BEGUN).exists() and parts.episodes()
-    if not (parts.finished or begun):
+    if not (parts.finished or (parts.begun.exists() and parts.episodes())):
+        whole = (parts.target / DESCRIPTION).exists()
+        other = how_to_finish(parts.target) or "name the folder that was recorded to; its episodes are in .NAME.parts"
         raise DatasetNotFoundError(
             expected=f"the episodes of a recording that was not finished, in {parts.folder}",
-            found="a dataset that is whole" if (parts.target / DESCRIPTION).exists() else "none",
+            found="a dataset that is whole" if whole else "none",
             where=str(parts.target),
-            next=f"manipi check {quoted(parts.target)}"
-            if parts.target.exists()
-            else "name the folder that was recorded to",
+            next=f"manipi check {quoted(parts.target)}" if whole else other,
         )
     with parts.claimed():
         return parts.settle() if parts.finished else _finish(parts, show=show)
 
 
 def _finish(parts: Parts, *, show: bool) -> dict[str, int]:
-    require_absent(parts.target)
     begun = _read_begun(parts)
     described = begun.description | {"written": datetime.now(UTC).isoformat(timespec="seconds")}
     files, robot_type = {DESCRIPTION: json_bytes(described)}, begun.description["robot"]["name"]
-    next_ = f"make room, then: manipi record --finish {quoted(parts.target)}  # the episodes wait in {parts.folder}"
+    again = f"manipi record --finish {quoted(parts.target)}  # the episodes wait in {parts.folder}"
     try:
+        require_absent(parts.target)
         return parts.finish(parts.episodes(), begun.encoder, robot_type, {}, files=files, show=show)
     except StorageError as error:
+        next_ = f"{'move it away' if parts.target.exists() else 'make room'}, then: {again}"
         raise StorageError(expected=error.expected, found=error.found, where=error.where, next=next_) from error
 
 
 def _read_begun(parts: Parts) -> _Recording:
-    path = parts.folder / _BEGUN
-    if not path.exists():
-        raise ConfigError(
-            expected="the episodes of a recording",
-            found="others",
-            where=str(parts.folder),
-            next="choose another folder",
-        )
-    stored = read_json(path, DatasetFormatError)
+    parts.require_own()
+    stored = read_json(parts.begun, DatasetFormatError)
     # The description stays as it is in the file: its robot is of types of its own.
-    encoder = from_json(stored["encoder"], (EpisodeEncoder, Feature), str(path))
+    encoder = from_json(stored["encoder"], (EpisodeEncoder, Feature), str(parts.begun))
     return _Recording(encoder=encoder, video_encoder=stored["video_encoder"], description=stored["description"])
 
 

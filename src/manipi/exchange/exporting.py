@@ -33,8 +33,8 @@ from manipi.exchange.certificate import (
     certify,
     record_self_test,
 )
-from manipi.exchange.importing import DESCRIPTION
 from manipi.exchange.lerobot_processors import MODES, relative_settings, write_processors
+from manipi.exchange.stated import DESCRIPTION
 from manipi.model.config import GEMMA_2B, GEMMA_300M, ModelConfig, Pi0Config, Pi0FastConfig
 from manipi.records import write_json
 from manipi.storage import atomic_directory, require_absent, require_room

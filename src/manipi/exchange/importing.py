@@ -37,16 +37,13 @@ from manipi.exchange.certificate import (
     record_self_test,
 )
 from manipi.exchange.lerobot_processors import PREPROCESSOR, read_processor_stats
-from manipi.exchange.stated import Stated, read_stated
+from manipi.exchange.stated import DESCRIPTION, Stated, read_stated
 from manipi.model.config import ModelConfig, NormMode
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory, require_absent, require_room
 from manipi.tokenizers import Tokenizers
 from manipi.transforms.normalize import read_openpi_stats
 from manipi.types import NormStats
-
-DESCRIPTION = "manipi"
-"""The folder beside exported weights that says all that their layout cannot."""
 
 
 @dataclass(frozen=True, kw_only=True)

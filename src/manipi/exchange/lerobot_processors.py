@@ -89,9 +89,10 @@ def relative_dims(robot: Robot) -> tuple[bool, ...]:
         offsets = offsets - states * np.array(dims)
     if not np.allclose(offsets, seen.to_model(command, state)):
         kinds = ", ".join(dict.fromkeys(type(group).__name__ for group in robot.actions if group.relative))
+        short = f"a state of {states.shape[-1]} dimensions, which is shorter than the {len(dims)} of an action"
         raise ConfigError(
             expected="offsets as LeRobot has them: an action's number less the one at the same place of the state",
-            found=f"other ones of the relative groups ({kinds})",
+            found=short if states.shape[-1] < len(dims) else f"other ones of the relative groups ({kinds})",
             where=f"robot {robot.name!r}",
             next="LeRobot cannot say them: take openpi's layout, or train with absolute actions",
         )

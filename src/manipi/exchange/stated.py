@@ -23,6 +23,8 @@ from manipi.model.config import ModelConfig, NormMode, Pi0Config, Pi0FastConfig,
 from manipi.robots.robot import Robot
 
 CONFIG = "config.json"
+DESCRIPTION = "manipi"
+"""The folder beside weights that manipi exported, which says all that their layout cannot."""
 KINDS: dict[str, type[ModelConfig]] = {"pi0": Pi0Config, "pi05": Pi05Config, "pi0_fast": Pi0FastConfig}
 _NEITHER = ("to_batch_processor", "device_processor", "rename_observations_processor", "tokenizer_processor")
 _BEFORE = (*_NEITHER, "relative_actions_processor", "normalizer_processor", "action_tokenizer_processor")
@@ -195,6 +197,8 @@ class Stated:
 
     def _other_robot(self, expected: str, found: str) -> ConfigError:
         next = "name the robot that the checkpoint was trained for: --robot FILE.py:NAME, or another --recipe"
+        if (self.folder / DESCRIPTION).is_dir():
+            next = f"leave --robot and --recipe out: manipi exported it, and {DESCRIPTION}/ beside the weights says all"
         return ConfigError(expected=expected, found=found, where=str(self.folder), next=next)
 
 

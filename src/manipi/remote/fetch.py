@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from manipi.errors import FetchError, unknown_name
 from manipi.records import json_bytes, read_json
@@ -114,6 +114,7 @@ def _require(path: Path, sha256: str) -> None:
 
 def _cached(url: str) -> Path | None:
     """What is here already: a download of this source or of a folder around it, or openpi's copy."""
+    _require_address(url)
     parts = url.rstrip("/").split("/")
     for end in range(len(parts), 2, -1):
         target, inner = target_of("/".join(parts[:end])), "/".join(parts[end:])
@@ -133,6 +134,20 @@ def _cached(url: str) -> Path | None:
     around = (path, *path.parents[: len(parts) - 3])
     whole = [p for p in around if p.with_suffix(".lock").is_file()]
     return path if whole and not whole[0].with_suffix(".partial").exists() else None
+
+
+def _require_address(url: str) -> None:
+    """Raises FetchError where there is no name of a store, or a port that is none."""
+    scheme, _, rest = url.partition("://")
+    try:
+        named = urlsplit(f"//{rest}")
+        if named.netloc and (scheme not in ("http", "https") or (named.hostname and named.port != 0)):
+            return
+        fault = "no name of a store"
+    except ValueError as error:
+        fault = str(error)
+    next = "name bucket or host behind ://, as in gs://bucket/path or https://host/path"
+    raise fetch_error("an address of a file or folder in a store", fault, url, next)
 
 
 def _openpi_path(url: str) -> Path | None:

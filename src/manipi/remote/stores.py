@@ -32,13 +32,11 @@ BLOCK = 16 << 20
 SMALLEST_BLOCK = 64 << 10
 LOOK = 10.0
 """Seconds within which the way to a store is found or not."""
-_ENDPOINTS = {"gs": "https://storage.googleapis.com", "hf": "https://huggingface.co", "s3": "https://s3.amazonaws.com"}
-_ENDPOINT_NAMES = {
-    "gs": ("STORAGE_EMULATOR_HOST",),
-    "hf": ("HF_ENDPOINT",),
-    "s3": ("FSSPEC_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+_ENDPOINTS = {
+    "gs": ("STORAGE_EMULATOR_HOST", "https://storage.googleapis.com"),
+    "hf": ("HF_ENDPOINT", "https://huggingface.co"),
 }
-"""Variables that name another one; their libraries read them too."""
+"""Variables that name another one, which the libraries read too, and the usual one."""
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub", "https": "aiohttp", "http": "aiohttp"}
 _LIBRARIES = ("gcsfs", "s3fs", "fsspec", "aiohttp", "botocore", "aiobotocore", "huggingface_hub", "google.auth")
 _NO_ACCOUNT = ("NoCredentialsError", "DefaultCredentialsError", "RefreshError", "ProfileNotFound")
@@ -71,7 +69,7 @@ class Store:
         for library in _LIBRARIES:  # tells Python that somebody listens: they would print a traceback per attempt
             logging.getLogger(library).addHandler(logging.NullHandler())
         self.patiently(lambda: importlib.import_module(_PACKAGES[self.scheme]))
-        _require_reachable(url, self.scheme)
+        _require_reachable(url, self.scheme, self.patiently(lambda: _endpoint(url, self.scheme)))
         self.fs, self.root = self.patiently(self._open)
 
     def _open(self) -> tuple[Any, str]:
@@ -196,14 +194,24 @@ _reached: set[str] = set()
 """Endpoints that this process has found reachable. They are asked with full patience: a run survives an outage."""
 
 
-def _require_reachable(url: str, scheme: str) -> None:
+def _endpoint(url: str, scheme: str) -> str:
+    """Where a store is, as its library will find it."""
+    if scheme in ("http", "https"):
+        return f"{scheme}://{url.split('/')[2]}"
+    if scheme != "s3":
+        name, default = _ENDPOINTS[scheme]
+        return os.environ.get(name) or default
+    import fsspec.config
+    from botocore.session import get_session  # pyright: ignore[reportMissingImports]
+
+    # Of region, profile and partition; a network of one's own may have a way to that region's endpoint alone. With
+    # keys, because it would look for some otherwise, also in the network.
+    client = get_session().create_client("s3", aws_access_key_id="none", aws_secret_access_key="none")
+    return fsspec.config.conf.get("s3", {}).get("endpoint_url") or client.meta.endpoint_url
+
+
+def _require_reachable(url: str, scheme: str, endpoint: str) -> None:
     """One look at the way to a store, by itself: some libraries try for minutes, and cannot be told otherwise."""
-    own = f"{scheme}://{url.split('/')[2]}"
-    endpoint = next((os.environ[name] for name in _ENDPOINT_NAMES.get(scheme, ()) if os.environ.get(name)), "")
-    config = Path(os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config").expanduser()
-    if scheme == "s3" and not endpoint and config.is_file() and "endpoint_url" in config.read_text(errors="replace"):
-        return  # which of its profiles counts is for the library to say
-    endpoint = endpoint or _ENDPOINTS.get(scheme, own)
     parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
     proxy = getproxies().get(parts.scheme)
     if proxy and not proxy_bypass(parts.hostname or ""):

@@ -13,6 +13,8 @@ import http
 import json
 import re
 from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
 
 from websockets.asyncio.server import ServerConnection
 from websockets.datastructures import Headers
@@ -44,7 +46,15 @@ _WITH_BODY = re.compile(
 
 
 class Connection(ServerConnection):
-    """One that also answers a request with a body, where the library hangs up without a word."""
+    """One that also answers a request with a body, where the library hangs up without a word.
+
+    Args:
+        known: gets the connection, also before its handshake.
+    """
+
+    def __init__(self, known: "WeakSet[ServerConnection]", *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings)
+        known.add(self)
 
     def data_received(self, data: bytes) -> None:
         if self.protocol.state is State.CONNECTING and _WITH_BODY.match(data):

@@ -27,10 +27,11 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakSet
 
 import numpy as np
 from websockets.asyncio.server import ServerConnection, serve
@@ -59,6 +60,9 @@ _MAX_ITEMS = 2_048
 """List and map items in an observation, and characters in a text of it. Arrays count as one."""
 
 _CLOSE_SECONDS = 2.0
+
+_SEND_SECONDS = 5.0
+"""How long a client that lets its answers lie may fill every buffer on their way; the library waits for ever."""
 
 _silent = logging.getLogger(f"{__name__}.websockets")
 """The library repeats what does not speak websocket as it came, behind a traceback."""
@@ -223,6 +227,7 @@ class PolicyServer:
             max_waiting=limits.max_waiting,
             batch_wait_ms=limits.batch_wait_ms,
         )
+        connections: WeakSet[ServerConnection] = WeakSet()
         pages = Pages(state, self._access, self._host, self._address, limits.max_clients, lambda: batcher.num_waiting)
         async with serve(
             lambda connection: self._talk(connection, batcher),
@@ -234,7 +239,7 @@ class PolicyServer:
             close_timeout=_CLOSE_SECONDS,
             origins=[None],  # no page of another site may drive a robot through its visitor's browser
             process_request=pages.answer,
-            create_connection=Connection,
+            create_connection=functools.partial(Connection, connections),
             logger=_silent,
         ):
             host, port = listener.getsockname()[:2]
@@ -247,6 +252,7 @@ class PolicyServer:
                 await self._drain()
             finally:
                 batcher.close()
+                asyncio.get_running_loop().call_later(_CLOSE_SECONDS, _hang_up_on_silent, connections)
         logger.info("stopped")
 
     async def _drain(self) -> None:
@@ -267,7 +273,7 @@ class PolicyServer:
         closed = asyncio.ensure_future(connection.wait_closed())
         closed.add_done_callback(functools.partial(_leave, client, batcher))
         try:
-            await connection.send(self._metadata_frame)
+            await _send(connection, self._metadata_frame)
             await self._answer_all(client, batcher)
         except ConnectionClosed as reason:
             logger.info("client %s left: %s", client.address, one_line(str(reason), 300))
@@ -290,7 +296,7 @@ class PolicyServer:
             except Exception as error:  # noqa: BLE001 - the server outlives whatever a policy raises.
                 answer = self._describe(client, error)
             del frame  # which is large, as the error was that knew it, and the next one may be long in coming
-            await connection.send(answer)
+            await _send(connection, answer)
             if isinstance(answer, str):
                 await connection.close(CloseCode.INTERNAL_ERROR, "the previous frame says what went wrong")
                 return
@@ -379,6 +385,23 @@ class PolicyServer:
         logger.warning("client %s was told %s: %s", client.address, code, " ".join(text.split()))
         self._state.note_error(client, code, text)
         return f"{code}\n{text}"
+
+
+async def _send(connection: ServerConnection, frame: str | bytes) -> None:
+    """Raises ConnectionClosed also where the client takes nothing for `_SEND_SECONDS`; it is hung up on then."""
+    try:
+        async with asyncio.timeout(_SEND_SECONDS):
+            await connection.send(frame)
+    except TimeoutError:
+        connection.transport.abort()
+        raise ConnectionClosed(None, None) from None
+
+
+def _hang_up_on_silent(connections: Iterable[ServerConnection]) -> None:
+    """A server that stops would wait for those who connected and asked for nothing yet."""
+    for connection in list(connections):
+        if connection.state is State.CONNECTING:
+            connection.transport.abort()
 
 
 async def _in_time(client: Client, batcher: Batcher, query: Query, left_s: float | None) -> Answer:

@@ -1,12 +1,12 @@
 """The settings of a training run. Structure is Python (a recipe), numbers are flags. No torch here."""
 
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, TypeAlias
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from manipi.errors import ConfigError
+from manipi.errors import ConfigError, unknown_name
 from manipi.model.config import DType, ModelConfig, NormMode, Pi0FastConfig, Pi05Config
 from manipi.robots.robot import Robot
 
@@ -317,6 +317,7 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
+        _require_choices(self)
         for name in ("steps", "batch_size", "accumulate", "noise_draws", "log_every", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise _out_of_range(name, "at least 1", getattr(self, name))
@@ -376,6 +377,19 @@ class TrainConfig:
                 where="TrainConfig.trained",
                 next="choose --trained full, vision_frozen or lora",
             )
+
+
+def _require_choices(settings: Any, where: str = "") -> None:
+    """That every field that is one of a few words is one of them, at any depth: a recipe is Python, which lets any
+    other word through, and a comparison further on then takes it for one of the rest. Robots check themselves."""
+    hints = get_type_hints(type(settings))
+    for name in (each.name for each in fields(settings)):
+        value, at = getattr(settings, name), f"{where}{name}"
+        if get_origin(hints[name]) is Literal and value not in (choices := get_args(hints[name])):
+            raise unknown_name(at, str(value), [str(choice) for choice in choices], next="choose one of them")
+        for part in value if isinstance(value, tuple) else (value,):
+            if is_dataclass(part) and not isinstance(part, Robot):
+                _require_choices(part, f"{at}.")
 
 
 def _out_of_range(name: str, expected: str, found: float) -> ConfigError:

@@ -260,7 +260,7 @@ class Guards(Watchdog):
         try:
             atomic_write(path, buffer.getvalue())
         except StorageError as error:
-            return f"the batch could not be kept: {error.found}"
+            return f"the batch could not be kept: expected {error.expected}, found {error.found}"
         return f"the batch is in {path}"
 
 

@@ -31,14 +31,17 @@ def read_address(host: str, port: int | None, *, secure: bool = False) -> str:
         ConnectError: it is no such address.
     """
     try:
+        if not isinstance(host, str):
+            raise ValueError("no text")
         scheme, separator, rest = host.strip().rpartition("://")
         scheme = _SCHEMES[scheme.lower()] if separator else "wss" if secure else "ws"
         parts = urlsplit(f"{scheme}://{f'[{rest}]' if not separator and _is_ipv6(rest) else rest}")
         if port is not None and parts.port is None:
             parts = parts._replace(netloc=f"{parts.netloc.rstrip(':')}:{port}")
-        if not parts.hostname or parts.port == 0 or any(c.isspace() for c in parts.netloc):
+        if not parts.hostname or parts.port == 0 or parts.fragment or any(c.isspace() for c in parts.netloc):
             raise ValueError("no host, or no port")
-    except (ValueError, KeyError, AttributeError) as error:
+        parts.hostname.encode("idna")  # as the connection will
+    except (ValueError, KeyError) as error:
         raise ConnectError(
             expected="an address: robot, robot:8000, 192.168.1.20:8000, [::1]:8000, ws://robot:8000 or wss://robot:8000",
             found=shown(host) + ("" if port in (None, 8000) else f", port {shown(port)}"),
@@ -46,6 +49,12 @@ def read_address(host: str, port: int | None, *, secure: bool = False) -> str:
             next="write host and port as one of these; a port is a number from 1 to 65535",
         ) from error
     return parts.geturl()
+
+
+def without_password(uri: str) -> str:
+    """The URI for texts and logs. Before an `@` in it may stand the token, which servers take as a password."""
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def tls_context(ca: str | PathLike[str] | None, uri: str) -> ssl.SSLContext | None:
@@ -86,6 +95,18 @@ def certificate_advice(error: ssl.SSLCertVerificationError, ca: object) -> str:
     return "renew the server's certificate, or look at the clocks of both computers"
 
 
+def open_socket(uri: str, seconds: float) -> socket.socket:
+    """A connection to the URI's host and port. Raises OSError, TimeoutError after at most two seconds.
+
+    A computer that is switched off answers nothing at all: who waits for it tries again, and may stop in between.
+    """
+    parts = urlsplit(uri)
+    port = parts.port or (443 if parts.scheme == "wss" else 80)
+    connection = socket.create_connection((parts.hostname or "", port), max(0.01, min(seconds, _LOOK_SECONDS)))
+    connection.settimeout(None)
+    return connection
+
+
 def other_scheme(uri: str, seconds: float) -> str | None:
     """The same address with TLS where it speaks TLS and the URI does not say so, and the other way round; else None.
 
@@ -94,9 +115,8 @@ def other_scheme(uri: str, seconds: float) -> str | None:
     parts = urlsplit(uri)
     secure = parts.scheme == "wss"
     try:
-        with socket.create_connection(
-            (parts.hostname or "", parts.port or (443 if secure else 80)), max(0.01, min(seconds, _LOOK_SECONDS))
-        ) as connection:
+        with open_socket(uri, seconds) as connection:
+            connection.settimeout(max(0.01, min(seconds, _LOOK_SECONDS)))
             if secure:
                 connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
                 return parts._replace(scheme="ws").geturl() if connection.recv(5) == b"HTTP/" else None

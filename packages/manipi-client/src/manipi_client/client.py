@@ -24,8 +24,9 @@ import struct
 import sys
 import threading
 import time
+from numbers import Real
 from os import PathLike
-from typing import Any, Iterator, Mapping
+from typing import Any, Dict, Iterator, Mapping
 
 import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
@@ -34,7 +35,14 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.version import version as websockets_version
 
 from manipi_client import wire
-from manipi_client.address import certificate_advice, other_scheme, read_address, tls_context
+from manipi_client.address import (
+    certificate_advice,
+    open_socket,
+    other_scheme,
+    read_address,
+    tls_context,
+    without_password,
+)
 from manipi_client.errors import (
     AccessDenied,
     ConnectError,
@@ -54,6 +62,9 @@ from manipi_client.keys import DEADLINE
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 0.2
+
+_LONGEST_SECONDS = 1e6
+"""Of a timeout: eleven days. Operating systems do not take every number."""
 
 _FRAGMENT_BYTES = 2**17
 """A larger message travels in parts, so that neither end needs fresh memory for each of its copies of it."""
@@ -120,6 +131,7 @@ class WebsocketPolicy:
         PolicyChanged: the server that is connected again is for another robot, or has another checkpoint.
         ConnectError: the address is wrong, or what answers there is no policy server.
         ProtocolError: what answers is not a policy server.
+        InputError: a token of other characters than printable ASCII, or a time that is none.
     """
 
     def __init__(
@@ -135,13 +147,16 @@ class WebsocketPolicy:
         allow_new_checkpoint: bool = False,
         lazy: bool = False,
     ) -> None:
-        self._uri = read_address(host, port, secure=ca is not None)
+        self._address = read_address(host, port, secure=ca is not None)
+        self._uri = without_password(self._address)  # for texts and logs
         self._ca, self._tls = ca, tls_context(ca, self._uri)
-        self._headers = {"Authorization": f"Api-Key {token}"} if token else {}
-        self._connect_timeout, self._request_timeout = connect_timeout, request_timeout
-        self._told = {} if deadline is None else {DEADLINE: deadline * 1000}
+        self._headers = _authorization(token)
+        self._connect_timeout = _seconds("connect_timeout", connect_timeout)
+        self._request_timeout = _seconds("request_timeout", request_timeout)
+        self._told = {} if deadline is None else {DEADLINE: _seconds("deadline", deadline) * 1000}
         self._lock, self._interrupted = threading.Lock(), threading.Event()
         self._connection: ClientConnection | None = None
+        self._opening: socket.socket | None = None
         self._packer = wire.Packer()
         self._metadata: dict[str, Any] | None = None
         self._allow_new_checkpoint = allow_new_checkpoint
@@ -202,10 +217,11 @@ class WebsocketPolicy:
     def interrupt(self) -> None:
         """Makes the call that another thread is in fail with ConnectionLost, as soon as it waits for the server."""
         self._interrupted.set()
-        connection = self._connection
-        if connection is not None:
-            with contextlib.suppress(OSError):  # It is closed already.
-                connection.socket.shutdown(socket.SHUT_RDWR)
+        connection, opening = self._connection, self._opening
+        for open_one in (opening, None if connection is None else connection.socket):
+            if open_one is not None:
+                with contextlib.suppress(OSError):  # It is closed already.
+                    open_one.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Closes the connection. `infer` would open it again."""
@@ -269,7 +285,7 @@ class WebsocketPolicy:
                 self._disconnect()
                 if not isinstance(error, _NOT_UP_YET):
                     raise
-                if attempt == 0 and isinstance(error, _HUNG_UP):
+                if attempt == 0 and isinstance(error, _HUNG_UP) and not self._interrupted.is_set():
                     self._require_scheme(error, deadline)
                 if time.monotonic() + backoff(attempt) > deadline or self._interrupted.is_set():
                     raise self._connect_timeout_error(error) from error
@@ -278,8 +294,13 @@ class WebsocketPolicy:
     def _handshake(self, deadline: float) -> ClientConnection:
         """A connection. Raises one of `_NOT_UP_YET` where another attempt may help, ConnectError where none does."""
         try:
+            self._opening = open_socket(self._address, deadline - time.monotonic())
+            if self._interrupted.is_set():
+                self._opening.close()
+                raise _NotUpYet("an interrupted call")
             return connect(
-                self._uri,
+                self._address,
+                sock=self._opening,
                 ssl=self._tls,
                 additional_headers=self._headers,
                 compression=None,
@@ -415,15 +436,43 @@ def backoff(attempt: int) -> float:
 
 def _deadline(observation: Mapping[str, Any]) -> float:
     """In seconds."""
-    value = observation.get(DEADLINE, math.inf)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if DEADLINE not in observation:
+        return math.inf
+    value = observation[DEADLINE]
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
         raise InputError(
             expected="milliseconds, more than 0",
-            found=repr(value),
+            found=shown(value),
             where=f"observation key {DEADLINE!r}",
             next="leave it out where an answer is always of use",
         )
-    return value / 1000
+    return float(value) / 1000
+
+
+def _seconds(name: str, value: Any) -> float:
+    """A time that the constructor was given."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= _LONGEST_SECONDS:
+        raise InputError(
+            expected=f"seconds, from 0 to {_LONGEST_SECONDS:g}",
+            found=shown(value),
+            where=f"{name} of the policy client",
+            next="give a number" if name != "deadline" else "give a number, or None where an answer is always of use",
+        )
+    return float(value)
+
+
+def _authorization(token: Any) -> Dict[str, str]:
+    """The header that shows a token, without the line break that a file ends in. No error repeats the token."""
+    if not token:
+        return {}
+    if not isinstance(token, str) or not (token.strip().isascii() and token.strip().isprintable()):
+        raise InputError(
+            expected="a token: a text of printable ASCII characters on one line",
+            found=f"a {type(token).__name__}" + (" with other characters" if isinstance(token, str) else ""),
+            where="token of the policy client",
+            next="give the text that is in the server's --token-file",
+        )
+    return {"Authorization": f"Api-Key {token.strip()}"}
 
 
 def _limit_sends(connection: socket.socket, seconds: float) -> None:

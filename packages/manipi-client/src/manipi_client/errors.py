@@ -20,11 +20,10 @@ from __future__ import annotations
 
 import copyreg
 import re
+import sys
 from datetime import date, timedelta
 from pathlib import PurePath
 from typing import Any, List
-
-import numpy as np
 
 _ERROR_TEXT = re.compile(
     r"(?P<code>\w+)\nexpected (?P<expected>.*)\n   found (?P<found>.*)\n   where (?P<where>.*)\n    next (?P<next>.*)",
@@ -50,16 +49,17 @@ def one_line(text: str, limit: int) -> str:
 
 def _head(value: Any, limit: int, depth: int) -> str:
     """The beginning of `repr(value)`, of a length that `limit` bounds."""
+    np = sys.modules.get("numpy")  # whose import takes long; where it has not happened, there are none of its values
     if isinstance(value, str):
         return repr(str.__getitem__(value, slice(limit + 1)))
     if isinstance(value, (bytes, bytearray)):
         head = repr(bytes(value[: limit // 4]))
         return head if len(value) <= limit // 4 else f"{head}... ({len(value)} bytes)"
-    if isinstance(value, np.ndarray):
+    if np is not None and isinstance(value, np.ndarray):
         return f"an array of {_name(value.dtype)} of shape {_head(list(value.shape), limit, depth)}"
-    if isinstance(value, np.dtype):
+    if np is not None and isinstance(value, np.dtype):
         return _name(value)
-    if isinstance(value, np.generic):
+    if np is not None and isinstance(value, np.generic):
         return str(value) if value.dtype.kind in "biufcmM" else f"a scalar of {_name(value.dtype)}"
     if isinstance(value, int) and value.bit_length() > 4 * limit:
         return f"a whole number of {value.bit_length()} bits"
@@ -84,7 +84,7 @@ def _items(container: Any, limit: int, depth: int) -> str:
     return ", ".join(parts) + ("," if isinstance(container, tuple) and len(parts) == 1 else "")
 
 
-def _name(dtype: np.dtype) -> str:
+def _name(dtype: Any) -> str:
     return str(dtype) if dtype.names is None else f"records of {len(dtype.names)} fields"
 
 

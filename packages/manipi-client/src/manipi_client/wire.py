@@ -61,9 +61,9 @@ def unpack(frame: bytes, *, max_items: int | None = None) -> Any:
     """The value in a binary frame.
 
     Args:
-        max_items: of all lists and maps together, and characters of a text; None for any number. Arrays do not count.
-            A short frame can hold a million lists, which are slow to make and large in memory. Keys then have to be
-            texts, since bytes have no limit but the frame's.
+        max_items: of all lists and maps together, and characters of a text (four times as many bytes as UTF-8); None
+            for any number. Arrays do not count. A short frame can hold a million lists, which are slow to make and
+            large in memory. Keys then have to be texts, since bytes have no limit but the frame's.
 
     Raises:
         ProtocolError: not MessagePack, too many items, or an array whose dtype, shape and data do not fit together.
@@ -75,7 +75,12 @@ def unpack(frame: bytes, *, max_items: int | None = None) -> Any:
     except ProtocolError:
         raise
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise _protocol_error("one MessagePack value", one_line(str(error), 200) or type(error).__name__) from error
+        found = one_line(str(error), 200) or type(error).__name__
+        if (
+            max_items is not None and " exceeds max_" in found
+        ):  # the library tells its limits apart by their names alone
+            raise _too_many(max_items, found) from error
+        raise _protocol_error("one MessagePack value, whose maps have texts as keys", found) from error
 
 
 def _limits(max_items: int) -> Dict[str, Any]:
@@ -85,7 +90,7 @@ def _limits(max_items: int) -> Dict[str, Any]:
         nonlocal left
         left -= len(value)
         if left < 0:
-            raise _protocol_error(f"at most {max_items} items in lists and maps", "more")
+            raise _too_many(max_items, "more items")
         if isinstance(value, dict):
             value = _from_map(value)
         if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
@@ -93,8 +98,8 @@ def _limits(max_items: int) -> Dict[str, Any]:
             raise _protocol_error("a map whose keys are texts", f"the key {shown(strange)}")
         return value
 
-    sizes = {f"max_{kind}_len": max_items for kind in ("str", "array", "map", "ext")}
-    return {"object_hook": count, "list_hook": count, **sizes}
+    sizes = {f"max_{kind}_len": max_items for kind in ("array", "map", "ext")}
+    return {"object_hook": count, "list_hook": count, "max_str_len": 4 * max_items, **sizes}
 
 
 def _to_map(value: Any) -> Any:
@@ -163,10 +168,14 @@ def _read_scalar(data: Any, dtype: np.dtype) -> np.generic:
         raise _protocol_error(f"a value of {dtype.str}", shown(data)) from error
 
 
-def _protocol_error(expected: str, found: str) -> ProtocolError:
-    return ProtocolError(
-        expected=expected,
-        found=found,
-        where="a binary frame",
-        next="check that both ends speak openpi's protocol (manipi_client.wire or openpi_client.msgpack_numpy)",
-    )
+def _too_many(max_items: int, found: str) -> ProtocolError:
+    expected = f"at most {max_items:,} items in lists and maps together, and {4 * max_items:,} bytes in a text"
+    return _protocol_error(expected, found, "send less: numbers as one NumPy array, which counts as one; shorter texts")
+
+
+def _protocol_error(
+    expected: str,
+    found: str,
+    next: str = "check that both ends speak openpi's protocol (manipi_client.wire or openpi_client.msgpack_numpy)",
+) -> ProtocolError:
+    return ProtocolError(expected=expected, found=found, where="a binary frame", next=next)
