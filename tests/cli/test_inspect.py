@@ -247,4 +247,5 @@ def test_nothing_of_a_dataset_reaches_the_screen_raw(manipi, tmp_path):
         text = done.stdout + done.stderr.replace("\r", "")
         assert all(line.isprintable() for line in text.split("\n"))
         assert not any(line.startswith("error $") for line in text.split("\n"))
+        assert command != "inspect" or f"next  manipi check '{root}'" in text
         assert command != "check" or f"manipi convert '{root}' TARGET --exclude 'a\\x1b[31m\\nerror $(touch x)'" in text

@@ -11,7 +11,7 @@ import tyro
 
 from manipi.cli.arguments import NewFile, NewFolder, parse
 from manipi.cli.result import table, write_result
-from manipi.errors import ConfigError
+from manipi.errors import ConfigError, quoted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
         ("seconds", f"{time.perf_counter() - began:.1f}"),
         *(("note", f"{name}: {text}") for name, text in report.remarks),
         *(("skipped", f"{name}: {why}") for name, why in report.skipped),
-        ("next", f"manipi check {report.target}"),
+        ("next", f"manipi check {quoted(report.target)}"),
     ]
     print(table(rows))
     write_result(report, args.json)

@@ -9,6 +9,7 @@ import tyro
 from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import table, write_result
 from manipi.data.filters import Rules
+from manipi.errors import quoted
 from manipi.recipes.registry import load_robot
 
 
@@ -56,5 +57,6 @@ def main(arguments: Sequence[str]) -> None:
     print(f"\n{preview(dataset, keep)}")
     if args.out is not None:
         mask.save(args.out)
-        print(f"\nsaved  {args.out}\nnext   manipi train RECIPE --data.path {args.dataset} --data.keep {args.out}")
+        flags = f"--data.path {quoted(args.dataset)} --data.keep {quoted(args.out)}"
+        print(f"\nsaved  {args.out}\nnext   manipi train RECIPE {flags}")
     write_result({"frames": total, "kept": int(keep.sum()), "effects": effects}, args.json)

@@ -13,6 +13,7 @@ import tyro
 from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import table, write_result
 from manipi.cli.stats import stats_table
+from manipi.errors import quoted
 
 WIDTH = 110
 
@@ -75,7 +76,7 @@ def _dataset(path: Path | str) -> Any:
     _section("features", table(rows, ("key", "kind", "shape", "dtype", "names")))
     _section("instructions", table([(count, task) for task, count in summary.tasks.items()], ("episodes", "task")))
     _section("a robot for it, guessed from the names: save it as my_robot.py and correct every line", summary.robot)
-    print(f"next  manipi check {path}    manipi check {path} --robot my_robot.py:ROBOT")
+    print(f"next  manipi check {quoted(path)}    manipi check {quoted(path)} --robot my_robot.py:ROBOT")
     return summary
 
 
@@ -98,7 +99,7 @@ def _checkpoint(path: Path) -> Any:
     _section("parameters", table([(name, f"{count:>15,}") for name, count in counts]))
     _section("tokens", _draw(config.model))
     _section(f"norm stats of {summary.norm_stats.num_frames:,} frames", stats_table(summary.norm_stats, robot))
-    print(f"next  manipi serve {path}")
+    print(f"next  manipi serve {quoted(path)}")
     return summary
 
 
@@ -117,7 +118,7 @@ def _recipe(target: str) -> Any:
     own = bool(config.data.path) and "://" not in config.data.path
     if not own and not at_hand(config):
         found = f"not on this disk: {', '.join(paths)}" if paths else "the recipe has no dataset of its own"
-        print(f"no frame to show: {found}\nnext  manipi train {target} --data.path FOLDER")
+        print(f"no frame to show: {found}\nnext  manipi train {quoted(target)} --data.path FOLDER")
         return {"config": config, "tokens": token_layout(config.model)}
     data = prepare_to_look(config)
     source = data.main.source

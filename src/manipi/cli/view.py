@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from manipi.cli.arguments import NewFile, parse
+from manipi.errors import one_line
 from manipi.storage import require_new_file
 
 
@@ -50,5 +51,5 @@ def main(arguments: Sequence[str]) -> None:
     write(path, dataset, without=args.without)
     opens = f"rerun {path}" if args.rerun else "open it in a browser"
     if depth := [key for key, feature in dataset.features.items() if feature.kind == "depth"]:
-        print(f"left out: {', '.join(depth)}, which record depth, not colours")
+        print(f"left out: {one_line(', '.join(depth), 1000)}, which record depth, not colours")
     print(f"{path}  ({path.stat().st_size / 1e6:.1f} MB): {opens}")
