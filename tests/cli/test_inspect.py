@@ -1,3 +1,4 @@
+import contextlib
 import json
 import re
 import shutil
@@ -5,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from manipi.cli import main as run_command
 from manipi.cli.inspect import _draw
 from manipi.data.dataset import Feature, open_dataset
 from manipi.data.describe import describe_dataset, sketch_robot
@@ -214,3 +216,14 @@ def test_settings_are_numbers_of_the_recipe():
 
 def test_robot_of_a_file(recipe_file):
     assert load_robot(f"{recipe_file}:ROBOT").name == load_robot(f"{recipe_file}:my_recipe").name == "aloha"
+
+
+@pytest.mark.parametrize("command", ["inspect", "check", "view"])
+@pytest.mark.parametrize("name", ["episode_0.hdf5", "a/trajectory.h5", ".zgroup", "pusht.zarr/zarr.json"])
+def test_recordings_that_are_no_dataset_yet_are_to_be_converted(command, name, tmp_path, capsys):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"")
+    with contextlib.suppress(SystemExit):
+        run_command([command, str(tmp_path)])
+    said = capsys.readouterr()
+    assert f"manipi convert {tmp_path} TARGET" in " ".join((said.out + said.err).split())

@@ -94,7 +94,7 @@ FAULTS = {
     "a setting that cannot be": (f"{RECIPE}return replace(pi0_tabletop(), steps=0)", 7, "found 0\n.*TrainConfig.steps"),
     "missing argument": ("def recipe(size) -> TrainConfig:\n    return 1", 6, r"found def recipe\(size\)"),
     "keyword-only argument": ("def recipe(*, size) -> TrainConfig:\n    return 1", 6, r"found def recipe\(\*, size\)"),
-    "return type": (f"{RECIPE}return pi0_tabletop().robot", 6, "found Robot Robot"),
+    "return type": (f"{RECIPE}return pi0_tabletop().robot", 6, "found an object of type Robot"),
     "no return": (f"{RECIPE}pi0_tabletop()", 6, "found nothing: no `return`"),
     "no annotation": ("def recipe():\n    return pi0_tabletop()", 6, r"found def recipe\(\)"),
     "an exception of its own": (f"class Odd(Exception): pass\n{RECIPE}raise Odd('h\\na')", 8, r"Odd: h\\na"),

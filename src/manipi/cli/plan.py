@@ -109,7 +109,7 @@ def memory_table(memory: "StepMemory", capacity: int | None) -> str:
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f}"
+    return f"{size / 2**30:.2f}" if size == 0 or size >= 2**30 / 10 else f"{size / 2**30:.4f}"
 
 
 def _numbers(memory: "StepMemory", capacity: int | None) -> dict[str, Any]:

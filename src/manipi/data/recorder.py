@@ -15,6 +15,7 @@ An episode is on the disk when its `on_episode_end` returns: encoded, in a folde
 Shape letters: H action horizon, A dimensions of the robot's command.
 """
 
+import difflib
 import json
 import logging
 import platform
@@ -282,10 +283,19 @@ def finish_recording(root: Path, *, show: bool = True) -> dict[str, int]:
             expected=f"the episodes of a recording that was not finished, in {parts.folder}",
             found="a dataset that is whole" if (parts.target / DESCRIPTION).exists() else "none",
             where=str(parts.target),
-            next=f"manipi check {parts.target}" if parts.target.exists() else "name the folder that was recorded to",
+            next=_what_to_finish(parts.target),
         )
     with parts.claimed():
         return parts.settle() if parts.finished else _finish(parts, show=show)
+
+
+def _what_to_finish(target: Path) -> str:
+    """For a folder with nothing to finish: what it is, or which recordings beside it wait to be finished."""
+    if (target / DESCRIPTION).exists():
+        return f"manipi check {target}"
+    waiting = [begun.parent.name[1:].removesuffix(".parts") for begun in target.parent.glob(f".*.parts/{_BEGUN}")]
+    named = difflib.get_close_matches(target.name, waiting, n=1, cutoff=0)
+    return f"manipi record --finish {target.parent / named[0]}" if named else "name the folder that was recorded to"
 
 
 def _finish(parts: Parts, *, show: bool) -> dict[str, int]:

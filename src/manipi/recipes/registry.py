@@ -113,7 +113,7 @@ def _call(recipe: Recipe) -> TrainConfig:
     if not isinstance(config, TrainConfig):
         raise ConfigError(
             expected="a TrainConfig, which the function is annotated to return",
-            found=f"{type(config).__name__} {shown(config)}" if config is not None else "nothing: no `return`",
+            found=shown(config) if config is not None else "nothing: no `return`",
             where=_place_of(recipe),
             next="return a TrainConfig(...), or dataclasses.replace(...) of one",
         )
