@@ -1,3 +1,4 @@
+import contextlib
 import json
 import re
 import shutil
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from tests.data.addressed import CAMERA, write_set
 
+from manipi.cli import main as run_command
 from manipi.cli.inspect import _draw
 from manipi.data.dataset import Feature, open_dataset
 from manipi.data.describe import describe_dataset, sketch_robot
@@ -249,3 +251,14 @@ def test_nothing_of_a_dataset_reaches_the_screen_raw(manipi, tmp_path):
         assert not any(line.startswith("error $") for line in text.split("\n"))
         assert command != "inspect" or f"next  manipi check '{root}'" in text
         assert command != "check" or f"manipi convert '{root}' TARGET --exclude 'a\\x1b[31m\\nerror $(touch x)'" in text
+
+
+@pytest.mark.parametrize("command", ["inspect", "check", "view"])
+@pytest.mark.parametrize("name", ["episode_0.hdf5", "a/trajectory.h5", ".zgroup", "pusht.zarr/zarr.json"])
+def test_recordings_that_are_no_dataset_yet_are_to_be_converted(command, name, tmp_path, capsys):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"")
+    with contextlib.suppress(SystemExit):
+        run_command([command, str(tmp_path)])
+    said = capsys.readouterr()
+    assert f"manipi convert {tmp_path} TARGET" in " ".join((said.out + said.err).split())

@@ -1,6 +1,7 @@
 """`manipi plan`: tables, exit codes, mistyped GPUs, and the released sizes in seconds and little memory."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -17,7 +18,8 @@ def test_what_fits(capsys, tmp_path):
     assert [line.split()[0] for line in lines[3:12]] == (
         ["weights", "optimizer", "average", "gradients", "batch", "activations", "temporary", "peak", "reserve"]
     )
-    assert lines[12].split()[:3] == ["GPU", "23.99", "fits,"]
+    assert re.match(r"GPU +23\.98\d\d  fits, ", lines[12])
+    assert re.match(r"peak +0\.0[0-9]*[1-9]", lines[10])  # a small model's is not rounded to nothing
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["fits"] is True
     assert sum(result["parts"].values()) == result["peak"]

@@ -226,6 +226,14 @@ def test_nothing_to_finish(tmp_path):
         finish_recording(tmp_path / "run")
 
 
+@pytest.mark.parametrize("mistyped", ["rn", ".run.parts"])
+def test_a_mistyped_folder_gets_the_name_of_the_recording_beside_it(tmp_path, mistyped):
+    run(tmp_path / "run", 4, *KILLS["in an episode"][1:], "SIGKILL")
+    with pytest.raises(DatasetNotFoundError) as caught:
+        finish_recording(tmp_path / mistyped)
+    assert caught.value.next == f"manipi record --finish {tmp_path / 'run'}"
+
+
 @pytest.mark.parametrize("name", ["episode.json", "columns.npz", "observation%2Fimage.mp4"])
 def test_a_damaged_episode_is_named_and_can_be_left_out(tmp_path, name):
     root = tmp_path / "set/run"

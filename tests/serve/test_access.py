@@ -310,6 +310,8 @@ def test_a_certificate_that_is_none(tmp_path, certificate):
     for pair in ((tmp_path / "cert.pem", None), (None, certificate[1]), (certificate[0], None), (tmp_path / "x", None)):
         with pytest.raises(ServeError, match="check --tls-cert and --tls-key"):
             tls_context(*pair)
+    with pytest.raises(ServeError, match=r"where \S+cert\.pem\n.*the key has to be in the certificate's file"):
+        tls_context(certificate[0], None)
     assert tls_context(None, None) is None
 
 

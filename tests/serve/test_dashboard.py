@@ -228,3 +228,7 @@ def test_with_a_token_the_page_needs_it(tab):
         tab.open(f"http://127.0.0.1:{port}/", token="a-long-secret")
         assert tab.status() == 200
         tab.wait_for("document.querySelectorAll('#curves figure').length == 7")
+        # With name and password in the address, which a page must not repeat where it fetches.
+        tab.value("window.before = true")
+        tab.open(f"http://me:a-long-secret@127.0.0.1:{port}/")
+        tab.wait_for("!window.before && document.querySelectorAll('#curves figure').length == 7")

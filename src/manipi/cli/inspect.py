@@ -40,12 +40,15 @@ class _Inspect:
 def main(arguments: Sequence[str]) -> None:
     """Show the target."""
     args = parse(_Inspect, arguments, "inspect")
+
+    from manipi.data.lerobot_entries import holds_recordings
+
     path = Path(args.target).expanduser()
     if "://" in args.target:
         write_result(_dataset(args.target), args.json)
     elif not path.is_dir():
         write_result(_recipe(args.target), args.json)
-    elif _is_dataset(path):
+    elif _is_dataset(path) or holds_recordings(path):  # of recordings, the error says how they become a dataset
         write_result(_dataset(path), args.json)
     else:
         write_result(_checkpoint(path), args.json)

@@ -98,18 +98,18 @@ def _longest_prompt(config: TrainConfig) -> "LongestPrompt | None":
 
 def memory_table(memory: "StepMemory", capacity: int | None) -> str:
     """The parts at the peak, their sum, the reserve, and what the GPU has."""
-    parts = memory.at_peak()
-    rows = [(part, _gib(size), f"{size / memory.peak:.0%}") for part, size in parts.items()]
-    rows += [("peak", _gib(memory.peak), ""), ("reserve", _gib(memory.reserve), "")]
+    parts, decimals = memory.at_peak(), 2 if memory.peak >= 2**30 / 10 else 4
+
+    def gib(size: int) -> str:
+        return f"{size / 2**30:.{decimals}f}"
+
+    rows = [(part, gib(size), f"{size / memory.peak:.0%}") for part, size in parts.items()]
+    rows += [("peak", gib(memory.peak), ""), ("reserve", gib(memory.reserve), "")]
     if capacity is not None:
         left = capacity - memory.peak - memory.reserve
-        rows.append(("GPU", _gib(capacity), f"fits, {_gib(left)} to spare" if left >= 0 else f"lacks {_gib(-left)}"))
+        rows.append(("GPU", gib(capacity), f"fits, {gib(left)} to spare" if left >= 0 else f"lacks {gib(-left)}"))
     width = max(len(row[1]) for row in rows)
     return table([(part, size.rjust(width), note) for part, size, note in rows], ("part", "GiB".rjust(width), "share"))
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f}"
 
 
 def _numbers(memory: "StepMemory", capacity: int | None) -> dict[str, Any]:

@@ -248,11 +248,18 @@ class EpisodeTable:
         return [Entry({name: row}, str(self.path), self.root).instructions(name) for row in rows]
 
 
+def holds_recordings(folder: Path) -> bool:
+    """Whether what lies there is HDF5 or Zarr and no dataset yet."""
+    patterns = ("*.hdf5", "*.h5", "*/trajectory.h5", ".zgroup", "zarr.json", "*.zarr", "*.zarr.zip")
+    return not (folder / "meta/info.json").exists() and any(any(folder.glob(pattern)) for pattern in patterns)
+
+
 def _read_text(path: Path, root: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        broken(root, "a metadata file", "nothing", path)
+        convert = f"manipi convert {root} TARGET  # makes a dataset of recordings in HDF5 or Zarr"
+        broken(root, "a metadata file", "nothing", path, convert if holds_recordings(root) else "")
     except (OSError, UnicodeDecodeError) as error:
         broken(root, "a readable metadata file", str(error), path, allow(error, path))
 

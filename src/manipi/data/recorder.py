@@ -15,6 +15,7 @@ An episode is on the disk when its `on_episode_end` returns: encoded, in a folde
 Shape letters: H action horizon, A dimensions of the robot's command.
 """
 
+import difflib
 import json
 import logging
 import platform
@@ -279,15 +280,26 @@ def finish_recording(root: Path, *, show: bool = True) -> dict[str, int]:
     parts = Parts(root, "recording")
     if not (parts.finished or (parts.begun.exists() and parts.episodes())):
         whole = (parts.target / DESCRIPTION).exists()
-        other = how_to_finish(parts.target) or "name the folder that was recorded to; its episodes are in .NAME.parts"
         raise DatasetNotFoundError(
             expected=f"the episodes of a recording that was not finished, in {parts.folder}",
             found="a dataset that is whole" if whole else "none",
             where=str(parts.target),
-            next=f"manipi check {quoted(parts.target)}" if whole else other,
+            next=f"manipi check {quoted(parts.target)}" if whole else _other_recording(parts.target),
         )
     with parts.claimed():
         return parts.settle() if parts.finished else _finish(parts, show=show)
+
+
+def _other_recording(target: Path) -> str:
+    """What to run where a folder has nothing to finish: most likely its name was mistyped."""
+    if waits := how_to_finish(target):
+        return waits
+    beside = [parts.name[1:].removesuffix(".parts") for parts in target.parent.glob(".*.parts")]
+    waiting = [name for name in beside if Parts(target.with_name(name), "recording").begun.exists()]
+    named = difflib.get_close_matches(target.name, waiting, n=1, cutoff=0)
+    if named:
+        return f"manipi record --finish {quoted(target.with_name(named[0]))}"
+    return "name the folder that was recorded to; its episodes are in .NAME.parts"
 
 
 def _finish(parts: Parts, *, show: bool) -> dict[str, int]:

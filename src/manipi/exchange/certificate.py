@@ -51,8 +51,9 @@ class Certificate:
         dtypes = [", ".join(f"{n} {dtype}" for dtype, n in d.items()) for d in (self.dtypes_before, self.dtypes_after)]
         what = "one action chunk, normalised" if self.compared == "actions" else f"logits of {FAST_TOKENS} tokens"
         return [
-            ("from", f"{self.source}  ({self.layout})"),
+            ("from", self.source),
             ("to", self.target),
+            ("layout", self.layout),
             ("tensors", f"{self.tensors:,} with {self.parameters:,} numbers, all accounted for"),
             ("dtypes", dtypes[0] if dtypes[0] == dtypes[1] else f"{dtypes[0]}  →  {dtypes[1]}"),
             *([("left behind", ", ".join(self.unused))] if self.unused else []),

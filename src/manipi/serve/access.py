@@ -102,7 +102,9 @@ def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | 
             raise FileNotFoundError("a key alone")
         context.load_cert_chain(certificate, key)
     except OSError as error:  # ssl.SSLError is one
-        where, next = f"{certificate}, {key}", "check --tls-cert and --tls-key"
+        where = ", ".join(str(path) for path in (certificate, key) if path)
+        alone = "" if key else "; without --tls-key, the key has to be in the certificate's file"
+        next = f"check --tls-cert and --tls-key{alone}"
         raise _setting_error("a certificate and its key, as PEM files", str(error), where, next) from error
     return context
 

@@ -313,7 +313,8 @@ def memory_report(config: TrainConfig, batch: ModelInput, gpus: int = 1) -> Iter
     measured = peak_memory(device)
     what = "measured" if is_gpu else "of tensors in a step; the process, libraries and data included, peaked at"
     peak = forecast(config, batch.to("cpu"), gpus=gpus).peak
-    tqdm.write(f"memory  forecast {peak / GIB:.2f} GiB{',' if is_gpu else ''} {what} {measured / GIB:.2f} GiB")
+    small = f"{peak / 2**20:.1f} MiB" if peak < GIB / 10 else f"{peak / GIB:.2f} GiB"
+    tqdm.write(f"memory  forecast {small}{',' if is_gpu else ''} {what} {measured / GIB:.2f} GiB")
 
 
 def plot_memory(memory: StepMemory, path: Path, capacity: int | None = None) -> None:

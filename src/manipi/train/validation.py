@@ -46,7 +46,10 @@ class Validation:
                 f"no validation on {', '.join(without)}: no episode is held out (--data.holdout 0.1: a tenth is)"
             )
         if self._held_out and math.lcm(config.validation.every, config.save_every) > config.steps:
-            tqdm.write("no step before the last is both validated and saved, and could be the best checkpoint")
+            tqdm.write(
+                "no step before the last is both validated and saved, and could be the best checkpoint: "
+                "make --validation.every a multiple of --save-every and smaller than --steps"
+            )
 
     def due(self, step: int) -> bool:
         """Whether there is one after so many steps."""

@@ -135,7 +135,8 @@ def speed_curves(dataset: Dataset, signals: Sequence[Signal]) -> list[tuple[floa
     speed_N[dataset.ends - 1] = 0
     curves = []
     for e in dataset.episodes:
-        bins = np.array_split(speed_N[e.start : e.start + e.length], min(BINS, e.length))
+        moves = max(e.length - 1, 1)  # the last frame is followed by another episode's
+        bins = np.array_split(speed_N[e.start : e.start + moves], min(BINS, moves))
         curves.append(np.array([part.mean() for part in bins]))
     top = np.quantile(np.concatenate(curves), 0.99) or 1.0
     return [tuple(np.round(np.minimum(curve / top, 1), 3).tolist()) for curve in curves]

@@ -47,7 +47,7 @@ def _fields(report: CheckReport) -> dict[str, str]:
 def _verdict(errors: int, warnings: int) -> str:
     """What the number before it counts, and the rest."""
     if errors:
-        return f"{_counted(errors, 'error').split()[1]}, {_counted(warnings, 'warning')}"
+        return f"{_counted(errors, 'error').split()[1]}, {_counted(warnings, 'warning') if warnings else 'no warnings'}"
     return f"{_counted(warnings, 'warning').split()[1]}, no errors"
 
 
