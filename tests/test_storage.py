@@ -240,3 +240,18 @@ def test_what_another_process_is_writing_stays(tmp_path):
     remove_partial(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert (tmp_path / "export/a").read_text() == "whole"
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOLCK, "on another file system"),
+        (errno.EOPNOTSUPP, "on another file system"),
+        (errno.EROFS, "choose another folder"),
+        (errno.ENOSPC, "free some space"),
+    ],
+)
+def test_the_advice_fits_the_cause(number, advice, tmp_path):
+    with pytest.raises(StorageError) as error, storage_errors(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert advice in error.value.next

@@ -21,11 +21,12 @@ from uuid import uuid4
 
 from manipi.errors import StorageError
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _STORAGE_ERRNOS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
-    *(errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP),
+    *_NO_LOCKS,
 )
 """No room, no right, a file in the way, and a file system without locks."""
 
@@ -154,6 +155,13 @@ def storage_errors(where: Path, next: str = _NEXT, *, size: int = 0, written: Pa
     except OSError as error:
         if error.errno not in _STORAGE_ERRNOS:
             raise
+        if error.errno in _NO_LOCKS:
+            raise StorageError(
+                expected="a file system with locks (flock)",
+                found=f"{error.strerror}",
+                where=str(where),
+                next="choose a folder on another file system, or mount this one with locks",
+            ) from error
         if error.errno != errno.ENOSPC:
             raise StorageError(
                 expected="room and the right to write", found=f"{error.strerror}", where=str(where), next=next
