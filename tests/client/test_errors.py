@@ -114,3 +114,13 @@ def test_a_text_frame_is_short_and_has_five_lines(part):
     assert [line.split()[0] for line in text.split("\n")] == ["ProtocolError", "expected", "found", "where", "next"]
     assert error_from_text(text, "ws://x").code == "ProtocolError"
     assert (part == "short") == (error_from_text(text, "ws://x").found == part)
+
+
+@pytest.mark.parametrize("number", [1, 100_000])
+def test_marks_that_come_often_take_no_time(number):
+    began = time.process_time()
+    error = error_from_text("X\nexpected a" + "\n   found b" * number + "\n   where c" * number, "ws://x")
+    assert error.code == ""
+    assert time.process_time() - began < 0.5
+    text = "X\nexpected a\n   found b" + "\n   found b" * number + "\n   where c\n    next d"
+    assert error_from_text(text, "ws://x").code == "X"

@@ -25,10 +25,9 @@ from datetime import date, timedelta
 from pathlib import PurePath
 from typing import Any, List
 
-_ERROR_TEXT = re.compile(
-    r"(?P<code>\w+)\nexpected (?P<expected>.*)\n   found (?P<found>.*)\n   where (?P<where>.*)\n    next (?P<next>.*)",
-    re.DOTALL,
-)
+
+_MARKS = (("code", "\nexpected "), ("expected", "\n   found "), ("found", "\n   where "), ("where", "\n    next "))
+"""The parts of an error's text frame, and what ends each. The last one is `next`."""
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -181,8 +180,10 @@ def _at_most(text: object, num_bytes: int) -> str:
 
 def error_from_text(text: str, uri: str) -> RemoteInferenceError:
     """What a text frame from the server at `uri` means. openpi's server sends a traceback instead of four parts."""
-    parts = _ERROR_TEXT.fullmatch(text)
-    if parts is None:
+    parts, rest, found = {}, text, ""  # not by one regular expression: it takes minutes where the marks come often
+    for name, mark in _MARKS:
+        parts[name], found, rest = rest.partition(mark)  # where one is missing, nothing is left for those behind it
+    if not found or not re.fullmatch(r"\w+", parts["code"]):
         last_line = (text.strip().splitlines() or ["(an empty message)"])[-1]
         return RemoteInferenceError(
             expected="actions",
@@ -191,5 +192,5 @@ def error_from_text(text: str, uri: str) -> RemoteInferenceError:
             next="read the whole message of the server in this error's `text`",
             text=text,
         )
-    fields = {name: one_line(part, 1_000) for name, part in parts.groupdict().items()}
+    fields = {name: one_line(part, 1_000) for name, part in {**parts, "next": rest}.items()}
     return RemoteInferenceError(**{**fields, "where": f"{fields['where']} (told by {uri})"}, text=text)
