@@ -344,7 +344,7 @@ def test_command(copy_of, manipi, recipe_file, tmp_path):
     root = copy_of(V30)
     sound = manipi("check", root, "--quick", "--robot", f"{recipe_file}:ROBOT")
     assert sound.returncode == 0, sound.stderr
-    assert "6 episodes · 345 frames · 2 cameras" in sound.stdout
+    assert "6 episodes · 345 frames · cameras: 2" in sound.stdout
     edit(root / "data/chunk-000/file-000.parquet", "action", put((5, 0), np.nan))
     broken = manipi("check", root, "--quick", "--json", tmp_path / "findings.json")
     assert broken.returncode == 1
@@ -357,3 +357,8 @@ def test_command_on_a_folder_without_a_dataset(manipi, tmp_path):
     done = manipi("check", tmp_path)
     assert done.returncode == 1
     assert "expected the folder of a LeRobot dataset" in done.stdout
+
+
+def test_the_speed_of_an_episode_does_not_end_in_a_stop_that_it_has_not(shared_datasets):
+    facts = check_dataset(shared_datasets / V30, quick=True).episodes
+    assert all(episode.motion[-1] > 0.1 for episode in facts)

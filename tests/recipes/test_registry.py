@@ -62,6 +62,8 @@ def test_names_that_nobody_has(user_file, tmp_path):
     assert error.value.expected == f"a recipe in {user_file}, one of: my_recipe, pi0_tabletop"
     with pytest.raises(UnknownNameError, match="annotate the function `-> TrainConfig`"):
         load_recipe(f"{user_file}:no_config")
+    with pytest.raises(UnknownNameError, match=r"one of: my_recipe, pi0_tabletop\n(.*\n)+ *next name it: .*\.py:"):
+        load_recipe(f"{user_file}")
     with pytest.raises(ConfigError, match="no such file"):
         load_recipe(f"{tmp_path}/absent.py:recipe")
     with pytest.raises(ConfigError, match="no module 'absent_package'"):

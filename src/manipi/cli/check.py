@@ -76,7 +76,7 @@ def render(report: "CheckReport", *, quick: bool) -> str:
     """The findings as blocks of text, then how many there are of each kind."""
     from manipi.data.checks.report import CHECKS
 
-    size = f"{report.num_episodes} episodes · {report.num_frames:,} frames · {len(report.cameras)} cameras"
+    size = f"{report.num_episodes} episodes · {report.num_frames:,} frames · cameras: {len(report.cameras)}"
     pictures = "first and last pictures" if quick else "every picture"
     parts = [f"{report.root}\n{size} · {pictures} decoded" if report.num_frames else report.root]
     if report.depth:

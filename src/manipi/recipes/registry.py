@@ -66,6 +66,8 @@ def load_recipe(target: str) -> TrainConfig:
         ConfigError: no such file or module, or a fault in it: what it raises, with file and line. An error of ours
             keeps its type and says where in the file it came from.
     """
+    if ":" not in target and target.endswith(".py"):
+        target += ":"  # a file without its function: the error lists those that it has
     if ":" not in target:
         if target not in RECIPES:
             raise unknown_name("recipe", target, RECIPES, next="manipi recipes, or name path/to/file.py:function")
@@ -94,7 +96,8 @@ def _recipe_in(module: ModuleType, name: str, where: str) -> Recipe:
     found = vars(module).get(name)
     if found is None or not (_is_recipe(found) or inspect.isfunction(found)):
         recipes = [n for n, value in vars(module).items() if _is_recipe(value)]
-        raise unknown_name(f"recipe in {where}", name, recipes, next="annotate the function `-> TrainConfig`")
+        next = "annotate the function `-> TrainConfig`" if name or not recipes else f"name it: {where}:{recipes[0]}"
+        raise unknown_name(f"recipe in {where}", name, recipes, next=next)
     parameters = inspect.signature(found).parameters.values()
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if needed or not _is_recipe(found):

@@ -25,7 +25,6 @@ from datetime import date, timedelta
 from pathlib import PurePath
 from typing import Any, List
 
-
 _MARKS = (("code", "\nexpected "), ("expected", "\n   found "), ("found", "\n   where "), ("where", "\n    next "))
 """The parts of an error's text frame, and what ends each. The last one is `next`."""
 
