@@ -209,7 +209,8 @@ def test_train_a_recipe_of_ones_own(recipe, tmp_path):
     folder, result = tmp_path / "run", tmp_path / "result.json"
     done = run("train", recipe, "--run-dir", str(folder), "--json", str(result), "--seed", "7")
     checkpoint = folder / "checkpoints/2"
-    assert re.search(r"memory  forecast (?!0\.0 )\d+\.\d MiB of tensors in a step; .* peaked at \d+\.\d\d GiB", done.stdout)
+    said = r"memory  forecast (?!0\.0 )\d+\.\d MiB of tensors in a step; .* peaked at \d+\.\d\d GiB"
+    assert re.search(said, done.stdout)
     assert f"checkpoint  {checkpoint}\n" in done.stdout
     assert f"next        manipi eval {checkpoint}" in done.stdout
     written = json.loads(result.read_text())
