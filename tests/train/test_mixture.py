@@ -207,3 +207,11 @@ def test_a_state_wider_than_the_actions_is_legal_where_it_is_text(kind, tiny, tm
         policy.pipeline.encode({**seen, "s": np.arange(6.0) - 9})[0]["tokens"],
     )
     assert not np.array_equal(*last)  # the words hold all six
+
+
+@pytest.mark.parametrize(("rate", "said"), [(10, False), (30, True)])
+def test_a_dataset_of_another_rate_than_the_robots_is_told(rate, said, tiny, tmp_path, capsys):
+    config = tiny()
+    prepare(replace(config, robot=replace(config.robot, control_hz=rate)), tmp_path / "run")
+    told = "rate    dataset: 'tabletop' runs at 30 Hz, the dataset at 10 Hz" in capsys.readouterr().out
+    assert told == said

@@ -200,9 +200,15 @@ def _robot(dataset: Dataset, robot: Robot) -> Iterator[Finding]:
             dataset.require(robot.dataset_key(key), "image" if size is None else "vector", size)
         except DataError as error:
             yield from_error(error, "robot")
-    if robot.control_hz != dataset.fps:
-        what = f"{robot.name!r} runs at {robot.control_hz:g} Hz, the dataset at {dataset.fps:g} Hz"
+    if what := other_rate(dataset, robot):
         yield warning("robot", what, "set control_hz; chunks would be executed at another speed")
+
+
+def other_rate(dataset: Dataset, robot: Robot) -> str:
+    """How the dataset's rate differs from the robot's; empty where they are one."""
+    if robot.control_hz == dataset.fps:
+        return ""
+    return f"{robot.name!r} runs at {robot.control_hz:g} Hz, the dataset at {dataset.fps:g} Hz"
 
 
 def _located(root: Path, findings: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from manipi.checkpoints.importing import require_tokenizer
 from manipi.checkpoints.tokenizers import open_action_tokenizer, open_text_tokenizer
 from manipi.data.cache import CachedDataset
-from manipi.data.check import sort_episodes
+from manipi.data.check import other_rate, sort_episodes
 from manipi.data.dataset import Dataset, action_chunks, fetch_tables, open_dataset
 from manipi.data.loader import Loader
 from manipi.data.mask import read_mask
@@ -182,6 +182,8 @@ def _open(config: TrainConfig, settings: DatasetConfig) -> Opened:
     check_features(dataset, robot)
     for slot in robot.cameras.keys() - robot.cameras_in(dataset.features):
         tqdm.write(f"absent  {dataset.name}: the optional camera {slot!r} ({robot.dataset_key(robot.cameras[slot])})")
+    if what := other_rate(dataset, robot):
+        tqdm.write(f"rate    {dataset.name}: {what}; chunks would be executed at another speed: set control_hz")
     rows, held_out = split_episodes(dataset, holdout=config.data.holdout, seed=config.seed)
     if settings.keep:
         keep = read_mask(fetch(settings.keep), dataset)
