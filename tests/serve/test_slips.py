@@ -75,9 +75,9 @@ def test_an_unknown_key_is_told_once_to_each_client(caplog):
         for _ in range(2):
             with WebsocketPolicy(port=port) as client:
                 assert client.infer(asked)["unknown_keys"] == [
-                    "'observation/imge', which nobody reads",
-                    "'task/suite', which nobody reads",
-                    "'manipi/prev_action', which nobody reads (is it 'manipi/prev_actions'?)",
+                    "'observation/imge', which is not read",
+                    "'task/suite', which is not read",
+                    "'manipi/prev_action', which is not read (is it 'manipi/prev_actions'?)",
                 ]
                 assert "unknown_keys" not in client.infer(asked)
                 assert "unknown_keys" in client.infer({**asked, "extra": 1})
@@ -141,5 +141,5 @@ def test_brokers_hand_out_the_same_steps(client):
 def test_the_nearest_key_is_one_that_is_missing():
     asked = {"observation/image": 0, "observation/stat": 0, "prompt": "go"}
     assert unknown_keys(asked, TABLETOP, set()) == [
-        "'observation/stat', which nobody reads (is it 'observation/state'?)"
+        "'observation/stat', which is not read (is it 'observation/state'?)"
     ]

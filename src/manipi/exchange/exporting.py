@@ -65,7 +65,7 @@ def export_checkpoint(
         relative_settings(exported.robot)  # or nothing is computed first
     written = {name: ArrayInfo(tuple(w.shape), dtype or w.dtype) for name, w in exported.weights.items()}
     require_absent(target)
-    if to != "openpi-jax":  # which is compressed, nobody knows how well
+    if to != "openpi-jax":  # which is compressed, to a size that is not known before
         alone = {name: info for name, info in written.items() if to != "adapters" or is_adapter(name)}
         require_room(target, bytes_of(alone))
     before = answer_of_weights(checkpoint.weights, checkpoint)

@@ -431,7 +431,7 @@ def _contradiction(name: str, one: Said, other: Said, folder: Path) -> Checkpoin
         expected=f"files that agree on {name}: {shown(one.value)} in {one.where}",
         found=f"{shown(other.value)} in {other.where}",
         where=str(folder),
-        next="ask whoever trained it, and correct the file that is wrong; nobody else can tell",
+        next="ask whoever trained it, and correct the file that is wrong",
     )
 
 

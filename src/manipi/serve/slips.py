@@ -1,4 +1,4 @@
-"""What a robot's spec has room for, and is most likely a slip of the client: no instruction, keys that nobody reads.
+"""What a robot's spec has room for, and is most likely a slip of the client: no instruction, keys that are not read.
 
 An empty prompt changes what the policy does, so that it is refused, unless the policy was trained on such. A key too
 many changes nothing, so that it is told once to each client that sends it, in the log and in the answer.
@@ -50,7 +50,7 @@ def unknown_keys(observation: Observation, robot: Robot, told: set[str]) -> list
             continue
         told.add(key)
         close = get_close_matches(key, sorted(known - observation.keys()), n=1)
-        texts.append(f"{shown(key)}, which nobody reads" + (f" (is it {shown(close[0])}?)" if close else ""))
+        texts.append(f"{shown(key)}, which is not read" + (f" (is it {shown(close[0])}?)" if close else ""))
     return texts
 
 

@@ -33,7 +33,7 @@ class Client:
     observations: int = 0
     errors: int = 0
     unknown_keys: set[str] = field(default_factory=set)
-    """Keys of its observations that it was told nobody reads."""
+    """Keys of its observations that it was told are not read."""
     last: float | None = None
     busy: bool = False
     """An observation of its is being answered."""

@@ -14,7 +14,7 @@ _SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 
 _LOOK_SECONDS = 2.0
 
-# OpenSSL's numbers for a certificate that nobody known has signed, and for one of another name.
+# OpenSSL's numbers for a certificate whose signer is not known, and for one of another name.
 _UNKNOWN_SIGNER, _OTHER_NAME = (18, 19, 20, 21), (62, 64)
 
 
