@@ -83,7 +83,7 @@ bench-data: $(READY)  ## norm stats, loader, RLDS, conversion (MANIPI_LEROBOT_PY
 
 LEROBOT := .venv-lerobot
 test-lerobot: $(READY) $(LEROBOT)/.installed  ## lerobot 0.4.4, in an environment of its own, opens what we write
-	MANIPI_LEROBOT_PYTHON=$(abspath $(LEROBOT)/bin/python) $(BIN)/python -m pytest -q tests/data/test_lerobot_opens.py
+	MANIPI_LEROBOT_PYTHON=$(abspath $(LEROBOT)/bin/python) $(BIN)/python -m pytest -q tests/data/lerobot/test_lerobot_opens.py
 
 $(LEROBOT)/.installed:
 	test -x $(LEROBOT)/bin/python || $(PYTHON) -m venv $(LEROBOT)

@@ -21,17 +21,18 @@ import torch
 from harness import Measure, report
 
 from manipi.data.dataset import Feature
-from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.model import ModelInput
 from manipi.model.config import GemmaSize, Pi05Config, VisionSize
 from manipi.robots.tabletop import TABLETOP
 from manipi.train.config import ComputeConfig, DataConfig, TrainConfig
 from manipi.train.data import prepare
-from manipi.train.lock import alone
-from manipi.train.loop import checkpoint_writer, train_step
-from manipi.train.run import Run
-from manipi.train.saving import AsyncSaver, _fixed
-from manipi.train.state import TrainState
+from manipi.train.loop import checkpoint_writer
+from manipi.train.run.folder import Run
+from manipi.train.run.lock import alone
+from manipi.train.run.saving import AsyncSaver, _fixed
+from manipi.train.step.state import TrainState
+from manipi.train.step.step import train_step
 
 MODEL = Pi05Config(
     vlm=GemmaSize(width=2048, depth=2, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=256),

@@ -20,8 +20,8 @@ import h5py
 import numpy as np
 from harness import Measure, report
 
-from manipi.data.convert import ConvertSettings, convert
-from manipi.data.sources.source import open_source
+from manipi.convert.convert import ConvertSettings, convert
+from manipi.convert.formats import open_source
 
 FRAMES, SIZE = 2000, (480, 640, 3)
 

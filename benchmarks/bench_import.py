@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manipi.checkpoints.openpi_names import openpi_arrays
-from manipi.checkpoints.orbax import write_tree
-from manipi.checkpoints.weight_store import ArrayInfo
 from manipi.exchange.importing import Wanted, import_checkpoint
 from manipi.model.config import REFERENCE, Pi05Config
 from manipi.records import write_json
 from manipi.robots import Joints, Robot, State
 from manipi.tokenizers import ByteTokenizer, Tokenizers
+from manipi.weights.names import openpi_arrays
+from manipi.weights.orbax import write_tree
+from manipi.weights.stores import ArrayInfo
 
 GIB = 2**30
 MODEL = Pi05Config(compat=REFERENCE, action_horizon=10)

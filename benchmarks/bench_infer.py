@@ -34,9 +34,9 @@ from torch.nn import functional as F
 from manipi.model import VLA, ModelInput
 from manipi.model.attention import MASKED
 from manipi.model.config import GEMMA_2B, GEMMA_300M, SO400M_14, Pi0Config
-from manipi.model.engine import Engine
 from manipi.model.gemma import Block, ExpertLayer, KeysValues, rope, rotate
-from manipi.train.progress import peak_memory
+from manipi.model.inference.engine import Engine
+from manipi.train.watch.progress import peak_memory
 
 PROMPT, STEPS = 48, 10
 GOALS = {"three cameras": (1.1, None), "LIBERO's shape": (1.5, 2.3)}

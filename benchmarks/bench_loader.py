@@ -26,14 +26,15 @@ import av
 import numpy as np
 from harness import Measure, lerobot_dataset, report
 
-from manipi.data.cache import CachedDataset, CacheFormat
-from manipi.data.dataset import Dataset, Feature, open_dataset
-from manipi.data.lerobot_writer import LeRobotWriter
-from manipi.data.loader import Loader
-from manipi.data.sampler import Sampler, Stream
-from manipi.data.source import Source
-from manipi.data.stats import compute_norm_stats
-from manipi.data.video import VideoFrames
+from manipi.data.dataset import Dataset, Feature
+from manipi.data.feed.cache import CachedDataset, CacheFormat
+from manipi.data.feed.encoded import Source
+from manipi.data.feed.loader import Loader
+from manipi.data.feed.sampler import Sampler, Stream
+from manipi.data.lerobot.video import VideoFrames
+from manipi.data.lerobot.writer import LeRobotWriter
+from manipi.data.norm_stats.compute import compute_norm_stats
+from manipi.data.open import open_dataset
 from manipi.model.config import Pi05Config
 from manipi.robots.robot import Joints, Robot, State
 from manipi.tokenizers import ByteTokenizer, Tokenizers

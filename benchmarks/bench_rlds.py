@@ -20,9 +20,9 @@ from statistics import median
 import numpy as np
 from harness import Measure, report
 
-from manipi.data.rlds import RldsDataset, decode, open_rlds
-from manipi.data.rlds_fields import RldsFields
-from manipi.data.tfrecord import Example, masked_crc32c, read_records
+from manipi.data.rlds.fields import RldsFields
+from manipi.data.rlds.reader import RldsDataset, decode, open_rlds
+from manipi.data.rlds.tfrecord import Example, masked_crc32c, read_records
 
 ROUNDS, FRAMES, COPIES = 9, 64, 16
 FIELDS = RldsFields(fps=15)

@@ -27,9 +27,10 @@ from pathlib import Path
 import numpy as np
 from harness import Measure, lerobot_dataset, report
 
-from manipi.data.dataset import Dataset, Feature, action_chunks, open_dataset
-from manipi.data.lerobot_writer import LeRobotWriter
-from manipi.data.stats import Workers, compute_norm_stats
+from manipi.data.dataset import Dataset, Feature, action_chunks
+from manipi.data.lerobot.writer import LeRobotWriter
+from manipi.data.norm_stats.compute import Workers, compute_norm_stats
+from manipi.data.open import open_dataset
 from manipi.robots import Joints, Robot, State
 
 HORIZON, LENGTH, CORES = 50, 500, 2

@@ -16,7 +16,7 @@ from harness import Measure, report
 
 from manipi.model.config import GEMMA_2B, Pi05Config
 from manipi.train.config import OptimizerConfig
-from manipi.train.optimizer import gradient_norm, learning_rate, make_optimizer, update, update_average
+from manipi.train.step.optimizer import gradient_norm, learning_rate, make_optimizer, update, update_average
 
 REPEATS, DECAY, CONFIG = 9, 0.99, OptimizerConfig()
 GOALS = {"unfolded": 1.0, "naive": 1.5}

@@ -15,7 +15,7 @@ from tests.interrupt import interruptible
 from tests.skips import pytest_sessionfinish, pytest_terminal_summary
 
 from manipi.data.dataset import Feature
-from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.model.config import GemmaSize, Pi0FastConfig, VisionSize
 from manipi.recipes.registry import load_recipe
 from manipi.robots.tabletop import TABLETOP

@@ -13,7 +13,7 @@ from manipi.policy import Policy
 from manipi.robots import Gripper, Joints
 from manipi.robots.tabletop import TABLETOP
 from manipi.train.loop import train
-from manipi.train.noise import draw_delay
+from manipi.train.step.step import draw_delay
 
 RELATIVE = replace(TABLETOP, actions=(Joints(3, relative=True), Gripper()))
 

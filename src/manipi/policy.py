@@ -16,10 +16,10 @@ from manipi.errors import ConfigError, SelfTestError, WeightsMismatchError, show
 from manipi.model import VLA, ModelInput
 from manipi.model.config import Pi0FastConfig
 from manipi.model.device import ran_out_of_memory, require_device
-from manipi.model.engine import Engine
-from manipi.model.graphs import require_compiled
+from manipi.model.inference.engine import Engine
+from manipi.model.inference.graphs import require_compiled
+from manipi.model.inference.quantize import Quantization
 from manipi.model.inputs import blank_input
-from manipi.model.quantize import Quantization
 from manipi.model.trim import PROMPT_MULTIPLE
 from manipi.robots.robot import Robot
 from manipi.tokenizers import CodeConstraint, Tokenizers

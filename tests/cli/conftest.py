@@ -1,4 +1,3 @@
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -7,14 +6,6 @@ import pytest
 from tests.commands import run_manipi
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def shared_datasets() -> Path:
-    shared = Path(os.environ.get("MANIPI_SHARED", REPOSITORY.parent / "shared")) / "datasets"
-    if not shared.is_dir():
-        pytest.skip(f"the sample datasets are not at {shared}; set MANIPI_SHARED")
-    return shared.resolve()
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from manipi.data.check import check_dataset
 from manipi.data.dataset import Feature
-from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.data.lerobot.writer import LeRobotWriter
+from manipi.data.review.check import check_dataset
 from manipi.robots import Joints, Robot, State
 from manipi.robots.tabletop import TABLETOP
 

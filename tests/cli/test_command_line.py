@@ -22,7 +22,7 @@ from manipi.records import write_json
 
 RECIPE = """
 from pathlib import Path
-from manipi.train.run import read_config
+from manipi.train.run.folder import read_config
 from manipi.train.config import TrainConfig
 
 def recipe() -> TrainConfig:

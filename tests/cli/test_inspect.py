@@ -9,9 +9,10 @@ from tests.data.addressed import CAMERA, write_set
 
 from manipi.cli import main as run_command
 from manipi.cli.inspect import _draw
-from manipi.data.dataset import Feature, open_dataset
-from manipi.data.describe import describe_dataset, sketch_robot
-from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.data.dataset import Feature
+from manipi.data.lerobot.writer import LeRobotWriter
+from manipi.data.open import open_dataset
+from manipi.data.review.describe import describe_dataset, sketch_robot
 from manipi.model.config import Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.recipes.registry import load_robot
 from manipi.train.config import DataConfig
@@ -158,7 +159,7 @@ def checkpoint(tmp_path_factory):
     import torch
 
     from manipi.checkpoints.native import Checkpoint, PolicyConfig, SelfTest, write_checkpoint
-    from manipi.data.stats import field_stats
+    from manipi.data.norm_stats.compute import field_stats
     from manipi.robots.tabletop import TABLETOP
     from manipi.tokenizers import ByteTokenizer, Tokenizers
     from manipi.types import NormStats

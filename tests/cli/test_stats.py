@@ -3,7 +3,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from manipi.data.sketch import NormStatsSketch
+from manipi.data.norm_stats.sketch import NormStatsSketch
 from manipi.tokenizers import FastTokenizer
 from manipi.transforms.normalize import load_norm_stats
 
@@ -99,7 +99,7 @@ def test_a_mixture_has_the_statistics_of_all_its_sets(manipi, toy_dataset, tmp_p
     recipe = tmp_path / "mixed.py"
     recipe.write_text(f"""
 from dataclasses import replace
-from manipi.recipes.tabletop import pi05_tabletop
+from manipi.tabletop.recipes import pi05_tabletop
 from manipi.train.config import DataConfig, DatasetConfig, TrainConfig
 
 def mixed() -> TrainConfig:

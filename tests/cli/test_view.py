@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from manipi.cli.view import main
-from manipi.data.dataset import open_dataset
+from manipi.data.open import open_dataset
 from manipi.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from manipi.data.video import VideoWriter
+from manipi.data.lerobot.video import VideoWriter
 
 CAMERA, BLOCK, HEIGHT = "observation.images.front", 8, 16
 LENGTHS = (12, 9, 10)

@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from manipi.data.dataset import Feature, open_dataset
-from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.data.dataset import Feature
+from manipi.data.lerobot.writer import LeRobotWriter
+from manipi.data.open import open_dataset
 
 FEATURES = {
     "observation.images.top": Feature(kind="image", shape=(32, 48, 3), dtype="video"),

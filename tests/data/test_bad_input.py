@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from manipi.data.check import check_dataset, sort_episodes
-from manipi.data.dataset import open_dataset
-from manipi.data.video import VideoWriter
+from manipi.data.lerobot.video import VideoWriter
+from manipi.data.open import open_dataset
+from manipi.data.review.check import check_dataset, sort_episodes
 from manipi.errors import BadValueError, DataError, DatasetFormatError
 
 SETS = ["synthetic_lerobot_v21", "synthetic_lerobot_v30", "g1_bottle_lerobot_v21", "g1_bottle_lerobot_v30"]

@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from manipi.cli.check import render
-from manipi.data.check import check_dataset, sort_episodes
-from manipi.data.checks.page import write_check_page
-from manipi.data.convert import ConvertSettings, convert
-from manipi.data.dataset import Feature, open_dataset
-from manipi.data.lerobot_writer import LeRobotWriter
-from manipi.data.sources.source import open_source
-from manipi.data.view import write_view
+from manipi.convert.convert import ConvertSettings, convert
+from manipi.convert.formats import open_source
+from manipi.data.dataset import Feature
+from manipi.data.lerobot.writer import LeRobotWriter
+from manipi.data.open import open_dataset
+from manipi.data.review.check import check_dataset, sort_episodes
+from manipi.data.review.page import write_check_page
+from manipi.data.review.view import write_view
 from manipi.errors import DatasetFormatError, MissingFeatureError
 from manipi.robots import Joints, Robot, State
 from manipi.train.loop import train

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from manipi.data.dataset import action_chunks, frames, open_dataset
-from manipi.data.subset import EpisodeSubset
+from manipi.data.dataset import EpisodeSubset, action_chunks, frames
+from manipi.data.open import open_dataset
 from manipi.errors import (
     ConfigError,
     DatasetFormatError,

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from manipi.cli.stats import main as stats
-from manipi.data.dataset import Feature, open_dataset
+from manipi.data.dataset import Feature
 from manipi.data.dimensions import action_labels, command_names, command_units, state_labels
-from manipi.data.lerobot_writer import LeRobotWriter
-from manipi.data.view import _sections
+from manipi.data.lerobot.writer import LeRobotWriter
+from manipi.data.open import open_dataset
+from manipi.data.review.view import _sections
 from manipi.robots import EndEffector, Gripper, Joints, Robot, State
 from manipi.robots.aloha import aloha
 from manipi.robots.droid import droid
@@ -68,7 +69,7 @@ def test_the_datasets_names_count_everywhere(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "mine.py"
     recipe.write_text(
         "from dataclasses import replace\n"
-        "from manipi.recipes.tabletop import pi0_tabletop\n"
+        "from manipi.tabletop.recipes import pi0_tabletop\n"
         "from manipi.robots.robot import Robot\n"
         "from manipi.train.config import DataConfig, TrainConfig\n"
         f"ROBOT = Robot.from_json({json.loads(json.dumps(robot.to_json()))!r}, 'here')\n"

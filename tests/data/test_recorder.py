@@ -19,10 +19,10 @@ from record_run import LENGTHS, picture, record, record_until
 from tests.commands import FORKS
 
 from manipi.cli import main
-from manipi.data.convert import ConvertSettings, convert
-from manipi.data.dataset import open_dataset
+from manipi.convert.convert import ConvertSettings, convert
+from manipi.convert.formats import open_source
+from manipi.data.open import open_dataset
 from manipi.data.recorder import Recorder, finish_recording
-from manipi.data.sources.source import open_source
 from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, StorageError
 from manipi.robots.tabletop import TABLETOP
 

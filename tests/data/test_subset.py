@@ -5,8 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from manipi.data.dataset import open_dataset
-from manipi.data.subset import EpisodeSubset
+from manipi.data.dataset import EpisodeSubset
+from manipi.data.open import open_dataset
 from manipi.errors import ConfigError
 
 CAMERA = "observation.images.top"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from manipi.data.dataset import Feature
-from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.errors import ManipiError
 from manipi.policy import Policy
 from manipi.recipes.registry import load_recipe, load_robot

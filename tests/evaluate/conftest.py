@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from manipi.data.dataset import Feature
-from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.evaluate.report import DemoReport
 from manipi.evaluate.rollout import Trial
 from manipi.evaluate.statistics import success_rate

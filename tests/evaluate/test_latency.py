@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from manipi.evaluate.latency import profile, stage_flops
 from manipi.model import VLA
 from manipi.model.config import GemmaSize, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
-from manipi.model.engine import Engine
+from manipi.model.inference.engine import Engine
 from manipi.model.inputs import blank_input
 
 VLM = GemmaSize(width=32, depth=3, mlp_dim=48, num_heads=4, num_kv_heads=1, head_dim=8)

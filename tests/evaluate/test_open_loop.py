@@ -8,14 +8,14 @@ import pytest
 
 from manipi.checkpoints.native import verify
 from manipi.cli import main
-from manipi.data.chunk_error import evenly_spaced
-from manipi.data.dataset import open_dataset
+from manipi.data.action_error import evenly_spaced
+from manipi.data.open import open_dataset
 from manipi.errors import ConfigError, MissingFeatureError
 from manipi.evaluate.held_out import new_split, open_split
 from manipi.evaluate.open_loop import Predictions, predict, score
 from manipi.policy import Policy
 from manipi.train.data import prepare
-from manipi.train.run import read_config
+from manipi.train.run.folder import read_config
 
 HOLD, MEAN, NEAREST = "holding position", "the mean action", "the nearest neighbour"
 STEPS = 0.1 * np.arange(1, 5)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from manipi.cli.replay import main
-from manipi.data.dataset import open_dataset
+from manipi.data.open import open_dataset
 from manipi.data.recorder import Recorder
 from manipi.errors import ConfigError, MissingFeatureError, ObservationError, StorageError
 from manipi.evaluate.replay import replay

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from manipi.environments import Tabletop
 from manipi.evaluate.rollout import film, load_trials, run_trials, save_trials
+from manipi.tabletop.environment import Tabletop
 from manipi_client.fake import FakePolicyServer
 
 SEEDS = range(4)

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from manipi.checkpoints.importing import load_initial_weights
+from manipi.checkpoints.initial import load_initial_weights
 from manipi.checkpoints.native import read_checkpoint
-from manipi.checkpoints.sources import open_source
 from manipi.errors import CheckpointError, ConfigError, ManipiError
 from manipi.exchange.exporting import export_checkpoint
 from manipi.exchange.importing import Wanted, describe, import_checkpoint
 from manipi.exchange.stated import Stated, read_stated
 from manipi.model import VLA
 from manipi.transforms import pipeline
+from manipi.weights.layouts import open_source
 
 pytest.importorskip("tensorstore", reason="Orbax checkpoints need tensorstore: pip install 'manipi[openpi]'")
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"

@@ -10,9 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from manipi.checkpoints.importing import load_initial_weights
+from manipi.checkpoints.initial import load_initial_weights
 from manipi.checkpoints.native import read_checkpoint
-from manipi.checkpoints.orbax import read_tree
 from manipi.cli import main
 from manipi.errors import ConfigError, IntegrityError, NormStatsError, WeightsMismatchError
 from manipi.exchange.exporting import export_checkpoint
@@ -20,6 +19,7 @@ from manipi.exchange.importing import Wanted, import_adapters, import_checkpoint
 from manipi.model import VLA
 from manipi.model.config import NO_ADAPTERS
 from manipi.policy import Policy
+from manipi.weights.orbax import read_tree
 
 LAYOUTS = [
     *((kind, to) for kind in ("pi0", "pi05") for to in ("openpi-jax", "openpi-torch", "lerobot")),

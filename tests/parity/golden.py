@@ -20,7 +20,6 @@ import pytest
 import torch
 from openpi_trees import from_openpi_tree
 
-from manipi.checkpoints.openpi_names import openpi_arrays
 from manipi.model import VLA, ModelInput
 from manipi.model.config import (
     NO_ADAPTERS,
@@ -34,7 +33,8 @@ from manipi.model.config import (
     Pi05Config,
     VisionSize,
 )
-from manipi.train.trained import trainable_parameters
+from manipi.train.step.trained import trainable_parameters
+from manipi.weights.names import openpi_arrays
 
 SHARED = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[2].parent / "shared"))
 GOLDENS = [Path(folder) for folder in os.environ.get("MANIPI_GOLDEN", str(SHARED / "golden")).split(":")]

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manipi.checkpoints.openpi_names import (
+from manipi.model.config import ModelConfig
+from manipi.weights.names import (
     Array,
     openpi_arrays,
     require_match,
@@ -14,7 +15,6 @@ from manipi.checkpoints.openpi_names import (
     to_torch,
     unstack_layer,
 )
-from manipi.model.config import ModelConfig
 
 _TREE = "the reference's parameter tree"
 

@@ -16,7 +16,7 @@ def case_of(folder):
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
 def test_checkpoints(folder, measure):
-    from manipi.checkpoints.orbax import read_tree
+    from manipi.weights.orbax import read_tree
 
     case = case_of(folder)
     found = read_tree(folder)

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from golden import ABSENT, find, name_of, read_json
 
-from manipi.data.dataset import Feature, open_dataset
-from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.data.dataset import Feature
+from manipi.data.lerobot.writer import LeRobotWriter
+from manipi.data.open import open_dataset
 from manipi.errors import ConfigError, DatasetFormatError, ObservationError
 from manipi.robots import Joints, Robot, State
 from manipi.transforms.actions import ActionSpace

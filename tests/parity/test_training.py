@@ -12,13 +12,13 @@ from golden import ABSENT, CASES, Arrays, Case, keys, over, read_arrays, require
 from openpi_trees import from_openpi_tree, to_openpi_tree
 from tolerances import TRACE, tolerance_of
 
-from manipi.checkpoints.openpi_names import openpi_arrays
 from manipi.robots.tabletop import TABLETOP
 from manipi.train import loop
 from manipi.train.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
-from manipi.train.loop import train_step
-from manipi.train.optimizer import learning_rate
-from manipi.train.state import TrainState
+from manipi.train.step.optimizer import learning_rate
+from manipi.train.step.state import TrainState
+from manipi.train.step.step import train_step
+from manipi.weights.names import openpi_arrays
 
 pytestmark = pytest.mark.skipif(not CASES, reason=ABSENT)
 

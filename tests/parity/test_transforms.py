@@ -17,9 +17,10 @@ import torch
 from golden import ABSENT, Arrays, find, name_of, read_arrays, read_json
 from golden_robots import robot_of, slot_of
 
-from manipi.data.dataset import Feature, action_chunks, open_dataset
-from manipi.data.lerobot_writer import LeRobotWriter
-from manipi.data.stats import field_stats, suspicious_dimensions
+from manipi.data.dataset import Feature, action_chunks
+from manipi.data.lerobot.writer import LeRobotWriter
+from manipi.data.norm_stats.compute import field_stats, suspicious_dimensions
+from manipi.data.open import open_dataset
 from manipi.errors import NormStatsError, ObservationError
 from manipi.model.attention_mask import attention_mask, lay_out
 from manipi.model.config import Pi0Config, Pi0FastConfig
@@ -29,7 +30,7 @@ from manipi.robots.aloha import GRIPPER, aloha
 from manipi.robots.droid import droid
 from manipi.robots.libero import libero
 from manipi.train.config import OptimizerConfig
-from manipi.train.optimizer import learning_rate
+from manipi.train.step.optimizer import learning_rate
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.images import ResizeImages, resize_with_pad
 from manipi.transforms.layout import ModelLayout

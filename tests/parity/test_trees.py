@@ -7,10 +7,10 @@ import pytest
 import torch
 from golden import ABSENT, GOLDENS, KINDS, SHARED, find, name_of, read_json, require_frozen
 
-from manipi.checkpoints.infer import infer_config
-from manipi.checkpoints.openpi_names import openpi_arrays
 from manipi.model import VLA
 from manipi.model.config import ModelConfig
+from manipi.weights.infer import infer_config
+from manipi.weights.names import openpi_arrays
 
 pytestmark = pytest.mark.skipif(not GOLDENS, reason=ABSENT)
 

@@ -21,17 +21,17 @@ from quantities import as_numpy, quantities
 from test_training import trace
 
 from manipi.checkpoints.native import Checkpoint, PolicyConfig
-from manipi.checkpoints.openpi_names import openpi_arrays
-from manipi.checkpoints.orbax import write_tree
-from manipi.checkpoints.weight_store import ArrayInfo
 from manipi.model import VLA
 from manipi.model.config import Adapters, GemmaSize, LoRA, ModelConfig, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
 from manipi.policy import Policy
 from manipi.robots import Joints, Robot, State
 from manipi.tokenizers import SentencePieceTokenizer, Tokenizers
-from manipi.train.trained import trainable_parameters
+from manipi.train.step.trained import trainable_parameters
 from manipi.transforms.normalize import contract, normalize
 from manipi.types import FieldStats, NormStats
+from manipi.weights.names import openpi_arrays
+from manipi.weights.orbax import write_tree
+from manipi.weights.stores import ArrayInfo
 
 BATCH, HORIZON, LENGTH, ACTIONS, IMAGE = 2, 15, 180, 7, 28
 STATES = {"pi0": 7, "pi05": 8, "pi0_fast": 8, "pi0_lora": 7}

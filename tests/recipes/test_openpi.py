@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from manipi.data.dataset import Feature, open_dataset
-from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.data.dataset import Feature
+from manipi.data.lerobot.writer import LeRobotWriter
+from manipi.data.open import open_dataset
 from manipi.errors import ManipiError, UnknownNameError
 from manipi.model.config import REFERENCE, Compat, GemmaSize, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
 from manipi.policy import Policy

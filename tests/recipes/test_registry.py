@@ -11,7 +11,7 @@ from manipi.transforms.pipeline import check_fit
 
 USER_FILE = """
 from dataclasses import replace
-from manipi.recipes.tabletop import pi0_tabletop
+from manipi.tabletop.recipes import pi0_tabletop
 from manipi.robots.tabletop import TABLETOP
 from manipi.train.config import TrainConfig
 
@@ -49,7 +49,7 @@ def test_a_file_of_the_users(user_file, monkeypatch):
 
 
 def test_a_module():
-    assert load_recipe("manipi.recipes.tabletop:pi0_tabletop") == load_recipe("tabletop_pi0")
+    assert load_recipe("manipi.tabletop.recipes:pi0_tabletop") == load_recipe("tabletop_pi0")
     assert load_robot("tabletop") == TABLETOP
     assert load_robot("manipi.robots.tabletop:TABLETOP") == TABLETOP
 
@@ -73,7 +73,7 @@ def test_names_that_nobody_has(user_file, tmp_path):
 
 
 HEAD = """from dataclasses import replace
-from manipi.recipes.tabletop import pi0_tabletop
+from manipi.tabletop.recipes import pi0_tabletop
 from manipi.robots import Joints, Robot, State
 from manipi.train.config import TrainConfig
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from manipi.data.dataset import open_dataset
-from manipi.data.picture_files import replaced
+from manipi.data.lerobot.picture_files import replaced
+from manipi.data.open import open_dataset
 from manipi.errors import FetchError, TrainingError
 from manipi.remote.fetch import home
-from manipi.train.run import claim_videos
+from manipi.train.run.folder import claim_videos
 
 CAMERA = "observation.images.cam_high"
 
@@ -39,7 +39,7 @@ def test_videos_come_when_they_are_needed(serve, store, shared_datasets, name):
 
 BRIGHTNESS = f"""
 import sys, numpy as np
-from manipi.data.dataset import open_dataset
+from manipi.data.open import open_dataset
 print(open_dataset(sys.argv[1]).images({CAMERA!r}, np.arange(5)).sum())
 """
 
@@ -64,7 +64,7 @@ def test_a_video_that_the_store_has_lost(serve, store):
 
 FILES = f"""
 import json, sys
-from manipi.data.dataset import open_dataset
+from manipi.data.open import open_dataset
 print(json.dumps(open_dataset(sys.argv[1]).picture_files([{CAMERA!r}])))
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from manipi.data.dataset import open_dataset
+from manipi.data.open import open_dataset
 from manipi.errors import FetchError, StorageError, UnknownNameError
 from manipi.remote.fetch import fetch, home, verify
 from manipi.remote.stores import BLOCK

@@ -14,16 +14,16 @@ import pytest
 from encoders import every_sample
 
 from manipi.cli import stats, view
-from manipi.data.check import check_dataset
-from manipi.data.dataset import fetch_tables, open_dataset
-from manipi.data.loader import Loader
-from manipi.data.rlds_fields import BRIDGE, BY_NAME, FIELDS_FILE
-from manipi.data.sampler import Sampler, Stream
-from manipi.data.source import frames_of
+from manipi.data.feed.encoded import frames_of
+from manipi.data.feed.loader import Loader
+from manipi.data.feed.sampler import Sampler, Stream
+from manipi.data.open import fetch_tables, open_dataset
+from manipi.data.review.check import check_dataset
+from manipi.data.rlds.fields import BRIDGE, BY_NAME, FIELDS_FILE
+from manipi.data.rlds.loan import Loan
 from manipi.errors import ConfigError, DatasetFormatError, FetchError
 from manipi.records import to_json, write_json
 from manipi.remote.fetch import home, target_of
-from manipi.remote.loan import Loan
 from manipi.robots.droid import droid
 
 DROIDLIKE, BRIDGE_SAMPLE = "synthetic_droid_rlds/droidlike/1.0.0", "octo_bridge_rlds/bridge_dataset/1.0.0"
@@ -113,7 +113,8 @@ def test_with_room_for_all_each_comes_once(serve, store, in_parts):
 
 
 HOLD = (
-    "import sys; from manipi.remote.loan import Loan; loan = Loan(sys.argv[1]); print(loan.path, flush=True); input()"
+    "import sys; from manipi.data.rlds.loan import Loan; loan = Loan(sys.argv[1]); "
+    "print(loan.path, flush=True); input()"
 )
 
 
@@ -174,7 +175,7 @@ def test_a_store_that_fails_in_the_middle(serve, store, in_parts):
     assert not list((home() / "rlds").rglob("*progress*"))
 
 
-OPEN = "import sys; from manipi.data.dataset import open_dataset; open_dataset(sys.argv[1], fields=sys.argv[2])"
+OPEN = "import sys; from manipi.data.open import open_dataset; open_dataset(sys.argv[1], fields=sys.argv[2])"
 
 
 def test_a_killed_process_is_continued(serve, store, in_parts, wait_until):
@@ -250,7 +251,7 @@ def test_check_reads_it_in_the_room(serve, store, in_parts, monkeypatch):
 
 IN_A_STORE = """
 import sys, numpy as np
-from manipi.data.dataset import open_dataset
+from manipi.data.open import open_dataset
 dataset = open_dataset(sys.argv[1])
 print(dataset.fingerprint, dataset.images(dataset.cameras[0], np.array([5])).sum())
 """

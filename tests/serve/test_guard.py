@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from manipi.environments.tabletop import WORKSPACE_HIGH
 from manipi.errors import ActionError, ConfigError
 from manipi.robots.aloha import aloha
 from manipi.robots.droid import droid
@@ -11,6 +10,7 @@ from manipi.robots.tabletop import TABLETOP
 from manipi.robots.ur5 import ur5
 from manipi.serve import PolicyServer
 from manipi.serve.guard import ActionGuard
+from manipi.tabletop.environment.tabletop import WORKSPACE_HIGH
 from manipi_client import RemoteInferenceError, WebsocketPolicy
 
 ROBOT = Robot(

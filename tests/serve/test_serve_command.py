@@ -14,7 +14,7 @@ from tests.commands import Command
 
 from manipi.cli.serve import _was_trained_without_prompt
 from manipi.data.dataset import Feature
-from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.policy import Policy
 from manipi.train.loop import train
 from manipi_client import ConnectError, RemoteInferenceError, WebsocketPolicy

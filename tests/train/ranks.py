@@ -15,9 +15,10 @@ from manipi.model import ModelInput
 from manipi.model.shards import whole
 from manipi.train.config import TrainConfig
 from manipi.train.data import prepare
-from manipi.train.loop import add_gradients, train, train_step
+from manipi.train.loop import train
 from manipi.train.parallel import ALONE, World, open_world, require_shared
-from manipi.train.state import TrainState
+from manipi.train.step.state import TrainState
+from manipi.train.step.step import add_gradients, train_step
 
 
 class Ranks:

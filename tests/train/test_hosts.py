@@ -16,7 +16,7 @@ from tests.train.ranks import Ranks
 from tests.train.test_killed import RECIPE, without_clock
 
 from manipi.records import write_json
-from manipi.train.run import Run
+from manipi.train.run.folder import Run
 
 FIRST, SECOND, PORT = "10.213.77.1", "10.213.77.2", 29_577
 

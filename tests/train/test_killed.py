@@ -18,13 +18,13 @@ from tests.commands import Command
 from manipi.checkpoints.native import verify
 from manipi.records import write_json
 from manipi.train.config import TrainConfig
-from manipi.train.lock import Lock
 from manipi.train.loop import train
-from manipi.train.progress import OF_THE_MACHINE
+from manipi.train.run.lock import Lock
+from manipi.train.watch.progress import OF_THE_MACHINE
 
 RECIPE = """
 from pathlib import Path
-from manipi.train.run import read_config
+from manipi.train.run.folder import read_config
 from manipi.train.config import TrainConfig
 
 def recipe() -> TrainConfig:

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 from manipi.checkpoints.native import verify
-from manipi.checkpoints.openpi_names import openpi_arrays
 from manipi.errors import (
     BadValueError,
     CheckpointError,
@@ -32,12 +31,14 @@ from manipi.policy import Policy
 from manipi.robots import State
 from manipi.train.config import OptimizerConfig
 from manipi.train.data import prepare
-from manipi.train.loop import train, train_step
-from manipi.train.progress import OF_THE_MACHINE
-from manipi.train.run import Run, read_config
-from manipi.train.state import TrainState
-from manipi.train.trained import is_trained, trainable_parameters
+from manipi.train.loop import train
+from manipi.train.run.folder import Run, read_config
+from manipi.train.step.state import TrainState
+from manipi.train.step.step import train_step
+from manipi.train.step.trained import is_trained, trainable_parameters
+from manipi.train.watch.progress import OF_THE_MACHINE
 from manipi.transforms.normalize import load_norm_stats, save_norm_stats
+from manipi.weights.names import openpi_arrays
 
 KINDS = ("pi05", "pi0", "pi0_fast")
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from manipi.data.check import check_dataset
 from manipi.data.dataset import Feature
-from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.data.lerobot.writer import LeRobotWriter
+from manipi.data.review.check import check_dataset
 from manipi.errors import ConfigError, MissingFeatureError, UnknownNameError
 from manipi.policy import Policy
 from manipi.robots import Gripper, Joints, Robot, State

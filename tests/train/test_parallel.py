@@ -23,8 +23,8 @@ from manipi.policy import Policy
 from manipi.train.config import ParallelConfig
 from manipi.train.launch import Launch, mesh_shape, without_launch_flags
 from manipi.train.parallel import ALONE
-from manipi.train.progress import OF_THE_MACHINE
-from manipi.train.run import Run
+from manipi.train.run.folder import Run
+from manipi.train.watch.progress import OF_THE_MACHINE
 
 LORA = Adapters(attention=LoRA(rank=2, alpha=2.0), feed_forward=LoRA(rank=2, alpha=2.0))
 

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from manipi.data.dataset import Feature, open_dataset
-from manipi.data.lerobot_writer import LeRobotWriter
+from manipi.data.dataset import Feature
+from manipi.data.lerobot.writer import LeRobotWriter
+from manipi.data.open import open_dataset
 from manipi.errors import NormStatsError, TrainingError
 from manipi.train.data import prepare
 from manipi.train.loop import train

@@ -16,17 +16,15 @@ import traceback
 from multiprocessing import forkserver
 from pathlib import Path
 
-from manipi.data import helper
-from manipi.train import saving
 from manipi.train.loop import train
-from manipi.train.run import read_config
+from manipi.train.run.folder import read_config, saving
 
 PRELOADED = multiprocessing.get_context("forkserver")
 
 
 def main(configs: Path, run: Path, kills: int, seed: int) -> None:
     rng = random.Random(seed)
-    PRELOADED.set_forkserver_preload(["manipi.train.saving", "manipi.robots.tabletop"])
+    PRELOADED.set_forkserver_preload(["manipi.train.run.saving", "manipi.robots.tabletop"])
     forkserver.ensure_running()
     writer = run.with_suffix(".writer")
     (run / "checkpoints").mkdir(parents=True)

@@ -31,6 +31,7 @@ COMMANDS = {
     "doctor": "say what this machine and this installation can do",
 }
 
+MODULES = {"demo": "manipi.tabletop.command", "convert": "manipi.convert.command"}
 SPIN_COUNT = "5000"
 """How long a waiting OpenMP thread spins before it sleeps. GNU's default, ten milliseconds and more, makes training up
 to seven times slower as soon as another process keeps a core busy; this costs 8 % on a quiet one (docs/log.md)."""
@@ -94,6 +95,6 @@ def _run(command: str = "--help", *arguments: str) -> None:
     elif command == "--version":
         print(f"manipi {manipi.__version__}")
     elif command in COMMANDS:
-        importlib.import_module(f"manipi.cli.{command}").main(arguments)
+        importlib.import_module(MODULES.get(command, f"manipi.cli.{command}")).main(arguments)
     else:
         raise unknown_name("command", command, COMMANDS, next="manipi --help")

@@ -14,7 +14,7 @@ from manipi.errors import ConfigError
 if TYPE_CHECKING:
     from manipi.evaluate.latency import Host, Latency
     from manipi.model import ModelInput
-    from manipi.model.engine import Engine
+    from manipi.model.inference.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def _checkpoint(args: _Infer) -> "tuple[Engine, ModelInput, Host]":
     """The policy's own engine, on the observation of its self-test."""
     from manipi.checkpoints.native import read_description
     from manipi.evaluate.latency import Host
-    from manipi.model.engine import Engine
+    from manipi.model.inference.engine import Engine
     from manipi.policy import Policy
 
     policy, test = Policy.load(Path(args.target), device=args.device), read_description(Path(args.target)).self_test
@@ -111,7 +111,7 @@ def _recipe(args: _Infer) -> "tuple[Engine, ModelInput, None]":
     import torch
 
     from manipi.model import VLA
-    from manipi.model.engine import Engine
+    from manipi.model.inference.engine import Engine
     from manipi.model.inputs import blank_input
     from manipi.recipes.registry import load_recipe
 

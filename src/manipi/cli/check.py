@@ -16,7 +16,7 @@ from manipi.errors import one_line
 from manipi.recipes.registry import load_robot
 
 if TYPE_CHECKING:
-    from manipi.data.checks.report import CheckReport, Finding
+    from manipi.data.review.report import CheckReport, Finding
 
 SHOWN = 5
 """Findings of one kind that the screen shows; `--json` has all of them."""
@@ -55,9 +55,9 @@ def main(arguments: Sequence[str]) -> None:
     """Print the findings, errors first."""
     args = parse(_Check, arguments, "check")
 
-    from manipi.data.check import check_dataset
-    from manipi.data.checks.page import write_check_page
-    from manipi.data.dataset import fetch_tables
+    from manipi.data.open import fetch_tables
+    from manipi.data.review.check import check_dataset
+    from manipi.data.review.page import write_check_page
     from manipi.remote.fetch import fetch
 
     robot = load_robot(args.robot) if args.robot else None
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def render(report: "CheckReport", *, quick: bool) -> str:
     """The findings as blocks of text, then how many there are of each kind."""
-    from manipi.data.checks.report import CHECKS
+    from manipi.data.review.report import CHECKS
 
     size = f"{report.num_episodes} episodes · {report.num_frames:,} frames · cameras: {len(report.cameras)}"
     pictures = "first and last pictures" if quick else "every picture"

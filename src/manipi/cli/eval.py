@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from manipi.data.chunk_error import evenly_spaced
+    from manipi.data.action_error import evenly_spaced
     from manipi.data.dimensions import command_units
     from manipi.evaluate.held_out import new_split, open_split, run_folder
     from manipi.evaluate.open_loop import plot_chunks, predict, score

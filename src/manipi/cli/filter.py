@@ -8,7 +8,7 @@ import tyro
 
 from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import table, write_result
-from manipi.data.filters import Rules
+from manipi.data.review.filters import Rules
 from manipi.errors import quoted
 from manipi.recipes.registry import load_robot
 
@@ -39,8 +39,8 @@ def main(arguments: Sequence[str]) -> None:
     """Print what each rule leaves out and a preview."""
     args = parse(_Filter, arguments, "filter")
 
-    from manipi.data.dataset import open_dataset
-    from manipi.data.filters import filter_dataset, guess_keys, preview
+    from manipi.data.open import open_dataset
+    from manipi.data.review.filters import filter_dataset, guess_keys, preview
 
     dataset = open_dataset(args.dataset)
     if args.robot:

@@ -8,10 +8,10 @@ from typing import Literal
 
 import tyro
 
-from manipi.checkpoints.released import RELEASED, resolve
 from manipi.cli.arguments import NewFile, NewFolder, parse
 from manipi.cli.result import table, write_result
 from manipi.recipes.registry import load_recipe, load_robot
+from manipi.weights.released import RELEASED, resolve
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     """Show the target."""
     args = parse(_Inspect, arguments, "inspect")
 
-    from manipi.data.lerobot_entries import holds_recordings
+    from manipi.data.lerobot.entries import holds_recordings
 
     path = Path(args.target).expanduser()
     if "://" in args.target:
@@ -55,14 +55,14 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _is_dataset(path: Path) -> bool:
-    from manipi.data.rlds_index import find_version
+    from manipi.data.rlds.index import find_version
 
     return (path / "meta/info.json").is_file() or find_version(path) is not None
 
 
 def _dataset(path: Path | str) -> Any:
-    from manipi.data.dataset import open_dataset
-    from manipi.data.describe import describe_dataset
+    from manipi.data.open import open_dataset
+    from manipi.data.review.describe import describe_dataset
 
     summary = describe_dataset(open_dataset(path))
     shortest, median, longest = summary.episode_frames

@@ -15,9 +15,9 @@ from manipi.recipes.registry import RECIPES, load_recipe
 from manipi.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from manipi.train.memory import StepMemory
-    from manipi.train.plan import Fit
-    from manipi.train.prompt_length import LongestPrompt
+    from manipi.train.plan.fit import Fit
+    from manipi.train.plan.memory import StepMemory
+    from manipi.train.watch.prompt_length import LongestPrompt
 
 HELP = f"""usage: manipi plan RECIPE|FILE.py:FUNCTION [--gpu 24GB|rtx4090|h100|…] [--gpus N] [--flags of manipi train]
 
@@ -62,8 +62,8 @@ def main(arguments: Sequence[str]) -> None:
     target = recipe_name(arguments, "plan")
     args = parse(_Plan, arguments[1:], f"plan {target}", default=_Plan(config=load_recipe(target)))
 
-    from manipi.train.memory import forecast, plot_memory
-    from manipi.train.plan import find_fit, fits, gpu_bytes
+    from manipi.train.plan.fit import find_fit, fits, gpu_bytes
+    from manipi.train.plan.memory import forecast, plot_memory
 
     capacity = gpu_bytes(args.gpu) if args.gpu else None
     memory = forecast(args.config, gpus=args.gpus)

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     """Replay; prints a table by dimension."""
     args = parse(_Replay, arguments, "replay")
 
-    from manipi.data.dataset import open_dataset
+    from manipi.data.open import open_dataset
     from manipi.evaluate.replay import recorded_robot, replay
 
     dataset = open_dataset(args.dataset)

@@ -48,7 +48,7 @@ class _Stats:
     ray: bool = False
     """Work on the Ray cluster that this process belongs to, or on one started here."""
     sketch: NewFile | None = None
-    """Save what statistics of several datasets or machines can be merged from (manipi.data.sketch)."""
+    """Save what statistics of several datasets or machines can be merged from (manipi.data.norm_stats.sketch)."""
     fit_fast: NewFolder | None = None
     """Fit FAST to the normalised chunks (of a mixture's first dataset), save it in this folder, say what it loses."""
     fast_scale: float = 10
@@ -63,9 +63,9 @@ def main(arguments: Sequence[str]) -> None:
     """Print the statistics."""
     args = parse(_Stats, arguments, "stats")
 
-    from manipi.data import stats as norm_stats
     from manipi.data.dimensions import action_labels, state_labels
-    from manipi.data.sketch import NormStatsSketch
+    from manipi.data.norm_stats import compute as norm_stats
+    from manipi.data.norm_stats.sketch import NormStatsSketch
     from manipi.storage import atomic_directory
     from manipi.tokenizers import FastTokenizer
     from manipi.train.data import chunks_to_fit, open_demonstrations
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
         sketch.save(args.sketch)
         print(f"\nsaved  {args.sketch}")
     if args.plot is not None:
-        from manipi.data.stats_plot import plot_stats
+        from manipi.data.norm_stats.plot import plot_stats
 
         plot_stats(sketch, stats, labels, args.plot, raw=raw if floors else None)
         print(f"\nsaved  {args.plot}")

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
         _become(torchrun)
 
     from manipi.train.loop import train
-    from manipi.train.run import Run
+    from manipi.train.run.folder import Run
 
     checkpoint = train(args.config, run_dir, resume_from=args.resume_from)
     if os.environ.get("RANK", "0") != "0":

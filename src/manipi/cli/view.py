@@ -40,8 +40,8 @@ def main(arguments: Sequence[str]) -> None:
     """Write the page or the recording."""
     args = parse(_View, arguments, "view")
 
-    from manipi.data.dataset import open_dataset
-    from manipi.data.view import write_rerun, write_view
+    from manipi.data.open import open_dataset
+    from manipi.data.review.view import write_rerun, write_view
 
     number = args.episode if args.episode is not None else open_dataset(args.dataset).episodes[0].index
     dataset = open_dataset(args.dataset, episodes=(number,))

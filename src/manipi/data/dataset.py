@@ -9,8 +9,8 @@ Shape letters: N rows of the dataset, n rows asked for, d dimensions; h, w pictu
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
@@ -19,24 +19,18 @@ from typing import Literal, SupportsIndex, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
-from manipi.data.shared import SharedArray
 from manipi.errors import (
     BadValueError,
     ConfigError,
-    DatasetNotFoundError,
-    FetchError,
     MissingFeatureError,
     quoted,
-    shown,
-    unknown_name,
 )
-from manipi.remote.fetch import fetch, is_here
+from manipi.processes import SharedArray
+from manipi.records import fingerprint
 from manipi.types import Frame
 
 PromptSource: TypeAlias = Literal["task", "subtask"]
 """What the policy is told: the instruction of the episode, or of the step."""
-
-_FOLDER = "the folder of a LeRobot dataset, with meta/info.json in it, or of an RLDS dataset's version"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,72 +270,64 @@ def action_chunks(
     return dataset.column(action_key)[np.minimum(steps, ends - 1)], steps < ends
 
 
-def fetch_tables(url: str) -> Path:
-    """The local folder of a dataset elsewhere, with its metadata and, of LeRobot, its tables."""
-    from manipi.data.rlds_index import fetch_metadata
+class EpisodeSubset(Dataset):
+    """The chosen episodes, in the order given, with rows numbered anew; nothing is read of the others' pictures.
 
-    url = url.rstrip("/")
-    if is_here(f"{url}/dataset_info.json"):
-        return fetch_metadata(url)
-    try:
-        meta = fetch(f"{url}/meta/")
-    except FetchError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
-            raise
-        return fetch_metadata(url)
-    fetch(f"{url}/data/")
-    return meta.parent
-
-
-def open_dataset(
-    path: str | Path, episodes: Sequence[int] = (), *, fields: str = "", split: str = "train", seed: int = 0
-) -> Dataset:
-    """Open a dataset with the reader of its format and version.
-
-    Of a URL, metadata and tables are fetched; LeRobot's videos are when they are first needed. RLDS record files come
-    one after the other while their index is made, and again when pictures of them are needed (`remote.loan`).
-    LeRobot has meta/info.json in it; RLDS features.json, dataset_info.json and *.tfrecord* files.
-
-    Args:
-        episodes: the numbers of those to use; none named: all of them.
-        fields, split, seed: of RLDS, as `rlds.open_rlds` takes them; `fields` names a map of `rlds_fields.BY_NAME`.
+        dataset   episode 0 1 1 1 2 2        EpisodeSubset(dataset, [2, 0])   episode 2 2 0
+                  row     0 1 2 3 4 5                                         row     0 1 2
 
     Raises:
-        DatasetNotFoundError: no such folder, or no frames in it.
-        FetchError: the URL cannot be read.
-        DatasetFormatError: an unknown version, or metadata that are missing or broken.
-        ConfigError: no episode of that number; of RLDS: several versions, or no map of its features.
+        ConfigError: the dataset has no episode of that number, or one is named twice.
     """
-    # The readers build on this module, so that they can only be imported from inside the function.
-    from manipi.data.lerobot import LeRobotDataset
-    from manipi.data.parts import how_to_finish
-    from manipi.data.rlds import open_rlds
-    from manipi.data.rlds_fields import BY_NAME
-    from manipi.data.rlds_index import find_version
-    from manipi.data.subset import EpisodeSubset
 
-    root = fetch_tables(str(path)) if "://" in str(path) else Path(path).expanduser().resolve()
-    if not root.is_dir():
-        waiting = how_to_finish(root)
-        raise DatasetNotFoundError(
-            expected=_FOLDER,
-            found="a file" if root.exists() else "nothing" + (", but its episodes wait beside it" if waiting else ""),
-            where=str(root),
-            next=waiting
-            or f"ls {quoted(root.parent)}  # then give the right path (--data.path, or --data.root for mixtures)",
+    def __init__(self, dataset: Dataset, numbers: Sequence[int]):
+        self._dataset, self._numbers = dataset, tuple(numbers)
+        by_number = {episode.index: episode for episode in dataset.episodes}
+        require_episodes(by_number, numbers, dataset.root)
+        chosen = [by_number[number] for number in numbers]
+        self._rows = np.concatenate([np.arange(e.start, e.start + e.length) for e in chosen])
+        starts = np.cumsum([0, *(e.length for e in chosen)]).tolist()
+        episodes = [replace(e, start=start) for e, start in zip(chosen, starts, strict=False)]
+        super().__init__(
+            root=dataset.root, name=dataset.name, fps=dataset.fps, features=dataset.features, episodes=episodes
         )
-    version = None if (root / "meta/info.json").is_file() else find_version(root)
-    if version is None and not any((root / name).is_dir() for name in ("meta", "data", "videos")):
-        raise DatasetNotFoundError(
-            expected=_FOLDER,
-            found=shown(sorted(path.name for path in root.iterdir()), 300),
-            where=str(root),
-            next=f"give the folder of one dataset; recordings of other formats: manipi convert {quoted(root)} TARGET",
+
+    def __reduce__(self) -> tuple:
+        return EpisodeSubset, (self._dataset, self._numbers)
+
+    def prompt(self, row: int) -> str:
+        return self._dataset.prompt(int(self._rows[row]))
+
+    def subtask(self, row: int) -> str:
+        return self._dataset.subtask(int(self._rows[row]))
+
+    def instructions(self, source: PromptSource) -> tuple[list[str], np.ndarray]:
+        texts, numbers = self._dataset.instructions(source)
+        return texts, numbers[self._rows]
+
+    def place(self, row: int) -> str:
+        return self._dataset.place(int(self._rows[row]))
+
+    def _fingerprint(self) -> str:
+        return fingerprint([self._dataset.fingerprint, self._numbers])
+
+    def picture_files(self, cameras: Sequence[str]) -> dict[str, str]:
+        return self._dataset.picture_files(cameras)
+
+    def _read_column(self, key: str) -> np.ndarray:
+        return self._dataset.column(key)[self._rows]
+
+    def _read_images(self, camera: str, rows: np.ndarray) -> np.ndarray:
+        return self._dataset.images(camera, self._rows[rows])
+
+
+def require_episodes(known: Collection[int], numbers: Sequence[int], root: Path) -> None:
+    """Raises ConfigError where a dataset has no episode of a number, or one is named twice."""
+    unknown = [number for number in numbers if number not in known]
+    if unknown or len(set(numbers)) < len(numbers):
+        raise ConfigError(
+            expected=f"each episode once, from {min(known)} to {max(known)}",
+            found=f"unknown {unknown}" if unknown else f"{list(numbers)}",
+            where=f"--data.episodes of {root}",
+            next=f"manipi inspect {quoted(root)}  # lists the episodes",
         )
-    if version is None:
-        dataset: Dataset = LeRobotDataset(root, sorted(episodes))
-        return dataset if list(episodes) == sorted(episodes) else EpisodeSubset(dataset, episodes)
-    if fields and fields not in BY_NAME:
-        raise unknown_name("map of RLDS features", fields, BY_NAME, next="name one of them (DatasetConfig.fields)")
-    dataset = open_rlds(root, fields=BY_NAME[fields] if fields else None, split=split, seed=seed)
-    return EpisodeSubset(dataset, episodes) if episodes else dataset

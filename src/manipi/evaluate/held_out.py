@@ -6,12 +6,13 @@ from pathlib import Path
 from jaxtyping import Int64
 from numpy import ndarray
 
-from manipi.data.dataset import Dataset, open_dataset
-from manipi.data.split import split_episodes
+from manipi.data.dataset import Dataset
+from manipi.data.feed.split import split_episodes
+from manipi.data.open import open_dataset
 from manipi.errors import ConfigError, MissingFeatureError
 from manipi.policy import Policy
 from manipi.train.data import check_features, open_demonstrations, provenance_of
-from manipi.train.run import read_config
+from manipi.train.run.folder import read_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,10 +23,10 @@ import torch
 
 from manipi.model import ModelInput
 from manipi.model.config import GemmaSize, ModelConfig, Pi0Config, Pi0FastConfig
-from manipi.model.engine import Engine
-from manipi.model.quantize import maker
+from manipi.model.inference.engine import Engine
+from manipi.model.inference.quantize import maker
 from manipi.policy import Policy
-from manipi.train.progress import peak_memory
+from manipi.train.watch.progress import peak_memory
 from manipi.types import Observation
 
 WARM_UP = 2

@@ -4,7 +4,7 @@
             └─► baselines                ├─► |â - a|, where the step lies within the episode
     recorded               a_t … a_t+H-1 ┘
 
-Errors and baselines are those of `manipi.data.chunk_error`. The nearest neighbour is left out where the frames are
+Errors and baselines are those of `manipi.data.action_error`. The nearest neighbour is left out where the frames are
 training frames themselves.
 
 A low open-loop error is no success on the robot: errors that add up, and the robot's own mistakes, only show there.
@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 from tqdm import tqdm
 
-from manipi.data.chunk_error import (
+from manipi.data.action_error import (
     ChunkError,
     baselines,
     chunk_error,
@@ -30,10 +30,10 @@ from manipi.data.chunk_error import (
 )
 from manipi.data.dataset import Dataset
 from manipi.data.dimensions import command_names
-from manipi.data.source import frames_of
+from manipi.data.feed.encoded import frames_of
 from manipi.policy import Policy
 from manipi.robots.robot import Robot
-from manipi.train.progress import figure
+from manipi.train.watch.progress import figure
 from manipi.transforms.pipeline import observation_of
 
 BLOCK = 32

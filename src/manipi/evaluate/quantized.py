@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from manipi.checkpoints.quantized import QuantizationReport, identity
-from manipi.data.chunk_error import chunk_error, evenly_spaced, recorded_chunks, travel_of
-from manipi.data.dataset import open_dataset
+from manipi.data.action_error import chunk_error, evenly_spaced, recorded_chunks, travel_of
 from manipi.data.dimensions import command_names
+from manipi.data.open import open_dataset
 from manipi.evaluate.open_loop import infer_rows
-from manipi.model.quantize import Quantization
+from manipi.model.inference.quantize import Quantization
 from manipi.policy import Policy
 from manipi.train.data import check_features
 

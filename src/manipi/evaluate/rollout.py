@@ -18,8 +18,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from tqdm import tqdm
 
-from manipi.environments.tabletop import Tabletop
 from manipi.storage import atomic_write
+from manipi.tabletop.environment.tabletop import Tabletop
 from manipi_client import ActionChunkBroker, WebsocketPolicy
 
 MAX_STEPS = 30

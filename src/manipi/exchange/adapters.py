@@ -15,19 +15,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from manipi.checkpoints import merging
+from manipi.checkpoints import adapters as merging
 from manipi.checkpoints.native import Checkpoint, PolicyConfig, seal, verify
-from manipi.checkpoints.openpi_names import require_match
-from manipi.checkpoints.safetensors_writer import write_safetensors
-from manipi.checkpoints.weight_store import ArrayInfo
 from manipi.errors import IntegrityError
 from manipi.model import VLA
 from manipi.model.config import CONFIG_TYPES, NO_ADAPTERS, Pi0FastConfig
 from manipi.records import from_json, read_json, write_json
+from manipi.weights.names import require_match
+from manipi.weights.safetensors_writer import write_safetensors
+from manipi.weights.stores import ArrayInfo
 
 
 def merge_adapters(checkpoint: Checkpoint) -> Checkpoint:
-    """The same policy with plain matrices (`manipi.checkpoints.merging`)."""
+    """The same policy with plain matrices (`manipi.checkpoints.adapters`)."""
     weights = merging.merge_adapters(checkpoint.weights, checkpoint.config.model)
     plain = {"vlm_adapters": NO_ADAPTERS}
     if not isinstance(checkpoint.config.model, Pi0FastConfig):

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from manipi.checkpoints.native import Checkpoint, SelfTest
-from manipi.checkpoints.sources import Reader, Source, stream_weights
-from manipi.checkpoints.weight_store import ArrayInfo
 from manipi.errors import SelfTestError
 from manipi.model import VLA, ModelInput
 from manipi.model.config import ModelConfig, Pi0FastConfig
@@ -19,6 +17,8 @@ from manipi.policy import SELF_TEST_TOLERANCE, Policy
 from manipi.robots.robot import Robot
 from manipi.transforms import pipeline
 from manipi.types import Sample
+from manipi.weights.layouts import Reader, Source, stream_weights
+from manipi.weights.stores import ArrayInfo
 
 FAST_TOKENS = 8
 """How far π0-FAST's logits are compared. A whole chunk would read every weight hundreds of times."""

@@ -18,12 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from manipi.checkpoints.native import Checkpoint, read_checkpoint, seal, write_description
-from manipi.checkpoints.openpi_names import Array, openpi_arrays, stack_layer
-from manipi.checkpoints.orbax import write_tree
-from manipi.checkpoints.safetensors_writer import write_safetensors
-from manipi.checkpoints.sources import open_source
-from manipi.checkpoints.torch_names import PREFIXES, torch_arrays
-from manipi.checkpoints.weight_store import ArrayInfo, bytes_of
 from manipi.errors import ConfigError
 from manipi.exchange.adapters import is_adapter, merge_adapters, read_adapters, write_adapters
 from manipi.exchange.certificate import (
@@ -39,6 +33,12 @@ from manipi.model.config import GEMMA_2B, GEMMA_300M, ModelConfig, Pi0Config, Pi
 from manipi.records import write_json
 from manipi.storage import atomic_directory, require_absent, require_room
 from manipi.transforms.normalize import save_norm_stats
+from manipi.weights.layouts import open_source
+from manipi.weights.names import Array, openpi_arrays, stack_layer
+from manipi.weights.orbax import write_tree
+from manipi.weights.safetensors_writer import write_safetensors
+from manipi.weights.stores import ArrayInfo, bytes_of
+from manipi.weights.torch_names import PREFIXES, torch_arrays
 
 Target: TypeAlias = Literal["openpi-jax", "openpi-torch", "lerobot", "adapters", "manipi"]
 

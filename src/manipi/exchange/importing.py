@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from manipi.checkpoints.infer import infer_config
 from manipi.checkpoints.native import (
     Checkpoint,
     PolicyConfig,
@@ -24,9 +23,6 @@ from manipi.checkpoints.native import (
     write_checkpoint,
     write_description,
 )
-from manipi.checkpoints.safetensors_writer import write_safetensors
-from manipi.checkpoints.sources import Source, open_source
-from manipi.checkpoints.weight_store import ArrayInfo, bytes_of
 from manipi.errors import ConfigError, NormStatsError, WeightsMismatchError
 from manipi.exchange.adapters import read_adapters
 from manipi.exchange.certificate import (
@@ -44,6 +40,10 @@ from manipi.storage import atomic_directory, require_absent, require_room
 from manipi.tokenizers import Tokenizers
 from manipi.transforms.normalize import read_openpi_stats
 from manipi.types import NormStats
+from manipi.weights.infer import infer_config
+from manipi.weights.layouts import Source, open_source
+from manipi.weights.safetensors_writer import write_safetensors
+from manipi.weights.stores import ArrayInfo, bytes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def import_checkpoint(
         dtype: of the weights written; None keeps each tensor's own.
 
     Raises:
-        CheckpointError: see `manipi.checkpoints.sources` and `manipi.exchange.stated`.
+        CheckpointError: see `manipi.weights.layouts` and `manipi.exchange.stated`.
         NormStatsError: no statistics, several to choose from, or statistics of another robot.
         ConfigError: the source does not describe itself, and nothing else does; or recipe, robot or flags contradict
             the files beside the weights.

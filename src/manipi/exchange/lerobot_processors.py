@@ -17,9 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from manipi.checkpoints.foreign_json import Fields, file_beside
 from manipi.checkpoints.native import Checkpoint
-from manipi.checkpoints.weight_store import SafetensorsStore
 from manipi.errors import ConfigError, NormStatsError, shown
 from manipi.model.config import NormMode, Pi0FastConfig, Pi05Config
 from manipi.records import write_json
@@ -28,6 +26,8 @@ from manipi.tokenizers import PALIGEMMA_PIECES_SHA256, SentencePieceTokenizer, T
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.normalize import EPSILON, stats_from_fields
 from manipi.types import NormStats
+from manipi.weights.foreign_json import Fields, file_beside
+from manipi.weights.stores import SafetensorsStore
 
 MODES: dict[NormMode, str] = {"zscore": "MEAN_STD", "quantile": "QUANTILES"}
 PREPROCESSOR = "policy_preprocessor.json"

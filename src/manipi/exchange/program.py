@@ -22,7 +22,7 @@ from manipi.checkpoints.quantized import identity
 from manipi.errors import CheckpointError, ConfigError
 from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
-from manipi.model.engine import Engine, Trimmed
+from manipi.model.inference.engine import Engine, Trimmed
 from manipi.policy import Policy
 from manipi.storage import atomic_directory, require_absent, require_room
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from manipi.checkpoints.foreign_json import Fields, unexpected
-from manipi.checkpoints.sources import Source
 from manipi.errors import CheckpointError, ConfigError, shown
 from manipi.exchange.lerobot_processors import MODES, POSTPROCESSOR, PREPROCESSOR, relative_dims
 from manipi.model.config import ModelConfig, NormMode, Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.robots.robot import Robot
+from manipi.weights.foreign_json import Fields, unexpected
+from manipi.weights.layouts import Source
 
 CONFIG = "config.json"
 DESCRIPTION = "manipi"

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from manipi.checkpoints.released import ASSETS
-from manipi.checkpoints.tokenizers import open_action_tokenizer, open_text_tokenizer
 from manipi.exchange.importing import Wanted
 from manipi.model.config import NormMode, Pi0FastConfig
 from manipi.robots.robot import Robot
 from manipi.tokenizers import PALIGEMMA_VOCABULARY, SentencePieceTokenizer, Tokenizers, require_paligemma
 from manipi.train.config import TrainConfig
+from manipi.weights.released import ASSETS
+from manipi.weights.tokenizers import open_action_tokenizer, open_text_tokenizer
 
 
 def wanted_from(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from manipi.model.attention_mask import Layout, attention_mask
-from manipi.model.graphs import many_variants
+from manipi.model.inference.graphs import many_variants
 
 Mask: TypeAlias = Tensor | BlockMask | None
 """A bias [B, 1, T, S] of the logits, 0 where a key is seen and `MASKED` where not; or FlexAttention's; or none."""

@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from manipi.checkpoints.released import ASSETS, CHECKPOINTS
 from manipi.model.config import REFERENCE, Adapters, LoRA, ModelConfig, Pi0Config, Pi0FastConfig
 from manipi.robots.robot import Robot
 from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig
+from manipi.weights.released import ASSETS, CHECKPOINTS
 
 TOKENIZER, FAST = ASSETS["paligemma_tokenizer"], ASSETS["fast_tokenizer"]
 FAST_CAMERAS = ("base", "base_1", "wrist")

@@ -51,9 +51,9 @@ _OPENPI = {
 """The reference's recipes by module; each function has the name that its config has there."""
 
 RECIPES = {
-    "tabletop": "manipi.recipes.tabletop:pi05_tabletop",
-    "tabletop_pi0": "manipi.recipes.tabletop:pi0_tabletop",
-    "tabletop_pi0_fast": "manipi.recipes.tabletop:pi0_fast_tabletop",
+    "tabletop": "manipi.tabletop.recipes:pi05_tabletop",
+    "tabletop_pi0": "manipi.tabletop.recipes:pi0_tabletop",
+    "tabletop_pi0_fast": "manipi.tabletop.recipes:pi0_fast_tabletop",
     **{name: f"manipi.recipes.{module}:{name}" for module, names in _OPENPI.items() for name in names.split()},
 }
 

@@ -111,7 +111,7 @@ class ComputeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LRScale:
-    """Multipliers of the learning rate, by group of parameters (`manipi.train.trained`)."""
+    """Multipliers of the learning rate, by group of parameters (`train.step.trained`)."""
 
     vision: float = 1.0
     vlm: float = 1.0
@@ -284,7 +284,7 @@ class TrainConfig:
     init: str = ""
     """Weights to start from: folder of a checkpoint or run, a released name (`pi05_base`), a URL; empty: the seed's."""
     trained: Trained = "full"
-    """`lora`: of experts with adapters, those alone; `qlora`: their matrices in 4 bits (`manipi.train.trained`)."""
+    """`lora`: of experts with adapters, those alone; `qlora`: their matrices in 4 bits (`train.step.trained`)."""
     frozen_dtype: DType = "float32"
     """How frozen weights are kept, in memory and in checkpoints."""
     steps: int = 30_000

@@ -9,19 +9,25 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from manipi.checkpoints.importing import require_tokenizer
-from manipi.checkpoints.tokenizers import open_action_tokenizer, open_text_tokenizer
-from manipi.data.cache import CachedDataset
-from manipi.data.check import other_rate, sort_episodes
-from manipi.data.dataset import Dataset, action_chunks, fetch_tables, open_dataset
-from manipi.data.loader import Loader
-from manipi.data.mask import read_mask
-from manipi.data.mixture import Mixture, Part, Share
-from manipi.data.sampler import Sampler, permutation
-from manipi.data.sketch import merge_sketches, provenance
-from manipi.data.source import Source
-from manipi.data.split import split_episodes
-from manipi.data.stats import compute_norm_stats, read_state, rows_fingerprint, sketch_norm_stats, suspicious_dimensions
+from manipi.checkpoints.initial import require_tokenizer
+from manipi.data.dataset import Dataset, action_chunks
+from manipi.data.feed.cache import CachedDataset
+from manipi.data.feed.encoded import Source
+from manipi.data.feed.loader import Loader
+from manipi.data.feed.mixture import Mixture, Part, Share
+from manipi.data.feed.sampler import Sampler, permutation
+from manipi.data.feed.split import split_episodes
+from manipi.data.norm_stats.compute import (
+    compute_norm_stats,
+    read_state,
+    rows_fingerprint,
+    sketch_norm_stats,
+    suspicious_dimensions,
+)
+from manipi.data.norm_stats.sketch import merge_sketches, provenance
+from manipi.data.open import fetch_tables, open_dataset
+from manipi.data.review.check import other_rate, sort_episodes
+from manipi.data.review.mask import read_mask
 from manipi.errors import ConfigError, NormStatsError
 from manipi.model.config import Pi0FastConfig
 from manipi.records import fingerprint, from_json, read_json, write_json
@@ -35,13 +41,14 @@ from manipi.tokenizers import (
     Tokenizers,
 )
 from manipi.train.config import DatasetConfig, TrainConfig
-from manipi.train.prompt_length import LongestPrompt, longest_prompt
-from manipi.train.run import checkpoint_steps, claim_videos
+from manipi.train.run.folder import checkpoint_steps, claim_videos
+from manipi.train.watch.prompt_length import LongestPrompt, longest_prompt
 from manipi.transforms import pipeline
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.normalize import load_norm_stats, normalize, read_openpi_stats, save_norm_stats
 from manipi.transforms.pipeline import observation_of
 from manipi.types import NormStats, Sample
+from manipi.weights.tokenizers import open_action_tokenizer, open_text_tokenizer
 
 FIT_CHUNKS, FIT_CODES = 4_096, 1_024
 """Action chunks that a FAST tokenizer is fitted to, and the most codes that it learns."""

@@ -6,36 +6,31 @@ therefore needs weights, average and optimizer alone, and equals an undisturbed 
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from manipi.checkpoints.native import Checkpoint, PolicyConfig
 from manipi.model import ModelInput
-from manipi.model.config import Pi0FastConfig
 from manipi.model.device import ran_out_of_memory
 from manipi.storage import atomic_write
-from manipi.train.accumulate import accumulate_gradients
-from manipi.train.augment import augment
 from manipi.train.config import TrainConfig
 from manipi.train.data import TrainingData, prepare
-from manipi.train.first_batch import save_first_batch
-from manipi.train.guards import Guards, require_finite
-from manipi.train.lock import Lock, alone
-from manipi.train.loggers import RunLog, require_loggers
-from manipi.train.noise import draw_delay, draw_noise
-from manipi.train.optimizer import gradient_norm, learning_rate, parameter_norm, update, update_average
 from manipi.train.parallel import World, open_world, require_shared
-from manipi.train.progress import ProgressLog, plot_loss, show_mixture
-from manipi.train.run import Run
-from manipi.train.saving import CheckpointWriter, Saver, make_saver, read_window
-from manipi.train.state import TrainState
-from manipi.train.stop_signals import StopSignals
-from manipi.train.trained import format_table, parameter_table, require_packages
-from manipi.train.validation import Validation
+from manipi.train.run.folder import Run
+from manipi.train.run.lock import Lock, alone
+from manipi.train.run.saving import CheckpointWriter, Saver, make_saver, read_window
+from manipi.train.run.stop_signals import StopSignals
+from manipi.train.step.augment import augment
+from manipi.train.step.state import TrainState
+from manipi.train.step.step import train_step
+from manipi.train.step.trained import format_table, parameter_table, require_packages
+from manipi.train.watch.first_batch import save_first_batch
+from manipi.train.watch.guards import Guards
+from manipi.train.watch.loggers import RunLog, require_loggers
+from manipi.train.watch.progress import ProgressLog, plot_loss, show_mixture
+from manipi.train.watch.validation import Validation
 
 
 def train(
@@ -91,7 +86,7 @@ def _enough_memory(config: TrainConfig, world: World, *, show: bool) -> Iterator
     except RuntimeError as error:
         if not ran_out_of_memory(error):
             raise
-        from manipi.train.plan import out_of_memory  # it takes a step of this module's itself
+        from manipi.train.plan.fit import out_of_memory  # it takes a step of this module's itself
 
         raise out_of_memory(error, config, world.device, gpus=world.size, show=show) from error
 
@@ -182,7 +177,7 @@ def _saver(guards: Guards, writer: CheckpointWriter, state: TrainState, lock: Lo
 
 
 def _memory_report(config: TrainConfig, inputs: ModelInput, world: World) -> AbstractContextManager[None]:
-    from manipi.train.memory import memory_report  # it takes a step of this module's itself
+    from manipi.train.plan.memory import memory_report  # it takes a step of this module's itself
 
     return memory_report(config, inputs, world.size)
 
@@ -194,46 +189,6 @@ def _validate(validation: Validation, writer: CheckpointWriter, state: TrainStat
         policy = writer.policy(weights, state.step, str(world.device))
         numbers = validation.run(state.step, policy, state.model)
         out.show(state.step, {f"val/{name}": value for name, value in numbers.items()})
-
-
-def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tuple[dict[str, Tensor | float], Tensor]:
-    """One update of the state in place. Returns what the log wants, and the loss of each sample here [B].
-
-    Raises:
-        NonFiniteError: the loss or the gradient is not finite; the weights are those before the step.
-    """
-    loss, sample_loss = add_gradients(state, inputs, config)
-    parameters = list(state.parameters.values())
-    norm = gradient_norm(parameters)
-    loss_value, norm_value = require_finite(loss, norm, sample_loss, state.step)
-    state.gather_rows()
-    update(state.optimizer, state.step, config.optimizer, norm)
-    if state.average:
-        update_average(list(state.average.values()), list(state.optimized.values()), config.ema_decay)
-    state.scatter_rows()
-    rate = learning_rate(state.step, config.optimizer)
-    state.step += 1
-    norms = {"grad_norm": norm_value, "param_norm": parameter_norm(parameters)}
-    return {"loss": loss_value, **norms, "learning_rate": rate}, sample_loss
-
-
-def add_gradients(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Add the gradients of this step's loss to those of the parameters. Returns the loss of the whole batch, and that
-    of each sample here [B]."""
-    draws = _draws(state, inputs, config)
-    if config.max_delay:
-        delays = draw_delay(config.seed, state.step, inputs.batch_size * state.world.size, config.max_delay)
-        inputs = replace(inputs, delay=state.world.slice(delays))
-    return accumulate_gradients(state.model, inputs, draws, config.accumulate, state.world)
-
-
-def _draws(state: TrainState, inputs: ModelInput, config: TrainConfig) -> list[Tensor]:
-    """This process's noise and timesteps of the step, where the policy has any."""
-    if isinstance(config.model, Pi0FastConfig):
-        return []
-    world, size = state.world, (config.model.action_horizon, config.model.action_dim)
-    drawn = draw_noise(config.seed, state.step, inputs.batch_size * world.size, config.noise_draws, *size)
-    return [world.slice(whole) for whole in drawn]
 
 
 def checkpoint_writer(run: Run, data: TrainingData) -> CheckpointWriter:

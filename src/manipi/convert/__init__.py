@@ -1,0 +1,1 @@
+"""Recordings of other formats to LeRobot v3.0."""

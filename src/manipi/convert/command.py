@@ -1,0 +1,132 @@
+"""`manipi convert`: recordings in other formats become a LeRobot dataset."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from manipi.cli.arguments import NewFile, NewFolder, parse
+from manipi.cli.result import table, write_result
+from manipi.errors import ConfigError, quoted
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Convert:
+    """Convert recordings to LeRobot v3.0. What was killed goes on with the same command; DST appears when all is done.
+
+    ALOHA       manipi convert recordings/ datasets/cube --task "pick up the cube"
+
+    DROID       manipi convert droid_raw/ datasets/droid --resize 180x320 --drop-skipped
+
+    LIBERO      manipi convert libero_spatial/ datasets/libero --rotate 180
+
+    robomimic   manipi convert lift/ph/image.hdf5 datasets/lift --task "lift the cube"
+
+    Zarr        manipi convert pusht.zarr datasets/pusht --fps 10 --task "push the T" --pix-fmt yuv444p
+
+    BGR JPEGs   manipi convert recordings/ datasets/cube --task "pick up the cube" --swap-channels
+
+    UMI         manipi convert dataset.zarr.zip datasets/cups --fps 60 --task "put the cup on the saucer"
+
+    RLDS        manipi convert bridge/1.0.0 datasets/bridge
+
+    LeRobot v2  manipi convert old_dataset datasets/new
+    """
+
+    source: tyro.conf.Positional[Path]
+    """Folder or file of the recordings."""
+    target: tyro.conf.Positional[NewFolder]
+    """Folder to write; it must not exist."""
+    format: str | None = None
+    """aloha, droid, libero, robomimic, zarr, lerobot or rlds; recognised by the files unless given."""
+    task: str = ""
+    """The instruction of episodes that have none."""
+    fps: int | None = None
+    """Frames per second, where the recordings do not say, or wrongly."""
+    robot_type: str = ""
+    """Name of the robot in the dataset's metadata, instead of the format's usual one."""
+    join: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=PART,PART")] = ()
+    """More vectors, made of others: observation.state=observation.eef_pos,observation.gripper."""
+    exclude: tuple[str, ...] = ()
+    """Vectors and cameras to leave out, by the names that they would have."""
+    resize: str = ""
+    """HEIGHTxWIDTH of the pictures; the aspect is kept, and the rest black."""
+    rotate: Literal[0, 180] = 0
+    """Turn the pictures; LIBERO's are upside down."""
+    swap_channels: tuple[str, ...] | None = None
+    """Exchange red and blue of these cameras, or of all where none is named: for recordings in OpenCV's order."""
+    drop_skipped: bool = False
+    """DROID: leave out frames in which the robot did not take commands."""
+    crf: int = 23
+    """Quality of the video, from 0 (best) to 51."""
+    pix_fmt: Literal["yuv420p", "yuv444p"] = "yuv420p"
+    """yuv444p keeps the colours of very small pictures, and odd sizes."""
+    num_workers: int | None = None
+    """Processes that encode, 0 for none beside this one; one per processor core unless given."""
+    skip_bad_episodes: bool = False
+    """Leave out episodes that cannot be read, and say which; without it the first one ends the conversion."""
+    json: NewFile | None = None
+    """Write what was converted and skipped to this file."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Convert; prints what was written, and what was left out."""
+    args = parse(_Convert, arguments, "convert")
+    joins, resize = tuple(map(_join, args.join)), _size(args.resize)
+
+    from manipi.convert.convert import ConvertSettings, convert
+    from manipi.convert.formats import open_source
+
+    settings = ConvertSettings(
+        task=args.task,
+        fps=args.fps,
+        robot_type=args.robot_type,
+        joins=joins,
+        exclude=args.exclude,
+        resize=resize,
+        rotate=args.rotate,
+        swap_channels=args.swap_channels,
+        pix_fmt=args.pix_fmt,
+        crf=args.crf,
+    )
+    workers = (os.cpu_count() or 1) if args.num_workers is None else args.num_workers
+    began = time.perf_counter()
+    source = open_source(args.source, args.format, drop_skipped=args.drop_skipped)
+    report = convert(
+        source,
+        args.target,
+        settings,
+        num_workers=workers,
+        skip_bad=args.skip_bad_episodes,
+    )
+    rows = [
+        ("written", report.target),
+        ("episodes", f"{report.num_episodes:,}" + (f" ({report.reused:,} from before)" if report.reused else "")),
+        ("frames", f"{report.num_frames:,}"),
+        ("seconds", f"{time.perf_counter() - began:.1f}"),
+        *(("note", f"{name}: {text}") for name, text in report.remarks),
+        *(("skipped", f"{name}: {why}") for name, why in report.skipped),
+        ("next", f"manipi check {quoted(report.target)}"),
+    ]
+    print(table(rows))
+    write_result(report, args.json)
+
+
+def _join(text: str) -> tuple[str, tuple[str, ...]]:
+    whole, _, parts = text.partition("=")
+    if not whole or not parts:
+        raise ConfigError(
+            expected="NAME=PART,PART", found=repr(text), where="--join", next="--join observation.state=eef_pos,gripper"
+        )
+    return whole, tuple(parts.split(","))
+
+
+def _size(text: str) -> tuple[int, int] | None:
+    height, _, width = text.partition("x")
+    if text and not (height.isdigit() and width.isdigit()):
+        raise ConfigError(expected="HEIGHTxWIDTH", found=repr(text), where="--resize", next="--resize 224x224")
+    return (int(height), int(width)) if text else None

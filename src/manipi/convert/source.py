@@ -1,0 +1,218 @@
+"""What every source of episodes offers, and which one reads a folder or file."""
+
+import abc
+import importlib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, NoReturn
+
+import numpy as np
+from jaxtyping import UInt8
+
+from manipi.errors import ConfigError, DatasetFormatError
+
+BLOCK = 16
+"""Pictures in RAM at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceEpisode:
+    """One open episode of T frames; its pictures are read as they are asked for."""
+
+    columns: Mapping[str, np.ndarray]
+    """Vectors [T, d], float32 or int64."""
+    pictures: Mapping[str, Iterable[UInt8[np.ndarray, "n h w 3"]]]
+    """Per camera its pictures in blocks, anew from the first whenever they are iterated."""
+    task: str | Sequence[str] = ""
+    """The instruction, or one per frame; empty where the source has none."""
+    remarks: Mapping[str, str] = field(default_factory=dict)
+    """What to know of a feature: how its pictures are stored, where that is unusual, and why it is left out."""
+
+
+class EpisodeSource(abc.ABC):
+    """Episodes by name. Holds paths and settings only, so that it pickles; files are open inside `open` alone.
+
+    Raises:
+        DatasetNotFoundError: no episode at `root`.
+        DatasetFormatError: a file is missing, damaged, or laid out differently.
+        ConfigError: the library that reads the format is not installed.
+    """
+
+    names: Sequence[str]
+    """Of the episodes, in order."""
+    robot_type: str = "unknown"
+    fps: float | None = None
+    """None where the source does not say."""
+    joins: Sequence[tuple[str, tuple[str, ...]]] = ()
+    """Vectors that belong together in this format: the name of the whole, and its parts, where all of them exist."""
+    dimension_names: Mapping[str, tuple[str, ...]] = {}
+    marks_skipped: bool = False
+    """Whether frames are marked in which the robot did not take commands, and `drop_skipped` leaves them out."""
+    drop_skipped: bool = False
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    @abc.abstractmethod
+    def open(self, name: str) -> AbstractContextManager[SourceEpisode]:
+        """The episode of that name."""
+
+    def remarks(self, fps: float) -> Mapping[str, str]:
+        """What to know of the source as a whole, by feature or array, where it becomes rows of `fps` per second."""
+        return {}
+
+    def files(self) -> Iterable[Path]:
+        """Files that differ when the episodes do."""
+        return [self.root] if self.root.is_file() else (path for path in self.root.rglob("*") if path.is_file())
+
+
+# What the sources share ---------------------------------------------------------------------------------------------
+
+
+def find_files(root: Path, *patterns: str) -> list[Path]:
+    """`root` itself where it is a file, else what lies below it, numbers in names counted as numbers."""
+    found = {root} if root.is_file() else {path for pattern in patterns for path in root.rglob(pattern)}
+    return sorted(found, key=lambda path: by_number(str(path)))
+
+
+def by_number(name: str) -> list[tuple[int, str]]:
+    """A sorting key that puts demo_10 behind demo_9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def vector(values: np.ndarray) -> np.ndarray:
+    """Any numbers of T frames as [T, d]: floats as float32, the rest as int64."""
+    return values.reshape(len(values), math.prod(values.shape[1:])).astype(
+        np.float32 if values.dtype.kind == "f" else np.int64
+    )
+
+
+def optional_module(name: str) -> ModuleType:
+    """A library of the extra `convert`; ConfigError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ConfigError(
+            expected=f"the library {name}, which reads this format",
+            found="not installed",
+            where="the Python environment",
+            next="pip install 'manipi[convert]'",
+        ) from None
+
+
+OTHER_LAYOUT = "name the --format, if another one was recognised; --skip-bad-episodes leaves such episodes out"
+"""What to do about a whole file that holds something else."""
+
+
+def broken(expected: str, found: str, where: str | Path, next: str = "") -> NoReturn:
+    """Raise the error for a file that is missing, damaged, or laid out differently."""
+    raise DatasetFormatError(
+        expected=expected,
+        found=found,
+        where=str(where),
+        next=next or "copy the file again or repair it; --skip-bad-episodes leaves such episodes out",
+    )
+
+
+# Pictures -----------------------------------------------------------------------------------------------------------
+
+_LEAST_SIDE = 16
+"""Pixels: a matrix with a shorter side is no picture."""
+_DEPTH = "records depth, not colours: left out"
+_LEAVE_OUT = "record them so, or leave them out: --exclude NAME"
+
+
+def kind_of(name: str, shape: tuple[int, ...], dtype: np.dtype) -> Literal["picture", "depth", "vector"]:
+    """What an array holds, by the shape of its frames, its numbers and its name.
+
+    frames                     numbers                            are
+    h w 3, 3 h w               any                                pictures
+    h w 1, 1 h w, h w          16 bits; "depth" in the name       depth
+                               8 bits; floats with three axes     pictures in grey
+    any other with two sides   8 bits or truth values             pictures that `Blocks` refuses to read
+    of 16 pixels or more       other                              vectors
+    smaller ones               any                                vectors
+    """
+    channels = 1 if len(shape) == 2 else _channels(shape)
+    if len(shape) < 2 or sorted(shape)[-2] < _LEAST_SIDE:
+        return "vector"
+    if channels == 1 and ("depth" in name.lower() or dtype == np.uint16):
+        return "depth"
+    shown = channels == 3 or (channels == 1 and dtype.kind == "f" and len(shape) == 3)
+    return "picture" if shown or dtype.kind == "b" or dtype == np.uint8 else "vector"
+
+
+def _channels(shape: tuple[int, ...]) -> int:
+    """3 or 1 where one end of [h, w, c] or [c, h, w] is that; 0 for anything else."""
+    ends = (shape[-1], shape[0]) if len(shape) == 3 else ()
+    return next((size for size in (3, 1) if size in ends), 0)
+
+
+def remark(kind: str, shape: tuple[int, ...], dtype: np.dtype) -> str:
+    """What to know of pictures that are not uint8 [h, w, 3], and of depth."""
+    if kind == "depth":
+        return _DEPTH
+    stored = "" if kind == "vector" or shape[-1:] == (3,) else f"stored as {list(shape)}"
+    numbers = "" if kind == "vector" or dtype == np.uint8 else f"{dtype}: 0 to 1 become 0 to 255, whole numbers stay"
+    return ", ".join(filter(None, (stored, numbers)))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The pictures start…stop of a camera out of `read(start, stop)`, block by block, as uint8 [n, h, w, 3].
+
+    Floats are from 0 to 1 in all pictures of an episode, and become 255 times as much, rounded; or they are whole
+    numbers from 0 to 255, which stay. The first picture that is not black decides, and any other number is refused.
+
+    Raises:
+        DatasetFormatError: numbers of any other range, truth values, or another number of axes or channels.
+    """
+
+    read: Callable[[int, int], np.ndarray]
+    start: int
+    stop: int
+    where: str = ""
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        scale = 0
+        for start in range(self.start, self.stop, BLOCK):
+            block = _channels_last(self.read(start, min(start + BLOCK, self.stop)), self.where)
+            if block.dtype != np.uint8:
+                scale, block = _to_bytes(block, scale, f"{self.where}, from frame {start - self.start} on")
+            yield block
+
+
+def _channels_last(block: np.ndarray, where: str) -> np.ndarray:
+    """[n, h, w, 3] of any pictures; grey in three equal channels."""
+    if block.ndim == 3:
+        block = block[..., None]
+    if block.dtype.kind == "b" or not _channels(block.shape[1:]):
+        expected = "pictures [h, w, 3], [3, h, w], or in grey [h, w, 1] or [h, w], of 8 bits"
+        broken(expected, f"{block.dtype} of shape {block.shape[1:]} in every frame", where, _LEAVE_OUT)
+    if block.shape[3] != _channels(block.shape[1:]):
+        block = np.moveaxis(block, 1, 3)
+    return np.repeat(block, 3, axis=3) if block.shape[3] == 1 else block
+
+
+def _to_bytes(block: np.ndarray, scale: int, where: str) -> tuple[int, np.ndarray]:
+    """By what its numbers are multiplied (0: not known yet), and the block as uint8."""
+    low, high = block.min(), block.max()
+    scale = scale or (0 if high == 0 else 255 if high <= 1 and block.dtype.kind == "f" else 1)
+    scaled = block.astype(np.float32) * max(scale, 1)
+    whole = np.rint(scaled)
+    fits = low >= 0 and scaled.max() <= 255 and (scale == 255 or np.array_equal(whole, scaled))
+    if not fits or block.dtype.kind not in "fi":
+        broken(
+            "pictures of 8 bits, whole numbers from 0 to 255, or floats from 0 to 1; one of them in all of an episode",
+            f"{block.dtype} from {low:g} to {high:g}",
+            where,
+            _LEAVE_OUT,
+        )
+    return scale, whole.astype(np.uint8)

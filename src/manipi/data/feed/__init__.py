@@ -1,0 +1,1 @@
+"""Samples from datasets to batches: order, workers, cache, mixtures."""

@@ -1,0 +1,129 @@
+"""Several datasets, and several robots, in one stream of batches.
+
+part         dataset      robot   rows of the mixture
+0   weight 3 open50       g1      0 ……………… 20,813        each part's rows, moved behind those of the part before
+1   weight 1 transfer     aloha   20,814 …… 21,613        every part has its robot's own pipeline and statistics
+
+Weights need not sum to one: a part's share of the samples is its weight over their sum.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+
+from manipi.data.dataset import Dataset
+from manipi.data.feed.encoded import Source
+from manipi.data.feed.sampler import MixedStream, Stream, deal
+from manipi.types import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One dataset of a mixture."""
+
+    source: Source
+    rows: Int64[np.ndarray, " train"]
+    """Those to train on."""
+    held_out: Int64[np.ndarray, " held_out"]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a run sees of one part."""
+
+    dataset: str
+    robot: str
+    episodes: int
+    """With at least one row to train on."""
+    frames: int
+    """To train on."""
+    held_out: int
+    left_out: int
+    """Frames that a mask keeps away from both."""
+    share: float
+    """Of the samples."""
+    epochs: float
+    """How often the run visits each frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a sample came from."""
+
+    root: Path
+    """The dataset's folder."""
+    dataset: str
+    episode: int
+    """Its number in the dataset's own files."""
+    frame: int
+
+    def __str__(self) -> str:
+        return f"dataset {self.dataset}, episode {self.episode}, frame {self.frame}"
+
+
+class Mixture:
+    """The parts as one source of samples."""
+
+    def __init__(self, parts: Sequence[Part]):
+        self.parts = tuple(parts)
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """The mixture's first row of each part."""
+        sizes = [part.source.dataset.num_frames for part in self.parts]
+        return np.cumsum([0, *sizes])[:-1].tolist()
+
+    def stream(self, seed: int) -> Stream | MixedStream:
+        """The endless stream of the mixture's rows; of a single part it is the part's own."""
+        parts = [Stream(p.rows, seed=seed, fingerprint=p.source.dataset.fingerprint) for p in self.parts]
+        if len(parts) == 1:
+            return parts[0]
+        return MixedStream(parts, [part.weight for part in self.parts], self.offsets, seed=seed)
+
+    def samples(self, rows: Int64[np.ndarray, " n"]) -> list[Sample]:
+        """The rows of the mixture as the model's training input, in their order."""
+        owners = np.searchsorted(self.offsets, rows, side="right") - 1
+        samples: dict[int, Sample] = {}
+        for k in np.unique(owners).tolist():
+            places = np.flatnonzero(owners == k)
+            found = self.parts[k].source.samples(rows[places] - self.offsets[k])
+            samples.update(zip(places.tolist(), found, strict=True))
+        return [samples[place] for place in range(len(rows))]
+
+    def part_of(self, row: int) -> tuple[Part, int]:
+        """The part that a row of the mixture belongs to, and which of its own rows it is."""
+        k = int(np.searchsorted(self.offsets, row, side="right")) - 1
+        return self.parts[k], row - self.offsets[k]
+
+    def places(self, rows: Int64[np.ndarray, " n"]) -> list[Place]:
+        """Where the rows of the mixture came from, in their order."""
+        return [_place(part.source.dataset, row) for part, row in map(self.part_of, rows.tolist())]
+
+    def report(self, num_samples: int) -> list[Share]:
+        """What a run of `num_samples` sees of each part."""
+        shares = deal([part.weight for part in self.parts])
+        return [_share(part, share, num_samples) for part, share in zip(self.parts, shares / shares.sum(), strict=True)]
+
+
+def _place(dataset: Dataset, row: int) -> Place:
+    episode = dataset.episodes[int(dataset.episode_of(np.asarray(row)))]
+    return Place(root=dataset.root, dataset=dataset.name, episode=episode.index, frame=row - episode.start)
+
+
+def _share(part: Part, share: float, num_samples: int) -> Share:
+    dataset = part.source.dataset
+    return Share(
+        dataset=dataset.name,
+        robot=part.source.pipeline.robot.name,
+        episodes=len(np.unique(dataset.episode_of(part.rows))),
+        frames=len(part.rows),
+        held_out=len(part.held_out),
+        left_out=dataset.num_frames - len(part.rows) - len(part.held_out),
+        share=float(share),
+        epochs=float(share) * num_samples / len(part.rows),
+    )

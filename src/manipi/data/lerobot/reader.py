@@ -1,0 +1,274 @@
+"""LeRobot datasets: parquet tables, and pictures from MP4 files or from the tables. Metadata: `lerobot_index`."""
+
+import hashlib
+import io
+import math
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow.parquet as pq
+from jaxtyping import Float64
+from PIL import Image
+
+from manipi.data.dataset import Dataset, PromptSource
+from manipi.data.lerobot.index import open_index
+from manipi.data.lerobot.picture_files import states_in_store, states_on_disk
+from manipi.data.lerobot.tables import (
+    ROW_COLUMNS,
+    broken,
+    format_error,
+    leave_out,
+    listed,
+    objects,
+    parquet_errors,
+    read_values,
+    row_faults,
+    runs,
+)
+from manipi.data.lerobot.times import off_grid, time_fault
+from manipi.data.lerobot.video import VideoFrames, decoders_for, without_camera
+from manipi.errors import DataError, shown
+from manipi.remote.fetch import fetch, origin
+
+_FOOTER_BYTES = 1 << 20
+_ROW_GROUPS = 8
+"""Row groups of encoded pictures kept in RAM; LeRobot writes one per episode."""
+_DEEP = {"I": "32 bits", "F": "a float"}
+"""Pictures whose numbers do not fit 8 bits, and would become white or black."""
+
+
+class LeRobotDataset(Dataset):
+    """A LeRobot dataset folder.
+
+    Args:
+        numbers: the episodes to use, in ascending order, where not all: files of others are not touched.
+        times: the timestamps of each episode off the grid (`lerobot_times`), by its number; None: the tables say.
+        compared: cameras whose videos are known to have pictures at these times.
+
+    Raises:
+        DatasetNotFoundError: no episodes or frames.
+        DatasetFormatError: an unknown version; metadata or tables that are missing, broken or disagree.
+        ConfigError: no episode of that number.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        numbers: Sequence[int] = (),
+        times: Mapping[int, Float64[np.ndarray, " T"]] | None = None,
+        compared: Collection[str] = (),
+    ):
+        self._index = index = open_index(root, numbers)
+        self._numbers, self._tables = tuple(numbers), list(dict.fromkeys(index.tables))
+        super().__init__(root=root, name=root.name, fps=index.fps, features=index.features, episodes=index.episodes)
+        pictures = [index.features[camera].shape for camera in index.clips if camera in index.features]
+        self._videos = VideoFrames(decoders_for(max((math.prod(shape[:2]) for shape in pictures), default=0)))
+        self._origin = origin(root / "meta").removesuffix("/meta/")
+        self._pictures = lru_cache(maxsize=_ROW_GROUPS)(_read_pictures)
+        self._compared = set(compared)
+        if times is not None:
+            self._times = times
+
+    def __reduce__(self) -> tuple:
+        return LeRobotDataset, (self.root, self._numbers, self.__dict__.get("_times"), self._compared)
+
+    def _fingerprint(self) -> str:
+        """SHA-256 over names and contents of metadata and tables.
+
+        Tables that hold pictures are too big to be read for this; their footer tells the size and range of each column.
+        Of episodes off the grid, earlier releases took pictures by frame number: theirs may not be mixed with these.
+        """
+        digest = hashlib.sha256(f"{self._numbers}".encode() if self._numbers else b"")
+        for path in self._index.metadata:
+            digest.update(f"{path.relative_to(self.root)}\n".encode() + path.read_bytes())
+        if self._index.clips and self._times:
+            digest.update(b"pictures at timestamps")
+        holds_pictures = any(feature.dtype == "image" for feature in self.features.values())
+        for path in self._tables:
+            with parquet_errors(path, self.root), path.open("rb") as file:
+                size = path.stat().st_size
+                file.seek(max(0, size - _FOOTER_BYTES) if holds_pictures else 0)
+                digest.update(f"{path.relative_to(self.root)} {size}\n".encode())
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def prompt(self, row: int) -> str:
+        return self._index.tasks[int(self.column("task_index")[row, 0])]
+
+    def subtask(self, row: int) -> str:
+        if not self._index.subtasks or "subtask_index" not in self.features:
+            return super().subtask(row)
+        number = int(self.column("subtask_index")[row, 0])
+        if number not in self._index.subtasks:
+            known = f"subtask_index among {sorted(self._index.subtasks)}"
+            next = f"give it a text in {self.root / 'meta/subtasks.parquet'}, or use --data.prompt task"
+            broken(self.root, known, str(number), f"{self.root}, {self.locate(row)}", next)
+        return self._index.subtasks[number]
+
+    def instructions(self, source: PromptSource) -> tuple[list[str], np.ndarray]:
+        key = "task_index" if source == "task" else "subtask_index"
+        prompt_at = self.prompt if source == "task" else self.subtask
+        if source == "subtask" and key not in self.features:
+            prompt_at(0)
+        _, first, numbers = np.unique(self.column(key)[:, 0], return_index=True, return_inverse=True)
+        return [prompt_at(row) for row in first.tolist()], numbers.reshape(-1, 1)
+
+    def place(self, row: int) -> str:
+        return f"{self._index.tables[int(self.episode_of(np.asarray(row)))]}, {self.locate(row)}"
+
+    # Tables -----------------------------------------------------------------------------------------------------
+
+    def _read_column(self, key: str) -> np.ndarray:
+        width = int(np.prod(self.features[key].shape)) if key in self.features else 1
+        rows, values = self._table_rows, self._concatenate({key: width})[key]
+        values = values.astype(np.float32, copy=False) if values.dtype.kind == "f" else values
+        in_order = len(rows) == len(values) and np.array_equal(rows, np.arange(len(rows)))
+        return values if in_order else values[rows]  # a copy costs a tenth of the reading
+
+    @property
+    def _table_rows(self) -> np.ndarray:
+        """Which row of the tables, one behind the other, each row is."""
+        return self._rows[0]
+
+    @cached_property
+    def _times(self) -> Mapping[int, Float64[np.ndarray, " T"]]:
+        """The timestamps of the episodes off the grid, by episode number."""
+        return self._rows[1]
+
+    @cached_property
+    def _rows(self) -> tuple[np.ndarray, Mapping[int, Float64[np.ndarray, " T"]]]:
+        """Which row of the tables each row is, and `_times`. The tables must hold what the metadata promise."""
+        found = self._concatenate(ROW_COLUMNS)
+        numbers, seconds, tasks = (found[key][:, 0] for key in ROW_COLUMNS)
+        spans: dict[int, list[tuple[int, int]]] = {}
+        for number, start, end in runs(numbers):
+            spans.setdefault(number, []).append((start, end))
+        wanted = [(e, spans.get(e.index, [])) for e in self.episodes]
+        if all(len(found) == 1 and found[0][1] - found[0][0] == e.length for e, found in wanted):
+            rows = np.concatenate([np.arange(*found[0]) for _, found in wanted])
+            seconds, known = seconds[rows], np.isin(tasks[rows], list(self._index.tasks)).all()
+            ascends = np.diff(seconds) > 0
+            ascends[self.starts[1:] - 1] = True  # from one episode to the next
+            complete = bool(self._numbers) or len(rows) == len(numbers)
+            if complete and known and ascends.all() and np.isfinite(seconds).all():
+                frames = np.arange(len(rows)) - np.repeat(self.starts, self.ends - self.starts)
+                off = self.episode_of(np.flatnonzero(off_grid(seconds, frames, self.fps)))
+                chosen = [self.episodes[position] for position in np.unique(off).tolist()]
+                return rows, {e.index: seconds[e.start : e.start + e.length].copy() for e in chosen}
+        raise self._row_fault()
+
+    def _row_fault(self) -> DataError:
+        for path, promised in self._index.by_table().items():
+            values = read_values(path, ROW_COLUMNS, self.root)
+            for fault in row_faults(path, self.root, promised, self._index.tasks, values, only=bool(self._numbers)):
+                return fault.error
+        raise AssertionError("the fast test and row_faults disagree")
+
+    def _concatenate(self, widths: dict[str, int]) -> dict[str, np.ndarray]:
+        """Floats where any table has floats: tables may have other types than each other."""
+        parts = [read_values(path, widths, self.root) for path in self._tables]
+        return {key: np.concatenate([part[key] for part in parts]) if parts[1:] else parts[0][key] for key in widths}
+
+    # Pictures ---------------------------------------------------------------------------------------------------
+
+    def _read_images(self, camera: str, rows: np.ndarray) -> np.ndarray:
+        shape, read = self.features[camera].shape, self._read_picture
+        if camera in self._index.clips:
+            self._compare_times(camera)
+            read = self._read_video_frame
+        elif self.features[camera].dtype == "video":
+            where, next = f"{self.root / 'meta/episodes'}, {camera!r}", without_camera(self.root)
+            broken(self.root, "the place of a video in the entry of each episode", "none", where, next)
+        images = np.empty((0, *shape), np.uint8)
+        for i, row in enumerate(rows.tolist()):
+            image = read(camera, row)
+            if image.shape != shape:
+                expected = f"a picture of shape {shape}, as meta/info.json says"
+                where = f"{self._file(camera, row)}, {self.locate(row)}"
+                correct = f"correct its shape in {self.root / 'meta/info.json'}, if all pictures have this one"
+                broken(self.root, expected, f"{image.shape}", where, f"{correct}; else record the episode again")
+            if not i:  # memory is taken for a shape that a picture has
+                images = np.empty((len(rows), *shape), np.uint8)
+            images[i] = image
+        return images
+
+    def _file(self, camera: str, row: int) -> Path:
+        position = int(self.episode_of(np.asarray(row)))
+        return self._index.clips[camera][position].path if camera in self._index.clips else self._index.tables[position]
+
+    def _read_video_frame(self, camera: str, row: int) -> np.ndarray:
+        position = int(self.episode_of(np.asarray(row)))
+        clip, episode = self._index.clips[camera][position], self.episodes[position]
+        frame, times = row - episode.start, self._times.get(episode.index)
+        seconds = clip.start + (frame / self.fps if times is None else float(times[frame]))
+        return self._videos.frame(self._here(clip.path), seconds, where=f"{clip.path}, {self.locate(row)}")
+
+    def _compare_times(self, camera: str) -> None:
+        """Once per camera: a video that is here must have a picture at every timestamp of episodes off the grid.
+
+        One that is not here yet is not fetched for this; its decoder says where it has none.
+        """
+        if camera in self._compared:
+            return
+        for position, episode in enumerate(self.episodes):
+            times = self._times.get(episode.index)
+            if times is not None and (fault := time_fault(self._index, self.root, camera, position, times)):
+                raise fault.error
+        self._compared.add(camera)
+
+    def picture_files(self, cameras: Sequence[str]) -> dict[str, str]:
+        clips = [clip.path for camera in cameras for clip in self._index.clips.get(camera, ())]
+        names = sorted({str(path.relative_to(self.root)) for path in clips})
+        return states_in_store(self._origin, names) if self._origin else states_on_disk(self.root, names)
+
+    def _here(self, path: Path) -> Path:
+        """A video of a dataset whose metadata were fetched comes when it is first needed."""
+        if not self._origin or path.exists():
+            return path
+        return fetch(f"{self._origin}/{path.relative_to(self.root)}", show=False)
+
+    def _read_picture(self, camera: str, row: int) -> np.ndarray:
+        stored = int(self._table_rows[row])
+        start, path, group = self._row_groups[bisect_right(self._row_groups, stored, key=lambda entry: entry[0]) - 1]
+        entry = self._pictures(self.root, path, group, camera)[stored - start]
+        encoded = entry.get("bytes") if isinstance(entry, dict) else entry
+
+        def refuse(found: str, next: str = "") -> NoReturn:
+            where = f"{path}, {self.locate(row)}"
+            raise format_error(self.root, f"an encoded picture of 8 bits per channel in {camera!r}", found, where, next)
+
+        if not isinstance(encoded, bytes):
+            next = f"{leave_out(self.root, camera)}  # leaves this camera out"
+            refuse(shown(entry) if encoded is None else f"a {type(encoded).__name__}", next)
+        try:
+            with Image.open(io.BytesIO(encoded)) as picture:
+                if picture.mode in _DEEP or picture.mode.startswith("I;16"):
+                    found = f"{picture.format} of {_DEEP.get(picture.mode, '16 bits')} per pixel, perhaps depth"
+                    refuse(found, f"store it with 8 bits, or: {leave_out(self.root, camera)}")
+                return np.asarray(picture.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            refuse(shown(str(error), 200))
+
+    @cached_property
+    def _row_groups(self) -> list[tuple[int, Path, int]]:
+        """The smallest readable parts of the tables: first row, table, number within the table."""
+        groups, start = [], 0
+        for path in self._tables:
+            with parquet_errors(path, self.root):
+                metadata = pq.read_metadata(path)
+            for number in range(metadata.num_row_groups):
+                groups.append((start, path, number))
+                start += metadata.row_group(number).num_rows
+        return groups
+
+
+def _read_pictures(root: Path, path: Path, group: int, camera: str) -> list[dict[str, Any] | bytes]:
+    with parquet_errors(path, root):
+        table = pq.ParquetFile(path)
+        if camera not in table.schema_arrow.names:
+            broken(root, f"the columns {listed([camera])}", f"only {listed(table.schema_arrow.names)}", path)
+        return objects(table.read_row_group(group, columns=[camera]).column(0), camera, path, root)

@@ -1,0 +1,323 @@
+"""Write LeRobot v3.0 datasets: many episodes per table and per video file, whole or not at all.
+
+The folder, schemas and statistics are those of lerobot 0.4, which opens the result as its own.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from manipi.data.dataset import Feature
+from manipi.data.lerobot.episode import EpisodeEncoder, Pictures, encoded_errors, read_episode, video_file
+from manipi.data.lerobot.stats import EpisodeStats, merge, vector_stats
+from manipi.errors import ConfigError
+from manipi.storage import atomic_directory
+
+_DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+_VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+_EPISODES = "meta/episodes/chunk-000/file-000.parquet"
+_CHUNK_FILES = 1000
+_ROWS_PER_GROUP = 16_384
+_EPISODES_PER_GROUP = 1_000
+_DEFAULTS = {"timestamp": "float32"} | dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), "int64")
+
+_File = TypeVar("_File", "_TableFile", "_VideoFile")
+
+
+class LeRobotWriter:
+    """A LeRobot v3.0 dataset in the making; it appears at `root` when the block ends well.
+
+        with LeRobotWriter(root, fps=10, features=features, robot_type="tabletop") as writer:
+            writer.add_episode({"image": images, "state": states, "action": actions}, task="push the block")
+
+    Args:
+        root: a folder that does not exist yet.
+        features, fps, pix_fmt, crf: how episodes are encoded, see `EpisodeEncoder`.
+        data_mb, video_mb: a new table or video file begins at this size.
+
+    Raises:
+        StorageError: `root` exists, the disk is full, or the folder cannot be written. Nothing half-written stays.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        fps: int,
+        features: Mapping[str, Feature],
+        robot_type: str,
+        data_mb: int = 100,
+        video_mb: int = 200,
+        pix_fmt: str = "yuv420p",
+        crf: int = 23,
+    ):
+        self.root, self.fps, self.features, self.robot_type = Path(root), fps, dict(features), robot_type
+        self.num_episodes = self.num_frames = 0
+        self._encoder = EpisodeEncoder(features=self.features, fps=fps, pix_fmt=pix_fmt, crf=crf)
+        self._closed = False
+        self._tasks: dict[str, int] = {}
+        self._totals: dict[str, EpisodeStats] = {}
+        self._limits = {"data_files_size_in_mb": data_mb, "video_files_size_in_mb": video_mb}
+        self._stack = ExitStack()
+        self._folder = self._stack.enter_context(atomic_directory(self.root))
+        self._tables = _Files(
+            self._folder, _DATA, partial(_TableFile, rows_per_group=_ROWS_PER_GROUP), limit_mb=data_mb
+        )
+        begin = partial(_VideoFile, fps=fps)
+        self._videos = {
+            key: _Files(self._folder, _VIDEO.replace("{video_key}", key), begin, limit_mb=video_mb)
+            for key in self._encoder.cameras
+        }
+        self._episodes = _TableFile(self._folder / _EPISODES, rows_per_group=_EPISODES_PER_GROUP)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._stack.__exit__(kind, error, tb)
+
+    def close(self) -> None:
+        """Write what is still in memory and the metadata, and let the folder appear at `root`."""
+        if self._closed:
+            return
+        self._closed = True
+        with self._stack:
+            if not self.num_episodes:
+                raise ConfigError(
+                    expected="at least one episode", found="none", where=str(self.root), next="call add_episode first"
+                )
+            for files in (self._tables, self._episodes, *self._videos.values()):
+                files.close()
+            self._write_metadata()
+
+    def add_episode(self, data: Mapping[str, np.ndarray | Pictures], *, task: str | Sequence[str]) -> None:
+        """Append one episode.
+
+        Args:
+            data: per feature the values of all T frames, [T, h, w, 3] or [T, d]; pictures may also come in blocks.
+            task: the instruction, or one per frame.
+
+        Raises:
+            MissingFeatureError: a feature without values, or values without a feature.
+            ConfigError: no frames, or a shape or type that differs from the feature's.
+            BadValueError: NaN or infinity.
+        """
+        with TemporaryDirectory(dir=self._folder) as folder:
+            self._encoder.encode(Path(folder), data, task, where=f"{self.root}, episode {self.num_episodes}")
+            self.add_encoded(Path(folder))
+
+    def add_encoded(self, folder: Path) -> None:
+        """Append the episode that an `EpisodeEncoder` with the same settings wrote to `folder`."""
+        episode = read_episode(folder)
+        tasks = np.array([self._tasks.setdefault(task, len(self._tasks)) for task in episode.tasks])
+        numbering = self._numbering(episode.length, tasks[episode.task_index_T])
+        stats = episode.stats | vector_stats(numbering)
+        row = {"episode_index": self.num_episodes, "tasks": episode.tasks, "length": episode.length}
+        row |= self._write_rows(episode.columns | numbering)
+        row |= {"dataset_from_index": self.num_frames, "dataset_to_index": self.num_frames + episode.length}
+        for key in self._videos:
+            row |= self._append_video(key, video_file(folder, key))
+        row |= {f"stats/{key}/{name}": values.tolist() for key, part in stats.items() for name, values in part.items()}
+        row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
+        self._episodes.add(pa.table({name: [value] for name, value in row.items()}))
+        self._totals = {key: merge(self._totals[key], part) if self._totals else part for key, part in stats.items()}
+        self.num_episodes += 1
+        self.num_frames += episode.length
+
+    def add_file(self, path: str, content: bytes) -> None:
+        """Put a file of your own beside the dataset's, such as meta/NAME.json."""
+        target = self._folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+
+    def _write_rows(self, columns: Mapping[str, np.ndarray]) -> dict[str, int]:
+        self._tables.current().add(_rows_table(columns))
+        return {f"data/{name}": value for name, value in self._tables.place.items()}
+
+    def _append_video(self, key: str, episode: Path) -> dict[str, float]:
+        video = self._videos[key].current()
+        start = video.num_frames / self.fps
+        video.append(episode)
+        times = {"from_timestamp": start, "to_timestamp": video.num_frames / self.fps}
+        return {f"videos/{key}/{name}": value for name, value in (self._videos[key].place | times).items()}
+
+    def _numbering(self, length: int, task_index_T: np.ndarray) -> dict[str, np.ndarray]:
+        frame = np.arange(length)
+        return {
+            "timestamp": (frame / self.fps).astype(np.float32)[:, None],
+            "frame_index": frame[:, None],
+            "episode_index": np.full((length, 1), self.num_episodes),
+            "index": self.num_frames + frame[:, None],
+            "task_index": task_index_T[:, None],
+        }
+
+    def _write_metadata(self) -> None:
+        info = {
+            "codebase_version": "v3.0",
+            "robot_type": self.robot_type,
+            "total_episodes": self.num_episodes,
+            "total_frames": self.num_frames,
+            "total_tasks": len(self._tasks),
+            "chunks_size": _CHUNK_FILES,
+            **self._limits,
+            "fps": self.fps,
+            "splits": {"train": f"0:{self.num_episodes}"},
+            "data_path": _DATA,
+            "video_path": _VIDEO if self._videos else None,
+            "features": {key: self._feature_info(key, feature) for key, feature in self.features.items()}
+            | {key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in _DEFAULTS.items()},
+        }
+        stats = {key: {name: value.tolist() for name, value in part.items()} for key, part in self._totals.items()}
+        meta = self._folder / "meta"
+        meta.mkdir(exist_ok=True)
+        (meta / "info.json").write_text(json.dumps(info, indent=4))
+        (meta / "stats.json").write_text(json.dumps(stats, indent=4))
+        pq.write_table(_tasks_table(list(self._tasks)), meta / "tasks.parquet")
+
+    def _feature_info(self, key: str, feature: Feature) -> dict[str, Any]:
+        if key not in self._videos:
+            return {"dtype": feature.dtype, "shape": list(feature.shape), "names": list(feature.names) or None}
+        height, width, channels = feature.shape
+        video = {"height": height, "width": width, "codec": "h264", "pix_fmt": self._encoder.pix_fmt}
+        video |= {"is_depth_map": False, "fps": self.fps, "channels": channels}
+        return {
+            "dtype": "video",
+            "shape": list(feature.shape),
+            "names": ["height", "width", "channels"],
+            "info": {f"video.{name}": value for name, value in video.items()} | {"has_audio": False},
+        }
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+class _TableFile:
+    """One parquet file, whose rows wait in RAM until they fill a row group."""
+
+    def __init__(self, path: Path, *, rows_per_group: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._rows_per_group = path, rows_per_group
+        self._waiting: list[pa.Table] = []
+        self._num_waiting = self.num_bytes = 0
+        self._file: pq.ParquetWriter | None = None
+
+    def add(self, table: pa.Table) -> None:
+        self._waiting.append(table)
+        self._num_waiting += table.num_rows
+        self.num_bytes += table.nbytes
+        if self._num_waiting >= self._rows_per_group:
+            self._flush()
+
+    def close(self) -> None:
+        if self._waiting:
+            self._flush()
+        if self._file:
+            self._file.close()
+
+    def _flush(self) -> None:
+        table = pa.concat_tables(self._waiting).combine_chunks()
+        # Dictionaries of numbers that hardly repeat are larger than the numbers, and slower to read.
+        repeat = [field.name for field in table.schema if pa.types.is_integer(field.type)]
+        options: dict[str, Any] = {"use_dictionary": repeat}
+        self._file = self._file or pq.ParquetWriter(self._path, table.schema, **options)
+        self._file.write_table(table)
+        self._waiting, self._num_waiting = [], 0
+
+
+class _VideoFile:
+    """One MP4 file, put together from the packets of episodes that all begin with a keyframe."""
+
+    def __init__(self, path: Path, *, fps: int):
+        self._container, self._fps = av.open(str(path), "w"), fps
+        self._stream: av.VideoStream | None = None
+        self.num_frames = self.num_bytes = 0
+
+    def append(self, episode: Path) -> None:
+        with ExitStack() as stack:
+            with encoded_errors(episode.parent):
+                source = stack.enter_context(av.open(str(episode)))
+                stream = source.streams.video[0]
+            self._stream = self._stream or self._container.add_stream_from_template(stream)
+            start = round(self.num_frames / self._fps / (stream.time_base or 1))
+            for packet in source.demux(stream):
+                if packet.pts is None or packet.dts is None:  # the empty packet that ends a stream
+                    continue
+                packet.pts, packet.dts, packet.stream = packet.pts + start, packet.dts + start, self._stream
+                self.num_frames += 1
+                self.num_bytes += packet.size
+                self._container.mux(packet)
+
+    def close(self) -> None:
+        self._container.close()
+
+
+class _Files(Generic[_File]):
+    """A row of files, each begun when the one before has reached its size; an episode lies in one file."""
+
+    def __init__(self, folder: Path, template: str, begin: Callable[[Path], _File], *, limit_mb: int):
+        self._folder, self._template, self._begin, self._limit = folder, template, begin, limit_mb * 2**20
+        self._number = -1
+        self._current: _File | None = None
+
+    def current(self) -> _File:
+        """The file that takes the next episode."""
+        if self._current is None or self._current.num_bytes >= self._limit:
+            self.close()
+            self._number += 1
+            path = self._folder / self._template.format(**self.place)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._current = self._begin(path)
+        return self._current
+
+    @property
+    def place(self) -> dict[str, int]:
+        return {"chunk_index": self._number // _CHUNK_FILES, "file_index": self._number % _CHUNK_FILES}
+
+    def close(self) -> None:
+        if self._current is not None:
+            self._current.close()
+
+
+# Tables -------------------------------------------------------------------------------------------------------------
+
+
+def _rows_table(columns: Mapping[str, np.ndarray]) -> pa.Table:
+    """Vectors as fixed-size lists, those of one dimension as plain numbers; described for the `datasets` library."""
+    arrays, described = {}, {}
+    for key, values in columns.items():
+        flat, width = pa.array(values.ravel()), values.shape[1]
+        value = {"dtype": str(values.dtype), "_type": "Value"}
+        arrays[key] = flat if width == 1 else pa.FixedSizeListArray.from_arrays(flat, width)
+        described[key] = value if width == 1 else {"feature": value, "length": width, "_type": "List"}
+    return pa.table(arrays).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": described}})})
+
+
+def _tasks_table(tasks: list[str]) -> pa.Table:
+    """Numbers and texts of the tasks, as pandas stores a frame whose index holds the texts."""
+    index = "__index_level_0__"
+    columns = [
+        {
+            "name": "task_index",
+            "field_name": "task_index",
+            "pandas_type": "int64",
+            "numpy_type": "int64",
+            "metadata": None,
+        },
+        {"name": None, "field_name": index, "pandas_type": "unicode", "numpy_type": "object", "metadata": None},
+    ]
+    pandas = {"index_columns": [index], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
+    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), index: pa.array(tasks, pa.string())})
+    return table.replace_schema_metadata({"pandas": json.dumps(pandas)})

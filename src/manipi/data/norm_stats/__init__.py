@@ -1,0 +1,1 @@
+"""Norm stats: what they are computed from, computed, merged, drawn."""

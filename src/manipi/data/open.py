@@ -1,0 +1,87 @@
+"""Which reader opens a folder or URL."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from manipi.data.dataset import Dataset
+from manipi.errors import (
+    DatasetNotFoundError,
+    FetchError,
+    quoted,
+    shown,
+    unknown_name,
+)
+from manipi.remote.fetch import fetch, is_here
+
+_FOLDER = "the folder of a LeRobot dataset, with meta/info.json in it, or of an RLDS dataset's version"
+
+
+def fetch_tables(url: str) -> Path:
+    """The local folder of a dataset elsewhere, with its metadata and, of LeRobot, its tables."""
+    from manipi.data.rlds.index import fetch_metadata
+
+    url = url.rstrip("/")
+    if is_here(f"{url}/dataset_info.json"):
+        return fetch_metadata(url)
+    try:
+        meta = fetch(f"{url}/meta/")
+    except FetchError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        return fetch_metadata(url)
+    fetch(f"{url}/data/")
+    return meta.parent
+
+
+def open_dataset(
+    path: str | Path, episodes: Sequence[int] = (), *, fields: str = "", split: str = "train", seed: int = 0
+) -> Dataset:
+    """Open a dataset with the reader of its format and version.
+
+    Of a URL, metadata and tables are fetched; LeRobot's videos are when they are first needed. RLDS record files come
+    one after the other while their index is made, and again when pictures of them are needed (`remote.loan`).
+    LeRobot has meta/info.json in it; RLDS features.json, dataset_info.json and *.tfrecord* files.
+
+    Args:
+        episodes: the numbers of those to use; none named: all of them.
+        fields, split, seed: of RLDS, as `rlds.open_rlds` takes them; `fields` names a map of `rlds_fields.BY_NAME`.
+
+    Raises:
+        DatasetNotFoundError: no such folder, or no frames in it.
+        FetchError: the URL cannot be read.
+        DatasetFormatError: an unknown version, or metadata that are missing or broken.
+        ConfigError: no episode of that number; of RLDS: several versions, or no map of its features.
+    """
+    # The readers build on this module, so that they can only be imported from inside the function.
+    from manipi.data.dataset import EpisodeSubset
+    from manipi.data.lerobot.parts import how_to_finish
+    from manipi.data.lerobot.reader import LeRobotDataset
+    from manipi.data.rlds.fields import BY_NAME
+    from manipi.data.rlds.index import find_version
+    from manipi.data.rlds.reader import open_rlds
+
+    root = fetch_tables(str(path)) if "://" in str(path) else Path(path).expanduser().resolve()
+    if not root.is_dir():
+        waiting = how_to_finish(root)
+        raise DatasetNotFoundError(
+            expected=_FOLDER,
+            found="a file" if root.exists() else "nothing" + (", but its episodes wait beside it" if waiting else ""),
+            where=str(root),
+            next=waiting
+            or f"ls {quoted(root.parent)}  # then give the right path (--data.path, or --data.root for mixtures)",
+        )
+    version = None if (root / "meta/info.json").is_file() else find_version(root)
+    if version is None and not any((root / name).is_dir() for name in ("meta", "data", "videos")):
+        raise DatasetNotFoundError(
+            expected=_FOLDER,
+            found=shown(sorted(path.name for path in root.iterdir()), 300),
+            where=str(root),
+            next=f"give the folder of one dataset; recordings of other formats: manipi convert {quoted(root)} TARGET",
+        )
+    if version is None:
+        dataset: Dataset = LeRobotDataset(root, sorted(episodes))
+        return dataset if list(episodes) == sorted(episodes) else EpisodeSubset(dataset, episodes)
+    if fields and fields not in BY_NAME:
+        raise unknown_name("map of RLDS features", fields, BY_NAME, next="name one of them (DatasetConfig.fields)")
+    dataset = open_rlds(root, fields=BY_NAME[fields] if fields else None, split=split, seed=seed)
+    return EpisodeSubset(dataset, episodes) if episodes else dataset

@@ -1,0 +1,142 @@
+"""Whole episodes: those that pause, those that are alike, and what they are told.
+
+Shape letters: N rows, E episodes, d dimensions.
+"""
+
+import math
+import string
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from manipi.data.dataset import Dataset
+from manipi.data.review.describe import is_action, is_rate, is_state
+from manipi.data.review.idle import idle_frames
+from manipi.data.review.report import Finding, warning
+from manipi.data.review.values import Signal
+from manipi.robots.robot import Robot
+
+IDLE_SHARE = 0.5
+"""An episode that pauses in more of its frames is worth a look."""
+ALIKE, POINTS, BLOCK = 0.01, 16, 512
+"""Episodes are alike whose dimensions all differ by less than this share of their range, at this many moments."""
+BINS = 40
+"""Points of the speed curve in `EpisodeFacts`."""
+
+
+def find_idle(dataset: Dataset, signals: Sequence[Signal], robot: Robot | None) -> np.ndarray:
+    """`idle_frames` [N] of what the robot calls state and action, or the features' names do."""
+    if robot is not None:
+        state_keys, action_keys = {robot.dataset_key(s.key) for s in robot.state}, {robot.dataset_key(robot.action_key)}
+    else:
+        action_keys = {s.key for s in signals if is_action(s.key)}
+        state_keys = {s.key for s in signals if is_state(s.key)} - action_keys
+    actions = [s for s in signals if s.key in action_keys]
+    # A dataset without either says nothing about pauses in names that are known: then everything counts.
+    state = [s for s in signals if s.key in state_keys] or [s for s in signals if s.key not in action_keys]
+    if not state and not actions:
+        return np.zeros(dataset.num_frames, bool)
+    empty = np.zeros((dataset.num_frames, 0), np.float32)
+    rates = [is_rate(name) for s in actions for name in s.names]
+    return idle_frames(
+        np.concatenate([empty, *(s.values_Nd for s in state)], axis=1),
+        np.concatenate([empty, *(s.values_Nd for s in actions)], axis=1),
+        fps=dataset.fps,
+        starts=dataset.starts,
+        rates_A=np.array(rates, bool),
+    )
+
+
+def pauses(dataset: Dataset, idle_N: np.ndarray) -> Iterator[Finding]:
+    shares = {e.index: float(idle_N[e.start : e.start + e.length].mean()) for e in dataset.episodes}
+    if long := [number for number, share in shares.items() if share > IDLE_SHARE]:
+        worst = max(long, key=lambda number: shares[number])
+        what = f"nothing moves in more than {IDLE_SHARE:.0%} of the frames; in {shares[worst]:.0%} of episode {worst}"
+        next = "manipi filter <folder> --idle 0.5 --out keep.json  # else a policy learns to stand still"
+        yield warning("movement", what, next, long)
+
+
+def alike(dataset: Dataset, signals: Sequence[Signal]) -> Iterator[Finding]:
+    """Pairs of episodes with the same, or nearly the same, movement. Each is named with the first that it is like."""
+    points_EPd = np.concatenate([_moments(dataset, s) for s in signals if s.moving_d.any()] or [np.zeros(0)], axis=-1)
+    if points_EPd.ndim < 3 or len(points_EPd) < 2:
+        return
+    flat_EF = points_EPd.reshape(len(points_EPd), -1)
+    norms_E = (flat_EF**2).sum(axis=1)
+    for start in range(0, len(flat_EF), BLOCK):
+        block_BF = flat_EF[start : start + BLOCK]
+        squares_BE = norms_E[start : start + BLOCK, None] + norms_E - 2 * block_BF @ flat_EF.T
+        # A matrix product finds the pairs whose sum over all moments and dimensions is small enough to compare.
+        near = np.argwhere(squares_BE <= (1.01 * ALIKE) ** 2 * flat_EF.shape[1] + 1e-5 * norms_E.max())
+        seen = set[int]()
+        for i, j in ((start + int(i), int(j)) for i, j in near):
+            if j < i and i not in seen and np.abs(points_EPd[i] - points_EPd[j]).max() <= ALIKE:
+                seen.add(i)
+                yield _twins(dataset, signals, i, j)
+
+
+def _moments(dataset: Dataset, signal: Signal) -> np.ndarray:
+    """[E, POINTS, d]: each episode at moments spread evenly over it, every dimension divided by its range."""
+    values_Nd = signal.values_Nd[:, signal.moving_d] / signal.range_d[signal.moving_d]
+    values_Nd -= values_Nd.mean(axis=0)
+    share_P = np.linspace(0, 1, POINTS)
+    rows_EP = dataset.starts[:, None] + np.rint(share_P * (dataset.ends - dataset.starts - 1)[:, None]).astype(int)
+    return values_Nd[rows_EP].astype(np.float32)
+
+
+def _twins(dataset: Dataset, signals: Sequence[Signal], i: int, j: int) -> Finding:
+    a, b = dataset.episodes[i], dataset.episodes[j]
+    same = a.length == b.length and all(
+        np.array_equal(s.values_Nd[a.start : a.start + a.length], s.values_Nd[b.start : b.start + b.length])
+        for s in signals
+    )
+    what = (
+        f"the same numbers as episode {b.index}" if same else f"within {ALIKE:.0%} of the movement of episode {b.index}"
+    )
+    next = f"manipi filter <folder> --without {a.index} --out keep.json  # leaves one of the two out"
+    return warning("movement", what, next, (a.index, b.index))
+
+
+def language(dataset: Dataset) -> Iterator[Finding]:
+    if silent := [e.index for e in dataset.episodes if not e.task.strip()]:
+        what = f"{len(silent)} of {len(dataset.episodes)} episodes have no instruction"
+        yield warning("language", what, "write what the robot does there; the policy is told nothing otherwise", silent)
+    spellings = defaultdict[str, dict[str, list[int]]](lambda: defaultdict(list))
+    for e in dataset.episodes:
+        spellings[_plain(e.task)][e.task].append(e.index)
+    for variants in spellings.values():
+        if len(variants) > 1:
+            common = max(variants.values(), key=len)
+            named = ", ".join(f"{text!r} ({len(numbers)})" for text, numbers in variants.items())
+            rare = sorted(n for numbers in variants.values() if numbers is not common for n in numbers)
+            what = f"one instruction in {len(variants)} spellings: {named}"
+            yield warning("language", what, "spell it in one way; to the policy they are different texts", rare)
+
+
+def _plain(text: str) -> str:
+    """Without case, space and punctuation, which may differ by accident."""
+    return "".join(text.casefold().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+def evenness(tasks: Mapping[str, int]) -> float:
+    """How many instructions, all used equally, would be as hard to guess: exp of the entropy."""
+    total = sum(tasks.values())
+    return math.exp(-sum(n / total * math.log(n / total) for n in tasks.values()))
+
+
+def speed_curves(dataset: Dataset, signals: Sequence[Signal]) -> list[tuple[float, ...]]:
+    """Mean speed over all moving dimensions in `BINS` parts of each episode, from 0 to 1."""
+    parts = [np.abs(np.diff(s.values_Nd[:, s.moving_d], axis=0)) / s.range_d[s.moving_d] for s in signals]
+    parts = [part for part in parts if part.shape[1]]
+    if not parts:
+        return [() for _ in dataset.episodes]
+    speed_N = np.append(np.concatenate(parts, axis=1).mean(axis=1), 0)
+    speed_N[dataset.ends - 1] = 0
+    curves = []
+    for e in dataset.episodes:
+        moves = max(e.length - 1, 1)  # the last frame is followed by another episode's
+        bins = np.array_split(speed_N[e.start : e.start + moves], min(BINS, moves))
+        curves.append(np.array([part.mean() for part in bins]))
+    top = np.quantile(np.concatenate(curves), 0.99) or 1.0
+    return [tuple(np.round(np.minimum(curve / top, 1), 3).tolist()) for curve in curves]

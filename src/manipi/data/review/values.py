@@ -1,0 +1,193 @@
+"""Numbers: not finite, never moving, jumping, shaking, clipped, forbidden; and timestamps that are uneven.
+
+Episodes are compared with each other, not steps, because a gripper that snaps shut does so in most episodes and in
+hardly any frame. What is usual is what most episodes (`USUAL_SHARE`) stay below.
+
+Shape letters: N rows, E episodes, d dimensions.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from manipi.data.dataset import Dataset
+from manipi.data.norm_stats.compute import NEAR_CONSTANT
+from manipi.data.review.describe import is_gripper
+from manipi.data.review.idle import true_ranges
+from manipi.data.review.report import Finding, error, frames, from_error, warning
+from manipi.errors import DataError
+from manipi.robots.robot import Robot
+
+SPACING = 0.1
+"""Timestamps may be off by this share of a frame."""
+JUMP, USUAL_SHARE = 8.0, 0.9
+"""A jump is a step of this many times the usual largest step of an episode."""
+SHAKING, LEAST_JERK = 8.0, 1e-3
+"""An episode shakes whose jerk is this many times the median episode's, and this share of the range."""
+CLIPPED_S, CLIPPED_SHARE, SNAPPING_SHARE, SNAPPING_VALUES = 0.2, 0.01, 0.5, 16
+"""A command is clipped that stays exactly at its lowest or highest value for this many seconds while others move, in
+this share of the frames. Dimensions that are called so, are there most of the time or know few values, are grippers."""
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A float feature through the whole dataset."""
+
+    key: str
+    names: tuple[str, ...]
+    """Of each dimension, for messages."""
+    values_Nd: np.ndarray
+    """Finite: what is not is bridged from its neighbours."""
+    range_d: np.ndarray
+    """q99 - q01."""
+
+    @property
+    def moving_d(self) -> np.ndarray:
+        return self.range_d >= NEAR_CONSTANT
+
+
+def read_signals(dataset: Dataset, keys: Collection[str] | None = None) -> tuple[list[Signal], list[Finding]]:
+    """The float features (of `keys`), and what in them is not finite or cannot be read."""
+    signals, findings = [], []
+    for key, feature in dataset.features.items():
+        if feature.kind != "vector" or "float" not in feature.dtype or key == "timestamp":
+            continue
+        if keys is not None and key not in keys:
+            continue
+        try:
+            values_Nd = dataset._read_column(key)
+        except DataError as e:
+            findings.append(from_error(e, "tables", features=(key,)))
+            continue
+        if values_Nd.dtype.kind != "f":  # what info.json calls floats, tables may store as whole numbers
+            values_Nd = values_Nd.astype(np.float64)
+        size = values_Nd.shape[1]
+        labels = [f" {name!r}" for name in feature.names] if len(feature.names) == size else size * [""]
+        names = tuple(f"{key}[{d}]{label}" for d, label in enumerate(labels))
+        findings += _not_finite(dataset, key, names, values_Nd)
+        signals.append(_signal(key, names, values_Nd))
+    return signals, findings
+
+
+def _signal(key: str, names: tuple[str, ...], values_Nd: np.ndarray) -> Signal:
+    bad_Nd, rows = ~np.isfinite(values_Nd), np.arange(len(values_Nd))
+    if bad_Nd.any():
+        values_Nd = values_Nd.copy()
+        for d in np.flatnonzero(bad_Nd.any(axis=0)):
+            good = ~bad_Nd[:, d]
+            values_Nd[~good, d] = np.interp(rows[~good], rows[good], values_Nd[good, d]) if good.any() else 0
+    low_d, high_d = np.quantile(values_Nd, (0.01, 0.99), axis=0)
+    return Signal(key, names, values_Nd, high_d - low_d)
+
+
+def _not_finite(dataset: Dataset, key: str, names: tuple[str, ...], values_Nd: np.ndarray) -> Iterator[Finding]:
+    bad = np.argwhere(~np.isfinite(values_Nd))
+    positions, first, counts = np.unique(dataset.episode_of(bad[:, 0]), return_index=True, return_counts=True)
+    for position, (row, d), count in zip(positions.tolist(), bad[first].tolist(), counts.tolist(), strict=True):
+        episode = dataset.episodes[position]
+        what = f"{values_Nd[row, d]} in {names[d]} ({count} value{'s' if count > 1 else ''} in the episode)"
+        next = "repair the values, or leave the episode out; training stops at them"
+        yield error("values", what, next, (episode.index,), row - episode.start, dataset.place(row), (key,))
+
+
+def still(signal: Signal) -> Iterator[Finding]:
+    if not signal.moving_d.all():
+        named = ", ".join(name for name, moves in zip(signal.names, signal.moving_d) if not moves)
+        what = f"98 % of the values lie within {NEAR_CONSTANT:g} in {named}"
+        yield warning(
+            "values",
+            what,
+            "leave out what the robot does not use; normalisation would turn its noise into large numbers",
+        )
+
+
+def jumps(
+    dataset: Dataset, signal: Signal, explained: Sequence[tuple[np.ndarray, tuple[int, ...]]]
+) -> Iterator[Finding]:
+    """Steps of one episode that are too large for the others; `explained`: rows and dimensions of what is none."""
+    steps_Nd = np.abs(np.diff(signal.values_Nd, axis=0, prepend=signal.values_Nd[:1]))
+    steps_Nd[dataset.starts] = 0  # there is no step from one episode to the next
+    for rows, dims in explained:
+        steps_Nd[rows[:, None], list(dims)] = 0
+    largest_Ed = np.maximum.reduceat(steps_Nd, dataset.starts, axis=0)
+    usual_d = np.quantile(largest_Ed, USUAL_SHARE, axis=0, method="lower")
+    for e, d in _outliers(largest_Ed, usual_d, JUMP):
+        episode = dataset.episodes[e]
+        frame = int(steps_Nd[episode.start : episode.start + episode.length, d].argmax())
+        what = f"{signal.names[d]} steps by {largest_Ed[e, d]:.3g}, in most episodes by at most {usual_d[d]:.3g}"
+        next = "look at the frame: a lost packet, a sensor that was reset, a wrong unit?"
+        yield warning("values", what, next, (episode.index,), frame)
+
+
+def jerk(dataset: Dataset, signal: Signal) -> np.ndarray:
+    """Median third difference of each episode and dimension as a share of its range, [E, d]; 0 where it is constant.
+
+    The median, so that one jump is not taken for shaking.
+    """
+    scaled_Nd = np.divide(signal.values_Nd, signal.range_d, out=np.zeros_like(signal.values_Nd), where=signal.moving_d)
+    third = [np.abs(np.diff(scaled_Nd[e.start : e.start + e.length], n=3, axis=0)) for e in dataset.episodes]
+    return np.stack([np.median(t, axis=0) if len(t) else np.zeros(scaled_Nd.shape[1]) for t in third])
+
+
+def shaking(dataset: Dataset, signal: Signal, jerk_Ed: np.ndarray) -> Iterator[Finding]:
+    usual_d = np.median(jerk_Ed, axis=0)
+    for e, d in _outliers(np.where(jerk_Ed > LEAST_JERK, jerk_Ed, 0), usual_d, SHAKING):
+        what = f"{signal.names[d]} has a jerk of {jerk_Ed[e, d]:.2%} of its range per frame³, usually {usual_d[d]:.2%}"
+        next = "look at the episode: a nervous operator, a noisy sensor, rows that are mixed up?"
+        yield warning("movement", what, next, (dataset.episodes[e].index,))
+
+
+def _outliers(found_Ed: np.ndarray, usual_d: np.ndarray, factor: float) -> Iterator[tuple[int, int]]:
+    """Episodes that exceed what is usual by a factor, with the worst dimension of each."""
+    # A dimension that rests in most episodes has no usual value to compare with.
+    excess_Ed = np.divide(found_Ed, usual_d, out=np.zeros_like(found_Ed), where=usual_d > 0)
+    for e in np.flatnonzero((excess_Ed > factor).any(axis=1)).tolist():
+        yield e, int(excess_Ed[e].argmax())
+
+
+def clipped(dataset: Dataset, signal: Signal, idle_N: np.ndarray) -> Iterator[Finding]:
+    shortest, longest, shares = max(round(CLIPPED_S * dataset.fps), 2), (0, 0), {}
+    for d in np.flatnonzero(signal.moving_d).tolist():
+        if is_gripper(signal.names[d]):
+            continue
+        values_N = signal.values_Nd[:, d]
+        low_N, high_N = values_N == values_N.min(), values_N == values_N.max()
+        ranges = [*true_ranges(low_N & ~idle_N), *true_ranges(high_N & ~idle_N)]
+        runs, ends_N = [(end - start, start) for start, end in ranges if end - start >= shortest], low_N | high_N
+        share = sum(length for length, _ in runs) / len(values_N)
+        if CLIPPED_SHARE < share <= ends_N.mean() < SNAPPING_SHARE and len(np.unique(values_N)) > SNAPPING_VALUES:
+            shares[signal.names[d]], longest = share, max(longest, *runs)
+    if shares:
+        length, row = longest
+        episode = dataset.episodes[int(dataset.episode_of(np.asarray(row)))]
+        named = ", ".join(f"{name} ({share:.1%})" for name, share in shares.items())
+        what = f"commands that rest at exactly their lowest or highest value, here for {frames(length)}: {named}"
+        next = "look whether they were cut off; the policy would learn the limit, not the intent"
+        yield warning("values", what, next, (episode.index,), row - episode.start)
+
+
+def beyond_limits(dataset: Dataset, robot: Robot, signals: list[Signal]) -> Iterator[Finding]:
+    """Commands outside the low and high of the robot's action groups."""
+    low_A, high_A = (np.array(limits, np.float32) for limits in robot.limits)
+    for signal in signals:
+        if signal.key != robot.dataset_key(robot.action_key) or signal.values_Nd.shape[1] != robot.action_size:
+            continue
+        outside_NA = (signal.values_Nd < low_A) | (signal.values_Nd > high_A)
+        for d in np.flatnonzero(outside_NA.any(axis=0)).tolist():
+            row, count = int(outside_NA[:, d].argmax()), frames(int(outside_NA[:, d].sum()))
+            episode = dataset.episodes[int(dataset.episode_of(np.asarray(row)))]
+            found = f"{signal.names[d]} is {signal.values_Nd[row, d]:.4g}, outside {low_A[d]:g} to {high_A[d]:g}"
+            next = "correct the robot's low and high, or leave the episode out"
+            yield warning("robot", f"{found} ({count} in all)", next, (episode.index,), row - episode.start)
+
+
+def uneven_timestamps(number: int, seconds: np.ndarray, fps: float) -> Iterator[Finding]:
+    """A warning where the timestamps [T] of an episode ascend, but not by 1/fps."""
+    step = np.diff(seconds.astype(np.float64))
+    rounding = np.spacing(np.abs(seconds[1:]).astype(np.float32))  # of both, at the most; most tables store float32
+    if (step > 0).all() and (off := np.flatnonzero(np.abs(step * fps - 1) > SPACING + rounding * fps)).size:
+        at = int(off[0])
+        what = f"{step[at]:.4f} s after the frame before, not 1/{fps:g} s ({frames(off.size)} in all)"
+        next = "resample the episode, or correct fps in the metadata"
+        yield warning("timestamps", what, next, (number,), at + 1)

@@ -1,0 +1,194 @@
+"""One episode to look at: films and curves on one time axis, as one HTML page or as a rerun recording.
+
+Shape letters: T frames of the episode, d dimensions.
+"""
+
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from manipi.data.dataset import Dataset
+from manipi.data.dimensions import feature_names
+from manipi.data.review.describe import is_action, is_state
+from manipi.errors import ConfigError, MissingFeatureError, shown
+from manipi.page import data_uri, encode_mp4, fact_rows, polyline, render
+from manipi.storage import atomic_write, storage_errors
+
+FILM_HEIGHT, FILM_BLOCK, POINTS = 240, 32, 600
+"""Pixels of a film; pictures decoded at a time; points of a curve that are drawn, of as many as there are."""
+NUMBERING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+
+
+def write_view(path: Path, dataset: Dataset, *, without: Sequence[str] = (), show: bool = True) -> None:
+    """Write the page of the only episode of `dataset`, as `open_dataset(root, episodes=(3,))` opens it.
+
+    Args:
+        without: cameras and vectors to leave out.
+
+    Raises:
+        MissingFeatureError: there is nothing of that name to leave out.
+        DataError: tables or pictures of the episode are missing or broken.
+        StorageError: the file cannot be written.
+    """
+    keys = _shown(dataset, without)
+    atomic_write(path, render("manipi.data.review", "view_template.html", _fields(dataset, keys, show)))
+
+
+def _shown(dataset: Dataset, without: Sequence[str]) -> list[str]:
+    """The features to show: cameras of colours, and numbers that are no numbering."""
+    features = [
+        k for k, f in dataset.features.items() if f.kind == "image" or (f.kind == "vector" and "float" in f.dtype)
+    ]
+    if unknown := sorted(set(without) - set(features)):
+        raise MissingFeatureError(
+            expected=f"features to leave out, among {', '.join(features)}",
+            found=shown(", ".join(unknown)),
+            where=str(dataset.root),
+            next="--without CAMERA",
+        )
+    return [key for key in features if key not in without and key not in NUMBERING]
+
+
+def _fields(dataset: Dataset, keys: Sequence[str], show: bool) -> dict[str, str]:
+    episode, sections = dataset.episodes[0], list(_sections(dataset, keys))
+    curves = [
+        [[_short(v) for v in c.tolist()] for c in chart.curves.values()] for _, charts in sections for chart in charts
+    ]
+    return {
+        "title": escape(f"{dataset.name}, episode {episode.index}"),
+        "task": escape(episode.task.strip() or "(no instruction)"),
+        "films": "\n".join(_film(dataset, camera, show) for camera in dataset.cameras if camera in keys),
+        "last": str(episode.length - 1),
+        "curves": "\n".join(_section(title, charts) for title, charts in sections),
+        "facts": fact_rows(_facts(dataset)),
+        "values": json.dumps({"fps": dataset.fps, "curves": curves}, separators=(",", ":")),
+    }
+
+
+def _facts(dataset: Dataset) -> list[tuple[str, str]]:
+    episode, shapes = dataset.episodes[0], [(key, f) for key, f in dataset.features.items() if key not in NUMBERING]
+    facts = [
+        ("dataset", str(dataset.root)),
+        ("episode", str(episode.index)),
+        ("length", f"{episode.length:,} frames, {episode.length / dataset.fps:.1f} s at {dataset.fps:g} per second"),
+    ]
+    return facts + [(key, f"{f.dtype} {' × '.join(map(str, f.shape))}") for key, f in shapes]
+
+
+# Films --------------------------------------------------------------------------------------------------------------
+
+
+def _film(dataset: Dataset, camera: str, show: bool) -> str:
+    height, width, _ = dataset.features[camera].shape
+    scale = min(1.0, FILM_HEIGHT / height)
+    size = {"height": round(height * scale), "width": round(width * scale)}
+    film = encode_mp4(_images(dataset, camera, show), dataset.fps, **size)
+    source, name = data_uri("video/mp4", film), escape(camera)
+    return f"""<figure><video src="{source}" aria-label="{name}" muted playsinline preload="auto"></video>
+<figcaption>{name}</figcaption></figure>"""
+
+
+def _images(dataset: Dataset, camera: str, show: bool) -> Iterator[np.ndarray]:
+    with tqdm(total=dataset.num_frames, desc=camera, unit="frame", disable=not show, leave=False) as progress:
+        for start in range(0, dataset.num_frames, FILM_BLOCK):
+            rows = np.arange(start, min(start + FILM_BLOCK, dataset.num_frames))
+            yield from dataset.images(camera, rows)
+            progress.update(len(rows))
+
+
+# Curves -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One dimension over the episode."""
+
+    name: str
+    curves: dict[str, np.ndarray]
+    """By kind, "state" or "action", [T]."""
+
+
+def _sections(dataset: Dataset, keys: Sequence[str]) -> Iterator[tuple[str, list[Chart]]]:
+    """Charts of all numbers. A state and an action of as many dimensions share theirs: one follows the other."""
+    floats = [key for key in keys if dataset.features[key].kind == "vector"]
+    action = next((key for key in floats if is_action(key)), "")
+    size = dataset.features[action].shape if action else ()
+    state = next((key for key in floats if key != action and is_state(key) and dataset.features[key].shape == size), "")
+    if state:
+        yield f"{state} and {action}", _charts(dataset, {"state": state, "action": action})
+    for key in floats:
+        if not state or key not in (state, action):
+            yield key, _charts(dataset, {"action" if is_action(key) else "state": key})
+
+
+def _charts(dataset: Dataset, keys: dict[str, str]) -> list[Chart]:
+    values = {kind: dataset.column(key) for kind, key in keys.items()}
+    names = feature_names(dataset, next(iter(keys.values())))
+    return [Chart(name, {kind: v[:, d] for kind, v in values.items()}) for d, name in enumerate(names)]
+
+
+def _section(title: str, charts: list[Chart]) -> str:
+    keys = {"state": "<i></i>state", "action": '<i class="dashed"></i>action'}
+    legend = "".join(keys[kind] for kind in charts[0].curves)
+    return f"""<section><h2>{escape(title)}</h2><p class="note key">{legend}</p>
+<div class="curves">
+{"".join(_chart(chart) for chart in charts)}</div></section>"""
+
+
+def _chart(chart: Chart) -> str:
+    low = min(float(values.min()) for values in chart.curves.values())
+    high = max(float(values.max()) for values in chart.curves.values())
+    step = max(1, -(-len(next(iter(chart.curves.values()))) // POINTS))
+    lines = "".join(polyline(values[::step], low, high, kind) for kind, values in chart.curves.items())
+    return f"""<figure><figcaption><b>{escape(chart.name)}</b><span></span></figcaption>
+<svg viewBox="0 0 100 30" preserveAspectRatio="none" role="img" aria-label="{escape(chart.name)}">{lines}\
+<line class="cursor" x1="0" x2="0" y1="0" y2="30"/></svg>
+<div class="limits"><span>{low:.3g}</span><span>{high:.3g}</span></div></figure>
+"""
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+# rerun --------------------------------------------------------------------------------------------------------------
+
+
+def write_rerun(path: Path, dataset: Dataset, *, without: Sequence[str] = (), show: bool = True) -> None:
+    """Write the only episode of `dataset` as a recording that the rerun viewer opens.
+
+    Raises:
+        ConfigError: rerun-sdk is not installed.
+        DataError, StorageError: as `write_view`.
+    """
+    keys = _shown(dataset, without)
+    try:
+        rerun = importlib.import_module("rerun")
+    except ImportError as error:
+        raise ConfigError(
+            expected="the package rerun-sdk",
+            found="none",
+            where="manipi view --rerun",
+            next="pip install 'manipi[view]'  # or leave --rerun out, for a page that any browser shows",
+        ) from error
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    recording = rerun.RecordingStream(f"manipi/{dataset.name}")
+    recording.save(str(path))
+    cameras = {camera: _images(dataset, camera, show) for camera in dataset.cameras if camera in keys}
+    charts = [(title, chart) for title, group in _sections(dataset, keys) for chart in group]
+    for frame in range(dataset.num_frames):
+        recording.set_time("frame", sequence=frame)
+        recording.set_time("time", duration=frame / dataset.fps)
+        for camera, images in cameras.items():
+            recording.log([camera], rerun.Image(next(images)).compress(jpeg_quality=85))
+        for title, chart in charts:
+            for kind, values in chart.curves.items():
+                recording.log([title, chart.name, kind], rerun.Scalars(float(values[frame])))
+    recording.flush()

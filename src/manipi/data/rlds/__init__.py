@@ -1,0 +1,1 @@
+"""RLDS datasets, as DROID and Open X-Embodiment are published, without TensorFlow."""

@@ -1,0 +1,1 @@
+"""The simulated arm: environment, demonstrations, demo and recipes."""

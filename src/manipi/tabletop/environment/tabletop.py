@@ -1,0 +1,318 @@
+"""The gymnasium environment: a small arm over a table with coloured blocks and a tray."""
+
+# MuJoCo's bindings are compiled and come without stubs.
+# pyright: reportAttributeAccessIssue=false
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import gymnasium
+import mujoco
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from manipi.errors import ConfigError, unknown_name
+from manipi.tabletop.environment import scene
+from manipi.tabletop.environment.kinematics import inverse
+from manipi.tabletop.environment.render import Look, Renderer
+
+Task: TypeAlias = Literal["reach", "push"]
+
+INSTRUCTIONS: dict[Task, str] = {"reach": "reach the {} block", "push": "push the {} block to the tray"}
+
+WORKSPACE_LOW = np.array([0.16, -0.20, 0.02])
+WORKSPACE_HIGH = np.array([0.50, 0.20, 0.20])
+"""Where the tip may go, metres in the table frame; commands outside are clipped."""
+
+CONTROL_HZ = 10
+MAX_STEP = 0.03
+"""The tip is commanded to at most this far from where it is, metres per control step (0.3 m/s)."""
+
+TOUCH_RADIUS = 0.04
+TOUCH_HEIGHT = 0.06
+"""The tip touches a block when it is within this radius of the block's centre, seen from above, and at or below this
+height (a block's top is at 0.045 m). Blocks start far enough apart for these regions not to overlap."""
+
+BLOCK_SPACING = 0.10
+"""The least distance between the centres of two blocks at the start, metres."""
+
+MAX_BLOCKS = 4
+
+_BLOCK_LOW, _BLOCK_HIGH = np.array([0.22, -0.14]), np.array([0.44, 0.14])
+_START_LOW = np.array([0.18, -0.18, 0.03])
+_CLEARANCE, _CLEAR_HEIGHT = 0.07, 0.10
+"""A start this close to a block, seen from above, is lifted to this height, metres."""
+_HOME = np.array([0.26, 0.0, 0.16])
+_SUBSTEPS = round(1 / (CONTROL_HZ * scene.TIMESTEP))
+_RAMP = 0.6
+"""The joint targets reach their goal after this part of a control step; the rest lets the arm settle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What an episode is judged by, and what the prompt says; they differ only when a test of the prompt wants it."""
+
+    task: Task
+    target: str
+    instruct: str
+
+    @property
+    def prompt(self) -> str:
+        return INSTRUCTIONS[self.task].format(self.instruct)
+
+
+class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
+    """Reach or push one of several coloured blocks, 10 control steps per second.
+
+    Observation: `observation/<camera>` uint8 [size, size, 3] for each of `cameras`; `observation/state` float32 [4],
+    the tip's x, y, z in metres and the gripper's opening in [0, 1]; `prompt`, the instruction.
+
+    Action: float32 [4], absolute: where the tip shall be (x, y, z in metres) and the gripper's opening in [0, 1]. It is
+    clipped to the workspace; the tip moves at most `MAX_STEP` towards it.
+
+    Tasks:
+        reach: succeeds when the first block that the tip touches is the target, fails at once when it is another.
+        push: succeeds when the target's centre is inside the tray.
+    Both fail after `max_steps`. The reward is 1 in the step that succeeds, else 0.
+
+    `info` holds: success; failure (`None`, `"wrong_block"` or `"max_steps"`); task, target; touched (the colour of the
+    first block that the tip touched, or `None`); joints float32 [4], radians; blocks (colour -> its centre, [3]).
+
+    Args:
+        image_size: side of the square pictures, pixels.
+        cameras: which of `image` (outside) and `wrist_image` to render; one that is absent costs nothing.
+        tasks: what an episode may ask for.
+        colors: one block for each, names of `scene.COLORS`.
+        max_steps: the longest episode.
+        start_noise: 0 starts the tip at home, 1 anywhere over the table, in between that part of the way.
+        randomize: draws lamp, brightness, table colour and a small camera displacement for each episode.
+        shadows: pictures with shadows, which double the cost of rendering.
+        render_mode: `"rgb_array"` for `render()`.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}  # noqa: RUF012 (gymnasium's name and type)
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 64,
+        cameras: Sequence[str] = ("image",),
+        tasks: Sequence[Task] = ("reach",),
+        colors: Sequence[str] = ("red", "green", "blue"),
+        max_steps: int = 60,
+        start_noise: float = 0.3,
+        randomize: bool = False,
+        shadows: bool = False,
+        render_mode: str | None = None,
+    ):
+        _check_names("camera", cameras, ("image", "wrist_image"))
+        _check_names("task", tasks, INSTRUCTIONS)
+        _check_names("block colour", colors, scene.COLORS)
+        if not 1 <= len(colors) == len(set(colors)) <= MAX_BLOCKS:
+            raise ConfigError(
+                expected=f"1 to {MAX_BLOCKS} different block colours, which is what the table has room for",
+                found=f"{tuple(colors)}",
+                where="Tabletop(colors=...)",
+                next="name each colour once, and fewer of them",
+            )
+        self.image_size, self.cameras, self.tasks, self.colors = image_size, tuple(cameras), tuple(tasks), tuple(colors)
+        self.max_steps, self.start_noise, self.randomize, self.shadows = max_steps, start_noise, randomize, shadows
+        self.render_mode = render_mode
+        self.model = scene.build(self.colors)
+        self.data = mujoco.MjData(self.model)
+        self.observation_space, self.action_space = _spaces(self.cameras, image_size)
+        self._pristine = self.model.geom_rgba.copy(), self.model.cam_pos.copy()
+        self._renderers: dict[int, Renderer] = {}
+        self._look = Look()
+
+    # ---- the episode
+
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[dict, dict]:
+        """Starts an episode that `seed` determines completely, except for what `options` names.
+
+        Options: `task`; `target`, the colour that the episode is judged by; `instruct`, the colour that the prompt
+        names instead (default: the target); `blocks`, colour -> (x, y) in metres; `tip`, its start (x, y, z), which is
+        clipped to the workspace.
+        """
+        super().reset(seed=seed)
+        options = dict(options or {})
+        _check_names("reset option", options, ("task", "target", "instruct", "blocks", "tip"))
+        self.goal = self._draw_goal(options)
+        tip, blocks = self._draw_scene(options)
+        if self.randomize:
+            self._draw_look()
+        self._place(np.clip(tip, WORKSPACE_LOW, WORKSPACE_HIGH), self.np_random.uniform(), blocks)
+        self.touched: str | None = None
+        self.steps = 0
+        return self.observation(), self._info(False, None)
+
+    def step(self, action: Float32[np.ndarray, "4"]) -> tuple[dict, float, bool, bool, dict]:
+        """Moves for one control step. Raises `ConfigError` when the action is not four finite numbers."""
+        action = np.asarray(action, np.float64)
+        if action.shape != (4,) or not np.isfinite(action).all():
+            raise ConfigError(
+                expected="an action of 4 finite numbers: x, y, z in metres and the opening",
+                found=f"{action!r}",
+                where="Tabletop.step",
+                next="check the policy's outputs and the robot's action_dim",
+            )
+        self._move(action)
+        self.steps += 1
+        self.touched = self.touched or self._touching()
+        success, failure = self._judge()
+        truncated = failure == "max_steps"
+        terminated = success or (failure is not None and not truncated)
+        return self.observation(), float(success), terminated, truncated, self._info(success, failure)
+
+    def _judge(self) -> tuple[bool, str | None]:
+        if self.goal.task == "push":
+            offset = self.block(self.goal.target)[:2] - scene.TRAY_CENTER
+            success, wrong = bool(np.abs(offset).max() <= scene.TRAY_HALF), False
+        else:
+            success = self.touched == self.goal.target
+            wrong = self.touched is not None and not success
+        if wrong:
+            return False, "wrong_block"
+        return success, "max_steps" if not success and self.steps >= self.max_steps else None
+
+    def _touching(self) -> str | None:
+        tip = self.tip
+        if tip[2] > TOUCH_HEIGHT:
+            return None
+        distances = {color: float(np.hypot(*(self.block(color) - tip)[:2])) for color in self.colors}
+        nearest = min(distances, key=lambda color: distances[color])
+        return nearest if distances[nearest] <= TOUCH_RADIUS else None
+
+    def _info(self, success: bool, failure: str | None) -> dict[str, Any]:
+        return {
+            "success": success,
+            "failure": failure,
+            "task": self.goal.task,
+            "target": self.goal.target,
+            "touched": self.touched,
+            "joints": self.data.qpos[:4].astype(np.float32),
+            "blocks": {color: self.block(color) for color in self.colors},
+        }
+
+    # ---- what is where
+
+    @property
+    def tip(self) -> np.ndarray:
+        """The point between the fingertips, [3] metres in the table frame."""
+        return self.data.site("tip").xpos.copy()
+
+    def block(self, color: str) -> np.ndarray:
+        """The centre of a block, [3] metres in the table frame."""
+        return self.data.body(color).xpos.copy()
+
+    @property
+    def state(self) -> Float32[np.ndarray, "4"]:
+        """The proprioceptive state: the tip's x, y, z in metres, the gripper's opening."""
+        opening = self.data.qpos[4:6].mean() / scene.FINGER_TRAVEL
+        return np.array([*self.tip, np.clip(opening, 0, 1)], np.float32)
+
+    def observation(self) -> dict[str, Any]:
+        """What the policy sees now."""
+        pictures = {f"observation/{camera}": self.render_camera(camera) for camera in self.cameras}
+        return {**pictures, "observation/state": self.state, "prompt": self.goal.prompt}
+
+    # ---- pictures
+
+    def render_camera(self, name: str) -> UInt8[np.ndarray, "size size 3"]:
+        """One picture of `image`, `wrist_image` or `studio` in the observation's size."""
+        return self._cast(name, self.image_size, self.shadows)
+
+    def render(self, *, camera: str = "studio", size: int = 480) -> UInt8[np.ndarray, "size size 3"]:  # pyright: ignore
+        """A picture for people: shadows, and the mean of four rays per pixel."""
+        fine = self._cast(camera, 2 * size, True).reshape(size, 2, size, 2, 3)
+        return (fine.mean(axis=(1, 3)) + 0.5).astype(np.uint8)
+
+    def _cast(self, camera: str, size: int, shadows: bool) -> np.ndarray:
+        if size not in self._renderers:
+            self._renderers[size] = Renderer(self.model, height=size, width=size)
+        return self._renderers[size].render(self.data, camera, look=self._look, shadows=shadows)
+
+    # ---- physics
+
+    def _place(self, tip: np.ndarray, opening: float, blocks: Mapping[str, np.ndarray]) -> None:
+        mujoco.mj_resetData(self.model, self.data)
+        fingers = np.full(2, opening * scene.FINGER_TRAVEL)
+        self.data.qpos[:6] = self.data.ctrl[:] = np.concatenate([inverse(tip), fingers])
+        for color, position in blocks.items():
+            self.data.joint(color).qpos[:2] = position
+        self._update_poses()
+
+    def _move(self, action: np.ndarray) -> None:
+        """Drives the joints along a straight ramp to the goal, in joint space."""
+        tip = self.tip
+        offset = np.clip(action[:3], WORKSPACE_LOW, WORKSPACE_HIGH) - tip
+        offset *= min(1.0, MAX_STEP / max(float(np.linalg.norm(offset)), 1e-9))
+        fingers = np.full(2, np.clip(action[3], 0, 1) * scene.FINGER_TRAVEL)
+        goal, start = np.concatenate([inverse(tip + offset), fingers]), self.data.ctrl.copy()
+        for substep in range(1, _SUBSTEPS + 1):
+            progress = min(1.0, substep / (_RAMP * _SUBSTEPS))
+            self.data.ctrl[:] = (1 - progress) * start + progress * goal
+            mujoco.mj_step(self.model, self.data)
+        self._update_poses()
+
+    def _update_poses(self) -> None:
+        # mj_step leaves the poses of the moment before its last integration.
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_camlight(self.model, self.data)
+
+    # ---- what the seed draws
+
+    def _draw_goal(self, options: Mapping[str, Any]) -> Goal:
+        # Every draw happens whatever the options say, so that an option changes nothing but what it names.
+        task = options.get("task", self.tasks[self.np_random.integers(len(self.tasks))])
+        target = options.get("target", self.colors[self.np_random.integers(len(self.colors))])
+        goal = Goal(task=task, target=target, instruct=options.get("instruct", target))
+        _check_names("task", (goal.task,), INSTRUCTIONS)
+        _check_names("block colour", (goal.target, goal.instruct, *options.get("blocks", ())), self.colors)
+        return goal
+
+    def _draw_scene(self, options: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        start = self.np_random.uniform(_START_LOW, WORKSPACE_HIGH - 0.02)
+        tip = np.asarray(options.get("tip", _HOME + self.start_noise * (start - _HOME)), np.float64)
+        positions = self._draw_blocks()
+        if "tip" not in options and np.linalg.norm(positions - tip[:2], axis=1).min() < _CLEARANCE:
+            tip[2] = max(tip[2], _CLEAR_HEIGHT)
+        blocks = dict(zip(self.colors, positions))
+        given = {color: np.asarray(position, np.float64) for color, position in options.get("blocks", {}).items()}
+        return tip, blocks | given
+
+    def _draw_blocks(self) -> np.ndarray:
+        """Positions [blocks, 2] off the tray and apart from each other, by rejection."""
+        while True:
+            positions = self.np_random.uniform(_BLOCK_LOW, _BLOCK_HIGH, (len(self.colors), 2))
+            gaps = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
+            apart = gaps[np.triu_indices(len(positions), 1)] >= BLOCK_SPACING
+            clear = np.abs(positions - scene.TRAY_CENTER).max(axis=1) >= scene.TRAY_HALF + 1.5 * scene.BLOCK_HALF
+            if apart.all() and clear.all():
+                return positions
+
+    def _draw_look(self) -> None:
+        rng, (colors, cameras) = self.np_random, self._pristine
+        self._look = Look(lamp=tuple(Look.lamp + rng.uniform(-0.4, 0.4, 3)), ambient=rng.uniform(0.35, 0.55))
+        table = self.model.geom("table").id
+        self.model.geom_rgba[table, :3] = np.clip(colors[table, :3] * rng.uniform(0.75, 1.2), 0, 1)
+        self.model.cam_pos[:] = cameras + rng.uniform(-0.01, 0.01, cameras.shape)
+
+
+def _check_names(kind: str, names: Sequence[str] | Mapping[str, Any], known: Sequence[str] | Mapping[Any, Any]) -> None:
+    for name in names:
+        if name not in known:
+            raise unknown_name(kind, name, known, next=f"choose one of {', '.join(known)}")
+
+
+def _spaces(cameras: Sequence[str], size: int) -> tuple[gymnasium.spaces.Dict, gymnasium.spaces.Box]:
+    low, high = np.append(WORKSPACE_LOW, 0).astype(np.float32), np.append(WORKSPACE_HIGH, 1).astype(np.float32)
+    letters = "".join(map(chr, range(ord("a"), ord("z") + 1))) + " "
+    observations: dict[str, gymnasium.Space[Any]] = {
+        f"observation/{camera}": gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8) for camera in cameras
+    }
+    # The measured tip may overshoot the workspace by the servo's error, hence the wider bounds.
+    observations["observation/state"] = gymnasium.spaces.Box(low - 0.1, high + 0.1, dtype=np.float32)
+    observations["prompt"] = gymnasium.spaces.Text(64, charset=letters)
+    return gymnasium.spaces.Dict(observations), gymnasium.spaces.Box(low, high, dtype=np.float32)

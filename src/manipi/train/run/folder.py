@@ -1,0 +1,321 @@
+"""The folder of a run: what it holds, whose it is, and where it goes on.
+
+runs/NAME/
+├─ config.json       the complete TrainConfig; another one in the same folder is refused
+├─ norm_stats.json   of the training episodes
+├─ videos.json       size and digest of the files that hold the pictures, of each dataset
+├─ tokenizer/
+├─ longest_prompt.json  of all the data, and which data they were
+├─ cache/            decoded pictures, where they are kept
+├─ first_batch/      pictures, tokens, values and pipeline of the first batch
+├─ metrics.jsonl     one line per logged step
+├─ parameters.txt    what is trained, by group
+├─ tensorboard/      and wandb/, where asked for
+├─ bad_batch_STEP.npz  the batch of a step whose loss or gradient was not finite
+├─ loss.png
+├─ validation.jsonl  one line per validation
+├─ validation/       its details: STEP.json, STEP.png, and curves.png over all steps
+├─ best.json         step, number and path of the best checkpoint that there is
+├─ best              a link to that checkpoint
+└─ checkpoints/STEP/ see manipi.checkpoints.native
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from manipi.checkpoints.native import verify
+from manipi.data.lerobot.picture_files import replaced
+from manipi.errors import CheckpointError, TrainingError
+from manipi.model.config import CONFIG_TYPES
+from manipi.records import from_json, json_bytes, read_json, to_json
+from manipi.robots.robot import ROBOT_TYPES
+from manipi.storage import atomic_write, remove_partial, storage_errors
+from manipi.train.config import (
+    AugmentConfig,
+    ComputeConfig,
+    DataConfig,
+    DatasetConfig,
+    GuardConfig,
+    LogConfig,
+    LRScale,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+
+MAY_CHANGE = (
+    "async_save",
+    "compute.recompute",
+    "data.cache_fill",
+    "data.cache_gb",
+    "data.num_workers",
+    "data.path",
+    "data.root",
+    "guards",
+    "keep_checkpoints",
+    "keep_every",
+    "log",
+    "num_threads",
+    "parallel.device",
+    "parallel.replicate",
+    "parallel.shard",
+    "parallel.timeout_minutes",
+    "steps",
+    "validation.batch_size",
+    "validation.best_by",
+    "validation.every",
+    "validation.raw",
+    "validation.samples",
+)
+"""Settings that a resumed run may bring anew: they change neither a batch nor an update. That another path holds the
+same data, the norm stats' fingerprint says."""
+MAY_CHANGE_BEFORE_STEP_1 = (
+    "accumulate",
+    "compute.precision",
+    "ema_decay",
+    "frozen_dtype",
+    "model.max_token_len",
+    "noise_draws",
+    "optimizer.state_bits",
+    "trained",
+)
+"""What else a run may bring anew that got no further than its first checkpoint: the advice of errors at its start."""
+
+
+class Run:
+    """One run's folder.
+
+    Raises:
+        TrainingError: the folder belongs to a run with other settings; the message lists them.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig):
+        self.folder, self.config = Path(folder), config
+        self.checkpoints = self.folder / "checkpoints"
+        self.metrics, self.validations = self.folder / "metrics.jsonl", self.folder / "validation.jsonl"
+        self.norm_stats, self.tokenizer = self.folder / "norm_stats.json", self.folder / "tokenizer"
+        self._claim(self.folder / "config.json")
+
+    def _claim(self, stored: Path) -> None:
+        """Refuse a folder of another run; one that never got as far as a checkpoint has nothing to protect."""
+        wanted = to_json(self.config)
+        changes = _differences(read_json(stored), wanted) if stored.exists() else []
+        other = [change for setting, change in changes if not _may_change(setting)]
+        fixes = all(_may_change(setting) or setting in MAY_CHANGE_BEFORE_STEP_1 for setting, _ in changes)
+        if other and self.steps() == [0] and fixes:
+            self._drop(0)
+        if other and self.steps():
+            raise _another_run(other, stored)
+        if changes and not self.steps():
+            self.norm_stats.unlink(missing_ok=True)
+            shutil.rmtree(self.tokenizer, ignore_errors=True)
+        if changes or not stored.exists():
+            atomic_write(stored, json_bytes(wanted))
+
+    def tidy(self) -> None:
+        """Delete what a killed process left half-written. For the one process that trains here."""
+        remove_partial(self.folder)
+        remove_partial(self.checkpoints)
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        return checkpoint_steps(self.folder)
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / str(step)
+
+    def newest(self) -> int | None:
+        """The newest checkpoint's step, verified. Raises CheckpointError naming it and the one before it."""
+        steps = self.steps()
+        if not steps:
+            return None
+        self._require_sound(steps[-1])
+        return steps[-1]
+
+    def rewind(self, step: int) -> None:
+        """Delete the damaged checkpoints after that of `step`. Raises CheckpointError where one of them is sound."""
+        steps = self.steps()
+        if step not in steps:
+            raise CheckpointError(
+                expected=f"one of this run's checkpoints: {', '.join(map(str, steps)) or 'there is none'}",
+                found=str(step),
+                where=str(self.checkpoints),
+                next="leave --resume-from out: the newest is verified, and of a damaged one is said where to go on",
+            )
+        self._require_sound(step)
+        later = steps[steps.index(step) + 1 :]
+        for one in later:
+            if self._is_sound(one):
+                raise CheckpointError(
+                    expected="damaged checkpoints alone after that to resume from",
+                    found=f"a sound one (step {one})",
+                    where=str(self.checkpoint(one)),
+                    next="leave --resume-from out to go on from the newest, or delete what you do not want",
+                )
+        for one in later:
+            self._drop(one)
+
+    def _is_sound(self, step: int) -> bool:
+        try:
+            verify(self.checkpoint(step))
+        except CheckpointError:
+            return False
+        return True
+
+    def _require_sound(self, step: int) -> None:
+        try:
+            verify(self.checkpoint(step))
+        except CheckpointError as error:
+            before = [one for one in self.steps() if one < step]
+            sound = next(filter(self._is_sound, reversed(before)), None)
+            raise CheckpointError(
+                expected=f"a sound checkpoint of step {step}",
+                found=error.found,
+                where=error.where,
+                next=f"there is no sound one before it: delete {self.checkpoints} and start again"
+                if sound is None
+                else f"--resume-from {sound} goes on from the newest sound one before it, and deletes those after",
+            ) from error
+
+    def best(self) -> dict[str, Any] | None:
+        """Of the validations whose step has a checkpoint, the one with the lowest `validation.best_by`."""
+        number, steps = self.config.validation.best_by, self.steps()
+        known = [record for record in read_log(self.validations) if record["step"] in steps]
+        return min((r for r in known if math.isfinite(r[number])), key=lambda r: r[number], default=None)
+
+    def prune(self) -> None:
+        """Delete all but the newest `keep_checkpoints`, those of every `keep_every`-th step, and the best one.
+
+        A checkpoint between two saves, as SIGTERM leaves it, goes with the next and takes no other's place.
+        """
+        every, steps, best = self.config.keep_every, self.steps(), self.best()
+        if best:
+            self._name_best(best)
+        planned = [step for step in steps if step % self.config.save_every == 0 or step == steps[-1]]
+        for step in set(steps) - set(planned[-self.config.keep_checkpoints :]):
+            protected = (step and every and step % every == 0) or (best and step == best["step"])
+            if not protected:
+                self._drop(step)
+
+    def _drop(self, step: int) -> None:
+        """Delete a checkpoint, which loses its name first: what is left by a kill is no checkpoint."""
+        hidden = self.checkpoints / f".{step}.old.partial"
+        self.checkpoint(step).rename(hidden)
+        shutil.rmtree(hidden)
+
+    def _name_best(self, best: dict[str, Any]) -> None:
+        number = self.config.validation.best_by
+        path = self.checkpoint(best["step"]).relative_to(self.folder)
+        described = {"step": best["step"], "by": number, "value": best[number], "path": str(path)}
+        atomic_write(self.folder / "best.json", json_bytes(described))
+        partial = self.folder / f".best.{os.getpid()}.partial"
+        with storage_errors(self.folder / "best"):
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(path, target_is_directory=True)
+            partial.replace(self.folder / "best")
+
+    def log(self, record: dict[str, Any]) -> None:
+        append_log(self.metrics, record)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        return read_log(self.metrics)
+
+    def forget_after(self, step: int) -> None:
+        """Drop log lines of steps that a resumed run will do again, and what is no line.
+
+        A killed run may leave half a line, and a machine that lost its power bytes of zero.
+        """
+        for path in (self.metrics, self.validations):
+            if path.exists():
+                lines = [line.strip(b"\0") for line in path.read_bytes().split(b"\n")[:-1]]
+                records = [_record(line) for line in lines]
+                kept = [line for line, record in zip(lines, records) if record and record["step"] <= step]
+                atomic_write(path, b"".join(line + b"\n" for line in kept))
+                if lost := records.count(None):
+                    tqdm.write(f"{path}: dropped {lost} of {len(lines)} lines, which cannot be read")
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A log line's record; None where it is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of a run that have a checkpoint, ascending."""
+    path = folder / "checkpoints"
+    return sorted(int(p.name) for p in (path.iterdir() if path.is_dir() else ()) if p.name.isdigit())
+
+
+def claim_videos(folder: Path, now: Mapping[str, Mapping[str, str]]) -> None:
+    """Tie a run to the files that hold its pictures: `Dataset.picture_files` by the dataset's fingerprint.
+
+    Raises:
+        TrainingError: the run has a checkpoint, and files are others than those that it was trained on.
+    """
+    path, trained = folder / "videos.json", bool(checkpoint_steps(folder))
+    before = read_json(path) if path.exists() else {}
+    others = [name for data, files in now.items() for name in replaced(before.get(data, {}), files)]
+    if others and trained:
+        raise TrainingError(
+            expected="the videos that this run was trained on",
+            found=f"{len(others)} others of the same names: {', '.join(others[:4])}" + (" …" if others[4:] else ""),
+            where=str(path),
+            next="put the videos back as they were, or train on these in a run folder of their own (--run-dir)",
+        )
+    if trained and any(now.values()) and not before:
+        tqdm.write(f"{folder} did not say yet which videos it is trained on; from now on, those that are there")
+    known = {data: {**before.get(data, {}), **files} for data, files in now.items()}
+    if known != before:
+        atomic_write(path, json_bytes(known))
+
+
+def append_log(path: Path, record: dict[str, Any]) -> None:
+    """One more line. Raises StorageError where it cannot be written."""
+    with storage_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records so far; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The config that a run's folder was started with."""
+    path = folder / "config.json"
+    data, how = (DataConfig, DatasetConfig, AugmentConfig), (OptimizerConfig, LRScale, ComputeConfig, ParallelConfig)
+    kinds = (TrainConfig, *data, *how, GuardConfig, LogConfig, ValidationConfig, *ROBOT_TYPES, *CONFIG_TYPES)
+    return from_json(read_json(path), kinds, str(path))
+
+
+def _another_run(changes: list[str], where: Path) -> TrainingError:
+    return TrainingError(
+        expected="the settings that this run folder was started with",
+        found="; ".join(changes[:8]) + (" …" if len(changes) > 8 else ""),
+        where=str(where),
+        next="give the new run another folder (--run-dir), or use the old settings to go on with this one",
+    )
+
+
+def _may_change(setting: str) -> bool:
+    return any(setting == one or setting.startswith(f"{one}.") for one in MAY_CHANGE)
+
+
+def _differences(stored: Any, wanted: Any, path: str = "") -> list[tuple[str, str]]:
+    """Each setting that differs, and how."""
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        keys = sorted(set(stored) | set(wanted))
+        return [d for k in keys for d in _differences(stored.get(k), wanted.get(k), f"{path}.{k}".strip("."))]
+    return [] if stored == wanted else [(path, f"{path} was {stored!r}, now {wanted!r}")]

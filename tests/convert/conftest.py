@@ -1,0 +1,2 @@
+from tests.data.conftest import episodes as episodes
+from tests.data.conftest import write as write
