@@ -44,7 +44,7 @@ types: $(READY)
 layers: $(READY)
 	$(BIN)/lint-imports --no-cache
 
-size: $(READY)  ## lines per room, and the house's budgets
+size: $(READY)  ## code lines per package folder, against their budgets
 	$(BIN)/python benchmarks/size.py
 
 parity: $(READY)  ## every golden case of the reference, as a table (MANIPI_GOLDEN=folder:folder for others)
@@ -110,7 +110,8 @@ $(CLIENT)/.installed: packages/manipi-client/pyproject.toml $(wildcard packages/
 	$(CLIENT)/bin/pip install --quiet --disable-pip-version-check pytest ./packages/manipi-client
 	@touch $@
 
-docs: $(READY)  ## check that the documentation's links, commands and file tree are true
+docs: $(READY)  ## write the file tree of docs/architecture.md, then check the documentation: links, commands, examples
+	$(BIN)/python docs/make_tree.py
 	$(BIN)/python -m pytest -q tests/docs
 
 clean:
