@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 import tyro
 
 from manipi.errors import ConfigError
-from manipi.recipes.registry import RECIPES
+from manipi.recipes.registry import recipe_names
 from manipi.storage import require_folder, require_new_file, require_new_folder
 
 _T = TypeVar("_T")
@@ -27,7 +27,7 @@ def recipe_name(arguments: Sequence[str], command: str) -> str:
     if arguments and not arguments[0].startswith("-"):
         return arguments[0]
     raise ConfigError(
-        expected=f"a recipe first: {', '.join(RECIPES)}, or path/to/file.py:function",
+        expected=f"a recipe first: {', '.join(recipe_names())}, or path/to/file.py:function",
         found=repr(arguments[0]) if arguments else "nothing",
         where=f"manipi {command}",
         next=f"manipi {command} --help",

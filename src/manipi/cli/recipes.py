@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from manipi.cli.arguments import NewFile, parse
 from manipi.cli.result import table, write_result
-from manipi.recipes.registry import RECIPES, load_recipe
+from manipi.recipes.registry import load_recipe, recipe_names
 from manipi.train.config import DatasetConfig
 
 RELEASED = "gs://openpi-assets/checkpoints/"
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     """Print the table."""
     args = parse(_Recipes, arguments, "recipes")
     rows = []
-    for name in RECIPES:
+    for name in recipe_names():
         config = load_recipe(name)
         model = type(config.model).__name__.removesuffix("Config")
         dataset = " + ".join(_dataset(one) for one in config.data.datasets) or "–"

@@ -1,4 +1,4 @@
-"""`manipi demo`: the main job, from demonstrations to a policy that acts, on the embedded environment."""
+"""`manipi demo`: record demonstrations, train, serve and drive a simulated arm."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

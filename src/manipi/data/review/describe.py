@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 from manipi.data.dataset import Dataset, Feature
 from manipi.errors import one_line, shown
@@ -54,7 +53,7 @@ class DatasetSummary:
 
 def describe_dataset(dataset: Dataset) -> DatasetSummary:
     """Reads the metadata only; no table and no picture."""
-    version, robot_type = _origin(dataset.root)
+    version, robot_type = _origin(dataset)
     lengths = sorted(episode.length for episode in dataset.episodes)
     return DatasetSummary(
         root=str(dataset.root),
@@ -71,12 +70,15 @@ def describe_dataset(dataset: Dataset) -> DatasetSummary:
     )
 
 
-def _origin(root: Path) -> tuple[str, str]:
-    """Format and version, and the robot where the dataset names it."""
+def _origin(dataset: Dataset) -> tuple[str, str]:
+    """Format and version, and the robot where the dataset names it; of another package's reader the reader."""
+    root = dataset.root
     if (root / "meta/info.json").is_file():
         info = read_json(root / "meta/info.json")
         robot_type = info.get("robot_type") or ""
         return f"LeRobot {info['codebase_version']}", robot_type if isinstance(robot_type, str) else shown(robot_type)
+    if not (root / "dataset_info.json").is_file():
+        return f"{type(dataset).__module__}.{type(dataset).__name__}", ""
     info = read_json(root / "dataset_info.json")
     return f"RLDS {info['name']} {info.get('version', '')}".strip(), ""
 
