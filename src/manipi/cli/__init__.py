@@ -1,4 +1,4 @@
-"""The command line: one file per command, each thin. Only the command that runs is imported."""
+"""The command line: a table of commands, of which only the one that runs is imported."""
 
 import os
 import sys
@@ -16,29 +16,29 @@ COMMANDS = {
     "eval": ("manipi.cli.eval:main", "open-loop error of a checkpoint on held-out episodes, beside simple baselines"),
     "bench": ("manipi.cli.bench:main", "time every stage of an inference call: manipi bench infer RECIPE|CHECKPOINT"),
     "serve": ("manipi.cli.serve:main", "serve a checkpoint over websocket, in openpi's protocol"),
-    "record": ("manipi.cli.record:main", "make a dataset of the episodes that a killed recording left"),
+    "record": ("manipi.cli.recordings:run_record", "make a dataset of the episodes that a killed recording left"),
     "replay": (
-        "manipi.cli.replay:main",
+        "manipi.cli.recordings:run_replay",
         "put the questions of a recorded run to a checkpoint or a server, and compare the answers",
     ),
     "import": (
-        "manipi.cli.import:main",
+        "manipi.cli.exchange:run_import",
         "make another project's checkpoint ours: openpi (Orbax, PyTorch), LeRobot; by name, folder or URL",
     ),
     "export": (
-        "manipi.cli.export:main",
+        "manipi.cli.exchange:run_export",
         "write a checkpoint in openpi's or LeRobot's layout; its adapters alone, or merged",
     ),
     "filter": (
-        "manipi.cli.filter:main",
+        "manipi.cli.dataset:run_filter",
         "choose the frames of a dataset that are worth training on; the dataset stays as it is",
     ),
     "stats": ("manipi.cli.stats:main", "compute norm stats of a recipe's data and report suspicious dimensions"),
-    "check": ("manipi.cli.check:main", "read a dataset in full and report what is wrong with it"),
-    "view": ("manipi.cli.view:main", "write cameras and curves of an episode as a page for the browser"),
+    "check": ("manipi.cli.dataset:run_check", "read a dataset in full and report what is wrong with it"),
+    "view": ("manipi.cli.dataset:run_view", "write cameras and curves of an episode as a page for the browser"),
     "inspect": ("manipi.cli.inspect:main", "show a dataset, a checkpoint, or what a recipe does to its first frame"),
-    "recipes": ("manipi.cli.recipes:main", "list the recipes"),
-    "doctor": ("manipi.cli.doctor:main", "say what this machine and this installation can do"),
+    "recipes": ("manipi.cli.installation:run_recipes", "list the recipes"),
+    "doctor": ("manipi.cli.installation:run_doctor", "say what this machine and this installation can do"),
 }
 """Name → what runs it, as `module:function`, and what it is for. Installed packages add more (manipi.extensions)."""
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from manipi.cli.arguments import NewFile, parse, recipe_name
-from manipi.cli.result import table, write_result
+from manipi.cli.arguments import NewFile, parse, recipe_name, table, write_result
 from manipi.recipes.registry import load_recipe, recipe_names
 from manipi.train.config import TrainConfig
 

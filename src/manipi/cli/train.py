@@ -9,8 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from manipi.cli.arguments import Folder, NewFile, parse, recipe_name
-from manipi.cli.result import write_result
+from manipi.cli.arguments import Folder, NewFile, parse, recipe_name, write_result
 from manipi.recipes.registry import load_recipe, recipe_names
 from manipi.train.config import TrainConfig
 from manipi.train.launch import ENVIRONMENT, Launch

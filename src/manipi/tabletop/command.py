@@ -6,8 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from manipi.cli.arguments import Folder, NewFile, parse
-from manipi.cli.result import table, write_result
+from manipi.cli.arguments import Folder, NewFile, parse, table, write_result
 from manipi.tabletop.config import DemoConfig
 
 
