@@ -3,10 +3,9 @@
 Shape letters: N rows, E episodes, d dimensions.
 """
 
-import math
 import string
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -117,12 +116,6 @@ def language(dataset: Dataset) -> Iterator[Finding]:
 def _plain(text: str) -> str:
     """Without case, space and punctuation, which may differ by accident."""
     return "".join(text.casefold().translate(str.maketrans("", "", string.punctuation)).split())
-
-
-def evenness(tasks: Mapping[str, int]) -> float:
-    """How many instructions, all used equally, would be as hard to guess: exp of the entropy."""
-    total = sum(tasks.values())
-    return math.exp(-sum(n / total * math.log(n / total) for n in tasks.values()))
 
 
 def speed_curves(dataset: Dataset, signals: Sequence[Signal]) -> list[tuple[float, ...]]:
