@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from manipi.cli.check import render
+from manipi.cli.dataset import render
 from manipi.convert.convert import ConvertSettings, convert
 from manipi.convert.formats import open_source
 from manipi.data.dataset import Feature

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from manipi.cli.arguments import NewFile, parse
-from manipi.cli.result import said_device, table, write_result
+from manipi.cli.arguments import NewFile, parse, said_device, table, write_result
 from manipi.errors import ConfigError
 
 if TYPE_CHECKING:

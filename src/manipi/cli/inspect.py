@@ -10,8 +10,7 @@ from typing import Any
 
 import tyro
 
-from manipi.cli.arguments import NewFile, parse
-from manipi.cli.result import table, write_result
+from manipi.cli.arguments import NewFile, parse, table, write_result
 from manipi.cli.stats import stats_table
 from manipi.errors import quoted
 

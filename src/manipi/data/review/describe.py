@@ -58,9 +58,11 @@ def describe_dataset(dataset: Dataset) -> DatasetSummary:
         info = read_json(root / "meta/info.json")
         version, told = f"LeRobot {info['codebase_version']}", info.get("robot_type") or ""
         robot_type = told if isinstance(told, str) else shown(told)
-    else:
+    elif (root / "dataset_info.json").is_file():
         info = read_json(root / "dataset_info.json")
         version = f"RLDS {info['name']} {info.get('version', '')}".strip()
+    else:  # another package's reader
+        version = f"{type(dataset).__module__}.{type(dataset).__name__}"
     lengths = sorted(episode.length for episode in dataset.episodes)
     return DatasetSummary(
         root=str(root),
