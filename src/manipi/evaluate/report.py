@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from manipi.evaluate.rollout import Trial
-from manipi.evaluate.statistics import SuccessRate
+from manipi.evaluate.rollout import SuccessRate, Trial
 from manipi.page import data_uri, encode_mp4, render
 from manipi.records import to_json
 from manipi.storage import atomic_write
