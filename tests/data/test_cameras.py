@@ -18,7 +18,7 @@ from manipi.data.dataset import Feature
 from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.data.open import open_dataset
 from manipi.data.review.check import check_dataset, sort_episodes
-from manipi.data.review.page import write_check_page
+from manipi.data.review.report import write_check_page
 from manipi.data.review.view import write_view
 from manipi.errors import DatasetFormatError, MissingFeatureError
 from manipi.robots import Joints, Robot, State

@@ -147,7 +147,7 @@ def _show(latency: "Latency") -> None:
 
 def _report(args: _Infer) -> object:
     from manipi.checkpoints.quantized import LARGEST_DIFFERENCE, write_report
-    from manipi.evaluate.quantized import measure_quantization
+    from manipi.evaluate.open_loop import measure_quantization
 
     assert args.data is not None
     checkpoint = Path(args.target)

@@ -57,7 +57,7 @@ def run_check(arguments: Sequence[str]) -> None:
 
     from manipi.data.open import fetch_tables
     from manipi.data.review.check import check_dataset
-    from manipi.data.review.page import write_check_page
+    from manipi.data.review.report import write_check_page
     from manipi.remote.fetch import fetch
 
     robot = load_robot(args.robot) if args.robot else None
