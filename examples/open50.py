@@ -9,9 +9,18 @@ The demonstrations are looked for in $MANIPI_SHARED/datasets; name another place
 import os
 from pathlib import Path
 
-from manipi.model.config import GemmaSize, Pi0Config, VisionSize
-from manipi.robots import Joints, Robot, State
-from manipi.train.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
+from manipi import (
+    ComputeConfig,
+    DataConfig,
+    GemmaSize,
+    Joints,
+    OptimizerConfig,
+    Pi0Config,
+    Robot,
+    State,
+    TrainConfig,
+    VisionSize,
+)
 
 DATASETS = Path(os.environ.get("MANIPI_SHARED", "../shared")) / "datasets"
 

@@ -1,26 +1,33 @@
-"""HTML pages that need nothing beside themselves: one frame and style, and the parts that they share.
+"""HTML pages that need nothing beside themselves, from Jinja2 templates, and the parts that they share.
 
-A page is a template's body in the frame of `page.html`. Pictures and films travel inside it as data URIs.
+A page is a template that fills the frame and style of `page.html`. Pictures and films travel inside it as data URIs.
 """
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from fractions import Fraction
-from html import escape
-from importlib.resources import files
-from string import Template
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
 
-def render(package: str, template: str, fields: Mapping[str, str]) -> bytes:
-    """The page of a template that lies in a package. `fields` are its placeholders, as HTML; `title` is one of them."""
-    body = Template(files(package).joinpath(template).read_text(encoding="utf-8")).substitute(fields)
-    frame = Template(files("manipi").joinpath("page.html").read_text(encoding="utf-8"))
-    return frame.substitute(title=fields["title"], body=body).encode()
+def render(template: str, **values: Any) -> bytes:
+    """The page of a template, named by its path in this package such as `serve/dashboard.html`.
+
+    What stands in `values` is escaped. Raises jinja2.UndefinedError for a value that the template reads and lacks.
+    """
+    import jinja2  # which takes long, and most commands write no page
+
+    loader = jinja2.PackageLoader("manipi", ".")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "counted": counted}
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    return environment.get_template(template).render(values).encode()
 
 
 def data_uri(kind: str, data: bytes) -> str:
@@ -56,22 +63,17 @@ def encode_mp4(images: Iterable[UInt8[np.ndarray, "h w 3"]], fps: float, *, heig
     return buffer.getvalue()
 
 
-def polyline(values: Float[np.ndarray, " n"], low: float, high: float, kind: str) -> str:
-    """A curve for a viewBox of 100 × 30; a class gives it its colour."""
+def polyline(values: Float[np.ndarray, " n"], low: float, high: float) -> str:
+    """The points of a curve for an SVG polyline in a viewBox of 100 × 30."""
     x = np.linspace(0, 100, len(values)) if len(values) > 1 else np.full(len(values), 50.0)
     y = 29 - 28 * (values - low) / (high - low) if high > low else np.full(len(values), 15.0)
-    points = " ".join(f"{a:.4g},{b:.4g}" for a, b in zip(x.tolist(), y.tolist(), strict=True))
-    return f'<polyline class="{kind}" points="{points}"/>'
-
-
-def fact_rows(rows: Sequence[tuple[str, str]], *, total: bool = False) -> str:
-    """Table rows; with `total`, the last one stands out."""
-    marks = [" class=total" if total and i == len(rows) - 1 else "" for i in range(len(rows))]
-    return "\n".join(
-        f'<tr{mark}><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
-        for mark, (name, value) in zip(marks, rows, strict=True)
-    )
+    return " ".join(f"{a:.4g},{b:.4g}" for a, b in zip(x.tolist(), y.tolist(), strict=True))
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 episode`, `2,000 episodes`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

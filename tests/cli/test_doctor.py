@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from manipi.cli import doctor
+from manipi.cli import installation
 from manipi.cli.train import parse_train
 from manipi.errors import ConfigError
-from manipi.recipes.registry import RECIPES, load_recipe
+from manipi.recipes.registry import load_recipe, recipe_names
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -39,13 +39,13 @@ def test_doctor(manipi, tmp_path):
 def test_doctor_knows_every_extra_of_the_package():
     """Of the metadata that the package is built with, so that no list here goes stale."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert doctor.PURPOSES.keys() == project["optional-dependencies"].keys() - {"dev"}
+    assert installation.PURPOSES.keys() == project["optional-dependencies"].keys() - {"dev"}
 
 
 def test_doctor_names_what_is_absent_or_too_old(monkeypatch, capsys):
     metadata = ["numpy<3,>=2.0", "numpy<2", "numpy>=99.1; extra == 'demo'", 'no-such-package>=1; extra == "view"']
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: metadata)
-    doctor.main([])
+    monkeypatch.setattr(installation.importlib.metadata, "requires", lambda _: metadata)
+    installation.run_doctor([])
     rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
     found = [(state, rest) for state, topic, rest in rows if topic in ("numpy", "no-such-package")]
     assert [state for state, _ in found] == ["ok", "absent", "absent", "absent"]
@@ -59,8 +59,8 @@ def test_doctor_names_what_is_absent_or_too_old(monkeypatch, capsys):
 def test_recipes(manipi, tmp_path):
     done = manipi("recipes", "--json", tmp_path / "recipes.json")
     assert done.returncode == 0, done.stderr
-    assert [row["recipe"] for row in json.loads((tmp_path / "recipes.json").read_text())] == list(RECIPES)
-    assert len(done.stdout.splitlines()) == 1 + len(RECIPES)
+    assert [row["recipe"] for row in json.loads((tmp_path / "recipes.json").read_text())] == recipe_names()
+    assert len(done.stdout.splitlines()) == 1 + len(recipe_names())
 
 
 @pytest.mark.parametrize("command", ["check", "doctor", "inspect", "recipes", "stats"])

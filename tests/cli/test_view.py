@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from manipi.cli.view import main
+from manipi.cli.dataset import run_view as main
 from manipi.data.open import open_dataset
 from manipi.errors import ConfigError
 

@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from manipi.cli.check import render
+from manipi.cli.dataset import render
 from manipi.convert.convert import ConvertSettings, convert
 from manipi.convert.formats import open_source
 from manipi.data.dataset import Feature
 from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.data.open import open_dataset
 from manipi.data.review.check import check_dataset, sort_episodes
-from manipi.data.review.page import write_check_page
+from manipi.data.review.report import write_check_page
 from manipi.data.review.view import write_view
 from manipi.errors import DatasetFormatError, MissingFeatureError
 from manipi.robots import Joints, Robot, State

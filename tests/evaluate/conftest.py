@@ -8,8 +8,7 @@ from PIL import Image
 from manipi.data.dataset import Feature
 from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.evaluate.report import DemoReport
-from manipi.evaluate.rollout import Trial
-from manipi.evaluate.statistics import success_rate
+from manipi.evaluate.rollout import Trial, success_rate
 from manipi.model.config import GemmaSize, Pi0Config, VisionSize
 from manipi.recipes.registry import load_recipe
 from manipi.records import to_json

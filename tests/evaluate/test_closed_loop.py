@@ -5,7 +5,7 @@ import pytest
 
 from manipi.cli import main
 from manipi.errors import ConfigError
-from manipi.evaluate.closed_loop import compare
+from manipi.evaluate.rollout import compare
 from manipi_client import WebsocketPolicy
 from manipi_client.fake import FakePolicyServer
 

@@ -11,8 +11,7 @@ from manipi.cli import main
 from manipi.data.action_error import evenly_spaced
 from manipi.data.open import open_dataset
 from manipi.errors import ConfigError, MissingFeatureError
-from manipi.evaluate.held_out import new_split, open_split
-from manipi.evaluate.open_loop import Predictions, predict, score
+from manipi.evaluate.open_loop import Predictions, new_split, open_split, predict, score
 from manipi.policy import Policy
 from manipi.train.data import prepare
 from manipi.train.run.folder import read_config

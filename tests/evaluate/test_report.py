@@ -10,7 +10,7 @@ import av
 import pytest
 
 from manipi.evaluate.report import write_report
-from manipi.evaluate.statistics import SuccessRate, success_rate
+from manipi.evaluate.rollout import SuccessRate, success_rate
 from manipi.records import from_json, read_json
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}

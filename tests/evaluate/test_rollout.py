@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from manipi.errors import UnknownNameError
 from manipi.evaluate.rollout import film, load_trials, run_trials, save_trials
 from manipi.tabletop.environment import Tabletop
 from manipi_client.fake import FakePolicyServer
@@ -19,7 +20,7 @@ def server():
 
 
 def run(server, **options):
-    return run_trials(server.port, SEEDS, image_size=16, execute_steps=8, workers=1, **options)
+    return run_trials(server.port, SEEDS, environment="tabletop", image_size=16, execute_steps=8, workers=1, **options)
 
 
 def test_trials_and_films_survive_the_disk(server, tmp_path):
@@ -33,7 +34,7 @@ def test_trials_and_films_survive_the_disk(server, tmp_path):
 
 def test_a_film_shows_the_motion_of_the_trial(server):
     (trial, *_) = run(server)
-    frames = film(trial, variant="plain")
+    frames = film(trial, environment="tabletop", variant="plain")
     assert len(frames) == trial.steps + 1
     env = Tabletop(max_steps=30, image_size=16)
     env.reset(seed=trial.seed)
@@ -60,3 +61,8 @@ def test_the_wrong_prompt_names_another_object_on_the_same_scene(server):
         assert a.target in a.prompt
         assert b.target not in b.prompt
         assert a.touched == b.touched
+
+
+def test_an_environment_that_no_package_has():
+    with pytest.raises(UnknownNameError, match="tabletop"):
+        run_trials(1, SEEDS, environment="tabletopp", image_size=16, execute_steps=8)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from manipi.checkpoints.native import read_checkpoint, write_checkpoint
-from manipi.cli.export import main
+from manipi.cli.exchange import run_export as main
 from manipi.errors import ConfigError
 from manipi.policy import Policy, self_test_for
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from manipi.cli.result import said_device
+from manipi.cli.arguments import said_device
 from manipi.errors import ConfigError
 from manipi.model.device import choose_device, ran_out_of_memory, require_device
 

@@ -4,7 +4,7 @@ import types
 import pytest
 
 from manipi.errors import ConfigError, UnknownNameError
-from manipi.recipes.registry import RECIPES, load_recipe, load_robot
+from manipi.recipes.registry import load_recipe, load_robot, recipe_names
 from manipi.robots.tabletop import TABLETOP
 from manipi.train.config import TrainConfig
 from manipi.transforms.pipeline import check_fit
@@ -32,7 +32,7 @@ def user_file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_loads_and_fits(name):
     config = load_recipe(name)
     assert isinstance(config, TrainConfig)

@@ -1,37 +1,47 @@
-"""The command line: one file per command, each thin. Only the command that runs is imported."""
+"""The command line: a table of commands, of which only the one that runs is imported."""
 
-import importlib
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 import manipi
-from manipi.errors import ConfigError, ManipiError, shown, unknown_name
+from manipi.errors import ConfigError, ManipiError, shown
+from manipi.extensions import entries, find, summary
 from manipi_client.errors import ManipiClientError
 
 COMMANDS = {
-    "demo": "record demonstrations, train a tiny policy, serve it, and drive a simulated arm with it",
-    "train": "train a policy: manipi train RECIPE|FILE.py:FUNCTION [--flags]",
-    "plan": "forecast the memory of a training step by part, and find settings that fit a GPU",
-    "eval": "open-loop error of a checkpoint on held-out episodes, beside simple baselines",
-    "bench": "time every stage of an inference call: manipi bench infer RECIPE|CHECKPOINT",
-    "serve": "serve a checkpoint over websocket, in openpi's protocol",
-    "record": "make a dataset of the episodes that a killed recording left",
-    "replay": "put the questions of a recorded run to a checkpoint or a server, and compare the answers",
-    "import": "make another project's checkpoint ours: openpi (Orbax, PyTorch), LeRobot; by name, folder or URL",
-    "export": "write a checkpoint in openpi's or LeRobot's layout; its adapters alone, or merged",
-    "filter": "choose the frames of a dataset that are worth training on; the dataset stays as it is",
-    "stats": "compute norm stats of a recipe's data and report suspicious dimensions",
-    "convert": "make a LeRobot dataset of ALOHA, DROID, LIBERO, robomimic, Zarr or RLDS recordings",
-    "check": "read a dataset in full and report what is wrong with it",
-    "view": "write cameras and curves of an episode as a page for the browser",
-    "inspect": "show a dataset, a checkpoint, or what a recipe does to its first frame",
-    "recipes": "list the recipes",
-    "doctor": "say what this machine and this installation can do",
+    "train": ("manipi.cli.train:main", "train a policy: manipi train RECIPE|FILE.py:FUNCTION [--flags]"),
+    "plan": ("manipi.cli.plan:main", "forecast the memory of a training step, and find settings that fit a GPU"),
+    "eval": ("manipi.cli.eval:main", "open-loop error of a checkpoint on held-out episodes, beside simple baselines"),
+    "bench": ("manipi.cli.bench:main", "time every stage of an inference call: manipi bench infer RECIPE|CHECKPOINT"),
+    "serve": ("manipi.cli.serve:main", "serve a checkpoint over websocket, in openpi's protocol"),
+    "record": ("manipi.cli.recordings:run_record", "make a dataset of the episodes that a killed recording left"),
+    "replay": (
+        "manipi.cli.recordings:run_replay",
+        "put the questions of a recorded run to a checkpoint or a server, and compare the answers",
+    ),
+    "import": (
+        "manipi.cli.exchange:run_import",
+        "make another project's checkpoint ours: openpi (Orbax, PyTorch), LeRobot; by name, folder or URL",
+    ),
+    "export": (
+        "manipi.cli.exchange:run_export",
+        "write a checkpoint in openpi's or LeRobot's layout; its adapters alone, or merged",
+    ),
+    "filter": (
+        "manipi.cli.dataset:run_filter",
+        "choose the frames of a dataset that are worth training on; the dataset stays as it is",
+    ),
+    "stats": ("manipi.cli.stats:main", "compute norm stats of a recipe's data and report suspicious dimensions"),
+    "check": ("manipi.cli.dataset:run_check", "read a dataset in full and report what is wrong with it"),
+    "view": ("manipi.cli.dataset:run_view", "write cameras and curves of an episode as a page for the browser"),
+    "inspect": ("manipi.cli.inspect:main", "show a dataset, a checkpoint, or what a recipe does to its first frame"),
+    "recipes": ("manipi.cli.installation:run_recipes", "list the recipes"),
+    "doctor": ("manipi.cli.installation:run_doctor", "say what this machine and this installation can do"),
 }
+"""Name → what runs it, as `module:function`, and what it is for. Installed packages add more (manipi.extensions)."""
 
-MODULES = {"demo": "manipi.tabletop.command", "convert": "manipi.convert.command"}
 SPIN_COUNT = "5000"
 """How long a waiting OpenMP thread spins before it sleeps. GNU's default, ten milliseconds and more, makes training up
 to seven times slower as soon as another process keeps a core busy; this costs 8 % on a quiet one (docs/log.md)."""
@@ -88,13 +98,19 @@ def _out_of_memory(command: str, error: RuntimeError) -> ManipiError:
     )
 
 
+def commands() -> dict[str, str]:
+    """Every command and what it is for; of those that installed packages add, nothing is imported."""
+    added = {name: summary(found[0]) for name, found in entries("manipi.commands").items() if name not in COMMANDS}
+    return {name: text for name, (_, text) in COMMANDS.items()} | added
+
+
 def _run(command: str = "--help", *arguments: str) -> None:
     if command in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())))
+        texts = commands()
+        width = max(map(len, texts))
+        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in texts.items())))
     elif command == "--version":
         print(f"manipi {manipi.__version__}")
-    elif command in COMMANDS:
-        importlib.import_module(MODULES.get(command, f"manipi.cli.{command}")).main(arguments)
     else:
-        raise unknown_name("command", command, COMMANDS, next="manipi --help")
+        own = {name: target for name, (target, _) in COMMANDS.items()}
+        find("manipi.commands", command, own, next="manipi --help")(arguments)

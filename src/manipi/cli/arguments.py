@@ -1,7 +1,8 @@
-"""Flags from dataclasses, the same way in every command: no `--no-` twins, no `{None}|` in the help."""
+"""Flags from dataclasses, and results as tables and JSON, alike in all commands."""
 
 import contextlib
 import io
+import json
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -10,9 +11,10 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 
 import tyro
 
-from manipi.errors import ConfigError
-from manipi.recipes.registry import RECIPES
-from manipi.storage import require_folder, require_new_file, require_new_folder
+from manipi.errors import ConfigError, one_line
+from manipi.recipes.registry import recipe_names
+from manipi.records import to_json
+from manipi.storage import atomic_write, require_folder, require_new_file, require_new_folder
 
 _T = TypeVar("_T")
 
@@ -22,12 +24,16 @@ Folder: TypeAlias = Annotated[Path, require_folder]
 """What a command writes. `parse` sees that it can be written, so that no work is done in vain."""
 
 
+_CELL = 1000
+"""Characters of a cell."""
+
+
 def recipe_name(arguments: Sequence[str], command: str) -> str:
     """The first argument. Raises ConfigError where that is a flag, or nothing."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0]
     raise ConfigError(
-        expected=f"a recipe first: {', '.join(RECIPES)}, or path/to/file.py:function",
+        expected=f"a recipe first: {', '.join(recipe_names())}, or path/to/file.py:function",
         found=repr(arguments[0]) if arguments else "nothing",
         where=f"manipi {command}",
         next=f"manipi {command} --help",
@@ -68,3 +74,32 @@ def _requirements(hint: Any) -> list[Callable[[Path], None]]:
     checks = (require_new_file, require_new_folder, require_folder)
     own = [one for one in getattr(hint, "__metadata__", ()) if one in checks]
     return own + [one for part in typing.get_args(hint) for one in _requirements(part)]
+
+
+def write_result(result: Any, path: Path | None) -> None:
+    """Write `result` as JSON to `path`, when `--json` named one."""
+    if path is not None:
+        text = json.dumps(to_json(result), indent=2, ensure_ascii=False)
+        atomic_write(path, f"{text}\n".encode())
+
+
+def said_device(wanted: str) -> str:
+    """The device that `--device` stands for, which is said where it was left to us."""
+    from manipi.model.device import choose_device
+
+    device = choose_device(wanted)
+    if wanted == "auto":
+        print(f"device  {device}", flush=True)
+    return device
+
+
+def table(rows: list[tuple[Any, ...]], header: tuple[str, ...] | None = None) -> str:
+    """Columns aligned: text to the left, numbers to the right. A row is one line, whatever is not printable in it."""
+    shown = [tuple(f"{v:.4g}" if isinstance(v, float) else one_line(str(v), _CELL) for v in row) for row in rows]
+    everything = [header, *shown] if header else shown
+    widths = [max(len(row[i]) for row in everything) for i in range(len(everything[0]))] if everything else []
+    numeric = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(widths))]
+    return "\n".join(
+        "  ".join(cell.rjust(w) if n else cell.ljust(w) for cell, w, n in zip(row, widths, numeric)).rstrip()
+        for row in everything
+    )

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from manipi.cli.arguments import NewFile, parse
-from manipi.cli.result import said_device, table, write_result
+from manipi.cli.arguments import NewFile, parse, said_device, table, write_result
 from manipi.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -148,7 +147,7 @@ def _show(latency: "Latency") -> None:
 
 def _report(args: _Infer) -> object:
     from manipi.checkpoints.quantized import LARGEST_DIFFERENCE, write_report
-    from manipi.evaluate.quantized import measure_quantization
+    from manipi.evaluate.open_loop import measure_quantization
 
     assert args.data is not None
     checkpoint = Path(args.target)

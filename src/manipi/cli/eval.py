@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from manipi.cli.arguments import NewFile, parse
-from manipi.cli.result import said_device, table, write_result
+from manipi.cli.arguments import NewFile, parse, said_device, table, write_result
 from manipi.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,8 +62,7 @@ def main(arguments: Sequence[str]) -> None:
 
     from manipi.data.action_error import evenly_spaced
     from manipi.data.dimensions import command_units
-    from manipi.evaluate.held_out import new_split, open_split, run_folder
-    from manipi.evaluate.open_loop import plot_chunks, predict, score
+    from manipi.evaluate.open_loop import new_split, open_split, plot_chunks, predict, run_folder, score
     from manipi.policy import Policy
 
     if args.num_threads:
@@ -91,8 +89,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _drive(args: _Eval) -> None:
-    from manipi.evaluate.closed_loop import compare
-    from manipi.evaluate.serving import policy_server
+    from manipi.evaluate.rollout import compare, policy_server
     from manipi_client import WebsocketPolicy
 
     flags = ("--device", args.device)

@@ -10,8 +10,7 @@ from typing import Any
 
 import tyro
 
-from manipi.cli.arguments import NewFile, parse
-from manipi.cli.result import table, write_result
+from manipi.cli.arguments import NewFile, parse, table, write_result
 from manipi.cli.stats import stats_table
 from manipi.errors import quoted
 
@@ -55,9 +54,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _is_dataset(path: Path) -> bool:
+    from manipi.data.open import find_reader
     from manipi.data.rlds.index import find_version
 
-    return (path / "meta/info.json").is_file() or find_version(path) is not None
+    ours = (path / "meta/info.json").is_file() or find_version(path) is not None
+    return ours or (not (path / "manifest.json").is_file() and find_reader(path) is not None)
 
 
 def _dataset(path: Path | str) -> Any:

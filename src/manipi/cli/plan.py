@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from manipi.cli.arguments import NewFile, parse, recipe_name
-from manipi.cli.result import table, write_result
-from manipi.recipes.registry import RECIPES, load_recipe
+from manipi.cli.arguments import NewFile, parse, recipe_name, table, write_result
+from manipi.recipes.registry import load_recipe, recipe_names
 from manipi.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ first. docs/memory.md says what the parts are. Of data on this disk the longest 
 
 exits with 0 if the step fits (or no GPU is named), with 1 if it does not
 
-recipes: {", ".join(RECIPES)}
+recipes: {", ".join(recipe_names())}
 """
 
 

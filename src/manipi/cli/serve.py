@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from manipi.cli.arguments import NewFile, parse
-from manipi.cli.result import said_device
+from manipi.cli.arguments import NewFile, parse, said_device
 from manipi.records import to_json
 from manipi.robots.robot import Robot
 from manipi.serve.access import Access, join_host, read_token, tls_context

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from manipi.cli.arguments import NewFile, NewFolder, parse
-from manipi.cli.result import table, write_result
+from manipi.cli.arguments import NewFile, NewFolder, parse, table, write_result
 from manipi.errors import ConfigError
 from manipi.recipes.registry import load_recipe
 from manipi.robots.robot import Robot

@@ -9,9 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from manipi.cli.arguments import Folder, NewFile, parse, recipe_name
-from manipi.cli.result import write_result
-from manipi.recipes.registry import RECIPES, load_recipe
+from manipi.cli.arguments import Folder, NewFile, parse, recipe_name, write_result
+from manipi.recipes.registry import load_recipe, recipe_names
 from manipi.train.config import TrainConfig
 from manipi.train.launch import ENVIRONMENT, Launch
 
@@ -25,7 +24,7 @@ command goes on where it stopped. SIGTERM and SIGUSR1 (Slurm, spot machines) sav
   manipi train tabletop --gpus 8                          on eight GPUs; several hosts: docs/multi_node.md
   manipi train tabletop --help                            the recipe's numbers, each of them a flag
 
-recipes: {", ".join(RECIPES)}
+recipes: {", ".join(recipe_names())}
 """
 
 

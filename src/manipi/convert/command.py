@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from manipi.cli.arguments import NewFile, NewFolder, parse
-from manipi.cli.result import table, write_result
+from manipi.cli.arguments import NewFile, NewFolder, parse, table, write_result
 from manipi.errors import ConfigError, quoted
 
 

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
-from manipi.data.dataset import Dataset
+from manipi import extensions
+from manipi.data.dataset import Dataset, EpisodeSubset
 from manipi.errors import (
+    ConfigError,
     DatasetNotFoundError,
     FetchError,
     quoted,
@@ -14,6 +17,39 @@ from manipi.errors import (
 from manipi.remote.fetch import fetch, is_here
 
 _FOLDER = "the folder of a LeRobot dataset, with meta/info.json in it, or of an RLDS dataset's version"
+
+
+class DatasetReader(Protocol):
+    """What an entry point of the group `manipi.datasets` stands for: an object or a module with these functions."""
+
+    def recognises(self, root: Path) -> bool:
+        """Whether the folder is in this reader's format; asked where it is neither LeRobot nor RLDS."""
+        ...
+
+    def open(self, root: Path, episodes: Sequence[int]) -> Dataset:
+        """The dataset in that folder. Episodes: the numbers of those to use; none named: all of them."""
+        ...
+
+
+def find_reader(root: Path) -> DatasetReader | None:
+    """The reader of an installed package that recognises the folder; None: there is none.
+
+    Raises:
+        ConfigError: several of them do, or one cannot be imported.
+    """
+    readers: dict[str, DatasetReader] = {}
+    for name in extensions.entries("manipi.datasets"):
+        reader = extensions.find("manipi.datasets", name)
+        if reader.recognises(root):
+            readers[name] = reader
+    if len(readers) > 1:
+        raise ConfigError(
+            expected="a folder in one format",
+            found=f"one that these dataset readers recognise: {', '.join(readers)}",
+            where=str(root),
+            next="uninstall the package of all but one of them",
+        )
+    return next(iter(readers.values()), None)
 
 
 def fetch_tables(url: str) -> Path:
@@ -40,7 +76,8 @@ def open_dataset(
 
     Of a URL, metadata and tables are fetched; LeRobot's videos are when they are first needed. RLDS record files come
     one after the other while their index is made, and again when pictures of them are needed (`remote.loan`).
-    LeRobot has meta/info.json in it; RLDS features.json, dataset_info.json and *.tfrecord* files.
+    LeRobot has meta/info.json in it; RLDS features.json, dataset_info.json and *.tfrecord* files; any other folder on
+    this disk is shown to the dataset readers that installed packages add (`DatasetReader`).
 
     Args:
         episodes: the numbers of those to use; none named: all of them.
@@ -50,10 +87,10 @@ def open_dataset(
         DatasetNotFoundError: no such folder, or no frames in it.
         FetchError: the URL cannot be read.
         DatasetFormatError: an unknown version, or metadata that are missing or broken.
-        ConfigError: no episode of that number; of RLDS: several versions, or no map of its features.
+        ConfigError: no episode of that number; several readers of installed packages recognise the folder; of RLDS:
+            several versions, or no map of its features.
     """
     # The readers build on this module, so that they can only be imported from inside the function.
-    from manipi.data.dataset import EpisodeSubset
     from manipi.data.lerobot.parts import how_to_finish
     from manipi.data.lerobot.reader import LeRobotDataset
     from manipi.data.rlds.fields import BY_NAME
@@ -71,6 +108,17 @@ def open_dataset(
             or f"ls {quoted(root.parent)}  # then give the right path (--data.path, or --data.root for mixtures)",
         )
     version = None if (root / "meta/info.json").is_file() else find_version(root)
+    if version is None and not (root / "meta/info.json").is_file() and (reader := find_reader(root)):
+        dataset = reader.open(root, tuple(episodes))
+        if not isinstance(dataset, Dataset):
+            raise ConfigError(
+                expected="a manipi.Dataset, which a dataset reader opens",
+                found=shown(dataset),
+                where=str(root),
+                next="correct `open` of that reader",
+            )
+        chosen = not episodes or [episode.index for episode in dataset.episodes] == list(episodes)
+        return dataset if chosen else EpisodeSubset(dataset, episodes)
     if version is None and not any((root / name).is_dir() for name in ("meta", "data", "videos")):
         raise DatasetNotFoundError(
             expected=_FOLDER,
@@ -79,7 +127,7 @@ def open_dataset(
             next=f"give the folder of one dataset; recordings of other formats: manipi convert {quoted(root)} TARGET",
         )
     if version is None:
-        dataset: Dataset = LeRobotDataset(root, sorted(episodes))
+        dataset = LeRobotDataset(root, sorted(episodes))
         return dataset if list(episodes) == sorted(episodes) else EpisodeSubset(dataset, episodes)
     if fields and fields not in BY_NAME:
         raise unknown_name("map of RLDS features", fields, BY_NAME, next="name one of them (DatasetConfig.fields)")

@@ -1,6 +1,8 @@
-"""Recipes by name: a function that returns a complete TrainConfig, here or in a user's own file.
+"""Recipes and robots by name: ours, those of installed packages, of users' files.
 
-tabletop                        a name from the table below
+A recipe is a function that returns a complete TrainConfig.
+
+tabletop                        a name from the table below, or one that an installed package adds (manipi.extensions)
 path/to/my_robot.py:my_recipe   a function in a file of the user's
 my_package.recipes:my_recipe    a function in an importable module
 """
@@ -20,6 +22,7 @@ from types import ModuleType
 
 import manipi
 from manipi.errors import ConfigError, ManipiError, shown, unknown_name
+from manipi.extensions import entries, find, package_of
 from manipi.robots.robot import Robot
 from manipi.train.config import TrainConfig
 
@@ -50,12 +53,19 @@ _OPENPI = {
 }
 """The reference's recipes by module; each function has the name that its config has there."""
 
-RECIPES = {
-    "tabletop": "manipi.tabletop.recipes:pi05_tabletop",
-    "tabletop_pi0": "manipi.tabletop.recipes:pi0_tabletop",
-    "tabletop_pi0_fast": "manipi.tabletop.recipes:pi0_fast_tabletop",
-    **{name: f"manipi.recipes.{module}:{name}" for module, names in _OPENPI.items() for name in names.split()},
+_RECIPES = {name: f"manipi.recipes.{module}:{name}" for module, names in _OPENPI.items() for name in names.split()}
+_ROBOTS = {
+    "aloha": "manipi.robots.aloha:aloha",
+    "aloha_sim": "manipi.robots.aloha:aloha_sim",
+    "droid": "manipi.robots.droid:droid",
+    "libero": "manipi.robots.libero:libero",
+    "ur5": "manipi.robots.ur5:ur5",
 }
+
+
+def recipe_names() -> list[str]:
+    """Every name that `load_recipe` knows: of installed packages, then the reference's."""
+    return list(entries("manipi.recipes", _RECIPES))
 
 
 def load_recipe(target: str) -> TrainConfig:
@@ -63,24 +73,42 @@ def load_recipe(target: str) -> TrainConfig:
 
     Raises:
         UnknownNameError: no such recipe; with the closest names.
-        ConfigError: no such file or module, or a fault in it: what it raises, with file and line. An error of ours
-            keeps its type and says where in the file it came from.
+        ConfigError: two packages add a recipe of this name; no such file or module, or a fault in it: what it raises,
+            with file and line. An error of ours keeps its type and says where in the file it came from.
     """
     if ":" not in target and target.endswith(".py"):
         target += ":"  # a file without its function: the error lists those that it has
     if ":" not in target:
-        if target not in RECIPES:
-            raise unknown_name("recipe", target, RECIPES, next="manipi recipes, or name path/to/file.py:function")
-        target = RECIPES[target]
+        advice = "manipi recipes, or name path/to/file.py:function"
+        return _call(_require_recipe(find("manipi.recipes", target, _RECIPES, next=advice), target))
     where, _, name = target.rpartition(":")
     return _call(_recipe_in(_load_module(where), name, where))
 
 
 def load_robot(target: str) -> Robot:
-    """The robot of a recipe, or the `Robot` that `path/to/file.py:NAME` names. Raises as `load_recipe` does."""
+    """The robot of that name, of a recipe, or the `Robot` that `path/to/file.py:NAME` names. Raises as `load_recipe`.
+
+    A robot's name stands for a `Robot`, or for a function that returns one and takes no arguments.
+    """
     where, _, name = target.rpartition(":")
     if not where:
-        return load_recipe(target).robot
+        robots, recipes = entries("manipi.robots", _ROBOTS), recipe_names()
+        if target not in robots and target not in recipes:
+            raise unknown_name("robot or recipe", target, {*robots, *recipes}, next="name path/to/file.py:NAME")
+        if target not in robots:
+            return load_recipe(target).robot
+        robot = find("manipi.robots", target, _ROBOTS)
+        if callable(robot):
+            with _faults_of_users(_place_of(robot)):
+                robot = robot()
+        if not isinstance(robot, Robot):
+            raise ConfigError(
+                expected=f"a Robot, or a function that returns one, which {target!r} stands for",
+                found=shown(robot),
+                where=f"the package {package_of(robots[target][0])}, entry point {target} of manipi.robots",
+                next="correct the entry point of that package",
+            )
+        return robot
     module = _load_module(where)
     found = vars(module).get(name)
     if isinstance(found, Robot):
@@ -92,12 +120,20 @@ def load_robot(target: str) -> Robot:
 
 
 def _recipe_in(module: ModuleType, name: str, where: str) -> Recipe:
-    """The function of that name, which says of itself that it returns a config and takes no arguments."""
+    """The recipe of that name in a module."""
     found = vars(module).get(name)
     if found is None or not (_is_recipe(found) or inspect.isfunction(found)):
         recipes = [n for n, value in vars(module).items() if _is_recipe(value)]
         next = "annotate the function `-> TrainConfig`" if name or not recipes else f"name it: {where}:{recipes[0]}"
         raise unknown_name(f"recipe in {where}", name, recipes, next=next)
+    return _require_recipe(found, name)
+
+
+def _require_recipe(found: typing.Any, name: str) -> Recipe:
+    """`found`, which has to be a function that says that it returns a config and takes no arguments."""
+    if not callable(found):
+        expected, next = f"a recipe: def {name}() -> TrainConfig", "name a function, which may return it"
+        raise ConfigError(expected=expected, found=shown(found), where=f"recipe {name}", next=next)
     parameters = inspect.signature(found).parameters.values()
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if needed or not _is_recipe(found):

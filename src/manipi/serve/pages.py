@@ -21,7 +21,7 @@ from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 
-from manipi import page
+from manipi.page import render
 from manipi.serve.access import Access
 from manipi.serve.state import ServerState
 
@@ -86,6 +86,8 @@ class Pages:
     ):
         self._state, self._access, self._host, self._address = state, access, host, address
         self._max_clients, self._num_waiting = max_clients, num_waiting
+        title = "manipi serve" if state.robot is None else f"{state.robot.name} · manipi serve"
+        self._dashboard = render("serve/dashboard.html", title=title).decode()
 
     async def answer(self, connection: ServerConnection, request: Request) -> Response | None:
         """The response, or None for a handshake that may go on."""
@@ -127,9 +129,7 @@ class Pages:
         if path == "/state.json":
             return _response(200, json.dumps(await self._state.to_json()), "application/json")
         if path == "/":
-            title = "manipi serve" if self._state.robot is None else f"{self._state.robot.name} · manipi serve"
-            html = page.render("manipi.serve", "dashboard.html", {"title": page.escape(title)})
-            return _response(200, html.decode(), "text/html; charset=utf-8")
+            return _response(200, self._dashboard, "text/html; charset=utf-8")
         return _response(404, "nothing here; the dashboard is at /")
 
 

@@ -1,4 +1,4 @@
-"""`manipi demo`: the main job, from demonstrations to a policy that acts, on the embedded environment."""
+"""`manipi demo`: record demonstrations, train, serve and drive a simulated arm."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from manipi.cli.arguments import Folder, NewFile, parse
-from manipi.cli.result import table, write_result
+from manipi.cli.arguments import Folder, NewFile, parse, table, write_result
 from manipi.tabletop.config import DemoConfig
 
 

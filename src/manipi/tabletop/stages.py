@@ -25,9 +25,16 @@ from manipi.data.open import open_dataset
 from manipi.data.review.check import check_dataset
 from manipi.errors import DatasetFormatError, TrainingError
 from manipi.evaluate.report import DemoReport, write_report
-from manipi.evaluate.rollout import Trial, Variant, load_trials, run_trials, save_trials
-from manipi.evaluate.serving import policy_server
-from manipi.evaluate.statistics import SuccessRate, success_rate
+from manipi.evaluate.rollout import (
+    SuccessRate,
+    Trial,
+    Variant,
+    load_trials,
+    policy_server,
+    run_trials,
+    save_trials,
+    success_rate,
+)
 from manipi.recipes.registry import load_recipe
 from manipi.records import json_bytes, read_json, to_json
 from manipi.storage import atomic_write
@@ -113,6 +120,7 @@ class Demo:
         return run_trials(
             port,
             range(self.config.trials),
+            environment="tabletop",
             image_size=self.train_config.model.vision.image_size,
             execute_steps=self.config.execute_steps,
             variant=variant,

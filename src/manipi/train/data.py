@@ -27,7 +27,7 @@ from manipi.data.norm_stats.compute import (
 from manipi.data.norm_stats.sketch import merge_sketches, provenance
 from manipi.data.open import fetch_tables, open_dataset
 from manipi.data.review.check import other_rate, sort_episodes
-from manipi.data.review.mask import read_mask
+from manipi.data.review.filters import read_mask
 from manipi.errors import ConfigError, NormStatsError
 from manipi.model.config import Pi0FastConfig
 from manipi.records import fingerprint, from_json, read_json, write_json

@@ -9,8 +9,7 @@ import pytest
 from manipi.data.dataset import Feature
 from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.data.open import open_dataset
-from manipi.data.review.filters import Rules, filter_dataset, guess_keys, preview
-from manipi.data.review.mask import mask_of, read_mask
+from manipi.data.review.filters import Rules, filter_dataset, guess_keys, mask_of, preview, read_mask
 from manipi.errors import ConfigError, DatasetFormatError, MissingFeatureError
 from manipi.train.data import prepare
 

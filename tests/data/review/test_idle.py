@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from manipi.data.review.idle import droid_keep_ranges, idle_frames
+from manipi.data.review.filters import droid_keep_ranges, idle_frames
 
 
 def velocities(*parts):

@@ -21,7 +21,7 @@ from manipi.data.feed.loader import Loader
 from manipi.data.feed.sampler import Sampler, Stream
 from manipi.data.open import open_dataset
 from manipi.data.review.describe import describe_dataset
-from manipi.data.review.mask import read_mask
+from manipi.data.review.filters import read_mask
 from manipi.data.rlds.fields import RldsFields, droid_fields
 from manipi.data.rlds.reader import RldsDataset, open_rlds
 from manipi.data.rlds.tfrecord import Example

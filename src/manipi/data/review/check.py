@@ -18,13 +18,17 @@ Nothing stops at the first finding: what cannot be read is reported, and the res
 pictures pass through the reader that training uses, so what passes here trains.
 """
 
+import copy
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from manipi.data.dataset import Dataset
 from manipi.data.open import open_dataset
@@ -32,12 +36,13 @@ from manipi.data.review import episodes as whole
 from manipi.data.review import values
 from manipi.data.review.describe import is_action
 from manipi.data.review.lerobot_files import open_lerobot
-from manipi.data.review.pictures import picture_findings
 from manipi.data.review.report import CheckReport, EpisodeFacts, Finding, from_error, warning
-from manipi.data.review.rotations import find_leaps, report_leaps
 from manipi.data.review.values import Signal
 from manipi.errors import DataError, quoted
 from manipi.robots.robot import Robot
+
+BLOCK = 32
+"""Pictures decoded at a time."""
 
 
 def check_dataset(
@@ -51,7 +56,7 @@ def check_dataset(
         quick: decode the first and the last picture of each episode only.
         num_workers: threads that decode pictures; by default one per processor core.
     """
-    root = Path(root).expanduser().resolve()
+    root, keys = Path(root).expanduser().resolve(), _keys(robot)
     try:
         findings, rows, to_decode = _open(root, None)
     except DataError as error:
@@ -63,14 +68,15 @@ def check_dataset(
         found, facts = _look_into(rows, signals, robot)
         findings += [*bad, *found]
     if to_decode is not None:
-        workers = num_workers or os.cpu_count() or 1
-        cameras = _cameras(to_decode, _keys(robot), absent)
-        findings += picture_findings(to_decode, cameras, quick=quick, num_workers=workers)
+        findings += _pictures(to_decode, _cameras(to_decode, keys, absent), quick, num_workers)
     dataset = to_decode or rows
     if dataset is None:
         return CheckReport(root=str(root), findings=_located(root, findings))
     if robot is not None:
-        findings = [_concerning(robot, finding) for finding in findings]
+        for i, finding in enumerate(findings):  # features that the robot does not name keep nothing from training
+            if finding.severity == "error" and finding.features and not set(finding.features) & (keys or set()):
+                what = f"{finding.what}; {robot.name!r} does not use it"
+                findings[i] = replace(finding, severity="warning", what=what)
         findings += _robot(dataset, robot)
     return CheckReport(
         root=str(root),
@@ -109,8 +115,7 @@ def sort_episodes(
         findings += values.read_signals(rows, wanted - absent)[1]
     if to_decode is not None:
         cameras = [c for c in _cameras(to_decode, keys, absent) if keys is None or c in keys]
-        workers = num_workers or os.cpu_count() or 1
-        findings += picture_findings(to_decode, cameras, quick=True, num_workers=workers)
+        findings += _pictures(to_decode, cameras, quick=True, num_workers=num_workers)
     bad: dict[int, str] = {}
     for finding in _located(root, findings):
         for number in finding.episodes if finding.severity == "error" else ():
@@ -133,27 +138,16 @@ def _cameras(dataset: Dataset, asked: set[str] | None, absent: set[str]) -> list
     return [camera for camera in (*dataset.cameras, *depth) if camera not in absent]
 
 
-def _concerning(robot: Robot, finding: Finding) -> Finding:
-    """What is wrong with features that the robot does not name does not keep it from training."""
-    if finding.severity != "error" or not finding.features or set(finding.features) & (_keys(robot) or set()):
-        return finding
-    return replace(finding, severity="warning", what=f"{finding.what}; {robot.name!r} does not use it")
-
-
 def _open(root: Path, keys: set[str] | None, fields: str = "") -> tuple[list[Finding], Dataset | None, Dataset | None]:
     """What the format's own checks find, the episodes whose rows can be read, and those whose pictures can be tried."""
     if (root / "meta").is_dir():
         return open_lerobot(root, keys)
-    dataset = open_dataset(root, fields=fields)
-    return list(_timestamps(dataset)), dataset, dataset
-
-
-def _timestamps(dataset: Dataset) -> Iterator[Finding]:
-    """Of a format whose reader does not look at them."""
-    if "timestamp" in dataset.features:
+    dataset, findings = open_dataset(root, fields=fields), list[Finding]()
+    if "timestamp" in dataset.features:  # at which the reader of RLDS does not look
         seconds = dataset.column("timestamp")[:, 0]
         for e in dataset.episodes:
-            yield from values.uneven_timestamps(e.index, seconds[e.start : e.start + e.length], dataset.fps)
+            findings += values.uneven_timestamps(e.index, seconds[e.start : e.start + e.length], dataset.fps)
+    return findings, dataset, dataset
 
 
 def _look_into(
@@ -162,8 +156,8 @@ def _look_into(
     idle_N, findings, jerks = whole.find_idle(dataset, signals, robot), [], []
     for signal in signals:
         jerk_Ed = values.jerk(dataset, signal)
-        leaps = find_leaps(dataset, signal)
-        findings += [*values.still(signal), *report_leaps(dataset, signal, leaps, robot)]
+        leaps = values.find_leaps(dataset, signal)
+        findings += [*values.still(signal), *values.report_leaps(dataset, signal, leaps, robot)]
         findings += values.jumps(dataset, signal, [(leap.rows, leap.dims) for leap in leaps])
         findings += values.shaking(dataset, signal, jerk_Ed)
         if is_action(signal.key):
@@ -186,6 +180,49 @@ def _look_into(
         for e, jerk, motion in zip(dataset.episodes, jerk_E, whole.speed_curves(dataset, signals), strict=True)
     ]
     return findings, tuple(facts)
+
+
+def _pictures(dataset: Dataset, cameras: Sequence[str], quick: bool, num_workers: int | None) -> list[Finding]:
+    """The first damaged picture of each camera and episode; `quick` looks at the first and the last alone."""
+    jobs = [(camera, position) for camera in cameras for position in range(len(dataset.episodes))]
+    local = threading.local()
+
+    def begin() -> None:
+        local.dataset = copy.copy(dataset)  # opens the files again: a decoder belongs to one thread
+
+    def decode(job: tuple[str, int]) -> Finding | None:
+        camera, episode = job[0], dataset.episodes[job[1]]
+        stop, step = episode.start + episode.length, max(1, episode.length - 1) if quick else BLOCK
+        for first in range(episode.start, stop, step):
+            rows = np.arange(first, min(first + (1 if quick else BLOCK), stop))
+            if error := _damage(local.dataset, camera, rows):
+                single = (row for row in rows.tolist() if _damage(local.dataset, camera, np.array([row])))
+                frame = next(single, first) - episode.start
+                return from_error(error, "pictures", (episode.index,), frame, (camera,))
+        return None
+
+    with ThreadPoolExecutor(num_workers or os.cpu_count() or 1, initializer=begin) as pool:
+        try:
+            bar = tqdm(pool.map(decode, jobs), total=len(jobs), desc="pictures", unit="clip", leave=False)
+            damaged = [finding for finding in bar if finding is not None]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    findings = list[Finding]()
+    for camera in cameras:
+        here = [finding for finding in damaged if finding.features == (camera,)]
+        if len(here) == len(dataset.episodes) and len({(finding.what, finding.next) for finding in here}) == 1:
+            here = [replace(here[0], episodes=tuple(number for finding in here for number in finding.episodes))]
+        findings += here  # what is the same in all of a camera's episodes is one finding
+    return findings
+
+
+def _damage(dataset: Dataset, camera: str, rows: np.ndarray) -> DataError | None:
+    try:
+        dataset.images(camera, rows)
+    except DataError as error:
+        return error
+    return None
 
 
 def _robot(dataset: Dataset, robot: Robot) -> Iterator[Finding]:

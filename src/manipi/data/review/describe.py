@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 from manipi.data.dataset import Dataset, Feature
 from manipi.errors import one_line, shown
@@ -54,10 +53,19 @@ class DatasetSummary:
 
 def describe_dataset(dataset: Dataset) -> DatasetSummary:
     """Reads the metadata only; no table and no picture."""
-    version, robot_type = _origin(dataset.root)
+    root, robot_type = dataset.root, ""
+    if (root / "meta/info.json").is_file():
+        info = read_json(root / "meta/info.json")
+        version, told = f"LeRobot {info['codebase_version']}", info.get("robot_type") or ""
+        robot_type = told if isinstance(told, str) else shown(told)
+    elif (root / "dataset_info.json").is_file():
+        info = read_json(root / "dataset_info.json")
+        version = f"RLDS {info['name']} {info.get('version', '')}".strip()
+    else:  # another package's reader
+        version = f"{type(dataset).__module__}.{type(dataset).__name__}"
     lengths = sorted(episode.length for episode in dataset.episodes)
     return DatasetSummary(
-        root=str(dataset.root),
+        root=str(root),
         version=version,
         robot_type=robot_type or "unknown",
         fps=dataset.fps,
@@ -69,16 +77,6 @@ def describe_dataset(dataset: Dataset) -> DatasetSummary:
         tasks=dict(Counter(episode.task for episode in dataset.episodes).most_common()),
         robot=sketch_robot(dataset, robot_type or dataset.name),
     )
-
-
-def _origin(root: Path) -> tuple[str, str]:
-    """Format and version, and the robot where the dataset names it."""
-    if (root / "meta/info.json").is_file():
-        info = read_json(root / "meta/info.json")
-        robot_type = info.get("robot_type") or ""
-        return f"LeRobot {info['codebase_version']}", robot_type if isinstance(robot_type, str) else shown(robot_type)
-    info = read_json(root / "dataset_info.json")
-    return f"RLDS {info['name']} {info.get('version', '')}".strip(), ""
 
 
 def is_action(key: str) -> bool:
@@ -113,10 +111,15 @@ def sketch_robot(dataset: Dataset, name: str) -> str:
     """
     states, actions = state_and_action_keys(dataset)
     action_key = actions[0] if actions else "action"
-    action = dataset.features.get(action_key, Feature(kind="vector", shape=(1,), dtype="float32"))
-    cameras = "".join(f"        {_text(slot)}: {_text(key)},\n" for slot, key in _slots(dataset.cameras))
+    cameras, slots = "", Counter[str]()
+    for key in dataset.cameras:  # wrists to their side, everything else from `base` on
+        wrist = any(word in key for word in ("wrist", "hand", "gripper"))
+        slot = ("right_wrist" if "right" in key else "left_wrist") if wrist else "base"
+        slots[slot] += 1
+        cameras += f"        {_text(slot if slots[slot] == 1 else f'{slot}_{slots[slot]}')}: {_text(key)},\n"
     state = "".join(f"        State({_text(key)}, {math.prod(dataset.features[key].shape)}),\n" for key in states)
-    groups = list(_groups(action))
+    groups = list(_groups(dataset.features.get(action_key, Feature(kind="vector", shape=(1,), dtype="float32"))))
+    commands = "".join(f"        {source},  # {note}\n" for source, note in groups)
     kinds = sorted({source.partition("(")[0] for source, _ in groups} | {"Robot", "State"})
     return f"""\
 from manipi.robots import {", ".join(kinds)}
@@ -128,7 +131,7 @@ ROBOT = Robot(
     state=(
 {state}    ),
     actions=(  # Joints(n, relative=True): the model sees offsets from the state
-{"".join(f"        {line},{note}" for line, note in groups)}    ),
+{commands}    ),
     action_key={_text(action_key)},
     control_hz={dataset.fps:g},
 )
@@ -140,16 +143,6 @@ def _text(value: str) -> str:
     return f'"{value}"' if value.isprintable() and not set(value) & {'"', "\\"} else repr(value)
 
 
-def _slots(cameras: list[str]) -> Iterator[tuple[str, str]]:
-    """Camera slot and key: wrists to their side, everything else from `base` on."""
-    taken = Counter[str]()
-    for key in cameras:
-        wrist = any(word in key for word in ("wrist", "hand", "gripper"))
-        slot = ("right_wrist" if "right" in key else "left_wrist") if wrist else "base"
-        taken[slot] += 1
-        yield (slot if taken[slot] == 1 else f"{slot}_{taken[slot]}"), key
-
-
 def _groups(action: Feature) -> Iterator[tuple[str, str]]:
     """Source and comment of each group, by the dimensions' names: grippers, tool poses, and joints between."""
     size = math.prod(action.shape)
@@ -157,31 +150,23 @@ def _groups(action: Feature) -> Iterator[tuple[str, str]]:
     for gripper, group in groupby(names, key=is_gripper):
         members = list(group)
         if gripper:
-            yield from (("Gripper(open=0.0, closed=1.0)", f"  # {name}: correct the range\n") for name in members)
-        else:
-            yield from _poses_and_joints(members)
-
-
-def _poses_and_joints(names: list[str]) -> Iterator[tuple[str, str]]:
-    axes, start, position = [_axis(name) for name in names], 0, 0
-    while position <= len(names):
-        size, rotation = _pose_at(axes[position:])
-        if (size or position == len(names)) and position > start:
-            span = f"{names[start]} … {names[position - 1]}" if names[start] else "is one of them a gripper?"
-            yield f"Joints({position - start})", f"  # {span}\n"
-        if size:
-            source = f'EndEffector(rotation="{rotation}")' if rotation else "EndEffector()"
-            yield source, f"  # {names[position]} … {names[position + size - 1]}: is it so, and absolute?\n"
-            start = position + size
-        position += size or 1
-
-
-def _pose_at(axes: list[str]) -> tuple[int, str]:
-    """How many dimensions from the first on are a tool pose, and the form of its rotation; 0: they are none."""
-    if tuple(axes[:3]) != _POSITION:
-        return 0, ""
-    forms = ((len(names) + 3, form) for names, form in _ROTATIONS.items() if tuple(axes[3 : 3 + len(names)]) == names)
-    return next(forms, (3, ""))
+            yield from (("Gripper(open=0.0, closed=1.0)", f"{name}: correct the range") for name in members)
+            continue
+        axes, start, position = [_axis(name) for name in members], 0, 0
+        while position <= len(members):
+            pose, rotation = 0, ""  # dimensions of a tool pose from this one on, and the form of its rotation
+            if tuple(axes[position : position + 3]) == _POSITION:
+                at = position + 3
+                forms = ((len(f) + 3, form) for f, form in _ROTATIONS.items() if tuple(axes[at : at + len(f)]) == f)
+                pose, rotation = next(forms, (3, ""))
+            if (pose or position == len(members)) and position > start:
+                span = f"{members[start]} … {members[position - 1]}" if members[start] else "is one of them a gripper?"
+                yield f"Joints({position - start})", span
+            if pose:
+                source = f'EndEffector(rotation="{rotation}")' if rotation else "EndEffector()"
+                yield source, f"{members[position]} … {members[position + pose - 1]}: is it so, and absolute?"
+                start = position + pose
+            position += pose or 1
 
 
 def _axis(name: str) -> str:

@@ -3,16 +3,15 @@
 Shape letters: N rows, E episodes, d dimensions.
 """
 
-import math
 import string
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from manipi.data.dataset import Dataset
 from manipi.data.review.describe import is_action, is_rate, is_state
-from manipi.data.review.idle import idle_frames
+from manipi.data.review.filters import idle_frames
 from manipi.data.review.report import Finding, warning
 from manipi.data.review.values import Signal
 from manipi.robots.robot import Robot
@@ -59,9 +58,17 @@ def pauses(dataset: Dataset, idle_N: np.ndarray) -> Iterator[Finding]:
 
 def alike(dataset: Dataset, signals: Sequence[Signal]) -> Iterator[Finding]:
     """Pairs of episodes with the same, or nearly the same, movement. Each is named with the first that it is like."""
-    points_EPd = np.concatenate([_moments(dataset, s) for s in signals if s.moving_d.any()] or [np.zeros(0)], axis=-1)
-    if points_EPd.ndim < 3 or len(points_EPd) < 2:
+    moving = [s for s in signals if s.moving_d.any()]
+    if not moving or len(dataset.episodes) < 2:
         return
+    # Each episode at moments spread evenly over it, every dimension divided by its range: [E, POINTS, d].
+    moments_EP = np.rint(np.linspace(0, 1, POINTS) * (dataset.ends - dataset.starts - 1)[:, None]).astype(int)
+    rows_EP, parts = dataset.starts[:, None] + moments_EP, []
+    for s in moving:
+        values_Nd = s.values_Nd[:, s.moving_d] / s.range_d[s.moving_d]
+        values_Nd -= values_Nd.mean(axis=0)
+        parts.append(values_Nd[rows_EP].astype(np.float32))
+    points_EPd = np.concatenate(parts, axis=-1)
     flat_EF = points_EPd.reshape(len(points_EPd), -1)
     norms_E = (flat_EF**2).sum(axis=1)
     for start in range(0, len(flat_EF), BLOCK):
@@ -71,31 +78,15 @@ def alike(dataset: Dataset, signals: Sequence[Signal]) -> Iterator[Finding]:
         near = np.argwhere(squares_BE <= (1.01 * ALIKE) ** 2 * flat_EF.shape[1] + 1e-5 * norms_E.max())
         seen = set[int]()
         for i, j in ((start + int(i), int(j)) for i, j in near):
-            if j < i and i not in seen and np.abs(points_EPd[i] - points_EPd[j]).max() <= ALIKE:
-                seen.add(i)
-                yield _twins(dataset, signals, i, j)
-
-
-def _moments(dataset: Dataset, signal: Signal) -> np.ndarray:
-    """[E, POINTS, d]: each episode at moments spread evenly over it, every dimension divided by its range."""
-    values_Nd = signal.values_Nd[:, signal.moving_d] / signal.range_d[signal.moving_d]
-    values_Nd -= values_Nd.mean(axis=0)
-    share_P = np.linspace(0, 1, POINTS)
-    rows_EP = dataset.starts[:, None] + np.rint(share_P * (dataset.ends - dataset.starts - 1)[:, None]).astype(int)
-    return values_Nd[rows_EP].astype(np.float32)
-
-
-def _twins(dataset: Dataset, signals: Sequence[Signal], i: int, j: int) -> Finding:
-    a, b = dataset.episodes[i], dataset.episodes[j]
-    same = a.length == b.length and all(
-        np.array_equal(s.values_Nd[a.start : a.start + a.length], s.values_Nd[b.start : b.start + b.length])
-        for s in signals
-    )
-    what = (
-        f"the same numbers as episode {b.index}" if same else f"within {ALIKE:.0%} of the movement of episode {b.index}"
-    )
-    next = f"manipi filter <folder> --without {a.index} --out keep.json  # leaves one of the two out"
-    return warning("movement", what, next, (a.index, b.index))
+            if j >= i or i in seen or np.abs(points_EPd[i] - points_EPd[j]).max() > ALIKE:
+                continue
+            seen.add(i)
+            a, b = dataset.episodes[i], dataset.episodes[j]
+            a_T, b_T = slice(a.start, a.start + a.length), slice(b.start, b.start + b.length)
+            same = a.length == b.length and all(np.array_equal(s.values_Nd[a_T], s.values_Nd[b_T]) for s in signals)
+            what = "the same numbers as" if same else f"within {ALIKE:.0%} of the movement of"
+            next = f"manipi filter <folder> --without {a.index} --out keep.json  # leaves one of the two out"
+            yield warning("movement", f"{what} episode {b.index}", next, (a.index, b.index))
 
 
 def language(dataset: Dataset) -> Iterator[Finding]:
@@ -104,7 +95,8 @@ def language(dataset: Dataset) -> Iterator[Finding]:
         yield warning("language", what, "write what the robot does there; the policy is told nothing otherwise", silent)
     spellings = defaultdict[str, dict[str, list[int]]](lambda: defaultdict(list))
     for e in dataset.episodes:
-        spellings[_plain(e.task)][e.task].append(e.index)
+        plain = e.task.casefold().translate(str.maketrans("", "", string.punctuation))
+        spellings["".join(plain.split())][e.task].append(e.index)  # by what does not differ by accident
     for variants in spellings.values():
         if len(variants) > 1:
             common = max(variants.values(), key=len)
@@ -112,17 +104,6 @@ def language(dataset: Dataset) -> Iterator[Finding]:
             rare = sorted(n for numbers in variants.values() if numbers is not common for n in numbers)
             what = f"one instruction in {len(variants)} spellings: {named}"
             yield warning("language", what, "spell it in one way; to the policy they are different texts", rare)
-
-
-def _plain(text: str) -> str:
-    """Without case, space and punctuation, which may differ by accident."""
-    return "".join(text.casefold().translate(str.maketrans("", "", string.punctuation)).split())
-
-
-def evenness(tasks: Mapping[str, int]) -> float:
-    """How many instructions, all used equally, would be as hard to guess: exp of the entropy."""
-    total = sum(tasks.values())
-    return math.exp(-sum(n / total * math.log(n / total) for n in tasks.values()))
 
 
 def speed_curves(dataset: Dataset, signals: Sequence[Signal]) -> list[tuple[float, ...]]:

@@ -1,5 +1,7 @@
-"""What only a LeRobot dataset can have wrong: metadata, tables, numbering and video lengths that disagree, and what the
-metadata name and no file has."""
+"""What only a LeRobot dataset can have wrong: files that are absent or disagree.
+
+Metadata, tables, numbering and video lengths that disagree, and what the metadata name and no file has.
+"""
 
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -59,7 +61,12 @@ def open_lerobot(
         return [*findings, *absent], None, None
     in_tables, spoilt, seconds = _tables(index, root, wanted)
     of_times, times, timeless = _times(index, root, wanted, {n: seconds[n] for n in listed - spoilt if n in seconds})
-    findings += [*absent, *in_tables, *of_times, *_unlisted(index, root), *_video_lengths(index, wanted, times)]
+    findings += [*absent, *in_tables, *of_times]
+    for path in sorted(set((root / "data").rglob("*.parquet")) - set(index.tables)):
+        # A recording or conversion that died before the metadata were written left it behind.
+        what = f"{path} belongs to no episode of the metadata"
+        findings.append(warning("tables", what, "record or convert its episodes again, or delete the file"))
+    findings += _video_lengths(index, wanted, times)
     sound = sorted(listed - spoilt)
     # Pictures inside tables are found by their rows, and videos without them, at frame / fps.
     inside = any(f.dtype == "image" for k, f in index.features.items() if k in wanted)
@@ -76,21 +83,30 @@ def _tables(
     """What is wrong in the tables, the numbers of the episodes whose rows cannot be used, and each one's timestamps."""
     vectors = {k: math.prod(f.shape) for k, f in index.features.items() if f.kind == "vector"}
     widths = {k: w for k, w in vectors.items() if k in keys} | dict.fromkeys(NUMBERING, 1)
-    findings, spoilt, seconds = [], set[int](), dict[int, np.ndarray]()
+    findings, spoilt, seconds = list[Finding](), set[int](), dict[int, np.ndarray]()
     for path, promised in tqdm(index.by_table().items(), desc="tables", unit="file", leave=False):
-        numbers = [e.index for e in promised]
         try:
             absent = set(NUMBERING) - set(column_names(path, root))
             wanted = {key: width for key, width in (widths | ROW_COLUMNS).items() if key not in absent}
             values = read_values(path, wanted, root)
             faults = list(row_faults(path, root, promised, index.tasks, values))
         except DataError as e:
-            faults = [Fault(e, tuple(numbers))]
+            faults = [Fault(e, tuple(e.index for e in promised))]
         else:
-            findings += _numbering(path, values)
-            seconds |= {n: values["timestamp"][a:b, 0] for n, a, b in runs(values["episode_index"][:, 0])}
-        findings += [_of_fault(fault, _kind(fault)) for fault in faults]
-        spoilt |= {number for fault in faults for number in fault.episodes}
+            for number, start, end in runs(values["episode_index"][:, 0]):
+                seconds[number] = values["timestamp"][start:end, 0]
+                for name in filter(values.__contains__, NUMBERING):
+                    found = values[name][start:end, 0]
+                    expected = np.arange(end - start) + (0 if name == "frame_index" else found[0])
+                    if (wrong := np.flatnonzero(found != expected)).size:
+                        at, count = int(wrong[0]), frames(wrong.size)
+                        what = f"{name} is {found[at]} where {expected[at]} belongs ({count} in all), in {path}"
+                        next = "manipi convert <folder> TARGET  # numbers them anew"
+                        findings.append(error("numbering", what, next, (number,), at))
+        for fault in faults:
+            check = "timestamps" if "timestamps" in fault.error.expected else "numbering"
+            findings.append(_of_fault(fault, "tables" if fault.frame is None else check))
+            spoilt |= set(fault.episodes)
     return findings, spoilt, seconds
 
 
@@ -126,30 +142,6 @@ def _of_fault(fault: Fault, check: str) -> Finding:
     return replace(finding, next=fault.advice or finding.next)
 
 
-def _kind(fault: Fault) -> str:
-    if fault.frame is None:
-        return "tables"
-    return "timestamps" if "timestamps" in fault.error.expected else "numbering"
-
-
-def _numbering(path: Path, values: Mapping[str, np.ndarray]) -> Iterator[Finding]:
-    for number, start, end in runs(values["episode_index"][:, 0]):
-        for name in filter(values.__contains__, NUMBERING):
-            found = values[name][start:end, 0]
-            expected = np.arange(end - start) + (0 if name == "frame_index" else found[0])
-            if (wrong := np.flatnonzero(found != expected)).size:
-                at = int(wrong[0])
-                what = f"{name} is {found[at]} where {expected[at]} belongs ({frames(wrong.size)} in all), in {path}"
-                yield error("numbering", what, "manipi convert <folder> TARGET  # numbers them anew", (number,), at)
-
-
-def _unlisted(index: LeRobotIndex, root: Path) -> Iterator[Finding]:
-    """Tables that a recording or conversion left behind when it died before the metadata were written."""
-    for path in sorted(set((root / "data").rglob("*.parquet")) - set(index.tables)):
-        what = f"{path} belongs to no episode of the metadata"
-        yield warning("tables", what, "record or convert its episodes again, or delete the file")
-
-
 def _absent(index: LeRobotIndex, root: Path, keys: Collection[str]) -> Iterator[Finding]:
     """What meta/info.json names and no file has: once, beside the files that no episode has.
 
@@ -160,15 +152,15 @@ def _absent(index: LeRobotIndex, root: Path, keys: Collection[str]) -> Iterator[
     tables = list(dict.fromkeys(index.tables))
     if not any(path.is_file() for path in tables):
         strays = sorted((root / "data").rglob("*.parquet"))
-        what = f"{_nothing_at(tables)}, to which data_path leads"
-        advice = f"correct data_path in {where}" if strays else fetch
-        yield error("tables", what + _of_no_episode(strays), advice, everyone, where=where)
+        what = f"{_nothing_at(tables)}, to which data_path leads{_of_no_episode(strays)}"
+        yield error("tables", what, f"correct data_path in {where}" if strays else fetch, everyone, where=where)
         return
-    videos = {key: {clip.path for clip in index.clips.get(key, ())} for key in keys if _is_video(index, key)}
+    of_videos = {key for key in keys if index.features[key].dtype == "video"}
+    videos = {key: {clip.path for clip in index.clips.get(key, ())} for key in of_videos}
     empty = sorted(key for key, paths in videos.items() if not any(path.is_file() for path in paths))
     if empty:
-        listed = {clip.path for clips in index.clips.values() for clip in clips}
-        strays = sorted(set((root / "videos").rglob("*.mp4")) - listed)
+        in_metadata = {clip.path for clips in index.clips.values() for clip in clips}
+        strays = sorted(set((root / "videos").rglob("*.mp4")) - in_metadata)
         places = [path for key in empty for path in sorted(videos[key])]
         found = _nothing_at(places) if places else "no episode names one"
         advice = f"{leave_out(root, *empty)}  # if it was never recorded; else {fetch}"
@@ -178,21 +170,17 @@ def _absent(index: LeRobotIndex, root: Path, keys: Collection[str]) -> Iterator[
                 advice = f"name the feature in {where} as its folder is named, or the folder as the feature"
         what = f"no file has pictures of {', '.join(empty)}: {found}{_of_no_episode(strays)}"
         yield error("pictures", what, advice, everyone, where=where, features=empty)
-    yield from _absent_columns(index, root, {key for key in keys if not _is_video(index, key)}, everyone)
-
-
-def _absent_columns(index: LeRobotIndex, root: Path, keys: set[str], everyone: tuple[int, ...]) -> Iterator[Finding]:
-    """Features that no table has, of those that can be read."""
-    tables, named, absent = list(dict.fromkeys(index.tables)), list[str](), keys - {*NUMBERING, *ROW_COLUMNS}
-    for path in tables if absent else ():
+    # Columns that no table has, of those that can be read.
+    named, absent = list[str](), set(keys) - of_videos - {*NUMBERING, *ROW_COLUMNS}
+    for path in tables:
+        if not absent:
+            return
         with suppress(DataError):  # reading it tells
             named = column_names(path, root)
             absent = absent.difference(named)
-        if not absent:
-            return
     for key in sorted(absent) if named else ():
         what = f"expected the columns {listed([key])}; found only {listed(named)}"
-        advice = f"{leave_out(root, key)}  # or take it out of {root / 'meta/info.json'}"
+        advice = f"{leave_out(root, key)}  # or take it out of {where}"
         place = f"{tables[0]}" + (f", and {len(tables) - 1} more" if len(tables) > 1 else "")
         yield error("tables", what, advice, everyone, where=place, features=(key,))
 
@@ -208,10 +196,6 @@ def _of_no_episode(strays: list[Path]) -> str:
     return f"; {some} to no episode of the metadata, such as {strays[0]}"
 
 
-def _is_video(index: LeRobotIndex, key: str) -> bool:
-    return index.features[key].dtype == "video"
-
-
 def _video_lengths(index: LeRobotIndex, keys: Collection[str], elsewhere: Collection[int]) -> Iterator[Finding]:
     """Pictures that a video has beyond those of its episodes, or that two of its episodes share. Those that it lacks
     show when they are decoded; of episodes `elsewhere`, `_times` says what is wrong."""
@@ -221,22 +205,17 @@ def _video_lengths(index: LeRobotIndex, keys: Collection[str], elsewhere: Collec
             belonging.setdefault(clip.path, []).append(episode)
             last = clip.start + (episode.length - 1) / index.fps
             if last > clip.end - SLACK / index.fps and episode.index not in elsewhere:
-                what = (
-                    f"its pictures in {clip.path} run to {last:.3f} s, its part of that file only to {clip.end:.3f} s"
-                )
+                there = f"its pictures in {clip.path} run to {last:.3f} s"
                 next = "look with `manipi view` whether its last pictures are another episode's"
+                what = f"{there}, its part of that file only to {clip.end:.3f} s"
                 yield warning("pictures", what, next, (episode.index,))
         for path, episodes in belonging.items():
-            found, count = _video_length(path), sum(episode.length for episode in episodes)
-            concerned = [episode.index for episode in episodes]
-            if found is not None and found > count and not set(concerned) & set(elsewhere):
+            count, concerned = sum(episode.length for episode in episodes), [episode.index for episode in episodes]
+            try:
+                with av.open(str(path)) as container:
+                    found = container.streams.video[0].frames
+            except (FFmpegError, IndexError):
+                continue  # decoding reports it, with the episodes concerned
+            if found > count and not set(concerned) & set(elsewhere):
                 what = f"{frames(found)} in {path}, and only {count} in the episodes that it belongs to"
                 yield warning("pictures", what, "look whether pictures and rows are shifted", concerned)
-
-
-def _video_length(path: Path) -> int | None:
-    try:
-        with av.open(str(path)) as container:
-            return container.streams.video[0].frames
-    except (FFmpegError, IndexError):
-        return None  # decoding reports it, with the episodes concerned

@@ -1,10 +1,24 @@
-"""What a check says."""
+"""What a check of a dataset found, and its page: the pictures concerned, and every episode at a glance."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
+
+from manipi.data.dataset import Dataset
+from manipi.data.open import open_dataset
 from manipi.errors import DataError
+from manipi.page import counted, percent, polyline, render, thumbnail
+from manipi.storage import atomic_write
+
+PICTURED, LISTED, PLACES = 40, 1_000, 12
+"""Findings that get pictures, episodes in the table, and places that a finding names before it says how many more."""
+CAMERAS, WIDTH = 3, 256
+"""Pictures of a frame, and their width in pixels."""
 
 CHECKS = ("metadata", "tables", "numbering", "timestamps", "values", "movement", "language", "pictures", "robot")
 
@@ -113,3 +127,74 @@ def place(episodes: Sequence[int], frame: int | None = None) -> str:
 
 def frames(count: int) -> str:
     return f"{count} frame{'s' if count > 1 else ''}"
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+
+def write_check_page(path: Path, report: CheckReport) -> None:
+    """One HTML file. Raises StorageError where it cannot be written."""
+    concerned = {number for finding in report.findings for number in finding.episodes}
+    listed = sorted(report.episodes, key=lambda e: (e.index not in concerned, e.index))[:LISTED]
+    tasks = report.tasks or {}
+    facts = [("frames in pauses", percent(report.idle)), ("different instructions", f"{len(tasks):,}")]
+    if len(tasks) > 1:
+        # How many instructions, all used equally, would be as hard to guess: exp of the entropy.
+        shares = [count / sum(tasks.values()) for count in tasks.values()]
+        facts.append(("as many as, used evenly", f"{math.exp(-sum(p * math.log(p) for p in shares)):.1f}"))
+    facts += [(text or "(none)", counted(count, "episode")) for text, count in list(tasks.items())[:PLACES]]
+    page = render(
+        "data/review/check.html",
+        title=Path(report.root).name,
+        report=report,
+        errors=report.count("error"),
+        warnings=report.count("warning"),
+        findings=_groups(report),
+        facts=facts,
+        episodes=[
+            {
+                "facts": e,
+                "speed": polyline(np.array([0.0, *e.motion, 0.0]), 0, 1),
+                "marks": sorted({(f.severity, f.check) for f in report.findings if e.index in f.episodes}),
+            }
+            for e in sorted(listed, key=lambda e: e.index)
+        ],
+    )
+    atomic_write(path, page)
+
+
+def _groups(report: CheckReport) -> Iterator[dict[str, Any]]:
+    """Findings, errors first; what is the same in several places is one, with its places and pictures."""
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for finding in report.sorted():
+        groups.setdefault((finding.severity, finding.check, finding.what), []).append(finding)
+    for i, group in enumerate(groups.values()):
+        places = [finding.where for finding in group[:PLACES]]
+        places += [f"and {len(group) - PLACES} more"] if len(group) > PLACES else []
+        thumbs = list(_thumbs(Path(report.root), group[0])) if i < PICTURED else []
+        yield {"first": group[0], "places": places, "thumbs": thumbs}
+
+
+def _thumbs(root: Path, finding: Finding) -> Iterator[dict[str, Any]]:
+    """Pictures of the frame of a finding; of two episodes that are alike, of the middle of both."""
+    if finding.frame is None and finding.check != "movement":
+        return
+    for number in finding.episodes[:2]:
+        dataset = _open(root, number)
+        if dataset is None or not dataset.episodes[0].length:
+            continue
+        frame = dataset.episodes[0].length // 2 if finding.frame is None else finding.frame
+        for camera in dataset.cameras[:CAMERAS]:
+            try:
+                image = thumbnail(dataset.images(camera, np.array([frame]))[0], WIDTH)
+            except DataError:
+                image = None  # shown as a picture that is missing
+            yield {"camera": camera, "image": image, "episode": number, "frame": frame}
+
+
+@lru_cache(maxsize=8)
+def _open(root: Path, number: int) -> Dataset | None:
+    try:
+        return open_dataset(root, episodes=(number,))
+    except DataError:
+        return None  # the finding itself says so

@@ -4,10 +4,8 @@ Shape letters: T frames of the episode, d dimensions.
 """
 
 import importlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from manipi.data.dataset import Dataset
 from manipi.data.dimensions import feature_names
 from manipi.data.review.describe import is_action, is_state
 from manipi.errors import ConfigError, MissingFeatureError, shown
-from manipi.page import data_uri, encode_mp4, fact_rows, polyline, render
+from manipi.page import data_uri, encode_mp4, polyline, render
 from manipi.storage import atomic_write, storage_errors
 
 FILM_HEIGHT, FILM_BLOCK, POINTS = 240, 32, 600
@@ -36,8 +34,35 @@ def write_view(path: Path, dataset: Dataset, *, without: Sequence[str] = (), sho
         DataError: tables or pictures of the episode are missing or broken.
         StorageError: the file cannot be written.
     """
-    keys = _shown(dataset, without)
-    atomic_write(path, render("manipi.data.review", "view_template.html", _fields(dataset, keys, show)))
+    keys, episode = _shown(dataset, without), dataset.episodes[0]
+    films = []
+    for camera in (camera for camera in dataset.cameras if camera in keys):
+        height, width, _ = dataset.features[camera].shape
+        scale = min(1.0, FILM_HEIGHT / height)
+        size = {"height": round(height * scale), "width": round(width * scale)}
+        film = encode_mp4(_images(dataset, camera, show), dataset.fps, **size)
+        films.append((camera, data_uri("video/mp4", film)))
+    sections = list(_sections(dataset, keys))
+    curves = [
+        [[float(f"{v:.4g}") for v in values.tolist()] for values in chart.curves.values()]
+        for _, charts in sections
+        for chart in charts
+    ]
+    seconds = f"{episode.length / dataset.fps:.1f} s at {dataset.fps:g} per second"
+    facts = [("dataset", str(dataset.root)), ("episode", str(episode.index))]
+    facts.append(("length", f"{episode.length:,} frames, {seconds}"))
+    features = [(key, feature) for key, feature in dataset.features.items() if key not in NUMBERING]
+    page = render(
+        "data/review/view.html",
+        title=f"{dataset.name}, episode {episode.index}",
+        task=episode.task.strip(),
+        films=films,
+        last=episode.length - 1,
+        sections=sections,
+        facts=facts + [(key, f"{f.dtype} {' × '.join(map(str, f.shape))}") for key, f in features],
+        values={"fps": dataset.fps, "curves": curves},
+    )
+    atomic_write(path, page)
 
 
 def _shown(dataset: Dataset, without: Sequence[str]) -> list[str]:
@@ -55,54 +80,12 @@ def _shown(dataset: Dataset, without: Sequence[str]) -> list[str]:
     return [key for key in features if key not in without and key not in NUMBERING]
 
 
-def _fields(dataset: Dataset, keys: Sequence[str], show: bool) -> dict[str, str]:
-    episode, sections = dataset.episodes[0], list(_sections(dataset, keys))
-    curves = [
-        [[_short(v) for v in c.tolist()] for c in chart.curves.values()] for _, charts in sections for chart in charts
-    ]
-    return {
-        "title": escape(f"{dataset.name}, episode {episode.index}"),
-        "task": escape(episode.task.strip() or "(no instruction)"),
-        "films": "\n".join(_film(dataset, camera, show) for camera in dataset.cameras if camera in keys),
-        "last": str(episode.length - 1),
-        "curves": "\n".join(_section(title, charts) for title, charts in sections),
-        "facts": fact_rows(_facts(dataset)),
-        "values": json.dumps({"fps": dataset.fps, "curves": curves}, separators=(",", ":")),
-    }
-
-
-def _facts(dataset: Dataset) -> list[tuple[str, str]]:
-    episode, shapes = dataset.episodes[0], [(key, f) for key, f in dataset.features.items() if key not in NUMBERING]
-    facts = [
-        ("dataset", str(dataset.root)),
-        ("episode", str(episode.index)),
-        ("length", f"{episode.length:,} frames, {episode.length / dataset.fps:.1f} s at {dataset.fps:g} per second"),
-    ]
-    return facts + [(key, f"{f.dtype} {' × '.join(map(str, f.shape))}") for key, f in shapes]
-
-
-# Films --------------------------------------------------------------------------------------------------------------
-
-
-def _film(dataset: Dataset, camera: str, show: bool) -> str:
-    height, width, _ = dataset.features[camera].shape
-    scale = min(1.0, FILM_HEIGHT / height)
-    size = {"height": round(height * scale), "width": round(width * scale)}
-    film = encode_mp4(_images(dataset, camera, show), dataset.fps, **size)
-    source, name = data_uri("video/mp4", film), escape(camera)
-    return f"""<figure><video src="{source}" aria-label="{name}" muted playsinline preload="auto"></video>
-<figcaption>{name}</figcaption></figure>"""
-
-
 def _images(dataset: Dataset, camera: str, show: bool) -> Iterator[np.ndarray]:
     with tqdm(total=dataset.num_frames, desc=camera, unit="frame", disable=not show, leave=False) as progress:
         for start in range(0, dataset.num_frames, FILM_BLOCK):
             rows = np.arange(start, min(start + FILM_BLOCK, dataset.num_frames))
             yield from dataset.images(camera, rows)
             progress.update(len(rows))
-
-
-# Curves -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -113,6 +96,19 @@ class Chart:
     curves: dict[str, np.ndarray]
     """By kind, "state" or "action", [T]."""
 
+    @property
+    def low(self) -> float:
+        return min(float(values.min()) for values in self.curves.values())
+
+    @property
+    def high(self) -> float:
+        return max(float(values.max()) for values in self.curves.values())
+
+    def points(self) -> Iterator[tuple[str, str]]:
+        """Kind and SVG points of each curve."""
+        for kind, values in self.curves.items():
+            yield kind, polyline(values[:: max(1, -(-len(values) // POINTS))], self.low, self.high)
+
 
 def _sections(dataset: Dataset, keys: Sequence[str]) -> Iterator[tuple[str, list[Chart]]]:
     """Charts of all numbers. A state and an action of as many dimensions share theirs: one follows the other."""
@@ -120,44 +116,13 @@ def _sections(dataset: Dataset, keys: Sequence[str]) -> Iterator[tuple[str, list
     action = next((key for key in floats if is_action(key)), "")
     size = dataset.features[action].shape if action else ()
     state = next((key for key in floats if key != action and is_state(key) and dataset.features[key].shape == size), "")
-    if state:
-        yield f"{state} and {action}", _charts(dataset, {"state": state, "action": action})
-    for key in floats:
-        if not state or key not in (state, action):
-            yield key, _charts(dataset, {"action" if is_action(key) else "state": key})
-
-
-def _charts(dataset: Dataset, keys: dict[str, str]) -> list[Chart]:
-    values = {kind: dataset.column(key) for kind, key in keys.items()}
-    names = feature_names(dataset, next(iter(keys.values())))
-    return [Chart(name, {kind: v[:, d] for kind, v in values.items()}) for d, name in enumerate(names)]
-
-
-def _section(title: str, charts: list[Chart]) -> str:
-    keys = {"state": "<i></i>state", "action": '<i class="dashed"></i>action'}
-    legend = "".join(keys[kind] for kind in charts[0].curves)
-    return f"""<section><h2>{escape(title)}</h2><p class="note key">{legend}</p>
-<div class="curves">
-{"".join(_chart(chart) for chart in charts)}</div></section>"""
-
-
-def _chart(chart: Chart) -> str:
-    low = min(float(values.min()) for values in chart.curves.values())
-    high = max(float(values.max()) for values in chart.curves.values())
-    step = max(1, -(-len(next(iter(chart.curves.values()))) // POINTS))
-    lines = "".join(polyline(values[::step], low, high, kind) for kind, values in chart.curves.items())
-    return f"""<figure><figcaption><b>{escape(chart.name)}</b><span></span></figcaption>
-<svg viewBox="0 0 100 30" preserveAspectRatio="none" role="img" aria-label="{escape(chart.name)}">{lines}\
-<line class="cursor" x1="0" x2="0" y1="0" y2="30"/></svg>
-<div class="limits"><span>{low:.3g}</span><span>{high:.3g}</span></div></figure>
-"""
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-# rerun --------------------------------------------------------------------------------------------------------------
+    pairs = [(f"{state} and {action}", {"state": state, "action": action})] if state else []
+    single = [key for key in floats if not state or key not in (state, action)]
+    pairs += [(key, {"action" if is_action(key) else "state": key}) for key in single]
+    for title, kinds in pairs:
+        values = {kind: dataset.column(key) for kind, key in kinds.items()}
+        names = feature_names(dataset, next(iter(kinds.values())))
+        yield title, [Chart(name, {kind: v[:, d] for kind, v in values.items()}) for d, name in enumerate(names)]
 
 
 def write_rerun(path: Path, dataset: Dataset, *, without: Sequence[str] = (), show: bool = True) -> None:

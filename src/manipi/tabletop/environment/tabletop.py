@@ -92,6 +92,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}  # noqa: RUF012 (gymnasium's name and type)
+    control_hz = CONTROL_HZ
 
     def __init__(
         self,
@@ -146,6 +147,11 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         self.touched: str | None = None
         self.steps = 0
         return self.observation(), self._info(False, None)
+
+    def another_instruction(self, seed: int) -> dict[str, str]:
+        """Options of `reset` for the present goal with an instruction that names one of the other blocks."""
+        others = [color for color in self.colors if color != self.goal.target]
+        return {"task": self.goal.task, "target": self.goal.target, "instruct": others[seed % len(others)]}
 
     def step(self, action: Float32[np.ndarray, "4"]) -> tuple[dict, float, bool, bool, dict]:
         """Moves for one control step. Raises `ConfigError` when the action is not four finite numbers."""

@@ -1,4 +1,4 @@
-"""`manipi doctor`: what this machine and this installation can do."""
+"""`manipi doctor` and `recipes`: what this machine and this installation have."""
 
 import importlib.metadata
 import os
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 import manipi
-from manipi.cli.arguments import NewFile, parse
-from manipi.cli.result import table, write_result
+from manipi.cli.arguments import NewFile, parse, table, write_result
+from manipi.recipes.registry import load_recipe, recipe_names
+from manipi.weights.released import CHECKPOINTS
 
 PURPOSES = {
     "cloud": "checkpoints and data in gs:// and s3://",
@@ -56,7 +57,7 @@ class Answer:
     """What to run where it is absent."""
 
 
-def main(arguments: Sequence[str]) -> None:
+def run_doctor(arguments: Sequence[str]) -> None:
     """Print one line per answer."""
     args = parse(_Doctor, arguments, "doctor")
     answers = [*_machine(), *_torch(), *_codecs(), *_packages()]
@@ -69,7 +70,9 @@ def _machine() -> Iterator[Answer]:
     yield Answer(topic="manipi", ok=True, found=manipi.__version__)
     yield Answer(topic="python", ok=True, found=f"{platform.python_version()}  {sys.executable}")
     yield Answer(topic="platform", ok=True, found=platform.platform())
-    flags = _cpu_flags()
+    info = Path("/proc/cpuinfo")  # Linux; its flags are those of x86
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
     shown = "  ".join(f"{'' if flag in flags else 'no '}{flag}" for flag in CPU_FLAGS) if flags else "flags unknown"
     yield Answer(topic="processor", ok=True, found=f"{os.cpu_count()} cores  {shown}")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -77,15 +80,8 @@ def _machine() -> Iterator[Answer]:
     folder = Path.cwd()
     free, writable = shutil.disk_usage(folder).free, os.access(folder, os.W_OK)
     found = f"{free / 2**30:.1f} GiB free in {folder}" + ("" if writable else ", which cannot be written")
-    next = "" if writable else "change to a folder of yours: runs are written below the current one"
-    yield Answer(topic="disk", ok=writable, found=found, next=next)
-
-
-def _cpu_flags() -> set[str]:
-    """As Linux states them on x86; empty elsewhere."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+    advice = "" if writable else "change to a folder of yours: runs are written below the current one"
+    yield Answer(topic="disk", ok=writable, found=found, next=advice)
 
 
 def _torch() -> Iterator[Answer]:
@@ -132,20 +128,20 @@ def _packages() -> Iterator[Answer]:
         match = _REQUIREMENT.match(requirement)
         assert match, f"a requirement that the doctor cannot read: {requirement}"
         name, bounds, extra = match.groups()
-        if extra != "dev":
-            yield _package(name, bounds.strip(), extra)
-
-
-def _package(name: str, bounds: str, extra: str | None) -> Answer:
-    purpose = f"{PURPOSES.get(extra, '')} ({extra})" if extra else "always needed"
-    install = f"pip install 'manipi[{extra}]'" if extra else "pip install --upgrade manipi"
-    try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return Answer(topic=name, ok=False, found=purpose, next=install)
-    if not all(_within(version, bound) for bound in bounds.split(",") if bound):
-        return Answer(topic=name, ok=False, found=f"{version}, needed is {bounds}: {purpose}", next=install)
-    return Answer(topic=name, ok=True, found=f"{version}  {purpose}")
+        if extra == "dev":
+            continue
+        purpose = f"{PURPOSES.get(extra, '')} ({extra})" if extra else "always needed"
+        install = f"pip install 'manipi[{extra}]'" if extra else "pip install --upgrade manipi"
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Answer(topic=name, ok=False, found=purpose, next=install)
+            continue
+        if all(_within(version, bound) for bound in bounds.strip().split(",") if bound):
+            yield Answer(topic=name, ok=True, found=f"{version}  {purpose}")
+        else:
+            found = f"{version}, needed is {bounds.strip()}: {purpose}"
+            yield Answer(topic=name, ok=False, found=found, next=install)
 
 
 def _within(version: str, bound: str) -> bool:
@@ -153,3 +149,35 @@ def _within(version: str, bound: str) -> bool:
     least = [int(number) for number in re.findall(r"\d+", bound)]
     found = [*map(int, re.findall(r"\d+", version)), *[0] * len(least)][: len(least)]
     return found < least if bound.startswith("<") else found >= least
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recipes:
+    """List the recipes. A recipe of your own needs no place here: name it as path/to/file.py:function.
+
+    manipi recipes
+
+    manipi inspect tabletop    what one of them does to its first frame
+
+    manipi train tabletop --help    its numbers
+    """
+
+    json: NewFile | None = None
+    """Write the list to this file."""
+
+
+def run_recipes(arguments: Sequence[str]) -> None:
+    """Print the table."""
+    args = parse(_Recipes, arguments, "recipes")
+    header = ("recipe", "model", "robot", "dataset", "init", "steps", "batch")
+    rows = []
+    for name in recipe_names():
+        config = load_recipe(name)
+        model = type(config.model).__name__.removesuffix("Config")
+        datasets = " + ".join(
+            one.path if one.weight == 1 else f"{one.weight:g} {one.path}" for one in config.data.datasets
+        )
+        init = config.init.removeprefix(f"{CHECKPOINTS}/") or "–"
+        rows.append((name, model, config.robot.name, datasets or "–", init, config.steps, config.batch_size))
+    print(table(rows, header))
+    write_result([dict(zip(header, row, strict=True)) for row in rows], args.json)
