@@ -21,7 +21,7 @@ from manipi.exchange.importing import Wanted, describe, import_checkpoint
 from manipi.exchange.stated import Stated, read_stated
 from manipi.model import VLA
 from manipi.transforms import pipeline
-from manipi.weights.layouts import open_source
+from manipi.weights.layouts import open_weights
 
 pytest.importorskip("tensorstore", reason="Orbax checkpoints need tensorstore: pip install 'manipi[openpi]'")
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -84,7 +84,7 @@ def wanted(trained) -> Wanted:
 
 def read(folder: Path, wanted: Wanted | None) -> None:
     """All that an import reads, but for the numbers of the weights."""
-    source = open_source(folder)
+    source = open_weights(folder)
     stated = read_stated(source) if wanted is not None else Stated(folder=folder)
     d = describe(source, wanted, stated)
     source.check(d.config.model)

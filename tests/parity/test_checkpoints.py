@@ -16,10 +16,10 @@ def case_of(folder):
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
 def test_checkpoints(folder, measure):
-    from manipi.weights.orbax import read_tree
+    from manipi.weights.orbax import OrbaxStore
 
     case = case_of(folder)
-    found = read_tree(folder)
+    found = OrbaxStore(folder).tree()
     assert found.keys() == case.params.keys()
     # bfloat16 where the reference keeps frozen weights so; widening is exact.
     errors = [np.abs(found[name].astype(np.float32) - value).max() for name, value in case.params.items()]

@@ -1,7 +1,6 @@
 """Names, shapes and numbers of the parameters at full size, the default settings, and what adapters freeze."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,16 +8,14 @@ from golden import ABSENT, GOLDENS, KINDS, SHARED, find, name_of, read_json, req
 
 from manipi.model import VLA
 from manipi.model.config import ModelConfig
-from manipi.weights.infer import infer_config
-from manipi.weights.names import openpi_arrays
+from manipi.weights.names import infer_config, openpi_arrays
 
 pytestmark = pytest.mark.skipif(not GOLDENS, reason=ABSENT)
 
 
 def config_of(shapes: dict[str, tuple[int, ...]], defaults: dict[str, int]) -> ModelConfig:
     """The config whose arrays these are, with adapters of the ranks that they show, and what arrays do not show."""
-    tree = SimpleNamespace(shapes=shapes, prefixes=None, layout="a tree", vlm_only=False)
-    config = infer_config(tree)
+    config = infer_config(shapes)
     if "action_in_proj/kernel" in shapes:
         assert config.action_dim == defaults["action_dim"]
     return replace(config, **defaults)

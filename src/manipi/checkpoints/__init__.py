@@ -1,0 +1,1 @@
+"""Our checkpoints: written, verified, read, and the weights to go on from."""

@@ -1,20 +1,19 @@
 """Weights to go on from: of a checkpoint of ours, of openpi, of LeRobot, or of the vision-language model alone."""
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from manipi.checkpoints.adapters import merge_adapters
+from manipi.checkpoints.adapters import is_adapter, merge_adapters
 from manipi.checkpoints.native import MANIFEST, read_description, verify
 from manipi.errors import CheckpointError
 from manipi.model import VLA
 from manipi.model.shards import fill
 from manipi.remote.fetch import fetch
 from manipi.tokenizers import PALIGEMMA_VOCABULARY, TextTokenizer, require_paligemma
-from manipi.weights.infer import infer_config
-from manipi.weights.layouts import open_source
+from manipi.weights.layouts import open_weights
 from manipi.weights.names import require_match
 from manipi.weights.released import resolve
 
@@ -34,15 +33,34 @@ def load_initial_weights(model: VLA, source: str) -> list[str]:
         FetchError: it cannot be had.
     """
     path = _folder(source)
+    parameters = dict(model.named_parameters())
+    tensors: Iterable[tuple[str, Tensor]]
+    vlm_only = False
     if (path / MANIFEST).is_file():
-        weights = _own_weights(path, dict(model.named_parameters()))
-        shapes = {name: tuple(w.shape) for name, w in weights.items()}
-        return _fill(model, shapes, weights.items(), path, vlm_only=False)
-    foreign = open_source(path)
-    config = infer_config(foreign, like=model.config)
-    foreign.check(config)
-    shapes = {n: a.our_shape for a in foreign.arrays(config).values() for layer in a.names for n in layer}
-    return _fill(model, shapes, foreign.tensors(config), path, vlm_only=foreign.vlm_only)
+        verify(path)
+        if not (path / "model.safetensors").is_file():
+            raise CheckpointError(
+                expected="a checkpoint with all weights",
+                found="adapters alone",
+                where=str(path),
+                next="join them with their base first: manipi import (see its --help)",
+            )
+        weights = load_file(path / "model.safetensors")
+        if any(is_adapter(name) and name not in parameters for name in weights):
+            weights = merge_adapters(weights, read_description(path).config.model, keep=parameters)
+        theirs = {name: tuple(w.shape) for name, w in weights.items()}
+        tensors = weights.items()
+    else:
+        foreign = open_weights(path)
+        config, vlm_only = foreign.config(like=model.config), foreign.layout.vlm_only
+        foreign.check(config)
+        theirs = {name: a.our_shape for a in foreign.arrays(config).values() for layer in a.names for name in layer}
+        tensors = foreign.tensors(config)
+    kept = [name for name in parameters if name not in theirs and (vlm_only or is_adapter(name))]
+    require_match({name: tuple(p.shape) for name, p in parameters.items() if name not in kept}, theirs, str(path))
+    for name, tensor in tensors:
+        fill(parameters[name], tensor)
+    return kept
 
 
 def require_tokenizer(source: str, vocab_size: int, text: TextTokenizer) -> None:
@@ -72,31 +90,3 @@ def _folder(source: str) -> Path:
             next="let that run reach its first checkpoint, or name other weights",
         )
     return checkpoints / str(max(steps))
-
-
-def _own_weights(path: Path, wanted: Container[str]) -> Mapping[str, Tensor]:
-    """Those of a checkpoint of ours, verified; adapters that are not `wanted` are merged."""
-    verify(path)
-    if not (path / "model.safetensors").is_file():
-        raise CheckpointError(
-            expected="a checkpoint with all weights",
-            found="adapters alone",
-            where=str(path),
-            next="join them with their base first: manipi import (see its --help)",
-        )
-    weights = load_file(path / "model.safetensors")
-    if all(name in wanted for name in weights if ".lora_" in name):
-        return weights
-    return merge_adapters(weights, read_description(path).config.model, keep=wanted)
-
-
-def _fill(
-    model: VLA, theirs: dict[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]], path: Path, *, vlm_only: bool
-) -> list[str]:
-    parameters = dict(model.named_parameters())
-    kept = [name for name in parameters if name not in theirs and (vlm_only or ".lora_" in name)]
-    ours = {name: tuple(p.shape) for name, p in parameters.items() if name not in kept}
-    require_match(ours, theirs, str(path))
-    for name, tensor in tensors:
-        fill(parameters[name], tensor)
-    return kept

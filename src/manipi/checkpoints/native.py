@@ -2,7 +2,7 @@
 
     checkpoint/
     ├─ model.safetensors    the weights for inference (the EMA weights when there are any)
-    ├─ config.json          PolicyConfig: model, normalisation, sampling steps
+    ├─ config.json          PolicyConfig: model, normalisation, sampling steps; FORMAT, the number of this layout
     ├─ robot.json           the robot it was trained for
     ├─ norm_stats.json      openpi's layout, plus provenance
     ├─ robots/NAME/         the same two files of every other robot that it was trained on
@@ -15,18 +15,22 @@ It appears by one rename or not at all, and reading it verifies every hash.
 """
 
 import hashlib
+import math
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from manipi.errors import CheckpointError, IntegrityError
+import manipi
+from manipi.errors import CheckpointError, IntegrityError, shown
 from manipi.model.config import CONFIG_TYPES, ModelConfig, NormMode
-from manipi.records import from_json, read_json, write_json
+from manipi.records import from_json, read_json, to_json, write_json
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory, write_failed
 from manipi.tokenizers import Tokenizers
@@ -34,6 +38,8 @@ from manipi.transforms.normalize import load_norm_stats, save_norm_stats
 from manipi.types import NormStats, Sample
 
 MANIFEST = "manifest.json"
+FORMAT = 2
+"""Of the folder. 1 is what manipi 0.1.0 wrote: the same files, with no number in config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +94,10 @@ def write_checkpoint(
     assert checkpoint.self_test is not None
     with atomic_directory(target) as folder:
         weights = {name: tensor.detach().contiguous() for name, tensor in checkpoint.weights.items()}
-        _save_weights(weights, folder / "model.safetensors")
+        try:
+            save_file(weights, folder / "model.safetensors")
+        except SafetensorError as error:
+            raise write_failed(error, folder / "model.safetensors") from error
         write_description(folder, checkpoint)
         if write_train_state is not None:
             write_train_state(folder / "train_state")
@@ -97,14 +106,40 @@ def write_checkpoint(
 
 def write_description(folder: Path, checkpoint: Checkpoint) -> None:
     """Everything but the weights, into an existing folder."""
-    write_json(folder / "config.json", checkpoint.config)
+    write_config(folder, checkpoint.config)
     _write_robot(folder, checkpoint.robot, checkpoint.norm_stats)
     for name, (robot, stats) in checkpoint.other_robots.items():
         _write_robot(folder / "robots" / name, robot, stats)
     (folder / "tokenizer").mkdir()
     checkpoint.tokenizers.save(folder / "tokenizer")
     if checkpoint.self_test is not None:
-        _save_self_test(checkpoint.self_test, folder / "self_test.npz")
+        test = checkpoint.self_test
+        observation = {f"observation|{key}": np.asarray(value) for key, value in test.observation.items()}
+        np.savez(folder / "self_test.npz", noise=test.noise, actions=test.actions, **observation)  # type: ignore[arg-type]
+
+
+def write_config(folder: Path, config: PolicyConfig) -> None:
+    """Write `config.json`, which says the format too."""
+    write_json(folder / "config.json", {"format": FORMAT, **to_json(config)})
+
+
+def read_config(folder: Path) -> PolicyConfig:
+    """The inverse of `write_config`, and of what earlier versions wrote.
+
+    Raises:
+        CheckpointError: the format is newer than this version of manipi.
+        ConfigError: not such a file.
+    """
+    where, data = str(folder / "config.json"), read_json(folder / "config.json")
+    number = data.pop("format", 1) if isinstance(data, dict) else 1
+    if number not in range(1, FORMAT + 1):
+        raise CheckpointError(
+            expected=f"a checkpoint of format 1 to {FORMAT}, which manipi {manipi.__version__} reads",
+            found=f"format {shown(number)}",
+            where=where,
+            next="a newer manipi wrote it: pip install --upgrade manipi  # the checkpoint stays as it is",
+        )
+    return from_json(data, (PolicyConfig, *CONFIG_TYPES), where)
 
 
 def _write_robot(folder: Path, robot: Robot, stats: NormStats) -> None:
@@ -139,7 +174,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def read_description(folder: Path) -> Checkpoint:
     """What `write_description` wrote; the weights are empty."""
-    config = from_json(read_json(folder / "config.json"), (PolicyConfig, *CONFIG_TYPES), str(folder / "config.json"))
+    config = read_config(folder)
     robot, stats = _read_robot(folder)
     return Checkpoint(
         weights={},
@@ -164,19 +199,16 @@ def verify(folder: Path) -> None:
         )
     manifest = read_json(folder / MANIFEST)
     present = {str(p.relative_to(folder)) for p in _files(folder)} - {MANIFEST}
-    for name in sorted(set(manifest) | present):
-        _verify_file(folder, name, manifest.get(name), name in present)
-
-
-def _verify_file(folder: Path, name: str, expected: str | None, present: bool) -> None:
-    if not present:
-        found = "no such file"
-    elif expected is None:
-        found = "a file that the manifest does not name"
-    else:
-        digest = _sha256(folder / name)
-        found = "" if digest == expected else f"SHA-256 {digest[:16]}…"
-    if found:
+    for name in sorted(manifest.keys() | present):
+        expected = manifest.get(name)
+        if name not in present:
+            found = "no such file"
+        elif expected is None:
+            found = "a file that the manifest does not name"
+        elif (digest := _sha256(folder / name)) != expected:
+            found = f"SHA-256 {digest[:16]}…"
+        else:
+            continue
         raise IntegrityError(
             expected=f"SHA-256 {expected[:16]}…" if expected else "only the files of the manifest",
             found=found,
@@ -194,18 +226,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        save_file(dict(weights), path)
-    except SafetensorError as error:
-        raise write_failed(error, path) from error
-
-
-def _save_self_test(test: SelfTest, path: Path) -> None:
-    observation = {f"observation|{key}": np.asarray(value) for key, value in test.observation.items()}
-    np.savez(path, noise=test.noise, actions=test.actions, **observation)  # type: ignore[arg-type]
-
-
 def read_self_test(folder: Path) -> SelfTest | None:
     """The recorded answer; None where there is none yet."""
     path = folder / "self_test.npz"
@@ -214,3 +234,53 @@ def read_self_test(folder: Path) -> SelfTest | None:
     with np.load(path, allow_pickle=False) as data:
         observation = {k.partition("|")[2]: data[k] for k in data.files if k.startswith("observation|")}
         return SelfTest(observation, data["noise"], data["actions"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSummary:
+    """A checkpoint at a glance; its hashes were verified."""
+
+    folder: str
+    num_files: int
+    num_bytes: int
+    config: PolicyConfig
+    parameters: Mapping[str, int]
+    """By part of the model."""
+    robot: Robot
+    norm_stats: NormStats
+    tokenizers: Mapping[str, str]
+
+
+def describe_checkpoint(folder: Path) -> CheckpointSummary:
+    """What is in it. Weights are not loaded: their shapes stand in the file's header.
+
+    Raises:
+        CheckpointError: there is none. IntegrityError: a file is missing or altered.
+    """
+    verify(folder)
+    described, files = read_description(folder), _files(folder)
+    text, action = described.tokenizers.text, described.tokenizers.action
+    tokenizers = {"text": f"{text.reference.kind}, {text.vocab_size:,} ids"}
+    if action is not None:
+        tokenizers["actions"] = f"{action.kind}, {action.vocab_size:,} codes"
+    return CheckpointSummary(
+        folder=str(folder),
+        num_files=len(files),
+        num_bytes=sum(path.stat().st_size for path in files),
+        config=described.config,
+        parameters=count_parameters(folder / "model.safetensors"),
+        robot=described.robot,
+        norm_stats=described.norm_stats,
+        tokenizers=tokenizers,
+    )
+
+
+def count_parameters(weights: Path) -> dict[str, int]:
+    """Numbers in a safetensors file by part: vision, token embedding, each expert of the transformer, head."""
+    counts = Counter[str]()
+    with safe_open(weights, framework="numpy") as file:
+        for name in file.keys():  # noqa: SIM118 (the file is no mapping)
+            expert = re.search(r"\b(?:experts|final_norms)\.(\w+)\.", name)
+            part = f"{expert.group(1)} expert" if expert else name.removeprefix("gemma.").partition(".")[0]
+            counts[part.replace("_", " ")] += math.prod(file.get_slice(name).get_shape())
+    return dict(counts)

@@ -68,8 +68,7 @@ def run_import(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from manipi.exchange.importing import import_adapters, import_checkpoint
-    from manipi.exchange.wanted import wanted_from
+    from manipi.exchange.importing import import_adapters, import_checkpoint, wanted_from
     from manipi.remote.fetch import fetch
     from manipi.storage import remove_dead
 

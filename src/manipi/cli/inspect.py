@@ -88,7 +88,7 @@ def _dataset(path: Path | str) -> Any:
 
 
 def _checkpoint(path: Path) -> Any:
-    from manipi.checkpoints.describe import describe_checkpoint
+    from manipi.checkpoints.native import describe_checkpoint
 
     summary = describe_checkpoint(path)
     config, robot = summary.config, summary.robot

@@ -1,13 +1,15 @@
 """What an import or export proves: nothing was lost, and the policy answers as it did before."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from manipi.checkpoints.native import Checkpoint, SelfTest
 from manipi.errors import SelfTestError
@@ -17,7 +19,7 @@ from manipi.policy import SELF_TEST_TOLERANCE, Policy
 from manipi.robots.robot import Robot
 from manipi.transforms import pipeline
 from manipi.types import Sample
-from manipi.weights.layouts import Reader, Source, stream_weights
+from manipi.weights.layouts import ForeignWeights
 from manipi.weights.stores import ArrayInfo
 
 FAST_TOKENS = 8
@@ -113,6 +115,7 @@ def certify(
 
 
 def count_dtypes(tensors: Iterable[torch.dtype]) -> dict[str, int]:
+    """How many tensors of each dtype, by its name."""
     return dict(Counter(str(dtype).removeprefix("torch.") for dtype in tensors))
 
 
@@ -159,10 +162,31 @@ def answer_of_weights(weights: Mapping[str, Tensor], described: Checkpoint) -> n
     return answer(model.eval(), described)
 
 
-def answer_of_source(source: Source, described: Checkpoint) -> np.ndarray:
-    """The answer of a foreign checkpoint's weights as they are stored, one layer in memory at a time."""
+def answer_of_foreign(foreign: ForeignWeights, described: Checkpoint) -> np.ndarray:
+    """The answer of a foreign checkpoint's weights as they are stored, one layer in memory at a time.
+
+    Each layer gets its weights when it runs, and loses them afterwards. The token embedding, which is used outside a
+    layer's call, stays.
+    """
+    read = foreign.reader(described.config.model)
     model = _meta(described.config.model)
-    stream_weights(model, Reader(source, described.config.model))
+
+    def fill(prefix: str, names: list[str], module: nn.Module, *_: Any) -> None:
+        for name in names:
+            setattr(module, name, nn.Parameter(read(f"{prefix}.{name}"), requires_grad=False))
+
+    def clear(names: list[str], module: nn.Module, *_: Any) -> None:
+        for name in names:
+            empty = torch.empty_like(getattr(module, name), device="meta")
+            setattr(module, name, nn.Parameter(empty, requires_grad=False))
+
+    for prefix, module in model.named_modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        if "token_embedding" in names:
+            fill(prefix, names, module)
+        elif names:
+            module.register_forward_pre_hook(functools.partial(fill, prefix, names))
+            module.register_forward_hook(functools.partial(clear, names))
     return answer(model.eval(), described)
 
 

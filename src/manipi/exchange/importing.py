@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from manipi.checkpoints.adapters import read_adapters
 from manipi.checkpoints.native import (
     Checkpoint,
     PolicyConfig,
@@ -24,26 +25,26 @@ from manipi.checkpoints.native import (
     write_description,
 )
 from manipi.errors import ConfigError, NormStatsError, WeightsMismatchError
-from manipi.exchange.adapters import read_adapters
 from manipi.exchange.certificate import (
     Certificate,
-    answer_of_source,
+    answer_of_foreign,
     answer_of_weights,
     certify,
     record_self_test,
 )
 from manipi.exchange.lerobot_processors import PREPROCESSOR, read_processor_stats
 from manipi.exchange.stated import DESCRIPTION, Stated, read_stated
-from manipi.model.config import ModelConfig, NormMode
+from manipi.model.config import ModelConfig, NormMode, Pi0FastConfig
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory, require_absent, require_room
-from manipi.tokenizers import Tokenizers
+from manipi.tokenizers import PALIGEMMA_VOCABULARY, SentencePieceTokenizer, Tokenizers, require_paligemma
+from manipi.train.config import TrainConfig
 from manipi.transforms.normalize import read_openpi_stats
 from manipi.types import NormStats
-from manipi.weights.infer import infer_config
-from manipi.weights.layouts import Source, open_source
-from manipi.weights.safetensors_writer import write_safetensors
-from manipi.weights.stores import ArrayInfo, bytes_of
+from manipi.weights.layouts import ForeignWeights, open_weights
+from manipi.weights.released import ASSETS
+from manipi.weights.stores import ArrayInfo, bytes_of, write_safetensors
+from manipi.weights.tokenizers import open_action_tokenizer, open_text_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,24 +84,37 @@ def import_checkpoint(
         SelfTestError: the policy answers otherwise than before.
         StorageError: `target` exists, or there is no room for the weights.
     """
-    source = open_source(path)
-    _require_policy(source)
+    source = open_weights(path)
+    if source.layout.vlm_only:
+        raise WeightsMismatchError(
+            expected="the weights of a π policy",
+            found="a PaliGemma, which is a language model without actions",
+            where=str(path),
+            next=f"train from it: manipi train RECIPE --init {path}",
+        )
     stated = read_stated(source) if wanted is not None else Stated(folder=source.path)
     described = describe(source, wanted, stated)
     model = described.config.model
     source.check(model)
-    infos = _infos(source, model, dtype)
+    infos = {
+        name: ArrayInfo(array.our_shape, dtype or source.store.arrays[theirs].dtype)
+        for theirs, array in source.arrays(model).items()
+        for layer in array.names
+        for name in layer
+    }
     require_absent(target)
     require_room(target, bytes_of(infos))
-    before = answer_of_source(source, described)
+    before = answer_of_foreign(source, described)
     with atomic_directory(target) as folder:
-        _write_weights(source, model, folder / "model.safetensors", infos)
+        bar = tqdm(source.tensors(model), total=len(infos), desc="weights", unit="tensor", disable=len(infos) < 500)
+        tensors = ((name, tensor.to(infos[name].dtype)) for name, tensor in bar)
+        write_safetensors(folder / "model.safetensors", infos, tensors)
         whole = replace(described, weights=load_file(folder / "model.safetensors"))
         after = answer_of_weights(whole.weights, whole)
         certificate = certify(
             str(path),
             target,
-            source.layout,
+            source.layout.name,
             before,
             after,
             model=model,
@@ -118,7 +132,7 @@ def import_adapters(path: Path, base: Path, target: Path) -> Certificate:
     """Write our checkpoint folder from adapters that were exported alone and the checkpoint that they belong to.
 
     Raises:
-        CheckpointError: see `manipi.exchange.adapters.read_adapters`.
+        CheckpointError: see `manipi.checkpoints.adapters.read_adapters`.
     """
     adapted = read_adapters(path, read_checkpoint(base))
     before = answer_of_weights(adapted.weights, adapted)
@@ -131,12 +145,12 @@ def import_adapters(path: Path, base: Path, target: Path) -> Certificate:
     )
 
 
-def describe(source: Source, wanted: Wanted | None, stated: Stated) -> Checkpoint:
+def describe(source: ForeignWeights, wanted: Wanted | None, stated: Stated) -> Checkpoint:
     """Everything but the weights; of our own export, what it carries counts alone."""
     carried = source.path / DESCRIPTION
     if wanted is None and carried.is_dir():
         described = read_description(carried)
-        model = infer_config(source, like=described.config.model)
+        model = source.config(like=described.config.model)
         return replace(described, config=replace(described.config, model=model))
     if wanted is None:
         raise ConfigError(
@@ -145,7 +159,13 @@ def describe(source: Source, wanted: Wanted | None, stated: Stated) -> Checkpoin
             where=str(source.path),
             next="add --recipe NAME (manipi recipes), or --robot FILE.py:NAME",
         )
-    model = _model(source, wanted, stated)
+    model = source.config(like=wanted.model)
+    stated.require_kind(type(model))
+    if wanted.model is None:  # the files say what the released policies' settings would
+        known = {f.name for f in fields(model)} - {"action_dim"}
+        model = replace(model, **{name: said.value for name, said in stated.model.items() if name in known})
+    model = replace(model, **wanted.sizes)
+    stated.require_model(model, frozenset(wanted.sizes))
     stated.require_robot(wanted.robot, model.cameras)
     mode = stated.normalization(wanted.norm_mode, wanted.normalization, type(model))
     step = int(source.path.name) if source.path.name.isdigit() else 0
@@ -160,27 +180,6 @@ def describe(source: Source, wanted: Wanted | None, stated: Stated) -> Checkpoin
     )
 
 
-def _model(source: Source, wanted: Wanted, stated: Stated) -> ModelConfig:
-    inferred = infer_config(source, like=wanted.model)
-    stated.require_kind(type(inferred))
-    if wanted.model is None:  # the files say what the released policies' settings would
-        known = {f.name for f in fields(inferred)} - {"action_dim"}
-        inferred = replace(inferred, **{name: said.value for name, said in stated.model.items() if name in known})
-    model = replace(inferred, **wanted.sizes)
-    stated.require_model(model, frozenset(wanted.sizes))
-    return model
-
-
-def _require_policy(source: Source) -> None:
-    if source.vlm_only:
-        raise WeightsMismatchError(
-            expected="the weights of a π policy",
-            found="a PaliGemma, which is a language model without actions",
-            where=str(source.path),
-            next="train from it: manipi train RECIPE --init " + str(source.path),
-        )
-
-
 def _norm_stats(path: Path, wanted: Wanted, horizon: int) -> NormStats:
     if wanted.norm_stats is not None:
         return read_openpi_stats(wanted.norm_stats, wanted.robot, horizon)
@@ -190,27 +189,59 @@ def _norm_stats(path: Path, wanted: Wanted, horizon: int) -> NormStats:
     }
     if not found and (root / PREPROCESSOR).is_file():
         return read_processor_stats(root, wanted.robot, horizon)
-    names = ", ".join(found) or "none"
+    names, wrong, next = ", ".join(found) or "none", "", ""
     if wanted.asset_id and wanted.asset_id not in found:
-        raise _no_stats(f"norm stats of {wanted.asset_id!r}", f"those of {names}", root, "name one of them: --asset-id")
-    if len(found) != 1 and not wanted.asset_id:
-        raise _no_stats("one set of norm stats", names, root, "choose: --asset-id NAME, or --norm-stats FILE")
-    return read_openpi_stats(found[wanted.asset_id or next(iter(found))], wanted.robot, horizon)
+        wrong, next = f"norm stats of {wanted.asset_id!r}", "name one of them: --asset-id"
+        names = f"those of {names}"
+    elif len(found) != 1 and not wanted.asset_id:
+        wrong, next = "one set of norm stats", "choose: --asset-id NAME, or --norm-stats FILE"
+    if wrong:
+        raise NormStatsError(expected=wrong, found=names, where=str(root / "assets"), next=next)
+    return read_openpi_stats(found[wanted.asset_id or min(found)], wanted.robot, horizon)
 
 
-def _no_stats(expected: str, found: str, root: Path, next: str) -> NormStatsError:
-    return NormStatsError(expected=expected, found=found, where=str(root / "assets"), next=next)
+def wanted_from(
+    config: TrainConfig | None,
+    robot: Robot | None,
+    *,
+    tokenizer: str,
+    action_tokenizer: str,
+    sizes: Mapping[str, int | None],
+    normalization: NormMode | None,
+    norm_stats: Path | None,
+    asset_id: str,
+) -> Wanted | None:
+    """None where neither recipe nor robot is named.
 
+    Args:
+        tokenizer, action_tokenizer: empty: the recipe's, or the released policies'.
+        sizes: fields of the model config that override the recipe's; None leaves them.
 
-def _infos(source: Source, config: ModelConfig, dtype: torch.dtype | None) -> dict[str, ArrayInfo]:
-    return {
-        name: ArrayInfo(array.our_shape, dtype or source.store.arrays[theirs].dtype)
-        for theirs, array in source.arrays(config).items()
-        for layer in array.names
-        for name in layer
-    }
-
-
-def _write_weights(source: Source, config: ModelConfig, path: Path, infos: Mapping[str, ArrayInfo]) -> None:
-    bar = tqdm(source.tensors(config), total=len(infos), desc="weights", unit="tensor", disable=len(infos) < 500)
-    write_safetensors(path, infos, ((name, tensor.to(infos[name].dtype)) for name, tensor in bar))
+    Raises:
+        TokenizerError: not PaliGemma's tokenizer, for a model with PaliGemma's vocabulary.
+        FetchError: a tokenizer cannot be had.
+    """
+    if config is None and robot is None:
+        return None
+    model = config.model if config is not None else None
+    speaks_codes = isinstance(model, Pi0FastConfig) or bool(action_tokenizer)
+    action_source = action_tokenizer or (config.action_tokenizer if config is not None else "fit")
+    if action_source == "fit":  # there is nothing to fit it to; the released policies speak the published one
+        action_source = ASSETS["fast_tokenizer"]
+    action = open_action_tokenizer(action_source) if speaks_codes else None
+    text_source = tokenizer or (config.tokenizer if config is not None else ASSETS["paligemma_tokenizer"])
+    text = open_text_tokenizer(text_source, action)
+    if isinstance(text, SentencePieceTokenizer) and (model is None or model.vocab_size == PALIGEMMA_VOCABULARY):
+        require_paligemma(text)
+    chosen = robot if robot is not None else config.robot if config is not None else None
+    assert chosen is not None
+    return Wanted(
+        robot=chosen,
+        model=model,
+        sizes={name: value for name, value in sizes.items() if value is not None},
+        norm_mode=config.norm_mode if config is not None else None,
+        normalization=normalization,
+        tokenizers=Tokenizers(text, action),
+        norm_stats=norm_stats,
+        asset_id=asset_id,
+    )

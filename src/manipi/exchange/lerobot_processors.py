@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from manipi.checkpoints.native import Checkpoint
 from manipi.errors import ConfigError, NormStatsError, shown
-from manipi.model.config import NormMode, Pi0FastConfig, Pi05Config
+from manipi.model.config import NormMode, Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.records import write_json
 from manipi.robots.robot import Robot
 from manipi.tokenizers import PALIGEMMA_PIECES_SHA256, SentencePieceTokenizer, TextTokenizer
@@ -36,6 +36,31 @@ ABSOLUTE = "(absolute)"
 """In the name of every dimension that is no offset; LeRobot excludes dimensions by a part of their name."""
 _STATS = ("mean", "std", "q01", "q99", "min", "max")
 _FEATURES = {"state": "observation.state", "actions": "action"}
+
+
+def policy_config(checkpoint: Checkpoint) -> dict[str, object]:
+    """The fields of LeRobot's policy configs that the checkpoint settles."""
+    model, robot = checkpoint.config.model, checkpoint.robot
+    kind = "pi0_fast" if isinstance(model, Pi0FastConfig) else "pi0" if isinstance(model, Pi0Config) else "pi05"
+    mode = MODES[checkpoint.config.norm_mode]
+    size = model.vision.image_size
+    images = {f"observation.images.{slot}": {"type": "VISUAL", "shape": [3, size, size]} for slot in robot.cameras}
+    state = {"observation.state": {"type": "STATE", "shape": [robot.state_size]}}
+    return {
+        "type": kind,
+        "dtype": model.dtype,
+        "chunk_size": model.action_horizon,
+        "n_action_steps": model.action_horizon,
+        "max_state_dim": model.action_dim,
+        "max_action_dim": model.action_dim,
+        "tokenizer_max_length": model.max_token_len,
+        "image_resolution": [size, size],
+        "input_features": images | state,
+        "output_features": {"action": {"type": "ACTION", "shape": [robot.model_action_size]}},
+        "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode},
+        **({} if kind == "pi0_fast" else {"num_inference_steps": checkpoint.config.num_steps}),
+        **relative_settings(robot),
+    }
 
 
 def write_processors(folder: Path, checkpoint: Checkpoint, config: dict[str, Any]) -> None:

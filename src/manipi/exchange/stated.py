@@ -20,7 +20,7 @@ from manipi.exchange.lerobot_processors import MODES, POSTPROCESSOR, PREPROCESSO
 from manipi.model.config import ModelConfig, NormMode, Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.robots.robot import Robot
 from manipi.weights.foreign_json import Fields, unexpected
-from manipi.weights.layouts import Source
+from manipi.weights.layouts import ForeignWeights
 
 CONFIG = "config.json"
 DESCRIPTION = "manipi"
@@ -209,7 +209,7 @@ def _relative(dims: Sequence[bool]) -> str:
     return f"offsets from the state in action dimensions {', '.join(named)} alone"
 
 
-def read_stated(source: Source) -> Stated:
+def read_stated(source: ForeignWeights) -> Stated:
     """What the files beside the weights say; nothing where there are none.
 
     Raises:
@@ -217,11 +217,11 @@ def read_stated(source: Source) -> Stated:
             that there is no place for here.
     """
     folder = source.path if source.path.is_dir() else source.path.parent
-    if source.layout == "openpi-torch" and (folder / CONFIG).is_file():
+    if source.layout.name == "openpi-torch" and (folder / CONFIG).is_file():
         config = Fields.read(folder / CONFIG)
         names = {name: name for name in ("action_horizon", "action_dim")}
         return Stated(folder=folder, model=_sizes(config, names))
-    if source.layout != "lerobot":
+    if source.layout.name != "lerobot":
         return Stated(folder=folder)
     stated = _read_config(folder) if (folder / CONFIG).is_file() else Stated(folder=folder)
     if (folder / PREPROCESSOR).is_file():

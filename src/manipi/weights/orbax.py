@@ -13,6 +13,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,10 +51,19 @@ class OrbaxStore:
                 where=self.where,
                 next="name the checkpoint's folder, or its params folder",
             )
-        self._arrays = {path: self._open(key) for path, key in _keys(self._folder)}
+        self._arrays: dict[str, Any] = {}
         self.arrays: dict[str, ArrayInfo] = {}
         strange: dict[str, str] = {}
-        for path, array in self._arrays.items():
+        leaves = Fields.read(self._folder / _METADATA).inner("tree_metadata")
+        for leaf in leaves.keys():  # noqa: SIM118 (they are no mapping)
+            keys = [entry.get("key", str) for entry in leaves.inner(leaf).objects("key_metadata")]
+            parts = keys[1:] if keys[:1] == ["params"] else keys
+            path = "/".join(parts[:-1] if parts[-1:] == ["value"] else parts)
+            if not path:
+                raise unexpected("the keys of an array", keys, leaves.where)
+            spec = {"driver": "zarr", "kvstore": _kvstore(self._folder, ".".join(keys))}
+            with self._damage():
+                array = self._arrays[path] = _package("tensorstore").open(spec, open=True, read=True).result()
             dtype = getattr(torch, array.dtype.name, None)
             if isinstance(dtype, torch.dtype):
                 self.arrays[path] = ArrayInfo(tuple(array.shape), dtype)
@@ -64,23 +74,24 @@ class OrbaxStore:
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
         array = self._arrays[name]
-        if layer is None:
-            return to_torch(self._read(array))
-        if array.chunk_layout.read_chunk.shape[0] > 1:
+        if layer is not None and array.chunk_layout.read_chunk.shape[0] > 1:
             # Each slice would decode the whole chunk anew; on disk it can wait for the next layer.
             return to_torch(self._read_spilled(name, layer))
-        return to_torch(self._read(array[layer]))
+        return to_torch(self._read(array if layer is None else array[layer]))
 
-    def _open(self, key: str) -> Any:
-        kvstore = {"driver": "ocdbt", "base": f"file://{self._folder.resolve()}/", "path": f"{key}/"}
-        try:
-            return _tensorstore().open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
-        except ValueError as error:
-            raise damaged(self._folder, error) from error
+    def tree(self) -> dict[str, np.ndarray]:
+        """All arrays; bfloat16 in the type of `ml_dtypes`."""
+        return {path: self._read(array) for path, array in self._arrays.items()}
 
     def _read(self, array: Any) -> np.ndarray:
-        try:
+        with self._damage():
             return array.read().result()
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        """What tensorstore says of a broken folder, as an IntegrityError that names it."""
+        try:
+            yield
         except ValueError as error:
             raise damaged(self._folder, error) from error
 
@@ -88,7 +99,7 @@ class OrbaxStore:
         """One layer out of a nameless file. Read, not mapped: pages of a map would count as memory of this process."""
         array = self._arrays[name]
         if name not in self._spilled:
-            self._spilled[name] = file = tempfile.TemporaryFile()  # noqa: SIM115  # for as long as the store lives
+            self._spilled[name] = file = tempfile.TemporaryFile()  # noqa: SIM115 (it stays open as long as the store)
             weakref.finalize(self, file.close)
             for block in self._blocks(array):
                 file.write(block)
@@ -111,26 +122,16 @@ class OrbaxStore:
         key, start = spec.get("dimension_separator", ".").join("0" * len(spec["shape"])), 0
         try:
             while not unpack.eof:
-                piece = _piece(array.kvstore, key, start)
+                try:
+                    piece = array.kvstore.read(key, byte_range=slice(start, start + _PIECE)).result().value
+                except ValueError as error:
+                    if "OUT_OF_RANGE" not in str(error):
+                        raise
+                    piece = array.kvstore.read(key, byte_range=slice(start, None)).result().value  # the last is shorter
                 start += len(piece)
                 yield unpack.decompress(piece)
         except (zstandard.ZstdError, ValueError) as error:
             raise damaged(self._folder, error) from error
-
-
-def _piece(kvstore: Any, key: str, start: int) -> bytes:
-    try:
-        return kvstore.read(key, byte_range=slice(start, start + _PIECE)).result().value
-    except ValueError as error:
-        if "OUT_OF_RANGE" not in str(error):
-            raise
-        return kvstore.read(key, byte_range=slice(start, None)).result().value  # the last one is shorter
-
-
-def read_tree(folder: Path) -> dict[str, np.ndarray]:
-    """Every array of a `params` folder, by path; bfloat16 in the type of `ml_dtypes`."""
-    store = OrbaxStore(folder)
-    return {path: store._read(array) for path, array in store._arrays.items()}
 
 
 def write_tree(folder: Path, arrays: Mapping[str, ArrayInfo], layers: Iterable[tuple[str, int | None, Tensor]]) -> None:
@@ -144,67 +145,44 @@ def write_tree(folder: Path, arrays: Mapping[str, ArrayInfo], layers: Iterable[t
     Raises:
         OSError: it cannot be written, as on a full disk.
     """
-    ts = _tensorstore()
+    ts = _package("tensorstore")
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-    opened = {}
+    opened: dict[str, Any] = {}
     for path, layer, values in layers:
+        if values.dtype == torch.bfloat16:
+            numbers = values.view(torch.uint16).numpy().view(ts.bfloat16.numpy_dtype)
+        else:
+            numbers = values.numpy()
         try:
             if path not in opened:
-                spec = _spec(folder, path, arrays[path], stacked=layer is not None)
+                shape = list(arrays[path].shape)
+                metadata = {
+                    "shape": shape,
+                    "chunks": shape if layer is None else [1, *shape[1:]],
+                    "dtype": _WRITTEN[arrays[path].dtype],
+                    "compressor": {"id": "zstd", "level": 1},
+                    "fill_value": None,
+                    "order": "C",
+                    "filters": None,
+                    "zarr_format": 2,
+                }
+                store = _kvstore(folder, ".".join(("params", *path.split("/"))))
+                spec = {"driver": "zarr", "kvstore": store, "metadata": metadata}
                 opened[path] = ts.open(spec, create=True, context=context).result()
             target = opened[path] if layer is None else opened[path][layer]
-            target.write(_to_numpy(values)).result()
+            target.write(numbers).result()
         except ValueError as error:
             raise write_failed(error, folder) from error
-    write_json(folder / _METADATA, {"tree_metadata": dict(map(_leaf, arrays)), "use_zarr3": False})
+    leaves = {}
+    for path in arrays:
+        keys = ("params", *path.split("/"))
+        value = {"value_type": "jax.Array", "skip_deserialize": False}
+        leaves[str(keys)] = {"key_metadata": [{"key": k, "key_type": 2} for k in keys], "value_metadata": value}
+    write_json(folder / _METADATA, {"tree_metadata": leaves, "use_zarr3": False})
 
 
-def _spec(folder: Path, path: str, array: ArrayInfo, *, stacked: bool) -> dict[str, Any]:
-    key = ".".join(("params", *path.split("/")))
-    chunks = [1, *array.shape[1:]] if stacked else list(array.shape)
-    return {
-        "driver": "zarr",
-        "kvstore": {"driver": "ocdbt", "base": f"file://{folder.resolve()}/", "path": f"{key}/"},
-        "metadata": {
-            "shape": list(array.shape),
-            "chunks": chunks,
-            "dtype": _WRITTEN[array.dtype],
-            "compressor": {"id": "zstd", "level": 1},
-            "fill_value": None,
-            "order": "C",
-            "filters": None,
-            "zarr_format": 2,
-        },
-    }
-
-
-def _leaf(path: str) -> tuple[str, dict[str, Any]]:
-    keys = ("params", *path.split("/"))
-    value = {"value_type": "jax.Array", "skip_deserialize": False}
-    return str(keys), {"key_metadata": [{"key": k, "key_type": 2} for k in keys], "value_metadata": value}
-
-
-def _keys(folder: Path) -> Iterable[tuple[str, str]]:
-    """Tree path and key of each array."""
-    leaves = Fields.read(folder / _METADATA).inner("tree_metadata")
-    for leaf in leaves.keys():  # noqa: SIM118 (they are no mapping)
-        entries = leaves.inner(leaf).objects("key_metadata")
-        keys = [entry.get("key", str) for entry in entries]
-        parts = keys[1:] if keys[:1] == ["params"] else keys
-        parts = parts[:-1] if parts[-1:] == ["value"] else parts
-        if not parts:
-            raise unexpected("the keys of an array", keys, leaves.where)
-        yield "/".join(parts), ".".join(keys)
-
-
-def _to_numpy(values: Tensor) -> np.ndarray:
-    if values.dtype != torch.bfloat16:
-        return values.numpy()
-    return values.view(torch.uint16).numpy().view(_tensorstore().bfloat16.numpy_dtype)
-
-
-def _tensorstore() -> Any:
-    return _package("tensorstore")
+def _kvstore(folder: Path, key: str) -> dict[str, str]:
+    return {"driver": "ocdbt", "base": f"file://{folder.resolve()}/", "path": f"{key}/"}
 
 
 def _package(name: str) -> Any:

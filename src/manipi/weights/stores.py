@@ -1,4 +1,4 @@
-"""Where foreign weights lie: arrays by name, read one layer at a time, so that no checkpoint has to fit in memory.
+"""Arrays in files, read and written one at a time: no checkpoint has to fit in memory.
 
 Store
 ├─ OrbaxStore         openpi's `params` folder (manipi.weights.orbax)
@@ -6,8 +6,9 @@ Store
 └─ NpzStore           big_vision's `.npz`
 """
 
+import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -20,6 +21,12 @@ from torch import Tensor
 from manipi.errors import CheckpointError, IntegrityError, shown
 from manipi.weights.foreign_json import Fields, file_beside
 from manipi.weights.names import to_torch
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+FLOATS = tuple(_DTYPES.values())
+"""What weights come in; quantized ones are of other types, and mean nothing without their scales."""
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 class ArrayInfo(NamedTuple):
@@ -55,7 +62,20 @@ class SafetensorsStore:
         self.where, self._files = str(path), {}
         self.arrays: dict[str, ArrayInfo] = {}
         strange: dict[str, str] = {}
-        for file in _shards(path):
+        single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+        files = [single if path.is_dir() else path]
+        if path.is_dir() and index.is_file():
+            if single.is_file():
+                raise CheckpointError(
+                    expected="one file of weights, or several with an index",
+                    found=f"{single.name} and {index.name}",
+                    where=str(path),
+                    next="remove the one that is not meant",
+                )
+            named = Fields.read(index).inner("weight_map")
+            names = sorted({named.get(key, str) for key in named.keys()})  # noqa: SIM118 (it is no mapping)
+            files = [file_beside(path, name, named.where) for name in names]
+        for file in files:
             with _damage(file):
                 opened = safe_open(file, framework="pt")
                 for name in opened.keys():  # noqa: SIM118 (the file is no mapping)
@@ -81,7 +101,14 @@ class NpzStore:
         self.where = str(path)
         with _damage(path):
             self._file = np.load(path, allow_pickle=False)
-            self.arrays = dict(_npz_headers(path))
+            self.arrays: dict[str, ArrayInfo] = {}
+            with zipfile.ZipFile(path) as archive:
+                for entry in archive.namelist():
+                    with archive.open(entry) as file:
+                        old = np.lib.format.read_magic(file) == (1, 0)
+                        header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+                        shape, _, dtype = header(file)
+                    self.arrays[entry.removesuffix(".npy")] = ArrayInfo(shape, to_torch(np.empty(0, dtype)).dtype)
         self._last: tuple[str, np.ndarray] | None = None
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
@@ -90,12 +117,6 @@ class NpzStore:
                 self._last = (name, self._file[name])
         values = to_torch(self._last[1])
         return values if layer is None else values[layer]
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FLOATS = tuple(_DTYPES.values())
-"""What weights come in; quantized ones are of other types, and mean nothing without their scales."""
-_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def require_plain(strange: Mapping[str, object], where: str) -> None:
@@ -108,33 +129,6 @@ def require_plain(strange: Mapping[str, object], where: str) -> None:
             where=where,
             next="import the checkpoint that was quantized; --quantize makes 8 bits of it when it is served",
         )
-
-
-def _shards(path: Path) -> list[Path]:
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if not path.is_dir():
-        return [path]
-    if not index.is_file():
-        return [single]
-    if single.is_file():
-        raise CheckpointError(
-            expected="one file of weights, or several with an index",
-            found=f"{single.name} and {index.name}",
-            where=str(path),
-            next="remove the one that is not meant",
-        )
-    named = Fields.read(index).inner("weight_map")
-    return [file_beside(path, name, named.where) for name in sorted({named.get(key, str) for key in named.keys()})]  # noqa: SIM118
-
-
-def _npz_headers(path: Path) -> Iterator[tuple[str, ArrayInfo]]:
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.namelist():
-            with archive.open(entry) as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, dtype = read(file)
-            yield entry.removesuffix(".npy"), ArrayInfo(shape, to_torch(np.empty(0, dtype)).dtype)
 
 
 @contextmanager
@@ -158,3 +152,34 @@ def damaged(path: Path, error: BaseException) -> IntegrityError:
         where=str(path),
         next="copy or fetch it again; it is cut off or damaged",
     )
+
+
+def write_safetensors(
+    path: Path, infos: Mapping[str, ArrayInfo], tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] = {}
+) -> None:
+    """Write the file tensor by tensor: the library's own writer needs all of them in memory at once.
+
+    Args:
+        infos: shape and dtype of every tensor, which fix its place.
+        tensors: each of them once, in any order, in the dtype of `infos`.
+        metadata: plain text for the header.
+    """
+    offsets, end = {}, 0
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    # Wide numbers first, so that every tensor is aligned.
+    for name, (shape, dtype) in sorted(infos.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        size = torch.Size(shape).numel() * dtype.itemsize
+        offsets[name], end = end, end + size
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    missing = set(infos)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+        for name, tensor in tensors:
+            assert (tuple(tensor.shape), tensor.dtype) == infos[name], f"{name} is not what was announced"
+            missing.remove(name)
+            file.seek(8 + len(text) + offsets[name])
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    assert not missing, f"never written: {sorted(missing)}"

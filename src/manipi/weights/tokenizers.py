@@ -20,7 +20,7 @@ from manipi.tokenizers import (
     TextTokenizer,
 )
 from manipi.tokenizers.fsq import FSQ_CONFIG_FILE
-from manipi.weights.orbax import read_tree
+from manipi.weights.orbax import OrbaxStore
 
 
 def open_action_tokenizer(source: str) -> ActionTokenizer:
@@ -61,4 +61,4 @@ def _released_fsq(folder: Path) -> FsqTokenizer:
             where=str(folder),
             next="download the folder again",
         ) from error
-    return FsqTokenizer.from_tree(read_tree(folder / "params"), config)
+    return FsqTokenizer.from_tree(OrbaxStore(folder / "params").tree(), config)
