@@ -8,6 +8,7 @@ another version is never half understood.
 """
 
 import dataclasses
+import enum
 import functools
 import hashlib
 import json
@@ -15,9 +16,40 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 from manipi.errors import ConfigError, IntegrityError, ManipiError, shown, unknown_name
+
+
+class Change(enum.Enum):
+    """When a run that goes on may bring another value of a setting. `Stays[int]` is an int that is marked so."""
+
+    ANYTIME = "it changes neither a batch nor an update"
+    BEFORE_STEP_1 = "it changes them, and is what errors at the start of a run advise"
+    STAYS = "it changes them"
+
+
+_T = TypeVar("_T")
+Anytime: TypeAlias = Annotated[_T, Change.ANYTIME]
+BeforeStep1: TypeAlias = Annotated[_T, Change.BEFORE_STEP_1]
+Stays: TypeAlias = Annotated[_T, Change.STAYS]
+
+
+def may_change(settings: Any, name: str) -> Change | None:
+    """What the types of `settings` say of the setting NAME.NAME…: the innermost mark on its way; None: nothing."""
+    mark = None
+    for part in name.split("."):
+        hints = typing.get_type_hints(type(settings), include_extras=True) if dataclasses.is_dataclass(settings) else {}
+        marks = [one for one in getattr(hints.get(part), "__metadata__", ()) if isinstance(one, Change)]
+        mark, settings = (marks or [mark])[-1], getattr(settings, part, None)
+    return mark
+
+
+def dataclasses_in(hint: Any) -> set[type]:
+    """The dataclasses that a value annotated so may consist of, at any depth."""
+    if not dataclasses.is_dataclass(hint):
+        return set().union(*map(dataclasses_in, typing.get_args(hint)))
+    return {hint}.union(*map(dataclasses_in, _hints(hint).values()))  # type: ignore[arg-type]
 
 
 def to_json(value: Any) -> Any:

@@ -9,9 +9,10 @@ ModelConfig
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 from manipi.errors import ConfigError, unknown_name
+from manipi.records import BeforeStep1
 
 DType: TypeAlias = Literal["float32", "bfloat16"]
 NormMode: TypeAlias = Literal["zscore", "quantile"]
@@ -23,10 +24,10 @@ CAMERA_SLOTS = ("base", "left_wrist", "right_wrist")
 
 
 def _require_positive(config: Any) -> None:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type in (int, "int") and not (isinstance(value, int) and value > 0):
-            where = f"{type(config).__name__}.{field.name}"
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if kind is int and not (isinstance(value, int) and value > 0):
+            where = f"{type(config).__name__}.{name}"
             raise ConfigError(expected="a positive integer", found=repr(value), where=where, next="set it to 1 or more")
 
 
@@ -174,7 +175,7 @@ class _SharedConfig:
     """Action dimensions A; a robot with fewer is padded."""
     action_horizon: int = 50
     """Steps H of an action chunk."""
-    max_token_len: int = 48
+    max_token_len: BeforeStep1[int] = 48
     """Prompt tokens after padding."""
     cameras: tuple[str, ...] = CAMERA_SLOTS
     """Camera slots, in the order of their image tokens."""
@@ -230,7 +231,7 @@ class Pi0Config(_FlowConfig):
 class Pi05Config(_FlowConfig):
     """π0.5 (Physical Intelligence 2025): the state is text, the timestep modulates the action expert's norms."""
 
-    max_token_len: int = 200
+    max_token_len: BeforeStep1[int] = 200
     state_in_prompt: bool = True
     """Whether the prompt spells out the state. Without it the policy sees no proprioception at all."""
 
@@ -240,7 +241,7 @@ class Pi0FastConfig(_SharedConfig):
     """π0-FAST (Pertsch et al. 2025): actions are FAST tokens that the language model writes."""
 
     action_horizon: int = 32
-    max_token_len: int = 250
+    max_token_len: BeforeStep1[int] = 250
     eos_token: int = 1
     """The token id after which a row of the batch is complete."""
 

@@ -13,14 +13,14 @@ from torch.profiler import ProfilerActivity, profile
 from manipi.errors import ConfigError, TrainingError, UnknownNameError
 from manipi.model import VLA
 from manipi.model.config import Adapters, LoRA, Pi0FastConfig
-from manipi.records import to_json
+from manipi.records import Change, may_change, to_json
 from manipi.train import loop
 from manipi.train.config import ComputeConfig, OptimizerConfig
 from manipi.train.loop import train
 from manipi.train.plan import fit as plan
 from manipi.train.plan.fit import SAVINGS, find_fit, fits, gpu_bytes, in_parts
 from manipi.train.plan.memory import GIB, SHARDED, forecast, largest_batch, step_memory
-from manipi.train.run.folder import MAY_CHANGE_BEFORE_STEP_1, Run, _differences
+from manipi.train.run.folder import Run, differences
 from manipi.train.step.state import TrainState
 from manipi.train.step.step import draw_noise, train_step
 
@@ -245,9 +245,9 @@ def test_every_setting_that_is_advised_may_be_set_before_the_first_step(tiny):
     changed = {"optimizer.state_bits"}  # which is proposed where torchao is installed alone
     for saving in (*SAVINGS, in_parts(2)):
         for start in (config, replace(config, trained="lora")):
-            changed |= {name for name, _ in _differences(to_json(start), to_json(saving.change(start)))}
+            changed |= {name for name, _ in differences(to_json(start), to_json(saving.change(start)))}
     assert changed >= {"accumulate", "compute.precision", "trained", "frozen_dtype", "noise_draws", "ema_decay"}
-    assert changed <= {"compute.recompute", *MAY_CHANGE_BEFORE_STEP_1}
+    assert Change.STAYS not in {may_change(config, name) for name in changed}
 
 
 def test_other_errors_stay_what_they_are(flat, tmp_path, monkeypatch):

@@ -229,6 +229,6 @@ def test_a_run_with_other_pictures_resumes_exactly(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"), [("crop", 0), ("crop", 1.1), ("brightness", 1), ("hue", -0.1), ("colour_probability", 2)]
 )
-def test_settings_out_of_range(name, value):
+def test_settings_out_of_range(tiny, name, value):
     with pytest.raises(ConfigError, match=f"augment.{name}"):
-        AugmentConfig(**{name: value})
+        tiny(augment=AugmentConfig(**{name: value}))

@@ -170,7 +170,7 @@ def test_sharded_parameters(kind, dtype, mesh):
         assert torch.equal(sharded.full_tensor() if isinstance(sharded, DTensor) else sharded, plain)
 
 
-def test_multipliers_of_the_learning_rate():
+def test_multipliers_of_the_learning_rate(tiny):
     config = OptimizerConfig(lr=0.1, final_lr=0.1, warmup_steps=0, weight_decay=0.0)
     whole, tenth = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
     optimizer = make_optimizer([{"params": [whole], "lr_scale": 1.0}, {"params": [tenth], "lr_scale": 0.1}], config)
@@ -178,7 +178,7 @@ def test_multipliers_of_the_learning_rate():
     update(optimizer, 0, config, torch.tensor(0.1))
     torch.testing.assert_close(tenth.detach(), 0.1 * whole.detach())
     with pytest.raises(ConfigError, match="set --trained"):
-        LRScale(vision=0.0)
+        tiny(optimizer=OptimizerConfig(lr_scale=LRScale(vision=0.0)))
 
 
 # ---- rounding at random

@@ -289,9 +289,9 @@ def test_a_run_names_its_best_checkpoint_for_commands(run, capsys):
 
 
 @pytest.mark.parametrize(("name", "value"), [("every", -1), ("samples", 0), ("batch_size", 0)])
-def test_settings_out_of_range(name, value):
+def test_settings_out_of_range(tiny, name, value):
     with pytest.raises(ConfigError, match=f"validation.{name}"):
-        ValidationConfig(**{name: value})
+        tiny(validation=ValidationConfig(**{name: value}))
 
 
 def test_units_of_dimensions():

@@ -1,7 +1,7 @@
 """The folder of a run: what it holds, whose it is, and where it goes on.
 
 runs/NAME/
-├─ config.json       the complete TrainConfig; another one in the same folder is refused
+├─ config.json       number of this layout, and the complete TrainConfig; another one in the same folder is refused
 ├─ norm_stats.json   of the training episodes
 ├─ videos.json       size and digest of the files that hold the pictures, of each dataset
 ├─ tokenizer/
@@ -32,62 +32,13 @@ from tqdm import tqdm
 
 from manipi.checkpoints.native import verify
 from manipi.data.lerobot.picture_files import replaced
-from manipi.errors import CheckpointError, TrainingError
-from manipi.model.config import CONFIG_TYPES
-from manipi.records import from_json, json_bytes, read_json, to_json
-from manipi.robots.robot import ROBOT_TYPES
+from manipi.errors import CheckpointError, TrainingError, shown
+from manipi.records import Change, dataclasses_in, from_json, json_bytes, may_change, read_json, to_json
 from manipi.storage import atomic_write, remove_partial, storage_errors
-from manipi.train.config import (
-    AugmentConfig,
-    ComputeConfig,
-    DataConfig,
-    DatasetConfig,
-    GuardConfig,
-    LogConfig,
-    LRScale,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-    ValidationConfig,
-)
+from manipi.train.config import TrainConfig
 
-MAY_CHANGE = (
-    "async_save",
-    "compute.recompute",
-    "data.cache_fill",
-    "data.cache_gb",
-    "data.num_workers",
-    "data.path",
-    "data.root",
-    "guards",
-    "keep_checkpoints",
-    "keep_every",
-    "log",
-    "num_threads",
-    "parallel.device",
-    "parallel.replicate",
-    "parallel.shard",
-    "parallel.timeout_minutes",
-    "steps",
-    "validation.batch_size",
-    "validation.best_by",
-    "validation.every",
-    "validation.raw",
-    "validation.samples",
-)
-"""Settings that a resumed run may bring anew: they change neither a batch nor an update. That another path holds the
-same data, the norm stats' fingerprint says."""
-MAY_CHANGE_BEFORE_STEP_1 = (
-    "accumulate",
-    "compute.precision",
-    "ema_decay",
-    "frozen_dtype",
-    "model.max_token_len",
-    "noise_draws",
-    "optimizer.state_bits",
-    "trained",
-)
-"""What else a run may bring anew that got no further than its first checkpoint: the advice of errors at its start."""
+FORMAT = 1
+"""Number of the layout below, in config.json as `format`; manipi 0.1.0 wrote the same layout without a number."""
 
 
 class Run:
@@ -106,19 +57,24 @@ class Run:
 
     def _claim(self, stored: Path) -> None:
         """Refuse a folder of another run; one that never got as far as a checkpoint has nothing to protect."""
-        wanted = to_json(self.config)
-        changes = _differences(read_json(stored), wanted) if stored.exists() else []
-        other = [change for setting, change in changes if not _may_change(setting)]
-        fixes = all(_may_change(setting) or setting in MAY_CHANGE_BEFORE_STEP_1 for setting, _ in changes)
-        if other and self.steps() == [0] and fixes:
+        wanted, before = to_json(self.config), _read_settings(stored) if stored.exists() else None
+        changes = [] if before is None else differences(before, wanted)
+        marks = {setting: may_change(self.config, setting) for setting, _ in changes}
+        other = [change for setting, change in changes if marks[setting] != Change.ANYTIME]
+        if other and self.steps() == [0] and not {Change.STAYS, None} & set(marks.values()):
             self._drop(0)
         if other and self.steps():
-            raise _another_run(other, stored)
+            raise TrainingError(
+                expected="the settings that this run folder was started with",
+                found="; ".join(other[:8]) + (" …" if len(other) > 8 else ""),
+                where=str(stored),
+                next="give the new run another folder (--run-dir), or use the old settings to go on with this one",
+            )
         if changes and not self.steps():
             self.norm_stats.unlink(missing_ok=True)
             shutil.rmtree(self.tokenizer, ignore_errors=True)
-        if changes or not stored.exists():
-            atomic_write(stored, json_bytes(wanted))
+        if changes or before is None:
+            atomic_write(stored, json_bytes({"format": FORMAT, **wanted}))
 
     def tidy(self) -> None:
         """Delete what a killed process left half-written. For the one process that trains here."""
@@ -295,27 +251,27 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def read_config(folder: Path) -> TrainConfig:
     """The config that a run's folder was started with."""
     path = folder / "config.json"
-    data, how = (DataConfig, DatasetConfig, AugmentConfig), (OptimizerConfig, LRScale, ComputeConfig, ParallelConfig)
-    kinds = (TrainConfig, *data, *how, GuardConfig, LogConfig, ValidationConfig, *ROBOT_TYPES, *CONFIG_TYPES)
-    return from_json(read_json(path), kinds, str(path))
+    kinds = dataclasses_in(TrainConfig) - {TrainConfig}
+    return from_json(_read_settings(path), (TrainConfig, *kinds), str(path))
 
 
-def _another_run(changes: list[str], where: Path) -> TrainingError:
-    return TrainingError(
-        expected="the settings that this run folder was started with",
-        found="; ".join(changes[:8]) + (" …" if len(changes) > 8 else ""),
-        where=str(where),
-        next="give the new run another folder (--run-dir), or use the old settings to go on with this one",
-    )
+def _read_settings(path: Path) -> Any:
+    """A run's settings as JSON. Raises TrainingError where a later version of manipi wrote them."""
+    stored = read_json(path)
+    number = stored.pop("format", 0) if isinstance(stored, dict) else 0
+    if not isinstance(number, int) or number > FORMAT:
+        raise TrainingError(
+            expected=f"a run folder of format {FORMAT} or before, as this version of manipi writes and reads",
+            found=f"format {shown(number)}, of a later one",
+            where=str(path),
+            next="upgrade manipi, or start a new run folder (--run-dir)",
+        )
+    return stored
 
 
-def _may_change(setting: str) -> bool:
-    return any(setting == one or setting.startswith(f"{one}.") for one in MAY_CHANGE)
-
-
-def _differences(stored: Any, wanted: Any, path: str = "") -> list[tuple[str, str]]:
+def differences(stored: Any, wanted: Any, path: str = "") -> list[tuple[str, str]]:
     """Each setting that differs, and how."""
     if isinstance(stored, dict) and isinstance(wanted, dict):
         keys = sorted(set(stored) | set(wanted))
-        return [d for k in keys for d in _differences(stored.get(k), wanted.get(k), f"{path}.{k}".strip("."))]
+        return [d for k in keys for d in differences(stored.get(k), wanted.get(k), f"{path}.{k}".strip("."))]
     return [] if stored == wanted else [(path, f"{path} was {stored!r}, now {wanted!r}")]
