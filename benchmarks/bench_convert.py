@@ -21,7 +21,7 @@ import numpy as np
 from harness import Measure, report
 
 from manipi.convert.convert import ConvertSettings, convert
-from manipi.convert.formats import open_source
+from manipi.convert.formats import open_reader
 
 FRAMES, SIZE = 2000, (480, 640, 3)
 
@@ -65,7 +65,7 @@ def _rates(source: Path, folder: Path, task: str, rounds: int) -> tuple[dict[int
 
 def _convert(source: Path, target: Path, task: str, workers: int) -> int:
     settings = ConvertSettings(task=task)
-    return convert(open_source(source), target, settings, num_workers=workers, show=False).num_frames
+    return convert(open_reader(source), target, settings, num_workers=workers, show=False).num_frames
 
 
 def _cpu_seconds() -> float:

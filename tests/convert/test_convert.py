@@ -18,7 +18,7 @@ import pytest
 from filelock import FileLock
 
 from manipi.convert.convert import ConvertSettings, convert
-from manipi.convert.formats import open_source
+from manipi.convert.formats import open_reader
 from manipi.data.open import open_dataset
 from manipi.data.review.check import check_dataset
 from manipi.errors import (
@@ -39,7 +39,7 @@ def recordings(monkeypatch):
 
 
 def run(root, target, *, format=None, drop_skipped=False, num_workers=0, skip_bad=False, **settings):
-    source = open_source(root, format, drop_skipped=drop_skipped)
+    source = open_reader(root, format, drop_skipped=drop_skipped)
     return convert(source, target, ConvertSettings(**settings), num_workers=num_workers, skip_bad=skip_bad, show=False)
 
 
@@ -354,8 +354,8 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 from manipi.convert.convert import ConvertSettings, convert
-from manipi.convert.formats import open_source
-convert(open_source(Path(sys.argv[1])), Path(sys.argv[2]), ConvertSettings(task="t"), num_workers=0, show=False)
+from manipi.convert.formats import open_reader
+convert(open_reader(Path(sys.argv[1])), Path(sys.argv[2]), ConvertSettings(task="t"), num_workers=0, show=False)
 print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])  # ru_maxrss has the parent's in it
 """
 
@@ -513,32 +513,32 @@ def test_zarr_arrays_of_other_lengths(recordings, tmp_path):
 def test_zarr_without_episodes_or_a_store(recordings, tmp_path):
     path = recordings.write_zarr(tmp_path / "p.zarr", recordings.push_t(), [])
     with pytest.raises(DatasetNotFoundError, match="at least one episode"):
-        open_source(path)
+        open_reader(path)
     (tmp_path / "q.zarr").mkdir()
     with pytest.raises(DatasetFormatError, match="a readable Zarr store"):
-        open_source(tmp_path / "q.zarr")
+        open_reader(tmp_path / "q.zarr")
     (tmp_path / "r.zarr.zip").write_bytes(b"PK no zip")
     with pytest.raises(DatasetFormatError, match=r"(?s)a readable Zarr store.*zip"):
-        open_source(tmp_path / "r.zarr.zip")
+        open_reader(tmp_path / "r.zarr.zip")
 
 
 def test_formats_that_nobody_knows(aloha, tmp_path):
     with pytest.raises(UnknownNameError, match=r"(?s)did you mean aloha"):
-        open_source(aloha, "alohaa")
+        open_reader(aloha, "alohaa")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").touch()
     with pytest.raises(DatasetFormatError, match=r"(?s)aloha: episode_N.hdf5.*zarr: .*found notes.txt"):
-        open_source(tmp_path / "other")
+        open_reader(tmp_path / "other")
     with h5py.File(tmp_path / "other/x.hdf5", "w") as file:
         file["values"] = 1
     with pytest.raises(DatasetFormatError, match=r"(?s)observations/qpos \(ALOHA\) or data/demo_N.*found values"):
-        open_source(tmp_path / "other")
+        open_reader(tmp_path / "other")
     with pytest.raises(DatasetNotFoundError, match=r"at least one episode: folders with trajectory\.h5"):
-        open_source(aloha, "droid")
+        open_reader(aloha, "droid")
     with pytest.raises(DatasetNotFoundError, match="found nothing"):
-        open_source(tmp_path / "nowhere")
+        open_reader(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"(?s)marks skipped frames: droid.*aloha"):
-        open_source(aloha, drop_skipped=True)
+        open_reader(aloha, drop_skipped=True)
 
 
 def test_a_join_of_what_is_not_there(aloha, tmp_path):
@@ -603,8 +603,8 @@ def test_a_file_that_may_not_be_read(aloha, tmp_path):
     if os.geteuid() == 0 and shutil.which("setpriv") is None:
         pytest.skip("needs setpriv, to be someone who may not read the file")
     (aloha / "episode_1.hdf5").chmod(0)
-    script = "import sys; from pathlib import Path; from manipi.convert.formats import open_source\n"
-    script += "with open_source(Path(sys.argv[1])).open('episode_1.hdf5'): pass"
+    script = "import sys; from pathlib import Path; from manipi.convert.formats import open_reader\n"
+    script += "with open_reader(Path(sys.argv[1])).open('episode_1.hdf5'): pass"
     drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--reuid=65534"] if os.geteuid() == 0 else []
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == os.geteuid() and len(folder.parts) > 2:

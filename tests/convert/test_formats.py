@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from manipi.convert.convert import ConvertSettings, convert
-from manipi.convert.formats import open_source
-from manipi.convert.source import kind_of
+from manipi.convert.formats import kind_of, open_reader
 from manipi.data.open import open_dataset
 from manipi.errors import DatasetFormatError, MissingFeatureError
 
@@ -36,7 +35,7 @@ def recordings(monkeypatch):
 
 
 def run(root, target, **settings):
-    source = open_source(root)
+    source = open_reader(root)
     return convert(source, target, ConvertSettings(task="t", crf=0, **settings), num_workers=0, show=False)
 
 
@@ -173,7 +172,7 @@ def test_depth_in_a_png_of_16_bits(recordings, tmp_path):
     row = np.frombuffer(buffer.getvalue(), np.uint8)
     with h5py.File(recordings.write_aloha(tmp_path / "source", (4,), cameras=()) / "episode_0.hdf5", "a") as file:
         file["observations/images/d"] = np.stack([row] * 4)
-    with pytest.raises(DatasetFormatError, match=r"(?s)8 bits per channel.*PNG of the mode I.*, d, frame 0.*--exclude"):
+    with pytest.raises(DatasetFormatError, match=r"(?s)8 bits per channel.*PNG of 16 bits per pixel.*, d, frame 0.*--exclude"):
         run(tmp_path / "source", tmp_path / "out")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from manipi.cli.dataset import render
 from manipi.convert.convert import ConvertSettings, convert
-from manipi.convert.formats import open_source
+from manipi.convert.formats import open_reader
 from manipi.data.dataset import Feature
 from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.data.open import open_dataset
@@ -112,7 +112,7 @@ def test_depth_is_named_and_left_out(root, tmp_path):
     assert "Left out, because they record depth: head." in (tmp_path / "check.html").read_text()
     write_view(tmp_path / "page.html", open_dataset(root, episodes=(1,)), show=False)
     assert (tmp_path / "page.html").read_text().count("<video ") == 2
-    done = convert(open_source(root), tmp_path / "out", ConvertSettings(), num_workers=0, show=False)
+    done = convert(open_reader(root), tmp_path / "out", ConvertSettings(), num_workers=0, show=False)
     assert done.remarks == (("head", "records depth, not colours: left out"),)
     assert open_dataset(tmp_path / "out").features.keys() == open_dataset(root).features.keys() - {"head"}
 
@@ -182,7 +182,7 @@ def test_a_camera_that_no_file_has(root, tmp_path, lose):
     assert (tmp_path / "page.html").read_text().count("<video ") == 1
     with pytest.raises(MissingFeatureError, match=r"(?s)among front, wrist, state.*found 'wirst'"):
         write_view(tmp_path / "page.html", dataset, without=("wirst",), show=False)
-    convert(open_source(root), tmp_path / "out", ConvertSettings(exclude=("wrist",)), num_workers=0, show=False)
+    convert(open_reader(root), tmp_path / "out", ConvertSettings(exclude=("wrist",)), num_workers=0, show=False)
     assert check_dataset(tmp_path / "out").findings == ()
     assert open_dataset(tmp_path / "out").cameras == ["front"]
 
@@ -194,7 +194,7 @@ def test_a_column_that_no_table_has(root, tmp_path):
     assert (finding.severity, finding.check, finding.features) == ("error", "tables", ("force",))
     assert "TARGET --exclude force" in finding.next
     assert check_dataset(root, quick=True, robot=robot("front")).count("error") == 0
-    convert(open_source(root), tmp_path / "out", ConvertSettings(exclude=("force",)), num_workers=0, show=False)
+    convert(open_reader(root), tmp_path / "out", ConvertSettings(exclude=("force",)), num_workers=0, show=False)
     assert check_dataset(tmp_path / "out", quick=True).findings == ()
 
 

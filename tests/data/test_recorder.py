@@ -20,7 +20,7 @@ from tests.commands import FORKS
 
 from manipi.cli import main
 from manipi.convert.convert import ConvertSettings, convert
-from manipi.convert.formats import open_source
+from manipi.convert.formats import open_reader
 from manipi.data.open import open_dataset
 from manipi.data.recorder import Recorder, finish_recording
 from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, StorageError
@@ -179,7 +179,7 @@ def test_the_parts_of_a_recording_are_no_conversions(tmp_path, moment):
     run(root, 4, *kill, "SIGKILL")
     record(source, 0, 1)
     with pytest.raises(ConfigError, match=r"no episodes there but those of a conversion") as refused:
-        convert(open_source(source), root, ConvertSettings(), num_workers=0, show=False)
+        convert(open_reader(source), root, ConvertSettings(), num_workers=0, show=False)
     assert f"manipi record --finish '{root}'" in refused.value.next
     finish_recording(root, show=False)
     require_whole(root, range(ended))

@@ -75,33 +75,30 @@ class _Convert:
 def main(arguments: Sequence[str]) -> None:
     """Convert; prints what was written, and what was left out."""
     args = parse(_Convert, arguments, "convert")
-    joins, resize = tuple(map(_join, args.join)), _size(args.resize)
+    joins = []
+    for text in args.join:
+        whole, _, parts = text.partition("=")
+        if not whole or not parts:
+            next = "--join observation.state=eef_pos,gripper"
+            raise ConfigError(expected="NAME=PART,PART", found=repr(text), where="--join", next=next)
+        joins.append((whole, tuple(parts.split(","))))
+    height, _, width = args.resize.partition("x")
+    if args.resize and not (height.isdigit() and width.isdigit()):
+        raise ConfigError(expected="HEIGHTxWIDTH", found=repr(args.resize), where="--resize", next="--resize 224x224")
 
     from manipi.convert.convert import ConvertSettings, convert
-    from manipi.convert.formats import open_source
+    from manipi.convert.formats import open_reader
 
+    same = ("task", "fps", "robot_type", "exclude", "rotate", "swap_channels", "pix_fmt", "crf")
     settings = ConvertSettings(
-        task=args.task,
-        fps=args.fps,
-        robot_type=args.robot_type,
-        joins=joins,
-        exclude=args.exclude,
-        resize=resize,
-        rotate=args.rotate,
-        swap_channels=args.swap_channels,
-        pix_fmt=args.pix_fmt,
-        crf=args.crf,
+        joins=tuple(joins),
+        resize=(int(height), int(width)) if args.resize else None,
+        **{name: getattr(args, name) for name in same},
     )
     workers = (os.cpu_count() or 1) if args.num_workers is None else args.num_workers
     began = time.perf_counter()
-    source = open_source(args.source, args.format, drop_skipped=args.drop_skipped)
-    report = convert(
-        source,
-        args.target,
-        settings,
-        num_workers=workers,
-        skip_bad=args.skip_bad_episodes,
-    )
+    reader = open_reader(args.source, args.format, drop_skipped=args.drop_skipped)
+    report = convert(reader, args.target, settings, num_workers=workers, skip_bad=args.skip_bad_episodes)
     rows = [
         ("written", report.target),
         ("episodes", f"{report.num_episodes:,}" + (f" ({report.reused:,} from before)" if report.reused else "")),
@@ -113,19 +110,3 @@ def main(arguments: Sequence[str]) -> None:
     ]
     print(table(rows))
     write_result(report, args.json)
-
-
-def _join(text: str) -> tuple[str, tuple[str, ...]]:
-    whole, _, parts = text.partition("=")
-    if not whole or not parts:
-        raise ConfigError(
-            expected="NAME=PART,PART", found=repr(text), where="--join", next="--join observation.state=eef_pos,gripper"
-        )
-    return whole, tuple(parts.split(","))
-
-
-def _size(text: str) -> tuple[int, int] | None:
-    height, _, width = text.partition("x")
-    if text and not (height.isdigit() and width.isdigit()):
-        raise ConfigError(expected="HEIGHTxWIDTH", found=repr(text), where="--resize", next="--resize 224x224")
-    return (int(height), int(width)) if text else None

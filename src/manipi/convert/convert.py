@@ -1,4 +1,4 @@
-"""Recordings in any format that `sources` reads become a LeRobot v3.0 dataset, encoded by several processes.
+"""Recordings of any known format become a LeRobot v3.0 dataset.
 
     SOURCE ──open──> episode ──encode──> .TARGET.parts/episode-000042/ ──┐   each process, one episode at a time
                                                                          │
@@ -13,18 +13,18 @@ import os
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import av
 import numpy as np
 from tqdm import tqdm
 
-from manipi.convert.source import EpisodeSource, SourceEpisode
+from manipi.convert.formats import EpisodeReader, RecordedEpisode
 from manipi.data.dataset import Feature
 from manipi.data.lerobot.episode import EpisodeEncoder, Pictures
 from manipi.data.lerobot.parts import Parts
@@ -83,7 +83,7 @@ class ConvertReport:
 
 
 def convert(
-    source: EpisodeSource,
+    reader: EpisodeReader,
     target: Path,
     settings: ConvertSettings,
     *,
@@ -105,106 +105,88 @@ def convert(
     parts = Parts(target, "conversion")
     if not parts.finished:
         require_absent(parts.target)
-    encoder, remarks = _encoder(source, settings, skip_bad)
-    with _resumable(parts):
-        _check_same(parts, source, settings)
-        if parts.finished:
-            return _report(parts, parts.settle())
-        job = _Job(source=source, encoder=encoder, settings=settings, parts=parts, skip_bad=skip_bad)
-        todo = [number for number in range(len(source.names)) if not parts.episode(number).exists()]
-        reused = len(source.names) - len(todo)
-        bad: dict[int, str] = {}
-        bar = tqdm(total=len(source.names), initial=reused, desc="encode", unit="episode", disable=not show)
-        with bar, closing(_run(job, todo, num_workers)) as results:
-            for number, error in results:
-                bad |= {number: error} if error else {}
-                bar.update()
-        folders = [parts.episode(number) for number in range(len(source.names)) if number not in bad]
-        robot_type = settings.robot_type or source.robot_type
-        skipped = [(source.names[number], bad[number]) for number in sorted(bad)]
-        report = {"reused": reused, "skipped": skipped, "remarks": remarks}
-        return _report(parts, parts.finish(folders, encoder, robot_type, report, show=show))
-
-
-def _report(parts: Parts, finished: Mapping[str, Any]) -> ConvertReport:
-    pairs = {key: tuple((name, text) for name, text in finished[key]) for key in ("skipped", "remarks")}
-    return ConvertReport(**{**finished, "target": str(parts.target), **pairs})
-
-
-@contextmanager
-def _resumable(parts: Parts) -> Iterator[None]:
-    """The parts for this process alone; a full disk leaves them, and says how to go on."""
+    encoder, remarks = _encoder(reader, settings, skip_bad)
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(reader.files())]
+    wanted = {
+        "settings": to_json(settings),
+        "source": str(reader.root),
+        "episodes and files": fingerprint([list(reader.names), stamps, reader.drop_skipped]),
+        "encoder": av.__version__,
+    }
+    numbers = range(len(reader.names))
     try:
         with parts.claimed(), storage_errors(parts.target):
-            yield
+            # What was begun there must be this conversion, or its episodes would not belong together.
+            if not (parts.episodes() or parts.finished):
+                atomic_write(parts.begun, json_bytes(wanted))
+            parts.require_own()
+            begun = read_json(parts.begun)
+            if changed := [name for name, value in wanted.items() if begun.get(name) != value]:
+                raise ConfigError(
+                    expected="the conversion that was begun there, to go on with it",
+                    found=f"another: {', '.join(changed)} changed",
+                    where=str(parts.folder),
+                    next=f"repeat the first command, or start afresh with: rm -r {quoted(parts.folder)}",
+                )
+            if parts.finished:
+                report = parts.settle()
+            else:
+                job = _Job(reader=reader, encoder=encoder, settings=settings, parts=parts, skip_bad=skip_bad)
+                todo = [number for number in numbers if not parts.episode(number).exists()]
+                bad: dict[int, str] = {}
+                done = {"initial": len(numbers) - len(todo), "total": len(numbers)}
+                bar = tqdm(desc="encode", unit="episode", disable=not show, **done)
+                with bar, closing(_run(job, todo, num_workers)) as results:
+                    for number, error in results:
+                        bad |= {number: error} if error else {}
+                        bar.update()
+                folders = [parts.episode(number) for number in numbers if number not in bad]
+                skipped = [(reader.names[number], bad[number]) for number in sorted(bad)]
+                report = {"reused": len(numbers) - len(todo), "skipped": skipped, "remarks": remarks}
+                report = parts.finish(folders, encoder, settings.robot_type or reader.robot_type, report, show=show)
     except StorageError as error:
         again = "make room, or allow writing there, and run the same command again"
         next = f"{again}; finished episodes wait in {parts.folder}"
         raise StorageError(expected=error.expected, found=error.found, where=error.where, next=next) from error
-
-
-def _check_same(parts: Parts, source: EpisodeSource, settings: ConvertSettings) -> None:
-    """What was begun in `parts` must be this conversion, or its episodes would not belong together."""
-    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(source.files())]
-    wanted = {
-        "settings": to_json(settings),
-        "source": str(source.root),
-        "episodes and files": fingerprint([list(source.names), stamps, source.drop_skipped]),
-        "encoder": av.__version__,
-    }
-    if not (parts.episodes() or parts.finished):
-        atomic_write(parts.begun, json_bytes(wanted))
-    parts.require_own()
-    begun = read_json(parts.begun)
-    if changed := [name for name, value in wanted.items() if begun.get(name) != value]:
-        raise ConfigError(
-            expected="the conversion that was begun there, to go on with it",
-            found=f"another: {', '.join(changed)} changed",
-            where=str(parts.folder),
-            next=f"repeat the first command, or start afresh with: rm -r {quoted(parts.folder)}",
-        )
+    pairs = {key: tuple((name, text) for name, text in report[key]) for key in ("skipped", "remarks")}
+    return ConvertReport(**{**report, "target": str(parts.target), **pairs})
 
 
 def _encoder(
-    source: EpisodeSource, settings: ConvertSettings, skip_bad: bool
+    reader: EpisodeReader, settings: ConvertSettings, skip_bad: bool
 ) -> tuple[EpisodeEncoder, tuple[tuple[str, str], ...]]:
     """Features and rate, and the remarks, of the first episode that can be read."""
-    fps = settings.fps or source.fps
+    fps = settings.fps or reader.fps
     if fps is None or fps != round(fps):
         raise ConfigError(
             expected="a whole number of frames per second",
             found="none in the source" if fps is None else f"{fps}",
-            where=str(source.root),
+            where=str(reader.root),
             next="--fps N",
         )
-    for name in source.names:
+    for name in reader.names:
+        features = {}
         try:
-            features, remarks = _features(source, name, settings)
+            with reader.open(name) as episode:
+                for key, values in _data(episode, reader, settings, name).items():
+                    if isinstance(values, np.ndarray):
+                        names = reader.dimension_names.get(key, ())
+                        names = names if len(names) == values.shape[1] else ()
+                        shape, dtype = values.shape[1:], str(values.dtype)
+                        features[key] = Feature(kind="vector", shape=shape, dtype=dtype, names=names)
+                    else:
+                        shape = next((block.shape[1:] for block in values), ())
+                        features[key] = Feature(kind="image", shape=shape, dtype="video")
+                _task(episode, settings, f"{reader.root}, {name}")
+                remarks = episode.remarks
         except (DataError, ConfigError):
-            if not skip_bad or name == source.names[-1]:
+            if not skip_bad or name == reader.names[-1]:
                 raise
             continue
         encoder = EpisodeEncoder(features=features, fps=round(fps), pix_fmt=settings.pix_fmt, crf=settings.crf)
-        pairs = [*remarks.items(), *source.remarks(fps).items()]
+        pairs = [*remarks.items(), *reader.remarks(fps).items()]
         return encoder, tuple((k, text) for k, text in pairs if text and k not in settings.exclude)
-    raise AssertionError("a source has at least one episode")
-
-
-def _features(
-    source: EpisodeSource, name: str, settings: ConvertSettings
-) -> tuple[dict[str, Feature], Mapping[str, str]]:
-    with source.open(name) as episode:
-        features = {}
-        for key, values in _data(episode, source, settings, name).items():
-            if isinstance(values, np.ndarray):
-                names = source.dimension_names.get(key, ())
-                names = names if len(names) == values.shape[1] else ()
-                features[key] = Feature(kind="vector", shape=values.shape[1:], dtype=str(values.dtype), names=names)
-            else:
-                shape = next((block.shape[1:] for block in values), ())
-                features[key] = Feature(kind="image", shape=shape, dtype="video")
-        _task(episode, settings, f"{source.root}, {name}")
-        return features, episode.remarks
+    raise AssertionError("a reader has at least one episode")
 
 
 # One episode --------------------------------------------------------------------------------------------------------
@@ -214,7 +196,7 @@ def _features(
 class _Job:
     """What a process needs to encode any episode. Everything in it pickles."""
 
-    source: EpisodeSource
+    reader: EpisodeReader
     encoder: EpisodeEncoder
     settings: ConvertSettings
     parts: Parts
@@ -222,12 +204,12 @@ class _Job:
 
     def __call__(self, number: int) -> tuple[int, str]:
         """Encode an episode; its number, and why it was skipped."""
-        name = self.source.names[number]
-        where = f"{self.source.root}, {name}"
+        name = self.reader.names[number]
+        where = f"{self.reader.root}, {name}"
         try:
-            with self.source.open(name) as episode, atomic_directory(self.parts.episode(number)) as folder:
+            with self.reader.open(name) as episode, atomic_directory(self.parts.episode(number)) as folder:
                 task = _task(episode, self.settings, where)
-                self.encoder.encode(folder, _data(episode, self.source, self.settings, name), task, where)
+                self.encoder.encode(folder, _data(episode, self.reader, self.settings, name), task, where)
         except (DataError, ConfigError) as error:
             if not self.skip_bad:
                 raise
@@ -236,36 +218,35 @@ class _Job:
 
 
 def _data(
-    episode: SourceEpisode, source: EpisodeSource, settings: ConvertSettings, name: str
+    episode: RecordedEpisode, reader: EpisodeReader, settings: ConvertSettings, name: str
 ) -> Mapping[str, np.ndarray | Pictures]:
     """The vectors, those joined of others, and the pictures, turned and resized."""
-    usual = [(whole, parts) for whole, parts in source.joins if all(part in episode.columns for part in parts)]
+    usual = [(whole, parts) for whole, parts in reader.joins if all(part in episode.columns for part in parts)]
     names = [*episode.columns, *(whole for whole, _ in (*settings.joins, *usual)), *episode.pictures]
-    _require_known("exclude", settings.exclude, (*names, *episode.remarks), f"{source.root}, {name}")
-    _require_known("swap-channels", settings.swap_channels or (), episode.pictures, f"{source.root}, {name}")
+    for flag, named, known in (
+        ("exclude", settings.exclude, (*names, *episode.remarks)),
+        ("swap-channels", settings.swap_channels or (), episode.pictures),
+    ):
+        if unknown := sorted(set(named) - set(known)):
+            raise MissingFeatureError(
+                expected=f"names for --{flag}, among {', '.join(dict.fromkeys(known))}",
+                found=shown(", ".join(unknown)),
+                where=f"{reader.root}, {name}",
+                next=f"--{flag} NAME",
+            )
     columns = {key: episode.columns[key] for key in episode.columns if key not in settings.exclude}
     for whole, parts in (*settings.joins, *usual):
         if missing := [part for part in parts if part not in episode.columns]:
             raise MissingFeatureError(
                 expected=f"the vectors {', '.join(missing)}, to join into {whole!r}",
                 found=f"only {', '.join(episode.columns)}",
-                where=f"{source.root}, {name}",
+                where=f"{reader.root}, {name}",
                 next=f"--join {whole}=NAME,NAME",
             )
         if (whole, parts) in settings.joins or whole not in columns:
             columns[whole] = np.concatenate([episode.columns[part] for part in parts], axis=1)
     data = columns | {camera: _Shown(blocks, settings, camera) for camera, blocks in episode.pictures.items()}
     return {key: values for key, values in data.items() if key not in settings.exclude}
-
-
-def _require_known(flag: str, named: Iterable[str], known: Iterable[str], where: str) -> None:
-    if unknown := sorted(set(named) - set(known)):
-        raise MissingFeatureError(
-            expected=f"names for --{flag}, among {', '.join(dict.fromkeys(known))}",
-            found=shown(", ".join(unknown)),
-            where=where,
-            next=f"--{flag} NAME",
-        )
 
 
 @dataclass(frozen=True)
@@ -287,7 +268,7 @@ class _Shown:
             yield turned
 
 
-def _task(episode: SourceEpisode, settings: ConvertSettings, where: str) -> str | list[str]:
+def _task(episode: RecordedEpisode, settings: ConvertSettings, where: str) -> str | list[str]:
     """The instruction, or one per frame."""
     tasks = [text or settings.task for text in ([episode.task] if isinstance(episode.task, str) else episode.task)]
     if not all(tasks):
@@ -333,7 +314,7 @@ def _run(job: _Job, numbers: list[int], num_workers: int) -> Generator[tuple[int
         raise DataError(
             expected="processes that encode until all is done",
             found="the end of one (its error stands above; without one it was killed, often for want of memory)",
-            where=str(job.source.root),
+            where=str(job.reader.root),
             next="run the same command again, with a smaller --num-workers",
         ) from None
     finally:
@@ -344,21 +325,20 @@ def _run(job: _Job, numbers: list[int], num_workers: int) -> Generator[tuple[int
 
 
 def _work(job: _Job, caller: Connection) -> None:
-    """Encode the episodes that the caller names, one after the other, until it goes."""
+    """Encode the episodes that the caller names, one after the other; its end ends this process at once."""
     numbers = queue.SimpleQueue[int]()
-    threading.Thread(target=_listen, args=(caller, numbers), daemon=True).start()
+
+    def listen() -> None:
+        try:
+            while True:
+                numbers.put(caller.recv())
+        except (EOFError, OSError):
+            os._exit(1)
+
+    threading.Thread(target=listen, daemon=True).start()
     while True:
         try:
             result = job(numbers.get())
         except ManipiError as error:
             result = error
         caller.send(result)
-
-
-def _listen(caller: Connection, numbers: "queue.SimpleQueue[int]") -> None:
-    """What the caller names; its end, be it that it was killed, ends this process in the middle of what it does."""
-    try:
-        while True:
-            numbers.put(caller.recv())
-    except (EOFError, OSError):
-        os._exit(1)

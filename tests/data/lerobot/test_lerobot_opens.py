@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from manipi.convert.convert import ConvertSettings, convert
-from manipi.convert.formats import open_source
+from manipi.convert.formats import open_reader
 from manipi.data.open import open_dataset
 
 READ = """
@@ -84,7 +84,7 @@ def test_a_dataset_of_the_writer(lerobot, written, tmp_path):
 
 
 def test_a_conversion(lerobot, shared_datasets, tmp_path):
-    source = open_source(shared_datasets / "synthetic_lerobot_v21")
+    source = open_reader(shared_datasets / "synthetic_lerobot_v21")
     convert(source, tmp_path / "set", ConvertSettings(), num_workers=0, show=False)
     rows = [0, 39, 40, 41, 86, 87, 200, 344]
     compare(open_dataset(tmp_path / "set"), lerobot(tmp_path / "set", rows, tmp_path / "values.npz"), rows)

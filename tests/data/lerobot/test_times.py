@@ -10,7 +10,7 @@ from tests.data.addressed import CAMERA, LENGTHS, addresses, edit_column, pictur
 from tests.data.encoders import encode, samples
 
 from manipi.convert.convert import ConvertSettings, convert
-from manipi.convert.formats import open_source
+from manipi.convert.formats import open_reader
 from manipi.data.feed.cache import CachedDataset
 from manipi.data.lerobot.reader import LeRobotDataset
 from manipi.data.lerobot.times import off_grid
@@ -195,7 +195,7 @@ def test_an_end_may_be_the_time_of_the_last_picture(tmp_path):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_conversion_keeps_each_picture_with_its_row(version, tmp_path):
-    source = open_source(write_set(tmp_path / "set", version, rows=CUT))
+    source = open_reader(write_set(tmp_path / "set", version, rows=CUT))
     convert(source, tmp_path / "converted", ConvertSettings(), num_workers=0, show=False)
     dataset = open_dataset(tmp_path / "converted")
     rows = np.arange(dataset.num_frames)
@@ -216,7 +216,7 @@ RATES = {
 def test_conversion_says_that_rows_were_not_evenly_apart(kind, tmp_path):
     """`manipi check` of what is written sees no gap."""
     how, fps, named = RATES[kind]
-    source, target = open_source(write_set(tmp_path / "set", **how)), tmp_path / "converted"
+    source, target = open_reader(write_set(tmp_path / "set", **how)), tmp_path / "converted"
     report = convert(source, target, ConvertSettings(fps=fps), num_workers=0, show=False)
     assert [text.partition(" in episodes ")[2].partition(", and")[0] for _, text in report.remarks] == (
         [named] if named else []

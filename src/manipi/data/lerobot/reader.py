@@ -1,7 +1,6 @@
 """LeRobot datasets: parquet tables, and pictures from MP4 files or from the tables. Metadata: `lerobot_index`."""
 
 import hashlib
-import io
 import math
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +11,6 @@ from typing import Any, NoReturn
 import numpy as np
 import pyarrow.parquet as pq
 from jaxtyping import Float64
-from PIL import Image
 
 from manipi.data.dataset import Dataset, PromptSource
 from manipi.data.lerobot.index import open_index
@@ -30,15 +28,13 @@ from manipi.data.lerobot.tables import (
     runs,
 )
 from manipi.data.lerobot.times import off_grid, time_fault
-from manipi.data.lerobot.video import VideoFrames, decoders_for, without_camera
+from manipi.data.lerobot.video import DeepPicture, VideoFrames, decode_picture, decoders_for, without_camera
 from manipi.errors import DataError, shown
 from manipi.remote.fetch import fetch, origin
 
 _FOOTER_BYTES = 1 << 20
 _ROW_GROUPS = 8
 """Row groups of encoded pictures kept in RAM; LeRobot writes one per episode."""
-_DEEP = {"I": "32 bits", "F": "a float"}
-"""Pictures whose numbers do not fit 8 bits, and would become white or black."""
 
 
 class LeRobotDataset(Dataset):
@@ -245,12 +241,10 @@ class LeRobotDataset(Dataset):
             next = f"{leave_out(self.root, camera)}  # leaves this camera out"
             refuse(shown(entry) if encoded is None else f"a {type(encoded).__name__}", next)
         try:
-            with Image.open(io.BytesIO(encoded)) as picture:
-                if picture.mode in _DEEP or picture.mode.startswith("I;16"):
-                    found = f"{picture.format} of {_DEEP.get(picture.mode, '16 bits')} per pixel, perhaps depth"
-                    refuse(found, f"store it with 8 bits, or: {leave_out(self.root, camera)}")
-                return np.asarray(picture.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return decode_picture(encoded)
+        except DeepPicture as error:
+            refuse(str(error), f"store it with 8 bits, or: {leave_out(self.root, camera)}")
+        except ValueError as error:
             refuse(shown(str(error), 200))
 
     @cached_property

@@ -1,9 +1,10 @@
-"""Exact frames out of video files, and frames into them.
+"""Exact frames out of video files, frames into them, and encoded pictures.
 
 A long-lived decoder per file, without decoder threads, is the fastest way to random frames on a CPU that other
 workers share; with a keyframe every second frame (as LeRobot encodes) a seek decodes at most two frames.
 """
 
+import io
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import chain, pairwise
@@ -16,6 +17,7 @@ from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
+from PIL import Image
 
 from manipi.errors import ConfigError, DatasetFormatError, quoted
 
@@ -92,6 +94,27 @@ def without_camera(root: Path | None = None) -> str:
 def is_deep(pix_fmt: str) -> bool:
     """Whether FFmpeg's format is grey of more than 8 bits, as depth maps are: gray12le, gray16be, grayf32le."""
     return pix_fmt.startswith(("gray9", "gray1", "grayf"))
+
+
+class DeepPicture(ValueError):
+    """A picture whose numbers do not fit 8 bits, and would become white or black."""
+
+
+def decode_picture(encoded: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """An encoded picture, such as JPEG or PNG.
+
+    Raises:
+        DeepPicture: its numbers do not fit 8 bits.
+        ValueError: the bytes are no picture.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as picture:
+            if picture.mode.startswith(("I", "F")):
+                bits = {"I": "32 bits", "F": "a float"}.get(picture.mode, "16 bits")
+                raise DeepPicture(f"{picture.format} of {bits} per pixel, perhaps depth")
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
 
 
 class _NoFrame(Exception):

@@ -1,4 +1,4 @@
-"""Whatever `open_dataset` opens, as a source of episodes: LeRobot, RLDS."""
+"""Whatever `open_dataset` opens, read to be converted: LeRobot and RLDS."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from manipi.convert.source import Blocks, EpisodeSource, SourceEpisode, remark, vector
+from manipi.convert.formats import Blocks, EpisodeReader, RecordedEpisode, remark, vector
 from manipi.data.dataset import Dataset
 from manipi.data.open import open_dataset
 from manipi.data.review.values import uneven_timestamps
@@ -18,7 +18,7 @@ _NUMBERING = ("timestamp", "frame_index", "episode_index", "index", "task_index"
 """What the writer numbers anew."""
 
 
-class DatasetSource(EpisodeSource):
+class DatasetReader(EpisodeReader):
     """The episodes of a `Dataset`, with their vectors, pictures and, frame by frame, tasks. Texts are not kept."""
 
     def __init__(self, root: Path):
@@ -44,19 +44,39 @@ class DatasetSource(EpisodeSource):
         return {"timestamp": f"{found}; if their rate is another one, give it with --fps"} if uneven else {}
 
     @contextmanager
-    def open(self, name: str) -> Iterator[SourceEpisode]:
+    def open(self, name: str) -> Iterator[RecordedEpisode]:
         dataset, episode = self._dataset, self._episodes[name]
         rows = range(episode.start, episode.start + episode.length)
 
         def read(camera: str, start: int, stop: int) -> np.ndarray:
             return dataset.images(camera, np.arange(start, stop))
 
-        yield SourceEpisode(
+        yield RecordedEpisode(
             columns=_Columns(dataset, self._vectors, rows),
             pictures={c: Blocks(partial(read, c), rows.start, rows.stop) for c in dataset.cameras},
             task=[dataset.prompt(row) for row in rows],
             remarks={k: remark(f.kind, (), np.dtype("u1")) for k, f in dataset.features.items() if f.kind == "depth"},
         )
+
+
+class LeRobotReader(DatasetReader):
+    """LeRobot v2.0, v2.1 and v3.0."""
+
+    layout = "meta/info.json, tables and videos of LeRobot v2 or v3"
+
+    @classmethod
+    def recognises(cls, root: Path) -> bool:
+        return (root / "meta/info.json").is_file()
+
+
+class RldsReader(DatasetReader):
+    """RLDS, with the map of fields beside its files or that of its name (`find_fields`)."""
+
+    layout = "features.json and record files of TFDS"
+
+    @classmethod
+    def recognises(cls, root: Path) -> bool:
+        return any(root.glob("features.json")) or any(root.glob("*/features.json"))
 
 
 @dataclass(frozen=True)
