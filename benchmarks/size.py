@@ -26,16 +26,10 @@ def code_lines(text: str) -> int:
     """How many lines of a module hold code."""
     left_out: set[int] = set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
+        # A string on its own is a docstring, also behind the field that it explains.
+        alone = isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
+        if alone or isinstance(node, ast.Import | ast.ImportFrom):
             left_out |= set(range(node.lineno, (node.end_lineno or 0) + 1))
-        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-            first = node.body[0]
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                left_out |= set(range(first.lineno, (first.end_lineno or 0) + 1))
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     held = {line for t in tokens if t.type not in _LAYOUT for line in range(t.start[0], t.end[0] + 1)}
     return len(held - left_out)
