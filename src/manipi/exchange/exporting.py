@@ -26,8 +26,7 @@ from manipi.exchange.certificate import (
     certify,
     record_self_test,
 )
-from manipi.exchange.lerobot_processors import policy_config, relative_settings, write_processors
-from manipi.exchange.stated import DESCRIPTION
+from manipi.exchange.lerobot import DESCRIPTION, policy_config, relative_settings, write_processors
 from manipi.model.config import GEMMA_2B, GEMMA_300M, ModelConfig, Pi0FastConfig
 from manipi.records import write_json
 from manipi.storage import atomic_directory, require_absent, require_room

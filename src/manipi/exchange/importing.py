@@ -3,7 +3,7 @@
 weights      the source's tensors, streamed one layer at a time; strict in both directions
 norm stats   assets/<asset id>/norm_stats.json beside the weights, or LeRobot's policy_preprocessor.json
 the rest     robot, tokenizers, and what the files beside the weights leave open: from a recipe or robot, or from the
-             `manipi/` folder that our own exports carry; what contradicts those files (`stated`) is refused
+             `manipi/` folder that our own exports carry; what contradicts those files (`Stated`) is refused
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from manipi.checkpoints.native import (
     write_checkpoint,
     write_description,
 )
-from manipi.errors import ConfigError, NormStatsError, WeightsMismatchError
+from manipi.errors import CheckpointError, ConfigError, NormStatsError, WeightsMismatchError
 from manipi.exchange.certificate import (
     Certificate,
     answer_of_foreign,
@@ -32,8 +32,7 @@ from manipi.exchange.certificate import (
     certify,
     record_self_test,
 )
-from manipi.exchange.lerobot_processors import PREPROCESSOR, read_processor_stats
-from manipi.exchange.stated import DESCRIPTION, Stated, read_stated
+from manipi.exchange.lerobot import CONFIG, DESCRIPTION, PREPROCESSOR, Stated, read_processor_stats, read_stated
 from manipi.model.config import ModelConfig, NormMode, Pi0FastConfig
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory, require_absent, require_room
@@ -77,7 +76,7 @@ def import_checkpoint(
         dtype: of the weights written; None keeps each tensor's own.
 
     Raises:
-        CheckpointError: see `manipi.weights.layouts` and `manipi.exchange.stated`.
+        CheckpointError: see `manipi.weights.layouts` and `manipi.exchange.lerobot`.
         NormStatsError: no statistics, several to choose from, or statistics of another robot.
         ConfigError: the source does not describe itself, and nothing else does; or recipe, robot or flags contradict
             the files beside the weights.
@@ -160,7 +159,13 @@ def describe(source: ForeignWeights, wanted: Wanted | None, stated: Stated) -> C
             next="add --recipe NAME (manipi recipes), or --robot FILE.py:NAME",
         )
     model = source.config(like=wanted.model)
-    stated.require_kind(type(model))
+    if stated.kind not in (None, type(model)):
+        raise CheckpointError(
+            expected=f"the weights of a {stated.kind.__name__}, as {CONFIG} says",
+            found=f"those of a {type(model).__name__}",
+            where=str(stated.folder),
+            next="copy or fetch the folder again; its files do not belong together",
+        )
     if wanted.model is None:  # the files say what the released policies' settings would
         known = {f.name for f in fields(model)} - {"action_dim"}
         model = replace(model, **{name: said.value for name, said in stated.model.items() if name in known})
@@ -169,7 +174,7 @@ def describe(source: ForeignWeights, wanted: Wanted | None, stated: Stated) -> C
     stated.require_robot(wanted.robot, model.cameras)
     mode = stated.normalization(wanted.norm_mode, wanted.normalization, type(model))
     step = int(source.path.name) if source.path.name.isdigit() else 0
-    sampling = {} if stated.num_steps is None else {"num_steps": stated.num_steps}
+    sampling = {"num_steps": steps} if (steps := stated.get("num_steps")) else {}
     return Checkpoint(
         weights={},
         config=PolicyConfig(model=model, norm_mode=mode, step=step, **sampling),
