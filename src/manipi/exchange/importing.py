@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from manipi.checkpoints.adapters import read_adapters
@@ -20,9 +19,7 @@ from manipi.checkpoints.native import (
     PolicyConfig,
     read_checkpoint,
     read_description,
-    seal,
     write_checkpoint,
-    write_description,
 )
 from manipi.errors import CheckpointError, ConfigError, NormStatsError, WeightsMismatchError
 from manipi.exchange.certificate import (
@@ -31,6 +28,7 @@ from manipi.exchange.certificate import (
     answer_of_weights,
     certify,
     record_self_test,
+    write_streamed,
 )
 from manipi.exchange.lerobot import CONFIG, DESCRIPTION, PREPROCESSOR, Stated, read_processor_stats, read_stated
 from manipi.model.config import ModelConfig, NormMode, Pi0FastConfig
@@ -42,7 +40,7 @@ from manipi.transforms.normalize import read_openpi_stats
 from manipi.types import NormStats
 from manipi.weights.layouts import ForeignWeights, open_weights
 from manipi.weights.released import ASSETS
-from manipi.weights.stores import ArrayInfo, bytes_of, write_safetensors
+from manipi.weights.stores import ArrayInfo, bytes_of
 from manipi.weights.tokenizers import open_action_tokenizer, open_text_tokenizer
 
 
@@ -107,24 +105,19 @@ def import_checkpoint(
     with atomic_directory(target) as folder:
         bar = tqdm(source.tensors(model), total=len(infos), desc="weights", unit="tensor", disable=len(infos) < 500)
         tensors = ((name, tensor.to(infos[name].dtype)) for name, tensor in bar)
-        write_safetensors(folder / "model.safetensors", infos, tensors)
-        whole = replace(described, weights=load_file(folder / "model.safetensors"))
-        after = answer_of_weights(whole.weights, whole)
-        certificate = certify(
+        whole = write_streamed(folder, described, infos, tensors)
+        return certify(
             str(path),
             target,
             source.layout.name,
             before,
-            after,
+            answer_of_weights(whole.weights, whole),
             model=model,
             read=[info.dtype for name, info in source.store.arrays.items() if name not in source.unused],
             written=infos,
             unused=source.unused,
             said=stated.rows(),
         )
-        write_description(folder, replace(whole, self_test=record_self_test(whole)))
-        seal(folder)
-    return certificate
 
 
 def import_adapters(path: Path, base: Path, target: Path) -> Certificate:
@@ -226,20 +219,19 @@ def wanted_from(
         TokenizerError: not PaliGemma's tokenizer, for a model with PaliGemma's vocabulary.
         FetchError: a tokenizer cannot be had.
     """
-    if config is None and robot is None:
+    chosen = robot or (config.robot if config is not None else None)
+    if chosen is None:
         return None
     model = config.model if config is not None else None
-    speaks_codes = isinstance(model, Pi0FastConfig) or bool(action_tokenizer)
-    action_source = action_tokenizer or (config.action_tokenizer if config is not None else "fit")
-    if action_source == "fit":  # there is nothing to fit it to; the released policies speak the published one
-        action_source = ASSETS["fast_tokenizer"]
-    action = open_action_tokenizer(action_source) if speaks_codes else None
+    action = None
+    if isinstance(model, Pi0FastConfig) or action_tokenizer:
+        action_source = action_tokenizer or (config.action_tokenizer if config is not None else "fit")
+        # There is nothing to fit it to; the released policies speak the published one.
+        action = open_action_tokenizer(ASSETS["fast_tokenizer"] if action_source == "fit" else action_source)
     text_source = tokenizer or (config.tokenizer if config is not None else ASSETS["paligemma_tokenizer"])
     text = open_text_tokenizer(text_source, action)
     if isinstance(text, SentencePieceTokenizer) and (model is None or model.vocab_size == PALIGEMMA_VOCABULARY):
         require_paligemma(text)
-    chosen = robot if robot is not None else config.robot if config is not None else None
-    assert chosen is not None
     return Wanted(
         robot=chosen,
         model=model,
