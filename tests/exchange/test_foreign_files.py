@@ -18,7 +18,7 @@ from manipi.checkpoints.native import read_checkpoint
 from manipi.errors import CheckpointError, ConfigError, ManipiError
 from manipi.exchange.exporting import export_checkpoint
 from manipi.exchange.importing import Wanted, describe, import_checkpoint
-from manipi.exchange.stated import Stated, read_stated
+from manipi.exchange.lerobot import Stated, read_stated
 from manipi.model import VLA
 from manipi.transforms import pipeline
 from manipi.weights.layouts import open_weights

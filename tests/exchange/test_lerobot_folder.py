@@ -14,7 +14,7 @@ from manipi.checkpoints.native import read_checkpoint
 from manipi.errors import CheckpointError, ConfigError, ManipiError, NormStatsError
 from manipi.exchange.exporting import export_checkpoint
 from manipi.exchange.importing import Wanted, import_checkpoint
-from manipi.exchange.lerobot_processors import relative_dims
+from manipi.exchange.lerobot import relative_dims
 from manipi.robots.droid import droid
 from manipi.robots.robot import EndEffector, Gripper, Joints, Robot, State
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from openpi_trees import from_openpi_tree, to_openpi_tree
 
-from manipi.errors import WeightsMismatchError
+from manipi.errors import ConfigError, WeightsMismatchError
 from manipi.model import VLA
 from manipi.model.config import Adapters, GemmaSize, LoRA, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
-from manipi.weights.names import openpi_arrays
+from manipi.weights.names import OPENPI_JAX, TORCH_LAYOUTS, arrays, infer_config, openpi_arrays
 
 SIZES = {
     "vision": VisionSize(width=6, depth=2, mlp_dim=10, num_heads=2, patch_size=2, image_size=4),
@@ -95,3 +95,50 @@ def test_tensors_do_not_share_memory():
     state = from_openpi_tree(to_openpi_tree(state_of(config), config), config)
     pointers = [value.untyped_storage().data_ptr() for value in state.values()]
     assert len(set(pointers)) == len(pointers)
+
+
+ADAPTERS = Adapters(attention=LoRA(rank=3, alpha=7.0, rank_stabilized=True), feed_forward=LoRA(rank=5, alpha=2.0))
+
+
+def shapes_of(config, layout):
+    return {name: array.shape for name, array in arrays(config, layout).items()}
+
+
+@every_config
+@pytest.mark.parametrize("layout", [OPENPI_JAX, *TORCH_LAYOUTS], ids=lambda layout: layout.name)
+def test_the_shapes_of_a_file_give_the_config(config, layout):
+    config = replace(config, action_horizon=7, max_token_len=9)
+    if layout is OPENPI_JAX:
+        config = replace(config, vlm_adapters=ADAPTERS)
+    else:
+        config = replace(config, vlm_adapters=Adapters())
+    # What shapes do not tell comes from `like`, whose other sizes do not count.
+    other = {"vision": replace(config.vision, width=16, depth=5, mlp_dim=3, image_size=12)}
+    other["vlm"] = replace(config.vlm, width=16, mlp_dim=20)
+    if not isinstance(config, Pi0FastConfig):
+        other |= {"action_dim": 9, "action_expert": replace(EXPERT, width=16)}
+    like = replace(config, **other)
+    found = infer_config(shapes_of(config, layout), layout, like=like)
+    if layout.vlm_only:
+        assert (found.vision, found.vlm, found.vocab_size) == (config.vision, config.vlm, config.vocab_size)
+    else:
+        assert found == config
+
+
+def test_an_adapter_of_unknown_alpha_is_scaled_by_one():
+    found = infer_config(shapes_of(replace(CONFIGS[1], action_adapters=ADAPTERS), OPENPI_JAX))
+    assert found.action_adapters == Adapters(attention=LoRA(rank=3, alpha=3.0), feed_forward=LoRA(rank=5, alpha=5.0))
+    assert not found.vlm_adapters
+
+
+def test_what_is_missing_to_tell_the_sizes_is_named():
+    jax, torch_layout = shapes_of(CONFIGS[0], OPENPI_JAX), TORCH_LAYOUTS[0]
+    del jax["PaliGemma/llm/layers/attn/attn_vec_einsum_1/w"]
+    with pytest.raises(WeightsMismatchError, match=r"missing \['PaliGemma/llm/layers/attn/attn_vec_einsum_1/w'\]"):
+        infer_config(jax)
+    sixes = {name: replace(getattr(CONFIGS[0], name), head_dim=6) for name in ("vlm", "action_expert")}
+    with pytest.raises(ConfigError, match="heads of 6 dimensions"):
+        infer_config(shapes_of(CONFIGS[0], torch_layout), torch_layout, like=replace(CONFIGS[0], **sixes))
+    flat = shapes_of(CONFIGS[0], OPENPI_JAX) | {"PaliGemma/img/embedding/kernel": (20,)}
+    with pytest.raises(WeightsMismatchError, match=r"img/embedding/kernel of shape \(20,\) instead of 4 axes"):
+        infer_config(flat)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from manipi.checkpoints.native import Checkpoint, SelfTest
+from manipi.checkpoints.native import Checkpoint, SelfTest, seal, write_description
 from manipi.errors import SelfTestError
 from manipi.model import VLA, ModelInput
 from manipi.model.config import ModelConfig, Pi0FastConfig
@@ -20,7 +21,7 @@ from manipi.robots.robot import Robot
 from manipi.transforms import pipeline
 from manipi.types import Sample
 from manipi.weights.layouts import ForeignWeights
-from manipi.weights.stores import ArrayInfo
+from manipi.weights.stores import ArrayInfo, write_safetensors
 
 FAST_TOKENS = 8
 """How far π0-FAST's logits are compared. A whole chunk would read every weight hundreds of times."""
@@ -130,6 +131,22 @@ def example_observation(robot: Robot, image_size: int) -> Sample:
 def example_noise(config: ModelConfig) -> np.ndarray:
     """[H, A], the same for everyone."""
     return np.random.default_rng(1).normal(size=(config.action_horizon, config.action_dim)).astype(np.float32)
+
+
+def write_streamed(
+    folder: Path, described: Checkpoint, infos: Mapping[str, ArrayInfo], tensors: Iterable[tuple[str, Tensor]]
+) -> Checkpoint:
+    """Write our checkpoint into an existing folder, tensor by tensor, with a self-test. Returns what was written.
+
+    Args:
+        described: all but the weights.
+        infos: shape and dtype of every tensor; `tensors` are in them.
+    """
+    write_safetensors(folder / "model.safetensors", infos, tensors)
+    written = replace(described, weights=load_file(folder / "model.safetensors"))
+    write_description(folder, replace(written, self_test=record_self_test(written)))
+    seal(folder)
+    return written
 
 
 def record_self_test(checkpoint: Checkpoint) -> SelfTest:

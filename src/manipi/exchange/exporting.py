@@ -7,36 +7,37 @@ adapters       adapters.safetensors: the low-rank updates alone, and the hash of
 manipi         our own, for merging adapters into the matrices
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from manipi.checkpoints.adapters import is_adapter, read_adapters, without_adapters, write_adapters
-from manipi.checkpoints.native import Checkpoint, read_checkpoint, seal, write_description
+from manipi.checkpoints.native import Checkpoint, read_checkpoint, write_description
 from manipi.errors import ConfigError
 from manipi.exchange.certificate import (
     Certificate,
     answer_of_foreign,
     answer_of_weights,
     certify,
-    record_self_test,
+    write_streamed,
 )
-from manipi.exchange.lerobot_processors import policy_config, relative_settings, write_processors
-from manipi.exchange.stated import DESCRIPTION
+from manipi.exchange.lerobot import DESCRIPTION, policy_config, relative_settings, write_processors
 from manipi.model.config import GEMMA_2B, GEMMA_300M, ModelConfig, Pi0FastConfig
 from manipi.records import write_json
 from manipi.storage import atomic_directory, require_absent, require_room
 from manipi.transforms.normalize import save_norm_stats
 from manipi.weights.layouts import open_weights
-from manipi.weights.names import LEROBOT, OPENPI_JAX, OPENPI_TORCH, Layout, arrays, stack_layer
+from manipi.weights.names import LEROBOT, OPENPI_JAX, OPENPI_TORCH, arrays, stack_layer
 from manipi.weights.orbax import write_tree
 from manipi.weights.stores import ArrayInfo, bytes_of, write_safetensors
 
+# Their PyTorch files name the tied embedding by the output matrix.
+_LAYOUTS = {"openpi-jax": OPENPI_JAX} | {one.name: one.with_embedding(one.lm_head) for one in (OPENPI_TORCH, LEROBOT)}
+_VARIANTS = {GEMMA_2B: "gemma_2b", GEMMA_300M: "gemma_300m"}
+"""openpi has names for these sizes alone."""
 Target: TypeAlias = Literal["openpi-jax", "openpi-torch", "lerobot", "adapters", "manipi"]
 
 
@@ -67,12 +68,15 @@ def export_checkpoint(
         require_room(target, bytes_of(alone))
     before = answer_of_weights(checkpoint.weights, checkpoint)
     with atomic_directory(target) as partial:
-        _WRITERS[to](partial, exported, dtype)
-        if to == "manipi":
-            after = answer_of_weights(read_checkpoint(partial).weights, exported)
-        elif to == "adapters":
+        if to == "adapters":
+            write_adapters(partial, exported, dtype)
             after = answer_of_weights(read_adapters(partial, exported).weights, exported)
+        elif to == "manipi":
+            tensors = ((name, w.to(written[name].dtype)) for name, w in exported.weights.items())
+            write_streamed(partial, exported, written, tensors)
+            after = answer_of_weights(read_checkpoint(partial).weights, exported)
         else:
+            _write_foreign(partial, exported, to, dtype)
             after = answer_of_foreign(open_weights(partial), exported)
         return certify(
             str(folder),
@@ -108,9 +112,9 @@ def _require_place(model: ModelConfig, to: Target, folder: Path) -> None:
         )
 
 
-def _write_arrays(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, layout: Layout) -> None:
-    """The weights in the layout, norm stats where openpi looks for them, and all that the layout cannot say."""
-    model, weights = checkpoint.config.model, checkpoint.weights
+def _write_foreign(folder: Path, checkpoint: Checkpoint, to: str, dtype: torch.dtype | None) -> None:
+    """The weights in another project's layout, what it has beside them, and all that it cannot say."""
+    model, weights, layout = checkpoint.config.model, checkpoint.weights, _LAYOUTS[to]
     tree = arrays(model, layout)
     infos = {path: ArrayInfo(a.shape, dtype or weights[a.names[0][0]].dtype) for path, a in tree.items()}
 
@@ -122,8 +126,9 @@ def _write_arrays(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | Non
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from ((path, values) for path, _, values in layers())
-        for path in infos.keys() - tree.keys():
-            yield path, torch.zeros(infos[path].shape, dtype=infos[path].dtype)
+        yield from (
+            (path, torch.zeros(infos[path].shape, dtype=infos[path].dtype)) for path in infos.keys() - tree.keys()
+        )
 
     if layout.is_jax:
         if strange := {str(info.dtype).removeprefix("torch.") for info in infos.values()} - {"float32", "bfloat16"}:
@@ -138,60 +143,25 @@ def _write_arrays(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | Non
     else:
         if not isinstance(model, Pi0FastConfig):
             # The action expert's own output matrix is never used, but openpi's loader asks for it.
-            shape = (model.vocab_size, model.action_expert.width)
-            infos[layout.expert_lm_head] = ArrayInfo(shape, dtype or weights["head.action_in.weight"].dtype)
+            shape, like = (model.vocab_size, model.action_expert.width), weights["head.action_in.weight"]
+            infos[layout.expert_lm_head] = ArrayInfo(shape, dtype or like.dtype)
         write_safetensors(folder / "model.safetensors", infos, tensors(), {"format": "pt"})
+    if to == "openpi-torch":
+        assert not isinstance(model, Pi0FastConfig)
+        config = {
+            "action_dim": model.action_dim,
+            "action_horizon": model.action_horizon,
+            "paligemma_variant": _VARIANTS.get(model.vlm),
+            "action_expert_variant": _VARIANTS.get(model.action_expert),
+            "precision": str(infos[layout.expert_lm_head].dtype).removeprefix("torch."),
+        }
+        write_json(folder / "config.json", config)
+    elif to == "lerobot":
+        config = policy_config(checkpoint)
+        write_json(folder / "config.json", config)
+        write_processors(folder, checkpoint, config)
     assets = folder / "assets" / checkpoint.robot.name
     assets.mkdir(parents=True)
     save_norm_stats(checkpoint.norm_stats, assets / "norm_stats.json")
     (folder / DESCRIPTION).mkdir()
     write_description(folder / DESCRIPTION, checkpoint)
-
-
-def _write_jax(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
-    _write_arrays(folder, checkpoint, dtype, OPENPI_JAX)
-
-
-def _write_torch(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
-    # Their files name the tied embedding by the output matrix.
-    _write_arrays(folder, checkpoint, dtype, OPENPI_TORCH.with_embedding(OPENPI_TORCH.lm_head))
-    model = checkpoint.config.model
-    precision = str(dtype or checkpoint.weights["head.action_in.weight"].dtype).removeprefix("torch.")
-    config = {
-        "action_dim": model.action_dim,
-        "action_horizon": model.action_horizon,
-        "paligemma_variant": _VARIANTS.get(model.vlm),
-        "action_expert_variant": None if isinstance(model, Pi0FastConfig) else _VARIANTS.get(model.action_expert),
-        "precision": precision,
-    }
-    write_json(folder / "config.json", config)
-
-
-def _write_lerobot(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
-    _write_arrays(folder, checkpoint, dtype, LEROBOT.with_embedding(LEROBOT.lm_head))
-    config = policy_config(checkpoint)
-    write_json(folder / "config.json", config)
-    write_processors(folder, checkpoint, config)
-
-
-def _write_manipi(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
-    weights = checkpoint.weights
-    infos = {name: ArrayInfo(tuple(w.shape), dtype or w.dtype) for name, w in weights.items()}
-    tensors = ((name, w.to(infos[name].dtype)) for name, w in weights.items())
-    write_safetensors(folder / "model.safetensors", infos, tensors)
-    written = replace(checkpoint, weights=load_file(folder / "model.safetensors"))
-    write_description(folder, replace(written, self_test=record_self_test(written)))
-    seal(folder)
-
-
-_VARIANTS = {GEMMA_2B: "gemma_2b", GEMMA_300M: "gemma_300m"}
-"""openpi has names for these sizes alone."""
-
-
-_WRITERS: dict[str, Callable[[Path, Checkpoint, torch.dtype | None], None]] = {
-    "openpi-jax": _write_jax,
-    "openpi-torch": _write_torch,
-    "lerobot": _write_lerobot,
-    "adapters": write_adapters,
-    "manipi": _write_manipi,
-}

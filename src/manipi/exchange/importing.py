@@ -3,7 +3,7 @@
 weights      the source's tensors, streamed one layer at a time; strict in both directions
 norm stats   assets/<asset id>/norm_stats.json beside the weights, or LeRobot's policy_preprocessor.json
 the rest     robot, tokenizers, and what the files beside the weights leave open: from a recipe or robot, or from the
-             `manipi/` folder that our own exports carry; what contradicts those files (`stated`) is refused
+             `manipi/` folder that our own exports carry; what contradicts those files (`Stated`) is refused
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from manipi.checkpoints.adapters import read_adapters
@@ -20,20 +19,18 @@ from manipi.checkpoints.native import (
     PolicyConfig,
     read_checkpoint,
     read_description,
-    seal,
     write_checkpoint,
-    write_description,
 )
-from manipi.errors import ConfigError, NormStatsError, WeightsMismatchError
+from manipi.errors import CheckpointError, ConfigError, NormStatsError, WeightsMismatchError
 from manipi.exchange.certificate import (
     Certificate,
     answer_of_foreign,
     answer_of_weights,
     certify,
     record_self_test,
+    write_streamed,
 )
-from manipi.exchange.lerobot_processors import PREPROCESSOR, read_processor_stats
-from manipi.exchange.stated import DESCRIPTION, Stated, read_stated
+from manipi.exchange.lerobot import CONFIG, DESCRIPTION, PREPROCESSOR, Stated, read_processor_stats, read_stated
 from manipi.model.config import ModelConfig, NormMode, Pi0FastConfig
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory, require_absent, require_room
@@ -43,7 +40,7 @@ from manipi.transforms.normalize import read_openpi_stats
 from manipi.types import NormStats
 from manipi.weights.layouts import ForeignWeights, open_weights
 from manipi.weights.released import ASSETS
-from manipi.weights.stores import ArrayInfo, bytes_of, write_safetensors
+from manipi.weights.stores import ArrayInfo, bytes_of
 from manipi.weights.tokenizers import open_action_tokenizer, open_text_tokenizer
 
 
@@ -77,7 +74,7 @@ def import_checkpoint(
         dtype: of the weights written; None keeps each tensor's own.
 
     Raises:
-        CheckpointError: see `manipi.weights.layouts` and `manipi.exchange.stated`.
+        CheckpointError: see `manipi.weights.layouts` and `manipi.exchange.lerobot`.
         NormStatsError: no statistics, several to choose from, or statistics of another robot.
         ConfigError: the source does not describe itself, and nothing else does; or recipe, robot or flags contradict
             the files beside the weights.
@@ -108,24 +105,19 @@ def import_checkpoint(
     with atomic_directory(target) as folder:
         bar = tqdm(source.tensors(model), total=len(infos), desc="weights", unit="tensor", disable=len(infos) < 500)
         tensors = ((name, tensor.to(infos[name].dtype)) for name, tensor in bar)
-        write_safetensors(folder / "model.safetensors", infos, tensors)
-        whole = replace(described, weights=load_file(folder / "model.safetensors"))
-        after = answer_of_weights(whole.weights, whole)
-        certificate = certify(
+        whole = write_streamed(folder, described, infos, tensors)
+        return certify(
             str(path),
             target,
             source.layout.name,
             before,
-            after,
+            answer_of_weights(whole.weights, whole),
             model=model,
             read=[info.dtype for name, info in source.store.arrays.items() if name not in source.unused],
             written=infos,
             unused=source.unused,
             said=stated.rows(),
         )
-        write_description(folder, replace(whole, self_test=record_self_test(whole)))
-        seal(folder)
-    return certificate
 
 
 def import_adapters(path: Path, base: Path, target: Path) -> Certificate:
@@ -160,7 +152,13 @@ def describe(source: ForeignWeights, wanted: Wanted | None, stated: Stated) -> C
             next="add --recipe NAME (manipi recipes), or --robot FILE.py:NAME",
         )
     model = source.config(like=wanted.model)
-    stated.require_kind(type(model))
+    if stated.kind not in (None, type(model)):
+        raise CheckpointError(
+            expected=f"the weights of a {stated.kind.__name__}, as {CONFIG} says",
+            found=f"those of a {type(model).__name__}",
+            where=str(stated.folder),
+            next="copy or fetch the folder again; its files do not belong together",
+        )
     if wanted.model is None:  # the files say what the released policies' settings would
         known = {f.name for f in fields(model)} - {"action_dim"}
         model = replace(model, **{name: said.value for name, said in stated.model.items() if name in known})
@@ -169,7 +167,7 @@ def describe(source: ForeignWeights, wanted: Wanted | None, stated: Stated) -> C
     stated.require_robot(wanted.robot, model.cameras)
     mode = stated.normalization(wanted.norm_mode, wanted.normalization, type(model))
     step = int(source.path.name) if source.path.name.isdigit() else 0
-    sampling = {} if stated.num_steps is None else {"num_steps": stated.num_steps}
+    sampling = {"num_steps": steps} if (steps := stated.get("num_steps")) else {}
     return Checkpoint(
         weights={},
         config=PolicyConfig(model=model, norm_mode=mode, step=step, **sampling),
@@ -221,20 +219,19 @@ def wanted_from(
         TokenizerError: not PaliGemma's tokenizer, for a model with PaliGemma's vocabulary.
         FetchError: a tokenizer cannot be had.
     """
-    if config is None and robot is None:
+    chosen = robot or (config.robot if config is not None else None)
+    if chosen is None:
         return None
     model = config.model if config is not None else None
-    speaks_codes = isinstance(model, Pi0FastConfig) or bool(action_tokenizer)
-    action_source = action_tokenizer or (config.action_tokenizer if config is not None else "fit")
-    if action_source == "fit":  # there is nothing to fit it to; the released policies speak the published one
-        action_source = ASSETS["fast_tokenizer"]
-    action = open_action_tokenizer(action_source) if speaks_codes else None
+    action = None
+    if isinstance(model, Pi0FastConfig) or action_tokenizer:
+        action_source = action_tokenizer or (config.action_tokenizer if config is not None else "fit")
+        # There is nothing to fit it to; the released policies speak the published one.
+        action = open_action_tokenizer(ASSETS["fast_tokenizer"] if action_source == "fit" else action_source)
     text_source = tokenizer or (config.tokenizer if config is not None else ASSETS["paligemma_tokenizer"])
     text = open_text_tokenizer(text_source, action)
     if isinstance(text, SentencePieceTokenizer) and (model is None or model.vocab_size == PALIGEMMA_VOCABULARY):
         require_paligemma(text)
-    chosen = robot if robot is not None else config.robot if config is not None else None
-    assert chosen is not None
     return Wanted(
         robot=chosen,
         model=model,
