@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     """Show the target."""
     args = parse(_Inspect, arguments, "inspect")
 
-    from manipi.data.lerobot.entries import holds_recordings
+    from manipi.data.lerobot.tables import holds_recordings
 
     path = Path(args.target).expanduser()
     if "://" in args.target:

@@ -54,8 +54,8 @@ def open_dataset(
     """
     # The readers build on this module, so that they can only be imported from inside the function.
     from manipi.data.dataset import EpisodeSubset
-    from manipi.data.lerobot.parts import how_to_finish
     from manipi.data.lerobot.reader import LeRobotDataset
+    from manipi.data.lerobot.writer import how_to_finish
     from manipi.data.rlds.fields import BY_NAME
     from manipi.data.rlds.index import find_version
     from manipi.data.rlds.reader import open_rlds
