@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _is_dataset(path: Path) -> bool:
-    from manipi.data.rlds.index import find_version
+    from manipi.data.rlds.fields import find_version
 
     return (path / "meta/info.json").is_file() or find_version(path) is not None
 

@@ -18,7 +18,7 @@ _FOLDER = "the folder of a LeRobot dataset, with meta/info.json in it, or of an 
 
 def fetch_tables(url: str) -> Path:
     """The local folder of a dataset elsewhere, with its metadata and, of LeRobot, its tables."""
-    from manipi.data.rlds.index import fetch_metadata
+    from manipi.data.rlds.fields import fetch_metadata
 
     url = url.rstrip("/")
     if is_here(f"{url}/dataset_info.json"):
@@ -39,7 +39,7 @@ def open_dataset(
     """Open a dataset with the reader of its format and version.
 
     Of a URL, metadata and tables are fetched; LeRobot's videos are when they are first needed. RLDS record files come
-    one after the other while their index is made, and again when pictures of them are needed (`remote.loan`).
+    one after the other while their index is made, and again when pictures of them are needed (`rlds.index.CachedFile`).
     LeRobot has meta/info.json in it; RLDS features.json, dataset_info.json and *.tfrecord* files.
 
     Args:
@@ -56,8 +56,7 @@ def open_dataset(
     from manipi.data.dataset import EpisodeSubset
     from manipi.data.lerobot.reader import LeRobotDataset
     from manipi.data.lerobot.writer import how_to_finish
-    from manipi.data.rlds.fields import BY_NAME
-    from manipi.data.rlds.index import find_version
+    from manipi.data.rlds.fields import BY_NAME, find_version
     from manipi.data.rlds.reader import open_rlds
 
     root = fetch_tables(str(path)) if "://" in str(path) else Path(path).expanduser().resolve()

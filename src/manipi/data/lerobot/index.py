@@ -270,13 +270,16 @@ def _clips(paths: list[Path], starts: list[float], ends: list[float], fps: float
     is added for the latter; the next episode bounds both.
     """
     following: dict[Path, list[float]] = {}
-    for path, start in sorted(zip(paths, starts, strict=True), key=lambda place: place[1]):
+    for path, start in zip(paths, starts, strict=True):
         following.setdefault(path, []).append(start)
+    for later in following.values():
+        later.sort()
     clips = []
     for path, start, end in zip(paths, starts, ends, strict=True):
-        after = bisect_right(following[path], start)
+        later = following[path]
+        after = bisect_right(later, start)
         stated = end + 1 / fps if end > start else math.inf
-        clips.append(Clip(path, start, min(stated, *following[path][after : after + 1], math.inf)))
+        clips.append(Clip(path, start, min(stated, later[after]) if after < len(later) else stated))
     return clips
 
 

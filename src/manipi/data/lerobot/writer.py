@@ -17,7 +17,6 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from manipi.data.dataset import Feature
@@ -34,6 +33,7 @@ from manipi.data.lerobot.episode import (
 from manipi.errors import ConfigError, quoted
 from manipi.records import json_bytes, read_json
 from manipi.storage import (
+    Lock,
     atomic_directory,
     atomic_write,
     name_for_good,
@@ -369,24 +369,22 @@ class Parts:
             ConfigError: another process is at work there.
             StorageError: the folder cannot be written.
         """
-        lock = FileLock(self.folder / "lock", timeout=0)
         try:
             with storage_errors(self.target):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                lock.acquire()
-                remove_partial(self.folder)
-                remove_partial(self.target.parent, self.target.name)
-        except Timeout:
+                lock = Lock(self.folder / "lock", wait=False)
+        except BlockingIOError:
             raise ConfigError(
                 expected=f"one {self._activity} at a time to a folder",
                 found="another one that is going on",
                 where=str(self.target),
                 next="wait for it, or choose another folder",
             ) from None
-        try:
+        with lock:
+            with storage_errors(self.target):
+                remove_partial(self.folder)
+                remove_partial(self.target.parent, self.target.name)
             yield
-        finally:
-            lock.release()
 
     def episode(self, number: int) -> Path:
         """The folder of an episode, there or not."""
