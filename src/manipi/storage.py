@@ -1,8 +1,8 @@
-"""Folders and files that appear whole or not at all.
+"""Folders and files that appear whole or not at all, and locks.
 
     folder/                      takes its name when all is in it
     .folder.writing.partial/     until then
-    .folder.writing.lock         locked by the process that writes; free, and the folder beside it is a dead one's
+    .folder.writing.lock         locked by the process that writes; where it is free, that process was killed
     .file.writing.partial        a file until then, which is locked itself
 
 A lock is free once no process has it open, whatever they died of: what a killed process left is told from what another
@@ -14,9 +14,11 @@ import fcntl
 import glob
 import os
 import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any, Self
 from uuid import uuid4
 
 from manipi.errors import StorageError
@@ -43,6 +45,57 @@ def home() -> Path:
 _NEXT = "free some space or choose another folder"
 _NEXT_WHOLE = f"{_NEXT}; nothing half-written was left"
 """Where all that was written is taken back; what appends to a file cannot say so."""
+
+
+class Lock:
+    """A locked file, which is made where it is absent; free once no process has it open, whatever they died of.
+
+    A process that is started with it holds it too, from its first instruction on.
+
+    Args:
+        wait: whether to wait for another process that holds it.
+        shared: hold it together with others that want it shared.
+
+    Raises:
+        BlockingIOError: `wait` is false, and another process holds it.
+        OSError: no right, no room, or a file system without locks.
+    """
+
+    def __init__(self, path: Path, *, wait: bool = True, shared: bool = False):
+        how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+        while True:
+            self._hold(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
+            try:
+                fcntl.flock(self.descriptor, how)
+                # Whoever had it may have renamed or deleted it since it was opened here.
+                if os.path.samestat(os.fstat(self.descriptor), path.stat()):
+                    return
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                self.close()
+                raise
+            self.close()
+
+    def _hold(self, descriptor: int) -> None:
+        self.descriptor, self.close = descriptor, weakref.finalize(self, os.close, descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple:
+        from multiprocessing.reduction import DupFd
+
+        return _attach, (DupFd(self.descriptor),)
+
+
+def _attach(descriptor: Any) -> Lock:
+    lock = Lock.__new__(Lock)
+    lock._hold(descriptor.detach())
+    return lock
 
 
 @contextmanager
@@ -91,10 +144,11 @@ def remove_dead(folder: Path) -> None:
     with storage_errors(folder, next="delete what begins with a dot and ends in .partial there, or choose another one"):
         for lock in folder.glob(".*.writing.lock"):
             try:
-                handle = _lock(lock, wait=False)
-            except PermissionError:  # another user's, and theirs to delete
+                held = Lock(lock, wait=False)
+            except (BlockingIOError, PermissionError):  # one in use; another user's, and theirs to delete
                 continue
-            _remove(lock.with_suffix(".partial"), lock, handle)
+            with held:
+                _remove(lock.with_suffix(".partial"), lock)
 
 
 def remove_partial(folder: Path, name: str | None = None) -> None:
@@ -105,21 +159,21 @@ def remove_partial(folder: Path, name: str | None = None) -> None:
     for partial in folder.glob(".*.partial" if name is None else f".{glob.escape(name)}.*.partial"):
         if partial.is_symlink():
             partial.unlink()
-        else:
-            lock = partial.with_suffix(".lock") if partial.is_dir() else partial
-            _remove(partial, lock, _lock(lock, wait=False))
+            continue
+        lock = partial.with_suffix(".lock") if partial.is_dir() else partial
+        try:
+            held = Lock(lock, wait=False)
+        except BlockingIOError:  # a process is writing it
+            continue
+        with held:
+            _remove(partial, lock)
 
 
-def _remove(partial: Path, lock: Path, handle: int | None) -> None:
-    """Delete both and close the lock's descriptor; nothing where there is none, for then a living process has it."""
-    if handle is None:
-        return
-    try:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        lock.unlink()
-    finally:
-        os.close(handle)
+def _remove(partial: Path, lock: Path) -> None:
+    """Delete both; the caller holds the lock."""
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    lock.unlink()
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -127,19 +181,16 @@ def atomic_write(path: Path, data: bytes) -> None:
     with storage_errors(path, _NEXT_WHOLE, size=len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial(path)
-        handle = _lock(partial, wait=True)
-        assert handle is not None
-        try:
-            os.ftruncate(handle, 0)  # a killed process may have left it
-            with os.fdopen(handle, "wb", closefd=False) as file:
-                file.write(data)
-            os.fsync(handle)
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(handle)
+        with Lock(partial) as lock:
+            try:
+                os.ftruncate(lock.descriptor, 0)  # a killed process may have left it
+                with os.fdopen(lock.descriptor, "wb", closefd=False) as file:
+                    file.write(data)
+                os.fsync(lock.descriptor)
+                partial.replace(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
 
 
 @contextmanager
@@ -169,7 +220,10 @@ def storage_errors(where: Path, next: str = _NEXT, *, size: int = 0, written: Pa
         free = _free(where)
         if size > free:
             raise _no_room(where, size, free, next) from error
-        so_far = f" when {_megabytes(_size(written))} of it were written" if written is not None else ""
+        so_far = ""
+        if written is not None:
+            size_so_far = sum(path.lstat().st_size for path in written.rglob("*"))
+            so_far = f" when {_megabytes(size_so_far)} of it were written"
         raise StorageError(
             expected="room on the disk",
             found=f"{error.strerror}: {_megabytes(free)} free{so_far}",
@@ -208,11 +262,8 @@ def _megabytes(size: int, digits: int = 1) -> str:
 
 
 def _free(where: Path) -> int:
-    return shutil.disk_usage(_existing(where)).free
-
-
-def _size(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*"))
+    existing = next(p for p in (where, *where.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free
 
 
 def require_absent(target: Path) -> None:
@@ -280,43 +331,20 @@ def _partial(path: Path) -> Path:
 @contextmanager
 def _only_writer(target: Path) -> Iterator[None]:
     path = _partial(target).with_suffix(".lock")
-    handle = _lock(path, wait=False)
-    if handle is None:
+    try:
+        lock = Lock(path, wait=False)
+    except BlockingIOError:
         raise StorageError(
             expected="one process at a time that writes a folder",
             found="another one that is writing it now",
             where=str(target),
             next="wait for it or end it, or choose another name",
-        )
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _lock(path: Path, *, wait: bool) -> int | None:
-    """The descriptor of a file at `path`, made where it is absent, and locked until closed; None: another's."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        ) from None
+    with lock:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # Whoever had it may have renamed or deleted it since it was opened here.
-            if os.path.samestat(os.fstat(handle), path.stat()):
-                return handle
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-
-
-def _existing(path: Path) -> Path:
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:

@@ -15,7 +15,6 @@ import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from filelock import FileLock
 
 from manipi.convert.convert import ConvertSettings, convert
 from manipi.convert.formats import open_reader
@@ -30,6 +29,7 @@ from manipi.errors import (
     StorageError,
     UnknownNameError,
 )
+from manipi.storage import Lock
 
 
 @pytest.fixture
@@ -332,7 +332,7 @@ def test_another_conversion_does_not_go_on_with_it(recordings, tmp_path):
 def test_two_conversions_to_one_folder(recordings, tmp_path):
     root = recordings.write_aloha(tmp_path / "source", (5,))
     (tmp_path / ".set.parts").mkdir()
-    with FileLock(tmp_path / ".set.parts/lock"), pytest.raises(ConfigError, match="another one that is going on"):
+    with Lock(tmp_path / ".set.parts/lock"), pytest.raises(ConfigError, match="another one that is going on"):
         run(root, tmp_path / "set", task="t")
     run(root, tmp_path / "set", task="t")
 

@@ -20,7 +20,7 @@ from manipi.data.feed.sampler import Sampler, Stream
 from manipi.data.open import fetch_tables, open_dataset
 from manipi.data.review.check import check_dataset
 from manipi.data.rlds.fields import BRIDGE, BY_NAME, FIELDS_FILE
-from manipi.data.rlds.loan import Loan
+from manipi.data.rlds.index import CachedFile
 from manipi.errors import ConfigError, DatasetFormatError, FetchError
 from manipi.records import to_json, write_json
 from manipi.remote.fetch import home, target_of
@@ -113,25 +113,25 @@ def test_with_room_for_all_each_comes_once(serve, store, in_parts):
 
 
 HOLD = (
-    "import sys; from manipi.data.rlds.loan import Loan; loan = Loan(sys.argv[1]); "
-    "print(loan.path, flush=True); input()"
+    "import sys; from manipi.data.rlds.index import CachedFile; file = CachedFile(sys.argv[1]); "
+    "print(file.path, flush=True); input()"
 )
 
 
-def test_a_file_on_loan_stays(store, monkeypatch):
+def test_a_file_in_use_stays(store, monkeypatch):
     store.add(a=1000, b=1000, c=1000)
     monkeypatch.setenv("MANIPI_RECORDS_GB", "1e-6")
     a, b, c = (f"{store.url}/{name}" for name in "abc")
     with subprocess.Popen([sys.executable, "-c", HOLD, a], stdin=-1, stdout=-1, text=True) as process:
         assert process.stdout
         path = Path(process.stdout.readline().strip())
-        kept = Loan(b)
+        kept = CachedFile(b)
         assert [path.exists(), kept.path.exists()] == [True, True]
         del kept
-        Loan(c)
+        CachedFile(c)
         assert [path.exists(), target_of(b).exists()] == [True, False]
         process.communicate("")
-    kept = Loan(b)
+    kept = CachedFile(b)
     assert [target_of(url).exists() for url in (a, b, c)] == [False, True, False]
     assert kept.path.read_bytes() == store.files["b"]
 
@@ -140,7 +140,7 @@ def test_what_was_used_last_stays(store, monkeypatch):
     store.add(a=1000, b=1000, c=1000)
     monkeypatch.setenv("MANIPI_RECORDS_GB", "2e-6")
     for name in ("a", "b", "a", "c"):
-        Loan(f"{store.url}/{name}")
+        CachedFile(f"{store.url}/{name}")
     assert [target_of(f"{store.url}/{name}").exists() for name in "abc"] == [True, False, True]
 
 
@@ -148,7 +148,7 @@ def test_what_was_used_last_stays(store, monkeypatch):
 def test_a_room_that_is_none(store, monkeypatch, size):
     monkeypatch.setenv("MANIPI_RECORDS_GB", size)
     with pytest.raises(ConfigError, match="MANIPI_RECORDS_GB"):
-        Loan(f"{store.url}/a")
+        CachedFile(f"{store.url}/a")
 
 
 def test_a_store_that_fails_in_the_middle(serve, store, in_parts):

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     """Show the target."""
     args = parse(_Inspect, arguments, "inspect")
 
-    from manipi.data.lerobot.entries import holds_recordings
+    from manipi.data.lerobot.tables import holds_recordings
 
     path = Path(args.target).expanduser()
     if "://" in args.target:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _is_dataset(path: Path) -> bool:
     from manipi.data.open import find_reader
-    from manipi.data.rlds.index import find_version
+    from manipi.data.rlds.fields import find_version
 
     ours = (path / "meta/info.json").is_file() or find_version(path) is not None
     return ours or (not (path / "manifest.json").is_file() and find_reader(path) is not None)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from manipi.convert.formats import EpisodeReader, RecordedEpisode
 from manipi.data.dataset import Feature
 from manipi.data.lerobot.episode import EpisodeEncoder, Pictures
-from manipi.data.lerobot.parts import Parts
+from manipi.data.lerobot.writer import Parts
 from manipi.errors import ConfigError, DataError, ManipiError, MissingFeatureError, StorageError, quoted, shown
 from manipi.processes import start_helper
 from manipi.records import fingerprint, json_bytes, read_json, to_json

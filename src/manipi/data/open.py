@@ -54,7 +54,7 @@ def find_reader(root: Path) -> DatasetReader | None:
 
 def fetch_tables(url: str) -> Path:
     """The local folder of a dataset elsewhere, with its metadata and, of LeRobot, its tables."""
-    from manipi.data.rlds.index import fetch_metadata
+    from manipi.data.rlds.fields import fetch_metadata
 
     url = url.rstrip("/")
     if is_here(f"{url}/dataset_info.json"):
@@ -75,7 +75,7 @@ def open_dataset(
     """Open a dataset with the reader of its format and version.
 
     Of a URL, metadata and tables are fetched; LeRobot's videos are when they are first needed. RLDS record files come
-    one after the other while their index is made, and again when pictures of them are needed (`remote.loan`).
+    one after the other while their index is made, and again when pictures of them are needed (`CachedFile`).
     LeRobot has meta/info.json in it; RLDS features.json, dataset_info.json and *.tfrecord* files; any other folder on
     this disk is shown to the dataset readers that installed packages add (`DatasetReader`).
 
@@ -91,10 +91,9 @@ def open_dataset(
             several versions, or no map of its features.
     """
     # The readers build on this module, so that they can only be imported from inside the function.
-    from manipi.data.lerobot.parts import how_to_finish
     from manipi.data.lerobot.reader import LeRobotDataset
-    from manipi.data.rlds.fields import BY_NAME
-    from manipi.data.rlds.index import find_version
+    from manipi.data.lerobot.writer import how_to_finish
+    from manipi.data.rlds.fields import BY_NAME, find_version
     from manipi.data.rlds.reader import open_rlds
 
     root = fetch_tables(str(path)) if "://" in str(path) else Path(path).expanduser().resolve()

@@ -10,7 +10,7 @@ question can be put to another policy (`manipi.evaluate.replay`). Pictures are s
 space, which moves a value by 2 at most. Versions, robot and the policy's metadata are in `meta/recording.json`.
 
 An episode is on the disk when its `on_episode_end` returns: encoded, in a folder of its own beside the dataset
-(`manipi.data.lerobot.parts`). A process that is killed loses the episode at hand and no other.
+(`manipi.data.lerobot.writer`). A process that is killed loses the episode at hand and no other.
 
 Shape letters: H action horizon, A dimensions of the robot's command.
 """
@@ -35,7 +35,7 @@ import manipi
 import manipi_client
 from manipi.data.dataset import Feature
 from manipi.data.lerobot.episode import EpisodeEncoder, read_episode
-from manipi.data.lerobot.parts import Parts, how_to_finish
+from manipi.data.lerobot.writer import Parts, how_to_finish
 from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, StorageError, quoted
 from manipi.records import from_json, json_bytes, read_json
 from manipi.robots.robot import Robot

@@ -1,4 +1,4 @@
-"""Files and folders of others, brought here once.
+"""Files and folders of stores, fetched once and verified.
 
     fetch("gs://openpi-assets/checkpoints/pi05_droid")
     home()                                             MANIPI_HOME, or ~/.cache/manipi
@@ -18,7 +18,6 @@ import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -26,7 +25,7 @@ from urllib.parse import quote, urlsplit
 from manipi.errors import FetchError, unknown_name
 from manipi.records import json_bytes, read_json
 from manipi.remote.stores import SCHEMES, Store, StoreFile, fetch_error
-from manipi.storage import atomic_write, home, storage_errors
+from manipi.storage import Lock, atomic_write, home, storage_errors
 
 PARALLEL = 4
 ROUNDS = 3
@@ -53,18 +52,22 @@ def fetch(source: str, *, offline: bool | None = None, show: bool = True) -> Pat
     scheme, remote, _ = url.partition("://")
     if remote and scheme not in SCHEMES:
         raise unknown_name("scheme", scheme, SCHEMES, next="name a local path, or an address of one of these stores")
-    path = _cached(url) if remote else _local(url)
+    path = _cached(url) if remote else Path(url).expanduser()
     if path is None:
         _require_network(url, offline)
-        from filelock import FileLock
-
         target = target_of(url)
         with storage_errors(target, next=_ROOM):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(target.with_name(f".{target.name}.lock")):
+            with Lock(target.with_name(f".{target.name}.lock")):
                 path = _cached(url) or _download(Store(url), target, sha256, show)
+    if not path.exists():
+        next = f"check the path; an address begins with {', '.join(f'{scheme}://' for scheme in SCHEMES)}"
+        raise fetch_error("a file or folder", "nothing of that name", url, next)
     if sha256:
-        _require(path, sha256)
+        found = "a folder, which has no hash of its own" if path.is_dir() else f"SHA-256 {_digest(path, 'sha256')}"
+        if found != f"SHA-256 {sha256}":
+            next = "correct the hash behind #sha256=, or delete the file and fetch it again"
+            raise fetch_error(f"SHA-256 {sha256}", found, str(path), next)
     return path
 
 
@@ -95,21 +98,6 @@ def verify(path: Path) -> None:
     for name, entry in files.items():
         if not (path / name).is_file() or _digest(path / name, "sha256") != entry["sha256"]:
             raise _altered(path, name)
-
-
-def _local(source: str) -> Path:
-    path = Path(source).expanduser()
-    if not path.exists():
-        next = f"check the path; an address begins with {', '.join(f'{scheme}://' for scheme in SCHEMES)}"
-        raise fetch_error("a file or folder", "nothing of that name", source, next)
-    return path
-
-
-def _require(path: Path, sha256: str) -> None:
-    found = "a folder, which has no hash of its own" if path.is_dir() else f"SHA-256 {_digest(path, 'sha256')}"
-    if found != f"SHA-256 {sha256}":
-        next = "correct the hash behind #sha256=, or delete the file and fetch it again"
-        raise fetch_error(f"SHA-256 {sha256}", found, str(path), next)
 
 
 def _cached(url: str) -> Path | None:
@@ -196,11 +184,19 @@ def _download(store: Store, target: Path, sha256: str, show: bool) -> Path:
         raise fetch_error(
             "files that stay as they are", f"changes in all of {ROUNDS} rounds", store.url, "try again later"
         )
-    if sha256:
-        files = {name: replace(file, checksums={**file.checksums, "sha256": sha256}) for name, file in files.items()}
+
+    def verified(name: str) -> str:
+        """SHA-256 of a fetched file that has all its checksums; another one is deleted."""
+        path, file = partial / name, files[name]
+        for algorithm, expected in ({**file.checksums} | ({"sha256": sha256} if sha256 else {})).items():
+            if (found := _digest(path, algorithm)) != expected:
+                path.unlink()
+                next = "run the same again; it starts from nothing"
+                raise fetch_error(f"{algorithm} {expected}", found, file.path, next)
+        return _digest(path, "sha256")
+
     with ThreadPoolExecutor(PARALLEL) as pool:
-        hashes = dict(zip(files, pool.map(lambda name: _checked_hash(partial / name, files[name]), files)))
-    _write_manifest(target, store.url, files, partial, hashes)
+        _write_manifest(target, store.url, files, partial, dict(zip(files, pool.map(verified, files))))
     partial.rename(target)
     return target
 
@@ -220,17 +216,6 @@ def _fetch_all(store: Store, files: Mapping[str, StoreFile], partial: Path, show
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _checked_hash(path: Path, file: StoreFile) -> str:
-    """SHA-256 of a fetched file that has its size and all its checksums; another one is deleted."""
-    for algorithm, expected in file.checksums.items():
-        if (found := _digest(path, algorithm)) != expected:
-            path.unlink()
-            raise fetch_error(
-                f"{algorithm} {expected}", found, f"{file.path}", "run the same again; it starts from nothing"
-            )
-    return _digest(path, "sha256")
 
 
 def _digest(path: Path, algorithm: str) -> str:
@@ -263,14 +248,10 @@ def _manifest(target: Path) -> dict[str, Any]:
 def _write_manifest(
     target: Path, url: str, files: Mapping[str, StoreFile], partial: Path, hashes: Mapping[str, str]
 ) -> None:
-    entries = {
-        name: {
-            "size": _size(partial / name) if hashes else file.size,
-            "version": file.version,
-            "sha256": hashes.get(name),
-        }
-        for name, file in files.items()
-    }
+    entries = {}
+    for name, file in files.items():
+        size = _size(partial / name) if hashes else file.size
+        entries[name] = {"size": size, "version": file.version, "sha256": hashes.get(name)}
     atomic_write(target.with_name(f".{target.name}.manifest.json"), json_bytes({"source": url, "files": entries}))
 
 

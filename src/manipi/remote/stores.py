@@ -1,4 +1,4 @@
-"""Files and folders in the stores of others, listed and read with bounded patience.
+"""Files and folders in stores, listed and read with bounded patience.
 
 One interface over fsspec: `gs://` by gcsfs, `s3://` by s3fs, `hf://` by huggingface_hub, `https://` by aiohttp; each is
 imported when its store is asked, because the first two are optional and all are slow to import.
@@ -66,7 +66,7 @@ class Store:
 
     def __init__(self, url: str):
         self.url, self.scheme = url, url.partition("://")[0]
-        for library in _LIBRARIES:  # tells Python that somebody listens: they would print a traceback per attempt
+        for library in _LIBRARIES:  # without a handler they would print a traceback per attempt
             logging.getLogger(library).addHandler(logging.NullHandler())
         self.patiently(lambda: importlib.import_module(_PACKAGES[self.scheme]))
         _require_reachable(url, self.scheme, self.patiently(lambda: _endpoint(url, self.scheme)))
@@ -79,18 +79,17 @@ class Store:
             # Not the class that fsspec would take, which asks a gRPC service about the bucket before every request.
             from gcsfs.core import GCSFileSystem  # pyright: ignore[reportMissingImports]
 
-            return GCSFileSystem(**self._options()), self.url.removeprefix("gs://").rstrip("/")
-        return fsspec.url_to_fs(self.url, **self._options())
-
-    def _options(self) -> dict[str, Any]:
+            options = {"token": "anon"} if self.url.split("/")[2] in PUBLIC_BUCKETS else {}
+            return GCSFileSystem(**options), self.url.removeprefix("gs://").rstrip("/")
+        options = {}
         if self.scheme in ("http", "https"):
             import aiohttp
 
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
             # Bytes as they are stored: ranges of a compressed stream would not fit together.
-            headers = {"Accept-Encoding": "identity"}
-            return {"headers": headers, "client_kwargs": {"trust_env": True, "timeout": timeout}}
-        return {"token": "anon"} if self.scheme == "gs" and self.url.split("/")[2] in PUBLIC_BUCKETS else {}
+            options = {"headers": {"Accept-Encoding": "identity"}}
+            options["client_kwargs"] = {"trust_env": True, "timeout": timeout}
+        return fsspec.url_to_fs(self.url, **options)
 
     def files(self) -> dict[str, StoreFile]:
         """All files by relative path, `.` for a source that is a file itself."""
@@ -108,7 +107,10 @@ class Store:
             name = path.removeprefix(root)
             # Stores without folders mark them by empty objects; web servers link to other orders of the same index.
             if path.startswith(root) and name and not name.endswith("/") and not (web and "?" in name):
-                files[_safe(unquote(name) if web else name, self.url)] = self._file(self.fs.info(path) if web else info)
+                name = unquote(name) if web else name
+                if name.startswith("/") or ".." in PurePosixPath(name).parts:  # it would be written outside
+                    raise PermissionError(f"{self.url} lists {name!r}, which lies outside of it")
+                files[name] = self._file(self.fs.info(path) if web else info)
         if not files:
             raise FileNotFoundError(self.url)
         return files
@@ -120,8 +122,12 @@ class Store:
             "md5": _hex(info.get("md5Hash") or info.get("Content-MD5")),
             "crc32c": _hex(info.get("crc32c")),
         }
-        if self.scheme == "s3" and re.fullmatch("[0-9a-f]{32}", etag) and not self._is_encrypted(info["name"]):
-            sums["md5"] = etag
+        if self.scheme == "s3" and re.fullmatch("[0-9a-f]{32}", etag):
+            bucket, _, key = info["name"].partition("/")
+            head = self.fs.call_s3("head_object", Bucket=bucket, Key=key)
+            # Under a key of one's own the ETag is not the MD5 of the content.
+            if "SSEKMSKeyId" not in head and "SSECustomerAlgorithm" not in head:
+                sums["md5"] = etag
         marks = ("size", "generation", "etag", "ETag", "blob_id", "Last-Modified")
         return StoreFile(
             path=info["name"],
@@ -130,15 +136,9 @@ class Store:
             checksums={algorithm: digest for algorithm, digest in sums.items() if digest},
         )
 
-    def _is_encrypted(self, path: str) -> bool:
-        """Under a key of one's own the ETag is not the MD5 of the content."""
-        bucket, _, key = path.partition("/")
-        head = self.fs.call_s3("head_object", Bucket=bucket, Key=key)
-        return "SSEKMSKeyId" in head or "SSECustomerAlgorithm" in head
-
     def append(self, file: StoreFile, part: Path, stop: threading.Event, count: Callable[[int], object]) -> None:
         """Fetch what `part` lacks; `count` is told every number of bytes."""
-        size, block = file.size or 0, BLOCK
+        size, block, ranges = file.size or 0, BLOCK, True
 
         def read() -> bytes:
             nonlocal block
@@ -167,13 +167,9 @@ class Store:
         except FetchError as error:
             if not isinstance(error.__cause__, ValueError):  # with which fsspec says that a server has no ranges
                 raise
-            self._replace(file, part)
-        if file.size is None:
-            self._replace(file, part)
-
-    def _replace(self, file: StoreFile, part: Path) -> None:
-        """Without ranges or a length: all of it at once, from the beginning."""
-        self.patiently(lambda: self.fs.get_file(file.path, str(part)))
+            ranges = False
+        if not ranges or file.size is None:  # all of it at once, from the beginning
+            self.patiently(lambda: self.fs.get_file(file.path, str(part)))
 
     def patiently(self, call: Callable[[], T]) -> T:
         for pause in (*PAUSES, None):
@@ -220,41 +216,31 @@ def _require_reachable(url: str, scheme: str, endpoint: str) -> None:
     if endpoint in _reached:
         return
     failure: list[OSError] = [TimeoutError(f"no answer within {LOOK:g} s")]
+
+    def look() -> None:
+        for pause in (1.0, 2.0, None):
+            try:
+                socket.create_connection((host, port), timeout=LOOK).close()
+            except OSError as error:
+                failure.append(error)
+            except UnicodeError as error:
+                failure.append(OSError(f"{host!r} is no name of a host: {error}"))
+            else:
+                failure.clear()
+            if not failure or pause is None:
+                return
+            time.sleep(pause)
+
     # In a thread, because nothing bounds how long a name is looked up.
-    looking = threading.Thread(target=_look, args=(host, port, failure), daemon=True)
+    looking = threading.Thread(target=look, daemon=True)
     looking.start()
     looking.join(LOOK)
     if failure:
-        raise fetch_error(
-            f"a way to {host}:{port}, where {scheme}:// is",
-            str(failure[-1]),
-            url,
-            "check the network, and HTTPS_PROXY where there is a proxy; or copy here what another machine has fetched"
-            f" to its {home()}",
-        )
+        copy = f"copy here what another machine has fetched to its {home()}"
+        next = f"check the network, and HTTPS_PROXY where there is a proxy; or {copy}"
+        way = f"a way to {host}:{port}, where {scheme}:// is"
+        raise fetch_error(way, str(failure[-1]), url, next)
     _reached.add(endpoint)
-
-
-def _look(host: str, port: int, failure: list[OSError]) -> None:
-    for pause in (1.0, 2.0, None):
-        try:
-            socket.create_connection((host, port), timeout=LOOK).close()
-        except OSError as error:
-            failure.append(error)
-        except UnicodeError as error:
-            failure.append(OSError(f"{host!r} is no name of a host: {error}"))
-        else:
-            failure.clear()
-        if not failure or pause is None:
-            return
-        time.sleep(pause)
-
-
-def _safe(name: str, url: str) -> str:
-    """A store's answer must not write outside the download."""
-    if name.startswith("/") or ".." in PurePosixPath(name).parts:
-        raise PermissionError(f"{url} lists {name!r}, which lies outside of it")
-    return name
 
 
 def _hex(base64_digest: str | None) -> str:

@@ -12,8 +12,8 @@ from tests.data.encoders import encode, samples
 from manipi.convert.convert import ConvertSettings, convert
 from manipi.convert.formats import open_reader
 from manipi.data.feed.cache import CachedDataset
+from manipi.data.lerobot.index import off_grid
 from manipi.data.lerobot.reader import LeRobotDataset
-from manipi.data.lerobot.times import off_grid
 from manipi.data.open import open_dataset
 from manipi.data.review.check import check_dataset, sort_episodes
 from manipi.data.review.values import uneven_timestamps

@@ -10,7 +10,7 @@
 import json
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -21,12 +21,20 @@ from av.error import FFmpegError
 from jaxtyping import UInt8
 
 from manipi.data.dataset import Feature
-from manipi.data.lerobot.stats import EpisodeStats, chosen_pictures, image_stats, vector_stats
 from manipi.data.lerobot.video import VideoWriter
 from manipi.errors import BadValueError, ConfigError, DatasetFormatError, MissingFeatureError, quoted, shown
 
 Pictures: TypeAlias = UInt8[np.ndarray, "T h w 3"] | Iterable[UInt8[np.ndarray, "n h w 3"]]
 """The pictures of an episode at once, or block by block."""
+
+
+_COLUMNS = "columns.npz"
+_PICTURES = 8
+"""Pictures per episode that the image statistics look at."""
+_QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+
+EpisodeStats: TypeAlias = dict[str, np.ndarray]
+"""min, max, mean, std, count and five quantiles: [d] of a vector, [3, 1, 1] of pictures, in 0…1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,24 +86,6 @@ class EpisodeEncoder:
             ConfigError: no frames, or a shape, type or number of frames that differs from the others'.
             BadValueError: NaN or infinity.
         """
-        columns, length = self._check_columns(data, where)
-        tasks = [task] * length if isinstance(task, str) else list(task)
-        if len(tasks) != length:
-            raise _differs(f"one task, or one per frame: {length}", f"{len(tasks)} tasks", where)
-        texts = list(dict.fromkeys(tasks))
-        stats = {}
-        for key in self.cameras:
-            pictures = data[key]
-            blocks = [pictures] if isinstance(pictures, np.ndarray) else pictures
-            stats[key] = self._encode_video(video_file(folder, key), key, blocks, length, where)
-        stats |= vector_stats(columns)
-        np.savez(
-            _columns_file(folder), allow_pickle=False, task_index=np.array([texts.index(t) for t in tasks]), **columns
-        )
-        plain = {key: {name: values.tolist() for name, values in part.items()} for key, part in stats.items()}
-        (folder / "episode.json").write_text(json.dumps({"length": length, "tasks": texts, "stats": plain}))
-
-    def _check_columns(self, data: Mapping[str, object], where: str) -> tuple[dict[str, np.ndarray], int]:
         if data.keys() != self.features.keys():
             raise MissingFeatureError(
                 expected=f"values for {', '.join(sorted(self.features))}",
@@ -105,48 +95,51 @@ class EpisodeEncoder:
             )
         columns = {key: np.asarray(data[key]) for key, feature in self.features.items() if feature.kind == "vector"}
         length = max(len(values) for values in columns.values())
+
+        def wrong(found: str, key: str = "") -> ConfigError:
+            expected = f"one task, or one per frame: {length}"
+            if key:
+                shape = (length or "T", *self.features[key].shape)
+                expected = f"{key!r} as {self.features[key].dtype} of shape {shape}"
+            next = "give every feature the same number of frames, at least one, in its own shape and type"
+            return ConfigError(expected=expected, found=found, where=where, next=next)
+
         for key, values in columns.items():
             feature = self.features[key]
             castable = np.can_cast(values.dtype, np.dtype(feature.dtype), "same_kind")
             if values.shape != (length, *feature.shape) or not length or not castable:
-                raise self._wrong(key, f"{values.dtype} of shape {values.shape}", length, where)
+                raise wrong(f"{values.dtype} of shape {values.shape}", key)
             if values.dtype.kind == "f" and not np.isfinite(values).all():
-                frame = int(np.argwhere(~np.isfinite(values))[0, 0])
                 raise BadValueError(
                     expected=f"finite numbers in {key!r}",
                     found="NaN or infinity",
-                    where=f"{where}, frame {frame}",
+                    where=f"{where}, frame {int(np.argwhere(~np.isfinite(values))[0, 0])}",
                     next="repair the recording, or leave this episode out",
                 )
-        return {key: values.astype(self.features[key].dtype) for key, values in columns.items()}, length
-
-    def _encode_video(
-        self, path: Path, key: str, blocks: Iterable[np.ndarray], length: int, where: str
-    ) -> EpisodeStats:
-        height, width, _ = shape = self.features[key].shape
-        wanted, chosen = set(chosen_pictures(length)), []
-        video = VideoWriter(path, fps=self.fps, height=height, width=width, pix_fmt=self.pix_fmt, crf=self.crf)
-        try:
-            for block in blocks:
-                if block.dtype != np.uint8 or block.shape[1:] != shape:
-                    raise self._wrong(key, f"{block.dtype} of shape {block.shape}", length, where)
-                first = video.num_frames
-                chosen += [image.copy() for i, image in enumerate(block, start=first) if i in wanted]
-                video.add(block)
-        finally:
-            video.close()
-        if video.num_frames != length:
-            raise self._wrong(key, f"{video.num_frames} pictures", length, where)
-        return image_stats(np.stack(chosen))
-
-    def _wrong(self, key: str, found: str, length: int, where: str) -> ConfigError:
-        feature = self.features[key]
-        return _differs(f"{key!r} as {feature.dtype} of shape {(length or 'T', *feature.shape)}", found, where)
-
-
-def _differs(expected: str, found: str, where: str) -> ConfigError:
-    next = "give every feature the same number of frames, at least one, in its own shape and type"
-    return ConfigError(expected=expected, found=found, where=where, next=next)
+        columns = {key: values.astype(self.features[key].dtype) for key, values in columns.items()}
+        tasks = [task] * length if isinstance(task, str) else list(task)
+        if len(tasks) != length:
+            raise wrong(f"{len(tasks)} tasks")
+        texts, stats = list(dict.fromkeys(tasks)), {}
+        for key in self.cameras:
+            height, width, _ = shape = self.features[key].shape
+            pictures = data[key]
+            wanted = set(np.linspace(0, length - 1, min(length, _PICTURES)).astype(int).tolist())
+            chosen, settings = [], {"fps": self.fps, "pix_fmt": self.pix_fmt, "crf": self.crf}
+            with closing(VideoWriter(video_file(folder, key), height=height, width=width, **settings)) as video:
+                for block in [pictures] if isinstance(pictures, np.ndarray) else pictures:
+                    if block.dtype != np.uint8 or block.shape[1:] != shape:
+                        raise wrong(f"{block.dtype} of shape {block.shape}", key)
+                    chosen += [image.copy() for i, image in enumerate(block, start=video.num_frames) if i in wanted]
+                    video.add(block)
+            if video.num_frames != length:
+                raise wrong(f"{video.num_frames} pictures", key)
+            stats[key] = image_stats(np.stack(chosen))
+        stats |= vector_stats(columns)
+        task_index = np.array([texts.index(t) for t in tasks])
+        np.savez(folder / _COLUMNS, allow_pickle=False, task_index=task_index, **columns)
+        plain = {key: {name: values.tolist() for name, values in part.items()} for key, part in stats.items()}
+        (folder / "episode.json").write_text(json.dumps({"length": length, "tasks": texts, "stats": plain}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +160,7 @@ def read_episode(folder: Path) -> EncodedEpisode:
     with encoded_errors(folder):
         record = json.loads((folder / "episode.json").read_text())
         stats = {key: {n: np.array(v) for n, v in part.items()} for key, part in record.pop("stats").items()}
-        with _columns_file(folder).open("rb") as content, np.load(content) as file:
+        with (folder / _COLUMNS).open("rb") as content, np.load(content) as file:
             columns = {key: file[key] for key in file.files}
         task_index_T = columns.pop("task_index")
         return EncodedEpisode(folder=folder, columns=columns, task_index_T=task_index_T, stats=stats, **record)
@@ -192,5 +185,44 @@ def video_file(folder: Path, camera: str) -> Path:
     return folder / f"{quote(camera, safe='')}.mp4"
 
 
-def _columns_file(folder: Path) -> Path:
-    return folder / "columns.npz"
+# Statistics ---------------------------------------------------------------------------------------------------------
+#
+# Those that LeRobot v3.0 keeps with every episode and with the dataset. Training does not use them.
+
+
+def vector_stats(columns: Mapping[str, np.ndarray]) -> dict[str, EpisodeStats]:
+    """Exact statistics of every column [T, d] of one episode."""
+    # All columns at once: NumPy's fixed cost per call is what counts at the length of an episode.
+    values = np.concatenate([values.astype(np.float64) for values in columns.values()], axis=1)
+    parts = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
+    parts |= dict(zip(_QUANTILES, np.quantile(values, list(_QUANTILES.values()), axis=0), strict=True))
+    stats, start = {}, 0
+    for key, column in columns.items():
+        end = start + column.shape[1]
+        stats[key] = {name: part[start:end] for name, part in parts.items()} | {"count": np.array([len(values)])}
+        if column.dtype.kind != "f":
+            stats[key] |= {name: stats[key][name].astype(np.int64) for name in ("min", "max")}
+        start = end
+    return stats
+
+
+def image_stats(chosen: UInt8[np.ndarray, "n h w 3"]) -> EpisodeStats:
+    """From a histogram of a few pictures; exact for those."""
+    levels = np.arange(256) / 255
+    weights = np.stack([np.bincount(chosen[..., c].ravel(), minlength=256) for c in range(3)]) / chosen[..., 0].size
+    mean = weights @ levels
+    cumulative = weights.cumsum(axis=1)
+    stats = {"min": levels[(weights > 0).argmax(1)], "max": levels[255 - (weights[:, ::-1] > 0).argmax(1)]}
+    stats |= {"mean": mean, "std": np.sqrt(np.maximum(weights @ levels**2 - mean**2, 0))}
+    stats |= {name: levels[(cumulative >= q).argmax(1)] for name, q in _QUANTILES.items()}
+    return {name: value.reshape(3, 1, 1) for name, value in stats.items()} | {"count": np.array([len(chosen)])}
+
+
+def merge(a: EpisodeStats, b: EpisodeStats) -> EpisodeStats:
+    """Statistics of both together. Quantiles are averaged by count, as lerobot does, and so only indicative."""
+    count = a["count"] + b["count"]
+    share = b["count"] / count
+    merged = {name: a[name] + (b[name] - a[name]) * share for name in ("mean", *_QUANTILES)}
+    variance = a["std"] ** 2 * (1 - share) + b["std"] ** 2 * share + (b["mean"] - a["mean"]) ** 2 * share * (1 - share)
+    merged |= {"min": np.minimum(a["min"], b["min"]), "max": np.maximum(a["max"], b["max"])}
+    return merged | {"std": np.sqrt(variance), "count": count}

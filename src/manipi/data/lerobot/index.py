@@ -1,4 +1,4 @@
-"""The metadata of a LeRobot dataset, versions 2.0, 2.1 and 3.0, as one `LeRobotIndex`.
+"""The metadata of a LeRobot dataset of any version, and where its pictures lie in time.
 
 meta/info.json      version, fps, features, path templates
 v2   meta/episodes.jsonl, meta/tasks.jsonl      one table and one video file per episode
@@ -12,14 +12,29 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
+from av.error import FFmpegError
+from jaxtyping import Bool, Float64, Int64
 
 from manipi.data.dataset import Episode, Feature, require_episodes
-from manipi.data.lerobot.entries import Entry, EpisodeTable, flat_names, read_entries, read_entry, read_texts
-from manipi.data.lerobot.tables import Fault, broken, column_names, format_error, read_columns, see_check
+from manipi.data.lerobot.tables import (
+    Entry,
+    Fault,
+    Table,
+    broken,
+    column_names,
+    flat_names,
+    format_error,
+    read_entries,
+    read_entry,
+    read_texts,
+    see_check,
+)
 from manipi.data.lerobot.video import is_deep
 from manipi.errors import DatasetFormatError, DatasetNotFoundError, shown
 
@@ -131,15 +146,22 @@ def read_index(root: Path) -> LeRobotIndex:
             where=info.where,
             next=f"python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 --root={root}  # or another converter",
         )
+    empty = DatasetNotFoundError(
+        expected="at least one episode with at least one frame",
+        found="none",
+        where=str(root / "meta"),
+        next="record or convert episodes into this dataset, or give another path",
+    )
     if info.count("total_episodes") == 0:
-        raise _empty(root)
-    index = readers[version](info, root)
+        raise empty
+    videos = [key for key, entry in info.entries("features").items() if entry.values.get("dtype") == "video"]
+    index = readers[version](info, root, videos)
     if not any(episode.length for episode in index.episodes):
-        raise index.unreadable[0] if index.unreadable else _empty(root)
+        raise index.unreadable[0] if index.unreadable else empty
     return index
 
 
-def _read_v2(info: Entry, root: Path) -> LeRobotIndex:
+def _read_v2(info: Entry, root: Path, videos: list[str]) -> LeRobotIndex:
     meta, unreadable = root / "meta", list[DatasetFormatError]()
 
     def episode(entry: Entry) -> tuple[int, int, list[str]]:
@@ -149,35 +171,44 @@ def _read_v2(info: Entry, root: Path) -> LeRobotIndex:
         return entry.whole("task_index"), entry.instruction("task")
 
     rows = sorted(read_entries(meta / "episodes.jsonl", root, episode, unreadable), key=lambda row: row[0])
-    numbers, lengths = [number for number, _, _ in rows], [length for _, length, _ in rows]
-    chunks = [number // info.whole("chunks_size", 1) for number in numbers]
+    chunks = [number // info.whole("chunks_size", 1) for number, _, _ in rows]
 
     def paths(template: str, **names: str) -> list[Path]:
         path = info.paths(template, episode_chunk=0, episode_index=0, **names)
-        return [path(episode_chunk=c, episode_index=n, **names) for c, n in zip(chunks, numbers, strict=True)]
+        return [path(episode_chunk=c, episode_index=n, **names) for c, (n, _, _) in zip(chunks, rows, strict=True)]
 
-    return LeRobotIndex(
-        fps=info.rate("fps"),
-        features=_features(info),
-        episodes=_episodes(numbers, lengths, [texts for _, _, texts in rows]),
+    return _index(
+        info,
+        root,
+        rows,
         tasks=dict(read_entries(meta / "tasks.jsonl", root, task)),
-        subtasks=_subtasks(root),
         tables=paths("data_path"),
-        clips={key: [Clip(path, 0.0) for path in paths("video_path", video_key=key)] for key in _video_keys(info)},
+        clips={key: [Clip(path, 0.0) for path in paths("video_path", video_key=key)] for key in videos},
         metadata=[meta / "info.json", meta / "episodes.jsonl", meta / "tasks.jsonl"],
-        promised=_promised(info, lengths),
         unreadable=unreadable,
     )
 
 
-def _read_v3(info: Entry, root: Path) -> LeRobotIndex:
+def _read_v3(info: Entry, root: Path, videos: list[str]) -> LeRobotIndex:
     episode_files = sorted((root / "meta/episodes").glob("*/*.parquet"))
     if not episode_files:
         broken(root, "tables of episodes", "none", root / "meta/episodes")
-    videos, columns, tables, unreadable = _recorded(info, episode_files, root), dict[str, list](), list[Path](), []
+    stated = list[set[str]]()
+    for path in episode_files:
+        with suppress(DatasetFormatError):  # reading it tells
+            stated.append(set(column_names(path, root)))
+    # The cameras that any episode has a place for. One that was never recorded is missed where it is asked for.
+    place = ("chunk_index", "file_index")
+    places = {key: [f"videos/{key}/{name}" for name in place] for key in videos}
+    places = {key: names for key, names in places.items() if any(c.issuperset(names) for c in stated) or not stated}
+    whole = ["episode_index", "length", *(f"data/{name}" for name in place), *itertools.chain(*places.values())]
+    starts, ends = ([f"videos/{key}/{edge}_timestamp" for key in places] for edge in ("from", "to"))
+    columns, tables, unreadable = dict[str, list](), list[Path](), list[DatasetFormatError]()
     for path in episode_files:
         try:
-            read = _read_episode_table(path, root, videos)
+            table = Table(path, root, [*whole, "tasks", *starts], optional=ends)  # of other types than another one
+            read = {name: table.whole(name) for name in whole} | {name: table.seconds(name) for name in starts}
+            read |= {name: table.ends(name) for name in ends} | {"tasks": table.instructions("tasks")}
         except DatasetFormatError as error:
             unreadable.append(error)
             continue
@@ -189,56 +220,47 @@ def _read_v3(info: Entry, root: Path) -> LeRobotIndex:
     order = np.argsort(np.array(columns["episode_index"], np.int64), kind="stable").tolist()
     columns = {name: [values[i] for i in order] for name, values in columns.items()}
 
-    def paths(template: str, place: str, **names: str) -> list[Path]:
+    def paths(template: str, of: str, **names: str) -> list[Path]:
         path = info.paths(template, chunk_index=0, file_index=0, **names)
-        places = zip(columns[f"{place}/chunk_index"], columns[f"{place}/file_index"], strict=True)
-        return [path(chunk_index=chunk, file_index=file, **names) for chunk, file in places]
+        numbers = zip(columns[f"{of}/chunk_index"], columns[f"{of}/file_index"], strict=True)
+        return [path(chunk_index=chunk, file_index=file, **names) for chunk, file in numbers]
 
     clips = {
-        key: _clips(
-            paths("video_path", f"videos/{key}", video_key=key),
-            columns[f"videos/{key}/from_timestamp"],
-            columns[f"videos/{key}/to_timestamp"],
-            info.rate("fps"),
-        )
-        for key in videos
+        key: _clips(paths("video_path", f"videos/{key}", video_key=key), columns[start], columns[end], info.rate("fps"))
+        for key, start, end in zip(places, starts, ends)
     }
-    return LeRobotIndex(
-        fps=info.rate("fps"),
-        features=_features(info),
-        episodes=_episodes(columns["episode_index"], columns["length"], columns["tasks"]),
-        tasks=_texts(root, "task"),
-        subtasks=_subtasks(root),
+    return _index(
+        info,
+        root,
+        list(zip(columns["episode_index"], columns["length"], columns["tasks"])),
+        tasks=read_texts(root, "task"),
         tables=paths("data_path", "data"),
         clips=clips,
         metadata=[root / "meta/info.json", root / "meta/tasks.parquet", *tables],
-        promised=_promised(info, columns["length"]),
         unreadable=unreadable,
     )
 
 
-def _recorded(info: Entry, episode_files: list[Path], root: Path) -> list[str]:
-    """The cameras that any episode has a place for. One that was never recorded is missed where it is asked for."""
-    stated = list[set[str]]()
-    for path in episode_files:
-        with suppress(DatasetFormatError):  # reading it tells
-            stated.append(set(column_names(path, root)))
-    places = {key: {f"videos/{key}/{name}" for name in ("chunk_index", "file_index")} for key in _video_keys(info)}
-    return [key for key, names in places.items() if any(names <= columns for columns in stated) or not stated]
-
-
-def _read_episode_table(path: Path, root: Path, videos: list[str]) -> dict[str, list]:
-    """The columns of one table of meta/episodes. The tables may have other types than each other."""
-    starts, ends = [f"videos/{key}/from_timestamp" for key in videos], [f"videos/{key}/to_timestamp" for key in videos]
-    places = [
-        f"{of}/{name}" for of in ("data", *(f"videos/{k}" for k in videos)) for name in ("chunk_index", "file_index")
-    ]
-    whole = ["episode_index", "length", *places]
-    table = EpisodeTable(read_columns(path, [*whole, "tasks", *starts], root, optional=ends), path, root)
-    columns: dict[str, list] = {name: table.whole(name) for name in whole}
-    columns |= {name: table.seconds(name) for name in starts}
-    columns |= {end: table.ends(end) for end in ends}
-    return {**columns, "tasks": table.instructions("tasks")}
+def _index(info: Entry, root: Path, rows: list[tuple[int, int, list[str]]], **of_version: Any) -> LeRobotIndex:
+    """The index of episodes with these numbers, lengths and instructions."""
+    features = {key: _feature(key, entry) for key, entry in info.entries("features").items()}
+    starts = itertools.accumulate((length for _, length, _ in rows), initial=0)
+    episodes, frames = info.count("total_episodes"), info.count("total_frames")
+    return LeRobotIndex(
+        fps=info.rate("fps"),
+        # Without those of no dimension, such as shape (0,), which hold nothing.
+        features={key: feature for key, feature in features.items() if 0 not in feature.shape},
+        episodes=[
+            Episode(index=number, start=start, length=length, task=texts[0] if texts else "")
+            for (number, length, texts), start in zip(rows, starts)
+        ],
+        subtasks=read_texts(root, "subtask") if (root / "meta/subtasks.parquet").exists() else {},
+        promised=(
+            len(rows) if episodes is None else episodes,
+            sum(length for _, length, _ in rows) if frames is None else frames,
+        ),
+        **of_version,
+    )
 
 
 def _clips(paths: list[Path], starts: list[float], ends: list[float], fps: float) -> list[Clip]:
@@ -250,54 +272,34 @@ def _clips(paths: list[Path], starts: list[float], ends: list[float], fps: float
     following: dict[Path, list[float]] = {}
     for path, start in zip(paths, starts, strict=True):
         following.setdefault(path, []).append(start)
-    for values in following.values():
-        values.sort()
+    for later in following.values():
+        later.sort()
     clips = []
     for path, start, end in zip(paths, starts, ends, strict=True):
         later = following[path]
         after = bisect_right(later, start)
-        clips.append(
-            Clip(path, start, min(end + 1 / fps if end > start else math.inf, *later[after : after + 1], math.inf))
-        )
+        stated = end + 1 / fps if end > start else math.inf
+        clips.append(Clip(path, start, min(stated, later[after]) if after < len(later) else stated))
     return clips
 
 
-def _texts(root: Path, kind: str) -> dict[int, str]:
-    """Texts of tasks or subtasks by number."""
-    return read_texts(root / f"meta/{kind}s.parquet", root, f"{kind}_index", kind)
-
-
-def _subtasks(root: Path) -> dict[int, str]:
-    return _texts(root, "subtask") if (root / "meta/subtasks.parquet").exists() else {}
-
-
-def _features(info: Entry) -> dict[str, Feature]:
-    """Without those of no dimension, such as shape (0,), which hold nothing."""
-    features = {key: _feature(key, entry) for key, entry in info.entries("features").items()}
-    return {key: feature for key, feature in features.items() if 0 not in feature.shape}
-
-
 def _feature(key: str, entry: Entry) -> Feature:
-    """A feature from its entry in info.json, which states pictures as [h, w, 3] or [3, h, w]; stored is [h, w, 3]."""
-    dtype, names = entry.text("dtype"), flat_names(entry.values.get("names"))
-    if dtype in ("image", "video"):
-        shape = entry.shape("shape")
-        if len(shape) not in (2, 3):
-            entry.refuse("shape", "height, width and channels of a picture")
-        channels_first = names[0].startswith("channel") if len(names) == 3 else shape[0] in (1, 3) and shape[-1] != 1
-        shape = (*shape[1:], shape[0]) if channels_first and len(shape) == 3 else shape
-        return _picture(key, shape, dtype, entry.values.get("info") or entry.values.get("video_info"))
-    if not dtype.startswith(_NUMBERS):  # "string", "language" and what else there may be: not read here
-        return Feature(kind="text", shape=(1,), dtype=dtype, names=names)
-    return Feature(kind="vector", shape=entry.shape("shape"), dtype=dtype, names=names)
-
-
-def _picture(key: str, shape: tuple[int, ...], dtype: str, about: Any) -> Feature:
-    """A camera of colours or of depth. What has one channel and is no depth map is grey, and read as three equal ones.
+    """A feature from its entry in info.json, which states pictures as [h, w, 3] or [3, h, w]; stored is [h, w, 3].
 
     Depth is what is marked as such, has more than 8 bits of grey, or one channel and either no axis for it or a name
-    that says so.
+    that says so. Other pictures of one channel are grey, and read as three equal ones.
     """
+    dtype, names = entry.text("dtype"), flat_names(entry.values.get("names"))
+    if dtype not in ("image", "video"):
+        if not dtype.startswith(_NUMBERS):  # "string", "language" and what else there may be: not read here
+            return Feature(kind="text", shape=(1,), dtype=dtype, names=names)
+        return Feature(kind="vector", shape=entry.shape("shape"), dtype=dtype, names=names)
+    shape = entry.shape("shape")
+    if len(shape) not in (2, 3):
+        entry.refuse("shape", "height, width and channels of a picture")
+    channels_first = names[0].startswith("channel") if len(names) == 3 else shape[0] in (1, 3) and shape[-1] != 1
+    shape = (*shape[1:], shape[0]) if channels_first and len(shape) == 3 else shape
+    about = entry.values.get("info") or entry.values.get("video_info")
     about = about if isinstance(about, Mapping) else {}
     encoded = str(about.get("video.pix_fmt") or about.get("pix_fmt") or "")
     marked, deep = any(about.get(name) for name in ("is_depth_map", "video.is_depth_map")), is_deep(encoded)
@@ -308,28 +310,99 @@ def _picture(key: str, shape: tuple[int, ...], dtype: str, about: Any) -> Featur
     return Feature(kind="image", shape=(*shape[:2], 3) if single else shape, dtype=dtype)
 
 
-def _video_keys(info: Entry) -> list[str]:
-    """Whose pictures are in video files."""
-    return [key for key, entry in info.entries("features").items() if entry.values.get("dtype") == "video"]
+# Times --------------------------------------------------------------------------------------------------------------
+#
+# LeRobot's rule is that the picture of a row is shown at `from_timestamp` of the episode + `timestamp` of the row. In
+# most datasets `timestamp` is frame / fps rounded to float32, and frame / fps the more exact. Where rows were cut out,
+# an episode begins later or the rows have another rate, it is not; such an episode is called off the grid here, and
+# its timestamps count.
+
+SLACK = 0.25
+"""Times that differ by less than this share of a frame name the same picture."""
 
 
-def _episodes(numbers: list[int], lengths: list[int], tasks: list[list[str]]) -> list[Episode]:
-    starts = itertools.accumulate(lengths, initial=0)
-    return [
-        Episode(index=number, start=start, length=length, task=texts[0] if texts else "")
-        for number, start, length, texts in zip(numbers, starts, lengths, tasks)
-    ]
+def off_grid(
+    seconds_T: Float64[np.ndarray, " T"], frame_T: Int64[np.ndarray, " T"], fps: float
+) -> Bool[np.ndarray, " T"]:
+    """Which timestamps differ from frame / fps by more than rounding."""
+    rounding_T = 0.5 * np.spacing(np.abs(seconds_T).astype(np.float32)).astype(np.float64)
+    return np.abs(seconds_T - frame_T / fps) > SLACK / fps + rounding_T
 
 
-def _promised(info: Entry, lengths: list[int]) -> tuple[int, int]:
-    episodes, frames = info.count("total_episodes"), info.count("total_frames")
-    return len(lengths) if episodes is None else episodes, sum(lengths) if frames is None else frames
+def time_fault(
+    index: LeRobotIndex, root: Path, camera: str, position: int, seconds_T: Float64[np.ndarray, " T"]
+) -> Fault | None:
+    """What is wrong where a video has no picture at the times of an episode that is off the grid.
 
+    None also where the file cannot be read, which its decoder reports.
 
-def _empty(root: Path) -> DatasetNotFoundError:
-    return DatasetNotFoundError(
-        expected="at least one episode with at least one frame",
-        found="none",
-        where=str(root / "meta"),
-        next="record or convert episodes into this dataset, or give another path",
+    Args:
+        position: of the episode in `index.episodes`.
+    """
+    clip, episode = index.clips[camera][position], index.episodes[position]
+    try:
+        shown_F, period = _shown_at(clip.path, clip.path.stat().st_mtime_ns)
+    except (FFmpegError, OSError, IndexError, ValueError):
+        return None
+    wanted_T = clip.start + seconds_T
+    after_T = np.searchsorted(shown_F, wanted_T)
+    before_T, after_T = shown_F[np.maximum(after_T - 1, 0)], shown_F[np.minimum(after_T, len(shown_F) - 1)]
+    distance_T = np.minimum(np.abs(before_T - wanted_T), np.abs(after_T - wanted_T))
+    bad_T = (distance_T > SLACK * period) | (wanted_T > clip.end - SLACK * period)
+    if not bad_T.any():
+        return None
+    at = int(bad_T.argmax())
+    lacking = f"none for {int(bad_T.sum())} of {episode.length} rows, the first at {wanted_T[at]:.3f} s"
+    of_others = f", where another episode's may begin ({clip.end:.3f} s)" if wanted_T[at] > clip.end - period else ""
+    what, _ = how_off(seconds_T, index.fps, clip.start)
+    error = format_error(
+        root,
+        f"a picture in {camera!r} at from_timestamp + timestamp of every row",
+        f"{lacking}{of_others}; {what}",
+        f"{clip.path}, episode {episode.index}, frame {at}",
+        f"where row i belongs to picture i of the episode, write timestamp = frame / fps into {index.tables[position]};"
+        " else leave the episode out",
     )
+    return Fault(error, (episode.index,), at)
+
+
+def how_off(seconds_T: Float64[np.ndarray, " T"], fps: float, start: float) -> tuple[str, str]:
+    """What is odd about timestamps off the grid, and what to do about it.
+
+    Args:
+        start: where the episode's pictures begin in their file, in seconds.
+    """
+    look = "look with `manipi view` whether its pictures belong to its rows"
+    steps_T = np.diff(seconds_T) * fps
+    first, step = float(seconds_T[0]), float(np.median(steps_T)) if len(steps_T) else 1.0
+    if np.abs(steps_T - 1).max(initial=0) < SLACK:
+        if abs(first * fps - 1) < SLACK:
+            return f"its timestamps begin one frame late, at {first:.4g} s", look
+        if start > 0 and abs(first - start) * fps < SLACK:
+            return f"its timestamps run on through the file, from {first:.4g} s, and do not begin anew", look
+        return f"its timestamps begin at {first:.4g} s", look
+    if abs(step - 1) >= SLACK:
+        what = f"its timestamps are {step / fps:.4g} s apart, and fps is {fps:g} in meta/info.json"
+        return what, "correct fps, or the timestamps"
+    at = int(np.argmax(np.abs(steps_T - 1)))
+    what = f"its timestamps go from {seconds_T[at]:.4g} s to {seconds_T[at + 1]:.4g} s at frame {at + 1}"
+    return what, f"action chunks go on over it: cut the episode there, or leave it out; {look}"
+
+
+@lru_cache(maxsize=8)
+def _shown_at(path: Path, changed: int) -> tuple[Float64[np.ndarray, " F"], float]:
+    """The times of a video's pictures, ascending, and its period; nothing is decoded, and little read where the file's
+    index has them: without B-frames, pictures are shown in the order in which they are decoded.
+
+    Args:
+        changed: when the file was, so that another one of that name is read anew.
+    """
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        tick, period = float(stream.time_base or 1), float(1 / (stream.average_rate or 30))
+        listed = () if stream.codec_context.has_b_frames else getattr(stream, "index_entries", ())
+        shown = [entry.timestamp for entry in listed]
+        shown = shown or [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+    if not shown:
+        raise ValueError("no pictures")
+    return np.sort(np.array(shown) * tick), period

@@ -27,13 +27,12 @@ _ENDS = 4096
 
 def replaced(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """The files that were known and are others now."""
-    return [
-        name for name, state in now.items() if name in before and _others(before[name].split(" "), state.split(" "))
-    ]
-
-
-def _others(before: list[str], now: list[str]) -> bool:
-    return before[0] != now[0] or (before[1] == now[1] and before != now)
+    names = []
+    for name, state in now.items():
+        (size, source, *_), (size_before, source_before, *_) = state.split(" "), before.get(name, state).split(" ")
+        if size != size_before or (source == source_before and state != before.get(name, state)):
+            names.append(name)
+    return names
 
 
 def states_on_disk(root: Path, names: Sequence[str]) -> dict[str, str]:

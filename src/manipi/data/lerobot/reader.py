@@ -1,4 +1,4 @@
-"""LeRobot datasets: parquet tables, and pictures from MP4 files or from the tables. Metadata: `lerobot_index`."""
+"""LeRobot datasets: parquet tables, and pictures from MP4 files or from the tables. Metadata: `index`."""
 
 import hashlib
 import math
@@ -13,23 +13,21 @@ import pyarrow.parquet as pq
 from jaxtyping import Float64
 
 from manipi.data.dataset import Dataset, PromptSource
-from manipi.data.lerobot.index import open_index
+from manipi.data.lerobot.index import off_grid, open_index, time_fault
 from manipi.data.lerobot.picture_files import states_in_store, states_on_disk
 from manipi.data.lerobot.tables import (
     ROW_COLUMNS,
+    Table,
     broken,
     format_error,
     leave_out,
-    listed,
-    objects,
     parquet_errors,
     read_values,
     row_faults,
     runs,
 )
-from manipi.data.lerobot.times import off_grid, time_fault
 from manipi.data.lerobot.video import DeepPicture, VideoFrames, decode_picture, decoders_for, without_camera
-from manipi.errors import DataError, shown
+from manipi.errors import shown
 from manipi.remote.fetch import fetch, origin
 
 _FOOTER_BYTES = 1 << 20
@@ -42,7 +40,7 @@ class LeRobotDataset(Dataset):
 
     Args:
         numbers: the episodes to use, in ascending order, where not all: files of others are not touched.
-        times: the timestamps of each episode off the grid (`lerobot_times`), by its number; None: the tables say.
+        times: the timestamps of each episode off the grid (`index.off_grid`), by its number; None: the tables say.
         compared: cameras whose videos are known to have pictures at these times.
 
     Raises:
@@ -120,15 +118,10 @@ class LeRobotDataset(Dataset):
 
     def _read_column(self, key: str) -> np.ndarray:
         width = int(np.prod(self.features[key].shape)) if key in self.features else 1
-        rows, values = self._table_rows, self._concatenate({key: width})[key]
+        rows, values = self._rows[0], self._concatenate({key: width})[key]
         values = values.astype(np.float32, copy=False) if values.dtype.kind == "f" else values
         in_order = len(rows) == len(values) and np.array_equal(rows, np.arange(len(rows)))
         return values if in_order else values[rows]  # a copy costs a tenth of the reading
-
-    @property
-    def _table_rows(self) -> np.ndarray:
-        """Which row of the tables, one behind the other, each row is."""
-        return self._rows[0]
 
     @cached_property
     def _times(self) -> Mapping[int, Float64[np.ndarray, " T"]]:
@@ -155,13 +148,10 @@ class LeRobotDataset(Dataset):
                 off = self.episode_of(np.flatnonzero(off_grid(seconds, frames, self.fps)))
                 chosen = [self.episodes[position] for position in np.unique(off).tolist()]
                 return rows, {e.index: seconds[e.start : e.start + e.length].copy() for e in chosen}
-        raise self._row_fault()
-
-    def _row_fault(self) -> DataError:
         for path, promised in self._index.by_table().items():
             values = read_values(path, ROW_COLUMNS, self.root)
             for fault in row_faults(path, self.root, promised, self._index.tasks, values, only=bool(self._numbers)):
-                return fault.error
+                raise fault.error
         raise AssertionError("the fast test and row_faults disagree")
 
     def _concatenate(self, widths: dict[str, int]) -> dict[str, np.ndarray]:
@@ -184,24 +174,25 @@ class LeRobotDataset(Dataset):
             image = read(camera, row)
             if image.shape != shape:
                 expected = f"a picture of shape {shape}, as meta/info.json says"
-                where = f"{self._file(camera, row)}, {self.locate(row)}"
+                position = int(self.episode_of(np.asarray(row)))
+                clips = self._index.clips.get(camera)
+                file = clips[position].path if clips else self._index.tables[position]
                 correct = f"correct its shape in {self.root / 'meta/info.json'}, if all pictures have this one"
-                broken(self.root, expected, f"{image.shape}", where, f"{correct}; else record the episode again")
+                next = f"{correct}; else record the episode again"
+                broken(self.root, expected, f"{image.shape}", f"{file}, {self.locate(row)}", next)
             if not i:  # memory is taken for a shape that a picture has
                 images = np.empty((len(rows), *shape), np.uint8)
             images[i] = image
         return images
 
-    def _file(self, camera: str, row: int) -> Path:
-        position = int(self.episode_of(np.asarray(row)))
-        return self._index.clips[camera][position].path if camera in self._index.clips else self._index.tables[position]
-
     def _read_video_frame(self, camera: str, row: int) -> np.ndarray:
         position = int(self.episode_of(np.asarray(row)))
         clip, episode = self._index.clips[camera][position], self.episodes[position]
-        frame, times = row - episode.start, self._times.get(episode.index)
+        frame, times, path = row - episode.start, self._times.get(episode.index), clip.path
         seconds = clip.start + (frame / self.fps if times is None else float(times[frame]))
-        return self._videos.frame(self._here(clip.path), seconds, where=f"{clip.path}, {self.locate(row)}")
+        if self._origin and not path.exists():  # a video of a dataset in a store comes when it is first needed
+            path = fetch(f"{self._origin}/{path.relative_to(self.root)}", show=False)
+        return self._videos.frame(path, seconds, where=f"{clip.path}, {self.locate(row)}")
 
     def _compare_times(self, camera: str) -> None:
         """Once per camera: a video that is here must have a picture at every timestamp of episodes off the grid.
@@ -221,14 +212,8 @@ class LeRobotDataset(Dataset):
         names = sorted({str(path.relative_to(self.root)) for path in clips})
         return states_in_store(self._origin, names) if self._origin else states_on_disk(self.root, names)
 
-    def _here(self, path: Path) -> Path:
-        """A video of a dataset whose metadata were fetched comes when it is first needed."""
-        if not self._origin or path.exists():
-            return path
-        return fetch(f"{self._origin}/{path.relative_to(self.root)}", show=False)
-
     def _read_picture(self, camera: str, row: int) -> np.ndarray:
-        stored = int(self._table_rows[row])
+        stored = int(self._rows[0][row])
         start, path, group = self._row_groups[bisect_right(self._row_groups, stored, key=lambda entry: entry[0]) - 1]
         entry = self._pictures(self.root, path, group, camera)[stored - start]
         encoded = entry.get("bytes") if isinstance(entry, dict) else entry
@@ -262,7 +247,4 @@ class LeRobotDataset(Dataset):
 
 def _read_pictures(root: Path, path: Path, group: int, camera: str) -> list[dict[str, Any] | bytes]:
     with parquet_errors(path, root):
-        table = pq.ParquetFile(path)
-        if camera not in table.schema_arrow.names:
-            broken(root, f"the columns {listed([camera])}", f"only {listed(table.schema_arrow.names)}", path)
-        return objects(table.read_row_group(group, columns=[camera]).column(0), camera, path, root)
+        return Table(path, root, [camera], row_group=group).objects(camera)

@@ -55,7 +55,9 @@ class VideoFrames:
         if not path.is_file():
             raise _broken("a video file", "nothing", where, without_camera())
         try:
-            decoder = self._decoder(path)
+            self._decoders[path] = decoder = self._decoders.pop(path, None) or _Decoder(path)
+            if len(self._decoders) > self._num_decoders:
+                self._close(next(iter(self._decoders)))
             if is_deep(decoder.pix_fmt):
                 next = 'write "info": {"is_depth_map": true} into its entry in meta/info.json, which leaves it out'
                 raise _broken("pictures of 8 bits per channel", f"a depth map ({decoder.pix_fmt})", where, next)
@@ -64,12 +66,6 @@ class VideoFrames:
             self._close(path)
             allow = f"chmod +r {quoted(path)}" if isinstance(error, PermissionError) else ""
             raise _broken(f"a frame at {seconds:.3f} s", str(error), where, allow) from error
-
-    def _decoder(self, path: Path) -> "_Decoder":
-        self._decoders[path] = decoder = self._decoders.pop(path, None) or _Decoder(path)
-        if len(self._decoders) > self._num_decoders:
-            self._close(next(iter(self._decoders)))
-        return decoder
 
     def _close(self, path: Path) -> None:
         # FFmpeg's objects refer to each other; left to the garbage collector, they would stay open for long.
@@ -145,27 +141,21 @@ class _Decoder:
         """Most frames decoded from a keyframe on to reach another: what a seek can cost."""
 
     def frame(self, seconds: float) -> np.ndarray:
-        return self._reformatter.reformat(self._find(seconds), format="rgb24").to_ndarray()
+        run = 0
+        if self._last is None or not -_EXACT < self._frames_from_last(seconds) < self._longest_run + _SLACK:
+            # To the keyframe before it, and a little later, so that rounding to the file's time base cannot fall into
+            # the frame before.
+            target = int((seconds + _EXACT * self._period) / self._tick)
+            self._container.seek(target, stream=self._stream, backward=True)
+            self._ahead, self._seen = _decode(self._container, self._stream), None
+            self._last = self._next()
+            run = 0 if self._last is None else round(self._frames_from_last(seconds))
+        found = self._scan(seconds)
+        self._longest_run = max(self._longest_run, run)
+        return self._reformatter.reformat(found, format="rgb24").to_ndarray()
 
     def close(self) -> None:
         self._container.close()
-
-    def _find(self, seconds: float) -> av.VideoFrame:
-        if self._last is not None and -_EXACT < self._frames_from_last(seconds) < self._longest_run + _SLACK:
-            return self._scan(seconds)
-        return self._seek(seconds)
-
-    def _seek(self, seconds: float) -> av.VideoFrame:
-        """Go to the keyframe before a time, and decode on from there."""
-        # A little later, so that rounding to the file's time base cannot fall into the frame before.
-        target = int((seconds + _EXACT * self._period) / self._tick)
-        self._container.seek(target, stream=self._stream, backward=True)
-        self._ahead, self._seen = _decode(self._container, self._stream), None
-        self._last = self._next()
-        run = 0 if self._last is None else round(self._frames_from_last(seconds))
-        found = self._scan(seconds)
-        self._longest_run = max(self._longest_run, run)
-        return found
 
     def _scan(self, seconds: float) -> av.VideoFrame:
         """Decode on until a time; the frame there must be the one asked for, and whole."""

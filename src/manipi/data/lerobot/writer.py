@@ -1,11 +1,12 @@
-"""Write LeRobot v3.0 datasets: many episodes per table and per video file, whole or not at all.
+"""Write LeRobot v3.0 datasets: many episodes per table and video file, all or none.
 
 The folder, schemas and statistics are those of lerobot 0.4, which opens the result as its own.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,12 +17,30 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from manipi.data.dataset import Feature
-from manipi.data.lerobot.episode import EpisodeEncoder, Pictures, encoded_errors, read_episode, video_file
-from manipi.data.lerobot.stats import EpisodeStats, merge, vector_stats
-from manipi.errors import ConfigError
-from manipi.storage import atomic_directory
+from manipi.data.lerobot.episode import (
+    EpisodeEncoder,
+    EpisodeStats,
+    Pictures,
+    encoded_errors,
+    merge,
+    read_episode,
+    vector_stats,
+    video_file,
+)
+from manipi.errors import ConfigError, quoted
+from manipi.records import json_bytes, read_json
+from manipi.storage import (
+    Lock,
+    atomic_directory,
+    atomic_write,
+    name_for_good,
+    remove_partial,
+    require_absent,
+    storage_errors,
+)
 
 _DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
@@ -123,13 +142,33 @@ class LeRobotWriter:
         """Append the episode that an `EpisodeEncoder` with the same settings wrote to `folder`."""
         episode = read_episode(folder)
         tasks = np.array([self._tasks.setdefault(task, len(self._tasks)) for task in episode.tasks])
-        numbering = self._numbering(episode.length, tasks[episode.task_index_T])
-        stats = episode.stats | vector_stats(numbering)
+        frame = np.arange(episode.length)
+        numbering = {
+            "timestamp": (frame / self.fps).astype(np.float32)[:, None],
+            "frame_index": frame[:, None],
+            "episode_index": np.full((episode.length, 1), self.num_episodes),
+            "index": self.num_frames + frame[:, None],
+            "task_index": tasks[episode.task_index_T][:, None],
+        }
+        # Vectors as fixed-size lists, those of one dimension as plain numbers; described for the `datasets` library.
+        arrays, described = {}, {}
+        for key, values in (episode.columns | numbering).items():
+            flat, width = pa.array(values.ravel()), values.shape[1]
+            value = {"dtype": str(values.dtype), "_type": "Value"}
+            arrays[key] = flat if width == 1 else pa.FixedSizeListArray.from_arrays(flat, width)
+            described[key] = value if width == 1 else {"feature": value, "length": width, "_type": "List"}
+        rows = pa.table(arrays).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": described}})})
+        self._tables.current().add(rows)
         row = {"episode_index": self.num_episodes, "tasks": episode.tasks, "length": episode.length}
-        row |= self._write_rows(episode.columns | numbering)
+        row |= {f"data/{name}": value for name, value in self._tables.place.items()}
         row |= {"dataset_from_index": self.num_frames, "dataset_to_index": self.num_frames + episode.length}
-        for key in self._videos:
-            row |= self._append_video(key, video_file(folder, key))
+        for key, files in self._videos.items():
+            video = files.current()
+            start = video.num_frames / self.fps
+            video.append(video_file(folder, key))
+            times = {"from_timestamp": start, "to_timestamp": video.num_frames / self.fps}
+            row |= {f"videos/{key}/{name}": value for name, value in (files.place | times).items()}
+        stats = episode.stats | vector_stats(numbering)
         row |= {f"stats/{key}/{name}": values.tolist() for key, part in stats.items() for name, values in part.items()}
         row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
         self._episodes.add(pa.table({name: [value] for name, value in row.items()}))
@@ -143,28 +182,17 @@ class LeRobotWriter:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
 
-    def _write_rows(self, columns: Mapping[str, np.ndarray]) -> dict[str, int]:
-        self._tables.current().add(_rows_table(columns))
-        return {f"data/{name}": value for name, value in self._tables.place.items()}
-
-    def _append_video(self, key: str, episode: Path) -> dict[str, float]:
-        video = self._videos[key].current()
-        start = video.num_frames / self.fps
-        video.append(episode)
-        times = {"from_timestamp": start, "to_timestamp": video.num_frames / self.fps}
-        return {f"videos/{key}/{name}": value for name, value in (self._videos[key].place | times).items()}
-
-    def _numbering(self, length: int, task_index_T: np.ndarray) -> dict[str, np.ndarray]:
-        frame = np.arange(length)
-        return {
-            "timestamp": (frame / self.fps).astype(np.float32)[:, None],
-            "frame_index": frame[:, None],
-            "episode_index": np.full((length, 1), self.num_episodes),
-            "index": self.num_frames + frame[:, None],
-            "task_index": task_index_T[:, None],
-        }
-
     def _write_metadata(self) -> None:
+        described = {}
+        for key, feature in self.features.items():
+            shape = list(feature.shape)
+            described[key] = {"dtype": feature.dtype, "shape": shape, "names": list(feature.names) or None}
+            if key in self._videos:
+                video = {"height": shape[0], "width": shape[1], "codec": "h264", "pix_fmt": self._encoder.pix_fmt}
+                video |= {"is_depth_map": False, "fps": self.fps, "channels": shape[2]}
+                about = {f"video.{name}": value for name, value in video.items()} | {"has_audio": False}
+                names = ["height", "width", "channels"]
+                described[key] = {"dtype": "video", "shape": shape, "names": names, "info": about}
         info = {
             "codebase_version": "v3.0",
             "robot_type": self.robot_type,
@@ -177,7 +205,7 @@ class LeRobotWriter:
             "splits": {"train": f"0:{self.num_episodes}"},
             "data_path": _DATA,
             "video_path": _VIDEO if self._videos else None,
-            "features": {key: self._feature_info(key, feature) for key, feature in self.features.items()}
+            "features": described
             | {key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in _DEFAULTS.items()},
         }
         stats = {key: {name: value.tolist() for name, value in part.items()} for key, part in self._totals.items()}
@@ -185,20 +213,19 @@ class LeRobotWriter:
         meta.mkdir(exist_ok=True)
         (meta / "info.json").write_text(json.dumps(info, indent=4))
         (meta / "stats.json").write_text(json.dumps(stats, indent=4))
-        pq.write_table(_tasks_table(list(self._tasks)), meta / "tasks.parquet")
-
-    def _feature_info(self, key: str, feature: Feature) -> dict[str, Any]:
-        if key not in self._videos:
-            return {"dtype": feature.dtype, "shape": list(feature.shape), "names": list(feature.names) or None}
-        height, width, channels = feature.shape
-        video = {"height": height, "width": width, "codec": "h264", "pix_fmt": self._encoder.pix_fmt}
-        video |= {"is_depth_map": False, "fps": self.fps, "channels": channels}
-        return {
-            "dtype": "video",
-            "shape": list(feature.shape),
-            "names": ["height", "width", "channels"],
-            "info": {f"video.{name}": value for name, value in video.items()} | {"has_audio": False},
+        # Numbers and texts of the tasks, as pandas stores a frame whose index holds the texts.
+        texts, number = "__index_level_0__", {"pandas_type": "int64", "numpy_type": "int64"}
+        columns = [
+            {"name": "task_index", "field_name": "task_index", **number, "metadata": None},
+            {"name": None, "field_name": texts, "pandas_type": "unicode", "numpy_type": "object", "metadata": None},
+        ]
+        pandas = {"index_columns": [texts], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
+        tasks = {
+            "task_index": pa.array(range(len(self._tasks)), pa.int64()),
+            texts: pa.array(list(self._tasks), pa.string()),
         }
+        table = pa.table(tasks).replace_schema_metadata({"pandas": json.dumps(pandas)})
+        pq.write_table(table, meta / "tasks.parquet")
 
 
 # Files --------------------------------------------------------------------------------------------------------------
@@ -291,33 +318,142 @@ class _Files(Generic[_File]):
             self._current.close()
 
 
-# Tables -------------------------------------------------------------------------------------------------------------
+# Parts --------------------------------------------------------------------------------------------------------------
+
+_BEGUN = {
+    "recording": ("recording.json", "manipi record --finish {}"),
+    "conversion": ("conversion.json", "repeat the manipi convert command that was begun to {}"),
+}
+"""By what makes the episodes: the file that says what was begun, and how to finish it."""
 
 
-def _rows_table(columns: Mapping[str, np.ndarray]) -> pa.Table:
-    """Vectors as fixed-size lists, those of one dimension as plain numbers; described for the `datasets` library."""
-    arrays, described = {}, {}
-    for key, values in columns.items():
-        flat, width = pa.array(values.ravel()), values.shape[1]
-        value = {"dtype": str(values.dtype), "_type": "Value"}
-        arrays[key] = flat if width == 1 else pa.FixedSizeListArray.from_arrays(flat, width)
-        described[key] = value if width == 1 else {"feature": value, "length": width, "_type": "List"}
-    return pa.table(arrays).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": described}})})
+def how_to_finish(target: Path) -> str | None:
+    """What to run where the episodes of a dataset wait beside it; None where none do."""
+    target = target.expanduser().absolute()
+    for activity, (_, command) in _BEGUN.items():
+        parts = Parts(target, activity)
+        if parts.begun.exists() and (parts.finished or parts.episodes()):
+            return command.format(quoted(target))
+    return None
 
 
-def _tasks_table(tasks: list[str]) -> pa.Table:
-    """Numbers and texts of the tasks, as pandas stores a frame whose index holds the texts."""
-    index = "__index_level_0__"
-    columns = [
-        {
-            "name": "task_index",
-            "field_name": "task_index",
-            "pandas_type": "int64",
-            "numpy_type": "int64",
-            "metadata": None,
-        },
-        {"name": None, "field_name": index, "pandas_type": "unicode", "numpy_type": "object", "metadata": None},
-    ]
-    pandas = {"index_columns": [index], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
-    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), index: pa.array(tasks, pa.string())})
-    return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
+class Parts:
+    """Encoded episodes that wait beside a dataset until all of them are there, and are then put together.
+
+        .TARGET.parts/
+        ├─ lock                  one process at a time
+        ├─ recording.json        what was begun; of a conversion `conversion.json`
+        ├─ episode-000042/       as `EpisodeEncoder` wrote it; it has its name when it is complete and on the disk
+        ├─ dataset/              all of them, one behind the other
+        └─ finished.json         says that `dataset` is whole; it then takes the name TARGET, and the parts vanish
+
+    A process that is killed loses the episode that it was encoding. At whatever moment that is, the next process finds
+    either the episodes or the whole dataset, and goes on.
+
+    Args:
+        target: the folder of the dataset, which does not exist yet.
+        activity: what makes them: "conversion", "recording".
+    """
+
+    def __init__(self, target: Path, activity: str):
+        self.target, self._activity = target.expanduser().absolute(), activity
+        self.folder = self.target.with_name(f".{self.target.name}.parts")
+        self._dataset, self._finished = self.folder / "dataset", self.folder / "finished.json"
+        self.begun = self.folder / _BEGUN[activity][0]
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """The parts, for this process alone; what a killed one left half-written is gone.
+
+        Raises:
+            ConfigError: another process is at work there.
+            StorageError: the folder cannot be written.
+        """
+        try:
+            with storage_errors(self.target):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock = Lock(self.folder / "lock", wait=False)
+        except BlockingIOError:
+            raise ConfigError(
+                expected=f"one {self._activity} at a time to a folder",
+                found="another one that is going on",
+                where=str(self.target),
+                next="wait for it, or choose another folder",
+            ) from None
+        with lock:
+            with storage_errors(self.target):
+                remove_partial(self.folder)
+                remove_partial(self.target.parent, self.target.name)
+            yield
+
+    def episode(self, number: int) -> Path:
+        """The folder of an episode, there or not."""
+        return self.folder / f"episode-{number:06d}"
+
+    def episodes(self) -> list[Path]:
+        """The folders of those that are there, in order."""
+        return sorted(self.folder.glob("episode-*"))
+
+    def require_own(self) -> None:
+        """Raises ConfigError where the episodes that are there were not begun by this activity."""
+        if (self.finished or self.episodes()) and not self.begun.exists():
+            first = how_to_finish(self.target)
+            raise ConfigError(
+                expected=f"no episodes there but those of a {self._activity}",
+                found=f"others, without {self.begun.name}",
+                where=str(self.folder),
+                next="choose another folder" + (f", or first: {first}" if first else ""),
+            )
+
+    @property
+    def finished(self) -> bool:
+        """Whether all that is left to do is `settle`."""
+        return self._finished.exists()
+
+    def finish(
+        self,
+        folders: Sequence[Path],
+        encoder: EpisodeEncoder,
+        robot_type: str,
+        report: Mapping[str, Any],
+        *,
+        files: Mapping[str, bytes] | None = None,
+        show: bool,
+    ) -> dict[str, Any]:
+        """Put the dataset together and give it its name; the parts vanish.
+
+        Args:
+            report: what `settle` is to return, beside `num_episodes` and `num_frames`.
+            files: content of further files by their path in the dataset.
+
+        Raises:
+            StorageError: the disk is full, or something has the target's name; the episodes stay.
+            DatasetFormatError: an episode's files are damaged.
+        """
+        shutil.rmtree(self._dataset, ignore_errors=True)  # one of which it is not known whether it is whole
+        settings = {"features": encoder.features, "fps": encoder.fps, "pix_fmt": encoder.pix_fmt, "crf": encoder.crf}
+        with LeRobotWriter(self._dataset, robot_type=robot_type, **settings) as writer:
+            for folder in tqdm(folders, desc="assemble", unit="episode", disable=not show):
+                writer.add_encoded(folder)
+            for path, content in (files or {}).items():
+                writer.add_file(path, content)
+        counts = {"num_episodes": writer.num_episodes, "num_frames": writer.num_frames}
+        atomic_write(self._finished, json_bytes({**report, **counts}))
+        return self.settle()
+
+    def settle(self) -> dict[str, Any]:
+        """Do what is left after `finished`; returns the report of `finish`, whichever process called it."""
+        report = read_json(self._finished)
+        if self._dataset.exists():
+            require_absent(self.target)
+            with storage_errors(self.target):
+                name_for_good(self._dataset, self.target)
+        self.remove()
+        return report
+
+    def remove(self) -> None:
+        """Delete the parts: last what says whose they are, so that a kill leaves nothing to be taken for others'."""
+        for path in self.episodes():
+            shutil.rmtree(path)
+        self._finished.unlink(missing_ok=True)
+        shutil.rmtree(self.folder)

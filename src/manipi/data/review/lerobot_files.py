@@ -15,7 +15,15 @@ from av.error import FFmpegError
 from tqdm import tqdm
 
 from manipi.data.dataset import Dataset, Episode
-from manipi.data.lerobot.index import LeRobotIndex, metadata_faults, read_index
+from manipi.data.lerobot.index import (
+    SLACK,
+    LeRobotIndex,
+    how_off,
+    metadata_faults,
+    off_grid,
+    read_index,
+    time_fault,
+)
 from manipi.data.lerobot.reader import LeRobotDataset
 from manipi.data.lerobot.tables import (
     ROW_COLUMNS,
@@ -27,7 +35,6 @@ from manipi.data.lerobot.tables import (
     row_faults,
     runs,
 )
-from manipi.data.lerobot.times import SLACK, how_off, off_grid, time_fault
 from manipi.data.review.report import Finding, error, frames, from_error, warning
 from manipi.data.review.values import uneven_timestamps
 from manipi.errors import DataError, quoted

@@ -1,4 +1,4 @@
-"""Which features of an RLDS dataset become which keys, as data; and the maps of known datasets.
+"""What an RLDS dataset says of itself, and which features become which keys.
 
 RLDS gives no rate, no camera names and no order of the numbers in a command, so each dataset needs a map. One that is
 not here is a few lines, in Python for `open_rlds(folder, fields=…)`, or as `rlds_fields.json` beside `features.json`,
@@ -9,16 +9,25 @@ where every command of manipi finds it (docs/rlds.md); what it leaves out has it
 `manipi inspect` of a folder with only the rate in that file lists the features to choose from.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from manipi.data.rlds.tfrecord import read_json
-from manipi.errors import ConfigError, unknown_name
-from manipi.records import from_json, to_json
+from manipi.data.dataset import Feature
+from manipi.data.rlds.tfrecord import broken, read_json
+from manipi.errors import ConfigError, FetchError, MissingFeatureError, unknown_name
+from manipi.records import fingerprint, from_json, to_json
+from manipi.remote.fetch import fetch, is_here, origin
+from manipi.remote.stores import fetch_error
 
 FIELDS_FILE = "rlds_fields.json"
+_INFO = "dataset_info.json"
+_INSTRUCTIONS = ("language_instruction", "natural_language_instruction")
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +116,183 @@ def find_fields(root: Path, name: str) -> RldsFields:
         where=str(root),
         next=f"""echo '{{"fps": 10}}' > {path}  # its real rate; more fields: manipi.data.rlds.fields""",
     )
+
+
+# Metadata -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RldsSplit:
+    """One split of a dataset in a version's folder, and what of it is read."""
+
+    root: Path
+    origin: str
+    """The address that record files are fetched from; empty where they are in `root`."""
+    name: str
+    files: tuple[Path, ...]
+    num_records: tuple[int, ...]
+    """Per file, as dataset_info.json says."""
+    metadata: str
+    """Digest of the two JSON files."""
+    steps: Mapping[str, Feature]
+    """All features of a step that can be read."""
+    fields: RldsFields
+    """The map, with the features themselves where it says to take all."""
+
+    @property
+    def pictures(self) -> list[str]:
+        """The picture features that some camera shows, in an order that does not depend on the cameras."""
+        return sorted({feature for features in self.fields.images.values() for feature in features})
+
+    def vector(self, key: str) -> Feature:
+        parts = [self.steps[feature] for feature in self.fields.vectors[key]]
+        dtype = "int64" if all("float" not in part.dtype for part in parts) else "float32"
+        shape = parts[0].shape if len(parts) == 1 else (sum(math.prod(part.shape) for part in parts),)
+        return Feature(kind="vector", shape=shape, dtype=dtype)
+
+
+def find_version(folder: Path) -> Path | None:
+    """The folder of a version, given that or its parent; None where neither holds record files or their metadata.
+
+    Raises:
+        ConfigError: the parent of several versions; names them.
+    """
+
+    def is_version(path: Path) -> bool:
+        return any(name in ("features.json", _INFO) or ".tfrecord" in name for name in os.listdir(path))
+
+    if is_version(folder):
+        return folder
+    versions = [path for path in sorted(folder.iterdir()) if path.is_dir() and is_version(path)]
+    if len(versions) > 1:
+        raise ConfigError(
+            expected="the folder of one version",
+            found=f"{len(versions)}: {', '.join(path.name for path in versions)}",
+            where=str(folder),
+            next=f"name one of them, such as {versions[-1]}",
+        )
+    return versions[0] if versions else None
+
+
+def fetch_metadata(url: str) -> Path:
+    """The folder that a version's metadata are in, and its record files later. FetchError where there is no version."""
+    optional = [] if is_here(f"{url}/{_INFO}") else [FIELDS_FILE]
+    # What comes last tells that all that there is came.
+    for name in (*optional, "features.json", _INFO):
+        try:
+            path = fetch(f"{url}/{name}", show=False)
+        except FetchError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            if name not in optional:
+                next = f"give the address of the dataset itself; of RLDS that of a version, such as {url}/1.0.0"
+                found = f"no {name}"
+                raise fetch_error("LeRobot's meta/info.json, or an RLDS version", found, url, next) from error
+    return path.parent  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def read_info(root: Path) -> dict[str, Any]:
+    """dataset_info.json, which has a name and splits; else DatasetFormatError."""
+    info = read_json(root / _INFO)
+    with _malformed(root / _INFO):
+        return info | {"name": str(info["name"]), "splits": list(info["splits"])}
+
+
+def read_split(root: Path, fields: RldsFields, split: str) -> RldsSplit:
+    """Read the metadata of a version's folder.
+
+    Raises:
+        DatasetFormatError: metadata that are missing or broken, or record files of another format than TFRecord.
+        MissingFeatureError: the map names a feature that is not there, or of another kind.
+        UnknownNameError: no such split; names those that are there.
+    """
+    info, features = read_info(root), read_json(root / "features.json")
+    with _malformed(root / _INFO):
+        splits = {entry["name"]: entry for entry in info["splits"]}
+    with _malformed(root / "features.json"):
+        leaves = dict(_leaves(features, ""))
+    if split not in splits:
+        raise unknown_name("split", split, splits, next=f"name one of those in {root / _INFO}")
+    if info.get("fileFormat", "tfrecord") != "tfrecord":
+        broken("record files in the format tfrecord", repr(info["fileFormat"]), root / _INFO)
+    with _malformed(root / _INFO):
+        entry = splits[split]
+        num_records = tuple(int(number) for number in entry["shardLengths"])
+        template, total = entry.get("filepathTemplate") or _TEMPLATE, f"{len(num_records):05d}"
+        names = {"DATASET": info["name"], "SPLIT": split, "FILEFORMAT": "tfrecord", "NUM_SHARDS": total}
+        indices = [f"{i:05d}" for i in range(len(num_records))]
+        files = [template.format(**names, SHARD_INDEX=i, SHARD_X_OF_Y=f"{i}-of-{total}") for i in indices]
+    steps = {name.removeprefix("steps/"): leaf for name, leaf in leaves.items() if name.startswith("steps/")}
+    needed = [(name, "text", leaves) for name in (*fields.only, *fields.episode_key)]
+    needed += [(name, "text", steps) for name in fields.prompts]
+    for kind, groups in (("image", fields.images), ("vector", fields.vectors)):
+        needed += [(name, kind, steps) for names in groups.values() for name in names]
+    for name, kind, there in needed:
+        if name not in there or there[name].kind != kind:
+            known = sorted(n for n, leaf in there.items() if leaf.kind == kind)
+            raise MissingFeatureError(
+                expected=f"{kind} {name!r}",
+                found=f"{there[name].kind} {name!r}" if name in there else f"only {', '.join(known) or 'none'}",
+                where=str(root / "features.json"),
+                next="name one of those in the RldsFields",
+            )
+    every = {
+        kind: {n: (n,) for n in sorted(steps) if steps[n].kind == kind and not is_depth(n, steps[n])}
+        for kind in ("image", "vector", "text")
+    }
+    return RldsSplit(
+        root=root,
+        origin=origin(root / _INFO).removesuffix(f"/{_INFO}"),
+        name=info["name"],
+        files=tuple(root / file for file in files),
+        num_records=num_records,
+        metadata=fingerprint([info, features]),
+        steps=steps,
+        fields=replace(
+            fields,
+            images=fields.images or every["image"],
+            vectors=fields.vectors or every["vector"],
+            prompts=fields.prompts or tuple(n for n in every["text"] if n.split("/")[-1] in _INSTRUCTIONS),
+        ),
+    )
+
+
+def is_depth(name: str, feature: Feature) -> bool:
+    """Whether a matrix of numbers is a depth map, which is no vector unless a map of fields says so."""
+    return feature.kind == "vector" and len(feature.shape) == 2 and "depth" in name.lower() and min(feature.shape) >= 16
+
+
+@contextmanager
+def _malformed(where: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        broken("the entries that tensorflow_datasets writes", f"{type(error).__name__}: {error}", where)
+
+
+def _leaves(node: Mapping[str, Any], name: str) -> Iterator[tuple[str, Feature]]:
+    """Features by their path, `steps/observation/state`; those that no key can show are left out.
+
+    These are inner sequences, tensors of three and more or unknown dimensions or in an encoding of their own, and
+    pictures in anything but 8-bit RGB.
+    """
+    if "featuresDict" in node:
+        for part, child in node["featuresDict"]["features"].items():
+            yield from _leaves(child, f"{name}/{part}" if name else part)
+    elif name == "steps" and "sequence" in node:
+        yield from _leaves(node["sequence"]["feature"], name)
+    elif "text" in node:
+        yield name, Feature(kind="text", shape=(1,), dtype="string")
+    elif "classLabel" in node:
+        yield name, Feature(kind="vector", shape=(1,), dtype="int64")
+    elif "image" in node or "tensor" in node:
+        entry = node.get("image") or node["tensor"]
+        shape = tuple(int(size) for size in entry["shape"].get("dimensions", ()))
+        dtype = entry.get("dtype", "uint8")
+        if "image" in node:
+            if dtype == "uint8" and shape[2:] == (3,):
+                yield name, Feature(kind="image", shape=shape, dtype="image")
+        elif dtype in ("string", "object", "bytes") and not shape:
+            yield name, Feature(kind="text", shape=(1,), dtype="string")
+        elif len(shape) < 3 and min(shape, default=1) > 0 and entry.get("encoding", "none") == "none":
+            yield name, Feature(kind="vector", shape=shape or (1,), dtype=dtype)

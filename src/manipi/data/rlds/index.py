@@ -1,4 +1,4 @@
-"""What an RLDS dataset says of itself, and an index of its records that is made once and then memory-mapped.
+"""An index of an RLDS dataset's records, made once and then memory-mapped.
 
     features.json, dataset_info.json      names, shapes and dtypes; splits and their record files
     <name>-<split>.tfrecord-00000-of-…    one record per episode, each feature over all its steps
@@ -14,8 +14,13 @@ read of its own bytes, where TensorFlow has to read its whole episode. It is 16 
 eight-dimensional state, eight-dimensional actions, three cameras: 124 bytes per step), and is made anew when the files
 change in name, size or time, or the map in what it reads.
 
-Record files of a store are on loan (`remote.loan`) while they are read: `_AHEAD` come while one is indexed. What was
-read of each is kept in .index.partial/progress.jsonl, so that the next opening goes on behind the last whole file.
+Record files of a store are too many to keep (`CachedFile`): each comes when it is first read, and goes when there is no
+more room. `_AHEAD` of them come while one is indexed. What was read of each is kept in .index.partial/progress.jsonl,
+so that the next opening goes on behind the last whole file.
+
+    MANIPI_HOME/gs+bucket+droid+1.0.1/
+    ├─ droid-train.tfrecord-00007-of-02048         fetched and verified as any other
+    └─ .droid-train.tfrecord-00007-of-02048.use    locked by all who read that file; its time is that of the last use
 """
 
 import hashlib
@@ -23,244 +28,103 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
-from manipi.data.dataset import Episode, Feature
-from manipi.data.rlds.fields import FIELDS_FILE, RldsFields
-from manipi.data.rlds.loan import Loan, make_room
+from manipi.data.dataset import Episode
+from manipi.data.rlds.fields import RldsSplit
 from manipi.data.rlds.tfrecord import Example, Record, broken, read_json, read_records
-from manipi.errors import (
-    ConfigError,
-    DatasetFormatError,
-    DatasetNotFoundError,
-    FetchError,
-    MissingFeatureError,
-    quoted,
-    unknown_name,
-)
+from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, quoted
 from manipi.records import fingerprint, write_json
-from manipi.remote.fetch import fetch, is_here, origin
-from manipi.remote.stores import fetch_error
-from manipi.storage import atomic_directory, home, remove_partial, storage_errors
+from manipi.remote.fetch import fetch, sha256_of, target_of
+from manipi.storage import Lock, atomic_directory, home, remove_partial, storage_errors
 
 _FORMAT = 2
-"""Of the index; another number makes all indexes anew."""
+"""Of the index, as 0.1.0 wrote it too; another number makes all indexes anew."""
 _AHEAD = 2
 """Record files that are fetched while one is indexed."""
-_INFO = "dataset_info.json"
-_INSTRUCTIONS = ("language_instruction", "natural_language_instruction")
-_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+
+# Record files -------------------------------------------------------------------------------------------------------
+
+LIMIT_GB = 50.0
+"""Where MANIPI_RECORDS_GB does not say otherwise."""
+_over_limit = False
+"""Whether files in use alone took more than the limit when this process looked last."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One split of a dataset in a version's folder, and what of it is read."""
+class CachedFile:
+    """A file that stays at `path` as long as this object is referenced: of a store, or a local one as it is.
 
-    root: Path
-    origin: str
-    """The address that record files are fetched from; empty where they are in `root`."""
-    name: str
-    files: tuple[Path, ...]
-    num_records: tuple[int, ...]
-    """Per file, as dataset_info.json says."""
-    metadata: str
-    """Digest of the two JSON files."""
-    steps: Mapping[str, Feature]
-    """All features of a step that can be read."""
-    fields: RldsFields
-    """The map, with the features themselves where it says to take all."""
-
-    def record_file(self, number: int) -> Loan:
-        path = self.files[number]
-        return Loan(f"{self.origin}/{path.relative_to(self.root)}" if self.origin else str(path))
-
-    @property
-    def pictures(self) -> list[str]:
-        """The picture features that some camera shows, in an order that does not depend on the cameras."""
-        return sorted({feature for features in self.fields.images.values() for feature in features})
-
-    def vector(self, key: str) -> Feature:
-        parts = [self.steps[feature] for feature in self.fields.vectors[key]]
-        dtype = "int64" if all("float" not in part.dtype for part in parts) else "float32"
-        shape = parts[0].shape if len(parts) == 1 else (sum(math.prod(part.shape) for part in parts),)
-        return Feature(kind="vector", shape=shape, dtype=dtype)
-
-
-def find_version(folder: Path) -> Path | None:
-    """The folder of a version, given that or its parent; None where neither holds record files or their metadata.
+    Of files of stores, whenever one came, those whose last use is longest ago are deleted until all together take no
+    more than MANIPI_RECORDS_GB. One that any process of this machine uses stays; if it was in the way, the next use of
+    any file looks again.
 
     Raises:
-        ConfigError: the parent of several versions; names them.
+        FetchError, StorageError: as `fetch`.
+        ConfigError: MANIPI_RECORDS_GB is no size.
     """
-    if _is_version(folder):
-        return folder
-    versions = [path for path in sorted(folder.iterdir()) if path.is_dir() and _is_version(path)]
-    if len(versions) > 1:
-        raise ConfigError(
-            expected="the folder of one version",
-            found=f"{len(versions)}: {', '.join(path.name for path in versions)}",
-            where=str(folder),
-            next=f"name one of them, such as {versions[-1]}",
-        )
-    return versions[0] if versions else None
+
+    def __init__(self, source: str):
+        self.path, self.sha256 = Path(source), ""
+        """`sha256` is that of a file of a store, as it was fetched."""
+        if "://" not in source:
+            return
+        limit()  # is a size, or nothing is fetched
+        target = target_of(source)
+        use = target.with_name(f".{target.name}.use")
+        with storage_errors(use):
+            use.parent.mkdir(parents=True, exist_ok=True)
+            self._use = Lock(use, shared=True)
+            os.utime(self._use.descriptor)
+        here = target.exists()
+        self.path = fetch(source, show=False)
+        self.sha256 = sha256_of(self.path)
+        if _over_limit or (self.path == target and not here):
+            delete_unused()
 
 
-def _is_version(folder: Path) -> bool:
-    return any(name in ("features.json", "dataset_info.json") or ".tfrecord" in name for name in os.listdir(folder))
-
-
-def fetch_metadata(url: str) -> Path:
-    """The folder that a version's metadata are in, and its record files later. FetchError where there is no version."""
-    optional = [] if is_here(f"{url}/{_INFO}") else [FIELDS_FILE]
-    # What comes last tells that all that there is came.
-    for name in (*optional, "features.json", _INFO):
-        try:
-            path = fetch(f"{url}/{name}", show=False)
-        except FetchError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                raise
-            if name not in optional:
-                next = f"give the address of the dataset itself; of RLDS that of a version, such as {url}/1.0.0"
-                found = f"no {name}"
-                raise fetch_error("LeRobot's meta/info.json, or an RLDS version", found, url, next) from error
-    return path.parent  # pyright: ignore[reportPossiblyUnboundVariable]
-
-
-def read_info(root: Path) -> dict[str, Any]:
-    """dataset_info.json, which has a name and splits; else DatasetFormatError."""
-    info = read_json(root / "dataset_info.json")
-    with _malformed(root / "dataset_info.json"):
-        return info | {"name": str(info["name"]), "splits": list(info["splits"])}
-
-
-def read_source(root: Path, fields: RldsFields, split: str) -> Source:
-    """Read the metadata of a version's folder.
-
-    Raises:
-        DatasetFormatError: metadata that are missing or broken, or record files of another format than TFRecord.
-        MissingFeatureError: the map names a feature that is not there, or of another kind.
-        UnknownNameError: no such split; names those that are there.
-    """
-    info, features = read_info(root), read_json(root / "features.json")
-    with _malformed(root / "dataset_info.json"):
-        splits = {entry["name"]: _files(root, info, entry) for entry in info["splits"]}
-    with _malformed(root / "features.json"):
-        leaves = dict(_leaves(features, ""))
-    if split not in splits:
-        raise unknown_name("split", split, splits, next=f"name one of those in {root / 'dataset_info.json'}")
-    files, num_records = splits[split]
-    steps = {name.removeprefix("steps/"): leaf for name, leaf in leaves.items() if name.startswith("steps/")}
-    for needed, found in ((fields.only.keys() | set(fields.episode_key), leaves), (fields.prompts, steps)):
-        for name in needed:
-            _require(found, name, "text", root)
-    for kind, groups in (("image", fields.images), ("vector", fields.vectors)):
-        for name in {name for names in groups.values() for name in names}:
-            _require(steps, name, kind, root)
-    return Source(
-        root=root,
-        origin=origin(root / _INFO).removesuffix(f"/{_INFO}"),
-        name=info["name"],
-        files=files,
-        num_records=num_records,
-        metadata=fingerprint([info, features]),
-        steps=steps,
-        fields=_resolve(fields, steps),
-    )
-
-
-def _resolve(fields: RldsFields, steps: Mapping[str, Feature]) -> RldsFields:
-    every = {
-        kind: {n: (n,) for n in sorted(steps) if steps[n].kind == kind and not is_depth(n, steps[n])}
-        for kind in ("image", "vector", "text")
-    }
-    return replace(
-        fields,
-        images=fields.images or every["image"],
-        vectors=fields.vectors or every["vector"],
-        prompts=fields.prompts or tuple(name for name in every["text"] if name.split("/")[-1] in _INSTRUCTIONS),
-    )
-
-
-def is_depth(name: str, feature: Feature) -> bool:
-    """Whether a matrix of numbers is a depth map, which is no vector unless a map of fields says so."""
-    return feature.kind == "vector" and len(feature.shape) == 2 and "depth" in name.lower() and min(feature.shape) >= 16
-
-
-@contextmanager
-def _malformed(where: Path) -> Iterator[None]:
+def limit() -> float:
+    """Bytes for all files of stores that were used once and are still here. Raises ConfigError where it is no size."""
+    text = os.environ.get("MANIPI_RECORDS_GB") or str(LIMIT_GB)
     try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        broken("the entries that tensorflow_datasets writes", f"{type(error).__name__}: {error}", where)
-
-
-def _require(leaves: Mapping[str, Feature], name: str, kind: str, root: Path) -> None:
-    if name in leaves and leaves[name].kind == kind:
-        return
-    known = sorted(n for n, leaf in leaves.items() if leaf.kind == kind)
-    raise MissingFeatureError(
-        expected=f"{kind} {name!r}",
-        found=f"{leaves[name].kind} {name!r}" if name in leaves else f"only {', '.join(known) or 'none'}",
-        where=str(root / "features.json"),
-        next="name one of those in the RldsFields",
+        if (size := float(text)) > 0:
+            return size * 1e9
+    except ValueError:
+        pass
+    raise ConfigError(
+        expected="a size in GB", found=repr(text), where="MANIPI_RECORDS_GB", next="export MANIPI_RECORDS_GB=50"
     )
 
 
-def _files(root: Path, info: Mapping[str, Any], split: Mapping[str, Any]) -> tuple[tuple[Path, ...], tuple[int, ...]]:
-    if info.get("fileFormat", "tfrecord") != "tfrecord":
-        broken("record files in the format tfrecord", repr(info["fileFormat"]), root / "dataset_info.json")
-    numbers = tuple(int(number) for number in split["shardLengths"])
-    template, total = split.get("filepathTemplate") or _TEMPLATE, f"{len(numbers):05d}"
-    names = {"DATASET": info["name"], "SPLIT": split["name"], "FILEFORMAT": "tfrecord", "NUM_SHARDS": total}
-    indices = [f"{i:05d}" for i in range(len(numbers))]
-    files = [template.format(**names, SHARD_INDEX=i, SHARD_X_OF_Y=f"{i}-of-{total}") for i in indices]
-    return tuple(root / file for file in files), numbers
-
-
-def _leaves(node: Mapping[str, Any], name: str) -> Iterator[tuple[str, Feature]]:
-    """Features by their path, `steps/observation/state`; those that no key can show are left out.
-
-    These are inner sequences, tensors of three and more or unknown dimensions or in an encoding of their own, and
-    pictures in anything but 8-bit RGB.
-    """
-    if "featuresDict" in node:
-        for part, child in node["featuresDict"]["features"].items():
-            yield from _leaves(child, f"{name}/{part}" if name else part)
-    elif name == "steps" and "sequence" in node:
-        yield from _leaves(node["sequence"]["feature"], name)
-    elif "text" in node:
-        yield name, Feature(kind="text", shape=(1,), dtype="string")
-    elif "classLabel" in node:
-        yield name, Feature(kind="vector", shape=(1,), dtype="int64")
-    elif "image" in node or "tensor" in node:
-        entry = node.get("image") or node["tensor"]
-        shape = tuple(int(size) for size in entry["shape"].get("dimensions", ()))
-        dtype = entry.get("dtype", "uint8")
-        if "image" in node:
-            if dtype == "uint8" and shape[2:] == (3,):
-                yield name, Feature(kind="image", shape=shape, dtype="image")
-        elif dtype in ("string", "object", "bytes") and not shape:
-            yield name, Feature(kind="text", shape=(1,), dtype="string")
-        elif len(shape) < 3 and min(shape, default=1) > 0 and entry.get("encoding", "none") == "none":
-            yield name, Feature(kind="vector", shape=shape or (1,), dtype=dtype)
+def delete_unused() -> None:
+    """Delete record files beyond the limit that are not in use, those first whose last use is longest ago."""
+    global _over_limit
+    home().mkdir(parents=True, exist_ok=True)
+    with Lock(home() / ".room.lock"):
+        uses = sorted(home().glob("*/.*.use"), key=lambda use: use.stat().st_mtime_ns)
+        files = {use: use.with_name(use.name.removeprefix(".").removesuffix(".use")) for use in uses}
+        sizes = {use: file.stat().st_size for use, file in files.items() if file.exists()}
+        excess = sum(sizes.values()) - limit()
+        for use, size in sizes.items():
+            if excess > 0:
+                with suppress(BlockingIOError), Lock(use, wait=False):
+                    files[use].unlink()
+                    excess -= size
+        _over_limit = excess > 0
 
 
 # The index ----------------------------------------------------------------------------------------------------------
 
 
 class RldsIndex:
-    """The index of a source: opened where it was made before, else made.
+    """The index of a split: opened where it was made before, else made.
 
     Raises:
         DatasetFormatError: a record file is missing, truncated or damaged, or disagrees with the metadata.
@@ -268,8 +132,8 @@ class RldsIndex:
         StorageError: no room for the index.
     """
 
-    def __init__(self, source: Source, *, show: bool):
-        self._folder, self._source = _make(source, show), source
+    def __init__(self, split: RldsSplit, *, show: bool):
+        self._folder, self._split = _make(split, show), split
         index = read_json(self._folder / "index.json")
         self.digest: str = index["digest"]
         """SHA-256 over length and checksum of every record."""
@@ -278,20 +142,26 @@ class RldsIndex:
         self.files: list[int] = [file for _, file, _, _ in index["episodes"]]
         """The number of each episode's record file."""
         self._sha256: list[str] = index["sha256"]
-        self.prompts = self.array("prompts", np.int32, len(source.fields.prompts))
-        self.episodes = list(self._episodes(index["episodes"]))
+        self.prompts = self.array("prompts", np.int32, len(split.fields.prompts))
+        self.episodes = list[Episode]()
+        start = 0
+        for record, _, length, key in index["episodes"]:
+            texts = [self.texts[number] for number in self.prompts[start].tolist()]
+            task = next((text for text in texts if text), "")
+            self.episodes.append(Episode(index=record, start=start, length=length, task=task, key=key))
+            start += length
 
-    def record_file(self, number: int) -> Loan:
+    def record_file(self, number: int) -> CachedFile:
         """The file that was indexed. Raises DatasetFormatError where the store now has another one."""
-        loan = self._source.record_file(number)
-        if loan.sha256 != self._sha256[number]:
+        file = _record_file(self._split, number)
+        if file.sha256 != self._sha256[number]:
             raise DatasetFormatError(
                 expected=f"the record file that was indexed, SHA-256 {self._sha256[number]}",
-                found=f"another one, {loan.sha256}",
-                where=str(loan.path),
-                next=f"rm -r {quoted(self._source.root)} {quoted(self._folder)}  # then it is indexed anew",
+                found=f"another one, {file.sha256}",
+                where=str(file.path),
+                next=f"rm -r {quoted(self._split.root)} {quoted(self._folder)}  # then it is indexed anew",
             )
-        return loan
+        return file
 
     def array(self, name: str, dtype: Any, width: int) -> np.ndarray:
         """[N, width], mapped from the index's file of that name; read-only."""
@@ -299,50 +169,45 @@ class RldsIndex:
             return np.empty((self.num_frames, 0), dtype)
         return np.memmap(_path(self._folder, name), dtype, "r", shape=(self.num_frames, width)).view(np.ndarray)
 
-    def _episodes(self, rows: list[list[Any]]) -> Iterator[Episode]:
-        start = 0
-        for record, _, length, key in rows:
-            texts = [self.texts[number] for number in self.prompts[start].tolist()]
-            task = next((text for text in texts if text), "")
-            yield Episode(index=record, start=start, length=length, task=task, key=key)
-            start += length
-
 
 def _path(folder: Path, name: str) -> Path:
     return folder / quote(name, safe=": ")
 
 
-def _make(source: Source, show: bool) -> Path:
-    fields, stats = source.fields, [] if source.origin else _stats(source.files)
-    read = [fields.vectors, source.pictures, fields.prompts, fields.episode_key, fields.only]
-    key = fingerprint([_FORMAT, source.origin or source.root, source.metadata, stats, read])
-    folder = home() / "rlds" / f"{source.name}-{key[:16]}"
+def _record_file(split: RldsSplit, number: int) -> CachedFile:
+    path = split.files[number]
+    return CachedFile(f"{split.origin}/{path.relative_to(split.root)}" if split.origin else str(path))
+
+
+def _make(split: RldsSplit, show: bool) -> Path:
+    """The folder of the index, which is made where it is absent."""
+    fields, stats = split.fields, list[tuple[str, int, int]]()
+    for path in () if split.origin else split.files:
+        if not path.is_file():
+            broken(f"{len(split.files)} record files, as dataset_info.json says", "nothing of this name", path)
+        stats.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
+    read = [fields.vectors, split.pictures, fields.prompts, fields.episode_key, fields.only]
+    key = fingerprint([_FORMAT, split.origin or split.root, split.metadata, stats, read])
+    folder = home() / "rlds" / f"{split.name}-{key[:16]}"
     target = folder / "index"
     next = "free some space or choose another folder for indexes with MANIPI_HOME"
     if not target.is_dir():
         with storage_errors(folder, next=next):
             folder.mkdir(parents=True, exist_ok=True)
             # Of the processes of a run one makes the index, and the others wait for it.
-            with FileLock(folder / ".lock"):
+            with Lock(folder / ".lock"):
                 if not target.is_dir():
-                    if not source.origin:
+                    if not split.origin:
                         remove_partial(folder)
-                    with atomic_directory(target, next, resume=bool(source.origin)) as partial:
-                        _Builder(source, partial).run(show)
-                    if source.origin:
-                        make_room()
+                    with atomic_directory(target, next, resume=bool(split.origin)) as partial:
+                        _Builder(split, partial).run(show)
+                    if split.origin:
+                        delete_unused()
     return target
 
 
-def _stats(files: tuple[Path, ...]) -> list[tuple[str, int, int]]:
-    for path in files:
-        if not path.is_file():
-            broken(f"{len(files)} record files, as dataset_info.json says", "nothing of this name", path)
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-
-
 class _Builder:
-    """Reads all records of a source, and writes what is not pictures into a folder.
+    """Reads all records of a split, and writes what is not pictures into a folder.
 
     Of each record file there is an entry, and entries are all that the index and a resumed builder need:
 
@@ -351,24 +216,29 @@ class _Builder:
         ends      of the columns behind this file
     """
 
-    def __init__(self, source: Source, folder: Path):
-        self._source, self._fields, self._folder = source, source.fields, folder
+    def __init__(self, split: RldsSplit, folder: Path):
+        self._split, self._fields, self._folder = split, split.fields, folder
         self._log = folder / "progress.jsonl"
         self._entries: list[dict[str, Any]] = []
         self._texts: dict[str, int] = {}
 
     def run(self, show: bool) -> None:
+        counts, names = self._split.num_records, [f"vector:{key}" for key in self._fields.vectors]
+        names += [f"picture:{feature}" for feature in self._split.pictures] + ["prompts"]
         with ExitStack() as stack:
-            names = [f"vector:{key}" for key in self._fields.vectors]
-            names += [f"picture:{feature}" for feature in self._source.pictures] + ["prompts"]
             self._open = {name: stack.enter_context(_path(self._folder, name).open("ab")) for name in names}
             self._resume()
-            first, counts = len(self._entries), self._source.num_records
-            what = {"desc": f"index {self._source.name}", "unit": "episode", "disable": not show}
+            first = len(self._entries)
+            what = {"desc": f"index {self._split.name}", "unit": "episode", "disable": not show}
             bar = stack.enter_context(tqdm(total=sum(counts), initial=sum(counts[:first]), **what))
-            loans = stack.enter_context(_ahead(self._source, first))
-            for number, loan in enumerate(loans, start=first):
-                self._read_file(number, loan, bar)
+            pool = stack.enter_context(ThreadPoolExecutor(_AHEAD))
+            numbers = iter(range(first, len(counts)))
+            waiting = deque(pool.submit(_record_file, self._split, number) for number in islice(numbers, _AHEAD))
+            for number in range(first, len(counts)):
+                file = waiting.popleft().result()
+                waiting.extend(pool.submit(_record_file, self._split, ahead) for ahead in islice(numbers, 1))
+                self._read_file(number, file, bar)
+                del file  # which may go now
         self._write_index()
         self._log.unlink(missing_ok=True)
 
@@ -385,17 +255,6 @@ class _Builder:
             file.truncate(end)
             file.seek(end)
 
-    def _keep(self) -> None:
-        """The entry follows its numbers to the disk."""
-        for file in self._open.values():
-            file.flush()
-            os.fsync(file.fileno())
-        self._entries[-1]["ends"] = [file.tell() for file in self._open.values()]
-        with self._log.open("a") as log:
-            log.write(json.dumps(self._entries[-1]) + "\n")
-            log.flush()
-            os.fsync(log.fileno())
-
     def _write_index(self) -> None:
         episodes, records, texts = (
             list(chain.from_iterable(entry[part] for entry in self._entries))
@@ -405,7 +264,7 @@ class _Builder:
             raise DatasetNotFoundError(
                 expected="at least one episode" + "".join(f" with {v!r} in {k}" for k, v in self._fields.only.items()),
                 found=f"none in {len(records)} records",
-                where=str(self._source.root),
+                where=str(self._split.root),
                 next="choose another split, or another map of fields",
             )
         digest = hashlib.sha256("".join(f"{length} {checksum}\n" for length, checksum in records).encode())
@@ -413,25 +272,33 @@ class _Builder:
         index = {"episodes": episodes, "texts": texts, "digest": digest.hexdigest(), "sha256": sha256}
         write_json(self._folder / "index.json", index)
 
-    def _read_file(self, number: int, loan: Loan, bar: tqdm) -> None:
+    def _read_file(self, number: int, file: CachedFile, bar: tqdm) -> None:
         known, episodes, records = len(self._texts), list[Any](), list[tuple[int, int]]()
-        first = sum(self._source.num_records[:number])
-        for record in read_records(loan.path):
+        first = sum(self._split.num_records[:number])
+        for record in read_records(file.path):
             episode = first + len(records)
             try:
                 if (read := self._read_record(record)) is not None:
                     episodes.append((episode, number, *read))
             except (ValueError, KeyError) as error:
-                where = f"{loan.path}, record {len(records)} at byte {record.offset}, episode {episode}"
+                where = f"{file.path}, record {len(records)} at byte {record.offset}, episode {episode}"
                 broken("an episode with the features of features.json", str(error), where)
             records.append((len(record.data), record.checksum))
             bar.update()
-        if (expected := self._source.num_records[number]) != len(records):
-            broken(f"{expected} records, as dataset_info.json says", f"{len(records)}", loan.path)
+        if (expected := self._split.num_records[number]) != len(records):
+            broken(f"{expected} records, as dataset_info.json says", f"{len(records)}", file.path)
         texts = list(islice(self._texts, known, None))
-        self._entries.append({"records": records, "episodes": episodes, "texts": texts, "sha256": loan.sha256})
-        if self._source.origin:
-            self._keep()
+        entry = {"records": records, "episodes": episodes, "texts": texts, "sha256": file.sha256}
+        self._entries.append(entry)
+        if self._split.origin:  # the entry follows its numbers to the disk
+            for column in self._open.values():
+                column.flush()
+                os.fsync(column.fileno())
+            entry["ends"] = [column.tell() for column in self._open.values()]
+            with self._log.open("a") as log:
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
+                os.fsync(log.fileno())
 
     def _read_record(self, record: Record) -> tuple[int, str] | None:
         """Steps and key of the episode; None where the map leaves it out."""
@@ -439,9 +306,12 @@ class _Builder:
         if not all(part in _text(example, name) for name, part in fields.only.items()):
             return None
         content: dict[str, np.ndarray] = {f"vector:{key}": self._vector(example, key) for key in fields.vectors}
-        for name in self._source.pictures:
+        for name in self._split.pictures:
             content[f"picture:{name}"] = example.spans(f"steps/{name}") + np.array([record.offset, 0])
-        prompts = [self._numbers(example.texts(f"steps/{name}")) for name in fields.prompts]
+        prompts = [
+            [self._texts.setdefault(text, len(self._texts)) for text in example.texts(f"steps/{name}")]
+            for name in fields.prompts
+        ]
         lengths = {name: len(values) for name, values in content.items()}
         lengths |= dict(zip(fields.prompts, map(len, prompts), strict=True))
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
@@ -453,34 +323,15 @@ class _Builder:
 
     def _vector(self, example: Example, key: str) -> np.ndarray:
         """[T, d]"""
-        dtype, parts = np.dtype(self._source.vector(key).dtype), []
+        dtype, parts = np.dtype(self._split.vector(key).dtype), []
         for name in self._fields.vectors[key]:
-            width, values = math.prod(self._source.steps[name].shape), example.numbers(f"steps/{name}")
+            width, values = math.prod(self._split.steps[name].shape), example.numbers(f"steps/{name}")
             if values.size % width:
                 raise ValueError(f"{values.size} numbers in {name!r}, which is of size {width}")
             if not np.can_cast(values.dtype, dtype, "same_kind"):
                 raise ValueError(f"{values.dtype} in {name!r}, not integers")
             parts.append(values.reshape(-1, width))
         return np.concatenate(parts, axis=1, dtype=dtype, casting="same_kind")
-
-    def _numbers(self, texts: list[str]) -> list[int]:
-        return [self._texts.setdefault(text, len(self._texts)) for text in texts]
-
-
-@contextmanager
-def _ahead(source: Source, first: int) -> Iterator[Iterator[Loan]]:
-    """The record files from one on, of which the next `_AHEAD` are fetched while one is in use."""
-
-    def loans() -> Iterator[Loan]:
-        numbers = iter(range(first, len(source.files)))
-        waiting = deque(pool.submit(source.record_file, number) for number in islice(numbers, _AHEAD))
-        while waiting:
-            loan = waiting.popleft().result()
-            waiting.extend(pool.submit(source.record_file, number) for number in islice(numbers, 1))
-            yield loan
-
-    with ThreadPoolExecutor(_AHEAD) as pool:
-        yield loans()
 
 
 def _text(example: Example, name: str) -> str:

@@ -1,4 +1,4 @@
-"""RLDS datasets (tensorflow_datasets' record files, one per episode) without TensorFlow. Index: `rlds_index`."""
+"""RLDS datasets (tensorflow_datasets' record files) without TensorFlow."""
 
 import hashlib
 import io
@@ -13,14 +13,14 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from manipi.data.dataset import Dataset, Feature, PromptSource
-from manipi.data.rlds.fields import RldsFields, find_fields
-from manipi.data.rlds.index import RldsIndex, find_version, is_depth, read_info, read_source
+from manipi.data.rlds.fields import RldsFields, find_fields, find_version, is_depth, read_info, read_split
+from manipi.data.rlds.index import RldsIndex
 from manipi.data.rlds.tfrecord import broken
 from manipi.errors import DatasetNotFoundError
 from manipi.records import fingerprint
 
-_OPEN_FILES, _OPEN_LOANS = 64, 1
-"""Record files kept open per process, local ones and those of a store, which has no room for others meanwhile."""
+_OPEN_FILES, _OPEN_CACHED = 64, 1
+"""Record files kept open per process, local ones and those of a store, of which no others may be needed meanwhile."""
 
 
 class RldsDataset(Dataset):
@@ -45,17 +45,21 @@ class RldsDataset(Dataset):
 
     def __init__(self, root: Path, fields: RldsFields, split: str = "train", seed: int = 0, *, show: bool = True):
         self.fields, self.split, self.seed = fields, split, seed
-        self._source = source = read_source(root, fields, split)
-        self._index = RldsIndex(source, show=show)
-        self._spans = {name: self._index.array(f"picture:{name}", np.int64, 2) for name in source.pictures}
-        open_files = _OPEN_LOANS if source.origin else _OPEN_FILES
+        self._split = chosen = read_split(root, fields, split)
+        self._index = RldsIndex(chosen, show=show)
+        self._spans = {name: self._index.array(f"picture:{name}", np.int64, 2) for name in chosen.pictures}
+        open_files = _OPEN_CACHED if chosen.origin else _OPEN_FILES
         self._file = lru_cache(maxsize=open_files)(partial(_File, self._index))
-        features = {key: source.vector(key) for key in source.fields.vectors}
-        features |= {name: source.steps[name] for name in source.fields.prompts}
-        depth = {n: f for n, f in source.steps.items() if is_depth(n, f) and n not in features}
+        features = {key: chosen.vector(key) for key in chosen.fields.vectors}
+        features |= {name: chosen.steps[name] for name in chosen.fields.prompts}
+        depth = {n: f for n, f in chosen.steps.items() if is_depth(n, f) and n not in features}
         features |= {n: Feature(kind="depth", shape=(*f.shape, 1), dtype=f.dtype) for n, f in depth.items()}
-        super().__init__(root=root, name=source.name, fps=fields.fps, features=features, episodes=self._index.episodes)
-        self.features = {camera: self._camera(names) for camera, names in source.fields.images.items()} | features
+        super().__init__(root=root, name=chosen.name, fps=fields.fps, features=features, episodes=self._index.episodes)
+        self.features = {camera: chosen.steps[names[0]] for camera, names in chosen.fields.images.items()} | features
+        for camera, names in chosen.fields.images.items():
+            if min(self.features[camera].shape) < 1:  # left open by features.json
+                shape = self._read_picture(names[0], 0).shape
+                self.features[camera] = Feature(kind="image", shape=shape, dtype="image")
 
     def __reduce__(self) -> tuple:
         return RldsDataset, (self.root, self.fields, self.split, self.seed)
@@ -74,15 +78,15 @@ class RldsDataset(Dataset):
 
     def _fingerprint(self) -> str:
         """Over the metadata, the map, split and seed, and the length and checksum of every record."""
-        return fingerprint([self._source.metadata, self.fields, self.split, self.seed, self._index.digest])
+        return fingerprint([self._split.metadata, self.fields, self.split, self.seed, self._index.digest])
 
     def _read_column(self, key: str) -> np.ndarray:
-        feature = self._source.vector(key)
+        feature = self._split.vector(key)
         return self._index.array(f"vector:{key}", feature.dtype, math.prod(feature.shape))
 
     def _read_images(self, camera: str, rows: np.ndarray) -> np.ndarray:
         images = np.empty((len(rows), *self.features[camera].shape), np.uint8)
-        names = self._source.fields.images[camera]
+        names = self._split.fields.images[camera]
         for i, row in enumerate(rows.tolist()):
             image = self._read_picture(names[self._draw(camera, row, len(names))], row)
             if image.shape != images.shape[1:]:
@@ -100,7 +104,7 @@ class RldsDataset(Dataset):
             broken(f"a JPEG or PNG picture in {feature!r}", f"{error}, in {size} bytes", where)
 
     def _path(self, row: int) -> Path:
-        return self._source.files[self._number(row)]
+        return self._split.files[self._number(row)]
 
     def _number(self, row: int) -> int:
         """Of the row's record file."""
@@ -112,20 +116,13 @@ class RldsDataset(Dataset):
         digest = hashlib.sha256(f"{self.seed}/{what}/{row}".encode()).digest()
         return int.from_bytes(digest[:8]) % count
 
-    def _camera(self, names: tuple[str, ...]) -> Feature:
-        """The feature that a camera shows; where features.json leaves its size open, that of the first picture."""
-        feature = self._source.steps[names[0]]
-        if min(feature.shape) > 0:
-            return feature
-        return Feature(kind="image", shape=self._read_picture(names[0], 0).shape, dtype="image")
-
 
 class _File:
     """An open file that closes with its last reference: in a cache, when it has not been read for longest."""
 
     def __init__(self, index: RldsIndex, number: int):
-        self._loan = index.record_file(number)
-        self._handle = os.open(self._loan.path, os.O_RDONLY)
+        self._file = index.record_file(number)
+        self._handle = os.open(self._file.path, os.O_RDONLY)
 
     def __del__(self) -> None:
         if hasattr(self, "_handle"):
@@ -151,7 +148,7 @@ def open_rlds(
 
     Args:
         folder: of a version, or its parent where it has only one.
-        fields: which features become which keys; None: as `rlds_fields.find_fields` finds.
+        fields: which features become which keys; None: as `find_fields` finds.
         seed: decides between alternative pictures and instructions.
         show: whether to draw a progress bar.
 

@@ -6,7 +6,7 @@
 
 A checksum is CRC-32C, rotated right by 15 bits, plus a constant (tensorflow/core/lib/hash/crc32c.h). The message is
 protocol buffers' wire format (tensorflow/core/example/feature.proto). Lists of bytes are only located in it: pictures
-are most of a record, and nobody needs them while the rest is read.
+are most of a record, and not needed while the rest is read.
 """
 
 import json
@@ -115,13 +115,23 @@ class Example:
         kind, _, start, end = self._list(key)
         if kind == _BYTES:
             raise ValueError(f"bytes in {key!r}, not numbers")
-        decode = self._floats if kind == _FLOATS else self._integers
-        pieces = [decode(wire, at, stop) for _, wire, at, stop in _parts(self._data, start, end)]
-        return (
-            pieces[0]
-            if len(pieces) == 1
-            else np.concatenate([np.empty(0, "<f4" if kind == _FLOATS else np.int64), *pieces])
-        )
+        pieces = []
+        for _, wire, at, stop in _parts(self._data, start, end):
+            if kind == _FLOATS:
+                if (stop - at) % 4 or wire not in (_DELIMITED, _FIXED32):
+                    raise ValueError(f"floats in {stop - at} bytes of wire type {wire}")
+                pieces.append(np.frombuffer(self._data, "<f4", (stop - at) // 4, at))
+                continue
+            # Varints: seven bits per byte, the lowest first, and a high bit on all bytes but a number's last.
+            octets = np.frombuffer(self._data, np.uint8, stop - at, at)
+            if not octets.size or octets[-1] > 127 or wire not in (_DELIMITED, _VARINT):
+                raise ValueError(f"integers in {stop - at} bytes of wire type {wire}")
+            first = np.concatenate([[0], np.flatnonzero(octets < 128)[:-1] + 1])
+            place = np.arange(octets.size) - np.repeat(first, np.diff(first, append=octets.size))
+            bits = (octets & 127).astype(np.uint64) << (7 * place).astype(np.uint64)
+            pieces.append(np.bitwise_or.reduceat(bits, first).astype(np.int64))
+        empty = np.empty(0, "<f4" if kind == _FLOATS else np.int64)
+        return pieces[0] if len(pieces) == 1 else np.concatenate([empty, *pieces])
 
     def spans(self, key: str) -> Int64[np.ndarray, "n 2"]:
         """Start and size within the record's data of every item of a list of bytes."""
@@ -139,21 +149,6 @@ class Example:
         if key not in self._lists:
             raise ValueError(f"no {key!r}, only {', '.join(sorted(self._lists))}")
         return self._lists[key]
-
-    def _floats(self, wire: int, start: int, end: int) -> np.ndarray:
-        if (end - start) % 4 or wire not in (_DELIMITED, _FIXED32):
-            raise ValueError(f"floats in {end - start} bytes of wire type {wire}")
-        return np.frombuffer(self._data, "<f4", (end - start) // 4, start)
-
-    def _integers(self, wire: int, start: int, end: int) -> np.ndarray:
-        """Varints: seven bits per byte, the lowest first, and a high bit on all bytes but a number's last."""
-        octets = np.frombuffer(self._data, np.uint8, end - start, start)
-        if not octets.size or octets[-1] > 127 or wire not in (_DELIMITED, _VARINT):
-            raise ValueError(f"integers in {end - start} bytes of wire type {wire}")
-        first = np.concatenate([[0], np.flatnonzero(octets < 128)[:-1] + 1])
-        place = np.arange(octets.size) - np.repeat(first, np.diff(first, append=octets.size))
-        bits = (octets & 127).astype(np.uint64) << (7 * place).astype(np.uint64)
-        return np.bitwise_or.reduceat(bits, first).astype(np.int64)
 
 
 def _parts(data: bytes, at: int, end: int) -> Iterator[Part]:
