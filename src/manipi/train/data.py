@@ -25,8 +25,6 @@ from manipi.data.norm_stats.compute import (
     suspicious_dimensions,
 )
 from manipi.data.norm_stats.sketch import merge_sketches, provenance
-from manipi.data.open import fetch_tables, open_dataset
-from manipi.data.review.check import other_rate, sort_episodes
 from manipi.data.review.mask import read_mask
 from manipi.errors import ConfigError, NormStatsError
 from manipi.model.config import Pi0FastConfig
@@ -182,6 +180,9 @@ def open_demonstrations(config: TrainConfig) -> list[Opened]:
 
 
 def _open(config: TrainConfig, settings: DatasetConfig) -> Opened:
+    from manipi.data.open import open_dataset  # PyArrow and PyAV take as long to import as all the rest
+    from manipi.data.review.check import other_rate
+
     robot = settings.robot or config.robot
     pipeline.check_fit(robot, config.model)
     episodes = _sound(settings, robot) if config.data.skip_bad_episodes else settings.episodes
@@ -200,6 +201,9 @@ def _open(config: TrainConfig, settings: DatasetConfig) -> Opened:
 
 def _sound(settings: DatasetConfig, robot: Robot) -> tuple[int, ...]:
     """The episodes that `manipi check` finds sound; says which are left out. None named: all."""
+    from manipi.data.open import fetch_tables
+    from manipi.data.review.check import sort_episodes
+
     root = fetch_tables(settings.path) if "://" in settings.path else Path(settings.path).expanduser()
     sound, bad = sort_episodes(root, robot=robot, fields=settings.fields)
     wanted = settings.episodes or (*sound, *bad)

@@ -11,9 +11,9 @@ in float32 is nothing while `1 - lr · weight_decay` rounds to 1. Under that con
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from manipi.model.config import Pi0FastConfig
+from manipi.model.shards import fill, whole
 from manipi.train.config import TrainConfig
 from manipi.train.parallel import ALONE, World
 
@@ -98,7 +98,6 @@ def spread_rows(rows: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
         if name != "rows":
             dense = tensors[name]
             dense.copy_(tensors[f"weights.{NAME}"]) if name.startswith("average.") else dense.zero_()
-            whole = dense.full_tensor() if isinstance(dense, DTensor) else dense
-            whole[rows["rows"].to(values.device)] = values
-            if isinstance(dense, DTensor):
-                dense.copy_(distribute_tensor(whole, dense.device_mesh, dense.placements))
+            complete = whole(dense)
+            complete[rows["rows"].to(values.device)] = values
+            fill(dense, complete)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.distributed.tensor import DTensor
 
 from manipi.data.feed.sampler import random_bits
+from manipi.model.shards import local
 
 CHUNK = 2**24
 """Numbers that are updated at once: they bound the float32 copies."""
@@ -86,5 +86,4 @@ class StochasticAdamW(torch.optim.Optimizer):
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Equal parts of the tensors, flat; of sharded ones, the part that is here."""
-    local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
-    yield from zip(*(t.view(-1).split(CHUNK) for t in local), strict=True)
+    yield from zip(*(local(t).view(-1).split(CHUNK) for t in tensors), strict=True)

@@ -6,14 +6,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from manipi.checkpoints.initial import load_initial_weights
 from manipi.errors import CheckpointError
@@ -103,8 +99,11 @@ class TrainState:
 
     def load(self, folder: Path) -> None:
         """Restore in place what `save` wrote. Raises CheckpointError where that does not fit this state."""
-        stored = FileSystemReader(folder).read_metadata().state_dict_metadata.get("rows")
-        count = stored.size[0] if isinstance(stored, TensorStorageMetadata) else None
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        stored: Any = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.get("rows")
+        count = None if stored is None else stored.size[0]
         if self.rows is not None:
             everything = torch.arange(len(self.rows.table), device=self.rows.table.device)
             self.rows.grow(everything[:count], self.optimizer, self.average)
@@ -114,7 +113,7 @@ class TrainState:
             tensors.pop("rows", None)
         try:
             with _one_process():
-                load(tensors | rows, checkpoint_id=folder, no_dist=self.world.size == 1)
+                dcp.load(tensors | rows, checkpoint_id=folder, no_dist=self.world.size == 1)
         except CheckpointException as error:
             raise CheckpointError(
                 expected="the training state of this model and optimizer",
@@ -184,9 +183,12 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path, *, no_dist: bool = True) -> None:
     """Write a training state's tensors as a torch DCP folder, equal ones to equal bytes. Raises OSError."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         with _one_process():
-            save(dict(sorted(tensors.items())), checkpoint_id=folder, no_dist=no_dist)
+            dcp.save(dict(sorted(tensors.items())), checkpoint_id=folder, no_dist=no_dist)
     except CheckpointException as error:  # no Exception for Python, and on a full disk no OSError within either
         raise OSError(errno.EIO, _first_failure(error), str(folder)) from error
 
@@ -199,7 +201,8 @@ def _one_process() -> Iterator[None]:
         yield
 
 
-def _first_failure(error: CheckpointException) -> str:
+def _first_failure(error: Any) -> str:
+    """Of a CheckpointException."""
     failure, _ = next(iter(error.failures.values()))
     return f"{type(failure).__name__}: {failure}".splitlines()[0]
 

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from manipi.errors import ConfigError
 from manipi.records import to_json
@@ -40,6 +39,8 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
     def log(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        from PIL import Image
+
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
         for name, path in pictures.items():
