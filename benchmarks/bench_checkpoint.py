@@ -28,8 +28,7 @@ from manipi.robots.tabletop import TABLETOP
 from manipi.train.config import ComputeConfig, DataConfig, TrainConfig
 from manipi.train.data import prepare
 from manipi.train.loop import checkpoint_writer
-from manipi.train.run.folder import Run
-from manipi.train.run.lock import alone
+from manipi.train.run.folder import Run, alone
 from manipi.train.run.saving import AsyncSaver, _fixed
 from manipi.train.step.state import TrainState
 from manipi.train.step.step import train_step

@@ -19,7 +19,7 @@ from manipi.checkpoints.native import verify
 from manipi.records import write_json
 from manipi.train.config import TrainConfig
 from manipi.train.loop import train
-from manipi.train.run.lock import Lock
+from manipi.train.run.folder import Lock
 from manipi.train.watch.progress import OF_THE_MACHINE
 
 RECIPE = """

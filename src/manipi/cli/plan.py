@@ -14,9 +14,9 @@ from manipi.recipes.registry import load_recipe, recipe_names
 from manipi.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from manipi.train.data import LongestPrompt
     from manipi.train.plan.fit import Fit
     from manipi.train.plan.memory import StepMemory
-    from manipi.train.watch.prompt_length import LongestPrompt
 
 HELP = f"""usage: manipi plan RECIPE|FILE.py:FUNCTION [--gpu 24GB|rtx4090|h100|…] [--gpus N] [--flags of manipi train]
 

@@ -18,18 +18,14 @@ from manipi.storage import atomic_write
 from manipi.train.config import TrainConfig
 from manipi.train.data import TrainingData, prepare
 from manipi.train.parallel import World, open_world, require_shared
-from manipi.train.run.folder import Run
-from manipi.train.run.lock import Lock, alone
+from manipi.train.run.folder import Lock, Run, StopSignals, alone
 from manipi.train.run.saving import CheckpointWriter, Saver, make_saver, read_window
-from manipi.train.run.stop_signals import StopSignals
-from manipi.train.step.augment import augment
 from manipi.train.step.state import TrainState
-from manipi.train.step.step import train_step
+from manipi.train.step.step import augment, train_step
 from manipi.train.step.trained import format_table, parameter_table, require_packages
 from manipi.train.watch.first_batch import save_first_batch
 from manipi.train.watch.guards import Guards
-from manipi.train.watch.loggers import RunLog, require_loggers
-from manipi.train.watch.progress import ProgressLog, plot_loss, show_mixture
+from manipi.train.watch.progress import ProgressLog, RunLog, plot_loss, require_loggers, show_mixture
 from manipi.train.watch.validation import Validation
 
 

@@ -22,20 +22,21 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore  # torch.distributed has it, unseen by pyright
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from manipi.errors import ConfigError, ManipiError, TrainingError
 from manipi.model import VLA
 from manipi.train.config import TrainConfig
 from manipi.train.launch import mesh_shape
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh  # to import it takes as long as to import torch
 
 _T = TypeVar("_T")
 
@@ -47,7 +48,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    mesh: DeviceMesh | None = None
+    mesh: "DeviceMesh | None" = None
     """None: one process, plain tensors."""
 
     @property
@@ -171,7 +172,9 @@ class Companions:
             yield World(self.rank, self.size, mesh=_mesh("cpu", *self.shape))
 
 
-def _mesh(device: str, replicate: int, shard: int) -> DeviceMesh:
+def _mesh(device: str, replicate: int, shard: int) -> "DeviceMesh":
+    from torch.distributed.device_mesh import init_device_mesh
+
     mesh = init_device_mesh(device, (replicate, shard), mesh_dim_names=("replicate", "shard"))
     return mesh if replicate > 1 else mesh["shard"]
 
@@ -184,6 +187,8 @@ def shard_model(model: VLA, world: World) -> None:
     """
     if world.mesh is None:
         return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     # Of a single expert, a block's keys and values are views; nothing here works in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=None)

@@ -20,11 +20,9 @@ from manipi.records import read_json
 from manipi.train import loop
 from manipi.train.data import prepare
 from manipi.train.loop import checkpoint_writer, train
-from manipi.train.run.folder import Run
-from manipi.train.run.lock import alone
+from manipi.train.run.folder import Run, alone
 from manipi.train.run.saving import AsyncSaver, Snapshot, read_window
-from manipi.train.step.embedding_rows import NAME
-from manipi.train.step.state import TrainState
+from manipi.train.step.state import NAME, TrainState
 from manipi.train.step.step import train_step
 from manipi.train.watch.progress import OF_THE_MACHINE
 from manipi.transforms.normalize import load_norm_stats, save_norm_stats

@@ -16,7 +16,7 @@ from manipi.errors import ConfigError
 from manipi.model import ModelInput
 from manipi.train.config import AugmentConfig
 from manipi.train.loop import train
-from manipi.train.step.augment import NUMBERS, adjust_brightness, adjust_contrast, augment, draw
+from manipi.train.step.step import NUMBERS, adjust_brightness, adjust_contrast, augment, draw
 
 SIZE, ROWS, CAMERAS = 40, 6, ("base", "left_wrist", "right_wrist")
 STILL = AugmentConfig(crop=1, rotation=0, brightness=0, contrast=0, hue=0)
@@ -98,7 +98,7 @@ def test_crop_and_rotation(crop, degrees, config, inputs):
 def test_a_crop_is_a_cut_out_where_nothing_else_happens():
     """Moved fully to one corner, half the side: the output's corner pixel lies on the input's."""
     image = torch.rand(1, 8, 8, 3)
-    from manipi.train.step.augment import _move
+    from manipi.train.step.step import _move
 
     numbers = torch.tensor([[-1.0, 1.0, 0, 0, 0, 0, 0, 0]])  # y: up; x: to the right
     out = _move(image, numbers, AugmentConfig(crop=0.5, rotation=0))

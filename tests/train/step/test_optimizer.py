@@ -17,10 +17,11 @@ from manipi.train.step.optimizer import (
     learning_rate,
     make_optimizer,
     parameter_norm,
+    round_stochastically,
+    step_seed,
     update,
     update_average,
 )
-from manipi.train.step.rounding import round_stochastically, step_seed
 from manipi.train.step.step import BETA_ALPHA, draw_delay, draw_noise
 
 

@@ -20,7 +20,7 @@ from manipi.model.config import (
     VisionSize,
 )
 from manipi.train.step.trained import is_trained
-from manipi.train.watch.flops import ModelFlops, listed_peak, peak_flops
+from manipi.train.watch.progress import ModelFlops, listed_peak, peak_flops
 
 SIZE = GemmaSize(width=32, depth=8, mlp_dim=128, num_heads=2, num_kv_heads=1, head_dim=16)
 VISION = VisionSize(width=16, depth=2, mlp_dim=32, num_heads=2, patch_size=8, image_size=16)

@@ -13,8 +13,7 @@ from manipi.errors import ConfigError
 from manipi.train.config import LogConfig
 from manipi.train.loop import train
 from manipi.train.run.folder import Run, read_config
-from manipi.train.watch.loggers import RunLog
-from manipi.train.watch.progress import OF_THE_MACHINE
+from manipi.train.watch.progress import OF_THE_MACHINE, RunLog
 
 OPENPI = {"loss", "grad_norm", "param_norm", "learning_rate", "time_per_step"}
 

@@ -3,8 +3,7 @@
 import pytest
 
 from manipi.train.run.folder import Run
-from manipi.train.watch.loggers import RunLog
-from manipi.train.watch.progress import ProgressLog, data_wait
+from manipi.train.watch.progress import ProgressLog, RunLog, data_wait
 
 
 def test_one_step_in_twenty_waits():

@@ -15,9 +15,8 @@ from manipi.robots import Joints, Robot, State
 from manipi.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizers
 from manipi.train import loop
 from manipi.train.config import DatasetConfig
-from manipi.train.data import prepare
+from manipi.train.data import longest_prompt, prepare
 from manipi.train.loop import train
-from manipi.train.watch.prompt_length import longest_prompt
 from manipi.transforms import pipeline
 
 KINDS = {

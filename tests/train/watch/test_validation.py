@@ -24,8 +24,7 @@ from manipi.train.loop import train
 from manipi.train.run.folder import Run, append_log, read_log
 from manipi.train.step.state import TrainState
 from manipi.train.step.step import draw_noise
-from manipi.train.watch.measure import HeldOutFrames
-from manipi.train.watch.validation import _about_prompts
+from manipi.train.watch.validation import HeldOutFrames, _about_prompts
 from manipi.transforms.pipeline import observation_of
 
 OF_THE_CLOCK = {"time", "seconds"}

@@ -20,12 +20,18 @@ runs/NAME/
 └─ checkpoints/STEP/ see manipi.checkpoints.native
 """
 
+import fcntl
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -275,3 +281,102 @@ def differences(stored: Any, wanted: Any, path: str = "") -> list[tuple[str, str
         keys = sorted(set(stored) | set(wanted))
         return [d for k in keys for d in differences(stored.get(k), wanted.get(k), f"{path}.{k}".strip("."))]
     return [] if stored == wanted else [(path, f"{path} was {stored!r}, now {wanted!r}")]
+
+
+# Who may write into a folder ------------------------------------------------------------------------------------------
+
+
+class Lock:
+    """A locked file. A process that is started with it holds it too, from its first instruction on.
+
+    Raises:
+        BlockingIOError: `wait` is false, and another process holds it.
+    """
+
+    def __init__(self, path: Path, *, wait: bool):
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            os.close(self._descriptor)
+            raise
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __reduce__(self) -> tuple:
+        return _attach, (DupFd(self._descriptor),)
+
+
+def _attach(descriptor: Any) -> Lock:
+    lock = Lock.__new__(Lock)
+    lock._descriptor = descriptor.detach()
+    return lock
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[Lock]:
+    """Keep other trainers out of the folder. Gives the lock for the process that writes checkpoints there.
+
+    Raises:
+        TrainingError: another process trains here.
+        StorageError: the folder cannot be written.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            trainer = Lock(folder / ".trainer.lock", wait=False)
+        except BlockingIOError as error:
+            raise TrainingError(
+                expected="a run folder in which no other process trains",
+                found="one that does",
+                where=str(folder),
+                next="wait for it or end it, or give the new run another folder (--run-dir)",
+            ) from error
+        try:
+            writer = _lock_of_writer(folder / ".writer.lock")
+        except OSError:
+            trainer.close()
+            raise
+    try:
+        yield writer
+    finally:
+        writer.close()
+        trainer.close()
+
+
+def _lock_of_writer(path: Path) -> Lock:
+    try:
+        return Lock(path, wait=False)
+    except BlockingIOError:
+        tqdm.write("the trainer before this one was killed during a save; waiting for its checkpoint")
+        return Lock(path, wait=True)
+
+
+# Signals that end a run early -----------------------------------------------------------------------------------------
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Within it they are only noted, each as often as it comes; in a thread other than the main one they are not.
+
+    with StopSignals() as stop:
+        … if stop.received: …
+    """
+
+    received: str = ""
+    """The name of the last one."""
+
+    def __enter__(self) -> "StopSignals":
+        main = threading.current_thread() is threading.main_thread()  # Python lets no other set handlers
+        self._before = {number: signal.signal(number, self._note) for number in (SIGNALS if main else ())}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name

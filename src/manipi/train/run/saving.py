@@ -37,8 +37,7 @@ from manipi.processes import nameless_file, start_helper
 from manipi.records import read_json, write_json
 from manipi.storage import require_room, storage_errors
 from manipi.train.parallel import Companions, World, peer_errors
-from manipi.train.run.folder import Run
-from manipi.train.run.lock import Lock
+from manipi.train.run.folder import Lock, Run
 from manipi.train.step.state import TrainState, growing, inference_weights, save_tensors
 from manipi.types import Sample
 

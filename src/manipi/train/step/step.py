@@ -1,16 +1,33 @@
-"""One update of the training state."""
+"""One update of the training state: other pictures, noise, gradients, then the weights and their average.
+
+Random changes to the pictures of a batch, per sample and camera, where they are, on the device, in training alone:
+
+    picture ──► crop, back to full size, rotate ──► brightness, contrast, hue, saturation ──► model
+                └ one resampling; black outside      └ in HSV, on a share of the pictures
+
+Wrist cameras move with the hand, and get colours only. The order and the formulas are those of openpi's
+`preprocess_observation` and of augmax 0.4.1, which it calls; there, cameras of one sample share their random numbers.
+
+Random numbers are a pure function of (seed, step, row of the whole batch, camera slot): resumed, accumulated and
+distributed runs see the same pictures.
+
+Shape suffixes: B batch, C camera slots, N pictures (B · C), P random numbers; h, w pixel rows and columns.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
+from manipi.data.feed.sampler import random_bits
 from manipi.errors import NonFiniteError
 from manipi.model import VLA, ModelInput
 from manipi.model.config import Pi0FastConfig
-from manipi.train.config import TrainConfig
+from manipi.train.config import AugmentConfig, TrainConfig
 from manipi.train.parallel import ALONE, World
 from manipi.train.step.optimizer import gradient_norm, learning_rate, parameter_norm, update, update_average
 from manipi.train.step.state import TrainState
@@ -120,3 +137,94 @@ def _draws(state: TrainState, inputs: ModelInput, config: TrainConfig) -> list[T
     world, size = state.world, (config.model.action_horizon, config.model.action_dim)
     drawn = draw_noise(config.seed, state.step, inputs.batch_size * world.size, config.noise_draws, *size)
     return [world.slice(whole) for whole in drawn]
+
+
+# Other pictures -------------------------------------------------------------------------------------------------------
+
+
+NUMBERS = 8
+"""Random numbers per picture: crop (y, x), rotation, brightness, contrast, hue, saturation, colours or not."""
+
+
+def augment(inputs: ModelInput, config: TrainConfig, step: int, first_row: int = 0) -> ModelInput:
+    """The batch with other pictures, float32 in [-1, 1]; pictures that are not valid stay as they are.
+
+    Args:
+        step: 0-based.
+        first_row: of `inputs` in the whole batch, where this is a part of it.
+    """
+    how = config.augment
+    if not how.enabled:
+        return inputs
+    images_BChw3 = inputs.images.float() / 255 if inputs.images.dtype == torch.uint8 else inputs.images / 2 + 0.5
+    draws_BCP = draw(config.seed, step, first_row, *images_BChw3.shape[:2]).to(images_BChw3.device)
+    changed_BChw3 = images_BChw3
+    moving = [slot for slot, name in enumerate(config.model.cameras) if "wrist" not in name]
+    if moving and (how.crop < 1 or how.rotation):
+        moved = _move(images_BChw3[:, moving].flatten(0, 1), draws_BCP[:, moving].flatten(0, 1), how)
+        changed_BChw3 = images_BChw3.clone()
+        changed_BChw3[:, moving] = moved.unflatten(0, (-1, len(moving)))
+    if how.brightness or how.contrast or how.hue or how.saturation:
+        recoloured = _recolour(changed_BChw3, draws_BCP[:, :, None, None, 3:], how)
+        changed_BChw3 = torch.where(_picked(draws_BCP, how), recoloured, changed_BChw3)
+    changed_BChw3 = torch.where(inputs.image_valid[..., None, None, None], changed_BChw3, images_BChw3)
+    return replace(inputs, images=changed_BChw3 * 2 - 1)
+
+
+def draw(seed: int, step: int, first_row: int, rows: int, cameras: int) -> Float[Tensor, "B C P"]:
+    """Random numbers, uniform in [-1, 1], on the CPU."""
+    bits = random_bits(f"augment/{seed}/{step}").advance(first_row * cameras * NUMBERS)
+    uniform = bits.random_raw(rows * cameras * NUMBERS) / 2.0**63 - 1
+    return torch.from_numpy(uniform).float().unflatten(0, (rows, cameras, NUMBERS))
+
+
+def _picked(draws_BCP: Tensor, how: AugmentConfig) -> Tensor:
+    return (draws_BCP[..., -1] / 2 + 0.5 < how.colour_probability)[..., None, None, None]
+
+
+def _move(images_Nhw3: Tensor, draws_NP: Tensor, how: AugmentConfig) -> Tensor:
+    """Crop, resize to the full size and rotate about the middle, by one bilinear resampling.
+
+    A pixel at p, seen from the middle, comes from `scale · R(angle) · p + offset`. The crop has whole pixels, as in
+    the reference; its place is any.
+    """
+    size = images_Nhw3.shape[1]
+    scale = int(size * how.crop) / size
+    offset_N2 = draws_NP[:, [1, 0]] * (1 - scale)  # x, y; the picture reaches from -1 to 1
+    angle_N = torch.deg2rad(draws_NP[:, 2] * how.rotation)
+    cos_N, sin_N = scale * angle_N.cos(), scale * angle_N.sin()
+    matrix_N23 = torch.stack([cos_N, -sin_N, offset_N2[:, 0], sin_N, cos_N, offset_N2[:, 1]], dim=1).unflatten(
+        1, (2, 3)
+    )
+    images_N3hw = images_Nhw3.permute(0, 3, 1, 2)
+    grid = F.affine_grid(matrix_N23, list(images_N3hw.shape), align_corners=False)
+    return F.grid_sample(images_N3hw, grid, align_corners=False).permute(0, 2, 3, 1)
+
+
+def _recolour(rgb: Tensor, draws: Tensor, how: AugmentConfig) -> Tensor:
+    """Other colours [..., h, w, 3] in HSV, by the amounts that `draws` [..., 1, 1, P'] are shares of."""
+    strengths = (how.brightness, how.contrast, how.hue, how.saturation)
+    brightness, contrast, hue, saturation = (draws[..., i] * strength for i, strength in enumerate(strengths))
+    value, strongest = rgb.max(dim=-1)
+    spread = value - rgb.amin(dim=-1)
+    # Of the strongest channel: how much the next one exceeds the one after it. The hue counts in sixths of a turn.
+    ahead = (rgb.roll(-1, -1) - rgb.roll(-2, -1)).gather(-1, strongest[..., None])[..., 0]
+    hue_6 = 2 * strongest + torch.where(spread > 0, ahead / spread, 0.0) + 6 * hue
+    purity = torch.where(value > 0, spread / value, 0.0) * (1 + saturation)
+    value = adjust_contrast(adjust_brightness(value, brightness), contrast)
+    k = (torch.tensor([5.0, 3.0, 1.0], device=rgb.device) + hue_6[..., None]) % 6
+    away = torch.minimum(k, 4 - k).clamp(0, 1)
+    return value[..., None] * (1 - purity.clamp(max=1)[..., None] * away)
+
+
+def adjust_brightness(value: Tensor, amount: Tensor) -> Tensor:
+    """Towards black (-1) or white (1)."""
+    return torch.where(amount < 0, value * (1 + amount), value * (1 - amount) + amount)
+
+
+def adjust_contrast(value: Tensor, amount: Tensor) -> Tensor:
+    """A line through the middle, as steep as tan((1 + amount) · 45°), and lines to black and white at both ends."""
+    slope = torch.tan((amount + 1) * (torch.pi / 4))
+    knee = slope / (2 * (1 + slope))
+    low, middle, high = value / slope, slope * (value - 0.5) + 0.5, 1 - (1 - value) / slope
+    return torch.where(value < knee, low, torch.where(value > 1 - knee, high, middle))

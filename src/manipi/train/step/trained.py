@@ -1,4 +1,4 @@
-"""What is trained, and at which rate: the parameters of a model by group.
+"""What is trained of a model and at which rate, by group of parameters; and how its layers compute a step.
 
 vision          the image encoder
 vlm             the language model, its token embedding included
@@ -10,22 +10,35 @@ vision          yes     yes                                no            no
 vlm             yes     adapters alone, where it has any   no            yes
 action_expert   yes     adapters alone, where it has any   yes           yes
 heads           yes     yes                                yes           yes
+
+What backward recomputes, and what is compiled, is applied from outside to the same model:
+
+                        forward keeps for backward          backward computes once more
+    none                everything                          nothing
+    elementwise         results of matrices and attention   norms, GELU and gating, rotations, casts
+    full                the input of each layer             each layer
+
+The unit is one Gemma block with all its experts, or one SigLIP layer. Names and values of parameters stay, and so does
+every number (Chen et al. 2016; which results to keep, Korthikanti et al. 2022).
 """
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from manipi.errors import ConfigError
 from manipi.model import VLA
 from manipi.model.config import NO_ADAPTERS, ModelConfig, Pi0FastConfig
+from manipi.model.inference.graphs import many_variants
 from manipi.model.lora import AdaptedLinear
 from manipi.model.nf4 import NF4Matrix
-from manipi.train.config import OptimizerConfig, TrainConfig, Trained
+from manipi.train.config import ComputeConfig, OptimizerConfig, TrainConfig, Trained
 
 
 def group_of(name: str) -> str:
@@ -145,3 +158,43 @@ def require_packages(config: TrainConfig) -> None:
                 where=f"TrainConfig.{setting}",
                 next=f"pip install 'manipi[low-bit]', or choose another --{setting.replace('_', '-')}",
             )
+
+
+# How a step computes --------------------------------------------------------------------------------------------------
+
+
+_KEPT_OPS = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+
+
+def apply_compute(model: VLA, config: ComputeConfig) -> None:
+    """Give the layers of `model` another `forward`; once, before training."""
+    for layer in [*model.vision.blocks, *model.gemma.blocks]:
+        if config.recompute != "none":
+            layer.forward = _recomputing(layer.forward, config.recompute)
+        if config.compile:
+            layer.forward = torch.compile(layer.forward, **many_variants())
+
+
+def _recomputing(forward: Callable[..., Any], recompute: str) -> Callable[..., Any]:
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # the layers draw nothing
+    if recompute == "elementwise":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept_ops())
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return recomputed
+
+
+def _kept_ops() -> list[Any]:
+    kept: list[Any] = [getattr(torch.ops.aten, name).default for name in _KEPT_OPS if hasattr(torch.ops.aten, name)]
+    return [*kept, torch.ops.higher_order.flex_attention]

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -124,6 +123,8 @@ def _draw_sample(
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """matplotlib's own copy of DejaVu, which knows more alphabets than Pillow's default."""
+    import matplotlib
+
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
 
 
