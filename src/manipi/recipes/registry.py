@@ -33,23 +33,14 @@ _NOT_OF_USERS = ("<", *(f"{folder}{os.sep}" for folder in (*manipi.__path__, *_I
 """Frozen modules; folders of Python, of installed packages and of this one."""
 
 _OPENPI = {
-    "aloha": (
-        "pi0_aloha pi05_aloha pi0_aloha_towel pi0_aloha_tupperware"
-        " pi0_aloha_pen_uncap pi05_aloha_pen_uncap pi0_aloha_sim"
-    ),
-    "droid": (
-        "pi0_droid pi0_fast_droid pi05_droid pi0_fast_full_droid_finetune pi05_full_droid_finetune pi05_droid_finetune"
-    ),
+    "aloha": "pi0_aloha pi05_aloha pi0_aloha_towel pi0_aloha_tupperware pi0_aloha_pen_uncap pi05_aloha_pen_uncap "
+    "pi0_aloha_sim",
+    "droid": "pi0_droid pi0_fast_droid pi05_droid pi0_fast_full_droid_finetune pi05_full_droid_finetune "
+    "pi05_droid_finetune paligemma_binning_droid paligemma_fast_droid paligemma_fast_specialist_droid "
+    "paligemma_vq_droid paligemma_diffusion_droid pi05_droid_jointpos_polaris pi0_fast_droid_jointpos_polaris "
+    "pi0_droid_jointpos_polaris pi0_droid_jointpos_100k_polaris paligemma_binning_droid_jointpos",
     "libero": "pi0_libero pi0_libero_low_mem_finetune pi0_fast_libero pi0_fast_libero_low_mem_finetune pi05_libero",
-    "roboarena": (
-        "paligemma_binning_droid paligemma_fast_droid paligemma_fast_specialist_droid"
-        " paligemma_vq_droid paligemma_diffusion_droid"
-    ),
-    "polaris": (
-        "pi05_droid_jointpos_polaris pi0_fast_droid_jointpos_polaris pi0_droid_jointpos_polaris"
-        " pi0_droid_jointpos_100k_polaris paligemma_binning_droid_jointpos"
-    ),
-    "debug": "debug debug_restore debug_pi05",
+    "openpi": "debug debug_restore debug_pi05",
 }
 """The reference's recipes by module; each function has the name that its config has there."""
 
@@ -57,8 +48,8 @@ _RECIPES = {name: f"manipi.recipes.{module}:{name}" for module, names in _OPENPI
 _ROBOTS = {
     "aloha": "manipi.robots.aloha:aloha",
     "aloha_sim": "manipi.robots.aloha:aloha_sim",
-    "droid": "manipi.robots.droid:droid",
-    "libero": "manipi.robots.libero:libero",
+    "droid": "manipi.robots.franka:droid",
+    "libero": "manipi.robots.franka:libero",
     "ur5": "manipi.robots.ur5:ur5",
 }
 
