@@ -125,31 +125,25 @@ def demonstrations(
     env = Tabletop(cameras=(), start_noise=start_noise, **options)
     for seed in seeds:
         rng = np.random.default_rng(seed)
-        yield _episode(env, seed, rng, cameras, float(rng.choice(noise_levels)), keep)
-
-
-def _episode(
-    env: Tabletop, seed: int, rng: np.random.Generator, cameras: Sequence[str], noise: float, keep: float
-) -> dict[str, Any]:
-    observation, info = env.reset(seed=seed)
-    expert = Expert(env, rng, noise=noise)
-    pictures: dict[str, list[np.ndarray]] = {camera: [] for camera in cameras}
-    states, actions, kept, done = [], [], [], False
-    while not done:
-        if not states or rng.random() < keep:
-            kept.append(len(states))
-            for camera in cameras:
-                pictures[camera].append(env.render_camera(camera))
-        label, executed = expert.act()
-        states.append(observation["observation/state"])
-        actions.append(label)
-        observation, _, terminated, truncated, info = env.step(executed)
-        done = terminated or truncated
-    return {
-        **{f"observation/{camera}": np.stack(frames) for camera, frames in pictures.items()},
-        "frame_index": np.array(kept, np.int64),
-        "observation/state": np.stack(states),
-        "actions": np.stack(actions),
-        "task": observation["prompt"],
-        "success": info["success"],
-    }
+        observation, info = env.reset(seed=seed)
+        expert = Expert(env, rng, noise=float(rng.choice(noise_levels)))
+        pictures: dict[str, list[np.ndarray]] = {camera: [] for camera in cameras}
+        states, actions, kept, done = [], [], [], False
+        while not done:
+            if not states or rng.random() < keep:
+                kept.append(len(states))
+                for camera in cameras:
+                    pictures[camera].append(env.render_camera(camera))
+            label, executed = expert.act()
+            states.append(observation["observation/state"])
+            actions.append(label)
+            observation, _, terminated, truncated, info = env.step(executed)
+            done = terminated or truncated
+        yield {
+            **{f"observation/{camera}": np.stack(frames) for camera, frames in pictures.items()},
+            "frame_index": np.array(kept, np.int64),
+            "observation/state": np.stack(states),
+            "actions": np.stack(actions),
+            "task": observation["prompt"],
+            "success": info["success"],
+        }

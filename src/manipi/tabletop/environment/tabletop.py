@@ -28,6 +28,7 @@ forward, y to the left, z up; metres. There are no asset files: the scene is MJC
 # MuJoCo's bindings are compiled and come without stubs.
 # pyright: reportAttributeAccessIssue=false
 
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -173,7 +174,14 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         self.render_mode = render_mode
         self.model = build_scene(self.colors)
         self.data = mujoco.MjData(self.model)
-        self.observation_space, self.action_space = _spaces(self.cameras, image_size)
+        low, high = np.append(WORKSPACE_LOW, 0).astype(np.float32), np.append(WORKSPACE_HIGH, 1).astype(np.float32)
+        picture = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        observations: dict[str, gymnasium.Space[Any]] = {f"observation/{camera}": picture for camera in self.cameras}
+        # The measured tip may overshoot the workspace by the servo's error, hence the wider bounds.
+        observations["observation/state"] = gymnasium.spaces.Box(low - 0.1, high + 0.1, dtype=np.float32)
+        observations["prompt"] = gymnasium.spaces.Text(64, charset=f"{string.ascii_lowercase} ")
+        self.observation_space = gymnasium.spaces.Dict(observations)
+        self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
         self._pristine = self.model.geom_rgba.copy(), self.model.cam_pos.copy()
         self._renderers: dict[int, Renderer] = {}
         self._look = Look()
@@ -190,11 +198,35 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         super().reset(seed=seed)
         options = dict(options or {})
         _check_names("reset option", options, ("task", "target", "instruct", "blocks", "tip"))
-        self.goal = self._draw_goal(options)
-        tip, blocks = self._draw_scene(options)
+        # Every draw happens whatever the options say, so that an option changes nothing but what it names.
+        rng = self.np_random
+        task = options.get("task", self.tasks[rng.integers(len(self.tasks))])
+        target = options.get("target", self.colors[rng.integers(len(self.colors))])
+        self.goal = Goal(task=task, target=target, instruct=options.get("instruct", target))
+        _check_names("task", (task,), INSTRUCTIONS)
+        _check_names("block colour", (target, self.goal.instruct, *options.get("blocks", ())), self.colors)
+        start = rng.uniform(_START_LOW, WORKSPACE_HIGH - 0.02)
+        tip = np.asarray(options.get("tip", _HOME + self.start_noise * (start - _HOME)), np.float64)
+        while True:  # until the blocks are off the tray and apart from each other
+            positions = rng.uniform(_BLOCK_LOW, _BLOCK_HIGH, (len(self.colors), 2))
+            gaps = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
+            apart = gaps[np.triu_indices(len(positions), 1)] >= BLOCK_SPACING
+            clear = np.abs(positions - TRAY_CENTER).max(axis=1) >= TRAY_HALF + 1.5 * BLOCK_HALF
+            if apart.all() and clear.all():
+                break
+        if "tip" not in options and np.linalg.norm(positions - tip[:2], axis=1).min() < _CLEARANCE:
+            tip[2] = max(tip[2], _CLEAR_HEIGHT)
         if self.randomize:
-            self._draw_look()
-        self._place(np.clip(tip, WORKSPACE_LOW, WORKSPACE_HIGH), self.np_random.uniform(), blocks)
+            (colors, cameras), table = self._pristine, self.model.geom("table").id
+            self._look = Look(lamp=tuple(Look.lamp + rng.uniform(-0.4, 0.4, 3)), ambient=rng.uniform(0.35, 0.55))
+            self.model.geom_rgba[table, :3] = np.clip(colors[table, :3] * rng.uniform(0.75, 1.2), 0, 1)
+            self.model.cam_pos[:] = cameras + rng.uniform(-0.01, 0.01, cameras.shape)
+        mujoco.mj_resetData(self.model, self.data)
+        joints = inverse(np.clip(tip, WORKSPACE_LOW, WORKSPACE_HIGH))
+        self.data.qpos[:6] = self.data.ctrl[:] = np.append(joints, np.full(2, rng.uniform() * FINGER_TRAVEL))
+        for color, position in {**dict(zip(self.colors, positions)), **options.get("blocks", {})}.items():
+            self.data.joint(color).qpos[:2] = position
+        self._update_poses()
         self.touched: str | None = None
         self.steps = 0
         return self.observation(), self._info(False, None)
@@ -214,32 +246,30 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
                 where="Tabletop.step",
                 next="check the policy's outputs and the robot's action_dim",
             )
-        self._move(action)
+        offset = np.clip(action[:3], WORKSPACE_LOW, WORKSPACE_HIGH) - self.tip
+        offset *= min(1.0, MAX_STEP / max(float(np.linalg.norm(offset)), 1e-9))
+        fingers = np.full(2, np.clip(action[3], 0, 1) * FINGER_TRAVEL)
+        goal, start = np.append(inverse(self.tip + offset), fingers), self.data.ctrl.copy()
+        for substep in range(1, _SUBSTEPS + 1):  # the joints follow a straight ramp to the goal, in joint space
+            progress = min(1.0, substep / (_RAMP * _SUBSTEPS))
+            self.data.ctrl[:] = (1 - progress) * start + progress * goal
+            mujoco.mj_step(self.model, self.data)
+        self._update_poses()
         self.steps += 1
-        self.touched = self.touched or self._touching()
-        success, failure = self._judge()
-        truncated = failure == "max_steps"
-        terminated = success or (failure is not None and not truncated)
-        return self.observation(), float(success), terminated, truncated, self._info(success, failure)
-
-    def _judge(self) -> tuple[bool, str | None]:
+        tip = self.tip
+        if not self.touched and tip[2] <= TOUCH_HEIGHT:
+            distances = {color: float(np.hypot(*(self.block(color) - tip)[:2])) for color in self.colors}
+            nearest = min(distances, key=lambda color: distances[color])
+            self.touched = nearest if distances[nearest] <= TOUCH_RADIUS else None
         if self.goal.task == "push":
             offset = self.block(self.goal.target)[:2] - TRAY_CENTER
             success, wrong = bool(np.abs(offset).max() <= TRAY_HALF), False
         else:
             success = self.touched == self.goal.target
             wrong = self.touched is not None and not success
-        if wrong:
-            return False, "wrong_block"
-        return success, "max_steps" if not success and self.steps >= self.max_steps else None
-
-    def _touching(self) -> str | None:
-        tip = self.tip
-        if tip[2] > TOUCH_HEIGHT:
-            return None
-        distances = {color: float(np.hypot(*(self.block(color) - tip)[:2])) for color in self.colors}
-        nearest = min(distances, key=lambda color: distances[color])
-        return nearest if distances[nearest] <= TOUCH_RADIUS else None
+        late = not success and not wrong and self.steps >= self.max_steps
+        failure = "wrong_block" if wrong else "max_steps" if late else None
+        return self.observation(), float(success), success or wrong, late, self._info(success, failure)
 
     def _info(self, success: bool, failure: str | None) -> dict[str, Any]:
         return {
@@ -290,89 +320,16 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
             self._renderers[size] = Renderer(self.model, height=size, width=size)
         return self._renderers[size].render(self.data, camera, look=self._look, shadows=shadows)
 
-    # ---- physics
-
-    def _place(self, tip: np.ndarray, opening: float, blocks: Mapping[str, np.ndarray]) -> None:
-        mujoco.mj_resetData(self.model, self.data)
-        fingers = np.full(2, opening * FINGER_TRAVEL)
-        self.data.qpos[:6] = self.data.ctrl[:] = np.concatenate([inverse(tip), fingers])
-        for color, position in blocks.items():
-            self.data.joint(color).qpos[:2] = position
-        self._update_poses()
-
-    def _move(self, action: np.ndarray) -> None:
-        """Drives the joints along a straight ramp to the goal, in joint space."""
-        tip = self.tip
-        offset = np.clip(action[:3], WORKSPACE_LOW, WORKSPACE_HIGH) - tip
-        offset *= min(1.0, MAX_STEP / max(float(np.linalg.norm(offset)), 1e-9))
-        fingers = np.full(2, np.clip(action[3], 0, 1) * FINGER_TRAVEL)
-        goal, start = np.concatenate([inverse(tip + offset), fingers]), self.data.ctrl.copy()
-        for substep in range(1, _SUBSTEPS + 1):
-            progress = min(1.0, substep / (_RAMP * _SUBSTEPS))
-            self.data.ctrl[:] = (1 - progress) * start + progress * goal
-            mujoco.mj_step(self.model, self.data)
-        self._update_poses()
-
     def _update_poses(self) -> None:
         # mj_step leaves the poses of the moment before its last integration.
         mujoco.mj_kinematics(self.model, self.data)
         mujoco.mj_camlight(self.model, self.data)
-
-    # ---- what the seed draws
-
-    def _draw_goal(self, options: Mapping[str, Any]) -> Goal:
-        # Every draw happens whatever the options say, so that an option changes nothing but what it names.
-        task = options.get("task", self.tasks[self.np_random.integers(len(self.tasks))])
-        target = options.get("target", self.colors[self.np_random.integers(len(self.colors))])
-        goal = Goal(task=task, target=target, instruct=options.get("instruct", target))
-        _check_names("task", (goal.task,), INSTRUCTIONS)
-        _check_names("block colour", (goal.target, goal.instruct, *options.get("blocks", ())), self.colors)
-        return goal
-
-    def _draw_scene(self, options: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        start = self.np_random.uniform(_START_LOW, WORKSPACE_HIGH - 0.02)
-        tip = np.asarray(options.get("tip", _HOME + self.start_noise * (start - _HOME)), np.float64)
-        positions = self._draw_blocks()
-        if "tip" not in options and np.linalg.norm(positions - tip[:2], axis=1).min() < _CLEARANCE:
-            tip[2] = max(tip[2], _CLEAR_HEIGHT)
-        blocks = dict(zip(self.colors, positions))
-        given = {color: np.asarray(position, np.float64) for color, position in options.get("blocks", {}).items()}
-        return tip, blocks | given
-
-    def _draw_blocks(self) -> np.ndarray:
-        """Positions [blocks, 2] off the tray and apart from each other, by rejection."""
-        while True:
-            positions = self.np_random.uniform(_BLOCK_LOW, _BLOCK_HIGH, (len(self.colors), 2))
-            gaps = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
-            apart = gaps[np.triu_indices(len(positions), 1)] >= BLOCK_SPACING
-            clear = np.abs(positions - TRAY_CENTER).max(axis=1) >= TRAY_HALF + 1.5 * BLOCK_HALF
-            if apart.all() and clear.all():
-                return positions
-
-    def _draw_look(self) -> None:
-        rng, (colors, cameras) = self.np_random, self._pristine
-        self._look = Look(lamp=tuple(Look.lamp + rng.uniform(-0.4, 0.4, 3)), ambient=rng.uniform(0.35, 0.55))
-        table = self.model.geom("table").id
-        self.model.geom_rgba[table, :3] = np.clip(colors[table, :3] * rng.uniform(0.75, 1.2), 0, 1)
-        self.model.cam_pos[:] = cameras + rng.uniform(-0.01, 0.01, cameras.shape)
 
 
 def _check_names(kind: str, names: Sequence[str] | Mapping[str, Any], known: Sequence[str] | Mapping[Any, Any]) -> None:
     for name in names:
         if name not in known:
             raise unknown_name(kind, name, known, next=f"choose one of {', '.join(known)}")
-
-
-def _spaces(cameras: Sequence[str], size: int) -> tuple[gymnasium.spaces.Dict, gymnasium.spaces.Box]:
-    low, high = np.append(WORKSPACE_LOW, 0).astype(np.float32), np.append(WORKSPACE_HIGH, 1).astype(np.float32)
-    letters = "".join(map(chr, range(ord("a"), ord("z") + 1))) + " "
-    observations: dict[str, gymnasium.Space[Any]] = {
-        f"observation/{camera}": gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8) for camera in cameras
-    }
-    # The measured tip may overshoot the workspace by the servo's error, hence the wider bounds.
-    observations["observation/state"] = gymnasium.spaces.Box(low - 0.1, high + 0.1, dtype=np.float32)
-    observations["prompt"] = gymnasium.spaces.Text(64, charset=letters)
-    return gymnasium.spaces.Dict(observations), gymnasium.spaces.Box(low, high, dtype=np.float32)
 
 
 # Kinematics -----------------------------------------------------------------------------------------------------------
