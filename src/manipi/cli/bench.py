@@ -1,4 +1,4 @@
-"""`manipi bench infer`: where the time of an inference call goes, and what 8 bits cost in action error."""
+"""`manipi bench infer`: the time of an inference call; what 8 bits cost in error."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

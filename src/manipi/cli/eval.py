@@ -1,4 +1,4 @@
-"""`manipi eval`: open-loop error of a checkpoint on held-out episodes, beside simple baselines; or closed loop."""
+"""`manipi eval`: a checkpoint on held-out episodes, beside baselines; closed loop."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

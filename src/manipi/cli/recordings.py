@@ -1,4 +1,4 @@
-"""`manipi record` and `replay`: what was recorded of a robot, finished and repeated."""
+"""`manipi record` and `replay`: a robot's recordings, finished and repeated."""
 
 import re
 import sys

@@ -58,7 +58,7 @@ def load_recipe(target: str) -> TrainConfig:
     Raises:
         UnknownNameError: no such recipe; with the closest names.
         ConfigError: two packages add a recipe of this name; no such file or module, or a fault in it: what it raises,
-            with file and line. An error of ours keeps its type and says where in the file it came from.
+            with file and line. A `ManipiError` keeps its type and says where in the file it came from.
     """
     if ":" not in target and target.endswith(".py"):
         target += ":"  # a file without its function: the error lists those that it has

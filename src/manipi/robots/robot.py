@@ -1,4 +1,6 @@
-"""A robot is data: enough to read its datasets, check its observations and convert its actions.
+"""A robot as data: its cameras, its state and the groups of its command.
+
+Enough to read its datasets, check its observations and convert its actions.
 
     camera slots        base          left_wrist     right_wrist
                           │               │               └ not named by this robot: absent
@@ -171,7 +173,7 @@ class Robot:
     optional: tuple[str, ...] = ()
     """Camera slots whose pictures may be absent from an observation or a dataset; the model is then told so."""
     ignored: tuple[str, ...] = ()
-    """Observation keys beside those of optional cameras that clients may send and nobody reads."""
+    """Observation keys beside those of optional cameras that clients may send and that are not read."""
     max_rates: tuple[float, ...] = ()
     """Largest change of each command dimension per second, in its unit/s; empty: none is stated."""
 

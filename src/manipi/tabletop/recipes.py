@@ -1,4 +1,4 @@
-"""The demo's recipes: tiny policies from scratch, and how large the demo is. No torch."""
+"""The demo's recipes, tiny policies from scratch; and how large the demo is."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias

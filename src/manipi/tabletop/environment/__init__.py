@@ -1,4 +1,4 @@
-"""Embedded environments: small simulated robots that need no GPU, no display and no asset files.
+"""A small simulated robot that needs no GPU, no display and no asset files.
 
 `import manipi.tabletop.environment` registers `manipi/Tabletop-v0` with gymnasium.
 """

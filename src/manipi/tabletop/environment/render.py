@@ -1,4 +1,4 @@
-"""Pictures without GPU, display or OpenGL: one ray per pixel, shaded by the normal of what it hits.
+"""Pictures without GPU, display or OpenGL: one shaded ray per pixel.
 
            camera                     lamp
              *─────── ray ──┐          o

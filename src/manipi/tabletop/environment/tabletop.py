@@ -164,7 +164,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         _check_names("block colour", colors, COLORS)
         if not 1 <= len(colors) == len(set(colors)) <= MAX_BLOCKS:
             raise ConfigError(
-                expected=f"1 to {MAX_BLOCKS} different block colours, which is what the table has room for",
+                expected=f"1 to {MAX_BLOCKS} different block colours, as many as fit on the table",
                 found=f"{tuple(colors)}",
                 where="Tabletop(colors=...)",
                 next="name each colour once, and fewer of them",
