@@ -35,7 +35,7 @@ TWO_ARMS = Robot(
 
 
 def pi0_open50() -> TrainConfig:
-    """A π0, whose state is one continuous token: 34 dimensions need no room in the prompt."""
+    """A π0, whose state is one continuous token: 34 dimensions do not lengthen the prompt."""
     model = Pi0Config(
         vision=VisionSize(width=64, depth=2, mlp_dim=128, num_heads=2, patch_size=8, image_size=64),
         vlm=GemmaSize(width=64, depth=3, mlp_dim=128, num_heads=2, num_kv_heads=1, head_dim=32),

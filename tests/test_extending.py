@@ -1,5 +1,6 @@
 """docs/extending.md is true: the package that it shows adds a command, a robot, a recipe, a reader, an environment."""
 
+import json
 import os
 import re
 import subprocess
@@ -30,6 +31,11 @@ def install(folder: Path, name: str, groups: dict[str, dict[str, str]]) -> None:
     (info / "entry_points.txt").write_text("\n".join(sections))
 
 
+def places(package: Path) -> str:
+    """PYTHONPATH with the package in it."""
+    return os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """The page's files as an installed package, in a folder of its own on the path; forgotten afterwards."""
@@ -52,7 +58,7 @@ def package(tmp_path, monkeypatch):
             del sys.modules[module]
 
 
-def test_each_is_used_on_the_command_line(package, capsys):
+def test_each_is_used_on_the_command_line(package, monkeypatch, capsys):
     main(["--help"])
     assert re.search(r"^  line-demo +Record demonstrations of the line$", capsys.readouterr().out, re.MULTILINE)
     assert not [module for module in sys.modules if module.startswith("manipi_line")]
@@ -85,6 +91,10 @@ def test_each_is_used_on_the_command_line(package, capsys):
         ]
     )
     assert "checkpoint  run/checkpoints/2" in capsys.readouterr().out
+    monkeypatch.setenv("PYTHONPATH", places(package))  # the policy server is a process of its own
+    main(["eval", "run/checkpoints/2", "--scenes", "1", "--execute-steps", "2", "--delay", "1", "--json", "eval.json"])
+    joins = json.loads(Path("eval.json").read_text())["closed_loop"]
+    assert {one["success"]["n"] for one in joins} == {1}
 
 
 def test_the_environment_is_found_by_name(package):
@@ -184,7 +194,6 @@ def test_values_of_other_kinds(package):
 
 
 def test_a_fresh_process_finds_it(package):
-    places = os.pathsep.join([str(package), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     command = [sys.executable, "-m", "manipi", "line-demo"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": places})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": places(package)})
     assert (done.returncode, done.stderr) == (1, "usage: manipi line-demo FOLDER\n")

@@ -1,4 +1,4 @@
-"""manipi: the π-family of robot policies in one PyTorch codebase. What trains is what deploys.
+"""The public API: π0, π0.5 and π0-FAST, trained, checked and served.
 
 The names of `__all__` are the public API, which docs/api.md describes and which is kept stable; what is not in it may
 move. Each is imported when it is first used: `import manipi` imports neither NumPy nor torch.
