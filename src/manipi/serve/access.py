@@ -21,7 +21,7 @@ TOKEN_VARIABLE = "MANIPI_TOKEN"
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """Without a token everyone who reaches the port may use it, so that it has to be this computer's own."""
+    """Without a token every client that reaches the port may use it, so that the port has to be this computer's own."""
 
     token: str | None = field(default=None, repr=False)
     tls: ssl.SSLContext | None = None
@@ -61,7 +61,7 @@ class Access:
             )
         return family, address
 
-    def knows(self, headers: Headers, host: str, address: tuple) -> bool:
+    def accepts_host(self, headers: Headers, host: str, address: tuple) -> bool:
         """Whether the request's Host header can belong to a server that listens on `host`, which is `address`.
 
         A page of another site may have its own name resolved to 127.0.0.1 (DNS rebinding), and its visitor's browser

@@ -144,7 +144,7 @@ class Batcher:
                 results = [error] * len(batch)
             infer_s = time.monotonic() - began
             self._loop.call_soon_threadsafe(self._answer_all, batch, results, began, infer_s)
-            # The wait for the next batch would keep both, and an error in the results knows this frame.
+            # The wait for the next batch would keep both, and an error in the results refers to this frame.
             del batch, results
 
     def _answer_all(self, batch: list[Waiting], results: Sequence[Result], began: float, infer_s: float) -> None:
@@ -152,7 +152,7 @@ class Batcher:
         for waiting, result in zip(batch, results, strict=True):
             failed = isinstance(result, BaseException)
             _settle(waiting, result if failed else Answer(result, began - waiting.since, infer_s))
-        # An error's traceback knows the frames of the thread, and they know this list: it would keep the observations.
+        # An error's traceback refers to the frames of the thread, and they to this list, which holds the observations.
         batch.clear()
         self._start()
 

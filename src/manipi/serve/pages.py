@@ -3,7 +3,7 @@
 /              the dashboard, which polls state.json
 /state.json    what it shows
 /metrics       for Prometheus
-/healthz       OK while the process lives, as openpi's server says it; needs no token
+/healthz       OK while the process runs, as openpi's server says it; needs no token
 /readyz        OK while observations are taken, 503 once the server stops; needs no token
 
 Only plain requests are pages. Whoever asks for a websocket needs the token on every path, and there is one at / alone.
@@ -94,7 +94,7 @@ class Pages:
         path, headers = request.path.partition("?")[0], request.headers
         method = getattr(request, "method", "GET")  # older releases of websockets let nothing else through
         upgrade = any("websocket" in value.lower() for value in headers.get_all("Upgrade"))
-        if not self.access.knows(headers, self.host, self.address):
+        if not self.access.accepts_host(headers, self.host, self.address):
             response = _response(403, "the Host header is no name of this computer; use localhost, or set a token")
         elif method not in (("GET",) if upgrade else ("GET", "HEAD")):
             response = _response(405, "GET only; nothing here can be changed", Allow="GET, HEAD")

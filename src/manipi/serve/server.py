@@ -442,7 +442,7 @@ async def _in_time(client: Client, batcher: Batcher, query: Query, left_s: float
             raise answer
         return answer
     finally:
-        # The error's traceback knows this frame, whose variables would keep it and the observation until a collection.
+        # The error's traceback refers to this frame: its variables would keep both until a collection.
         del answer, waiting
 
 

@@ -1,4 +1,4 @@
-"""What a running server knows of itself, for its pages: clients, the last exchange, counts and timings."""
+"""State of a running server, for its pages: clients, the last exchange, counts and timings."""
 
 import asyncio
 import math

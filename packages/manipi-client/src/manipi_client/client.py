@@ -79,7 +79,7 @@ _NO_KEEPALIVE_NO_PROXY: dict[str, Any] = (
 # Before Python 3.10 a socket's timeout is not a TimeoutError.
 _TIMEOUTS = (TimeoutError, socket.timeout)
 
-# A port that nobody listens on, or a tunnel or container proxy in front of a server that has not started.
+# A port that no program listens on, or a tunnel or container proxy in front of a server that has not started.
 _HUNG_UP = (EOFError, ConnectionResetError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 _NOT_UP_YET = (ConnectionError, ConnectionClosed, *_HUNG_UP, *_TIMEOUTS)
 
@@ -199,7 +199,7 @@ class WebsocketPolicy:
             try:
                 answer = self._ask(frame, seconds, end)
             except ConnectionLost as lost:
-                # A server that stops has answered what it read; its farewell and this observation crossed on their way.
+                # A server that stops has answered what it read; its close frame and this observation crossed.
                 if _close_code(lost.__cause__) not in _GOING_AWAY or self._interrupted.is_set():
                     raise
                 answer = self._ask(frame, seconds, end)
