@@ -392,7 +392,15 @@ class PolicyServer:
         """The text frame for an error. Tracebacks stay in the log: paths and code are no client's business."""
         if not isinstance(error, ManipiError | ManipiClientError):
             incident = secrets.token_hex(4)
-            logger.error("inference failed (id %s)\n%s", incident, _traceback(error))
+            text = "".join(traceback.format_exception(error))
+            if len(text) > 20_000:
+                text = f"{text[:10_000]}\n...\n{text[-10_000:]}"
+            lines = text.splitlines()
+            if len(lines) > 200:
+                lines = [*lines[:100], "...", *lines[-100:]]
+            # Every line is marked: the error's message may hold lines that a client sent.
+            marked = "\n".join(f"    | {one_line(line, 500)}" for line in lines)
+            logger.error("inference failed (id %s)\n%s", incident, marked)
             error = PolicyFailure(
                 expected="an action chunk",
                 found=f"{type(error).__name__} (id {incident})",
@@ -446,17 +454,6 @@ async def _in_time(client: Client, batcher: Batcher, query: Query, left_s: float
         del answer, waiting
 
 
-def _traceback(error: BaseException) -> str:
-    """Where an error was raised. Every line is marked: its message may hold lines that a client sent."""
-    text = "".join(traceback.format_exception(error))
-    if len(text) > 20_000:
-        text = f"{text[:10_000]}\n...\n{text[-10_000:]}"
-    lines = text.splitlines()
-    if len(lines) > 200:
-        lines = [*lines[:100], "...", *lines[-100:]]
-    return "\n".join(f"    | {one_line(line, 500)}" for line in lines)
-
-
 def _late() -> DeadlineError:
     return DeadlineError(
         expected="actions before the observation's deadline",
@@ -485,7 +482,7 @@ def _pop(observation: dict[str, Any], key: str, expected: str, allowed: Callable
 
 
 def _is_duration(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 # Memory of a process that serves for months; all of it concerns the whole process. The C library is Linux's (glibc) -
