@@ -4,7 +4,7 @@
 
 The server runs in a process of its own, with the real check of observations and the action guard. Beside the bad
 clients a good one goes on asking, from a process of its own, and some senders never finish their frame. A bad frame may
-be answered, be told its error, or lose its connection; what must not happen is an error that nobody planned
+be answered, be told its error, or lose its connection; what must not happen is an unforeseen error
 (PolicyFailure), an error's text beyond 4,000 bytes, ten seconds without any of these, growing memory, or a good client
 that is not served. Then come the frames of `hostile.py`, nearly as large as the limit of 64 MB, beside a good client
 that must never wait for a second.
@@ -60,7 +60,7 @@ class Checked:
 
 
 def serve(sender: Connection) -> None:
-    logging.getLogger("manipi").setLevel(logging.ERROR)  # which leaves errors that nobody planned
+    logging.getLogger("manipi").setLevel(logging.ERROR)  # which leaves unforeseen errors
     server = PolicyServer(Checked(), port=0, robot=ROBOT, limits=Limits(max_message_mb=MAX_MESSAGE_MB))
     server.serve_forever(lambda host, port: sender.send(port))
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from manipi_client import ActionChunkError
-from manipi_client.chunks import Chunk, ChunkQueue, read_chunk
-from manipi_client.motion import MotionMeter
+from manipi_client.broker import Chunk, ChunkQueue, read_chunk
+from manipi_client.realtime import MotionMeter
 
 
 def chunk(first, *values):

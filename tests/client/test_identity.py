@@ -19,8 +19,8 @@ from manipi_client import (
     Runtime,
     WebsocketPolicy,
 )
+from manipi_client.address import differences
 from manipi_client.fake import FakePolicyServer
-from manipi_client.identity import differences
 
 METADATA = {
     "robot": {

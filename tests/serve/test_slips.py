@@ -9,7 +9,7 @@ import pytest
 
 from manipi.robots.tabletop import TABLETOP
 from manipi.serve import PolicyServer
-from manipi.serve.slips import require_prompt, unknown_keys
+from manipi.serve.guard import require_prompt, unknown_keys
 from manipi_client import ActionChunkBroker, RemoteInferenceError, WebsocketPolicy
 
 

@@ -13,7 +13,7 @@ Shape suffixes: T query tokens, S key tokens.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -103,20 +103,38 @@ def profile(engine: Engine, inputs: ModelInput, *, rounds: int, host: Host | Non
     for number in range(WARM_UP + rounds):
         if number == WARM_UP:
             clock.ms.clear()
-        floors.append((_product_flops(engine, square), _copy_bytes(device)))
+        floors.append(_speeds(engine, square))
         _one_round(engine, inputs, clock, host)
     peak, bandwidth = (statistics.median(column) for column in zip(*floors[WARM_UP:], strict=True))
-    flops, weights = stage_flops(engine.config, *_sizes(inputs, engine.config)), _weights(engine)
-    stages = [_stage(name, ms, flops, weights, peak, bandwidth) for name, ms in clock.ms.items()]
-    *stages, total = [*stages, _total(clock, stages)]
+    kept, config = inputs.kept, engine.config
+    prefix_len = len(kept.cameras) * config.vision.num_tokens + kept.prompt_len
+    flops = stage_flops(config, len(kept.pictures), prefix_len)
+    parts = {"images": engine.vision, "prefix": engine.vlm, "token": engine.vlm}
+    if not isinstance(config, Pi0FastConfig):
+        parts["step"] = engine.action
+    stages = []
+    for name, ms in clock.ms.items():
+        kind = name.partition(" ")[0]
+        weights = [b for layer in parts.get(kind, ()) for b in layer.buffers()]
+        work, size = flops.get(kind, 0.0), sum(b.numel() * b.element_size() for b in weights)
+        floor = max(work / peak, size / bandwidth) * 1e3 if kind in flops else None
+        stages.append(_stage(name, ms, work / 1e9, size / 1e6, floor))
+    floor = sum(one.share * one.p50 for one in stages if one.share is not None)
+    gflop, megabytes = sum(one.gflop for one in stages), sum(one.megabytes for one in stages)
     return Latency(
         stages=tuple(stages),
-        total=total,
+        total=_stage("total", np.sum(list(clock.ms.values()), axis=0), gflop, megabytes, floor),
         peak_gflops=peak / 1e9,
         bandwidth_gbs=bandwidth / 1e9,
         memory_mb=peak_memory(device) / 1e6,
         rounds=rounds,
     )
+
+
+def _stage(name: str, ms: Sequence[float] | np.ndarray, gflop: float, megabytes: float, floor: float | None) -> Stage:
+    p50, p95, p99 = np.percentile(ms, (50, 95, 99)).tolist()
+    share = None if floor is None else floor / p50
+    return Stage(name=name, p50=p50, p95=p95, p99=p99, gflop=gflop, megabytes=megabytes, share=share)
 
 
 @torch.no_grad()
@@ -177,55 +195,17 @@ def _qkv(size: GemmaSize) -> int:
     return size.width * (size.num_heads + 2 * size.num_kv_heads) * size.head_dim
 
 
-def _sizes(inputs: ModelInput, config: ModelConfig) -> tuple[int, int]:
-    kept = inputs.kept
-    return len(kept.pictures), len(kept.cameras) * config.vision.num_tokens + kept.prompt_len
-
-
-def _weights(engine: Engine) -> dict[str, int]:
-    """Bytes of matrices that each stage reads."""
-    parts = {"images": engine.vision, "prefix": engine.vlm, "token": engine.vlm}
-    if not isinstance(engine.config, Pi0FastConfig):
-        parts["step"] = engine.action
-    return {
-        name: sum(b.numel() * b.element_size() for layer in layers for b in layer.buffers())
-        for name, layers in parts.items()
-    }
-
-
-def _stage(
-    name: str, ms: list[float], flops: Mapping[str, float], weights: Mapping[str, int], peak: float, bandwidth: float
-) -> Stage:
-    kind = name.partition(" ")[0]
-    work, size = flops.get(kind, 0.0), weights.get(kind, 0)
-    floor = max(work / peak, size / bandwidth) * 1e3
-    p50, p95, p99 = np.percentile(ms, (50, 95, 99)).tolist()
-    share = floor / p50 if kind in flops else None
-    return Stage(name=name, p50=p50, p95=p95, p99=p99, gflop=work / 1e9, megabytes=size / 1e6, share=share)
-
-
-def _total(clock: _Clock, stages: list[Stage]) -> Stage:
-    whole = np.sum(list(clock.ms.values()), axis=0)
-    p50, p95, p99 = np.percentile(whole, (50, 95, 99)).tolist()
-    floor = sum(one.share * one.p50 for one in stages if one.share is not None)
-    gflop, megabytes = sum(one.gflop for one in stages), sum(one.megabytes for one in stages)
-    return Stage(name="total", p50=p50, p95=p95, p99=p99, gflop=gflop, megabytes=megabytes, share=floor / p50)
-
-
 # The device ----------------------------------------------------------------------------------------------------------
 
 
-def _product_flops(engine: Engine, square: torch.Tensor) -> float:
-    """FLOP/s of a large product with a matrix of the engine's kind, on an input of its dtype."""
-    matrix = maker(engine.quantization, square.device, engine.dtype)(square, None)
-    return 2 * len(square) ** 3 / _seconds(lambda: matrix(square), square.device)
-
-
-def _copy_bytes(device: torch.device) -> float:
+def _speeds(engine: Engine, square: torch.Tensor) -> tuple[float, float]:
+    """FLOP/s of a large product with a matrix of the engine's kind on an input of its dtype, and bytes/s of a copy."""
+    device, matrix = square.device, maker(engine.quantization, square.device, engine.dtype)(square, None)
+    flops = 2 * len(square) ** 3 / _seconds(lambda: matrix(square), device)
     size = 2**30 if device.type == "cuda" else 2**26
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / _seconds(lambda: target.copy_(source), device)
+    return flops, 2 * size / _seconds(lambda: target.copy_(source), device)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -84,37 +84,35 @@ def replay(dataset: Dataset, target: Answering, *, max_questions: int = 256, sho
         MissingFeatureError: the dataset is no recording, or nothing was asked in it.
         ConfigError: the target is for another robot.
     """
-    robot = recorded_robot(dataset)
-    _check_robot(robot, target.metadata)
+    robot, told = recorded_robot(dataset), target.metadata.get("robot")
+    if isinstance(told, Mapping) and Robot.from_json(dict(told), "metadata").contract() != robot.contract():
+        raise ConfigError(
+            expected=f"a policy for the recorded robot {robot.name!r}, with its state and actions",
+            found=f"one for {told.get('name')!r}",
+            where="the target of the replay",
+            next="choose a checkpoint of that robot (manipi serve --robot NAME for one of several)",
+        )
     rows = evenly_spaced(np.flatnonzero(dataset.column(ASKED)[:, 0]), max_questions)
     recorded = dataset.column(CHUNK)[rows].reshape(len(rows), -1, robot.action_size)
-    goes_on = bool(target.metadata.get("real_time"))
-    answers = []
+    goes_on, answers = bool(target.metadata.get("real_time")), []
     for observation in tqdm(_questions(dataset, robot, rows, goes_on), "replay", len(rows), disable=not show):
         answers.append(np.asarray(target.infer(observation)["actions"]))
     steps = min(recorded.shape[1], len(answers[0]))
-    had_previous = bool((dataset.column(NUM_LEFT)[rows] > 0).any())
-    said = ("it does not go on from a previous chunk, which was left out",) if had_previous and not goes_on else ()
-    return _compare(dataset, robot, rows, recorded[:, :steps], np.stack(answers)[:, :steps], said)
-
-
-def _compare(
-    dataset: Dataset, robot: Robot, rows: np.ndarray, recorded: np.ndarray, answers: np.ndarray, said: tuple[str, ...]
-) -> Replay:
-    difference = np.abs(answers.astype(np.float64) - recorded)
-    travel = np.ptp(recorded.astype(np.float64), axis=(0, 1))
+    difference = np.abs(np.stack(answers)[:, :steps].astype(np.float64) - recorded[:, :steps])
+    travel = np.ptp(recorded[:, :steps].astype(np.float64), axis=(0, 1))
     travel = np.where(travel < NEAR_CONSTANT, 0.0, travel)
     largest = difference.max(axis=(0, 1))
+    had_previous = bool((dataset.column(NUM_LEFT)[rows] > 0).any())
     return Replay(
         questions=len(rows),
-        steps=recorded.shape[1],
+        steps=steps,
         dimensions=command_names(robot, dataset),
         travel=travel,
         mean=difference.mean(axis=(0, 1)),
         largest=largest,
         share=largest / np.where(travel > 0, travel, 1.0),
         recorded_ms=float(np.median(dataset.column(ANSWER_MS)[rows])),
-        said=said,
+        said=("it does not go on from a previous chunk, which was left out",) if had_previous and not goes_on else (),
     )
 
 
@@ -132,15 +130,3 @@ def _questions(dataset: Dataset, robot: Robot, rows: Int64[np.ndarray, "n"], goe
             if goes_on and (count := int(num_left[row, 0])):
                 question |= {PREVIOUS: left[row].reshape(-1, robot.action_size)[:count], DELAY: int(delay[row, 0])}
             yield question
-
-
-def _check_robot(robot: Robot, metadata: Mapping[str, Any]) -> None:
-    """Of a target that says which robot it is for."""
-    told = metadata.get("robot")
-    if isinstance(told, Mapping) and Robot.from_json(dict(told), "metadata").contract() != robot.contract():
-        raise ConfigError(
-            expected=f"a policy for the recorded robot {robot.name!r}, with its state and actions",
-            found=f"one for {told.get('name')!r}",
-            where="the target of the replay",
-            next="choose a checkpoint of that robot (manipi serve --robot NAME for one of several)",
-        )

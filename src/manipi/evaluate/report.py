@@ -100,7 +100,7 @@ def _film(trial: Trial, fps: int) -> tuple[Trial, str, str]:
     height, width = trial.frames.shape[1:3]
     # The last picture stands for a second, so that a loop shows how it ended.
     film = encode_mp4((*trial.frames, *fps * [trial.frames[-1]]), fps, height=height, width=width)
-    outcome = "success" if trial.success else OUTCOMES.get(trial.failure, str(trial.failure))
+    outcome = "success" if trial.success else OUTCOMES.get(trial.failure or "", str(trial.failure))
     return trial, data_uri("video/mp4", film), outcome
 
 

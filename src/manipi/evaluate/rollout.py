@@ -36,7 +36,7 @@ from manipi.errors import ConfigError, ServeError
 from manipi.extensions import entries, find
 from manipi.storage import atomic_write
 from manipi_client import ActionChunkBroker, Motion, RealTimeBroker, WebsocketPolicy
-from manipi_client.policy import Policy
+from manipi_client.broker import Policy
 from manipi_client.realtime import JOINS
 
 MAX_STEPS = 30

@@ -21,7 +21,7 @@ TOKEN_VARIABLE = "MANIPI_TOKEN"
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """Without a token everyone who reaches the port may use it, so that it has to be this computer's own."""
+    """Without a token every client that reaches the port may use it, so that the port has to be this computer's own."""
 
     token: str | None = field(default=None, repr=False)
     tls: ssl.SSLContext | None = None
@@ -37,7 +37,10 @@ class Access:
             return False
         scheme, _, shown = shown_ones[0].partition(" ")
         if scheme.lower() == "basic":
-            shown = _password(shown)
+            try:
+                shown = base64.b64decode(shown, validate=True).decode().partition(":")[2]
+            except (binascii.Error, ValueError):
+                shown = ""
         elif scheme.lower() != "api-key":
             shown = ""
         return hmac.compare_digest(shown.strip().encode(), self.token.encode())
@@ -48,18 +51,17 @@ class Access:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         except OSError as error:
             expected = "a host name or address of this computer"
-            raise _bind_error(expected, str(error), host, port, "check --host") from error
+            raise _error(expected, str(error), join_host(host, port), "check --host") from error
         if not (_is_loopback(address[0]) or self.token or self.insecure):
-            raise _bind_error(
+            raise _error(
                 "a token, or an address that only this computer reaches, such as 127.0.0.1",
                 "an address that other computers reach, and no token",
-                host,
-                port,
+                join_host(host, port),
                 f"set --token-file or {TOKEN_VARIABLE}, connect through `ssh -L`, or let everyone in with --insecure",
             )
         return family, address
 
-    def knows(self, headers: Headers, host: str, address: tuple) -> bool:
+    def accepts_host(self, headers: Headers, host: str, address: tuple) -> bool:
         """Whether the request's Host header can belong to a server that listens on `host`, which is `address`.
 
         A page of another site may have its own name resolved to 127.0.0.1 (DNS rebinding), and its visitor's browser
@@ -69,9 +71,10 @@ class Access:
         if self.token is not None or not _is_loopback(address[0]):
             return len(names) <= 1
         try:
-            known = [_is_own_name(urlsplit(f"//{name}").hostname or "", host) for name in names]
+            hosts = [(urlsplit(f"//{name}").hostname or "").rstrip(".") for name in names]
         except ValueError:  # brackets without an address in them
             return False
+        known = [name in ("localhost", host.lower()) or _is_loopback(name) for name in hosts]
         return len(names) <= 1 and all(known)  # a browser always sends one, HTTP/1.0 may send none
 
 
@@ -84,12 +87,12 @@ def read_token(file: Path | None) -> str | None:
     try:
         token = os.environ.get(TOKEN_VARIABLE) if file is None else file.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
-        raise _setting_error("a file with a token", type(error).__name__, str(file), "check --token-file") from error
+        raise _error("a file with a token", type(error).__name__, str(file), "check --token-file") from error
     if token is None or (len(token) >= 8 and token.isascii() and token.isprintable() and " " not in token):
         return token
     found = f"{len(token)} characters" if len(token) < 8 else "spaces or other characters"
     next = "python -c 'import secrets; print(secrets.token_urlsafe())' > token; chmod 600 token"
-    raise _setting_error("a token: 8 printable ASCII characters or more", found, str(file or TOKEN_VARIABLE), next)
+    raise _error("a token: 8 printable ASCII characters or more", found, str(file or TOKEN_VARIABLE), next)
 
 
 def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
@@ -105,7 +108,7 @@ def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | 
         where = ", ".join(str(path) for path in (certificate, key) if path)
         alone = "" if key else "; without --tls-key, the key has to be in the certificate's file"
         next = f"check --tls-cert and --tls-key{alone}"
-        raise _setting_error("a certificate and its key, as PEM files", str(error), where, next) from error
+        raise _error("a certificate and its key, as PEM files", str(error), where, next) from error
     return context
 
 
@@ -116,21 +119,16 @@ def bind(family: socket.AddressFamily, address: tuple) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, dualstack_ipv6=both)
     except OSError as error:
+        where = join_host(host, port)
         if error.errno == errno.EADDRINUSE:
-            hint = f"stop what listens there, or choose another port: --port {port + 1} (0 picks a free one)"
-            raise _bind_error("a free port", "a port that is in use", host, port, hint) from error
-        raise _bind_error(
-            "an address to listen on", str(error), host, port, "choose another --host or --port"
-        ) from error
+            next = f"stop what listens there, or choose another port: --port {port + 1} (0 picks a free one)"
+            raise _error("a free port", "a port that is in use", where, next) from error
+        raise _error("an address to listen on", str(error), where, "choose another --host or --port") from error
 
 
 def join_host(host: str, port: int) -> str:
     """`host:port` of a URL, where an IPv6 address has brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _is_own_name(name: str, host: str) -> bool:
-    return name.rstrip(".") in ("localhost", host.lower()) or _is_loopback(name)
 
 
 def _is_loopback(name: object) -> bool:
@@ -140,16 +138,5 @@ def _is_loopback(name: object) -> bool:
         return False
 
 
-def _password(credentials: str) -> str:
-    try:
-        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
-    except (binascii.Error, ValueError):
-        return ""
-
-
-def _bind_error(expected: str, found: str, host: str, port: int, next: str) -> ServeError:
-    return ServeError(expected=expected, found=found, where=join_host(host, port), next=next)
-
-
-def _setting_error(expected: str, found: str, where: str, next: str) -> ServeError:
+def _error(expected: str, found: str, where: str, next: str) -> ServeError:
     return ServeError(expected=expected, found=found, where=where, next=next)

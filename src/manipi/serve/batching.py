@@ -105,7 +105,7 @@ class Batcher:
         return waiting
 
     def give_up(self, waiting: Waiting, reason: Exception) -> None:
-        """Nobody waits for this one any more: its place in the queue is free, and its answer is `reason`."""
+        """The client waits for this one no longer: its place in the queue is free, and its answer is `reason`."""
         if waiting in self._queue:  # what `remove` raises would spell out every picture
             self._queue.remove(waiting)
         _settle(waiting, reason)
@@ -115,8 +115,14 @@ class Batcher:
         self._batches.put(None)
         self._thread.join()
 
-    def _start(self) -> None:
-        """Compute what waits, if the thread is free, and as soon as the batch is full or has waited long enough."""
+    def _start(self, held: bool = False) -> None:
+        """Compute what waits, if the thread is free, and as soon as the batch is full or has waited long enough.
+
+        Args:
+            held: the batch that was held back has waited long enough.
+        """
+        if held:
+            self._held = False
         if self._computing or not self._queue:
             return
         left_s = self._queue[0].since + self._wait_s - time.monotonic()
@@ -126,34 +132,27 @@ class Batcher:
             self._batches.put(batch)
         elif not self._held:
             self._held = True
-            self._loop.call_later(left_s, self._start_late)
-
-    def _start_late(self) -> None:
-        self._held = False
-        self._start()
+            self._loop.call_later(left_s, self._start, True)
 
     def _work(self) -> None:
         """In the thread."""
         while (batch := self._batches.get()) is not None:
-            self._compute_all(batch)
-            del batch  # or the wait for the next one keeps it
-
-    def _compute_all(self, batch: list[Waiting]) -> None:
-        began = time.monotonic()
-        try:
-            results = self._compute([waiting.query for waiting in batch])
-        except BaseException as error:  # noqa: BLE001 - who waits for an answer raises it.
-            results = [error] * len(batch)
-        infer_s = time.monotonic() - began
-        self._loop.call_soon_threadsafe(self._answer_all, batch, results, began, infer_s)
-        del results  # An error in it knows this frame, and the two would keep each other until a collection.
+            began = time.monotonic()
+            try:
+                results = self._compute([waiting.query for waiting in batch])
+            except BaseException as error:  # noqa: BLE001 - who waits for an answer raises it.
+                results = [error] * len(batch)
+            infer_s = time.monotonic() - began
+            self._loop.call_soon_threadsafe(self._answer_all, batch, results, began, infer_s)
+            # The wait for the next batch would keep both, and an error in the results refers to this frame.
+            del batch, results
 
     def _answer_all(self, batch: list[Waiting], results: Sequence[Result], began: float, infer_s: float) -> None:
         self._computing = False
         for waiting, result in zip(batch, results, strict=True):
             failed = isinstance(result, BaseException)
             _settle(waiting, result if failed else Answer(result, began - waiting.since, infer_s))
-        # An error's traceback knows the frames of the thread, and they know this list: it would keep the observations.
+        # An error's traceback refers to the frames of the thread, and they to this list, which holds the observations.
         batch.clear()
         self._start()
 

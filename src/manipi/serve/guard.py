@@ -1,20 +1,79 @@
-"""The last look at an action chunk before it leaves for the robot: NaN, limits, rates of change."""
+"""Looks at what comes in and goes out: slips in observations, and action chunks that must not reach the robot.
 
+An empty prompt changes what the policy does, so that it is refused, unless the policy was trained on such. A key too
+many changes nothing, so that it is told once to each client that sends it, in the log and in the answer. Chunks are
+looked at for NaN, limits and rates of change, just before they leave.
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
 
-from manipi.errors import ActionError
+from manipi.errors import ActionError, ObservationError, shown
 from manipi.robots.robot import Robot
-from manipi.transforms.observation import ReadRobot
+from manipi.transforms.observation import MAX_PROMPT, ReadRobot, as_text
 from manipi.types import Observation
+from manipi_client import keys
 
 GuardMode: TypeAlias = Literal["clamp", "refuse", "off"]
 
+_KNOWN_TO_ALL = ("prompt", "actions", "action_valid", "delay", *(v for k, v in vars(keys).items() if k.isupper()))
+"""Beside the robot's own: what a recorded frame brings along, and what the server and the policy are told."""
+
+_MOST = 10
+"""Unknown keys that one client is told of."""
+
 _ROUNDING = 1e-6
 """By how much, relative to 1 or to the value, a command may be beyond a limit that it was trained on in float32."""
+
+
+def require_prompt(observation: Observation, robot: Robot) -> None:
+    """Raises ObservationError for a prompt without a character but spaces, unless it is the robot's default."""
+    try:
+        prompt = as_text(observation.get("prompt", robot.default_prompt), MAX_PROMPT)
+    except ValueError:  # the policy refuses it, and says why
+        return
+    if prompt is None or prompt.strip() or robot.default_prompt == "":
+        return
+    default = "" if robot.default_prompt is None else f", or leave the key out for {shown(robot.default_prompt)}"
+    raise ObservationError(
+        expected="an instruction, as the policy was trained with",
+        found="an empty text",
+        where=f"observation key 'prompt' of robot {robot.name!r}",
+        next=f"send what the robot is to do{default}; manipi serve --empty-prompts takes none",
+    )
+
+
+def unknown_keys(observation: Observation, robot: Robot, told: set[str]) -> list[str]:
+    """Texts about the keys that neither robot, policy nor server reads, each with the nearest key that one does.
+
+    Args:
+        told: of which the client was told before; they are left out, and the new ones added.
+    """
+    known = {*robot.cameras.values(), *(s.key for s in robot.state), *robot.ignored, *_KNOWN_TO_ALL}
+    texts = []
+    for key in _flat_keys(observation):
+        if key in known or key in told or len(told) >= _MOST:
+            continue
+        told.add(key)
+        close = get_close_matches(key, sorted(known - observation.keys()), n=1)
+        texts.append(f"{shown(key)}, which is not read" + (f" (is it {shown(close[0])}?)" if close else ""))
+    return texts
+
+
+def _flat_keys(observation: Mapping, folder: str = "") -> Iterator[str]:
+    for name, value in observation.items():
+        if not isinstance(name, str):  # the policy refuses it
+            continue
+        key = f"{folder}{name[:256]}"[:256]
+        if isinstance(value, Mapping):
+            yield from _flat_keys(value, f"{key}/")
+        else:
+            yield key
 
 
 @dataclass(frozen=True)
@@ -43,23 +102,16 @@ class ActionGuard:
         self._low_A, self._high_A = (np.array(limit, np.float32).astype(np.float64) for limit in robot.limits)
         rates = robot.max_rates or (np.inf,) * robot.action_size
         self._step_A = np.array(rates, np.float64) / robot.control_hz
-        self._state_A = _state_dimensions(robot)
+        dimensions: list[int] = []  # which number of the state is the current value of each command, -1: none is
+        for group in robot.actions:
+            start = robot.state_start(group, len(dimensions))
+            dimensions += range(start, start + group.size) if group.relative else [-1] * group.size
+        self._state_A = np.array(dimensions)
 
     def __call__(self, observation: Observation, actions_HA: np.ndarray) -> Guarded:
         """Raises ActionError for NaN, another shape, and in mode `refuse` for whatever is beyond the robot."""
         if self._mode == "off":
             return Guarded(actions_HA)
-        wanted_HA = self._require_numbers(actions_HA)
-        limited_HA = np.clip(wanted_HA, self._low_A, self._high_A)
-        allowed_HA = self._slow_down(observation, limited_HA)
-        beyond_HA, fast_HA = _differs(wanted_HA, limited_HA), _differs(limited_HA, allowed_HA)
-        if not (beyond_HA.any() or fast_HA.any()):
-            return Guarded(actions_HA)
-        if self._mode == "refuse":
-            raise self._refusal(wanted_HA, allowed_HA, beyond_HA if beyond_HA.any() else fast_HA)
-        return Guarded(allowed_HA.astype(actions_HA.dtype), int(beyond_HA.sum()), int(fast_HA.sum()))
-
-    def _require_numbers(self, actions_HA: np.ndarray) -> np.ndarray:
         shape = np.shape(actions_HA)
         if len(shape) != 2 or shape[1] != self._robot.action_size:
             raise self._error(f"a chunk [H, {self._robot.action_size}]", f"{list(shape)}")
@@ -67,26 +119,25 @@ class ActionGuard:
         if len(bad := np.argwhere(~np.isfinite(wanted_HA))):
             step, dimension = bad[0].tolist()
             raise self._error("finite actions", f"{wanted_HA[step, dimension]} in {self._place(step, dimension)}")
-        return wanted_HA
-
-    def _slow_down(self, observation: Observation, limited_HA: np.ndarray) -> np.ndarray:
-        if not (np.isfinite(self._step_A).any() and len(limited_HA)):
-            return limited_HA
-        state = self._read.read_state(observation)
-        before_A = np.where(self._state_A >= 0, state[self._state_A] if state.size else 0, limited_HA[0])
-        allowed_HA = limited_HA.copy()
-        for step_A in allowed_HA:
-            np.clip(step_A, before_A - self._step_A, before_A + self._step_A, out=step_A)
-            before_A = step_A
-        return allowed_HA
-
-    def _refusal(self, wanted_HA: np.ndarray, allowed_HA: np.ndarray, broken_HA: np.ndarray) -> ActionError:
-        step, d = np.argwhere(broken_HA)[0].tolist()
-        low, high, rate = self._low_A[d], self._high_A[d], self._step_A[d] * self._robot.control_hz
-        return self._error(
-            f"commands from {low:g} to {high:g} that change by at most {rate:g} per second",
-            f"{wanted_HA[step, d]:g} in {self._place(step, d)}; the nearest allowed one is {allowed_HA[step, d]:g}",
-        )
+        limited_HA = np.clip(wanted_HA, self._low_A, self._high_A)
+        allowed_HA = limited_HA
+        if np.isfinite(self._step_A).any() and len(limited_HA):
+            state, allowed_HA = self._read.read_state(observation), limited_HA.copy()
+            before_A = np.where(self._state_A >= 0, state[self._state_A] if state.size else 0, limited_HA[0])
+            for step_A in allowed_HA:
+                np.clip(step_A, before_A - self._step_A, before_A + self._step_A, out=step_A)
+                before_A = step_A
+        beyond_HA, fast_HA = _differs(wanted_HA, limited_HA), _differs(limited_HA, allowed_HA)
+        if not (beyond_HA.any() or fast_HA.any()):
+            return Guarded(actions_HA)
+        if self._mode == "refuse":
+            step, d = np.argwhere(beyond_HA if beyond_HA.any() else fast_HA)[0].tolist()
+            low, high, rate = self._low_A[d], self._high_A[d], self._step_A[d] * self._robot.control_hz
+            raise self._error(
+                f"commands from {low:g} to {high:g} that change by at most {rate:g} per second",
+                f"{wanted_HA[step, d]:g} in {self._place(step, d)}; the nearest allowed one is {allowed_HA[step, d]:g}",
+            )
+        return Guarded(allowed_HA.astype(actions_HA.dtype), int(beyond_HA.sum()), int(fast_HA.sum()))
 
     def _place(self, step: int, dimension: int) -> str:
         return f"step {step}, dimension {dimension} ({self._robot.action_space[dimension].name})"
@@ -96,15 +147,6 @@ class ActionGuard:
         return ActionError(
             expected=expected, found=found, where=f"the action chunk for robot {self._robot.name!r}", next=next
         )
-
-
-def _state_dimensions(robot: Robot) -> np.ndarray:
-    """[A] Which number of the state is the current value of each command, -1 where none is."""
-    dimensions: list[int] = []
-    for group in robot.actions:
-        start = robot.state_start(group, len(dimensions))
-        dimensions += range(start, start + group.size) if group.relative else [-1] * group.size
-    return np.array(dimensions)
 
 
 def _differs(wanted_HA: np.ndarray, allowed_HA: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 /              the dashboard, which polls state.json
 /state.json    what it shows
 /metrics       for Prometheus
-/healthz       OK while the process lives, as openpi's server says it; needs no token
+/healthz       OK while the process runs, as openpi's server says it; needs no token
 /readyz        OK while observations are taken, 503 once the server stops; needs no token
 
 Only plain requests are pages. Whoever asks for a websocket needs the token on every path, and there is one at / alone.
@@ -13,6 +13,7 @@ import http
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
@@ -67,6 +68,7 @@ class Connection(ServerConnection):
             super().data_received(data)
 
 
+@dataclass(eq=False)
 class Pages:
     """Looks at every request first: pages are answered here, and so are handshakes that must not be.
 
@@ -75,18 +77,16 @@ class Pages:
         num_waiting: how many observations wait for the policy.
     """
 
-    def __init__(
-        self,
-        state: ServerState,
-        access: Access,
-        host: str,
-        address: tuple,
-        max_clients: int,
-        num_waiting: Callable[[], int],
-    ):
-        self._state, self._access, self._host, self._address = state, access, host, address
-        self._max_clients, self._num_waiting = max_clients, num_waiting
-        title = "manipi serve" if state.robot is None else f"{state.robot.name} · manipi serve"
+    state: ServerState
+    access: Access
+    host: str
+    address: tuple
+    max_clients: int
+    num_waiting: Callable[[], int]
+
+    def __post_init__(self) -> None:
+        robot = self.state.robot
+        title = "manipi serve" if robot is None else f"{robot.name} · manipi serve"
         self._dashboard = render("serve/dashboard.html", title=title).decode()
 
     async def answer(self, connection: ServerConnection, request: Request) -> Response | None:
@@ -94,16 +94,18 @@ class Pages:
         path, headers = request.path.partition("?")[0], request.headers
         method = getattr(request, "method", "GET")  # older releases of websockets let nothing else through
         upgrade = any("websocket" in value.lower() for value in headers.get_all("Upgrade"))
-        if not self._access.knows(headers, self._host, self._address):
+        if not self.access.accepts_host(headers, self.host, self.address):
             response = _response(403, "the Host header is no name of this computer; use localhost, or set a token")
         elif method not in (("GET",) if upgrade else ("GET", "HEAD")):
             response = _response(405, "GET only; nothing here can be changed", Allow="GET, HEAD")
-        elif (upgrade or path not in _OPEN) and not self._access.admits(headers):
+        elif (upgrade or path not in _OPEN) and not self.access.admits(headers):
             response = _response(401, "the token is missing, or another one", **_CHALLENGE)
         elif upgrade:
             response = self._refuse_handshake(path)
+        elif path == "/state.json":
+            response = _response(200, json.dumps(await self.state.to_json()), "application/json")
         else:
-            response = await self._page(path)
+            response = self._page(path)
         if method == "HEAD" and response is not None:
             response.body = b""
         return response
@@ -111,23 +113,20 @@ class Pages:
     def _refuse_handshake(self, path: str) -> Response | None:
         if path != "/":
             return _response(404, "policies are at /, the path that clients use unless they are told another one")
-        if not self._state.ready:
+        if not self.state.ready:
             return _response(503, "the server is stopping", **_LATER)
-        if len(self._state.clients) >= self._max_clients:
-            return _response(503, f"busy: {self._max_clients} clients are connected (--limits.max-clients)", **_LATER)
+        if len(self.state.clients) >= self.max_clients:
+            return _response(503, f"busy: {self.max_clients} clients are connected (--limits.max-clients)", **_LATER)
         return None
 
-    async def _page(self, path: str) -> Response:
+    def _page(self, path: str) -> Response:
         if path == "/healthz":
             return _response(200, "OK")
         if path == "/readyz":
-            return _response(200, "OK") if self._state.ready else _response(503, "stopping", **_LATER)
+            return _response(200, "OK") if self.state.ready else _response(503, "stopping", **_LATER)
         if path == "/metrics":
-            gauges = {"clients": len(self._state.clients), "waiting": self._num_waiting()}
-            text = self._state.metrics.to_prometheus(gauges)
+            text = self.state.to_prometheus(clients=len(self.state.clients), waiting=self.num_waiting())
             return _response(200, text, "text/plain; version=0.0.4; charset=utf-8")
-        if path == "/state.json":
-            return _response(200, json.dumps(await self._state.to_json()), "application/json")
         if path == "/":
             return _response(200, self._dashboard, "text/html; charset=utf-8")
         return _response(404, "nothing here; the dashboard is at /")

@@ -18,12 +18,15 @@ One that brings its own `manipi/seed` is the policy's to draw noise for.
 
 import asyncio
 import contextlib
+import ctypes
 import functools
+import gc
 import itertools
 import logging
 import math
 import secrets
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -43,10 +46,8 @@ from manipi.errors import ConfigError, DeadlineError, ManipiError, one_line, sho
 from manipi.robots.robot import Robot
 from manipi.serve.access import Access, bind, join_host
 from manipi.serve.batching import Answer, Batcher, Query, Result
-from manipi.serve.guard import ActionGuard, GuardMode
-from manipi.serve.memory import LARGE_BYTES, give_back, keep_collections_short, reuse_freed_memory
+from manipi.serve.guard import ActionGuard, GuardMode, require_prompt, unknown_keys
 from manipi.serve.pages import Connection, Pages
-from manipi.serve.slips import require_prompt, unknown_keys
 from manipi.serve.state import Client, ServerState
 from manipi.transforms.observation import check_content
 from manipi.types import Observation
@@ -58,6 +59,9 @@ logger = logging.getLogger(__name__)
 
 _MAX_ITEMS = 2_048
 """List and map items in an observation, and characters in a text of it. Arrays count as one."""
+
+LARGE_BYTES = 2**20
+"""A message beyond this leaves gaps in the heap that are worth giving back."""
 
 _CLOSE_SECONDS = 2.0
 
@@ -182,7 +186,10 @@ class PolicyServer:
 
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, stop_once)
-            keep_collections_short()
+            # What exists now, such as modules and weights, is never looked at again by the garbage collector. A full
+            # collection takes some twenty milliseconds in the middle of a call, and more with torch.
+            gc.collect()
+            gc.freeze()
             await self._serve(stop, on_ready or (lambda host, port: None))
 
         before = signal.getsignal(signal.SIGINT)
@@ -275,8 +282,13 @@ class PolicyServer:
         client = Client(connection, join_host(host, port), self._new_noise())
         self._state.clients.add(client)
         logger.info("client %s connected", client.address)
+
+        def leave(_: "asyncio.Future[None]") -> None:
+            if client.waiting is not None:
+                batcher.give_up(client.waiting, ConnectionClosed(None, None))
+
         closed = asyncio.ensure_future(connection.wait_closed())
-        closed.add_done_callback(functools.partial(_leave, client, batcher))
+        closed.add_done_callback(leave)
         try:
             await _send(connection, self._metadata_frame)
             await self._answer_all(client, batcher)
@@ -286,7 +298,7 @@ class PolicyServer:
             closed.cancel()
             self._state.clients.discard(client)
             if client.largest > LARGE_BYTES:
-                give_back()
+                give_memory_back()
 
     async def _answer_all(self, client: Client, batcher: Batcher) -> None:
         """Answers observations until one of them fails: openpi's protocol ends a connection with its first error."""
@@ -305,49 +317,53 @@ class PolicyServer:
             if isinstance(answer, str):
                 await connection.close(CloseCode.INTERNAL_ERROR, "the previous frame says what went wrong")
                 return
-            self._time(total=time.monotonic() - received)
+            self._state.note_times(total=time.monotonic() - received)
             client.timing["prev_total_ms"], client.busy = (time.monotonic() - received) * 1000, False
         await connection.close(CloseCode.GOING_AWAY)
 
     async def _answer(self, client: Client, batcher: Batcher, frame: str | bytes, received: float) -> bytes:
-        self._state.metrics.observations += 1
+        self._state.observations += 1
         client.observations += 1
-        observation = _read_observation(frame)
+        observation = None if isinstance(frame, str) else wire.unpack(frame, max_items=_MAX_ITEMS)
+        if not isinstance(observation, dict):
+            raise ProtocolError(
+                expected="an observation: a binary frame with a map",
+                found="a text frame" if isinstance(frame, str) else f"a {type(observation).__name__}",
+                where="the frame that the client sent",
+                next="send observations with manipi_client.WebsocketPolicy or openpi's client",
+            )
         del frame
-        if _pop(observation, RESET, "true or false", lambda value: isinstance(value, bool), default=False):
+        check_content(observation)
+        if _pop(observation, RESET, "true or false", lambda value: isinstance(value, bool), False):
             client.noise = self._new_noise()
             if not observation:
                 return wire.pack({"server_timing": client.timing})
-        limit_ms = _pop(observation, DEADLINE, "milliseconds from 0", _is_duration, default=self._limits.deadline_ms)
-        slips = self._find_slips(client, observation)
-        self._time(read=time.monotonic() - received)
+        limit_ms = _pop(observation, DEADLINE, "milliseconds from 0", _is_duration, self._limits.deadline_ms)
+        unknown: list[str] = []
+        if self._robot is not None:
+            if not self._empty_prompts:
+                require_prompt(observation, self._robot)
+            unknown = unknown_keys(observation, self._robot, client.unknown_keys)
+            for text in unknown:
+                logger.warning("client %s sends %s", client.address, text)
+        self._state.note_times(read=time.monotonic() - received)
         query = Query(observation, None if SEED in observation else next(client.noise))
         left_s = None if limit_ms is None else limit_ms / 1000 - (time.monotonic() - received)
         answer = await _in_time(client, batcher, query, left_s)
         client.timing["infer_ms"] = answer.infer_s * 1000
         began = time.monotonic()
+        slips = {"unknown_keys": unknown} if unknown else {}
         answer_frame = wire.pack({**answer.value, **slips, "server_timing": client.timing})
-        self._time(wait=answer.wait_s, infer=answer.infer_s, write=time.monotonic() - began)
+        self._state.note_times(wait=answer.wait_s, infer=answer.infer_s, write=time.monotonic() - began)
         self._state.note_answer(client, observation, answer.value.get("actions"))
         return answer_frame
-
-    def _find_slips(self, client: Client, observation: Observation) -> dict[str, list[str]]:
-        """What the answer says besides. Raises ObservationError for an empty prompt."""
-        if self._robot is None:
-            return {}
-        if not self._empty_prompts:
-            require_prompt(observation, self._robot)
-        unknown = unknown_keys(observation, self._robot, client.unknown_keys)
-        for text in unknown:
-            logger.warning("client %s sends %s", client.address, text)
-        return {"unknown_keys": unknown} if unknown else {}
 
     def _new_noise(self) -> Iterator[np.ndarray | None]:
         return self._policy.noise_stream() if isinstance(self._policy, NoisyPolicy) else itertools.repeat(None)
 
     def _compute(self, queries: Sequence[Query]) -> list[Result]:
         """In the thread of inference. An error in a batch is found again one by one, to be told to its client alone."""
-        self._state.metrics.batches += 1
+        self._state.batches += 1
         if len(queries) > 1 and isinstance(self._policy, BatchPolicy):
             try:
                 answers = self._policy.infer_batch([q.observation for q in queries], [q.noise for q in queries])
@@ -355,11 +371,12 @@ class PolicyServer:
             except Exception as error:  # noqa: BLE001 - each is tried again below.
                 said = f"{type(error).__name__}: {shown(str(error), 200)}"
                 logger.info("a batch of %d failed, each of it is computed alone: %s", len(queries), said)
-        return [_or_error(self._infer, query) for query in queries]
 
-    def _infer(self, query: Query) -> Mapping[str, Any]:
-        noise = {} if query.noise is None else {"noise": query.noise}
-        return self._keep_safe(query, self._policy.infer(query.observation, **noise))
+        def infer(query: Query) -> Mapping[str, Any]:
+            noise = {} if query.noise is None else {"noise": query.noise}
+            return self._keep_safe(query, self._policy.infer(query.observation, **noise))
+
+        return [_or_error(infer, query) for query in queries]
 
     def _keep_safe(self, query: Query, answer: Mapping[str, Any]) -> Mapping[str, Any]:
         if self._guard is None:
@@ -368,18 +385,22 @@ class PolicyServer:
         moved = {"beyond_limits": guarded.beyond_limits, "too_fast": guarded.too_fast}
         if not any(moved.values()):
             return answer
-        self._state.metrics.guarded.update(moved)
+        self._state.guarded.update(moved)
         return {**answer, "actions": guarded.actions, "guarded": moved}
-
-    def _time(self, **seconds: float) -> None:
-        for stage, duration in seconds.items():
-            self._state.metrics.stages[stage].add(duration)
 
     def _describe(self, client: Client, error: Exception) -> str:
         """The text frame for an error. Tracebacks stay in the log: paths and code are no client's business."""
         if not isinstance(error, ManipiError | ManipiClientError):
             incident = secrets.token_hex(4)
-            logger.error("inference failed (id %s)\n%s", incident, _traceback(error))
+            text = "".join(traceback.format_exception(error))
+            if len(text) > 20_000:
+                text = f"{text[:10_000]}\n...\n{text[-10_000:]}"
+            lines = text.splitlines()
+            if len(lines) > 200:
+                lines = [*lines[:100], "...", *lines[-100:]]
+            # Every line is marked: the error's message may hold lines that a client sent.
+            marked = "\n".join(f"    | {one_line(line, 500)}" for line in lines)
+            logger.error("inference failed (id %s)\n%s", incident, marked)
             error = PolicyFailure(
                 expected="an action chunk",
                 found=f"{type(error).__name__} (id {incident})",
@@ -429,19 +450,8 @@ async def _in_time(client: Client, batcher: Batcher, query: Query, left_s: float
             raise answer
         return answer
     finally:
-        # The error's traceback knows this frame, whose variables would keep it and the observation until a collection.
+        # The error's traceback refers to this frame: its variables would keep both until a collection.
         del answer, waiting
-
-
-def _traceback(error: BaseException) -> str:
-    """Where an error was raised. Every line is marked: its message may hold lines that a client sent."""
-    text = "".join(traceback.format_exception(error))
-    if len(text) > 20_000:
-        text = f"{text[:10_000]}\n...\n{text[-10_000:]}"
-    lines = text.splitlines()
-    if len(lines) > 200:
-        lines = [*lines[:100], "...", *lines[-100:]]
-    return "\n".join(f"    | {one_line(line, 500)}" for line in lines)
 
 
 def _late() -> DeadlineError:
@@ -453,29 +463,11 @@ def _late() -> DeadlineError:
     )
 
 
-def _leave(client: Client, batcher: Batcher, _: "asyncio.Future[None]") -> None:
-    if client.waiting is not None:
-        batcher.give_up(client.waiting, ConnectionClosed(None, None))
-
-
 def _or_error(function: Callable[..., Mapping[str, Any]], *arguments: Any) -> Result:
     try:
         return function(*arguments)
     except Exception as error:  # noqa: BLE001 - it is one client's answer.
         return error
-
-
-def _read_observation(frame: str | bytes) -> dict[str, Any]:
-    observation = None if isinstance(frame, str) else wire.unpack(frame, max_items=_MAX_ITEMS)
-    if not isinstance(observation, dict):
-        raise ProtocolError(
-            expected="an observation: a binary frame with a map",
-            found="a text frame" if isinstance(frame, str) else f"a {type(observation).__name__}",
-            where="the frame that the client sent",
-            next="send observations with manipi_client.WebsocketPolicy or openpi's client",
-        )
-    check_content(observation)
-    return observation
 
 
 def _pop(observation: dict[str, Any], key: str, expected: str, allowed: Callable[[Any], bool], default: Any) -> Any:
@@ -490,4 +482,33 @@ def _pop(observation: dict[str, Any], key: str, expected: str, allowed: Callable
 
 
 def _is_duration(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+# Memory of a process that serves for months; all of it concerns the whole process. The C library is Linux's (glibc) -
+
+
+def reuse_freed_memory() -> None:
+    """Blocks that a message and its copies have filled are filled again by the next one.
+
+    The library otherwise gives each back to the system as soon as it is free, and every call begins with some hundred
+    page faults. These are the thresholds that it comes to itself once a block of 32 MiB has been freed.
+    """
+    library, largest, trim_threshold, mmap_threshold = _c_library(), 32 * 2**20, -1, -3  # of mallopt(3)
+    if hasattr(library, "mallopt"):
+        library.mallopt(mmap_threshold, largest)
+        library.mallopt(trim_threshold, 2 * largest)
+
+
+def give_memory_back() -> None:
+    """Returns what is free to the system, as after a message that was far larger than the others.
+
+    The free end of another thread's heap stays, which has at most 64 MiB.
+    """
+    library = _c_library()
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
+def _c_library() -> Any:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -23,11 +23,9 @@ from manipi_client.errors import (
 
 if TYPE_CHECKING:
     from manipi_client.aio import AsyncWebsocketPolicy
-    from manipi_client.broker import ActionChunkBroker
+    from manipi_client.broker import ActionChunkBroker, Policy
     from manipi_client.client import WebsocketPolicy
-    from manipi_client.motion import Motion, MotionMeter
-    from manipi_client.policy import Policy
-    from manipi_client.realtime import RealTimeBroker
+    from manipi_client.realtime import Motion, MotionMeter, RealTimeBroker
     from manipi_client.runtime import Agent, Environment, PolicyAgent, Runtime, Subscriber
 
 __version__ = "0.1.0"
@@ -60,13 +58,10 @@ __all__ = [
 ]
 
 _MODULES = {
-    "ActionChunkBroker": "broker",
+    **dict.fromkeys(("ActionChunkBroker", "Policy"), "broker"),
     "AsyncWebsocketPolicy": "aio",
-    "Motion": "motion",
-    "MotionMeter": "motion",
-    "RealTimeBroker": "realtime",
+    **dict.fromkeys(("Motion", "MotionMeter", "RealTimeBroker"), "realtime"),
     "WebsocketPolicy": "client",
-    "Policy": "policy",
     **dict.fromkeys(("Agent", "Environment", "PolicyAgent", "Runtime", "Subscriber"), "runtime"),
 }
 

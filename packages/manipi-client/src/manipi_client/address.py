@@ -1,14 +1,25 @@
-"""Where a policy server is, from what a user writes down; TLS, and what answers there instead."""
+"""Which server: its address as a user writes it down, TLS, and whether it still serves the same policy.
+
+A server that was connected again is compared by what it says about itself:
+
+    robot, action_space, action_dim, control_hz     have to be the same, always
+    everything else (checkpoint, model, step, …)    has to be the same, unless another checkpoint is allowed
+
+openpi's server says whatever its operator gave it; that is compared in the same way.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 import ssl
 from os import PathLike
+from typing import Any, List, Mapping
 from urllib.parse import urlsplit
 
-from manipi_client.errors import ConnectError, one_line, shown
+from manipi_client import wire
+from manipi_client.errors import ConnectError, PolicyChanged, one_line, shown
 
 _SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 
@@ -16,6 +27,16 @@ _LOOK_SECONDS = 2.0
 
 # OpenSSL's numbers for a certificate whose signer is not known, and for one of another name.
 _UNKNOWN_SIGNER, _OTHER_NAME = (18, 19, 20, 21), (62, 64)
+
+_OF_THE_ROBOT = ("robot", "action_space", "action_dim", "control_hz")
+
+_OF_TRAINING = ("default_prompt", "dataset_keys")
+"""What a robot's description says of data and recipe; another checkpoint of the same robot may have another."""
+
+_SHOWN, _DEEPEST = 4, 8
+
+_NONE = object()
+"""Stands for a key that metadata lack."""
 
 
 def read_address(host: str, port: int | None, *, secure: bool = False) -> str:
@@ -35,7 +56,10 @@ def read_address(host: str, port: int | None, *, secure: bool = False) -> str:
             raise ValueError("no text")
         scheme, separator, rest = host.strip().rpartition("://")
         scheme = _SCHEMES[scheme.lower()] if separator else "wss" if secure else "ws"
-        parts = urlsplit(f"{scheme}://{f'[{rest}]' if not separator and _is_ipv6(rest) else rest}")
+        if not separator:
+            with contextlib.suppress(ValueError):  # it is no bare IP address
+                rest = f"[{rest}]" if ipaddress.ip_address(rest.partition("%")[0]).version == 6 else rest
+        parts = urlsplit(f"{scheme}://{rest}")
         if port is not None and parts.port is None:
             parts = parts._replace(netloc=f"{parts.netloc.rstrip(':')}:{port}")
         if not parts.hostname or parts.port == 0 or parts.fragment or any(c.isspace() for c in parts.netloc):
@@ -128,8 +152,51 @@ def other_scheme(uri: str, seconds: float) -> str | None:
         return None
 
 
-def _is_ipv6(text: str) -> bool:
-    try:
-        return ipaddress.ip_address(text.partition("%")[0]).version == 6
-    except ValueError:
-        return False
+# The same policy again ------------------------------------------------------------------------------------------------
+
+
+def require_same(before: Mapping[str, Any], now: Mapping[str, Any], uri: str, *, allow_new_checkpoint: bool) -> None:
+    """Compares two servers' metadata. Raises PolicyChanged, which names what is different."""
+    if robot := differences(_robot(before), _robot(now)):
+        raise policy_changed(robot, uri, robot=True)
+    if not allow_new_checkpoint and (checkpoint := differences(before, now)):
+        raise policy_changed(checkpoint, uri, robot=False)
+
+
+def policy_changed(changes: List[str], uri: str, *, robot: bool) -> PolicyChanged:
+    """The error for these differences, of the robot or of the checkpoint alone."""
+    next = (
+        "serve the former checkpoint; allow_new_checkpoint=True lets a client go on with another one of the same robot"
+    )
+    if robot:
+        next = "start the server of this robot again; a run with another robot needs a new client"
+    more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
+    return PolicyChanged(
+        expected=f"the {'robot' if robot else 'policy'} that this client began with",
+        found=f"another {'robot or action space' if robot else 'policy'}: {'; '.join(changes[:_SHOWN])}{more}",
+        where=f"{uri}, connected again",
+        next=next,
+    )
+
+
+def differences(before: Any, now: Any, name: str = "", depth: int = 0) -> List[str]:
+    """What is different in two values of metadata, each as a short text with the name of the key."""
+    if depth < _DEEPEST and isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = [*before, *(key for key in now if key not in before)]
+        named = [(one_line(f"{name}.{key}" if name else str(key), 80), key) for key in keys]
+        inner = [(label, before.get(key, _NONE), now.get(key, _NONE)) for label, key in named]
+        return [text for label, one, other in inner for text in differences(one, other, label, depth + 1)]
+    if depth < _DEEPEST and isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = enumerate(zip(before, now))
+        return [text for i, (one, other) in pairs for text in differences(one, other, f"{name}[{i}]", depth + 1)]
+    if before is not _NONE and now is not _NONE and wire.pack(before) == wire.pack(now):
+        return []
+    is_now, was = ("not told" if value is _NONE else shown(value) for value in (now, before))
+    return [f"{name} is {is_now}, was {was}"]
+
+
+def _robot(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    told = {key: metadata[key] for key in _OF_THE_ROBOT if key in metadata}
+    if isinstance(told.get("robot"), Mapping):
+        told["robot"] = {key: value for key, value in told["robot"].items() if key not in _OF_TRAINING}
+    return told

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from os import PathLike
-from typing import Any, Dict, Iterator, Mapping
+from typing import Any, Dict, Mapping
 
 import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
@@ -38,7 +38,9 @@ from manipi_client.address import (
     certificate_advice,
     open_socket,
     other_scheme,
+    policy_changed,
     read_address,
+    require_same,
     tls_context,
     without_password,
 )
@@ -55,7 +57,6 @@ from manipi_client.errors import (
     one_line,
     shown,
 )
-from manipi_client.identity import policy_changed, require_same
 from manipi_client.keys import DEADLINE
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ _NO_KEEPALIVE_NO_PROXY: dict[str, Any] = (
 # Before Python 3.10 a socket's timeout is not a TimeoutError.
 _TIMEOUTS = (TimeoutError, socket.timeout)
 
-# A port that nobody listens on, or a tunnel or container proxy in front of a server that has not started.
+# A port that no program listens on, or a tunnel or container proxy in front of a server that has not started.
 _HUNG_UP = (EOFError, ConnectionResetError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 _NOT_UP_YET = (ConnectionError, ConnectionClosed, *_HUNG_UP, *_TIMEOUTS)
 
@@ -198,7 +199,7 @@ class WebsocketPolicy:
             try:
                 answer = self._ask(frame, seconds, end)
             except ConnectionLost as lost:
-                # A server that stops has answered what it read; its farewell and this observation crossed on their way.
+                # A server that stops has answered what it read; its close frame and this observation crossed.
                 if _close_code(lost.__cause__) not in _GOING_AWAY or self._interrupted.is_set():
                     raise
                 answer = self._ask(frame, seconds, end)
@@ -239,27 +240,32 @@ class WebsocketPolicy:
         connection = self._open_connection()
         if time.monotonic() >= end:
             raise self._inference_timeout(seconds, "a connection, made only after that; nothing was sent")
+        deadline = time.monotonic() + seconds
         try:
-            return self._exchange(connection, frame, seconds)
-        except BaseException:
+            _limit_sends(connection.socket, max(seconds, 0.001))  # 0 would be no limit.
+            if len(frame) <= _FRAGMENT_BYTES:
+                connection.send(frame)
+            else:
+                starts = range(0, len(frame), _FRAGMENT_BYTES)
+                connection.send(frame[start : start + _FRAGMENT_BYTES] for start in starts)
+            return self._read_map(connection.recv(timeout=max(0.0, deadline - time.monotonic())))
+        except BaseException as error:
+            late = time.monotonic() >= deadline
             # Also after Ctrl-C: the answer that is under way must not be read as the next one's.
             self._disconnect()
-            raise
-
-    def _exchange(self, connection: ClientConnection, frame: memoryview, seconds: float) -> dict[str, Any]:
-        deadline = time.monotonic() + seconds
-        _limit_sends(connection.socket, max(seconds, 0.001))  # 0 would be no limit.
-        try:
-            connection.send(frame if len(frame) <= _FRAGMENT_BYTES else _fragments(frame))
-            answer = connection.recv(timeout=max(0.0, deadline - time.monotonic()))
-        except _TIMEOUTS as error:
-            raise self._inference_timeout(seconds) from error
-        except ConnectionClosed as error:
-            # The send limit of `_limit_sends`, which websockets 13 hides behind its own for closing.
-            if isinstance(error.__cause__, BlockingIOError) or (error.rcvd is None and time.monotonic() >= deadline):
+            if isinstance(error, _TIMEOUTS):
                 raise self._inference_timeout(seconds) from error
-            raise self._connection_lost(error) from error
-        return self._read_map(answer)
+            if not isinstance(error, ConnectionClosed):
+                raise
+            # The send limit of `_limit_sends`, which websockets 13 hides behind its own for closing.
+            if isinstance(error.__cause__, BlockingIOError) or (error.rcvd is None and late):
+                raise self._inference_timeout(seconds) from error
+            raise ConnectionLost(
+                expected="actions",
+                found=f"a closed connection: {_text(error.__cause__ or error)}",
+                where=self._uri,
+                next=_CLOSE_ADVICE.get(_close_code(error), "look at the server's log, then ask again"),
+            ) from error
 
     def _open_connection(self) -> ClientConnection:
         if self._connection is None or self._connection.protocol.state is not State.OPEN:
@@ -288,7 +294,13 @@ class WebsocketPolicy:
                 if attempt == 0 and isinstance(error, _HUNG_UP) and not self._interrupted.is_set():
                     self._require_scheme(error, deadline)
                 if time.monotonic() + backoff(attempt) > deadline or self._interrupted.is_set():
-                    raise self._connect_timeout_error(error) from error
+                    raise ConnectTimeout(
+                        expected=f"a policy server within {self._connect_timeout:g} s",
+                        found=_text(error),
+                        where=self._uri,
+                        next="start the server, or wait until it is ready; check host and port, or raise "
+                        "connect_timeout",
+                    ) from error
             self._interrupted.wait(backoff(attempt))
 
     def _handshake(self, deadline: float) -> ClientConnection:
@@ -388,14 +400,6 @@ class WebsocketPolicy:
             )
         return value
 
-    def _connect_timeout_error(self, error: BaseException) -> ConnectTimeout:
-        return ConnectTimeout(
-            expected=f"a policy server within {self._connect_timeout:g} s",
-            found=_text(error),
-            where=self._uri,
-            next="start the server, or wait until it is ready; check host and port, or raise connect_timeout",
-        )
-
     def _inference_timeout(
         self, seconds: float, found: str = "no answer; the connection is now closed, and the next call opens another"
     ) -> InferenceTimeout:
@@ -404,14 +408,6 @@ class WebsocketPolicy:
             found=found,
             where=self._uri,
             next="look at the server's log; raise request_timeout (or deadline) if its first inference compiles",
-        )
-
-    def _connection_lost(self, error: ConnectionClosed) -> ConnectionLost:
-        return ConnectionLost(
-            expected="actions",
-            found=f"a closed connection: {_text(error.__cause__ or error)}",
-            where=self._uri,
-            next=_CLOSE_ADVICE.get(_close_code(error), "look at the server's log, then ask again"),
         )
 
 
@@ -423,10 +419,6 @@ def _close_code(error: BaseException | None) -> int:
 def _text(told: object) -> str:
     """What an error or a server says, on one line of bounded length."""
     return one_line(str(told) or type(told).__name__, 200)
-
-
-def _fragments(frame: memoryview) -> Iterator[memoryview]:
-    return (frame[start : start + _FRAGMENT_BYTES] for start in range(0, len(frame), _FRAGMENT_BYTES))
 
 
 def backoff(attempt: int) -> float:

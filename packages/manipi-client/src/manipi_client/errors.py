@@ -34,7 +34,7 @@ def shown(value: object, limit: int = 80) -> str:
 
     Time and memory do not grow with the value. Texts, bytes and containers that are longer are cut and end in "...".
     Arrays are shown by type and shape, objects of other kinds by their type. Control characters, also escape codes and
-    the line breaks of Unicode, are written as escapes, so that what a stranger sent cannot forge a line of a log.
+    the line breaks of Unicode, are written as escapes, so that what another program sent cannot forge a line of a log.
     """
     return one_line(_head(value, limit, depth=3), limit)
 

@@ -66,23 +66,20 @@ class FakePolicyServer:
         try:
             connection.send(wire.pack(self._metadata))
             while True:
-                self._answer(connection)
+                frame = connection.recv()
+                try:
+                    observation = wire.unpack(frame)  # type: ignore[arg-type]
+                    self.observations.append(observation)
+                    seconds = self._delay_s(len(self.observations)) if callable(self._delay_s) else self._delay_s
+                    time.sleep(seconds)
+                    timing = {"infer_ms": seconds * 1000}
+                    answer: str | bytes = wire.pack({**self._infer(observation), "server_timing": timing})
+                except Exception:  # noqa: BLE001 - whatever a test's function raises is the answer.
+                    answer = traceback.format_exc()
+                connection.send(answer)
+                if isinstance(answer, str):
+                    connection.close(1011, "Internal server error. Traceback included in previous frame.")
         except ConnectionClosed:
             pass
         finally:
             self._connections.discard(connection)
-
-    def _answer(self, connection: ServerConnection) -> None:
-        frame = connection.recv()
-        try:
-            observation = wire.unpack(frame)  # type: ignore[arg-type]
-            self.observations.append(observation)
-            seconds = self._delay_s(len(self.observations)) if callable(self._delay_s) else self._delay_s
-            time.sleep(seconds)
-            timing = {"infer_ms": seconds * 1000}
-            answer: str | bytes = wire.pack({**self._infer(observation), "server_timing": timing})
-        except Exception:  # noqa: BLE001 - whatever a test's function raises is the answer.
-            answer = traceback.format_exc()
-        connection.send(answer)
-        if isinstance(answer, str):
-            connection.close(1011, "Internal server error. Traceback included in previous frame.")

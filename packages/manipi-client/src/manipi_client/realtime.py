@@ -1,4 +1,4 @@
-"""One action per control step from a policy that is asked while the robot moves.
+"""One action per control step from a policy that is asked while the robot moves, and how smooth that is.
 
     control loop   0    1    2    3    4    5    6    7    8        one `infer` per step, which does not wait
                    │              │         │
@@ -20,11 +20,20 @@ still are not among them: its plan goes on where it stopped, however long that w
 
     step           0    1    2    3    4    5    6    7    8
     executed       a0   a1   a2   a3   ──   ──   ──   b2   b3      asked at step 2, answered at step 7, H = 4
+
+What `MotionMeter` measures, in memory that does not grow:
+
+    action      ─ ─ ─ ─┐         seam: the executed action comes from another chunk than the one before
+                       └─ ─ ─    jump: how far the command moves there
+    observation  ●─────────►     reaction: how old the observation behind an executed action is
+
+Shape letter: A action dimensions.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,12 +42,10 @@ from typing import Any, Callable, Deque, Mapping
 
 import numpy as np
 
-from manipi_client.chunks import Chunk, ChunkQueue, read_chunk
+from manipi_client.broker import Chunk, ChunkQueue, Policy, read_chunk
 from manipi_client.client import backoff
 from manipi_client.errors import AccessDenied, InputError, PolicyChanged, PolicyServerError, shown
 from manipi_client.keys import DELAY, PREVIOUS, STEP
-from manipi_client.motion import Motion, MotionMeter
-from manipi_client.policy import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +54,87 @@ JOINS = ("synchronous", "asynchronous", "ensemble", "real_time")
 _DELAYS_KEPT = 10
 
 OnStarvation = Callable[[Mapping[str, Any], np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What was measured, [A] in the robot's units for what depends on the dimension."""
+
+    steps: int
+    starved_steps: int
+    """Steps for which there was no action in time."""
+    seams: int
+    seam_jump: np.ndarray
+    """The largest change of the command at a seam."""
+    seam_change: np.ndarray
+    """The mean change at seams."""
+    step_change: np.ndarray
+    """The mean change from a step to the next of the same chunk, to compare with."""
+    jerk: np.ndarray
+    """The mean third difference of the commands, per step³."""
+    reaction_s: float
+    """The mean age of the observation behind an executed action, when it was handed out."""
+    reaction_max_s: float
+
+
+class MotionMeter:
+    """Takes every executed action in turn."""
+
+    def __init__(self) -> None:
+        self._last: list[np.ndarray] = []
+        self._chunk: int | None = None
+        self._steps = self._starved = self._seams = self._inner = self._jerks = self._reactions = 0
+        self._jump = self._seam_sum = self._inner_sum = self._jerk_sum = np.zeros(())
+        self._reaction_sum, self._reaction_max = 0.0, math.nan
+
+    def add(self, action: np.ndarray, chunk: int | None, age_s: float = math.nan) -> None:
+        """An executed action [A].
+
+        Args:
+            chunk: tells chunks apart; None: the robot had none, and starved. Its jump counts when it has one again.
+            age_s: of the observation behind the action.
+        """
+        action = np.asarray(action, np.float64)
+        if self._last and chunk is not None:
+            change = np.abs(action - self._last[-1])
+            if chunk != self._chunk:
+                self._seams += 1
+                self._seam_sum, self._jump = self._seam_sum + change, np.maximum(self._jump, change)
+            else:
+                self._inner += 1
+                self._inner_sum = self._inner_sum + change
+        if len(self._last) == 3:
+            first, second, third = self._last
+            self._jerk_sum = self._jerk_sum + np.abs(action - 3 * third + 3 * second - first)
+            self._jerks += 1
+        self._last, self._chunk = [*self._last[-2:], action], self._chunk if chunk is None else chunk
+        self._steps += 1
+        self._starved += chunk is None
+        if not math.isnan(age_s):
+            self._reaction_sum, self._reactions = self._reaction_sum + age_s, self._reactions + 1
+            self._reaction_max = max(age_s, self._reaction_max) if self._reactions > 1 else age_s
+
+    def begin_episode(self) -> None:
+        """The next action does not continue the last one."""
+        self._last, self._chunk = [], None
+
+    def read(self) -> Motion:
+        """What was measured so far; NaN where there was nothing to measure."""
+        return Motion(
+            steps=self._steps,
+            starved_steps=self._starved,
+            seams=self._seams,
+            seam_jump=self._jump,
+            seam_change=_mean(self._seam_sum, self._seams),
+            step_change=_mean(self._inner_sum, self._inner),
+            jerk=_mean(self._jerk_sum, self._jerks),
+            reaction_s=self._reaction_sum / self._reactions if self._reactions else math.nan,
+            reaction_max_s=self._reaction_max,
+        )
+
+
+def _mean(total: np.ndarray, count: int) -> np.ndarray:
+    return total / count if count else np.full(total.shape, np.nan)
 
 
 @dataclass
@@ -145,15 +233,26 @@ class RealTimeBroker:
                 failure to connect is a server that is not up yet.
         """
         self._take_answer()
-        if self._should_ask():
+        newest = self._queue.newest
+        due = newest is None or self._step - newest.step >= self._execute_steps
+        if due and self._question is None and time.monotonic() >= self._ask_after:
             self._ask(observation)
         if self._last_action is None or self._join == "synchronous":
             self.wait()
-        action = self._queue.action(self._executed)
-        starved = action is None
-        if action is None:
-            action = self._starve(observation)
-        self._hand_out(action, starved=starved)
+        action, newest = self._queue.action(self._executed), self._queue.newest
+        starved = action is None or newest is None
+        if action is None or newest is None:
+            assert self._last_action is not None, "the first action waits for the policy"
+            action = self._last_action
+            if self._on_starvation is not None:
+                action = np.asarray(self._on_starvation(observation, action))
+            if self.state != "starved":
+                logger.warning("no action in time at step %d: %s", self._step, self.error or "the policy is late")
+            self._meter.add(action, None)
+        else:
+            self._meter.add(action, newest.step, time.monotonic() - newest.observed_at)
+        self.state, self._last_action = "starved" if starved else "running", action
+        self._step, self._executed = self._step + 1, self._executed + (not starved)
         return {"actions": action, "starved": starved}
 
     def wait(self) -> None:
@@ -182,14 +281,6 @@ class RealTimeBroker:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # ---- asking
-
-    def _should_ask(self) -> bool:
-        if self._question is not None or time.monotonic() < self._ask_after:
-            return False
-        newest = self._queue.newest
-        return newest is None or self._step - newest.step >= self._execute_steps
-
     def _ask(self, observation: Mapping[str, Any]) -> None:
         left, observation = self._queue.left(self._executed), {**observation, STEP: self._step}
         if self._join == "real_time" and len(left):
@@ -206,24 +297,13 @@ class RealTimeBroker:
         try:
             answer = question.answer.result()
         except PolicyServerError as error:
-            self._fail(error)
+            if self._last_action is None or isinstance(error, (AccessDenied, PolicyChanged)):
+                raise
+            logger.warning("the policy failed; it will be asked again\n%s", error)
+            self._timed, self.error = False, error
+            self._ask_after = time.monotonic() + backoff(self._failures)
+            self._failures += 1
             return
-        self._check_real_time()
-        self._actions = read_chunk(answer, self._execute_steps, self._actions)
-        self._queue.add(Chunk(self._actions, question.executed, question.step, question.observed_at))
-        if self._timed:
-            self.delays.append(self._executed - question.executed)
-        self._timed, self._failures, self.error = True, 0, None
-
-    def _fail(self, error: PolicyServerError) -> None:
-        if self._last_action is None or isinstance(error, (AccessDenied, PolicyChanged)):
-            raise error
-        logger.warning("the policy failed; it will be asked again\n%s", error)
-        self._timed, self.error = False, error
-        self._ask_after = time.monotonic() + backoff(self._failures)
-        self._failures += 1
-
-    def _check_real_time(self) -> None:
         if self._join == "real_time" and not self._policy.metadata.get("real_time"):
             raise InputError(
                 expected="a policy that goes on from a previous chunk: `real_time` in the server's metadata",
@@ -231,23 +311,8 @@ class RealTimeBroker:
                 where="RealTimeBroker(join='real_time')",
                 next="serve a flow policy (π0, π0.5) with `manipi serve`, or use join='asynchronous' or 'ensemble'",
             )
-
-    # ---- acting
-
-    def _starve(self, observation: Mapping[str, Any]) -> np.ndarray:
-        assert self._last_action is not None, "the first action waits for the policy"
-        if self._on_starvation is None:
-            return self._last_action
-        return np.asarray(self._on_starvation(observation, self._last_action))
-
-    def _hand_out(self, action: np.ndarray, *, starved: bool) -> None:
-        state = "starved" if starved else "running"
-        if starved and self.state != "starved":
-            logger.warning("no action in time at step %d: %s", self._step, self.error or "the policy is late")
-        self.state, self._last_action = state, action
-        newest = self._queue.newest
-        if starved or newest is None:
-            self._meter.add(action, None)
-        else:
-            self._meter.add(action, newest.step, time.monotonic() - newest.observed_at)
-        self._step, self._executed = self._step + 1, self._executed + (not starved)
+        self._actions = read_chunk(answer, self._execute_steps, self._actions)
+        self._queue.add(Chunk(self._actions, question.executed, question.step, question.observed_at))
+        if self._timed:
+            self.delays.append(self._executed - question.executed)
+        self._timed, self._failures, self.error = True, 0, None

@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any, Mapping, Sequence
 
-from manipi_client.policy import Policy
+from manipi_client.broker import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,11 @@ class Runtime:
         num_steps = 0
         next_step_time = time.monotonic()
         while not self._episode_complete.is_set():
-            self._step()
+            observation = self._environment.get_observation()
+            action = self._agent.get_action(observation)
+            self._environment.apply_action(action)
+            for subscriber in self._subscribers:
+                subscriber.on_step(observation, action)
             num_steps += 1
             if num_steps == self._max_episode_steps or self._environment.is_episode_complete():
                 self.mark_episode_complete()
@@ -142,10 +146,3 @@ class Runtime:
         logger.info("episode complete after %d steps", num_steps)
         for subscriber in self._subscribers:
             subscriber.on_episode_end()
-
-    def _step(self) -> None:
-        observation = self._environment.get_observation()
-        action = self._agent.get_action(observation)
-        self._environment.apply_action(action)
-        for subscriber in self._subscribers:
-            subscriber.on_step(observation, action)

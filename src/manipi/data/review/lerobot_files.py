@@ -154,13 +154,13 @@ def _absent(index: LeRobotIndex, root: Path, keys: Collection[str]) -> Iterator[
 
     A finding about no feature in particular is about all tables, without which nothing can be looked into.
     """
-    everyone, where = tuple(e.index for e in index.episodes), str(root / "meta/info.json")
+    numbers, where = tuple(e.index for e in index.episodes), str(root / "meta/info.json")
     fetch = f"hf download <dataset> --repo-type dataset --local-dir {quoted(root)}  # fetches what is missing"
     tables = list(dict.fromkeys(index.tables))
     if not any(path.is_file() for path in tables):
         strays = sorted((root / "data").rglob("*.parquet"))
         what = f"{_nothing_at(tables)}, to which data_path leads{_of_no_episode(strays)}"
-        yield error("tables", what, f"correct data_path in {where}" if strays else fetch, everyone, where=where)
+        yield error("tables", what, f"correct data_path in {where}" if strays else fetch, numbers, where=where)
         return
     of_videos = {key for key in keys if index.features[key].dtype == "video"}
     videos = {key: {clip.path for clip in index.clips.get(key, ())} for key in of_videos}
@@ -176,7 +176,7 @@ def _absent(index: LeRobotIndex, root: Path, keys: Collection[str]) -> Iterator[
             if len(empty) < len(videos):
                 advice = f"name the feature in {where} as its folder is named, or the folder as the feature"
         what = f"no file has pictures of {', '.join(empty)}: {found}{_of_no_episode(strays)}"
-        yield error("pictures", what, advice, everyone, where=where, features=empty)
+        yield error("pictures", what, advice, numbers, where=where, features=empty)
     # Columns that no table has, of those that can be read.
     named, absent = list[str](), set(keys) - of_videos - {*NUMBERING, *ROW_COLUMNS}
     for path in tables:
@@ -189,7 +189,7 @@ def _absent(index: LeRobotIndex, root: Path, keys: Collection[str]) -> Iterator[
         what = f"expected the columns {listed([key])}; found only {listed(named)}"
         advice = f"{leave_out(root, key)}  # or take it out of {where}"
         place = f"{tables[0]}" + (f", and {len(tables) - 1} more" if len(tables) > 1 else "")
-        yield error("tables", what, advice, everyone, where=place, features=(key,))
+        yield error("tables", what, advice, numbers, where=place, features=(key,))
 
 
 def _nothing_at(paths: list[Path]) -> str:

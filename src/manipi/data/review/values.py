@@ -227,9 +227,9 @@ def find_leaps(dataset: Dataset, signal: Signal) -> list[Leaps]:
     for wrap in wraps:
         alone_Nd[wrap.rows, wrap.dims[0]] = wrap.left
     found = list[Leaps]()
-    for size, look in ((4, _quaternion), (3, _rotation_vector)):
+    for size in (4, 3):
         spans = [tuple(range(d, d + size)) for d in range(values_Nd.shape[1] - size + 1)]
-        leaps = [leap for span in spans if (leap := look(values_Nd[:, span], span, inside_N))]
+        leaps = [leap for span in spans if (leap := _sign_changes(values_Nd[:, span], span, inside_N))]
         # A rotation vector along one axis leaps as an angle does: whatever explains more of the steps is what it is.
         others = [np.linalg.norm(alone_Nd[leap.rows][:, leap.dims], axis=1).sum() for leap in leaps]
         leaps = [leap for leap, other in zip(leaps, others, strict=True) if leap.left.sum() < other]
@@ -256,25 +256,21 @@ def _wraps(values_N: np.ndarray, d: int, inside_N: np.ndarray) -> Leaps | None:
     return None
 
 
-def _rotation_vector(v_N3: np.ndarray, dims: tuple[int, ...], inside_N: np.ndarray) -> Leaps | None:
-    length_N1 = np.linalg.norm(v_N3, axis=1, keepdims=True)
-    if length_N1.max() > (1 + 2 * SLACK) * math.pi:
+def _sign_changes(values_Nk: np.ndarray, dims: tuple[int, ...], inside_N: np.ndarray) -> Leaps | None:
+    """Of a quaternion where there are four dimensions, of a rotation vector where there are three."""
+    length_N1 = np.linalg.norm(values_Nk, axis=1, keepdims=True)
+    if len(dims) == 4 and np.abs(length_N1 - 1).max() <= SLACK:
+        what, form, large = "a quaternion, whose negative is the same rotation", "quat_xyzw", 1.5
+        other_Nk = -values_Nk
+    elif len(dims) == 3 and length_N1.max() <= (1 + 2 * SLACK) * math.pi:
+        what, form, large = "a rotation vector near a half turn", "rotvec", 1.5 * math.pi
+        safe_N1 = np.maximum(length_N1, 1e-9)
+        other_Nk = -values_Nk * (2 * math.pi - safe_N1) / safe_N1
+    else:
         return None
-    safe_N1 = np.maximum(length_N1, 1e-9)
-    other_N3 = -v_N3 * (2 * math.pi - safe_N1) / safe_N1
-    step_N, left_N = _steps(v_N3, v_N3), _steps(v_N3, other_N3)
-    rows = _leaping(step_N > 1.5 * math.pi, left_N, step_N, 2 * math.pi, inside_N)
-    what = "change their sign together: they are a rotation vector near a half turn"
-    return Leaps(what, "rotvec", dims, rows, left_N[rows]) if rows.size else None
-
-
-def _quaternion(q_N4: np.ndarray, dims: tuple[int, ...], inside_N: np.ndarray) -> Leaps | None:
-    if np.abs(np.linalg.norm(q_N4, axis=1) - 1).max() > SLACK:
-        return None
-    step_N, left_N = _steps(q_N4, q_N4), _steps(q_N4, -q_N4)
-    rows = _leaping(step_N > 1.5, left_N, step_N, 2 * math.pi, inside_N)
-    what = "change their sign together: they are a quaternion, whose negative is the same rotation"
-    return Leaps(what, "quat_xyzw", dims, rows, left_N[rows]) if rows.size else None
+    step_N, left_N = _steps(values_Nk, values_Nk), _steps(values_Nk, other_Nk)
+    rows = _leaping(step_N > large, left_N, step_N, 2 * math.pi, inside_N)
+    return Leaps(f"change their sign together: they are {what}", form, dims, rows, left_N[rows]) if rows.size else None
 
 
 def _steps(values_Nk: np.ndarray, before_Nk: np.ndarray) -> np.ndarray:
