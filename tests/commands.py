@@ -1,13 +1,10 @@
 """`manipi` as its users run it, without the seconds that importing torch takes each time.
 
-    tests ── fork server, which has imported torch ── fork ── manipi ARGUMENTS ── spawn ── its workers and writer
-
 What runs is a process of its own: own group, folder, environment, streams, signals and exit code. Whether a command
 starts from nothing at all, and without torch, is for tests/cli/test_command_line.py.
 """
 
 import importlib
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -16,9 +13,7 @@ import tempfile
 import weakref
 from pathlib import Path
 
-FORKS = multiprocessing.get_context("forkserver")
-"""Makes processes that have imported already what every one of the tests' own would import for seconds."""
-FORKS.set_forkserver_preload(["tests.train.ranks", "manipi.cli.train", "torch._dynamo", "matplotlib.pyplot"])
+from tests.forks import FORKS
 
 
 class Command:

@@ -1,6 +1,8 @@
 """A learnable toy dataset, and training configs so small that a run takes a second."""
 
 import gc
+import hashlib
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+from filelock import FileLock
+from tests.forks import PYTHONS, spawn_by_forking
 from tests.interrupt import interruptible
 from tests.skips import pytest_sessionfinish, pytest_terminal_summary
 
@@ -23,6 +27,8 @@ from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig, Valida
 from manipi.train.loop import train
 
 __all__ = ["interruptible", "pytest_sessionfinish", "pytest_terminal_summary"]
+
+spawn_by_forking()
 
 # Examples have no deadline: timings are no tests.
 hypothesis.settings.register_profile("manipi", deadline=None)
@@ -55,18 +61,40 @@ def toy_episodes() -> list[dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="session")
-def toy_dataset(toy_episodes, tmp_path_factory) -> Path:
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`once(name, make)` is a folder that `make` was called with, once for all processes of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = root / name, root / f"{name}.made"
+        root.mkdir(exist_ok=True)
+        with FileLock(root / f"{name}.lock"):
+            if not made.exists():
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def toy_dataset(toy_episodes, once) -> Path:
     """A LeRobot dataset for the robot `tabletop`; tests that change it take a copy."""
     features = {
         "observation/image": Feature(kind="image", shape=(IMAGE_SIZE, IMAGE_SIZE, 3), dtype="video"),
         "observation/state": Feature(kind="vector", shape=(4,), dtype="float32"),
         "actions": Feature(kind="vector", shape=(4,), dtype="float32"),
     }
-    root = tmp_path_factory.mktemp("toy") / "dataset"
-    with LeRobotWriter(root, fps=10, features=features, robot_type=TABLETOP.name, pix_fmt="yuv444p") as writer:
-        for episode in toy_episodes:
-            writer.add_episode(episode, task="reach it")
-    return root
+
+    def write(folder: Path) -> None:
+        settings = {"fps": 10, "features": features, "robot_type": TABLETOP.name, "pix_fmt": "yuv444p"}
+        with LeRobotWriter(folder / "dataset", **settings) as writer:
+            for episode in toy_episodes:
+                writer.add_episode(episode, task="reach it")
+
+    return once("toy", write) / "dataset"
 
 
 @pytest.fixture(scope="session")
@@ -110,6 +138,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
+def cold(monkeypatch):
+    """Processes that are spawned start from nothing, as they do outside the tests."""
+    monkeypatch.setattr(multiprocessing, "get_context", PYTHONS)
+
+
+@pytest.fixture
 def without(monkeypatch):
     """`without("ray")`: from now on as if that package were not installed."""
     return lambda package: monkeypatch.setitem(sys.modules, package, None)
@@ -135,16 +169,20 @@ def mount(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def trained(tiny, tmp_path_factory) -> Callable[[str], Path]:
+def undisturbed(once) -> Callable[[TrainConfig], Path]:
+    """`undisturbed(config)` is the folder of a run of that config; tests that change it take a copy."""
+
+    def run(config: TrainConfig) -> Path:
+        name = hashlib.sha256(repr(config).encode()).hexdigest()[:16]
+        return once(name, lambda folder: train(config, folder / "run", show=False)) / "run"
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, undisturbed) -> Callable[[str], Path]:
     """`trained("pi0")` is the checkpoint of two steps of that policy; tests that change it take a copy."""
-    made: dict[str, Path] = {}
-
-    def train_once(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = train(tiny(kind, steps=2), tmp_path_factory.mktemp(kind) / "run", show=False)
-        return made[kind]
-
-    return train_once
+    return lambda kind: undisturbed(tiny(kind, steps=2)) / "checkpoints/2"
 
 
 @pytest.fixture(scope="session")

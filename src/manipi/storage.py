@@ -108,6 +108,8 @@ def remove_partial(folder: Path, name: str | None = None) -> None:
         else:
             lock = partial.with_suffix(".lock") if partial.is_dir() else partial
             _remove(partial, lock, _lock(lock, wait=False))
+    if name is None:
+        remove_dead(folder)  # the lock of a folder that has its name already
 
 
 def _remove(partial: Path, lock: Path, handle: int | None) -> None:
