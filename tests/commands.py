@@ -6,14 +6,21 @@ starts from nothing at all, and without torch, is for tests/cli/test_command_lin
 
 import importlib
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 import weakref
+from collections.abc import Mapping, Sequence
+from io import IOBase
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from typing import IO, Any
 
-from tests.forks import FORKS
+import torch._inductor.config
+from tests.forks import FORKS, enter_network
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 
 class Command:
@@ -67,3 +74,84 @@ def _be_manipi(words: list[str], folder: Path, environment: dict[str, str], stre
     # What the processes that it spawns look at, as with `python -m manipi`.
     sys.modules["__main__"] = importlib.import_module("manipi.__main__")
     sys.modules["manipi.cli"].main(words[1:])
+
+
+class Interpreter:
+    """In place of `subprocess.Popen` for `[sys.executable, "-m", MODULE, …]`, as a fork.
+
+    Where that replaces itself by another such command, as `manipi train --nodes 2` does by torchrun, or starts one, as
+    torchrun starts its workers, these are forks too.
+    """
+
+    def __init__(
+        self,
+        args: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        stdout: IO | None = None,
+        stderr: IO | int | None = None,
+        start_new_session: bool = False,
+        network: str = "",
+    ):
+        self.args = [str(word) for word in args if word != "-u"]
+        assert self.args[:2] == [sys.executable, "-m"], args
+        out = _Stream(1 if stdout is None else stdout.fileno())
+        error = out if stderr == subprocess.STDOUT else _Stream(stderr.fileno() if isinstance(stderr, IOBase) else 2)
+        settings = (self.args, dict(os.environ if env is None else env), (out, error), start_new_session, network)
+        self._process = FORKS.Process(target=_be_interpreter, args=settings)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if (code := self.poll()) is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return code
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+
+class _Stream:
+    """An open file for a process that is being started."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __reduce__(self) -> tuple:
+        return _opened, (DupFd(self.number),)
+
+
+def _opened(duplicate: Any) -> _Stream:
+    return _Stream(duplicate.detach())
+
+
+def _be_interpreter(
+    command: list[str], environment: dict[str, str], streams: tuple[_Stream, _Stream], session: bool, network: str
+) -> None:
+    if session:
+        os.setsid()
+    for number, stream in zip((1, 2), streams, strict=True):
+        os.dup2(stream.number, number)
+    if network:
+        enter_network(network)
+    _run(command, environment)
+
+
+def _run(command: list[str], environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    if "CXX" in environment:  # which torch looks at when it is imported
+        torch._inductor.config.cpp.cxx = (None, environment["CXX"])
+    os.execve = lambda program, words, variables: sys.exit(_run(words, variables))
+    subprocess_handler.Popen = Interpreter
+    sys.argv = command[2:]
+    runpy.run_module(command[2], run_name="__main__", alter_sys=True)

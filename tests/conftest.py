@@ -9,17 +9,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import numpy as np
 import pytest
 from filelock import FileLock
+from tests.commands import Interpreter
 from tests.forks import PYTHONS, spawn_by_forking
 from tests.interrupt import interruptible
 from tests.skips import pytest_sessionfinish, pytest_terminal_summary
 
 from manipi.data.dataset import Feature
 from manipi.data.lerobot.writer import LeRobotWriter
+from manipi.evaluate import serving
 from manipi.model.config import GemmaSize, Pi0FastConfig, VisionSize
 from manipi.recipes.registry import load_recipe
 from manipi.robots.tabletop import TABLETOP
@@ -135,6 +138,12 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=[i for i in items if (i.get_closest_marker("long") is not None) != wanted])
     items[:] = [i for i in items if (i.get_closest_marker("long") is not None) == wanted]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def servers_are_forks(monkeypatch):
+    """What `manipi eval` and the demo start."""
+    monkeypatch.setattr(serving, "subprocess", SimpleNamespace(Popen=Interpreter, STDOUT=subprocess.STDOUT))
 
 
 @pytest.fixture

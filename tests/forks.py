@@ -7,6 +7,7 @@ for it, and an exit code. What `multiprocessing` would spawn is such a fork afte
 tests/conftest.py calls; the fixture `cold` has it spawned after all.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -16,11 +17,23 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.reduction import DupFd
 from typing import Any
 
-PRELOAD = ["pytest", "torch._dynamo", "matplotlib.pyplot", "tests.train.ranks", "manipi.cli.train", "tests.freeze"]
+PRELOAD = [
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed.run",
+    "matplotlib.pyplot",
+    "tests.train.ranks",
+    "manipi.cli.train",
+    "tests.freeze",
+]
 """The last one puts what was imported out of the garbage collector's sight."""
 
 PYTHONS = multiprocessing.get_context
 """`get_context` as Python has it: its "spawn" starts from nothing."""
+
+
+_NEW_NETWORK = 0x40000000
+_network = ""
 
 
 class _Fork(ForkServerProcess):
@@ -44,10 +57,12 @@ class _Surroundings:
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         streams = [DupFd(number) for number in (1, 2)]
         address = forkserver._forkserver._forkserver_address
-        return _take_on, (blocked, os.getpgid(0), dict(os.environ), streams, address)
+        return _take_on, (blocked, os.getpgid(0), dict(os.environ), streams, address, _network)
 
 
-def _take_on(blocked: set, group: int, environment: dict[str, str], streams: list[Any], address: str) -> None:
+def _take_on(
+    blocked: set, group: int, environment: dict[str, str], streams: list[Any], address: str, network: str
+) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     with suppress(PermissionError, ProcessLookupError):  # the last process of the group has ended
         os.setpgid(0, group)
@@ -55,6 +70,8 @@ def _take_on(blocked: set, group: int, environment: dict[str, str], streams: lis
     os.environ.update(environment)
     for number, stream in zip((1, 2), streams, strict=True):
         os.dup2(stream.detach(), number)
+    if network:
+        enter_network(network)
     # Its own processes come from the same server, which is no child of it.
     forkserver._forkserver._forkserver_address = address
     forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
@@ -65,6 +82,19 @@ def _revive(_: None, kind: type, state: dict[str, Any]) -> ForkServerProcess:
     process = kind.__new__(kind)
     process.__dict__.update(state)
     return process
+
+
+def enter_network(name: str) -> None:
+    """This process, and those that it starts, are in the network namespace of that name, as with `ip netns exec`."""
+    global _network
+    with open(f"/run/netns/{name}") as space:
+        _system_call("setns", space.fileno(), _NEW_NETWORK)
+    _network = name
+
+
+def _system_call(name: str, *arguments: int) -> None:
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments):
+        raise OSError(ctypes.get_errno(), f"{name}{arguments}")
 
 
 def spawn_by_forking() -> None:
