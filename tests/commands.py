@@ -18,9 +18,7 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import IO, Any
 
-import torch._inductor.config
 from tests.forks import FORKS, enter_network
-from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 
 class Command:
@@ -87,6 +85,7 @@ class Interpreter:
         self,
         args: Sequence[str],
         *,
+        cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         stdout: IO | None = None,
         stderr: IO | int | None = None,
@@ -97,7 +96,8 @@ class Interpreter:
         assert self.args[:2] == [sys.executable, "-m"], args
         out = _Stream(1 if stdout is None else stdout.fileno())
         error = out if stderr == subprocess.STDOUT else _Stream(stderr.fileno() if isinstance(stderr, IOBase) else 2)
-        settings = (self.args, dict(os.environ if env is None else env), (out, error), start_new_session, network)
+        variables, place = dict(os.environ if env is None else env), (cwd or Path.cwd(), network)
+        settings = (self.args, variables, *place, (out, error), start_new_session)
         self._process = FORKS.Process(target=_be_interpreter, args=settings)
         self._process.start()
         assert self._process.pid is not None
@@ -135,7 +135,12 @@ def _opened(duplicate: Any) -> _Stream:
 
 
 def _be_interpreter(
-    command: list[str], environment: dict[str, str], streams: tuple[_Stream, _Stream], session: bool, network: str
+    command: list[str],
+    environment: dict[str, str],
+    folder: Path,
+    network: str,
+    streams: tuple[_Stream, _Stream],
+    session: bool,
 ) -> None:
     if session:
         os.setsid()
@@ -143,14 +148,18 @@ def _be_interpreter(
         os.dup2(stream.number, number)
     if network:
         enter_network(network)
+    os.chdir(folder)
     _run(command, environment)
 
 
 def _run(command: list[str], environment: dict[str, str]) -> None:
+    from torch._inductor import config
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
     os.environ.clear()
     os.environ.update(environment)
     if "CXX" in environment:  # which torch looks at when it is imported
-        torch._inductor.config.cpp.cxx = (None, environment["CXX"])
+        config.cpp.cxx = (None, environment["CXX"])
     os.execve = lambda program, words, variables: sys.exit(_run(words, variables))
     subprocess_handler.Popen = Interpreter
     sys.argv = command[2:]

@@ -1,4 +1,7 @@
-"""A learnable toy dataset, and training configs so small that a run takes a second."""
+"""A learnable toy dataset, and training configs so small that a run takes a second.
+
+What takes seconds to import is imported by the fixtures: pytest-xdist's own process runs no test.
+"""
 
 import gc
 import hashlib
@@ -15,19 +18,16 @@ import hypothesis
 import numpy as np
 import pytest
 from filelock import FileLock
-from tests.commands import Interpreter
 from tests.forks import PYTHONS, spawn_by_forking
 from tests.interrupt import interruptible
 from tests.skips import pytest_sessionfinish, pytest_terminal_summary
 
 from manipi.data.dataset import Feature
-from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.evaluate import serving
 from manipi.model.config import GemmaSize, Pi0FastConfig, VisionSize
 from manipi.recipes.registry import load_recipe
 from manipi.robots.tabletop import TABLETOP
 from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig, ValidationConfig
-from manipi.train.loop import train
 
 __all__ = ["interruptible", "pytest_sessionfinish", "pytest_terminal_summary"]
 
@@ -91,6 +91,8 @@ def toy_dataset(toy_episodes, once) -> Path:
         "actions": Feature(kind="vector", shape=(4,), dtype="float32"),
     }
 
+    from manipi.data.lerobot.writer import LeRobotWriter
+
     def write(folder: Path) -> None:
         settings = {"fps": 10, "features": features, "robot_type": TABLETOP.name, "pix_fmt": "yuv444p"}
         with LeRobotWriter(folder / "dataset", **settings) as writer:
@@ -140,9 +142,17 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+def pytest_collection_finish():
+    """The garbage collector looks no more at what was imported and collected, which is most of all that there is."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def servers_are_forks(monkeypatch):
     """What `manipi eval` and the demo start."""
+    from tests.commands import Interpreter
+
     monkeypatch.setattr(serving, "subprocess", SimpleNamespace(Popen=Interpreter, STDOUT=subprocess.STDOUT))
 
 
@@ -180,6 +190,8 @@ def mount(tmp_path):
 @pytest.fixture(scope="session")
 def undisturbed(once) -> Callable[[TrainConfig], Path]:
     """`undisturbed(config)` is the folder of a run of that config; tests that change it take a copy."""
+
+    from manipi.train.loop import train
 
     def run(config: TrainConfig) -> Path:
         name = hashlib.sha256(repr(config).encode()).hexdigest()[:16]
