@@ -1,24 +1,24 @@
 """`manipi` as its users run it, without the seconds that importing torch takes each time.
 
-    tests ── fork server, which has imported torch ── fork ── manipi ARGUMENTS ── spawn ── its workers and writer
-
 What runs is a process of its own: own group, folder, environment, streams, signals and exit code. Whether a command
 starts from nothing at all, and without torch, is for tests/cli/test_command_line.py.
 """
 
 import importlib
-import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 import weakref
+from collections.abc import Mapping, Sequence
+from io import IOBase
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from typing import IO, Any
 
-FORKS = multiprocessing.get_context("forkserver")
-"""Makes processes that have imported already what every one of the tests' own would import for seconds."""
-FORKS.set_forkserver_preload(["tests.train.ranks", "manipi.cli.train", "torch._dynamo", "matplotlib.pyplot"])
+from tests.forks import FORKS, enter_network
 
 
 class Command:
@@ -72,3 +72,95 @@ def _be_manipi(words: list[str], folder: Path, environment: dict[str, str], stre
     # What the processes that it spawns look at, as with `python -m manipi`.
     sys.modules["__main__"] = importlib.import_module("manipi.__main__")
     sys.modules["manipi.cli"].main(words[1:])
+
+
+class Interpreter:
+    """In place of `subprocess.Popen` for `[sys.executable, "-m", MODULE, …]`, as a fork.
+
+    Where that replaces itself by another such command, as `manipi train --nodes 2` does by torchrun, or starts one, as
+    torchrun starts its workers, these are forks too.
+    """
+
+    def __init__(
+        self,
+        args: Sequence[str],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        stdout: IO | None = None,
+        stderr: IO | int | None = None,
+        start_new_session: bool = False,
+        network: str = "",
+    ):
+        self.args = [str(word) for word in args if word != "-u"]
+        assert self.args[:2] == [sys.executable, "-m"], args
+        out = _Stream(1 if stdout is None else stdout.fileno())
+        error = out if stderr == subprocess.STDOUT else _Stream(stderr.fileno() if isinstance(stderr, IOBase) else 2)
+        variables, place = dict(os.environ if env is None else env), (cwd or Path.cwd(), network)
+        settings = (self.args, variables, *place, (out, error), start_new_session)
+        self._process = FORKS.Process(target=_be_interpreter, args=settings)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if (code := self.poll()) is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return code
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+
+class _Stream:
+    """An open file for a process that is being started."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __reduce__(self) -> tuple:
+        return _opened, (DupFd(self.number),)
+
+
+def _opened(duplicate: Any) -> _Stream:
+    return _Stream(duplicate.detach())
+
+
+def _be_interpreter(
+    command: list[str],
+    environment: dict[str, str],
+    folder: Path,
+    network: str,
+    streams: tuple[_Stream, _Stream],
+    session: bool,
+) -> None:
+    if session:
+        os.setsid()
+    for number, stream in zip((1, 2), streams, strict=True):
+        os.dup2(stream.number, number)
+    if network:
+        enter_network(network)
+    os.chdir(folder)
+    _run(command, environment)
+
+
+def _run(command: list[str], environment: dict[str, str]) -> None:
+    from torch._inductor import config
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    os.environ.clear()
+    os.environ.update(environment)
+    if "CXX" in environment:  # which torch looks at when it is imported
+        config.cpp.cxx = (None, environment["CXX"])
+    os.execve = lambda program, words, variables: sys.exit(_run(words, variables))
+    subprocess_handler.Popen = Interpreter
+    sys.argv = command[2:]
+    runpy.run_module(command[2], run_name="__main__", alter_sys=True)

@@ -1,28 +1,37 @@
-"""A learnable toy dataset, and training configs so small that a run takes a second."""
+"""A learnable toy dataset, and training configs so small that a run takes a second.
+
+What takes seconds to import is imported by the fixtures: pytest-xdist's own process runs no test.
+"""
 
 import gc
+import hashlib
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import numpy as np
 import pytest
+from filelock import FileLock
+from tests.forks import PYTHONS, spawn_by_forking
 from tests.interrupt import interruptible
 from tests.skips import pytest_sessionfinish, pytest_terminal_summary
 
 from manipi.data.dataset import Feature
-from manipi.data.lerobot.writer import LeRobotWriter
+from manipi.evaluate import serving
 from manipi.model.config import GemmaSize, Pi0FastConfig, VisionSize
 from manipi.recipes.registry import load_recipe
 from manipi.robots.tabletop import TABLETOP
 from manipi.train.config import DataConfig, OptimizerConfig, TrainConfig, ValidationConfig
-from manipi.train.loop import train
 
 __all__ = ["interruptible", "pytest_sessionfinish", "pytest_terminal_summary"]
+
+spawn_by_forking()
 
 # Examples have no deadline: timings are no tests.
 hypothesis.settings.register_profile("manipi", deadline=None)
@@ -55,18 +64,42 @@ def toy_episodes() -> list[dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="session")
-def toy_dataset(toy_episodes, tmp_path_factory) -> Path:
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`once(name, make)` is a folder that `make` was called with, once for all processes of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = root / name, root / f"{name}.made"
+        root.mkdir(exist_ok=True)
+        with FileLock(root / f"{name}.lock"):
+            if not made.exists():
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def toy_dataset(toy_episodes, once) -> Path:
     """A LeRobot dataset for the robot `tabletop`; tests that change it take a copy."""
     features = {
         "observation/image": Feature(kind="image", shape=(IMAGE_SIZE, IMAGE_SIZE, 3), dtype="video"),
         "observation/state": Feature(kind="vector", shape=(4,), dtype="float32"),
         "actions": Feature(kind="vector", shape=(4,), dtype="float32"),
     }
-    root = tmp_path_factory.mktemp("toy") / "dataset"
-    with LeRobotWriter(root, fps=10, features=features, robot_type=TABLETOP.name, pix_fmt="yuv444p") as writer:
-        for episode in toy_episodes:
-            writer.add_episode(episode, task="reach it")
-    return root
+
+    from manipi.data.lerobot.writer import LeRobotWriter
+
+    def write(folder: Path) -> None:
+        settings = {"fps": 10, "features": features, "robot_type": TABLETOP.name, "pix_fmt": "yuv444p"}
+        with LeRobotWriter(folder / "dataset", **settings) as writer:
+            for episode in toy_episodes:
+                writer.add_episode(episode, task="reach it")
+
+    return once("toy", write) / "dataset"
 
 
 @pytest.fixture(scope="session")
@@ -109,6 +142,26 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+def pytest_collection_finish():
+    """The garbage collector looks no more at what was imported and collected, which is most of all that there is."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def servers_are_forks(monkeypatch):
+    """What `manipi eval` and the demo start."""
+    from tests.commands import Interpreter
+
+    monkeypatch.setattr(serving, "subprocess", SimpleNamespace(Popen=Interpreter, STDOUT=subprocess.STDOUT))
+
+
+@pytest.fixture
+def cold(monkeypatch):
+    """Processes that are spawned start from nothing, as they do outside the tests."""
+    monkeypatch.setattr(multiprocessing, "get_context", PYTHONS)
+
+
 @pytest.fixture
 def without(monkeypatch):
     """`without("ray")`: from now on as if that package were not installed."""
@@ -135,16 +188,22 @@ def mount(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def trained(tiny, tmp_path_factory) -> Callable[[str], Path]:
+def undisturbed(once) -> Callable[[TrainConfig], Path]:
+    """`undisturbed(config)` is the folder of a run of that config; tests that change it take a copy."""
+
+    from manipi.train.loop import train
+
+    def run(config: TrainConfig) -> Path:
+        name = hashlib.sha256(repr(config).encode()).hexdigest()[:16]
+        return once(name, lambda folder: train(config, folder / "run", show=False)) / "run"
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, undisturbed) -> Callable[[str], Path]:
     """`trained("pi0")` is the checkpoint of two steps of that policy; tests that change it take a copy."""
-    made: dict[str, Path] = {}
-
-    def train_once(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = train(tiny(kind, steps=2), tmp_path_factory.mktemp(kind) / "run", show=False)
-        return made[kind]
-
-    return train_once
+    return lambda kind: undisturbed(tiny(kind, steps=2)) / "checkpoints/2"
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import pytest
 
 from manipi.processes import SharedArray, start_helper
 
-pytestmark = pytest.mark.timeout(60)  # what fails here may hang
+pytestmark = [pytest.mark.usefixtures("cold"), pytest.mark.timeout(60)]  # what fails here may hang
 
 MORE_THAN_A_PIPE_HOLDS = 2**21
 

@@ -167,6 +167,8 @@ def remove_partial(folder: Path, name: str | None = None) -> None:
             continue
         with held:
             _remove(partial, lock)
+    if name is None:
+        remove_dead(folder)  # the lock of a folder that has its name already
 
 
 def _remove(partial: Path, lock: Path) -> None:

@@ -7,6 +7,8 @@ is done.
 import os
 import signal
 import sys
+from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import ClassVar
 
@@ -55,8 +57,11 @@ def record(root: Path, first: int, episodes: int, said: Path | None = None, *, a
                     file.write("ended\n")
 
 
-def end_at(event: str, name: str, number: int, sent: int) -> None:
-    """EVENT "any": whatever changes a file below a folder whose path has NAME in it."""
+def end_at(event: str, name: str, number: int, end: Callable[[], object]) -> None:
+    """Call `end`, in this thread, before the so-manieth call of that kind for a file of that name (a pattern) is done.
+
+    EVENT "any": whatever changes a file below a folder whose path has NAME in it.
+    """
     seen = 0
 
     def hook(called, arguments):
@@ -66,10 +71,10 @@ def end_at(event: str, name: str, number: int, sent: int) -> None:
         path = arguments[1 if called == "os.rename" else 0]
         if not isinstance(path, str | os.PathLike) or (called == "open" and not set("wxa+") & set(arguments[1] or "")):
             return
-        if (name in str(path)) if event == "any" else (Path(path).name == name):
+        if (name in str(path)) if event == "any" else fnmatch(Path(path).name, name):
             seen += 1
             if seen == number:
-                signal.raise_signal(sent)  # in this thread, now
+                end()
 
     sys.addaudithook(hook)
 
@@ -78,5 +83,5 @@ def record_until(root: Path, first: int, episodes: int, said: Path, kill: tuple,
     """`record`; with `kill`, to its `end_at`."""
     if kill:
         event, name, number, sent = kill
-        end_at(event, name, number, signal.Signals[sent])
+        end_at(event, name, number, lambda: signal.raise_signal(signal.Signals[sent]))
     record(root, first, episodes, said, asked=asked)

@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from record_run import LENGTHS, picture, record, record_until
-from tests.commands import FORKS
+from tests.forks import FORKS
 
 from manipi.cli import main
 from manipi.convert.convert import ConvertSettings, convert

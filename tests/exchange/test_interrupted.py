@@ -55,7 +55,7 @@ def test_a_killed_export_leaves_nothing_after_the_next(trained, tmp_path):
         folder.mkdir()
         killed(folder / "out", "export", trained("pi05"), folder / "out", "--to", to)
         with atomic_directory(folder / "alive"):  # what another process is writing stays
-            result = run_manipi("export", trained("pi05"), folder / "other", "--to", to)
+            result = run_manipi("export", trained("pi05"), folder / "other", "--to", "openpi-torch")
             assert result.returncode == 0, result.stderr
             assert names(folder) == {"other", ".alive.writing.partial", ".alive.writing.lock"}
 

@@ -12,6 +12,7 @@ from manipi.data.dataset import Feature
 from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.data.open import open_dataset
 from manipi.errors import ManipiError, UnknownNameError
+from manipi.model import ModelInput
 from manipi.model.config import REFERENCE, Compat, GemmaSize, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
 from manipi.policy import Policy
 from manipi.recipes.registry import load_recipe, recipe_names
@@ -19,6 +20,8 @@ from manipi.robots.robot import Robot
 from manipi.train.config import DataConfig, TrainConfig
 from manipi.train.data import prepare
 from manipi.train.loop import train
+from manipi.train.step.state import TrainState
+from manipi.train.step.step import train_step
 
 # recipe               model, action dimensions, horizon, tokens | robot, data, relative dimensions | weights, assets
 TABLE = """
@@ -211,7 +214,7 @@ def test_without_a_dataset(tmp_path):
             prepare(load_recipe(name), tmp_path)
 
 
-# ---- two steps of each
+# ---- a step of each, and a run of one of each kind
 
 
 @pytest.fixture(scope="session")
@@ -269,6 +272,34 @@ def miniature(recipe: TrainConfig, path: Path) -> TrainConfig:
 
 
 @every_recipe
+def test_a_step(name, demonstrations, tmp_path):
+    """Statistics, tokens, batches, loss and gradients, as the recipe would have them."""
+    recipe = load_recipe(name)
+    config = miniature(recipe, demonstrations(recipe.robot))
+    state = TrainState.initial(config)
+    with prepare(config, tmp_path).loader(0) as loader:
+        _, batch, _ = next(iter(loader))
+    metrics, _ = train_step(state, ModelInput.from_numpy(batch), config)
+    assert np.isfinite(float(metrics["loss"]))
+    assert float(metrics["grad_norm"]) > 0
+
+
+KINDS = (
+    "pi0_aloha_sim",
+    "pi05_aloha",
+    "pi05_libero",
+    "pi0_libero_low_mem_finetune",
+    "pi0_fast_libero_low_mem_finetune",
+    "paligemma_binning_droid_jointpos",
+    "paligemma_diffusion_droid",
+    "debug_pi05",
+)
+"""Each policy, with adapters and without, each robot, each way to write actions and to read the state."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.long) for name in ROWS]
+)
 def test_two_steps_make_a_policy(name, demonstrations, tmp_path):
     recipe = load_recipe(name)
     config = miniature(recipe, demonstrations(recipe.robot))

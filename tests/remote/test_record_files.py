@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from encoders import every_sample
+from tests.commands import run_manipi
 
 from manipi.cli import stats, view
 from manipi.data.feed.encoded import frames_of
@@ -301,8 +302,7 @@ def test_commands_take_the_address(serve, in_parts, tmp_path, monkeypatch):
         answers.append(json.loads(Path("stats.json").read_text()))
     assert answers[0] == answers[1]
     assert answers[0]["stats"]["num_frames"] == 600
-    train = [sys.executable, "-m", "manipi", "train", "mine.py:recipe", "--run-dir", "run"]
-    done = subprocess.run(train, capture_output=True, text=True, timeout=120)
+    done = run_manipi("train", "mine.py:recipe", "--run-dir", "run")
     assert done.returncode == 0, done.stderr
     assert Path("run/checkpoints/2/model.safetensors").is_file()
     write_json(fetch_tables(url) / FIELDS_FILE, to_json(BY_NAME[FIELDS]))

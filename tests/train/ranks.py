@@ -8,7 +8,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from tests.commands import FORKS
+from tests.forks import FORKS
 
 from manipi.errors import ManipiError
 from manipi.model import ModelInput

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.commands import Interpreter
 from tests.train import ranks
 from tests.train.ranks import Ranks
 from tests.train.test_killed import RECIPE, without_clock
@@ -64,23 +65,27 @@ def die(host: str) -> None:
             os.kill(int(pid), signal.SIGKILL)
 
 
-def start(hosts: list[str], rank: int, folder: Path, run: Path) -> subprocess.Popen:
+def start(hosts: list[str], rank: int, folder: Path, run: Path, cold: bool) -> Interpreter | subprocess.Popen:
+    """`manipi train` on a host; `cold`: it, torchrun and its worker start from nothing."""
     line = f"--run-dir {run} --processes 1 --nodes 2 --node-rank {rank} --rendezvous {FIRST}:{PORT} --max-restarts 2"
     train = [sys.executable, "-m", "manipi", "train", f"{folder}/recipe.py:recipe", *line.split()]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"}
-    command = ["ip", "netns", "exec", hosts[rank], *train]
     with (folder / f"{hosts[rank]}.log").open("a") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        settings = {"stdout": output, "stderr": subprocess.STDOUT, "env": environment}
+        if cold:
+            return subprocess.Popen(["ip", "netns", "exec", hosts[rank], *train], **settings)
+        return Interpreter(train, network=hosts[rank], **settings)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_hosts_of_which_one_dies_train_what_one_does(tiny, hosts, tmp_path):
+@pytest.mark.parametrize("cold", [False, pytest.param(True, marks=pytest.mark.long)], ids=["forks", "cold"])
+def test_two_hosts_of_which_one_dies_train_what_one_does(tiny, hosts, tmp_path, cold):
     config = tiny(steps=16, save_every=4, keep_checkpoints=9)
     write_json(tmp_path / "config.json", config)
     (tmp_path / "recipe.py").write_text(RECIPE.format(folder=str(tmp_path)))
     run = Run(tmp_path / "hosts", config)
-    first, second = (start(hosts, rank, tmp_path, run.folder) for rank in (0, 1))
+    first, second = (start(hosts, rank, tmp_path, run.folder, cold) for rank in (0, 1))
 
     def said() -> str:
         return "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
@@ -94,7 +99,7 @@ def test_two_hosts_of_which_one_dies_train_what_one_does(tiny, hosts, tmp_path):
     second.wait()
     assert 4 in run.steps()
     assert run.steps()[-1] < 16
-    second = start(hosts, 1, tmp_path, run.folder)
+    second = start(hosts, 1, tmp_path, run.folder, cold)
     undisturbed = Ranks(2, ranks.run, config, tmp_path / "host").all_well()[0]
     for host in (first, second):
         assert host.wait(max(1, deadline - time.monotonic())) == 0, said()

@@ -5,7 +5,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from tests.commands import Command
+from tests.forks import FORKS
+from tests.train.trainers import train_in_group
 
 from manipi.checkpoints.native import verify
 from manipi.records import write_json
@@ -80,11 +81,11 @@ def helpers(process: Command) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == process.pid and b"spawn_main" in (path / "cmdline").read_bytes():
-                found.append(int(path.name))
+            group = int((path / "stat").read_text().rpartition(")")[2].split()[2])
         except OSError:  # it has ended meanwhile
             continue
+        if group == process.pid != int(path.name):
+            found.append(int(path.name))
     return sorted(found)
 
 
@@ -127,9 +128,8 @@ def whole_checkpoints_alone(run: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_killed_between_and_during_saves(config, start, tmp_path):
-    whole, run = tmp_path / "whole", tmp_path / "killed"
-    train(config, whole, show=False)
+def test_killed_between_and_during_saves(config, start, undisturbed, tmp_path):
+    run = tmp_path / "killed"
 
     process = start(run)
     # Only a save has a partial folder; this one is of step 4.
@@ -149,14 +149,13 @@ def test_killed_between_and_during_saves(config, start, tmp_path):
     assert whole_checkpoints_alone(run) == [0, 4, 8]
 
     train(config, run, show=False)
-    same_run(whole, run)
+    same_run(undisturbed(config), run)
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_with_0(config, start, tmp_path):
+def test_sigterm_saves_and_exits_with_0(config, start, undisturbed, tmp_path):
     """Sent to the whole group, as Slurm does: data workers and writer leave it to the trainer. Two count as one."""
-    whole, run = tmp_path / "whole", tmp_path / "stopped"
-    train(config, whole, show=False)
+    run = tmp_path / "stopped"
     process = start(run, data=replace(config.data, num_workers=1))
     stop_when(process, lambda: len(log_lines(run)) == 2)
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -168,17 +167,17 @@ def test_sigterm_saves_and_exits_with_0(config, start, tmp_path):
     assert step in (6, 7)
     assert whole_checkpoints_alone(run) == [0, 4, step]
     train(config, run, show=False)
-    same_run(whole, run)
+    same_run(undisturbed(config), run)
 
 
-def require_a_clean_end(process: Command, config: TrainConfig, whole: Path, run: Path) -> None:
+def require_a_clean_end(process: Command, config: TrainConfig, undisturbed: Callable, run: Path) -> None:
     """After the death of a helper: an error that says so, soon, and a run that goes on as if nothing had happened."""
     done = process.communicate(timeout=60)
     assert done.returncode == 1, done.stderr
     assert "with exit code -9 (-9: killed, often for want of memory)" in done.stderr
     assert "Traceback" not in done.stderr
     train(config, run, show=False)
-    same_run(whole, run)
+    same_run(undisturbed(config), run)
 
 
 @pytest.fixture
@@ -190,12 +189,11 @@ def deep(config) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "delay"), [(0, 0.0), (1, 0.2)], ids=["writer", "worker"])
-def test_a_helper_is_killed_while_it_starts(number, delay, deep, config, start, tmp_path):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    train(replace(config, **deep, steps=4), whole, show=False)
+def test_a_helper_is_killed_while_it_starts(number, delay, deep, config, start, undisturbed, tmp_path):
+    run = tmp_path / "run"
     process = start(run, **deep, steps=4, data=replace(config.data, num_workers=1))
     strike_helper(process, number, delay)
-    require_a_clean_end(process, replace(config, **deep, steps=4), whole, run)
+    require_a_clean_end(process, replace(config, **deep, steps=4), undisturbed, run)
 
 
 @pytest.mark.slow
@@ -217,30 +215,75 @@ def test_a_writer_that_stops_while_it_starts(deep, config, start, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_twenty_helpers_are_killed_at_random_moments_of_their_start(deep, config, start, tmp_path):
-    whole, rng = tmp_path / "whole", random.Random(22)
-    train(replace(config, **deep, steps=40), whole, show=False)
+def test_twenty_helpers_are_killed_at_random_moments_of_their_start(deep, config, start, undisturbed, tmp_path):
+    rng = random.Random(22)
     for kill in range(20):
         run, number, delay = tmp_path / f"run{kill}", rng.randint(0, 1), rng.uniform(0, 2)
         sys.stdout.write(f"kill {kill}: {('writer', 'worker')[number]}, {delay:.3f} s after its birth\n")
         process = start(run, **deep, steps=40, data=replace(config.data, num_workers=1))
         strike_helper(process, number, delay)
-        require_a_clean_end(process, replace(config, **deep, steps=40), whole, run)
+        require_a_clean_end(process, replace(config, **deep, steps=40), undisturbed, run)
+
+
+MOMENTS = [
+    ("trainer", ("os.rename", "config.json", 1)),  # the run's, before its first checkpoint
+    ("writer", ("open", "robot.json", 1)),
+    ("writer", ("open", "self_test.npz", 1)),
+    ("writer", ("os.rename", "0", 1)),  # the whole checkpoint gets its name
+    ("writer", ("os.remove", ".0.writing.lock", 1)),
+    ("trainer", ("open", "metrics.jsonl", 1)),
+    ("writer", ("os.mkdir", "train_state", 1)),
+    ("writer", ("os.rename", ".metadata", 2)),
+    ("writer", ("open", "log_window.json", 1)),
+    ("writer", ("open", "manifest.json", 2)),
+    ("writer", ("os.remove", ".*.writing.lock", 2)),
+    ("writer", ("shutil.rmtree", ".*.old.partial", 1)),  # the oldest goes, once there is a newer one
+    ("writer", ("os.rmdir", ".*.old.partial", 1)),
+    ("trainer", ("os.rename", "loss.png", 1)),
+]
+"""Of a run and its saves: whose call it is, and before which one all processes are killed."""
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_twenty_kills_at_random_moments_lose_nothing(config, tmp_path):
-    config = replace(config, steps=44, save_every=1, keep_checkpoints=2)
-    whole, run = tmp_path / "whole", tmp_path / "killed"
-    write_json(tmp_path / "config.json", replace(config, async_save=True))
-    script = Path(__file__).with_name("trainers.py")
-    seed = 20
-    command = [sys.executable, str(script), str(tmp_path), str(run), "20", str(seed)]
-    kills = subprocess.run(command, capture_output=True, text=True)
-    sys.stdout.write(f"seed {seed}\n{kills.stdout}{kills.stderr}")
-    assert kills.returncode == 0
-    assert kills.stdout.count("killed trainer") == 20
-    train(replace(config, save_every=43), whole, show=False)  # how often a run saves does not show either
-    same_run(whole, run)
+def test_kills_at_chosen_moments_lose_nothing(config, undisturbed, tmp_path):
+    """The run begins again after each, and goes on to the next."""
+    config = replace(config, steps=12, save_every=1, keep_checkpoints=2, async_save=True)
+    run = tmp_path / "killed"
+    for who, moment in MOMENTS:
+        process = FORKS.Process(target=train_in_group, args=(config, run, who, moment))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, f"killed by the {who} before {moment}: {process.exitcode}"
+        Lock(run / ".writer.lock", wait=True).close()
+    train(config, run, show=False)
+    same_run(undisturbed(replace(config, save_every=11, async_save=False)), run)  # how often a run saves does not show
     assert not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_twenty_kills_at_random_moments_lose_nothing(config, undisturbed, tmp_path):
+    config = replace(config, steps=44, save_every=1, keep_checkpoints=2, async_save=True)
+    run, rng = tmp_path / "killed", random.Random(20)
+    for _ in range(20):
+        before, until = newest(run), None
+        saves, delay, both = rng.randint(0, 1), rng.uniform(0, 0.2), rng.random() < 0.5
+        process = FORKS.Process(target=train_in_group, args=(config, run))
+        process.start()
+        while (until is None or time.monotonic() < until) and newest(run) < before + 2:
+            if until is None and newest(run) >= before + saves:
+                until = time.monotonic() + delay
+            assert process.exitcode is None, "the run ended before it was killed often enough"
+            time.sleep(0.001)
+        (os.killpg if both else os.kill)(process.pid, signal.SIGKILL)
+        process.join()
+        who = "trainer and writer" if both else "trainer"
+        sys.stdout.write(f"{who}, {saves} saves and {delay:.3f} s after its start, at step {newest(run)}\n")
+    train(config, run, show=False)
+    same_run(undisturbed(replace(config, save_every=43, async_save=False)), run)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def newest(run: Path) -> int:
+    folder = run / "checkpoints"
+    return max((int(name) for name in (os.listdir(folder) if folder.exists() else ()) if name.isdigit()), default=-1)
