@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import TYPE_CHECKING
 
 import tyro
@@ -64,7 +63,6 @@ def main(arguments: Sequence[str]) -> None:
 
     from manipi.data.dimensions import action_labels, state_labels
     from manipi.data.norm_stats import compute as norm_stats
-    from manipi.data.norm_stats.sketch import NormStatsSketch
     from manipi.storage import atomic_directory
     from manipi.tokenizers import FastTokenizer
     from manipi.train.data import chunks_to_fit, open_demonstrations
@@ -74,12 +72,12 @@ def main(arguments: Sequence[str]) -> None:
     robot, horizon = config.robot, config.model.action_horizon
     sets = [one for one in open_demonstrations(config) if one.robot.name == robot.name]
     workers = norm_stats.Workers(threads=args.workers, ray=args.ray)
-    wanted = [(one.dataset, one.robot, horizon, one.rows) for one in sets]
-    sketch = reduce(NormStatsSketch.merge, [norm_stats.sketch_norm_stats(*one, workers=workers) for one in wanted])
-    exact = len(sets) == 1  # of several, q01 and q99 within 2⁻¹⁵ of the range, as in training
-    raw = norm_stats.compute_norm_stats(*wanted[0], workers=workers, sketch=sketch) if exact else sketch.stats()
+    wanted = [(one.dataset, one.robot, one.rows) for one in sets]
+    sketch = norm_stats.sketch_norm_stats(wanted, horizon, workers=workers)
+    raw = sketch.stats()
     stats = norm_stats.with_min_range(raw, floors)
-    per_step = norm_stats.per_step_stats(*wanted[0], workers=workers) if args.per_step else None
+    first = (sets[0].dataset, robot, horizon, sets[0].rows)
+    per_step = norm_stats.per_step_stats(*first, workers=workers) if args.per_step else None
     limits = [note for one in sets for note in norm_stats.beyond_limits(one.dataset, robot, one.rows)]
     notes = [*norm_stats.suspicious_dimensions(raw), *limits]
     widened = norm_stats.widened_dimensions(raw, stats)

@@ -31,13 +31,12 @@ from manipi.data.feed.mixture import Mixture, Part, Share
 from manipi.data.feed.sampler import Sampler, permutation
 from manipi.data.feed.split import split_episodes
 from manipi.data.norm_stats.compute import (
-    compute_norm_stats,
     read_state,
     rows_fingerprint,
     sketch_norm_stats,
     suspicious_dimensions,
 )
-from manipi.data.norm_stats.sketch import merge_sketches, provenance
+from manipi.data.norm_stats.sketch import provenance
 from manipi.data.review.filters import read_mask
 from manipi.errors import ConfigError, NormStatsError, shown
 from manipi.model.config import Pi0FastConfig
@@ -463,9 +462,7 @@ def _stats(config: TrainConfig, group: Sequence[Opened], folder: Path) -> NormSt
 
 
 def _compute_stats(group: Sequence[Opened], horizon: int) -> NormStats:
-    if len(group) == 1:
-        return compute_norm_stats(group[0].dataset, group[0].robot, horizon, group[0].rows)
-    return merge_sketches([sketch_norm_stats(one.dataset, one.robot, horizon, one.rows) for one in group])
+    return sketch_norm_stats([(one.dataset, one.robot, one.rows) for one in group], horizon, bins=False).stats()
 
 
 def provenance_of(group: Sequence[Opened]) -> tuple[str, str]:

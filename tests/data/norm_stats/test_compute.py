@@ -13,6 +13,7 @@ import pytest
 from manipi.data.dataset import Dataset, action_chunks
 from manipi.data.feed.split import split_episodes
 from manipi.data.norm_stats import compute as stats_module
+from manipi.data.norm_stats import sketch as sketch_module
 from manipi.data.norm_stats.compute import (
     Workers,
     beyond_limits,
@@ -26,7 +27,7 @@ from manipi.data.norm_stats.compute import (
     widened_dimensions,
     with_min_range,
 )
-from manipi.data.norm_stats.sketch import NormStatsSketch, Sketch, merge_sketches
+from manipi.data.norm_stats.sketch import NormStatsSketch, Quantile, Sketch, merge_sketches
 from manipi.data.open import open_dataset
 from manipi.errors import ConfigError, NormStatsError, UnknownNameError
 from manipi.robots import EndEffector, Gripper, Joints, LinkageGripper, Robot, State
@@ -219,7 +220,7 @@ def test_equal_to_chunks_laid_out_in_full(shared_datasets, monkeypatch, arm, kin
     near(stats.state, seen)
     near(stats.actions, chunks[valid], exact=1e-6 if "pose" in arm else 0.0)
     assert not valid.all()
-    rough = merge_sketches([sketch_norm_stats(dataset, robot, 50, rows)])
+    rough = merge_sketches([sketch_norm_stats([(dataset, robot, half)], 50) for half in (rows[::2], rows[1::2])])
     near(rough.actions, chunks[valid], exact=2**-15)
     assert not np.array_equal(rough.actions.q01, stats.actions.q01)
 
@@ -252,9 +253,8 @@ def test_no_rows(toy):
 
 def test_workers_do_not_show(toy, monkeypatch):
     rows = np.arange(toy.num_frames)
-    for block, blocks in ((16, 1), (64, 2)):
+    for block in (16, 64):
         monkeypatch.setattr(stats_module, "BLOCK", block)
-        monkeypatch.setattr(stats_module, "BLOCKS", blocks)
         one, two, four = (
             compute_norm_stats(toy, TABLETOP, HORIZON, rows, workers=Workers(threads=n)) for n in (1, 2, 4)
         )
@@ -264,7 +264,7 @@ def test_workers_do_not_show(toy, monkeypatch):
 
 def sketch_share(root: Path, rows: np.ndarray, path: Path) -> None:
     stats_module.BLOCK = 8
-    sketch_norm_stats(open_dataset(root), TABLETOP, HORIZON, rows).save(path)
+    sketch_norm_stats([(open_dataset(root), TABLETOP, rows)], HORIZON).save(path)
 
 
 @pytest.mark.slow
@@ -272,17 +272,16 @@ def test_processes_do_not_show(toy, toy_dataset, tmp_path, monkeypatch):
     """Sketches of shares of the rows, from processes of their own, through files, merged in any order."""
     monkeypatch.setattr(stats_module, "BLOCK", 8)
     rows = np.arange(toy.num_frames)
-    whole = sketch_norm_stats(toy, TABLETOP, HORIZON, rows)
+    whole = tmp_path / "whole.npz"
+    sketch_norm_stats([(toy, TABLETOP, rows)], HORIZON).save(whole)  # without the exact quantiles, as the shares
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         for processes in (1, 2, 4):
             shares = np.split(rows, [16, 32, 48][: processes - 1])
             paths = [tmp_path / f"{processes}_{i}.npz" for i in range(processes)]
             list(pool.map(sketch_share, [toy_dataset] * processes, shares, paths))
             sketches = [NormStatsSketch.load(path) for path in paths]
-            equal(merge_sketches(sketches), whole.stats())
-            equal(merge_sketches(sketches[::-1]), whole.stats())
-            exact = compute_norm_stats(toy, TABLETOP, HORIZON, rows, sketch=reduce(NormStatsSketch.merge, sketches))
-            near(exact.actions, naive(toy, TABLETOP, HORIZON, rows)[1][naive(toy, TABLETOP, HORIZON, rows)[2]])
+            equal(merge_sketches(sketches), NormStatsSketch.load(whole).stats())
+            equal(merge_sketches(sketches[::-1]), NormStatsSketch.load(whole).stats())
 
 
 def same(first: Sketch, second: Sketch) -> None:
@@ -317,6 +316,33 @@ def test_merging_is_associative_and_commutative():
         assert abs(left.quantile(q) - np.quantile(together.astype(np.float64), q)) <= 2.0**left.exponent
 
 
+KINDS = {
+    "normal": lambda rng: rng.normal(0, 1, 1 << 20),
+    "equal": lambda rng: rng.integers(0, 2, 1 << 20),
+    "outlier": lambda rng: np.append(rng.normal(0, 1e-6, (1 << 20) - 1), 1e3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bins", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_quantiles_of_pieces_are_exact_and_keep_few_numbers(monkeypatch, kind, bins, weighted):
+    monkeypatch.setattr(sketch_module, "_PIECE", 1 << 12)
+    rng = np.random.default_rng(0)
+    values = rng.permutation(KINDS[kind](rng)).astype(np.float32)
+    weights = rng.integers(1, 4, len(values)) if weighted else None
+    every = values if weights is None else np.repeat(values, weights)
+    for q in (0.01, 0.99):
+        quantile, seen = Quantile(q, len(every)), Sketch.of(np.zeros(0))
+        for i in range(0, len(values), 1 << 14):
+            piece, times = values[i : i + (1 << 14)], None if weights is None else weights[i : i + (1 << 14)]
+            seen = seen.merge(Sketch.of(piece, times, bins=bins))
+            quantile.add(piece, times, seen)
+            assert quantile.kept <= 0.02 * len(every) + (1 << 12) + 2
+        assert quantile.value() == np.quantile(every.astype(np.float64), q)
+    assert seen.num == len(every)
+
+
 def test_far_from_zero_nothing_is_lost():
     values = (1e4 + np.random.default_rng(0).normal(0, 0.01, 5000)).astype(np.float32)
     found = field_stats(values[:, None])
@@ -326,12 +352,12 @@ def test_far_from_zero_nothing_is_lost():
 
 def test_several_datasets(toy):
     split = np.array_split(np.arange(toy.num_frames), 2)
-    sketches = [sketch_norm_stats(toy, TABLETOP, HORIZON, rows) for rows in split]
+    sketches = [sketch_norm_stats([(toy, TABLETOP, rows)], HORIZON) for rows in split]
     merged = merge_sketches(sketches)
     near(merged.state, naive(toy, TABLETOP, HORIZON, np.arange(65))[0], exact=2**-15)
     assert merged.num_frames == 65
     assert merged.data == toy.fingerprint
-    other = sketch_norm_stats(toy, TABLETOP, HORIZON + 1, split[0])
+    other = sketch_norm_stats([(toy, TABLETOP, split[0])], HORIZON + 1)
     with pytest.raises(NormStatsError, match="one robot layout and action horizon"):
         merge_sketches([sketches[0], other])
 

@@ -3,11 +3,16 @@
 State and actions pass through the same `ActionSpace` as in training, the actions over the whole chunk, so the
 statistics are of what the model sees. Steps beyond the end of an episode do not count.
 
-Rows are worked through in blocks, in threads or on a Ray cluster. A block is a span of row numbers, whoever works on
-it, and sketches merge exactly: the statistics are the same to the last bit however many workers there are.
+    Column    one dimension at the rows. An absolute command is in the chunks of the rows before it: it counts once for
+              each of them
+    Chunks    a relative action group: every chunk, seen from the state of its row, many rows at a time
 
-Shape letters: N rows of the dataset, n rows asked for, H action horizon, A and S dimensions
-of command and state.
+A dimension (of relative poses, a group) is worked through by one thread, or one worker of a Ray cluster, in blocks of
+rows: the statistics are the same to the last bit however many workers there are. In memory, beside the columns, each of
+them holds a few blocks, and the tails that q01 and q99 are in: at most 4 % of its dimension's numbers.
+
+Shape letters: N rows of the dataset, n rows asked for, H steps, D dimensions, A and S dimensions of command and state,
+m numbers.
 """
 
 import hashlib
@@ -17,23 +22,25 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Int64
+from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
 from manipi.data.dataset import Dataset
 from manipi.data.dimensions import command_names
-from manipi.data.norm_stats.chunk_values import Columns, Offsets, Part, parts_of, transposed
-from manipi.data.norm_stats.sketch import NormStatsSketch, Sketch, Tally, field_of
+from manipi.data.norm_stats.sketch import QUANTILES, NormStatsSketch, Quantile, Sketch, field_of, one_contract
 from manipi.errors import ConfigError, unknown_name
-from manipi.robots.robot import Robot
+from manipi.robots.robot import EndEffector, Joints, Robot
+from manipi.transforms.actions import ActionSpace
 from manipi.transforms.pipeline import contract
 from manipi.types import FieldStats, NormStats
 
-BLOCK, BLOCKS = 1 << 21, 2
-"""Numbers per dimension that a worker has in memory at a time, and blocks that it takes at a time."""
+BLOCK = 1 << 19
+"""Numbers per dimension that are worked on at a time."""
 NEAR_CONSTANT = 1e-4
 """A dimension whose q01 and q99 are closer than this makes tiny differences huge once normalised."""
 FAR = 10
@@ -41,14 +48,13 @@ FAR = 10
 NORMAL_RANGE = 4.6527
 """Distance between q01 and q99 of a normal distribution, in standard deviations."""
 
-Interval: TypeAlias = tuple[float, float]
-"""From its beginning to before its end."""
-WHOLE: Interval = (-math.inf, math.inf)
+Rows: TypeAlias = tuple[Dataset, Robot, Int64[np.ndarray, " n"]]
+"""Rows of a dataset (global frame numbers, in any order), and the robot that it is of."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """Who works on the blocks: so many threads here, or the Ray cluster that this process belongs to."""
+    """What works on the dimensions: so many threads here, or the Ray cluster that this process belongs to."""
 
     threads: int = 0
     """0: one per processor."""
@@ -62,40 +68,44 @@ def compute_norm_stats(
     rows: Int64[np.ndarray, " n"],
     *,
     workers: Workers = Workers(),
-    sketch: NormStatsSketch | None = None,
     min_range: float | Mapping[str, float] = 0.0,
 ) -> NormStats:
     """Exact mean, std, min, max and quantiles over `rows` (global frame numbers, in any order).
 
     Args:
-        sketch: of the same rows, where there is one already; saves the first of two passes.
         min_range: as `with_min_range` takes it.
 
     Raises:
         ConfigError: no rows; no such dimension; Ray is wanted and not installed.
     """
-    sketch = sketch or sketch_norm_stats(dataset, robot, action_horizon, rows, workers=workers)
-    parts = parts_of(dataset, robot, read_state(dataset, robot), range(action_horizon))
-    zoomed = _zoom(parts, rows, [*sketch.state, *sketch.actions], workers)
-    stats = sketch.stats(zoomed[: robot.state_size], zoomed[robot.state_size :])
-    return with_min_range(stats, min_range)
+    sketch = sketch_norm_stats([(dataset, robot, rows)], action_horizon, workers=workers, bins=False)
+    return with_min_range(sketch.stats(), min_range)
 
 
 def sketch_norm_stats(
-    dataset: Dataset, robot: Robot, action_horizon: int, rows: Int64[np.ndarray, " n"], *, workers: Workers = Workers()
+    sets: Sequence[Rows], action_horizon: int, *, workers: Workers = Workers(), bins: bool = True
 ) -> NormStatsSketch:
-    """What norm stats over `rows` are made of, to be merged with that of other rows, datasets and machines."""
-    if not len(rows):
+    """What norm stats over all rows of the sets are made of, exact as they are, and to be merged with others.
+
+    Args:
+        bins: False: without the histograms that merging and drawing need; takes half the time.
+
+    Raises:
+        ConfigError: no rows; Ray is wanted and not installed.
+        NormStatsError: the sets are of different robot layouts.
+    """
+    if not all(len(rows) for _, _, rows in sets):
         raise ConfigError(
             expected="at least one frame", found="none", where="rows of norm stats", next="choose fewer filters"
         )
-    sketches = _sketch(parts_of(dataset, robot, read_state(dataset, robot), range(action_horizon)), rows, workers)
+    sketches = _sketch([_parts(*one, range(action_horizon)) for one in sets], workers, bins=bins)
+    state_size = sets[0][1].state_size
     return NormStatsSketch(
-        state=tuple(sketches[: robot.state_size]),
-        actions=tuple(sketches[robot.state_size :]),
-        num_frames=len(rows),
-        contract=contract(robot, action_horizon),
-        sources=((dataset.fingerprint, rows_fingerprint(rows)),),
+        state=tuple(sketches[:state_size]),
+        actions=tuple(sketches[state_size:]),
+        num_frames=sum(len(rows) for _, _, rows in sets),
+        contract=one_contract([contract(robot, action_horizon) for _, robot, _ in sets]),
+        sources=tuple(sorted((dataset.fingerprint, rows_fingerprint(rows)) for dataset, _, rows in sets)),
     )
 
 
@@ -105,18 +115,16 @@ def per_step_stats(
     """Exact statistics of the actions at each step of the chunk, [H, A]; NaN where no episode is that long."""
     fields = []
     for step in tqdm(range(action_horizon), desc="per step", unit="step", disable=None):
-        parts = parts_of(dataset, robot, read_state(dataset, robot), range(step, step + 1))[1:]
-        sketches = _sketch(parts, rows, workers)
-        fields.append(field_of(sketches, _zoom(parts, rows, sketches, workers)))
+        parts = _parts(dataset, robot, rows, range(step, step + 1))
+        fields.append(field_of(_sketch([parts[robot.state_size :]], workers)))
     names = ("mean", "std", "q01", "q99", "min", "max")
     return FieldStats(*(np.stack([getattr(field, name) for field in fields]) for name in names))
 
 
 def field_stats(values: np.ndarray) -> FieldStats:
     """[N, dim] -> exact statistics per dimension, float64."""
-    parts, rows = [Columns(transposed(values))], np.arange(len(values))
-    sketches = _sketch(parts, rows, Workers(threads=1))
-    return field_of(sketches, _zoom(parts, rows, sketches, Workers(threads=1)))
+    columns = [Column(column, np.arange(len(values)), None) for column in _transposed(values)]
+    return field_of(_sketch([columns], Workers(threads=1)))
 
 
 def rows_fingerprint(rows: Int64[np.ndarray, " n"]) -> str:
@@ -130,133 +138,146 @@ def read_state(dataset: Dataset, robot: Robot) -> np.ndarray:
     return np.concatenate(parts, axis=-1) if parts else np.zeros((dataset.num_frames, 0), np.float32)
 
 
-# Blocks and workers -------------------------------------------------------------------------------------------------
+# The numbers that count -----------------------------------------------------------------------------------------------
 
 
-def _sketch(parts: Sequence[Part], rows: np.ndarray, workers: Workers) -> list[Sketch]:
-    """One per dimension of all parts."""
-    everything = [[WHOLE]] * sum(part.size for part in parts)
-    return [only for (only,) in _sketch_inside(parts, rows, everything, workers)]
+@dataclass(frozen=True, eq=False)
+class Column:
+    """One dimension at some rows, as the model sees it."""
+
+    values_N: np.ndarray
+    rows: Int64[np.ndarray, " n"]
+    weights: Int64[np.ndarray, " n"] | None
+    """How often each row counts; None: once."""
+    size = 1
+
+    def __len__(self) -> int:
+        return len(self.rows) if self.weights is None else int(self.weights.sum())
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Numbers [1, m], and how often each counts [m]."""
+        for block in _blocks(self.rows, 1):
+            yield self.values_N[_span(self.rows[block])][None], None if self.weights is None else self.weights[block]
 
 
-def _zoom(
-    parts: Sequence[Part], rows: np.ndarray, sketches: Sequence[Sketch], workers: Workers
-) -> list[dict[int, Sketch]]:
-    """For each dimension the sketches of the values in the bins that quantiles lie in."""
-    bins = [sketch.bins_to_zoom() for sketch in sketches]
-    intervals = [[sketch.bounds(bin) for bin in some] for sketch, some in zip(sketches, bins, strict=True)]
-    inside = _sketch_inside(parts, rows, intervals, workers)
-    return [dict(zip(some, found, strict=True)) for some, found in zip(bins, inside, strict=True)]
+@dataclass(frozen=True, eq=False)
+class Chunks:
+    """A relative action group at some steps of the chunks that begin at the rows."""
+
+    robot: Robot
+    """With this group alone."""
+    steps: range
+    commands_NA: np.ndarray
+    state_NS: np.ndarray
+    """The dimensions that match the commands."""
+    rows: Int64[np.ndarray, " n"]
+    left: Int64[np.ndarray, " n"]
+    """How many of the steps, and of those beyond them, each row's episode still has."""
+
+    @property
+    def size(self) -> int:
+        return self.robot.model_action_size
+
+    def __len__(self) -> int:
+        return int(np.clip(self.left, 0, len(self.steps)).sum())
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, None]]:
+        """Numbers [D, m], each of which counts once."""
+        num, start, space = len(self.steps), self.steps.start, ActionSpace(self.robot)
+        padded = np.concatenate([self.commands_NA, np.repeat(self.commands_NA[-1:], self.steps.stop, axis=0)])
+        windows = np.moveaxis(sliding_window_view(padded[start:], num, axis=0), -1, 1)
+        for block in _blocks(self.rows, num):
+            span, left = _span(self.rows[block]), self.left[block]
+            seen = space.to_model(windows[span], self.state_NS[span]).astype(np.float32, copy=False)
+            whole, cut = seen[left >= num], (left > 0) & (left < num)
+            numbers = [whole.reshape(-1, self.size), seen[cut][np.arange(num) < left[cut, None]]]
+            yield np.ascontiguousarray(np.concatenate(numbers).T), None
 
 
-def _sketch_inside(
-    parts: Sequence[Part], rows: np.ndarray, intervals: Sequence[Sequence[Interval]], workers: Workers
-) -> list[list[Sketch]]:
-    """Sketches of the values inside intervals [low, high), for each dimension of all parts as many as are given."""
-    rows, tasks, places, end = np.sort(rows), list[_Task](), list[slice](), 0
-    for part in parts:
-        dims, end = slice(end, end + part.size), end + part.size
-        blocks = _blocks(rows, part)
-        tasks += [(part, blocks[i : i + BLOCKS], intervals[dims]) for i in range(0, len(blocks), BLOCKS)]
-        places += [dims] * (len(tasks) - len(places))
-    merged = [[Sketch.of(np.zeros(0))] * len(some) for some in intervals]
-    for dims, found in zip(places, _run(tasks, workers), strict=True):
-        pairs = zip(merged[dims], found, strict=True)
-        merged[dims] = [[a.merge(b) for a, b in zip(old, new, strict=True)] for old, new in pairs]
-    return merged
-
-
-def _blocks(rows: np.ndarray, part: Part) -> list[np.ndarray]:
+def _blocks(rows: np.ndarray, numbers_per_row: int) -> list[slice]:
     """Rows that ascend, cut at multiples of a power of two."""
-    bits = (BLOCK // part.numbers_per_row).bit_length() - 1
-    return np.split(rows, np.flatnonzero(np.diff(rows >> bits)) + 1)
+    bits = (BLOCK // numbers_per_row).bit_length() - 1
+    cuts = (np.flatnonzero(np.diff(rows >> bits)) + 1).tolist()
+    return [slice(*pair) for pair in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
 
 
-def _sketch_blocks(
-    part: Part, blocks: Sequence[np.ndarray], intervals: Sequence[Sequence[Interval]]
-) -> list[list[Sketch]]:
-    """As `_sketch_inside`, for one part."""
-    if isinstance(part, Offsets):
-        return [_sketch_offsets(part, blocks, *intervals)]
-    gathered = [[_Gathered(interval) for interval in some] for some in intervals]
-    for rows in blocks:
-        values, weights = part.values(rows)
-        for dimension, some in zip(values, gathered, strict=True):
-            for inside in some:
-                inside.add(dimension, weights)
-    return [[inside.finish() for inside in some] for some in gathered]
+def _span(rows: np.ndarray) -> np.ndarray | slice:
+    """Rows that ascend, as a slice where they follow on one another, which is read without a copy."""
+    together = len(rows) and rows[-1] - rows[0] + 1 == len(rows)
+    return slice(rows[0], rows[-1] + 1) if together else rows
 
 
-def _sketch_offsets(part: Offsets, blocks: Sequence[np.ndarray], intervals: Sequence[Interval]) -> list[Sketch]:
-    """With bounds of every row at hand, the numbers of most rows need not be looked at for a narrow interval."""
-    if intervals == [WHOLE]:
-        found = [values for rows in blocks if (values := part.values(rows)[0][0]).size]
-        counted = Tally(*_range(found))
-        for values in found:
-            counted.add(values)
-        return [counted.sketch()]
-    gathered = [_Gathered(interval) for interval in intervals]
-    for rows in blocks:
-        low, high = part.bounds(rows)
-        reach = np.logical_or.reduce([(high >= begin) & (low < end) for begin, end in intervals])
-        ((values,), _) = part.values(rows[reach])
-        for inside in gathered:
-            inside.add(values, None)
-    return [inside.finish() for inside in gathered]
+def _transposed(vectors_ND: np.ndarray) -> np.ndarray:
+    """[D, N] in memory; rows that fit into a processor's cache at a time take a quarter of the time of all at once."""
+    columns = np.empty(vectors_ND.shape[::-1], vectors_ND.dtype)
+    for start in range(0, len(vectors_ND), 4096):
+        columns[:, start : start + 4096] = vectors_ND[start : start + 4096].T
+    return columns
 
 
-def _range(pieces: Sequence[np.ndarray]) -> tuple[float, float]:
-    """The smallest and the largest number of all."""
-    lows, highs = [float(piece.min()) for piece in pieces], [float(piece.max()) for piece in pieces]
-    return min(lows, default=math.inf), max(highs, default=-math.inf)
+def _parts(dataset: Dataset, robot: Robot, rows: np.ndarray, steps: range) -> list[Column | Chunks]:
+    """The state and the actions, in the model's order; plain differences each apart, so that blocks stay small."""
+    rows, commands = np.sort(rows), dataset.column(robot.dataset_key(robot.action_key))
+    state = read_state(dataset, robot)
+    seen = ActionSpace(robot).state_to_model(state).astype(np.float32, copy=False)
+    parts: list[Column | Chunks] = [Column(column, rows, None) for column in _transposed(seen)]
+    ends = dataset.ends[dataset.episode_of(rows)]
+    edges = [
+        np.bincount(np.minimum(rows + edge, ends), minlength=dataset.num_frames + 1)
+        for edge in (steps.start, steps.stop)
+    ]
+    chunks = np.cumsum(edges[0] - edges[1])  # that a row's command is in
+    used = np.flatnonzero(chunks)
+    for group, start in zip(robot.actions, accumulate((g.size for g in robot.actions), initial=0), strict=False):
+        base = robot.state_start(group, start)
+        command, own_state = commands[:, start : start + group.size], state[:, base : base + group.size]
+        pieces = [(slice(None), replace(group, state_start=0))]
+        if group.relative and (
+            isinstance(group, Joints) or (isinstance(group, EndEffector) and group.rotation == "none")
+        ):
+            signs = group.signs if isinstance(group, Joints) else ()
+            pieces = [(slice(d, d + 1), Joints(1, relative=True, signs=signs[d : d + 1])) for d in range(group.size)]
+        for dims, piece in pieces:
+            alone = replace(robot, actions=(piece,), max_rates=())
+            if group.relative:
+                columns = np.ascontiguousarray(command[:, dims]), np.ascontiguousarray(own_state[:, dims])
+                parts.append(Chunks(alone, steps, *columns, rows, ends - rows - steps.start))
+            else:
+                absolute = ActionSpace(alone).to_model(command[:, None], own_state)[:, 0].astype(np.float32, copy=False)
+                parts += [Column(column, used, chunks[used]) for column in _transposed(absolute)]
+    return parts
 
 
-class _Gathered:
-    """Sketches values of one interval many at a time: for fewer, a sketch costs as much."""
-
-    def __init__(self, interval: Interval):
-        self._interval, self._sketch = interval, Sketch.of(np.zeros(0))
-        self._values, self._weights = list[np.ndarray](), list[np.ndarray]()
-
-    def add(self, values: np.ndarray, weights: np.ndarray | None) -> None:
-        if self._interval != WHOLE:
-            inside = (values >= self._interval[0]) & (values < self._interval[1])
-            values, weights = values[inside], None if weights is None else weights[inside]
-        self._values.append(values)
-        if weights is not None:
-            self._weights.append(weights)
-        if sum(map(len, self._values)) >= 2 * BLOCK:
-            self.finish()
-
-    def finish(self) -> Sketch:
-        """Of all that was added."""
-        if self._values:
-            more = Sketch.of(_joined(self._values), _joined(self._weights) if self._weights else None)
-            self._sketch = self._sketch.merge(more)
-            self._values, self._weights = [], []
-        return self._sketch
+# Workers --------------------------------------------------------------------------------------------------------------
 
 
-def _joined(pieces: list[np.ndarray]) -> np.ndarray:
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-
-_Task: TypeAlias = tuple[Part, list[np.ndarray], Sequence[Sequence[Interval]]]
-_Found: TypeAlias = list[list[Sketch]]
-
-
-def _run(tasks: Sequence[_Task], workers: Workers) -> Iterator[_Found]:
-    """What `_sketch_blocks` returns for the tasks, in their order, with a progress bar where it takes long."""
-    progress = tqdm(total=len(tasks), desc="norm stats", unit="block", leave=False, delay=1, disable=None)
-    with progress, ThreadPoolExecutor(workers.threads or os.cpu_count()) as threads:
+def _sketch(sets: Sequence[Sequence[Column | Chunks]], workers: Workers, *, bins: bool = False) -> list[Sketch]:
+    """One per dimension, of the numbers of all sets; a set is one part after the other."""
+    tasks = [(parts, bins) for parts in zip(*sets, strict=True)]
+    with ThreadPoolExecutor(workers.threads or os.cpu_count()) as threads:
         # Threads are enough: numpy lets go of the interpreter in every operation that takes long here.
-        found: Iterable[_Found] = _run_on_ray(tasks) if workers.ray else threads.map(_sketch_blocks, *zip(*tasks))
-        for one in found:
-            progress.update()
-            yield one
+        found = _on_ray(tasks) if workers.ray else threads.map(_sketch_part, *zip(*tasks, strict=True))
+        found = tqdm(found, total=len(tasks), desc="norm stats", unit="part", leave=False, delay=1, disable=None)
+        return [sketch for some in found for sketch in some]
 
 
-def _run_on_ray(tasks: Sequence[_Task]) -> Iterator[_Found]:
+def _sketch_part(parts: Sequence[Column | Chunks], bins: bool) -> list[Sketch]:
+    """One per dimension of the same part of every set."""
+    num = sum(map(len, parts))
+    sketches = [Sketch.of(np.zeros(0))] * parts[0].size
+    quantiles = [[Quantile(q, num) for q in QUANTILES] for _ in sketches]
+    for part in parts:
+        for values_Dm, weights in part.blocks():
+            for d, values in enumerate(values_Dm):
+                sketches[d] = sketches[d].merge(Sketch.of(values, weights, bins=bins or isinstance(part, Column)))
+                for quantile in quantiles[d]:
+                    quantile.add(values, weights, sketches[d])
+    return [
+        replace(sketch, exact=tuple(q.value() for q in some)) for sketch, some in zip(sketches, quantiles, strict=True)
+    ]
+
+
+def _on_ray(tasks: Sequence[tuple[Sequence[Column | Chunks], bool]]) -> Iterable[list[Sketch]]:
     try:
         ray = importlib.import_module("ray")
     except ImportError as error:
@@ -265,10 +286,8 @@ def _run_on_ray(tasks: Sequence[_Task]) -> Iterator[_Found]:
         ) from error
     if not ray.is_initialized():
         ray.init()
-    # The columns travel once to each machine.
-    parts = {id(part): ray.put(part) for part, *_ in tasks}
-    remote = ray.remote(_sketch_blocks)
-    yield from map(ray.get, [remote.remote(parts[id(part)], *rest) for part, *rest in tasks])
+    remote = ray.remote(_sketch_part)
+    yield from map(ray.get, [remote.remote(*task) for task in tasks])
 
 
 # What to look at ----------------------------------------------------------------------------------------------------

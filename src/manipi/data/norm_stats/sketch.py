@@ -1,4 +1,4 @@
-"""Sketches: mean, deviation, extremes and quantiles of more numbers than fit in memory, in pieces that merge.
+"""Sketches: mean, deviation, extremes and quantiles of many numbers, in pieces that merge.
 
 A histogram whose bins are aligned to powers of two, so that any two can be brought to the same bins without loss:
 
@@ -9,20 +9,18 @@ The width follows from the smallest and the largest value alone, never from the 
 came. Counts are integers and sums are kept as exact fractions, so that merging is associative and commutative to the
 last bit.
 
-A quantile is wrong by less than one bin, which is at most 2⁻¹⁵ of the range. A second look at the values of the bin
-it lies in (`bins_to_zoom`, `zoomed`) makes it exact: it then equals `numpy.quantile` of the float32 values wherever
-these are not closer together than 2⁻³¹ of the range.
+A quantile that is read from the bins is wrong by less than one of them, which is at most 2⁻¹⁵ of the range. Where all
+numbers pass by in one place, the tails that it lies in are kept instead (`Quantile`), which gives `numpy.quantile`.
 """
 
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, reduce
+from functools import reduce
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
@@ -36,11 +34,8 @@ BITS = 16
 QUANTILES = (0.01, 0.99)
 _PIECE = 1 << 17
 """Numbers that stay in a processor's own cache while they are worked on."""
-_ONE = 1 << 1074
-"""Every float is a multiple of 1 / _ONE: sums of such integers are exact, and cheaper than of fractions."""
 _FLOAT32_BITS, _SMALLEST = 24, -100
 """No bin is narrower than the steps between the largest float32 values, nor than 2⁻¹⁰⁰."""
-_NOTHING: Mapping[int, "Sketch"] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,137 +51,121 @@ class Sketch:
     """The width of a bin is 2 to this power."""
     first: int
     counts: np.ndarray
-    """int64; the first and the last are not 0."""
+    """int64; the first and the last are not 0. Empty where they are not needed."""
+    exact: tuple[float, ...] | None = None
+    """The `QUANTILES`, where they are known better than from the bins."""
 
     @classmethod
-    def of(cls, values: np.ndarray, weights: np.ndarray | None = None) -> "Sketch":
-        """Of finite numbers [n], each counted once or, with integer `weights` [n], that often."""
+    def of(cls, values: np.ndarray, weights: np.ndarray | None = None, *, bins: bool = True) -> "Sketch":
+        """Of finite numbers [n], each counted once or, with integer `weights` [n], that often; `bins`: with counts."""
         if not values.size:
             return cls(0, Fraction(0), Fraction(0), math.inf, -math.inf, _SMALLEST, 0, np.zeros(0, np.int64))
-        tally = Tally(float(values.min()), float(values.max()))
-        tally.add(values, weights)
-        return tally.sketch()
+        low, high = float(values.min()), float(values.max())
+        exponent = _exponent(low, high)
+        first, last = (math.floor(value * 2.0**-exponent) for value in (low, high))
+        counts = np.zeros(last - first + 1 if bins else 0, np.int64)
+        num, total, squares = 0, Fraction(0), Fraction(0)
+        for start in range(0, len(values), _PIECE):
+            piece = values[start : start + _PIECE]
+            times = np.int64(1) if weights is None else weights[start : start + _PIECE]
+            if len(counts):
+                np.add.at(counts, (np.floor(piece * 2.0**-exponent) - first).astype(np.intp), times)
+            # Sums of distances from one of the values are small, so that nothing is lost where all are far from 0.
+            centre, distances = Fraction(float(piece[0])), np.subtract(piece, float(piece[0]), dtype=np.float64)
+            weighted, count = (distances, len(piece)) if weights is None else (distances * times, int(times.sum()))
+            # Not `@`, whose last bit depends on the threads of the library behind it.
+            offset, square = Fraction(float(weighted.sum())), Fraction(float(np.einsum("i,i->", weighted, distances)))
+            num, total = num + count, total + offset + count * centre
+            squares += square + 2 * centre * offset + count * centre**2
+        return cls(num, total, squares, low, high, exponent, first, counts)
 
     def merge(self, other: "Sketch") -> "Sketch":
-        """Of the values of both."""
+        """Of the values of both; what was known better than from the bins is lost."""
         if not self.num or not other.num:
             return self if self.num else other
         low, high = min(self.low, other.low), max(self.high, other.high)
-        exponent = _exponent(low, high)
-        parts = [self._coarsened(exponent), other._coarsened(exponent)]
+        exponent, parts = _exponent(low, high), list[tuple[int, np.ndarray]]()
+        for first, counts, finer in ((one.first, one.counts, exponent - one.exponent) for one in (self, other)):
+            # No bin's number has more than 24 bits, so that halving once more than that would change nothing.
+            for _ in range(min(finer, 32)):
+                counts = np.pad(counts, (first % 2, (first + len(counts)) % 2))
+                first, counts = first // 2, counts[::2] + counts[1::2]
+            parts.append((first, counts))
         first = min(start for start, _ in parts)
-        counts = np.zeros(max(start + len(part) for start, part in parts) - first, np.int64)
-        for start, part in parts:
+        size = max(start + len(part) for start, part in parts) - first
+        counts = np.zeros(size if len(self.counts) and len(other.counts) else 0, np.int64)
+        for start, part in parts if len(counts) else ():
             counts[start - first : start - first + len(part)] += part
         total, squares = self.total + other.total, self.squares + other.squares
         return Sketch(self.num + other.num, total, squares, low, high, exponent, first, counts)
 
-    def _coarsened(self, exponent: int) -> tuple[int, np.ndarray]:
-        """First bin and counts with bins of the width 2 to the `exponent`, which is not narrower than the own."""
-        first, counts = self.first, self.counts
-        # No bin's number has more than 24 bits, so that halving once more would change nothing.
-        for _ in range(min(exponent - self.exponent, 32)):
-            pairs = np.zeros((first % 2 + len(counts) + 1) // 2 * 2, np.int64)
-            pairs[first % 2 : first % 2 + len(counts)] = counts
-            first, counts = first // 2, pairs[::2] + pairs[1::2]
-        return first, counts
+    def quantile(self, q: float) -> float:
+        """Linear between neighbours, as `numpy.quantile`, of which each is the middle of its bin."""
+        below, above, fraction = _neighbours(q, self.num)
+        bins = self.first + np.searchsorted(np.cumsum(self.counts), [below, above], side="right")
+        left, width = bins * 2.0**self.exponent, 2.0**self.exponent
+        only_one = width <= np.spacing(np.abs(left).astype(np.float32))  # float32 value in the bin: where it begins
+        a, b = np.clip(np.where(only_one, left, left + width / 2), self.low, self.high).tolist()
+        return _between(a, b, fraction)
+
+
+class Quantile:
+    """`numpy.quantile` of numbers that come in pieces, exactly; only those that may yet be beyond it are kept.
+
+    Args:
+        num: of the numbers that will come, each as often as it counts.
+    """
+
+    def __init__(self, q: float, num: int):
+        below, above, self._fraction = _neighbours(q, num)
+        self._sign = 1 if q < 0.5 else -1  # the highest numbers are the lowest, once their sign is changed
+        self._ranks = np.array([below, above] if q < 0.5 else [num - 1 - below, num - 1 - above])
+        self._limit, self._values, self._weights = math.inf, list[np.ndarray](), list[np.ndarray]()
+
+    def add(self, values: np.ndarray, weights: np.ndarray | None, seen: Sketch) -> None:
+        """Numbers [m], how often each counts [m] (None: once), and a sketch of all until now, these included."""
+        if len(seen.counts) and seen.num > max(self._ranks):
+            bin = int(np.searchsorted(np.cumsum(seen.counts[:: self._sign]), max(self._ranks), side="right"))
+            edge = seen.first + bin + 1 if self._sign > 0 else bin + 1 - seen.first - len(seen.counts)
+            self._limit = min(self._limit, edge * 2.0**seen.exponent)
+        near = values <= self._limit if self._sign > 0 else values >= -self._limit
+        self._values.append(values[near] * self._sign)
+        self._weights += [] if weights is None else [weights[near]]
+        if self.kept > 2 * max(self._ranks) + _PIECE:
+            self._prune()
 
     @property
-    def mean(self) -> float:
-        return float(self.total / self.num) if self.num else math.nan
+    def kept(self) -> int:
+        """How many numbers are in memory."""
+        return sum(map(len, self._values))
 
-    @property
-    def std(self) -> float:
-        """Of the population, as numpy's."""
-        return math.sqrt(self.squares / self.num - (self.total / self.num) ** 2) if self.num else math.nan
+    def _prune(self) -> list[float]:
+        """Keep no number beyond the ranks, of which the numbers are returned."""
+        values, at = np.concatenate(self._values), np.array(self._ranks)
+        if self._weights:
+            order = np.argsort(values)
+            values, weights = values[order], np.concatenate(self._weights)[order]
+            at = np.searchsorted(np.cumsum(weights), self._ranks, side="right")
+            self._weights = [weights[: at.max() + 1]]
+        else:
+            values = np.partition(values, self._ranks)
+        self._values, self._limit = [values[: at.max() + 1]], float(values[at.max()])
+        return (values[at].astype(np.float64) * self._sign).tolist()
 
-    def quantile(self, q: float, zoomed: Mapping[int, "Sketch"] = _NOTHING) -> float:
-        """Linear between neighbours, as `numpy.quantile`.
-
-        Args:
-            zoomed: sketches of the values of single bins, by bin; without that of a bin its middle is the answer.
-        """
-        if not self.num:
-            return math.nan
-        below, above, fraction = self._neighbours(q)
-        a, b = (self._value(rank, zoomed) for rank in (below, above))
-        # Both forms that numpy uses, so that the last bit agrees.
-        return b - (b - a) * (1 - fraction) if fraction >= 0.5 else a + (b - a) * fraction
-
-    def bins_to_zoom(self) -> list[int]:
-        """The bins that `QUANTILES` lie in."""
-        ranks = [rank for q in QUANTILES for rank in self._neighbours(q)[:2]] if self.num else []
-        return sorted({self._bin(rank)[0] for rank in ranks})
-
-    def bounds(self, bin: int) -> tuple[float, float]:
-        """Where a bin begins, and where the next one does."""
-        return bin * 2.0**self.exponent, (bin + 1) * 2.0**self.exponent
-
-    def _neighbours(self, q: float) -> tuple[int, int, float]:
-        position = q * (self.num - 1)
-        below = math.floor(position)
-        return below, min(below + 1, self.num - 1), position - below
-
-    def _value(self, rank: int, zoomed: Mapping[int, "Sketch"]) -> float:
-        bin, rank = self._bin(rank)
-        if bin in zoomed:
-            return zoomed[bin]._value(rank, _NOTHING)
-        left, right = self.bounds(bin)
-        only_one = right - left <= np.spacing(np.float32(abs(left)))
-        return min(max(left if only_one else (left + right) / 2, self.low), self.high)
-
-    def _bin(self, rank: int) -> tuple[int, int]:
-        """The bin of the value with `rank` values before it, and how many of these are in the same bin."""
-        place = int(np.searchsorted(self._ends, rank, side="right"))
-        return self.first + place, int(rank - self._ends[place] + self.counts[place])
-
-    @cached_property
-    def _ends(self) -> np.ndarray:
-        return np.cumsum(self.counts)
+    def value(self) -> float:
+        """Of all that was added; NaN of nothing."""
+        return _between(*self._prune(), self._fraction) if self.kept else math.nan
 
 
-class Tally:
-    """The making of a sketch of numbers whose smallest and largest are known before."""
+def _neighbours(q: float, num: int) -> tuple[int, int, float]:
+    """The ranks that a quantile lies between, and how far it is on the way."""
+    position = q * (num - 1)
+    return math.floor(position), min(math.floor(position) + 1, num - 1), position - math.floor(position)
 
-    def __init__(self, low: float, high: float):
-        self._low, self._high = low, high
-        self._num, self._total, self._squares = 0, 0, 0
-        self._buffers: list[np.ndarray] = []
-        if low > high:  # of no numbers at all
-            return
-        self._exponent = _exponent(low, high)
-        self._first, last = (math.floor(value * 2.0**-self._exponent) for value in (low, high))
-        self._counts = np.zeros(last - self._first + 1, np.int64)
 
-    def add(self, values: np.ndarray, weights: np.ndarray | None = None) -> None:
-        size = min(len(values), _PIECE)
-        if not self._buffers or len(self._buffers[0]) < size:
-            self._buffers = [np.empty(size, dtype) for dtype in (values.dtype, np.int32, np.intp, np.float64)]
-        # Half as large, so that more of them stay in a processor's cache; no block has 2³¹ numbers.
-        counts = np.zeros(len(self._counts), np.int32) if weights is None else self._counts
-        for start in range(0, len(values), _PIECE):
-            piece = slice(start, start + _PIECE)
-            self._add(values[piece], None if weights is None else weights[piece], counts)
-        if weights is None:
-            self._counts += counts
-
-    def _add(self, values: np.ndarray, weights: np.ndarray | None, counts: np.ndarray) -> None:
-        scaled, narrow, bins, distances = (buffer[: len(values)] for buffer in self._buffers)
-        np.multiply(values, 2.0**-self._exponent, out=scaled)
-        np.floor(scaled, out=scaled)
-        np.subtract(scaled, self._first, out=scaled)
-        np.copyto(narrow, scaled, casting="unsafe")
-        np.copyto(bins, narrow)
-        np.add.at(counts, bins, np.int32(1) if weights is None else weights)
-        total, squares = _sums(values, weights, distances)
-        self._num += len(values) if weights is None else int(weights.sum())
-        self._total, self._squares = self._total + total, self._squares + squares
-
-    def sketch(self) -> Sketch:
-        if not self._num:
-            return Sketch.of(np.zeros(0))
-        sums = (self._num, Fraction(self._total, _ONE), Fraction(self._squares, _ONE**2))
-        return Sketch(*sums, self._low, self._high, self._exponent, self._first, self._counts)
+def _between(a: float, b: float, fraction: float) -> float:
+    # Both forms that numpy uses, so that the last bit agrees.
+    return b - (b - a) * (1 - fraction) if fraction >= 0.5 else a + (b - a) * fraction
 
 
 def _exponent(low: float, high: float) -> int:
@@ -194,29 +173,15 @@ def _exponent(low: float, high: float) -> int:
     return max(math.frexp(high - low)[1] - BITS if high > low else _SMALLEST, resolution, _SMALLEST)
 
 
-def _sums(values: np.ndarray, weights: np.ndarray | None, distances: np.ndarray) -> tuple[int, int]:
-    """Of the values (in 1 / _ONE) and their squares (in 1 / _ONE²), rounded as their distances from one of them are."""
-    # The sums of distances are small, so that nothing is lost where values are far from 0 and close together.
-    centre, num = _exact(float(values[0])), len(values) if weights is None else int(weights.sum())
-    np.subtract(values, float(values[0]), out=distances, dtype=np.float64)
-    weighted = distances if weights is None else distances * weights
-    # Not `@`, whose last bit depends on the threads of the library behind it.
-    total, squares = _exact(float(weighted.sum())), _exact(float(np.einsum("i,i->", weighted, distances))) * _ONE
-    return total + num * centre, squares + 2 * centre * total + num * centre**2
-
-
-def _exact(number: float) -> int:
-    numerator, denominator = number.as_integer_ratio()
-    return numerator * (_ONE // denominator)
-
-
-def field_of(sketches: Sequence[Sketch], zoomed: Sequence[Mapping[int, Sketch]] | None = None) -> FieldStats:
+def field_of(sketches: Sequence[Sketch]) -> FieldStats:
     """The statistics of a vector from the sketches of its dimensions; NaN where there was no value."""
-    pairs = list(zip(sketches, zoomed or [_NOTHING] * len(sketches), strict=True))
-    q01, q99 = ([sketch.quantile(q, zoom) for sketch, zoom in pairs] for q in QUANTILES)
-    seen = [(s.mean, s.std, s.low if s.num else math.nan, s.high if s.num else math.nan) for s in sketches]
-    mean, std, low, high = np.array(seen, np.float64).reshape(-1, 4).T
-    return FieldStats(mean, std, np.array(q01), np.array(q99), low, high)
+    rows = []
+    for s in sketches:
+        mean, squares = (s.total / s.num, s.squares / s.num) if s.num else (math.nan, math.nan)
+        std = math.sqrt(squares - mean**2)  # of the population, as numpy's
+        quantiles = s.exact or [s.quantile(q) for q in QUANTILES]
+        rows.append((float(mean), std, *quantiles, *((s.low, s.high) if s.num else (math.nan, math.nan))))
+    return FieldStats(*np.array(rows, np.float64).reshape(-1, 6).T)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -232,36 +197,20 @@ class NormStatsSketch:
 
     def merge(self, other: "NormStatsSketch") -> "NormStatsSketch":
         """Of the rows of both. Raises NormStatsError where they are of different robots or action horizons."""
-        if self.contract != other.contract:
-            raise NormStatsError(
-                expected=f"sketches of one robot layout and action horizon ({self.contract[:12]})",
-                found=f"one of another ({other.contract[:12]})",
-                where="sketches of norm stats",
-                next="make both with the same robot and action horizon",
-            )
         return NormStatsSketch(
-            state=tuple(a.merge(b) for a, b in zip(self.state, other.state, strict=True)),
-            actions=tuple(a.merge(b) for a, b in zip(self.actions, other.actions, strict=True)),
+            contract=one_contract([self.contract, other.contract]),
+            state=tuple(map(Sketch.merge, self.state, other.state)),
+            actions=tuple(map(Sketch.merge, self.actions, other.actions)),
             num_frames=self.num_frames + other.num_frames,
-            contract=self.contract,
             sources=tuple(sorted(self.sources + other.sources)),
         )
 
-    def stats(
-        self,
-        zoomed_state: Sequence[Mapping[int, Sketch]] | None = None,
-        zoomed_actions: Sequence[Mapping[int, Sketch]] | None = None,
-    ) -> NormStats:
-        """All but q01 and q99 exact; these within one bin, and exact too with the bins that they lie in."""
+    def stats(self) -> NormStats:
+        """All exact, but q01 and q99 of what was merged or read from a file: these within 2⁻¹⁵ of the range."""
+        state, actions = field_of(self.state), field_of(self.actions)
         data, rows = provenance(self.sources)
-        return NormStats(
-            state=field_of(self.state, zoomed_state),
-            actions=field_of(self.actions, zoomed_actions),
-            num_frames=self.num_frames,
-            contract=self.contract,
-            data=data,
-            rows=rows,
-        )
+        frames, contract = self.num_frames, self.contract
+        return NormStats(state=state, actions=actions, num_frames=frames, contract=contract, data=data, rows=rows)
 
     def save(self, path: Path) -> None:
         """One .npz file: a JSON header, and all counts in a row."""
@@ -270,8 +219,7 @@ class NormStatsSketch:
             (s.num, str(s.total), str(s.squares), s.low, s.high, s.exponent, s.first, len(s.counts)) for s in sketches
         ]
         header = [len(self.state), self.num_frames, self.contract, self.sources, about]
-        buffer = io.BytesIO()
-        counts = np.concatenate([s.counts for s in sketches])
+        buffer, counts = io.BytesIO(), np.concatenate([s.counts for s in sketches])
         np.savez_compressed(buffer, header=np.array(json.dumps(header)), counts=counts)
         atomic_write(path, buffer.getvalue())
 
@@ -290,8 +238,8 @@ class NormStatsSketch:
                 next="write it again: manipi stats TARGET --sketch FILE",
             ) from error
         sketches = [
-            Sketch(num, Fraction(total), Fraction(squares), low, high, exponent, first, part)
-            for (num, total, squares, low, high, exponent, first, _), part in zip(about, counts, strict=True)
+            Sketch(num, Fraction(total), Fraction(squares), *rest, counts=part)
+            for (num, total, squares, *rest, _), part in zip(about, counts, strict=True)
         ]
         return NormStatsSketch(
             state=tuple(sketches[:split]),
@@ -300,6 +248,19 @@ class NormStatsSketch:
             contract=contract,
             sources=tuple((data, rows) for data, rows in sources),
         )
+
+
+def one_contract(contracts: Sequence[str]) -> str:
+    """The contract that all share. Raises NormStatsError where they are of different robots or action horizons."""
+    for other in contracts:
+        if other != contracts[0]:
+            raise NormStatsError(
+                expected=f"sketches of one robot layout and action horizon ({contracts[0][:12]})",
+                found=f"one of another ({other[:12]})",
+                where="sketches of norm stats",
+                next="make both with the same robot and action horizon",
+            )
+    return contracts[0]
 
 
 def provenance(sources: Sequence[tuple[str, str]]) -> tuple[str, str]:
