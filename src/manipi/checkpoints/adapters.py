@@ -7,7 +7,7 @@ from torch import Tensor
 
 from manipi.model import VLA
 from manipi.model.config import ModelConfig
-from manipi.model.lora import AdaptedLinear
+from manipi.model.layers import AdaptedLinear
 
 
 def merge_adapters(weights: Mapping[str, Tensor], config: ModelConfig, keep: Container[str] = ()) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ EXPERT_LAYER = (
     Row("mlp{e}/gating_einsum", "mlp.gate_proj.weight|mlp.up_proj.weight", "DM", "M D"),
     Row("mlp{e}/linear", "mlp.down_proj.weight", "MD", "D M"),
 )
-# The updates beside them (`manipi.model.lora`), attention first. R is the rank.
+# The updates beside them (`manipi.model.layers`), attention first. R is the rank.
 ATTENTION_LORA = (
     Row("attn/q_einsum{e}/lora_a", "q_proj.lora_a", "NDR", "NR D"),
     Row("attn/q_einsum{e}/lora_b", "q_proj.lora_b", "NRH", "N H R"),

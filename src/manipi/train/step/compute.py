@@ -17,7 +17,7 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from manipi.model import VLA
-from manipi.model.inference.graphs import many_variants
+from manipi.model.device import many_variants
 from manipi.train.config import ComputeConfig
 
 _KEPT_OPS = (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manipi.model.shards import global_norm
+from manipi.model.device import global_norm
 from manipi.train.config import OptimizerConfig
 from manipi.train.step.rounding import StochasticAdamW, step_seed
 

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from manipi.checkpoints.initial import load_initial_weights
 from manipi.errors import CheckpointError
 from manipi.model import VLA
-from manipi.model.nf4 import plain_weights
-from manipi.model.shards import whole
+from manipi.model.device import whole
+from manipi.model.layers import plain_weights
 from manipi.train.config import TrainConfig
 from manipi.train.parallel import ALONE, World, shard_model
 from manipi.train.step.compute import apply_compute

@@ -23,8 +23,7 @@ from torch import nn
 from manipi.errors import ConfigError
 from manipi.model import VLA
 from manipi.model.config import NO_ADAPTERS, ModelConfig, Pi0FastConfig
-from manipi.model.lora import AdaptedLinear
-from manipi.model.nf4 import NF4Matrix
+from manipi.model.layers import AdaptedLinear, NF4Matrix
 from manipi.train.config import OptimizerConfig, TrainConfig, Trained
 
 

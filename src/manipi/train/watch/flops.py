@@ -27,8 +27,7 @@ from torch import nn
 from manipi.data.feed.loader import Batch
 from manipi.model import VLA
 from manipi.model.config import Pi0Config, Pi0FastConfig
-from manipi.model.layers import Linear
-from manipi.model.lora import AdaptedLinear
+from manipi.model.layers import AdaptedLinear, Linear
 
 PEAKS = {
     "B200": 2250e12,
