@@ -77,15 +77,16 @@ class Plain:
     ) -> tuple[Tensor, list[KeysValues]]:
         x, dtype, cache = tokens.float(), tokens.dtype, []
         bias = torch.where(mask_BTS, 0.0, MASKED)[:, None]
-        rotation = rope(position_BT, self.model.gemma.head_dim)
+        rotation = rope(position_BT, self.model.gemma.size.head_dim)
         for index, block in enumerate(self.model.gemma.blocks):
             layer = cast(ExpertLayer, cast(Block, block).experts[name])
-            q, k, v, gate = layer.project(x, None, dtype, queries=x.shape[1])
+            normed, gate = layer.attention_norm(x, None)
+            q, k, v = layer.qkv(normed.to(dtype), x.shape[1])
             assert q is not None, "every token asks"
             q, k = rotate(q, rotation), rotate(k, rotation)
             if past is not None:
                 k, v = (torch.cat(pair, dim=1) for pair in zip(past[index], (k, v), strict=True))
-            cache.append((k, v))
+            cache.append(KeysValues(k, v))
             x = layer.finish(x, eager_attention(q, k, v, bias), gate, None)
         return x, cache
 

@@ -27,8 +27,9 @@ def code_lines(text: str) -> int:
     left_out: set[int] = set()
     for node in ast.walk(ast.parse(text)):
         # A string on its own is a docstring, also behind the field that it explains.
-        alone = isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
-        if alone or isinstance(node, ast.Import | ast.ImportFrom):
+        if isinstance(node, ast.Import | ast.ImportFrom) or (
+            isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
+        ):
             left_out |= set(range(node.lineno, (node.end_lineno or 0) + 1))
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     held = {line for t in tokens if t.type not in _LAYOUT for line in range(t.start[0], t.end[0] + 1)}

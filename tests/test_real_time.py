@@ -52,9 +52,14 @@ def test_warm_up_calls_what_real_time_chunking_will(prefix_trained):
     policy = Policy(deepcopy(p.model), p.config, p.robot, p.norm_stats, p.tokenizers)
     policy.fuse()
     seen = set()
-    policy.model.action[-1].register_forward_hook(
-        lambda _, inputs, out: seen.add((out.requires_grad, inputs[3][0].factor.ndim if out.shape[1] > 1 else 1))
-    )
+
+    def look(_, inputs, results):
+        _, conds, *_ = inputs
+        if "action" in results[0]:
+            per_token = conds["action"] is not None and conds["action"].rows.ndim > 3
+            seen.add((results[0]["action"].requires_grad, 3 if per_token else 1))
+
+    policy.model.gemma.blocks[-1].register_forward_hook(look)
     policy._warm_up()
     by_prefix = (False, 3 if isinstance(p.config.model, Pi05Config) else 1)
     assert seen == {(False, 1), (True, 1), by_prefix}

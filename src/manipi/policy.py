@@ -19,10 +19,9 @@ from manipi.model.device import ran_out_of_memory, require_device
 from manipi.model.inference.engine import Engine
 from manipi.model.inference.graphs import require_compiled
 from manipi.model.inference.quantize import Quantization
-from manipi.model.inputs import blank_input
-from manipi.model.trim import PROMPT_MULTIPLE
+from manipi.model.inputs import PROMPT_MULTIPLE, blank_input
 from manipi.robots.robot import Robot
-from manipi.tokenizers import CodeConstraint, Tokenizers
+from manipi.tokenizers import Tokenizers
 from manipi.transforms import pipeline
 from manipi.transforms.request import read_request
 from manipi.transforms.tokenize import code_constraint
@@ -54,7 +53,7 @@ class Policy:
 
     def __init__(
         self,
-        model: VLA | Engine,
+        model: VLA,
         config: PolicyConfig,
         robot: Robot,
         stats: NormStats,
@@ -70,6 +69,7 @@ class Policy:
             else None
         )
         self._device = next(model.parameters()).device
+        self._engine: Engine | None = None
         self._seed = seed
         self.reset()
 
@@ -119,14 +119,15 @@ class Policy:
             model = model.to(device)
         return Policy(model.eval(), c.config, c.robot, c.norm_stats, c.tokenizers, seed=seed)
 
-    def fuse(self, quantization: Quantization = "none") -> None:
+    def fuse(self, quantization: Quantization = "none") -> Engine:
         """Run through an engine from now on. It takes over the weights; `model` is the engine then.
 
         Raises:
             ConfigError: the device has no such quantization, or the policy repeats quirks that the engine has not.
         """
-        assert isinstance(self.model, VLA), "an engine already"
-        self.model = Engine(self.model, self.config.num_steps, quantization)
+        assert self._engine is None, "an engine already"
+        self.model = self._engine = Engine(self.model, self.config.num_steps, quantization)
+        return self._engine
 
     def compile(self) -> None:
         """Compile the engine's layers and call it once for each shape to come, so that no robot waits for that.
@@ -137,10 +138,7 @@ class Policy:
         Raises:
             ConfigError: torch cannot compile here; the message says why.
         """
-        if isinstance(self.model, VLA):
-            self.fuse()
-        assert isinstance(self.model, Engine)
-        self.model.compile()
+        (self._engine or self.fuse()).compile()
         require_compiled(self._warm_up)
 
     def _warm_up(self) -> None:
@@ -175,7 +173,7 @@ class Policy:
     @property
     def _real_time(self) -> bool:
         """Whether it can go on from a previous chunk. π0-FAST cannot, and no gradient passes through 8 bits."""
-        return self._constraint is None and (isinstance(self.model, VLA) or self.model.quantization == "none")
+        return self._constraint is None and self.model.guidable
 
     def reset(self) -> None:
         """Begin a new episode: the noise starts from the seed again."""
@@ -290,23 +288,11 @@ class Policy:
             noise: [B, (K,) H, A of the model]; π0-FAST uses none.
         """
         if self._constraint is not None:
-            return self._decode_tokens(inputs, self._constraint)
+            longest, allowed = self.config.model.max_token_len, self._constraint.allowed
+            return self.model.decode_tokens(inputs, longest, allowed).cpu().numpy()
         noise_BKHA = torch.from_numpy(noise).to(self._device)
         answer = self.model.sample(inputs, noise_BKHA, self.config.num_steps, self.config.max_delay)
         return answer.float().cpu().numpy()
-
-    def _decode_tokens(self, inputs: ModelInput, constraint: CodeConstraint) -> np.ndarray:
-        """Greedy decoding in which only tokens are allowed that complete to a chunk of the right shape."""
-        model = self.config.model
-        if isinstance(self.model, Engine):
-            return self.model.decode_tokens(inputs, model.max_token_len, constraint.allowed).cpu().numpy()
-        surplus = (0, model.vocab_size - self.tokenizers.text.vocab_size)
-
-        def allowed_next(ids_BT: torch.Tensor) -> torch.Tensor:
-            mask = np.stack([np.pad(constraint.mask(ids), surplus) for ids in ids_BT.tolist()])
-            return torch.from_numpy(mask).to(self._device)
-
-        return self.model.decode_tokens(inputs, model.max_token_len, allowed_next).cpu().numpy()
 
     def check(self, test: SelfTest, *, where: str) -> None:
         """Replay a recorded observation. Raises SelfTestError where other actions come out."""
@@ -332,7 +318,7 @@ def _alike(encoded: Sequence[Encoded]) -> list[list[int]]:
 
 
 @contextmanager
-def _room_on(device: str, model: VLA | Engine) -> Iterator[None]:
+def _room_on(device: str, model: VLA) -> Iterator[None]:
     """Around what takes memory there for good. Raises ConfigError where there is too little."""
     try:
         yield

@@ -56,7 +56,7 @@ class TwoWays:
     def __call__(self, observation):
         import torch
 
-        from manipi.model.rtc import sample_guided, soft_mask
+        from manipi.model.flow import sample_guided, soft_mask
 
         noise = torch.randn(1, 1, H, 1, generator=self.generator)
         previous, mask = torch.zeros(1, H, 1), torch.zeros(1, H)

@@ -7,7 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manipi.evaluate.latency import profile, stage_flops
 from manipi.model import VLA
+from manipi.model.autoregressive import next_tokens
 from manipi.model.config import GemmaSize, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
+from manipi.model.flow import velocity_field
 from manipi.model.inference.engine import Engine
 from manipi.model.inputs import blank_input
 
@@ -48,15 +50,19 @@ def test_the_flops_are_those_that_torch_counts(engine, cameras):
     inputs = blank_input(engine.config, cameras, 6)
     pictures, tokens = len(inputs.kept.pictures), len(inputs.kept.cameras) * 4 + 6
     expected = stage_flops(engine.config, pictures, tokens)
-    batch, found = engine.trim(inputs), {}
-    found["images"], images = counted(lambda: engine.encode_images(batch))
-    room = 1 if "token" in expected else None
-    found["prefix"], prefix = counted(lambda: engine.prefix(batch, images, room=room))
+    found = {}
+    found["images"], images = counted(lambda: engine.embed_images(inputs.images, inputs.kept))
+    prefix = engine.embed_prefix(inputs, inputs.kept, images)
     if "token" in expected:
-        found["token"], _ = counted(lambda: engine.append(torch.zeros(1, 1, dtype=torch.long), prefix))
+        cache = engine.decoding_cache(prefix, 1)
+        found["prefix"], _ = counted(lambda: engine.gemma({"vlm": prefix}, cache, commit=True, last=1))
+        token = next_tokens(engine.gemma, torch.zeros(1, 1, dtype=torch.long), prefix, first=0)
+        found["token"], _ = counted(lambda: engine.gemma({"vlm": token}, cache, commit=True))
     else:
-        place = engine.suffix_place(prefix)
-        found["step"], _ = counted(lambda: engine.velocity(0, torch.zeros(1, 5, 6), prefix, place))
+        found["prefix"], cache = counted(lambda: engine.prefill(inputs, prefix))
+        x, dims = torch.zeros(1, 1, 5, 6), torch.ones(1, 6, dtype=torch.bool)
+        velocity = velocity_field(engine.gemma, engine.head, cache, inputs, x, dims, engine.dtype)
+        found["step"], _ = counted(lambda: velocity(x, 1.0, None))
     assert found == expected
 
 

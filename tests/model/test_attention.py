@@ -5,8 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from manipi.model import attention, gemma
-from manipi.model.attention import attend, flex_mask, mask_for
-from manipi.model.attention_mask import Layout, attention_mask, lay_out
+from manipi.model.attention import Layout, attend, attention_mask, flex_mask, lay_out, mask_for
 
 B, N, G, HEAD_DIM = 3, 4, 2, 16
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}

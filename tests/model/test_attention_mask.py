@@ -1,6 +1,6 @@
 import torch
 
-from manipi.model.attention_mask import attention_mask, lay_out
+from manipi.model.attention import attention_mask, lay_out
 
 
 def row(*values, dtype=torch.bool):

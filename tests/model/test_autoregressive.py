@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,14 +76,33 @@ def test_each_row_ends_at_its_own_eos(model, prompt):
 def test_allowed_next_restricts_every_token(model, prompt):
     seen = []
 
-    def only_even_then_odd(ids_BT):
-        seen.append(ids_BT.clone())
-        return (torch.arange(61) % 2 == len(ids_BT[0]) % 2).expand(B, 61)
+    def only_even_then_odd(ids):
+        seen.append(list(ids))
+        return np.arange(len(ids) % 2, 61, 2)
 
     ids = model.decode_tokens(prompt, STEPS, only_even_then_odd)
     assert torch.equal(ids % 2, (torch.arange(STEPS) % 2).expand(B, STEPS))
-    assert [s.shape[1] for s in seen] == list(range(STEPS))
-    assert torch.equal(seen[-1], ids[:, :-1])
+    assert [len(one) for one in seen] == [step for step in range(STEPS) for _ in range(B)]
+    assert seen[-B:] == ids[:, :-1].tolist()
+
+
+def test_of_many_allowed_tokens_the_likeliest_is_chosen(model, prompt):
+    free = model.decode_tokens(prompt, STEPS)
+    assert torch.equal(model.decode_tokens(prompt, STEPS, lambda _: np.arange(61)), free)
+
+
+def test_forced_tokens_go_together(model, prompt):
+    """After three of them, which no token was to be chosen between, what is chosen is what it is one by one."""
+    one_by_one = model.decode_tokens(
+        prompt, STEPS, lambda ids: np.array([7, 8 + len(ids)]) if len(ids) < 3 else np.arange(61)
+    )
+    forced = one_by_one[0, :3].tolist()
+    spans = []
+    model.gemma.blocks[0].register_forward_hook(lambda _, inputs, __: spans.append(inputs[0]["vlm"].shape[1]))
+    rows = prompt.split(B)[0]
+    ids = model.decode_tokens(rows, STEPS, lambda ids: np.array([forced[len(ids)]]) if len(ids) < 3 else np.arange(61))
+    assert spans[1:] == [3, 1, 1]
+    assert torch.equal(ids[0], one_by_one[0])
 
 
 def test_only_loss_tokens_count(model, batch):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from manipi.model.config import GemmaSize
-from manipi.model.gemma import Expert, Gemma, KVCache, Span, rope, rotate
+from manipi.model.gemma import Conditioning, Expert, Gemma, KVCache, Span, rope, rotate
 
 VLM = GemmaSize(width=32, depth=3, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8)
 EXPERT = GemmaSize(width=24, depth=3, mlp_dim=40, num_heads=4, num_kv_heads=2, head_dim=8)
@@ -37,7 +37,7 @@ def suffix(branches=1, seed=2):
         tokens_BTD=torch.randn(B, branches * S, 24),
         valid_BT=torch.ones_like(starts),
         starts_block_BT=starts,
-        cond_BCD=torch.randn(B, branches, 24),
+        cond=Conditioning(torch.randn(B, branches, 24), None),
         branch_BT=torch.arange(1, branches + 1).repeat_interleave(S).expand(B, -1),
     )
 
@@ -82,14 +82,14 @@ def test_branches_equal_separate_forwards(gemma, prefix):
             tokens_BTD=both.tokens_BTD[:, own],
             valid_BT=both.valid_BT[:, own],
             starts_block_BT=both.starts_block_BT[:, own],
-            cond_BCD=both.cond_BCD[:, i : i + 1],
+            cond=Conditioning(both.cond.rows_BCD[:, i : i + 1], None),
         )
         torch.testing.assert_close(together[:, own], gemma({"vlm": prefix, "action": alone})["action"], **CLOSE)
 
 
 def test_conditioning_per_token_equals_conditioning_per_branch(gemma, prefix):
     both = suffix(branches=2)
-    per_token = replaced(both, cond_BCD=both.cond_BCD.repeat_interleave(S, dim=1))
+    per_token = replaced(both, cond=Conditioning(both.cond.rows_BCD.repeat_interleave(S, dim=1), None))
     a, b = (gemma({"vlm": prefix, "action": s})["action"] for s in (both, per_token))
     torch.testing.assert_close(a, b, **CLOSE)
 

@@ -8,8 +8,7 @@ import torch
 
 from manipi.errors import ConfigError
 from manipi.model import VLA, ModelInput
-from manipi.model.gemma import Conditioning
-from manipi.model.rtc import (
+from manipi.model.flow import (
     guidance_weight,
     guided_velocity,
     sample_after_prefix,
@@ -155,10 +154,10 @@ def test_given_steps_have_the_timestep_of_an_action(configs, build, batch, name)
     def rows(timestep, given=None) -> torch.Tensor:
         """What depends on the timestep [B, 2, H, D]: the tokens of π0, the modulation of π0.5."""
         span = model.head.suffix(batch.state, x, timestep, torch.float32, given)
-        if span.cond_BCD is None:
+        if span.cond is None:
             return span.tokens_BTD[:, 1:].unflatten(1, (2, H))
-        cond = Conditioning(span.cond_BCD, span.clean_BT)
-        made = cond.per_token(model.gemma.blocks[0].experts["action"].mlp_norm.modulation(span.cond_BCD), 2 * H)
+        norm = model.gemma.blocks[0].experts["action"].mlp_norm
+        made = span.cond.per_token(norm.modulation(span.cond.rows_BCD), 2 * H)
         return made.unflatten(1, (2, H))
 
     expected = torch.where(given[:, None, :, None], rows(torch.zeros(B, 2)), rows(times))

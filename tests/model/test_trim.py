@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from manipi.model import VLA, ModelInput
 from manipi.model.config import Compat, Pi0FastConfig
-from manipi.model.trim import PROMPT_MULTIPLE, kept
+from manipi.model.inputs import PROMPT_MULTIPLE, kept
 
 B, C, L, H, A = 3, 2, 7, 5, 6
 NAMES = ["pi0", "pi05", "pi0_fast"]
@@ -129,7 +129,7 @@ def test_no_mask_is_made_where_everything_is_seen(configs, build, batch):
         }
         return [
             geometry.mask is not None
-            for geometry in model.gemma._place(spans, None, {"vlm": 1, "action": H})[0].values()
+            for geometry in model.gemma.place(spans, None, {"vlm": 1, "action": H})[0].values()
         ]
 
     inputs = replace(batch, token_causal=None, image_valid=torch.tensor([[True, False]] * B))
@@ -143,7 +143,7 @@ def test_masks_are_read_before_they_leave_the_host_and_again_when_they_change(ba
     assert moved.kept == batch.kept
     changed = replace(batch, image_valid=torch.zeros(B, C, dtype=torch.bool))
     assert changed.kept.cameras == ()
-    assert not changed.kept.plain
+    assert not changed.kept.all_valid
 
 
 def test_what_is_kept_goes_along_with_parts_and_changes_of_a_batch(batch):
@@ -182,4 +182,4 @@ def test_prompts_on_a_gpu_keep_a_round_number_of_tokens():
     images, tokens = torch.ones(2, 1, dtype=torch.bool), torch.arange(60).expand(2, 60) < 37
     assert kept(images, tokens, None, multiple=PROMPT_MULTIPLE).prompt_len == 48
     assert kept(images, tokens[:, :40], None, multiple=PROMPT_MULTIPLE).prompt_len == 40
-    assert not kept(images, tokens, None, multiple=PROMPT_MULTIPLE).plain
+    assert not kept(images, tokens, None, multiple=PROMPT_MULTIPLE).all_valid

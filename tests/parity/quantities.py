@@ -13,7 +13,7 @@ from openpi_trees import to_openpi_tree
 from torch import Tensor
 
 from manipi.model import VLA, ModelInput
-from manipi.model.attention_mask import attention_mask
+from manipi.model.attention import attention_mask
 from manipi.model.autoregressive import prompt_output
 from manipi.model.config import Pi0FastConfig
 from manipi.model.flow import interpolate, timestep_embedding
@@ -95,6 +95,8 @@ def joint_forward(case: Case, model: VLA) -> Quantities:
     batch, noise, time = case.batch(), case.tensor("noise"), case.tensor("time")
     x, u = interpolate(noise[:, None], batch.actions, time[:, None])
     prefix, suffix = model.embed_prefix(batch), model.head.suffix(batch.state, x, time[:, None], model.dtype)
+    # The reference's have not been cast to the compute dtype yet.
+    float32 = model.head.suffix(batch.state, x, time[:, None], torch.float32)
     first = prefix.follow(None)
     whole = first.then(suffix.follow(first))
     out = model.gemma({"vlm": prefix, "action": suffix})
@@ -103,8 +105,7 @@ def joint_forward(case: Case, model: VLA) -> Quantities:
         "prefix_tokens": prefix.tokens_BTD,
         "prefix_mask": prefix.valid_BT,
         "prefix_ar_mask": prefix.starts_block_BT[0],
-        # The reference's have not been cast to the compute dtype yet.
-        "suffix_tokens": model.head.suffix(batch.state, x, time[:, None], torch.float32).tokens_BTD,
+        "suffix_tokens": float32.tokens_BTD,
         "suffix_mask": suffix.valid_BT,
         "suffix_ar_mask": suffix.starts_block_BT[0],
         "time_posemb": timestep_embedding(time, suffix.tokens_BTD.shape[-1]),
@@ -118,7 +119,7 @@ def joint_forward(case: Case, model: VLA) -> Quantities:
         "loss": loss.per_step,
         "mean_loss": loss.loss,
     }
-    return found if suffix.cond_BCD is None else found | {"adarms_cond": suffix.cond_BCD[:, 0]}
+    return found if suffix.cond is None else found | {"adarms_cond": float32.cond.rows_BCD[:, 0]}
 
 
 @torch.no_grad()

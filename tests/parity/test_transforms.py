@@ -22,7 +22,7 @@ from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.data.norm_stats.compute import field_stats, suspicious_dimensions
 from manipi.data.open import open_dataset
 from manipi.errors import NormStatsError, ObservationError
-from manipi.model.attention_mask import attention_mask, lay_out
+from manipi.model.attention import attention_mask, lay_out
 from manipi.model.config import Pi0Config, Pi0FastConfig
 from manipi.model.flow import timestep_embedding
 from manipi.robots import Joints, Robot, State

@@ -12,7 +12,7 @@ from tests.forks import FORKS
 
 from manipi.errors import ManipiError
 from manipi.model import ModelInput
-from manipi.model.shards import whole
+from manipi.model.device import whole
 from manipi.train.config import TrainConfig
 from manipi.train.data import prepare
 from manipi.train.loop import train

@@ -19,7 +19,7 @@ from manipi.checkpoints.native import Checkpoint, read_config, seal, verify, wri
 from manipi.errors import IntegrityError
 from manipi.model import VLA
 from manipi.model.config import NO_ADAPTERS, ModelConfig, Pi0FastConfig
-from manipi.model.lora import AdaptedLinear
+from manipi.model.layers import AdaptedLinear
 from manipi.records import read_json, write_json
 from manipi.weights.names import require_match
 from manipi.weights.stores import ArrayInfo, write_safetensors

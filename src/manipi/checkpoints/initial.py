@@ -10,7 +10,7 @@ from manipi.checkpoints.adapters import is_adapter, merge_adapters
 from manipi.checkpoints.native import MANIFEST, read_description, verify
 from manipi.errors import CheckpointError
 from manipi.model import VLA
-from manipi.model.shards import fill
+from manipi.model.device import fill
 from manipi.remote.fetch import fetch
 from manipi.tokenizers import PALIGEMMA_VOCABULARY, TextTokenizer, require_paligemma
 from manipi.weights.layouts import open_weights

@@ -22,7 +22,9 @@ import numpy as np
 import torch
 
 from manipi.model import ModelInput
+from manipi.model.autoregressive import next_tokens
 from manipi.model.config import GemmaSize, ModelConfig, Pi0Config, Pi0FastConfig
+from manipi.model.flow import velocity_field
 from manipi.model.inference.engine import Engine
 from manipi.model.inference.quantize import maker
 from manipi.policy import Policy
@@ -109,14 +111,13 @@ def profile(engine: Engine, inputs: ModelInput, *, rounds: int, host: Host | Non
     kept, config = inputs.kept, engine.config
     prefix_len = len(kept.cameras) * config.vision.num_tokens + kept.prompt_len
     flops = stage_flops(config, len(kept.pictures), prefix_len)
-    parts = {"images": engine.vision, "prefix": engine.vlm, "token": engine.vlm}
-    if not isinstance(config, Pi0FastConfig):
-        parts["step"] = engine.action
+    vlm, action = ([b.experts[name] for b in engine.gemma.blocks if name in b.experts] for name in ("vlm", "action"))
+    parts = {"images": engine.vision.blocks, "prefix": vlm, "token": vlm, "step": action}
     stages = []
     for name, ms in clock.ms.items():
         kind = name.partition(" ")[0]
         weights = [b for layer in parts.get(kind, ()) for b in layer.buffers()]
-        work, size = flops.get(kind, 0.0), sum(b.numel() * b.element_size() for b in weights)
+        work, size = flops.get(kind, 0.0), sum(b.nbytes for b in weights)
         floor = max(work / peak, size / bandwidth) * 1e3 if kind in flops else None
         stages.append(_stage(name, ms, work / 1e9, size / 1e6, floor))
     floor = sum(one.share * one.p50 for one in stages if one.share is not None)
@@ -145,22 +146,27 @@ def _one_round(engine: Engine, inputs: ModelInput, clock: _Clock, host: Host | N
             encoded = host.policy.encode(host.observation)
             inputs = host.policy.model_input([encoded])
     with clock.stage("images"):
-        batch = engine.trim(inputs)
-        images = engine.encode_images(batch)
-    flow = not isinstance(config, Pi0FastConfig)
-    with clock.stage("prefix"):
-        prefix = engine.prefix(batch, images, room=None if flow else 1)
-    if not flow:
+        images = engine.embed_images(inputs.images, inputs.kept)
+    if isinstance(config, Pi0FastConfig):
+        with clock.stage("prefix"):
+            prefix = engine.embed_prefix(inputs, inputs.kept, images)
+            cache = engine.decoding_cache(prefix, 1)
+            engine.gemma({"vlm": prefix}, cache, commit=True, last=1)
         with clock.stage("token"):
-            engine.append(torch.zeros(1, 1, dtype=torch.long, device=device), prefix)
+            token = next_tokens(engine.gemma, torch.zeros_like(inputs.tokens[:, :1]), prefix, first=0)
+            engine.gemma({"vlm": token}, cache, commit=True)
         return
-    x = torch.zeros(inputs.batch_size, config.action_horizon, config.action_dim, device=device)
+    with clock.stage("prefix"):
+        cache = engine.prefill(inputs, engine.embed_prefix(inputs, inputs.kept, images))
+    x = torch.zeros(inputs.batch_size, 1, config.action_horizon, config.action_dim, device=device)
+    dims = torch.ones_like(x[:, 0, 0], dtype=torch.bool)
+    velocity = velocity_field(engine.gemma, engine.head, cache, inputs, x, dims, engine.dtype)
     for step in range(engine.num_steps):
         with clock.stage(f"step {step}"):
-            x = x - engine.velocity(step, x, prefix, engine.suffix_place(prefix)) / engine.num_steps
+            x = x - velocity(x, 1 - step / engine.num_steps, None) / engine.num_steps
     if host is not None and encoded is not None:
         with clock.stage("decode"):
-            host.policy.pipeline.decode(x[0].float().cpu().numpy(), encoded.seen)
+            host.policy.pipeline.decode(x[0, 0].float().cpu().numpy(), encoded.seen)
 
 
 # Arithmetic ----------------------------------------------------------------------------------------------------------
@@ -180,7 +186,7 @@ def stage_flops(config: ModelConfig, num_pictures: int, prefix_len: int) -> dict
     expert, h, a = config.action_expert, config.action_horizon, config.action_dim
     has_state, d = isinstance(config, Pi0Config), expert.width
     prefix = (vlm.depth - 1) * layer + 2 * prefix_len * vlm.width * 2 * vlm.num_kv_heads * vlm.head_dim
-    prefix += has_state * (vlm.depth * _layer_flops(expert, 1, prefix_len + 1) + 2 * a * d)
+    prefix += has_state * ((vlm.depth - 1) * _layer_flops(expert, 1, prefix_len + 1) + 2 * _qkv(expert) + 2 * a * d)
     head = 2 * h * (2 * a * d + has_state * 2 * d * d)
     step = vlm.depth * _layer_flops(expert, h, prefix_len + has_state + h) + head
     return {"images": images, "prefix": prefix, "step": step}

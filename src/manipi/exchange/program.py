@@ -10,6 +10,7 @@ length. What stands before and after (resizing, normalisation, tokenizer) is the
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +23,8 @@ from manipi.checkpoints.quantized import identity
 from manipi.errors import CheckpointError, ConfigError
 from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
-from manipi.model.inference.engine import Engine, Trimmed
+from manipi.model.inference.engine import Engine
+from manipi.model.inputs import Kept
 from manipi.policy import Policy
 from manipi.storage import atomic_directory, require_absent, require_room
 
@@ -50,24 +52,31 @@ class ProgramReport:
 
 
 class _Sampler(nn.Module):
-    def __init__(self, engine: Engine, num_cameras: int, dim_valid: Tensor):
+    def __init__(self, engine: Engine, slots: Sequence[int], dim_valid: Tensor):
         super().__init__()
-        self.engine, self._num_cameras = engine, num_cameras
+        self.engine, self._slots = engine, tuple(slots)
         self.register_buffer("dim_valid", dim_valid)
 
     def forward(self, images: Tensor, tokens: Tensor, token_valid: Tensor, state: Tensor, noise: Tensor) -> Tensor:
-        seen = self._num_cameras * self.engine.config.vision.num_tokens
-        pictures_valid = torch.ones(1, seen, dtype=torch.bool, device=token_valid.device)
-        batch = Trimmed(
-            pictures=images.flatten(0, 1),
-            places=None,
-            num_cameras=self._num_cameras,
+        pictures = dict(zip(self._slots, images.unbind(1), strict=True))
+        absent, every = torch.zeros_like(images[:, 0]), range(len(self.engine.config.cameras))
+        inputs = ModelInput(
+            images=torch.stack([pictures.get(slot, absent) for slot in every], dim=1),
+            image_valid=torch.tensor([[slot in pictures for slot in every]], device=images.device),
             tokens=tokens,
-            valid=torch.cat([pictures_valid, token_valid], dim=1),
+            token_valid=token_valid,
             state=state,
-            dim_valid=self.get_buffer("dim_valid"),
+            action_dim_valid=self.get_buffer("dim_valid"),
         )
-        return self.engine.run(batch, noise[:, None])[:, 0]
+        kept = Kept(
+            cameras=self._slots,
+            pictures=self._slots,
+            places=tuple(range(len(self._slots))),
+            prompt_len=tokens.shape[1],
+            one_block=True,
+            all_valid=False,
+        )
+        return self.engine.run(inputs, kept, noise[:, None], self.engine.num_steps, None)[:, 0]
 
 
 class _Kept(io.RawIOBase):
@@ -140,7 +149,7 @@ def _arguments(policy: Policy, inputs: ModelInput, noise: Tensor) -> tuple[dict[
         "state": inputs.state,
         "noise": noise,
     }
-    return arguments, _Sampler(engine, len(slots), dims.reshape(1, -1)).eval().requires_grad_(False)
+    return arguments, _Sampler(engine, slots, dims.reshape(1, -1)).eval().requires_grad_(False)
 
 
 def _contract(policy: Policy, checkpoint: Path, arguments: dict[str, Tensor], actions: Tensor) -> dict[str, Any]:

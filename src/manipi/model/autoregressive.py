@@ -1,23 +1,32 @@
-"""The token head of π0-FAST: next-token loss, and greedy decoding with a cache. It has no parameters of its own.
+"""The algorithm of π0-FAST: next-token loss, and greedy decoding with a cache.
+
+Actions are tokens that the language model writes behind its prompt; there are no parameters beside its own:
+
+    training    images | prompt | "Action: " codes "|" EOS      each of these predicts the next, all at once
+    decoding    images | prompt | ─▶ "Action: " ─▶ code ─▶ code ─▶ … ─▶ "|" ─▶ EOS
 
 Shape suffixes: B batch, T sequence tokens, P image tokens, L prompt tokens, V vocabulary, D width.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from manipi.model.attention_mask import Layout
+from manipi.model.attention import Layout
 from manipi.model.config import Compat
-from manipi.model.gemma import Gemma, KVCache, Span
+from manipi.model.gemma import Gemma, KeysValues, KVCache, Span
 
-AllowedNext = Callable[[Int64[Tensor, "B steps"]], Bool[Tensor, "B V"]]
-"""The ids decoded so far to the ids that may follow, for constrained decoding."""
+Allowed: TypeAlias = Callable[[Sequence[int]], np.ndarray]
+"""The ids decoded so far in a row to the ids that may follow, for constrained decoding."""
+
+
+# The loss ------------------------------------------------------------------------------------------------------------
 
 
 class TokenLoss(NamedTuple):
@@ -59,55 +68,83 @@ def _mean_per_sample(values: Tensor, counts_BL: Tensor) -> Tensor:
 
 def prompt_output(gemma: Gemma, prefix: Span, prompt_len: int) -> Float[Tensor, "B L-1 D"]:
     """Row i predicts prompt token i+1. The last token predicts nothing and is left out."""
-    inputs = Span(
+    inputs = dataclasses.replace(
+        prefix,
         tokens_BTD=prefix.tokens_BTD[:, :-1],
         valid_BT=prefix.valid_BT[:, :-1],
         starts_block_BT=prefix.starts_block_BT[:, :-1],
         position_BT=None if prefix.position_BT is None else prefix.position_BT[:, :-1],
-        plain=prefix.plain,
     )
     return gemma({"vlm": inputs}, last=prompt_len - 1)["vlm"]
+
+
+# Decoding ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def greedy_decode(
     gemma: Gemma,
     prefix: Span,
+    cache: KVCache,
     max_tokens: int,
     *,
     eos_token: int,
     compat: Compat,
-    allowed_next: AllowedNext | None = None,
+    allowed: Allowed | None = None,
 ) -> Int64[Tensor, "B max_tokens"]:
-    """The most likely next token, again and again. A row is complete at its first EOS; zeros follow it.
+    """The most likely next token of those that are allowed, again and again. A row is complete at its first EOS; zeros
+    follow it.
 
-    Prompts may be ragged and cameras missing: the cache knows what is valid.
+    Prompts may be ragged and cameras missing: the cache knows what is valid. A token runs through the layers only once
+    something is to be chosen after it, so that forced tokens wait and go together, and those at the end never go. Of
+    the vocabulary only the ids that are allowed meet the output.
     """
-    dtype = prefix.tokens_BTD.dtype
-    cache = _reference_cache(gemma, prefix, max_tokens) if compat.fast_contiguous_cache else KVCache()
-    num_wanted = 1 if prefix.plain else prefix.valid_BT.shape[1]
-    out_BTD = gemma({"vlm": prefix}, cache, commit=True, last=num_wanted)["vlm"]
-    prompt_len_B1 = prefix.valid_BT.sum(1, keepdim=True)
+    device = prefix.valid_BT.device
     last_B = last_valid(prefix.valid_BT)
-    out_BD = out_BTD[torch.arange(len(last_B), device=last_B.device), last_B - prefix.valid_BT.shape[1]]
+    # Known to be the last token, it needs no index.
+    out_B1D = gemma({"vlm": prefix}, cache, commit=True, last=1 if prefix.all_valid else last_B)["vlm"]
     if compat.fast_contiguous_cache:
-        _see_last_slots(cache, prompt_len_B1, max_tokens + last_B[:, None])
-    ids_BT = torch.zeros(len(last_B), max_tokens, dtype=torch.long, device=last_B.device)
-    done_B = torch.zeros_like(last_B, dtype=torch.bool)
-    for step in range(max_tokens):
-        logits_BV = gemma.logits(out_BD)
-        if allowed_next is not None:
-            logits_BV = logits_BV.masked_fill(~allowed_next(ids_BT[:, :step]).to(logits_BV.device), -torch.inf)
-        next_B = logits_BV.argmax(-1)
-        if not compat.fast_writes_past_eos:
-            next_B = torch.where(done_B, 0, next_B)
-        ids_BT[:, step] = next_B
-        done_B = (next_B == eos_token) | (done_B & (not compat.fast_writes_past_eos))
-        if step + 1 == max_tokens or done_B.all():
-            break
-        position_B1 = prompt_len_B1 + step + (1 if compat.fast_position_offset else 0)
-        out_BD = gemma({"vlm": _one_token(gemma, ids_BT[:, step], position_B1, dtype)}, cache, commit=True)["vlm"][:, 0]
-    return ids_BT
+        _see_last_slots(cache, prefix.valid_BT.sum(1, keepdim=True), max_tokens + last_B[:, None])
+    ids: list[list[int]] = [[] for _ in last_B]
+    ran = 0
+
+    def ended(row: list[int]) -> bool:
+        return row[-1:] == [eos_token] if compat.fast_writes_past_eos else eos_token in row
+
+    while len(ids[0]) < max_tokens and not all(map(ended, ids)):
+        over = [ended(row) and not compat.fast_writes_past_eos for row in ids]
+        choices = [
+            np.zeros(1, np.int64) if done else None if allowed is None else allowed(row)
+            for row, done in zip(ids, over, strict=True)
+        ]
+        if ran < len(ids[0]) and any(choice is None or len(choice) > 1 for choice in choices):
+            waiting_BT = torch.tensor([row[ran:] for row in ids], device=device)
+            tokens = next_tokens(gemma, waiting_BT, prefix, first=ran + compat.fast_position_offset)
+            out_B1D, ran = gemma({"vlm": tokens}, cache, commit=True, last=1)["vlm"], len(ids[0])
+        best = gemma.logits(out_B1D[:, 0]).argmax(-1).tolist() if any(choice is None for choice in choices) else []
+        for index, choice in enumerate(choices):
+            if choice is None:
+                ids[index].append(best[index])
+            elif len(choice) == 1:
+                ids[index].append(int(choice[0]))
+            else:
+                among = torch.from_numpy(choice).to(device)
+                ids[index].append(int(choice[int(gemma.logits(out_B1D[index, 0], among).argmax())]))
+    return torch.tensor([row + [0] * (max_tokens - len(row)) for row in ids], dtype=torch.long, device=device)
+
+
+def next_tokens(gemma: Gemma, ids_BT: Int64[Tensor, "B T"], prefix: Span, first: int) -> Span:
+    """Tokens each of which sees those before it, at that many valid tokens behind the prefix's last one."""
+    real_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    step_T = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device)
+    return Span(
+        tokens_BTD=gemma.embed(ids_BT, prefix.tokens_BTD.dtype),
+        valid_BT=real_BT,
+        starts_block_BT=real_BT,
+        position_BT=prefix.valid_BT.sum(1, keepdim=True) + step_T,
+        all_valid=True,
+        one_block=ids_BT.shape[1] == 1,
+    )
 
 
 def last_valid(valid_BT: Bool[Tensor, "B T"]) -> Int64[Tensor, "B"]:
@@ -115,24 +152,14 @@ def last_valid(valid_BT: Bool[Tensor, "B T"]) -> Int64[Tensor, "B"]:
     return valid_BT.shape[1] - 1 - valid_BT.flip(1).long().argmax(1)
 
 
-def _one_token(gemma: Gemma, ids_B: Tensor, position_B1: Tensor, dtype: torch.dtype) -> Span:
-    real_B1 = torch.ones_like(position_B1, dtype=torch.bool)
-    return Span(
-        tokens_BTD=gemma.embed(ids_B[:, None], dtype),
-        valid_BT=real_B1,
-        starts_block_BT=real_B1,
-        position_BT=position_B1,
-        plain=True,
-    )
-
-
-def _reference_cache(gemma: Gemma, prefix: Span, num_slots: int) -> KVCache:
+def reference_cache(gemma: Gemma, prefix: Span, num_slots: int) -> KVCache:
     """The reference reserves one zero slot per token to come, and lets padding average over those too."""
     (b, _), device = prefix.valid_BT.shape, prefix.valid_BT.device
     nothing = torch.zeros(b, num_slots, dtype=torch.long, device=device)
-    zeros = torch.zeros(b, num_slots, *gemma.kv_shape, dtype=prefix.tokens_BTD.dtype, device=device)
+    shape = (b, num_slots, gemma.size.num_kv_heads, gemma.size.head_dim)
+    zeros = torch.zeros(shape, dtype=prefix.tokens_BTD.dtype, device=device)
     layout = Layout(valid=nothing.bool(), block=nothing, branch=nothing, position=nothing)
-    return KVCache(layout=layout, layers=dict.fromkeys(range(len(gemma.blocks)), (zeros, zeros)))
+    return KVCache(layout=layout, layers=dict.fromkeys(range(len(gemma.blocks)), KeysValues(zeros, zeros)))
 
 
 def _see_last_slots(cache: KVCache, prompt_len_B1: Tensor, last_slot_B1: Tensor) -> None:

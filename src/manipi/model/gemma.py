@@ -19,23 +19,18 @@ Shape suffixes: B batch, T query tokens, S key tokens, D expert width, C conditi
 G key/value heads, H head dim.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from manipi.model.attention import Mask, attend, mask_for
-from manipi.model.attention_mask import Layout, lay_out
+from manipi.model.attention import Layout, Mask, attend, chosen, lay_out, mask_for
 from manipi.model.config import NO_ADAPTERS, Adapters, GemmaSize, LoRA
-from manipi.model.layers import ZeroLinear
-from manipi.model.lora import linear
-
-KeysValues = tuple[Tensor, Tensor]
-"""One layer's rotated keys and values, each [B, S, G, H]."""
+from manipi.model.layers import ZeroLinear, linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,37 +50,77 @@ class Span:
     tokens_BTD: Tensor
     valid_BT: Tensor
     starts_block_BT: Tensor
-    cond_BCD: Tensor | None = None
-    """Conditioning of an expert with adaptive norms: row c conditions the c-th run of T/C tokens, so that C is 1 for
-    one timestep per span, and the number of branches for one per branch."""
-    clean_BT: Tensor | None = None
-    """Tokens that are given clean, wherever they stand: an additional last row of `cond_BCD` conditions them."""
+    cond: "Conditioning | None" = None
+    """Of an expert with adaptive norms."""
     branch_BT: Tensor | None = None
     """None: all on the trunk."""
     position_BT: Tensor | None = None
     """None: counted along the token's path."""
-    plain: bool = False
-    """Known without a look at the tensors: every token is valid, and all are one block on one branch."""
+    all_valid: bool = False
+    """Known without a look at the tensors: every token is valid."""
+    one_block: bool = False
+    """Known likewise: all are one block on one branch."""
 
     def follow(self, past: Layout | None) -> Layout:
         """Where these tokens stand when they continue `past`."""
         layout = lay_out(past, self.valid_BT, self.starts_block_BT, self.branch_BT, self.position_BT)
-        return replace(layout, plain=self.plain and self.branch_BT is None)
+        return replace(layout, plain=self.all_valid and self.branch_BT is None, one_block=self.one_block)
+
+
+class KeysValues(NamedTuple):
+    """One layer's rotated keys and values of a sequence."""
+
+    keys_BSGH: Tensor
+    values_BSGH: Tensor
+
+    def then(self, k_BTGH: Tensor, v_BTGH: Tensor, *, insulate: bool) -> "KeysValues":
+        """Followed by those of more tokens; without a way back for their gradients where they `insulate`."""
+        k_BSGH, v_BSGH = (self.keys_BSGH.detach(), self.values_BSGH.detach()) if insulate else self
+        return KeysValues(torch.cat([k_BSGH, k_BTGH], dim=1), torch.cat([v_BSGH, v_BTGH], dim=1))
+
+
+class Past(Protocol):
+    """One layer's keys and values of what came before: `KeysValues`, or those of an engine's fixed cache."""
+
+    def then(self, k_BTGH: Tensor, v_BTGH: Tensor, *, insulate: bool) -> KeysValues: ...
 
 
 @dataclass(kw_only=True)
 class KVCache:
-    """Keys and values of every layer, and the layout of their tokens, so that no caller ever builds a mask."""
+    """Keys and values of every layer, and the layout of their tokens, so that no caller ever builds a mask.
+
+    It grows by concatenation. An engine has one of fixed size with the same methods (`StaticCache`).
+    """
 
     layout: Layout | None = None
     layers: dict[int, KeysValues] = field(default_factory=dict)
+    heads_as_rows: ClassVar[bool] = False
+    """Which form of `attend` reads it."""
+
+    def past(self, index: int) -> Past | None:
+        """What the layer has of the tokens so far."""
+        return self.layers.get(index)
+
+    def keep(self, index: int, so_far: KeysValues) -> None:
+        """Append what the layer has made."""
+        self.layers[index] = so_far
+
+    def mask(self, query: Layout, key: Layout, dtype: torch.dtype) -> Mask:
+        """For `attend`, of tokens that do not see everything."""
+        return mask_for(query, key, dtype)
 
 
 class Conditioning(NamedTuple):
-    """What modulates adaptive norms, as in `Span`."""
+    """What modulates adaptive norms: the same in all layers, or in an engine what each layer makes of it."""
 
     rows_BCD: Tensor
+    """Row c conditions the c-th run of T/C tokens, so that C is 1 for one timestep per span, and the number of branches
+    for one per branch."""
     clean_BT: Tensor | None
+    """Tokens that are given clean, wherever they stand: an additional last row conditions them."""
+
+    def of_layer(self, index: int) -> "Conditioning":
+        return self
 
     def per_token(self, rows_BCX: Tensor, num_tokens: int) -> Tensor:
         """Each token's own of what was made of the rows. A single row is left to broadcasting."""
@@ -97,8 +132,16 @@ class Conditioning(NamedTuple):
         return runs_BCX if clean_BT is None else torch.where(clean_BT[..., None], rows_BCX[:, -1:], runs_BCX)
 
 
+def rms_norm(x_BTD: Tensor, factor: Tensor, shift: Tensor | None = None) -> Tensor:
+    """`x / rms(x) · factor + shift`, in and out in float32 (Zhang & Sennrich 2019); factors [D], or of each token."""
+    shared = factor.ndim == 1
+    normed_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:], factor if shared else None, eps=1e-6)
+    normed_BTD = normed_BTD if shared else normed_BTD * factor
+    return normed_BTD if shift is None else normed_BTD + shift
+
+
 class RMSNorm(nn.Module):
-    """`x / rms(x) · (1 + scale)`, in and out in float32 (Zhang & Sennrich 2019)."""
+    """`rms_norm` with the factor `1 + scale`."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -108,11 +151,11 @@ class RMSNorm(nn.Module):
         nn.init.zeros_(self.scale)
 
     def forward(self, x_BTD: Tensor, cond: Conditioning | None) -> tuple[Tensor, Tensor | None]:
-        return F.rms_norm(x_BTD, self.scale.shape, 1 + self.scale.float(), eps=1e-6), None
+        return rms_norm(x_BTD, 1 + self.scale.float()), None
 
 
 class AdaptiveRMSNorm(nn.Module):
-    """`x / rms(x) · (1 + scale) + shift`, with scale, shift and the residual's gate linear in the conditioning.
+    """`rms_norm` with factor `1 + scale`; scale, shift and the residual's gate are linear in the conditioning.
 
     In and out in float32, but for the conditioning, which the modulation computes in its own dtype.
     """
@@ -122,10 +165,10 @@ class AdaptiveRMSNorm(nn.Module):
         self.modulation = ZeroLinear(width, 3 * width)
 
     def forward(self, x_BTD: Tensor, cond: Conditioning | None) -> tuple[Tensor, Tensor | None]:
-        assert cond is not None, "an expert with adaptive norms needs Span.cond_BCD"
+        assert cond is not None, "an expert with adaptive norms needs Span.cond"
         rows = cond.per_token(self.modulation(cond.rows_BCD).float(), x_BTD.shape[1])
         scale, shift, gate = rows.chunk(3, dim=-1)
-        return F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6) * (1 + scale) + shift, gate
+        return rms_norm(x_BTD, 1 + scale, shift), gate
 
 
 class MLP(nn.Module):
@@ -137,12 +180,17 @@ class MLP(nn.Module):
         self.up_proj = linear(size.width, size.mlp_dim, lora)
         self.down_proj = linear(size.mlp_dim, size.width, lora)
 
+    def gate_up(self, x_BTD: Tensor) -> Sequence[Tensor]:
+        """An engine has one matrix for both."""
+        return self.gate_proj(x_BTD), self.up_proj(x_BTD)
+
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x_BTD), approximate="tanh") * self.up_proj(x_BTD))
+        gate, up = self.gate_up(x_BTD)
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)
 
 
 class ExpertLayer(nn.Module):
-    """One expert's weights in one layer. The attention that joins the experts lives in `Block`."""
+    """One expert's weights in one layer. The attention that joins the experts is in `Block`."""
 
     def __init__(self, config: Expert):
         super().__init__()
@@ -158,28 +206,22 @@ class ExpertLayer(nn.Module):
         self.mlp_norm = norm(width)
         self.mlp = MLP(size, config.adapters.feed_forward)
 
-    def project(
-        self, x_BTD: Tensor, cond: Conditioning | None, dtype: torch.dtype, *, queries: int
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        """Queries [B, queries, N, H] of the last tokens, keys and values [B, T, G, H] of all, and the gate of the
-        attention residual."""
-        normed_BTD, gate = self.attention_norm(x_BTD, cond)
-        normed_BTD = normed_BTD.to(dtype)
-        q = self._heads(self.q_proj(normed_BTD[:, -queries:])) if queries else None
-        return q, self._heads(self.k_proj(normed_BTD)), self._heads(self.v_proj(normed_BTD)), gate
+    def qkv(self, x_BTD: Tensor, wanted: int | Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Queries [B, T', N, H] of the `chosen` tokens, if any, keys and values [B, T, G, H] of all. An engine has one
+        matrix for the three."""
+        q = None if isinstance(wanted, int) and not wanted else self._heads(self.q_proj(chosen(x_BTD, wanted)))
+        return q, self._heads(self.k_proj(x_BTD)), self._heads(self.v_proj(x_BTD))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
 
     def finish(self, x_BTD: Tensor, attended_BTNH: Tensor, gate: Tensor | None, cond: Conditioning | None) -> Tensor:
-        """The two residuals: attention output, then MLP."""
-        x_BTD = _residual(x_BTD, self.out_proj(attended_BTNH.flatten(-2)), gate)
+        """The two residuals, which norms may gate: attention output, then MLP."""
+        update = self.out_proj(attended_BTNH.flatten(-2))
+        x_BTD = x_BTD + (update if gate is None else update * gate)
         normed_BTD, gate = self.mlp_norm(x_BTD, cond)
-        return _residual(x_BTD, self.mlp(normed_BTD.to(attended_BTNH.dtype)), gate)
-
-
-def _residual(x: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:
-    return x + (update if gate is None else update * gate)
+        update = self.mlp(normed_BTD.to(attended_BTNH.dtype))
+        return x_BTD + (update if gate is None else update * gate)
 
 
 class Geometry(NamedTuple):
@@ -189,6 +231,8 @@ class Geometry(NamedTuple):
     """Cosines and sines of the tokens' rotations, each [B, T, 1, H/2]."""
     mask: Mask
     """Of the queries that are wanted."""
+    heads_as_rows: bool
+    """The form of `attend`."""
     dtype: torch.dtype
     """The one to compute in."""
 
@@ -208,32 +252,38 @@ class Block(nn.Module):
         xs: dict[str, Tensor],
         conds: dict[str, Conditioning | None],
         geometries: dict[str, Geometry],
-        past: KeysValues | None,
+        past: Past | None,
         *,
         insulate: bool,
-        outputs: Mapping[str, int],
+        outputs: Mapping[str, int | Tensor],
     ) -> tuple[dict[str, Tensor], KeysValues]:
-        """After this layer, as many of each span's last tokens as `outputs` says, and all keys and values so far."""
+        """After this layer, those of each span's tokens that `chosen` finds by `outputs`, and all keys and values so
+        far."""
         results, seen = {}, past
         for name, x_BTD in xs.items():
-            expert, cond, geometry, wanted = self._expert(name), conds[name], geometries[name], outputs.get(name, 0)
-            q, k, v, gate = expert.project(x_BTD, cond, geometry.dtype, queries=wanted)
-            k = rotate(k, geometry.rope)
-            if seen is not None:
-                before_k, before_v = (seen[0].detach(), seen[1].detach()) if insulate else seen
-                k, v = torch.cat([before_k, k], dim=1), torch.cat([before_v, v], dim=1)
-            seen = (k, v)
+            expert, cond, where, wanted = self.experts[name], conds[name], geometries[name], outputs.get(name, 0)
+            assert isinstance(expert, ExpertLayer)
+            normed_BTD, gate = expert.attention_norm(x_BTD, cond)
+            q, k, v = expert.qkv(normed_BTD.to(where.dtype), wanted)
+            k = rotate(k, where.rope)
+            seen = KeysValues(k, v) if seen is None else seen.then(k, v, insulate=insulate)
             if q is not None:
-                cos, sin = geometry.rope
-                attended = attend(rotate(q, (cos[:, -wanted:], sin[:, -wanted:])), k, v, geometry.mask)
-                results[name] = expert.finish(x_BTD[:, -wanted:], attended, gate, cond)
-        assert seen is not None, "a forward pass without spans"
+                cos, sin = where.rope
+                q = rotate(q, (chosen(cos, wanted), chosen(sin, wanted)))
+                attended = attend(q, *seen, where.mask, heads_as_rows=where.heads_as_rows)
+                results[name] = expert.finish(chosen(x_BTD, wanted), attended, gate, cond)
+        assert isinstance(seen, KeysValues), "a forward pass without spans"
         return results, seen
 
-    def _expert(self, name: str) -> ExpertLayer:
-        expert = self.experts[name]
-        assert isinstance(expert, ExpertLayer)
-        return expert
+
+class Placed(NamedTuple):
+    """Where all spans of a forward pass stand."""
+
+    geometries: dict[str, Geometry]
+    of_last: dict[str, Geometry]
+    """In the last layer, where less may be wanted."""
+    layout: Layout | None
+    """Of the sequence with them."""
 
 
 class Gemma(nn.Module):
@@ -247,8 +297,7 @@ class Gemma(nn.Module):
     def __init__(self, experts: Mapping[str, Expert], vocab_size: int):
         super().__init__()
         first = next(iter(experts.values())).size
-        self.width, self.head_dim = first.width, first.head_dim
-        self.kv_shape = (first.num_kv_heads, first.head_dim)
+        self.width, self.size = first.width, first
         self.token_embedding = nn.Parameter(torch.empty(vocab_size, first.width))
         self.sparse_embedding_gradient = False
         self.blocks = nn.ModuleList(
@@ -263,14 +312,17 @@ class Gemma(nn.Module):
 
     def embed(self, ids_BT: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B T D"]:
         """Token embeddings times √width. The factor is rounded to the table's own dtype, as in the reference."""
-        return embed_tokens(self.token_embedding, ids_BT, dtype, sparse=self.sparse_embedding_gradient)
+        table_VD, sparse = self.token_embedding, self.sparse_embedding_gradient
+        factor = torch.tensor(self.width**0.5, dtype=table_VD.dtype).float()
+        return (F.embedding(ids_BT, table_VD, sparse=sparse).float() * factor).to(dtype)
 
-    def logits(self, x: Float[Tensor, "*any D"]) -> Float[Tensor, "*any V"]:
-        """float32 logits over the vocabulary, by the transposed token embedding.
+    def logits(self, x: Float[Tensor, "*any D"], among: Tensor | None = None) -> Float[Tensor, "*any V"]:
+        """float32 logits over the vocabulary, or of some of its ids, by the transposed token embedding.
 
         They are float32 under bfloat16 compute too: 8 bits of mantissa would tie the best tokens with each other.
         """
-        return F.linear(x.float(), self.token_embedding.float())
+        table_VD = self.token_embedding if among is None else self.token_embedding[among]
+        return F.linear(x.float(), table_VD.float())
 
     def forward(
         self,
@@ -280,7 +332,8 @@ class Gemma(nn.Module):
         commit: bool = False,
         insulate: bool = False,
         outputs: Collection[str] | None = None,
-        last: int | None = None,
+        last: int | Tensor | None = None,
+        placed: Placed | None = None,
     ) -> dict[str, Tensor]:
         """Run each span through its expert, after what is in the cache.
 
@@ -293,50 +346,50 @@ class Gemma(nn.Module):
                 (knowledge insulation, Driess et al. 2025).
             outputs: names of the spans whose result is wanted, all by default. In the last layer the others
                 contribute keys and values only, which saves their attention and MLP.
-            last: how many of the last tokens of those spans are wanted, all by default; likewise.
+            last: how many of the last tokens of those spans are wanted, all by default; likewise. Or which one, by row
+                [B].
+            placed: what `place` found for spans of the same layout, to save its work.
 
         Returns:
             The wanted tokens after the final norm, each [B, T, D], in float32.
         """
-        lengths = {name: span.tokens_BTD.shape[1] for name, span in spans.items()}
+        lengths: dict[str, int | Tensor] = {name: span.tokens_BTD.shape[1] for name, span in spans.items()}
         wanted = {name: lengths[name] if last is None else last for name in (lengths if outputs is None else outputs)}
-        geometries, of_last, layout = self._place(spans, None if cache is None else cache.layout, wanted)
+        geometries, of_last, layout = placed or self.place(spans, cache, wanted)
         xs = {name: span.tokens_BTD.float() for name, span in spans.items()}
-        conds = {
-            n: None if s.cond_BCD is None else Conditioning(s.cond_BCD.to(s.tokens_BTD.dtype), s.clean_BT)
-            for n, s in spans.items()
-        }
         for index, block in enumerate(self.blocks):
-            past = None if cache is None else cache.layers.get(index)
+            conds = {name: None if s.cond is None else s.cond.of_layer(index) for name, s in spans.items()}
+            past = None if cache is None else cache.past(index)
             where, needed = (of_last, wanted) if index == len(self.blocks) - 1 else (geometries, lengths)
             xs, keys_values = block(xs, conds, where, past, insulate=insulate, outputs=needed)
             if commit:
                 assert cache is not None, "nothing to commit to"
-                cache.layers[index] = keys_values
+                cache.keep(index, keys_values)
         if cache is not None and commit:
             cache.layout = layout
+        depth, conds = len(self.blocks), {name: spans[name].cond for name in xs}
+        conds = {name: None if cond is None else cond.of_layer(depth) for name, cond in conds.items()}
         return {name: self.final_norms[name](x, conds[name])[0] for name, x in xs.items()}
 
-    def _place(
-        self, spans: Mapping[str, Span], past: Layout | None, wanted: Mapping[str, int]
-    ) -> tuple[dict[str, Geometry], dict[str, Geometry], Layout | None]:
-        """Where the spans stand; the same in the last layer, where less may be wanted; and what the cache gets."""
-        geometries, of_last, seen = {}, {}, past
+    def place(self, spans: Mapping[str, Span], cache: KVCache | None, wanted: Mapping[str, int | Tensor]) -> Placed:
+        """Where the spans stand after what is in the cache.
+
+        Args:
+            wanted: which tokens of each span, as `chosen` has it.
+        """
+        geometries, of_last, seen = {}, {}, None if cache is None else cache.layout
+        make_mask, as_rows = (mask_for, False) if cache is None else (cache.mask, cache.heads_as_rows)
         for name, span in spans.items():
-            own, (_, t, _), dtype = span.follow(seen), span.tokens_BTD.shape, span.tokens_BTD.dtype
-            sees_all = span.plain and (seen is None or seen.plain)
+            own, dtype = span.follow(seen), span.tokens_BTD.dtype
+            sees_all = span.all_valid and span.one_block and (seen is None or seen.plain)
             seen = own if seen is None else seen.then(own)
-            mask = None if sees_all else mask_for(own, seen, dtype)
-            geometries[name] = of_last[name] = Geometry(rope(own.position, self.head_dim), mask, dtype)
-            if mask is not None and 0 < wanted.get(name, 0) < t:
-                of_last[name] = geometries[name]._replace(mask=mask_for(own.last(wanted[name]), seen, dtype))
-        return geometries, of_last, seen
-
-
-def embed_tokens(table_VD: Tensor, ids_BT: Tensor, dtype: torch.dtype, *, sparse: bool = False) -> Tensor:
-    """`Gemma.embed`, with any table; `sparse`: its gradient has rows for `ids_BT` alone."""
-    factor = torch.tensor(table_VD.shape[1] ** 0.5, dtype=table_VD.dtype).float()
-    return (F.embedding(ids_BT, table_VD, sparse=sparse).float() * factor).to(dtype)
+            mask = None if sees_all else make_mask(own, seen, dtype)
+            geometry = Geometry(rope(own.position, self.size.head_dim), mask, as_rows, dtype)
+            geometries[name] = of_last[name] = geometry
+            some = wanted.get(name, 0)
+            if mask is not None and (isinstance(some, Tensor) or 0 < some < own.valid.shape[1]):
+                of_last[name] = geometry._replace(mask=make_mask(own.chosen(some), seen, dtype))
+        return Placed(geometries, of_last, seen)
 
 
 def rope(position: Int[Tensor, "B T"], head_dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,14 @@
-"""What a policy's model reads: one batch of tensors, and the masks that say which of them are real.
+"""What a policy's model reads: one batch of tensors, and what of it is computed.
+
+Masks say which pictures, tokens and actions are real. What every row masks is not computed:
+
+    slots        base     left     right    prompt                        base     right    prompt
+    row 0      [ ■■■■ ][      ][ ■■■■ ]  [ ■■■■■··· ]      ──▶         [ ■■■■ ][ ■■■■ ]  [ ■■■■■ ]
+    row 1      [ ■■■■ ][      ][      ]  [ ■■■····· ]                  [ ■■■■ ][ 0000 ]  [ ■■■·· ]
+
+A slot that no row fills leaves the sequence, as does the padding behind the longest prompt; a picture that one row
+lacks and another has is zeros instead of an encoded picture. What is left out was seen by no one, and positions count
+valid tokens alone, so that the results are those of the padded batch.
 
 Shape letters: B batch, C camera slots, L prompt tokens, H action horizon, A action dimensions; h w pixel rows, columns.
 """
@@ -16,7 +26,6 @@ from torch import Tensor
 
 from manipi.errors import ConfigError, unknown_name
 from manipi.model.config import ModelConfig, Pi0FastConfig
-from manipi.model.trim import PROMPT_MULTIPLE, Kept, kept
 
 _DTYPES = {"tokens": torch.long, "delay": torch.long, "state": torch.float32, "actions": torch.float32}
 """Fields that are neither pictures nor masks. Pictures keep their dtype, masks are bool."""
@@ -24,6 +33,72 @@ _DTYPES = {"tokens": torch.long, "delay": torch.long, "state": torch.float32, "a
 
 Masks: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 """`image_valid`, `token_valid` and `token_causal` of a batch."""
+
+PROMPT_MULTIPLE = 16
+"""On a GPU prompts keep a multiple of so many tokens: fewer different shapes for its allocator and compiled code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Plain numbers on the host, so that shapes follow from them without waiting for the device."""
+
+    cameras: tuple[int, ...]
+    """Slots that stay in the sequence."""
+    pictures: tuple[int, ...]
+    """Valid pictures, as indices into the batch's rows and slots [B · C]."""
+    places: tuple[int, ...]
+    """Where they stand among the rows and the slots that stay."""
+    prompt_len: int
+    """Prompt tokens that stay."""
+    one_block: bool
+    """No token is causal."""
+    all_valid: bool
+    """Everything that stays is valid."""
+
+    def token_indices(self, num_cameras: int, num_tokens: int, device: torch.device) -> Tensor:
+        """Which tokens of the padded prefix stay: those of slots, `num_tokens` each, then the prompt's."""
+        starts, prompt = [camera * num_tokens for camera in self.cameras], num_cameras * num_tokens
+        runs = [(start, start + num_tokens) for start in starts] + [(prompt, prompt + self.prompt_len)]
+        return torch.cat([torch.arange(*run, device=device) for run in runs])
+
+
+def kept(image_valid: Tensor, token_valid: Tensor, token_causal: Tensor | None, *, multiple: int = 1) -> Kept:
+    """What to compute of a batch with the masks [B, C], [B, L] and [B, L]. Masks on a GPU make this wait for it.
+
+    Args:
+        multiple: that the prompt's tokens stay a multiple of, as far as the padding reaches.
+    """
+    images_BC, tokens_BL = image_valid.cpu(), token_valid.cpu()
+    cameras_C = images_BC.any(dim=0)
+    stays_BC = images_BC[:, cameras_C]
+    used = int(tokens_BL.any(dim=0).nonzero().max()) + 1 if tokens_BL.any() else 0
+    # π0-FAST predicts each token from the one before: of a prompt of one there is nothing to learn.
+    prompt_len = min(max(-(-used // multiple) * multiple, 2), tokens_BL.shape[1])
+    one_block = token_causal is None or not bool(token_causal[:, :prompt_len].any())
+    cameras, pictures, places = (
+        tuple(mask.nonzero().flatten().tolist()) for mask in (cameras_C, images_BC.flatten(), stays_BC.flatten())
+    )
+    return Kept(
+        cameras=cameras,
+        pictures=pictures,
+        places=places,
+        prompt_len=prompt_len,
+        one_block=one_block,
+        all_valid=bool(stays_BC.all() and tokens_BL[:, :prompt_len].all()),
+    )
+
+
+def everything(image_valid: Tensor, token_valid: Tensor) -> Kept:
+    """The padded batch, as the reference computes it."""
+    all_pictures = tuple(range(image_valid.numel()))
+    return Kept(
+        cameras=tuple(range(image_valid.shape[1])),
+        pictures=all_pictures,
+        places=all_pictures,
+        prompt_len=token_valid.shape[1],
+        one_block=False,
+        all_valid=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -53,7 +128,7 @@ class ModelInput:
     action_valid: Bool[Tensor, "B H"] | None = None
     """Steps that lie within the episode, or that are left; None: all."""
     delay: Int64[Tensor, "B"] | None = None
-    """How many of the first steps are given: the robot executes them meanwhile (`manipi.model.rtc`)."""
+    """How many of the first steps are given: the robot executes them meanwhile (`manipi.model.flow`)."""
     action_dim_valid: Bool[Tensor, "A"] | Bool[Tensor, "B A"] | None = None
     """Dimensions that the robot has; None: all. Also read by sampling."""
     token_causal: Bool[Tensor, "B L"] | None = None
@@ -114,13 +189,13 @@ class ModelInput:
         # Only that way: what comes from a GPU without waiting is read before it is there.
         moved = {
             name: t.to(target, non_blocking=t.device.type == "cpu" and target.type == "cuda")
-            for name, t in self._tensors.items()
+            for name, t in self.tensors.items()
         }
         return dataclasses.replace(self, **moved)._with_host_masks(self._copies)
 
     def split(self, parts: int) -> list[Self]:
         """The batch in equal parts, in order."""
-        per_sample = self._tensors
+        per_sample = self.tensors
         if self.action_dim_valid is not None and self.action_dim_valid.ndim == 1:
             del per_sample["action_dim_valid"]
         chunks = zip(*(value.chunk(parts) for value in per_sample.values()), strict=True)
@@ -131,7 +206,8 @@ class ModelInput:
         return [part._with_host_masks(masks) for part, masks in zip(split, own, strict=True)]
 
     @property
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def _with_host_masks(self, copies: Masks | None) -> Self:

@@ -3,6 +3,8 @@
 Shape suffixes: B pictures, P patches, D width, N heads, H head dim, h w pixel rows and columns.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
@@ -27,13 +29,13 @@ class VisionBlock(nn.Module):
         self.up_proj = Linear(size.width, size.mlp_dim)
         self.down_proj = Linear(size.mlp_dim, size.width)
 
+    def qkv(self, x_BPD: Tensor) -> Sequence[Tensor]:
+        """Queries, keys and values, each [B, N, P, H]. An engine has one matrix for the three."""
+        made = (proj(x_BPD) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return [one.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for one in made]
+
     def forward(self, x_BPD: Tensor, dtype: torch.dtype) -> Tensor:
-        normed_BPD = self.attention_norm(x_BPD).to(dtype)
-        q_BNPH, k_BNPH, v_BNPH = (
-            proj(normed_BPD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attended_BNPH = F.scaled_dot_product_attention(q_BNPH, k_BNPH, v_BNPH)
+        attended_BNPH = F.scaled_dot_product_attention(*self.qkv(self.attention_norm(x_BPD).to(dtype)))
         x_BPD = x_BPD + self.out_proj(attended_BNPH.transpose(1, 2).flatten(-2))
         return x_BPD + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x_BPD).to(dtype)), approximate="tanh"))
 

@@ -100,7 +100,7 @@ VISION_BLOCK = (
     *_linear("down_proj", "MlpBlock_0/Dense_1", "mlp.fc2", "MD", "D M"),
 )
 # `{e}` is empty for the first expert and `_1` for the second. Beside the matrices are the updates of
-# `manipi.model.lora`, for which PyTorch has no place.
+# `manipi.model.layers`, for which PyTorch has no place.
 ATTENTION = (
     Row("q_proj.weight", "q_einsum{e}/w", "q_proj.weight", "QDH", "QH D"),
     Row("k_proj.weight|v_proj.weight", "kv_einsum{e}/w", "k_proj.weight|v_proj.weight", "GDH", "GH D"),

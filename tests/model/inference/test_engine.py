@@ -85,9 +85,9 @@ def test_where_bfloat16_is_emulated_it_computes_in_float32(configs, build, batch
     model = build(replace(config, dtype="bfloat16")).bfloat16()
     model.load_state_dict(exact.state_dict())
     engine = Engine(model, num_steps=4)
-    assert {one.dtype for one in engine.vlm.buffers()} == {torch.bfloat16}
+    assert {b.dtype for b in engine.gemma.blocks.buffers()} == {torch.bfloat16}
     if name == "pi0_fast":
-        assert torch.equal(engine.decode_tokens(inputs, 14, rule), exact.decode_tokens(inputs, 14, as_mask))
+        assert torch.equal(engine.decode_tokens(inputs, 14, rule), exact.decode_tokens(inputs, 14, rule))
     else:
         torch.testing.assert_close(engine.sample(inputs, noise(B)), oracle(exact, inputs, noise(B)), **EXACT)
 
@@ -130,7 +130,9 @@ def test_many_noises_share_one_prefix(configs, build, batch, name, masks):
     model, inputs = model_of(configs[name], build), masked(batch, masks)
     expected = oracle(model, inputs, noise(B, 3))
     engine, calls = Engine(model, num_steps=4), []
-    engine.vlm[0].register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    engine.gemma.blocks[0].register_forward_hook(
+        lambda _, inputs, __: calls.extend(len(x) for name, x in inputs[0].items() if name == "vlm")
+    )
     torch.testing.assert_close(engine.sample(inputs, noise(B, 3)), expected, **EXACT)
     assert calls == [B]
 
@@ -159,7 +161,8 @@ def test_adapters_are_merged(configs, build, batch):
 def test_the_weights_are_in_memory_once(configs, build):
     model = build(configs["pi0"])
     engine = Engine(model)
-    stores = {p.untyped_storage().data_ptr() for p in engine.vlm[0].qkv.buffers()}
+    fused = engine.gemma.blocks[0].experts["vlm"].fused
+    stores = {p.untyped_storage().data_ptr() for p in fused.buffers()}
     block = model.gemma.blocks[0].experts["vlm"]
     assert {one.weight.untyped_storage().data_ptr() for one in (block.q_proj, block.k_proj, block.v_proj)} == stores
 
@@ -241,20 +244,13 @@ def rule(ids) -> np.ndarray:
     return np.array([forced[len(ids)]]) if len(ids) in forced else free if len(ids) < 9 else np.array([1])
 
 
-def as_mask(ids_BT: torch.Tensor) -> torch.Tensor:
-    mask = torch.zeros(len(ids_BT), 61, dtype=torch.bool)
-    for row_V, ids in zip(mask, ids_BT.tolist(), strict=True):
-        row_V[rule(ids) if 1 not in ids else [0]] = True
-    return mask
-
-
 @pytest.mark.parametrize("masks", MASKS)
 def test_it_repeats_the_models_tokens(configs, build, batch, masks):
     model, inputs = build(configs["pi0_fast"]), masked(batch, masks)
     model.trim = False
-    expected = model.decode_tokens(inputs, 14, as_mask)
+    expected = model.decode_tokens(inputs, 14, rule)
     engine, spans = Engine(model), []
-    engine.vlm[0].register_forward_hook(lambda _, inputs, __: spans.append(inputs[0].shape[1]))
+    engine.gemma.blocks[0].register_forward_hook(lambda _, inputs, __: spans.append(inputs[0]["vlm"].shape[1]))
     assert torch.equal(engine.decode_tokens(inputs, 14, rule), expected)
     assert len(set(expected[:, 2:9].flatten().tolist())) > 1
     # The forced beginning goes as one, and nothing goes of the forced end.

@@ -1,4 +1,4 @@
-"""A model rearranged for inference: the same results as `VLA`, which stays the oracle, in fewer and larger steps.
+"""A model rearranged for inference: the results of `VLA` in fewer and larger steps.
 
     pictures ─▶ SigLIP, all cameras in one batch ─┐
     prompt ───▶ embedding ────────────────────────┴─▶ "vlm" layers ─▶ cache ◀─ state token (π0), once
@@ -6,78 +6,38 @@
     timesteps ─▶ tables of time MLP and adaptive norms, made once      │
                                         noise ─▶ num_steps × "action" layers ─▶ actions
 
-What every row masks is not computed (`trim`), the language model's last layer makes only keys and values, several
-noises share one prefix, and no mask has queries times keys elements: a key is seen by all queries or by none, so that
-one row of biases says it all.
+It runs the forward pass of the model, which stays the oracle, with other layers (`fused`), a cache of fixed size in
+which several noises share one prefix, and tables of what depends on timesteps and weights alone. On a GPU a whole call
+is one CUDA graph: `run` reads nothing back, and its shapes follow from `Kept`.
 
-Shape suffixes: B batch, C camera slots, P image tokens, L prompt tokens, T tokens, S key tokens, K noise draws,
-H action horizon, A action dimensions, D width.
+Shape suffixes: B batch, K noise draws, T timesteps, N norms, H action horizon, A action dimensions, D width.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manipi.errors import ConfigError
-from manipi.model.attention import MASKED
-from manipi.model.config import Pi0Config, Pi0FastConfig
-from manipi.model.flow import CLEAN, FlowHead, Pi0Head, Pi05Head, integrate, timestep_embedding
-from manipi.model.gemma import AdaptiveRMSNorm, Block, ExpertLayer, RMSNorm, embed_tokens, rope
-from manipi.model.inference.fused import FusedLayer, FusedVisionLayer, KeysValuesLayer, LayerNorms, Norm, Place, Slots
+from manipi.model.config import Pi0FastConfig
+from manipi.model.flow import CLEAN, Continuation, FlowHead, Pi0Head, Pi05Head, euler_times, timestep_embedding
+from manipi.model.gemma import AdaptiveRMSNorm, Block, Span
+from manipi.model.inference.fused import (
+    FusedExpertLayer,
+    FusedVisionBlock,
+    StaticCache,
+    StepConditioning,
+    StepNorm,
+    twin,
+)
 from manipi.model.inference.graphs import Graphs, compile_layers
 from manipi.model.inference.quantize import Quantization, compute_dtype, maker
-from manipi.model.inputs import ModelInput
-from manipi.model.layers import LayerNorm, Linear
-from manipi.model.rtc import Velocity, sample_after_prefix, sample_on, trained_prefix
-from manipi.model.siglip import SigLIP, VisionBlock, embed_patches
+from manipi.model.inputs import Kept, ModelInput
 from manipi.model.vla import VLA
 
-Allowed = Callable[[Sequence[int]], np.ndarray]
-"""The ids decoded so far to the ids that may follow."""
 
-
-class Trimmed(NamedTuple):
-    """A batch without what every row masks; tensors only, but for `places`."""
-
-    pictures: Tensor
-    """The valid ones [n, h, w, 3]."""
-    places: tuple[int, ...] | None
-    """Where they stand among rows and kept slots; None: everywhere."""
-    num_cameras: int
-    tokens: Tensor
-    """[B, L]"""
-    valid: Tensor | None
-    """[B, T] of the prefix; None: all."""
-    state: Tensor
-    """[B, A]"""
-    dim_valid: Tensor
-    """[1 or B, A]: dimensions that the robot has."""
-    given: Tensor | None = None
-    """[B, H]: steps that are the previous chunk's."""
-    previous: Tensor | None = None
-    """[B, H, A]"""
-
-
-class Prefix(NamedTuple):
-    """What the suffix continues."""
-
-    slots: list[Slots]
-    """By layer."""
-    length: int
-    """Slots that are filled."""
-    position_B1: Tensor
-    """Of the next token."""
-    bias: Tensor | None
-    """[B, 1, 1, slots]"""
-    last: Tensor
-    """π0-FAST: output [B, 1, D] at each row's last token."""
-
-
-class Engine(nn.Module):
+class Engine(VLA):
     """Takes over the model's weights; where they keep their dtype it shares their memory.
 
     Args:
@@ -90,50 +50,45 @@ class Engine(nn.Module):
 
     quantization: Quantization
 
-    def __init__(self, model: VLA, num_steps: int = 10, quantization: Quantization = "none"):
-        super().__init__()
-        _refuse_quirks(model)
-        self.config, self.num_steps, self.quantization = model.config, num_steps, quantization
-        self._flow = not isinstance(model.config, Pi0FastConfig)
-        self.token_embedding, self.position_embedding = model.gemma.token_embedding, model.vision.position_embedding
-        self._patches, self._vision_norm, self._vision_head = _ends(model.vision)
-        self.dtype = compute_dtype(model.dtype, self._device)
-        make = maker(quantization, self._device, model.dtype)
-        self.vision = nn.ModuleList(FusedVisionLayer(cast(VisionBlock, one), make) for one in model.vision.blocks)
-        layers = [_experts(block) for block in model.gemma.blocks]
-        last = KeysValuesLayer if self._flow else FusedLayer
-        self.vlm = nn.ModuleList(FusedLayer(one["vlm"], make) for one in layers[:-1])
-        self.vlm.append(last(layers[-1]["vlm"], make))
-        self._vlm_norms = [(_plain(one["vlm"].attention_norm), _plain(one["vlm"].mlp_norm)) for one in layers]
-        self._vlm_final = _plain(model.gemma.final_norms["vlm"])
-        self._graphs: Graphs | None = None
-        if self._flow:
-            self.action = nn.ModuleList(FusedLayer(one["action"], make) for one in layers)
-            self._head = cast(FlowHead, model.head)
-            norms = [norm for one in layers for norm in (one["action"].attention_norm, one["action"].mlp_norm)]
-            self._tabulate([*norms, model.gemma.final_norms["action"]])
-
     @torch.no_grad()
-    def _tabulate(self, norms: list[nn.Module]) -> None:
-        """What depends on timesteps and weights alone, by step, and last for given actions: all norms [N, 1 or 3, D],
-        and π0's share of the time in its tokens [D]."""
-        times = [torch.ones(1, device=self._device)]
-        for _ in range(self.num_steps - 1):
-            times.append(times[-1] - 1.0 / self.num_steps)
-        embedded_TD = timestep_embedding(
-            torch.cat([*times, times[0].new_tensor([CLEAN])]), self._head.action_in.out_features
-        )
-        cond_TD = None
-        if isinstance(self._head, Pi05Head):
-            cond_TD = self._head.condition(embedded_TD).to(self.dtype)
-        elif isinstance(self._head, Pi0Head):
-            mlp, width = self._head.time_mlp_in, embedded_TD.shape[1]
-            self._time_TD = F.linear(embedded_TD, mlp.weight[:, width:].float(), mlp.bias.float())
-        self._norms_TN3D = torch.stack([_modulation(norm, cond_TD, len(embedded_TD)) for norm in norms], dim=1)
-
-    @property
-    def _device(self) -> torch.device:
-        return self.token_embedding.device
+    def __init__(self, model: VLA, num_steps: int = 10, quantization: Quantization = "none"):
+        nn.Module.__init__(self)
+        config, gemma, device = model.config, model.gemma, model.gemma.token_embedding.device
+        flows = not isinstance(config, Pi0FastConfig)
+        quirks = ("fast_contiguous_cache", "fast_position_offset", "fast_writes_past_eos")
+        found = [name for name in quirks if getattr(config.compat, name)]
+        if found and not flows:
+            raise ConfigError(
+                expected="decoding without the quirks of the reference's cache",
+                found=", ".join(found),
+                where="Pi0FastConfig.compat",
+                next="serve it without --compile, or without these quirks",
+            )
+        self.config, self.num_steps, self.quantization = config, num_steps, quantization
+        self.trim, self.guidable = True, quantization == "none"
+        self.dtype = compute_dtype(model.dtype, device)
+        self._graphs: Graphs | None = None
+        make = maker(quantization, device, model.dtype)
+        vision = nn.ModuleList(FusedVisionBlock(one, make) for one in model.vision.blocks)
+        self.vision = twin(model.vision, blocks=vision)
+        blocks, norms = [], []
+        for index, block in enumerate(gemma.blocks):
+            experts = {}
+            for name, layer in block.experts.items():
+                of_layer = (layer.attention_norm, layer.mlp_norm)
+                if isinstance(layer.attention_norm, AdaptiveRMSNorm):
+                    norms += of_layer
+                    of_layer = (StepNorm(0), StepNorm(1))
+                attends = not (flows and name == "vlm" and index == len(gemma.blocks) - 1)
+                experts[name] = FusedExpertLayer(layer, make, of_layer, attends=attends)
+            blocks.append(Block(experts))
+        final = dict(gemma.final_norms.items())
+        if norms:
+            norms.append(final["action"])
+            final["action"] = StepNorm(0)
+        self.gemma = twin(gemma, blocks=nn.ModuleList(blocks), final_norms=nn.ModuleDict(final))
+        if flows:
+            self.head = StepHead(model.head, num_steps, norms, self.dtype)
 
     def compile(self, **options: Any) -> None:
         """Compile the layers, and on a GPU play one CUDA graph per shape from then on.
@@ -141,16 +96,15 @@ class Engine(nn.Module):
         Raises:
             ConfigError: nothing that compiles is installed; it says what is missing.
         """
-        compile_layers([*self.vision, *self.vlm, *(self.action if self._flow else ())], self._device, **options)
-        self._graphs = Graphs() if self._device.type == "cuda" else None
+        device = self.gemma.token_embedding.device
+        compile_layers([*self.vision.blocks, *self.gemma.blocks], device, **options)
+        self._graphs = Graphs() if device.type == "cuda" else None
 
-    # Flow policies ---------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
     def sample(self, inputs: ModelInput, noise: Tensor, num_steps: int | None = None, max_delay: int = 0) -> Tensor:
         """Action chunks [B, (K,) H, A], as `VLA.sample` makes them.
 
         Args:
+            num_steps: those that the engine was made for, which is the default.
             max_delay: the longest prefix that the weights were trained with; longer delays are met by guidance.
 
         Raises:
@@ -163,277 +117,109 @@ class Engine(nn.Module):
                 where="Engine.sample",
                 next="make another Engine with that num_steps",
             )
-        if noise.ndim == 3:
-            return self.sample(inputs, noise[:, None], num_steps, max_delay)[:, 0]
-        batch = self.trim(inputs)
-        if inputs.delay is not None:
-            given = trained_prefix(inputs, max_delay, noise.shape[2])
-            if given is None:
-                return self._sample_guided(batch, inputs, noise)
-            batch = batch._replace(given=given, previous=inputs.actions)
-        # Placing the pictures of a ragged batch copies indices from the host, which no graph can hold.
-        if self._graphs is None or batch.places is not None:
-            return self.run(batch, noise)
-        return self._graphs(self.run, batch, noise)
+        return super().sample(inputs, noise, self.num_steps, max_delay)
 
-    def _sample_guided(self, batch: Trimmed, inputs: ModelInput, noise_BKHA: Tensor) -> Tensor:
-        """After a previous chunk by gradients (`manipi.model.rtc`), which no CUDA graph holds."""
-        if self.quantization != "none":
+    def run(
+        self, inputs: ModelInput, kept: Kept, noise_BKHA: Tensor, num_steps: int, continuation: Continuation
+    ) -> Tensor:
+        if continuation == "guidance" and not self.guidable:
             raise ConfigError(
                 expected="no previous chunk with matrices in 8 bits, through which no gradient passes",
                 found="one",
                 where="Engine.sample",
                 next="serve the policy as it was trained, or let the client wait for its chunks",
             )
-        return sample_on(self._field(batch, noise_BKHA), inputs, noise_BKHA, self.num_steps, max_delay=0)
+        # No graph holds the gradients of guidance, nor a ragged batch's pictures, whose places come from the host.
+        ragged = len(kept.places) < inputs.batch_size * len(kept.cameras)
+        if self._graphs is None or continuation == "guidance" or ragged:
+            return super().run(inputs, kept, noise_BKHA, num_steps, continuation)
 
-    def run(self, batch: Trimmed, noise_BKHA: Tensor) -> Tensor:
-        """All of `sample` but for guidance, tensors in and out; what a CUDA graph holds."""
-        velocity = self._field(batch, noise_BKHA)
-        if batch.given is None or batch.previous is None:
-            return integrate(lambda x, t: velocity(x, t, None), noise_BKHA, self.num_steps)
-        return sample_after_prefix(velocity, noise_BKHA, batch.previous, batch.given, self.num_steps)
+        def recorded(tensors: dict[str, Tensor]) -> Tensor:
+            noise = tensors.pop("noise")
+            return VLA.run(self, ModelInput(**tensors), kept, noise, num_steps, continuation)
 
-    def _field(self, batch: Trimmed, noise_BKHA: Tensor) -> Velocity:
-        """The velocity at any actions, after the prefix that is computed here, once."""
-        prefix = self.prefix(batch, self.encode_images(batch), noise_BKHA.shape[1])
-        place, dim_valid = self.suffix_place(prefix), batch.dim_valid[:, None, None]
+        return self._graphs(recorded, inputs.tensors | {"noise": noise_BKHA}, (kept, continuation))
 
-        def velocity(x_BKHA: Tensor, timestep: float, given_BH: Tensor | None) -> Tensor:
-            # Each step fills the suffix's slots anew, whose gradients must not reach into the step before.
-            own = prefix._replace(slots=[Slots(*(one.detach() for one in layer)) for layer in prefix.slots])
-            step = round((1 - timestep) * self.num_steps)
-            given = None if given_BH is None else given_BH.repeat_interleave(x_BKHA.shape[1], dim=0)
-            out = self.velocity(step, x_BKHA.flatten(0, 1), own, place, given).unflatten(0, noise_BKHA.shape[:2])
-            return torch.where(dim_valid, out, noise_BKHA)
+    def prefill(self, inputs: ModelInput, prefix: Span, num_draws: int = 1) -> StaticCache:
+        """Keys and values of pictures, prompt and state, with slots for an action chunk; of each noise draw its own.
 
-        return velocity
-
-    def suffix_place(self, prefix: Prefix) -> Place:
-        """Where the action tokens stand, the same in every step."""
-        h = self.config.action_horizon
-        position_BT = prefix.position_B1 + torch.arange(h, device=prefix.position_B1.device)
-        bias = None if prefix.bias is None else prefix.bias[..., : prefix.length + h]
-        return Place(prefix.length, rope(position_BT, self.config.vlm.head_dim), bias)
-
-    def velocity(
-        self, step: int, x_BHA: Tensor, prefix: Prefix, place: Place, given_BH: Tensor | None = None
-    ) -> Tensor:
-        """Velocity [B, H, A] of noisy actions at the step's timestep, but for those that are given, in float32."""
-        tokens = self._head.action_in(x_BHA)
-        if isinstance(self._head, Pi0Head):
-            weight = self._head.time_mlp_in.weight
-            time = _at(self._time_TD, step, given_BH)
-            tokens = self._head.time_mlp_out(F.silu(F.linear(tokens, weight[:, : weight.shape[0]].float()) + time))
-        norms, final = self._norms(step, given_BH)
-        tokens = tokens.to(self.dtype).float()
-        out = self._through(self.action, tokens, prefix.slots, place, norms)
-        return self._head.action_out(final(out))
-
-    def _norms(self, step: int, given_BH: Tensor | None = None) -> tuple[list[LayerNorms], Norm]:
-        """The action expert's of its layers, and the final one."""
-        if self._norms_TN3D.shape[2] == 1:
-            given_BH = None  # that do not know the time
-        *norms, final = (Norm(*one.unbind(0)) for one in _at(self._norms_TN3D, step, given_BH))
-        return [*zip(norms[::2], norms[1::2], strict=True)], final
-
-    # The prefix ------------------------------------------------------------------------------------------------------
-
-    def trim(self, inputs: ModelInput) -> Trimmed:
-        """The batch without what every row masks. Raises ConfigError for shapes that are not the model's."""
-        inputs.check(self.config)
-        assert inputs.token_causal is None or not inputs.token_causal.any(), "causal prompts are for training"
-        kept, cameras = inputs.kept, len(self.config.cameras)
-        pictures, everywhere = inputs.images.flatten(0, 1), inputs.batch_size * len(kept.cameras)
-        if len(kept.pictures) < len(pictures):
-            pictures = pictures[list(kept.pictures)]
-        valid = None
-        if not kept.plain:
-            image_valid_BP = inputs.image_valid.repeat_interleave(self.config.vision.num_tokens, dim=1)
-            index_T = kept.token_indices(cameras, self.config.vision.num_tokens, inputs.tokens.device)
-            valid = torch.cat([image_valid_BP, inputs.token_valid], dim=1)[:, index_T]
-        dims = inputs.action_dim_valid
-        if dims is None or self.config.compat.unmasked_loss:
-            dims = torch.ones(self.config.action_dim, dtype=torch.bool, device=inputs.state.device)
-        return Trimmed(
-            pictures=pictures,
-            places=None if len(kept.places) == everywhere else kept.places,
-            num_cameras=len(kept.cameras),
-            tokens=inputs.tokens[:, : kept.prompt_len],
-            valid=valid,
-            state=inputs.state,
-            dim_valid=dims.expand(inputs.batch_size, -1),
-        )
-
-    def encode_images(self, batch: Trimmed) -> Tensor:
-        """Image tokens [B, P, D], one kept camera after the other; all pictures go through SigLIP at once."""
-        pictures = batch.pictures
-        if pictures.dtype == torch.uint8:
-            pictures = pictures.float() / 255.0 * 2.0 - 1.0
-        size = self.config.vision.patch_size
-        x_NPD = embed_patches(pictures, size, self._patches, self.position_embedding)
-        for layer in self.vision:
-            x_NPD = layer(x_NPD, self.dtype)
-        x_NPD = self._vision_head(self._vision_norm(x_NPD).to(self.dtype))
-        rows = len(batch.tokens) * batch.num_cameras
-        if batch.places is not None:
-            place_N = torch.tensor(batch.places, dtype=torch.long, device=x_NPD.device)
-            x_NPD = x_NPD.new_zeros(rows, *x_NPD.shape[1:]).index_copy(0, place_N, x_NPD)
-        return (
-            x_NPD.unflatten(0, (-1, batch.num_cameras)).flatten(1, 2)
-            if batch.num_cameras
-            else x_NPD.reshape(len(batch.tokens), 0, x_NPD.shape[-1])
-        )
-
-    def prefix(self, batch: Trimmed, images_BPD: Tensor, num_draws: int = 1, room: int | None = None) -> Prefix:
-        """Keys and values of pictures, prompt and state, with room for what follows; for each noise draw its own copy.
-
-        Args:
-            room: slots after them; None: those of an action chunk.
+        π0's state token sees the prefix and itself, so that all steps and draws share it.
         """
-        x_BTD = torch.cat([images_BPD, embed_tokens(self.token_embedding, batch.tokens, self.dtype)], dim=1).float()
-        (b, t, _), has_state = x_BTD.shape, isinstance(self.config, Pi0Config)
-        valid_BT = torch.ones(b, t, dtype=torch.bool, device=x_BTD.device) if batch.valid is None else batch.valid
-        room = self.config.action_horizon if room is None else room
-        slots = self._empty(b, t + has_state + room)
-        bias = None
-        if batch.valid is not None:
-            bias = torch.where(F.pad(valid_BT, (0, has_state + room), value=True), 0.0, MASKED).to(self.dtype)
-            bias = bias[:, None, None]
-        rotation = rope(valid_BT.cumsum(1) - 1, self.config.vlm.head_dim)
-        place = Place(0, rotation, None if bias is None else bias[..., :t])
-        last_B = None if self._flow else t - 1 - valid_BT.flip(1).long().argmax(1)
-        out = self._through(self.vlm, x_BTD, slots, place, self._vlm_norms, last_B)
-        position_B1 = valid_BT.sum(1, keepdim=True)
-        if has_state:
-            self._fill_state(batch.state, slots, t, position_B1, bias)
-        if num_draws > 1:
-            slots = [Slots(*(one.repeat_interleave(num_draws, dim=0) for one in layer)) for layer in slots]
-            bias = None if bias is None else bias.repeat_interleave(num_draws, dim=0)
-        position_B1 = (position_B1 + has_state).repeat_interleave(num_draws, dim=0)
-        return Prefix(slots, t + has_state, position_B1, bias, out)
+        cache = self.decoding_cache(prefix, self.config.action_horizon + self.head.has_state)
+        self.gemma({"vlm": prefix}, cache, commit=True, outputs=())
+        if self.head.has_state:
+            state = self.head.state_token(inputs.state, self.dtype)
+            self.gemma({"action": state}, cache, commit=True, outputs=())
+        return cache.repeated(num_draws)
 
-    def _fill_state(
-        self, state_BA: Tensor, slots: list[Slots], start: int, position_B1: Tensor, bias: Tensor | None
-    ) -> None:
-        """π0's state token sees the prefix and itself, so that all steps and draws share it."""
-        head = cast(Pi0Head, self._head)
-        token_B1D = head.state_in(state_BA)[:, None].to(self.dtype).float()
-        rotation = rope(position_B1, self.config.vlm.head_dim)
-        place = Place(start, rotation, None if bias is None else bias[..., : start + 1])
-        norms, _ = self._norms(0)
-        self._through(self.action, token_B1D, slots, place, norms)
+    def decoding_cache(self, prefix: Span, max_tokens: int) -> StaticCache:
+        b, t, _ = prefix.tokens_BTD.shape
+        return StaticCache.of_size(self.gemma.size, b, t + max_tokens, prefix.tokens_BTD)
 
-    def _through(
-        self,
-        layers: nn.ModuleList,
-        x_BTD: Tensor,
-        slots: list[Slots],
-        place: Place,
-        norms: list[LayerNorms],
-        row_B: Tensor | None = None,
-    ) -> Tensor:
-        final = len(layers) - 1
-        for index, layer in enumerate(layers):
-            x_BTD = layer(x_BTD, slots[index], place, norms[index], row_B if index == final else None)
-        return x_BTD
 
-    def _empty(self, batch_size: int, length: int) -> list[Slots]:
-        size = self.config.vlm
-        shape, where = (
-            (batch_size, size.num_kv_heads, length, size.head_dim),
-            {"device": self._device, "dtype": self.dtype},
+class StepHead(nn.Module):
+    """A `FlowHead` with tables of what depends on timesteps and weights alone: each step's, and last for given actions.
+
+    Args:
+        norms: those that timesteps modulate, layer by layer and last the final one.
+        dtype: to compute in.
+    """
+
+    table: Tensor
+    """[T, D], or of norms [T, N, 3, D]."""
+
+    def __init__(self, head: FlowHead, num_steps: int, norms: list[AdaptiveRMSNorm], dtype: torch.dtype):
+        super().__init__()
+        self.head, self.num_steps, self.has_state = head, num_steps, isinstance(head, Pi0Head)
+        time_T = torch.tensor([*euler_times(num_steps), CLEAN], device=head.action_in.weight.device)
+        embedded_TD = timestep_embedding(time_T, head.action_in.out_features)
+        if isinstance(head, Pi0Head):
+            # The time's share of the MLP's first layer; `suffix_at` adds that of the actions.
+            weight, bias = head.time_mlp_in.weight, head.time_mlp_in.bias
+            table = F.linear(embedded_TD, weight[:, len(weight) :].float(), bias.float())
+        else:
+            assert isinstance(head, Pi05Head)
+            cond_TD = head.condition(embedded_TD).to(dtype)
+            tables = []
+            for norm in norms:
+                scale, shift, gate = norm.modulation(cond_TD).float().chunk(3, dim=-1)
+                tables.append(torch.stack([1 + scale, shift, gate], dim=1))
+            table = torch.stack(tables, dim=1)
+        self.register_buffer("table", table)
+
+    def suffix_at(
+        self, state_BA: Tensor, x_BKHA: Tensor, timestep: float, dtype: torch.dtype, given_BH: Tensor | None
+    ) -> Span:
+        """The action tokens [B·K, H, D] of one of the steps: draws are rows, and the state is in the cache."""
+        row, clean = self.table[round((1 - timestep) * self.num_steps)], self.table[-1]
+        if given_BH is not None:
+            given_BH1 = given_BH.repeat_interleave(x_BKHA.shape[1], dim=0)[..., None]
+            row = torch.where(given_BH1, clean[..., None, None, :], row[..., None, None, :])
+        tokens_BTD, cond = self.head.action_in(x_BKHA.flatten(0, 1)), None
+        if isinstance(self.head, Pi0Head):
+            weight = self.head.time_mlp_in.weight
+            mixed_BTD = F.linear(tokens_BTD, weight[:, : len(weight)].float()) + row
+            tokens_BTD = self.head.time_mlp_out(F.silu(mixed_BTD))
+        else:
+            cond = StepConditioning(row)
+        return self._span(tokens_BTD.to(dtype), cond)
+
+    def state_token(self, state_BA: Tensor, dtype: torch.dtype) -> Span:
+        """π0's, as a span of its own."""
+        assert isinstance(self.head, Pi0Head)
+        return self._span(self.head.state_in(state_BA)[:, None].to(dtype), None)
+
+    def _span(self, tokens_BTD: Tensor, cond: StepConditioning | None) -> Span:
+        starts_BT = torch.zeros(tokens_BTD.shape[:2], dtype=torch.bool, device=tokens_BTD.device)
+        starts_BT[:, 0] = True
+        return Span(
+            tokens_BTD=tokens_BTD,
+            valid_BT=torch.ones_like(starts_BT),
+            starts_block_BT=starts_BT,
+            cond=cond,
+            all_valid=True,
+            one_block=True,
         )
-        return [Slots(torch.empty(shape, **where), torch.empty(shape, **where)) for _ in self.vlm]
 
-    # π0-FAST ---------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def decode_tokens(self, inputs: ModelInput, max_tokens: int, allowed: Allowed) -> Tensor:
-        """Greedily decoded ids [B, max_tokens] of tokens that `allowed` lets pass; zeros follow a row's EOS.
-
-        A token runs through the layers only once something is to be chosen after it, so that forced tokens wait and go
-        together, and those at the end never go. Only the logits of tokens that are allowed are computed.
-        """
-        assert isinstance(self.config, Pi0FastConfig), "a flow policy writes no tokens"
-        batch = self.trim(inputs)
-        prefix = self.prefix(batch, self.encode_images(batch), room=max_tokens)
-        out_BD, waiting = prefix.last[:, 0], 0
-        ids: list[list[int]] = [[] for _ in range(inputs.batch_size)]
-        while len(ids[0]) < max_tokens and not all(self.config.eos_token in row for row in ids):
-            choices = [np.zeros(1, np.int64) if self.config.eos_token in row else allowed(row) for row in ids]
-            if waiting and any(len(one) > 1 for one in choices):
-                out_BD = self.append(torch.tensor([row[-waiting:] for row in ids], device=self._device), prefix)
-                prefix, waiting = self._moved(prefix, waiting), 0
-            for row, choice, out_D in zip(ids, choices, out_BD, strict=True):
-                row.append(int(choice[self._best(out_D, choice)]) if len(choice) > 1 else int(choice[0]))
-            waiting += 1
-        done = [row + [0] * (max_tokens - len(row)) for row in ids]
-        return torch.tensor(done, dtype=torch.long, device=self._device)
-
-    def _best(self, out_D: Tensor, choice: np.ndarray) -> int:
-        rows = self.token_embedding[torch.from_numpy(choice).to(self._device)]
-        return int((rows.float() @ self._vlm_final(out_D).float()).argmax())
-
-    def append(self, ids_BT: Tensor, prefix: Prefix) -> Tensor:
-        """The layers' output [B, D] at the last of some tokens, each of which sees those before it."""
-        t = ids_BT.shape[1]
-        step_T = torch.arange(t, device=ids_BT.device)
-        end, bias = prefix.length + t, prefix.bias
-        bias = None if bias is None else bias[..., :end]
-        if t > 1:
-            later_TS = torch.arange(end, device=ids_BT.device) > prefix.length + step_T[:, None]
-            causal = torch.where(later_TS, MASKED, 0.0).to(self.dtype).repeat_interleave(self._queries_per_key, dim=0)
-            bias = causal if bias is None else torch.minimum(bias, causal)
-        place = Place(prefix.length, rope(prefix.position_B1 + step_T, self.config.vlm.head_dim), bias)
-        x_BTD = embed_tokens(self.token_embedding, ids_BT, self.dtype).float()
-        return self._through(self.vlm, x_BTD, prefix.slots, place, self._vlm_norms)[:, -1]
-
-    def _moved(self, prefix: Prefix, count: int) -> Prefix:
-        return prefix._replace(length=prefix.length + count, position_B1=prefix.position_B1 + count)
-
-    @property
-    def _queries_per_key(self) -> int:
-        return self.config.vlm.num_heads // self.config.vlm.num_kv_heads
-
-
-def _ends(vision: SigLIP) -> tuple[Linear, LayerNorm, Linear]:
-    return vision.patch_embedding, vision.final_norm, vision.head
-
-
-def _experts(block: nn.Module) -> dict[str, ExpertLayer]:
-    return {name: cast(ExpertLayer, layer) for name, layer in cast(Block, block).experts.items()}
-
-
-def _at(table: Tensor, step: int, given_BH: Tensor | None) -> Tensor:
-    """A step's rows [..., D] of a table whose last ones are for clean actions; [..., B, H, D] where some are given."""
-    if given_BH is None:
-        return table[step]
-    return torch.where(given_BH[..., None], table[-1][..., None, None, :], table[step][..., None, None, :])
-
-
-@torch.no_grad()
-def _modulation(norm: nn.Module, cond_TD: Tensor | None, num_times: int) -> Tensor:
-    """Factor, shift and gate [T, 3, D] of an adaptive norm, the factor [T, 1, D] of another one."""
-    if isinstance(norm, AdaptiveRMSNorm):
-        assert cond_TD is not None
-        scale, shift, gate = norm.modulation(cond_TD).float().chunk(3, dim=-1)
-        return torch.stack([1 + scale, shift, gate], dim=1)
-    return _plain(norm).factor.expand(num_times, 1, -1)
-
-
-@torch.no_grad()
-def _plain(module: nn.Module) -> Norm:
-    return Norm(1 + cast(RMSNorm, module).scale.detach().float())
-
-
-def _refuse_quirks(model: VLA) -> None:
-    quirks = ("fast_contiguous_cache", "fast_position_offset", "fast_writes_past_eos")
-    found = [name for name in quirks if getattr(model.config.compat, name)]
-    if isinstance(model.config, Pi0FastConfig) and found:
-        raise ConfigError(
-            expected="decoding without the quirks of the reference's cache",
-            found=", ".join(found),
-            where="Pi0FastConfig.compat",
-            next="serve it without --compile, or without these quirks",
-        )
+    def velocity(self, out_BTD: Tensor, num_draws: int, action_horizon: int) -> Tensor:
+        return self.head.velocity(out_BTD, num_draws, action_horizon)

@@ -1,8 +1,9 @@
-"""Layers as an engine runs them: matrices with the same input are one, and keys and values go into a fixed cache.
+"""The network's layers with fused or quantised matrices, and a cache of fixed size.
 
-    q_proj  k_proj  v_proj   ──▶  qkv          one product, and one pass over the input
-    gate_proj  up_proj       ──▶  gate_up
-    several query heads      ──▶  more rows    one key/value head is read once, never repeated
+    q_proj  k_proj  v_proj   ──▶  one product, and one pass over the input
+    gate_proj  up_proj       ──▶  likewise
+    modulation of norms      ──▶  rows of a table, by denoising step
+    several query heads      ──▶  more rows: one key/value head is read once, never repeated
 
     cache of a layer   [B, G, ■ prefix ■ ■ | state | actions · · · ]
                                                      └─ overwritten by every denoising step
@@ -12,147 +13,167 @@ Nothing is copied where a matrix keeps its dtype: the model's own parameters bec
 Shape suffixes: B batch, T query tokens, S key tokens, P patches, D width, N query heads, G key/value heads, H head dim.
 """
 
-from typing import NamedTuple, TypeAlias, cast
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from manipi.model.gemma import MLP, ExpertLayer, rotate
+from manipi.model.attention import Layout, attention_mask, bias_for, chosen
+from manipi.model.config import GemmaSize
+from manipi.model.gemma import MLP, ExpertLayer, KeysValues, KVCache, rms_norm
 from manipi.model.inference.quantize import MakeMatrix, Plain
-from manipi.model.layers import Linear
-from manipi.model.lora import AdaptedLinear
+from manipi.model.layers import AdaptedLinear, Linear
 from manipi.model.siglip import VisionBlock
 
-
-class Norm(NamedTuple):
-    """An RMS norm with its modulation known: `x / rms(x) · factor + shift`, and the gate of the residual after it.
-
-    Each is [D], or [B, T, D] where tokens differ.
-    """
-
-    factor: Tensor
-    shift: Tensor | None = None
-    gate: Tensor | None = None
-
-    def __call__(self, x_BTD: Tensor) -> Tensor:
-        shared = self.factor.ndim == 1
-        normed = F.rms_norm(x_BTD, x_BTD.shape[-1:], self.factor if shared else None, eps=1e-6)
-        normed = normed if shared else normed * self.factor
-        return normed if self.shift is None else normed + self.shift
-
-    def residual(self, x_BTD: Tensor, update_BTD: Tensor) -> Tensor:
-        return x_BTD + (update_BTD if self.gate is None else update_BTD * self.gate)
+Module = TypeVar("Module", bound=nn.Module)
 
 
-class Slots(NamedTuple):
-    """One layer's keys and values [B, G, S, H], in the dtype to compute in: room for the whole sequence."""
-
-    keys: Tensor
-    values: Tensor
-
-
-class Place(NamedTuple):
-    """Where a run of tokens stands; the same for all layers."""
-
-    start: int
-    """Slot of the first token; the tokens see all slots up to their own last one."""
-    rope: tuple[Tensor, Tensor]
-    """[B, T, 1, H/2]."""
-    bias: Tensor | None
-    """Added to the logits [B, 1 or G, 1 or T·N/G, S]; None where everything is seen."""
+def twin(module: Module, **children: nn.Module) -> Module:
+    """The module with some other children; everything else is shared."""
+    other = copy.copy(module)
+    other._modules = {**module._modules, **children}
+    return other
 
 
-LayerNorms: TypeAlias = tuple[Norm, Norm]
-"""Before attention and before the MLP."""
-
-
-class FusedVisionLayer(nn.Module):
+class FusedVisionBlock(VisionBlock):
     """`VisionBlock` with one matrix for queries, keys and values."""
 
     def __init__(self, block: VisionBlock, make: MakeMatrix):
-        super().__init__()
+        nn.Module.__init__(self)
         self.num_heads = block.num_heads
         self.attention_norm, self.mlp_norm = block.attention_norm, block.mlp_norm
-        self.qkv = fuse(make, block.q_proj, block.k_proj, block.v_proj)
-        self.out, self.up, self.down = (fuse(make, one) for one in (block.out_proj, block.up_proj, block.down_proj))
+        self.fused = fuse(make, block.q_proj, block.k_proj, block.v_proj)
+        self.out_proj, self.up_proj, self.down_proj = (
+            fuse(make, one) for one in (block.out_proj, block.up_proj, block.down_proj)
+        )
 
-    def forward(self, x_BPD: Tensor, dtype: torch.dtype) -> Tensor:
-        qkv = self.qkv(self.attention_norm(x_BPD).to(dtype)).unflatten(-1, (3, self.num_heads, -1))
-        attended_BNPH = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
-        x_BPD = x_BPD + self.out(attended_BNPH.transpose(1, 2).flatten(-2))
-        return x_BPD + self.down(F.gelu(self.up(self.mlp_norm(x_BPD).to(dtype)), approximate="tanh"))
+    def qkv(self, x_BPD: Tensor) -> Sequence[Tensor]:
+        return self.fused(x_BPD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-class FusedLayer(nn.Module):
-    """`ExpertLayer` with two fused matrices, over a fixed cache."""
+class FusedMLP(MLP):
+    """`MLP` with one matrix before the gate."""
 
-    def __init__(self, layer: ExpertLayer, make: MakeMatrix):
+    def __init__(self, mlp: MLP, make: MakeMatrix):
+        nn.Module.__init__(self)
+        self.fused, self.down_proj = fuse(make, mlp.gate_proj, mlp.up_proj), fuse(make, mlp.down_proj)
+
+    def gate_up(self, x_BTD: Tensor) -> Sequence[Tensor]:
+        return self.fused(x_BTD).chunk(2, dim=-1)
+
+
+class FusedExpertLayer(ExpertLayer):
+    """`ExpertLayer` with two fused matrices.
+
+    Args:
+        attends: without, the layer makes keys and values only, as the last one of a flow policy's language model.
+    """
+
+    def __init__(self, layer: ExpertLayer, make: MakeMatrix, norms: Sequence[nn.Module], *, attends: bool = True):
+        nn.Module.__init__(self)
+        self.head_dim, self.attends = layer.head_dim, attends
+        self.attention_norm, self.mlp_norm = norms
+        projections = (layer.q_proj, layer.k_proj, layer.v_proj)[not attends :]
+        self.fused = fuse(make, *projections)
+        self.heads = [one.out_features // layer.head_dim for one in projections]
+        if attends:
+            self.out_proj, self.mlp = fuse(make, layer.out_proj), FusedMLP(layer.mlp, make)
+
+    def qkv(self, x_BTD: Tensor, wanted: int | Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        *q, k, v = self.fused(x_BTD).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
+        return None if isinstance(wanted, int) and not wanted else chosen(q[0], wanted), k, v
+
+
+class StepConditioning(NamedTuple):
+    """Of one denoising step: what modulates each norm, from a table."""
+
+    rows: Tensor
+    """[norms, 3, D], or [norms, 3, B, T, D] where tokens differ: factor, shift and gate."""
+
+    def of_layer(self, index: int) -> "StepConditioning":
+        return StepConditioning(self.rows[2 * index : 2 * index + 2])
+
+
+class StepNorm(nn.Module):
+    """`AdaptiveRMSNorm` whose modulation is known: the first or the second norm of a layer."""
+
+    def __init__(self, number: int):
         super().__init__()
-        self.head_dim = layer.head_dim
-        self.sizes = [one.out_features for one in (layer.q_proj, layer.k_proj, layer.v_proj)]
-        self.qkv = fuse(make, layer.q_proj, layer.k_proj, layer.v_proj)
-        self.out = fuse(make, layer.out_proj)
-        mlp = cast(MLP, layer.mlp)
-        self.gate_up, self.down = fuse(make, mlp.gate_proj, mlp.up_proj), fuse(make, mlp.down_proj)
+        self.number = number
 
-    def forward(self, x_BTD: Tensor, slots: Slots, place: Place, norms: LayerNorms, row_B: Tensor | None) -> Tensor:
-        """The tokens [B, T, D] after this layer, whose keys and values are in their slots now.
-
-        Args:
-            row_B: the only token of each row whose result is wanted, which makes it [B, 1, D]; None: all.
-        """
-        dtype = slots.keys.dtype
-        q, k, v = self.qkv(norms[0](x_BTD).to(dtype)).unflatten(-1, (-1, self.head_dim)).split(self._heads(), dim=2)
-        end, rope = write(slots, place, k, v), place.rope
-        if row_B is not None:
-            each_B = torch.arange(len(row_B), device=row_B.device)
-            x_BTD, q, *rope = (t[each_B, row_B][:, None] for t in (x_BTD, q, *rope))
-        attended = attend(rotate(q, (rope[0], rope[1])), slots.keys[:, :, :end], slots.values[:, :, :end], place.bias)
-        x_BTD = norms[0].residual(x_BTD, self.out(attended))
-        gate, up = self.gate_up(norms[1](x_BTD).to(dtype)).chunk(2, dim=-1)
-        return norms[1].residual(x_BTD, self.down(F.gelu(gate, approximate="tanh") * up))
-
-    def _heads(self) -> list[int]:
-        return [size // self.head_dim for size in self.sizes]
+    def forward(self, x_BTD: Tensor, cond: StepConditioning) -> tuple[Tensor, Tensor]:
+        factor, shift, gate = cond.rows[self.number].unbind(0)
+        return rms_norm(x_BTD, factor, shift), gate
 
 
-class KeysValuesLayer(nn.Module):
-    """What a flow policy reads of its language model's last layer: keys and values, no queries, no MLP."""
+class Slots(NamedTuple):
+    """One layer's part of a `StaticCache`, for one span of tokens."""
 
-    def __init__(self, layer: ExpertLayer, make: MakeMatrix):
-        super().__init__()
-        self.head_dim = layer.head_dim
-        self.kv = fuse(make, layer.k_proj, layer.v_proj)
+    keys_BGSH: Tensor
+    values_BGSH: Tensor
+    filled: int
+    """Slots that are taken; the tokens see these and their own."""
 
-    def forward(self, x_BTD: Tensor, slots: Slots, place: Place, norms: LayerNorms, row_B: Tensor | None) -> Tensor:
-        """Fills the slots; the tokens are as they came."""
-        k, v = self.kv(norms[0](x_BTD).to(slots.keys.dtype)).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
-        write(slots, place, k, v)
-        return x_BTD
-
-
-def write(slots: Slots, place: Place, k_BTGH: Tensor, v_BTGH: Tensor) -> int:
-    """Rotated keys, and values, into their slots. Returns the slot after them."""
-    end = place.start + k_BTGH.shape[1]
-    slots.keys[:, :, place.start : end] = rotate(k_BTGH, place.rope).transpose(1, 2)
-    slots.values[:, :, place.start : end] = v_BTGH.transpose(1, 2)
-    return end
+    def then(self, k_BTGH: Tensor, v_BTGH: Tensor, *, insulate: bool) -> KeysValues:
+        """Writes them behind what is there, and returns all of it without a copy."""
+        end = self.filled + k_BTGH.shape[1]
+        self.keys_BGSH[:, :, self.filled : end] = k_BTGH.transpose(1, 2)
+        self.values_BGSH[:, :, self.filled : end] = v_BTGH.transpose(1, 2)
+        return KeysValues(self.keys_BGSH[:, :, :end].transpose(1, 2), self.values_BGSH[:, :, :end].transpose(1, 2))
 
 
-def attend(q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention [B, T, N·H] in which the query heads of one key head are rows behind each other."""
-    b, t, n, h = q_BTNH.shape
-    g = k_BGSH.shape[1]
-    rows = q_BTNH.unflatten(2, (g, n // g)).transpose(1, 2).reshape(b, g, t * (n // g), h)
-    attended = F.scaled_dot_product_attention(rows, k_BGSH, v_BGSH, attn_mask=bias)
-    return attended.unflatten(2, (t, n // g)).transpose(1, 2).reshape(b, t, n * h)
+@dataclass(kw_only=True)
+class StaticCache(KVCache):
+    """A `KVCache` of fixed size: no call allocates, and what is not committed is overwritten by the next span.
+
+    No mask has queries times keys elements: a key is seen by all queries of a block or by none, so that one row of
+    biases says it all.
+    """
+
+    slots: list[tuple[Tensor, Tensor]]
+    """Keys and values [B, G, S, H], by layer."""
+    groups: int
+    """Query heads that share a key head."""
+    heads_as_rows: ClassVar[bool] = True
+
+    @classmethod
+    def of_size(cls, size: GemmaSize, batch_size: int, length: int, like: Tensor) -> "StaticCache":
+        """An empty one, in the dtype and on the device of `like`."""
+        shape = (batch_size, size.num_kv_heads, length, size.head_dim)
+        slots = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(size.depth)]
+        return cls(slots=slots, groups=size.num_heads // size.num_kv_heads)
+
+    def past(self, index: int) -> Slots:
+        # Detached: the gradients of a step must not reach into the step before, whose slots it fills anew.
+        keys, values = self.slots[index]
+        return Slots(keys.detach(), values.detach(), 0 if self.layout is None else self.layout.valid.shape[1])
+
+    def keep(self, index: int, so_far: KeysValues) -> None:
+        """It is there already."""
+
+    def mask(self, query: Layout, key: Layout, dtype: torch.dtype) -> Tensor:
+        if query.one_block:
+            return bias_for(key.valid[:, None], dtype)
+        return bias_for(attention_mask(query, key), dtype).repeat_interleave(self.groups, dim=2)
+
+    def repeated(self, times: int) -> "StaticCache":
+        """Each row so many times, behind each other."""
+        if times == 1:
+            return self
+        assert self.layout is not None, "nothing to repeat"
+        slots = [(k.repeat_interleave(times, dim=0), v.repeat_interleave(times, dim=0)) for k, v in self.slots]
+        names = ("valid", "block", "branch", "position")
+        tensors = {name: getattr(self.layout, name).repeat_interleave(times, dim=0) for name in names}
+        return replace(self, slots=slots, layout=replace(self.layout, **tensors))
 
 
 @torch.no_grad()
 def fuse(make: MakeMatrix, *layers: Linear) -> nn.Module:
     """One matrix for layers that read the same input: their outputs stand behind each other."""
-    weight = torch.cat([_matrix(layer) for layer in layers])
+    weight = torch.cat([one.merged() if isinstance(one, AdaptedLinear) else one.weight.detach() for one in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     fused = make(weight, bias)
     if isinstance(fused, Plain) and fused.weight.dtype == layers[0].weight.dtype:
@@ -161,7 +182,3 @@ def fuse(make: MakeMatrix, *layers: Linear) -> nn.Module:
             if not isinstance(layer, AdaptedLinear):
                 layer.weight.data = part
     return fused
-
-
-def _matrix(layer: Linear) -> Tensor:
-    return layer.merged() if isinstance(layer, AdaptedLinear) else layer.weight.detach()

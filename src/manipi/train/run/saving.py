@@ -31,7 +31,7 @@ from torch import Tensor
 
 from manipi.checkpoints.native import Checkpoint, write_checkpoint
 from manipi.errors import ManipiError, StorageError, TrainingError
-from manipi.model.shards import Sharding, local, shard_from, sharding
+from manipi.model.device import Sharding, local, shard_from, sharding
 from manipi.policy import Policy, self_test_for
 from manipi.processes import nameless_file, start_helper
 from manipi.records import read_json, write_json

@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from manipi.data.feed.sampler import random_bits
-from manipi.model.shards import global_norm, local
+from manipi.model.device import global_norm, local
 from manipi.train.config import OptimizerConfig
 
 Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]

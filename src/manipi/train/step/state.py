@@ -25,8 +25,8 @@ from manipi.checkpoints.initial import load_initial_weights
 from manipi.errors import CheckpointError
 from manipi.model import VLA
 from manipi.model.config import Pi0FastConfig
-from manipi.model.nf4 import plain_weights
-from manipi.model.shards import fill, whole
+from manipi.model.device import fill, whole
+from manipi.model.layers import plain_weights
 from manipi.train.config import TrainConfig
 from manipi.train.parallel import ALONE, World, shard_model
 from manipi.train.step.optimizer import make_optimizer, set_rate

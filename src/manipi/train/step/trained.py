@@ -35,9 +35,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from manipi.errors import ConfigError
 from manipi.model import VLA
 from manipi.model.config import NO_ADAPTERS, ModelConfig, Pi0FastConfig
-from manipi.model.inference.graphs import many_variants
-from manipi.model.lora import AdaptedLinear
-from manipi.model.nf4 import NF4Matrix
+from manipi.model.device import many_variants
+from manipi.model.layers import AdaptedLinear, NF4Matrix
 from manipi.train.config import ComputeConfig, OptimizerConfig, TrainConfig, Trained
 
 

@@ -43,8 +43,7 @@ from manipi.data.feed.mixture import Share
 from manipi.errors import ConfigError
 from manipi.model import VLA
 from manipi.model.config import Pi0Config, Pi0FastConfig
-from manipi.model.layers import Linear
-from manipi.model.lora import AdaptedLinear
+from manipi.model.layers import AdaptedLinear, Linear
 from manipi.records import to_json
 from manipi.storage import atomic_write
 from manipi.train.config import LogConfig
