@@ -10,9 +10,18 @@ They are looked for in $MANIPI_SHARED/datasets; name another place with --data.p
 import os
 from pathlib import Path
 
-from manipi.model.config import GemmaSize, Pi05Config, VisionSize
-from manipi.robots import Joints, Robot, State
-from manipi.train.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
+from manipi import (
+    ComputeConfig,
+    DataConfig,
+    GemmaSize,
+    Joints,
+    OptimizerConfig,
+    Pi05Config,
+    Robot,
+    State,
+    TrainConfig,
+    VisionSize,
+)
 
 DATASETS = Path(os.environ.get("MANIPI_SHARED", "../shared")) / "datasets"
 

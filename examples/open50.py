@@ -9,9 +9,18 @@ The demonstrations are looked for in $MANIPI_SHARED/datasets; name another place
 import os
 from pathlib import Path
 
-from manipi.model.config import GemmaSize, Pi0Config, VisionSize
-from manipi.robots import Joints, Robot, State
-from manipi.train.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
+from manipi import (
+    ComputeConfig,
+    DataConfig,
+    GemmaSize,
+    Joints,
+    OptimizerConfig,
+    Pi0Config,
+    Robot,
+    State,
+    TrainConfig,
+    VisionSize,
+)
 
 DATASETS = Path(os.environ.get("MANIPI_SHARED", "../shared")) / "datasets"
 
@@ -26,7 +35,7 @@ TWO_ARMS = Robot(
 
 
 def pi0_open50() -> TrainConfig:
-    """A π0, whose state is one continuous token: 34 dimensions need no room in the prompt."""
+    """A π0, whose state is one continuous token: 34 dimensions do not lengthen the prompt."""
     model = Pi0Config(
         vision=VisionSize(width=64, depth=2, mlp_dim=128, num_heads=2, patch_size=8, image_size=64),
         vlm=GemmaSize(width=64, depth=3, mlp_dim=128, num_heads=2, num_kv_heads=1, head_dim=32),

@@ -2,7 +2,7 @@
 
 ManipiError                     what was expected, what was found, where, what to run next
 ├─ ConfigError                  a setting that cannot be (also a ValueError)
-│   └─ UnknownNameError         a name that nobody has; carries the closest ones
+│   └─ UnknownNameError         an unknown name; carries the closest ones
 ├─ DataError                    a dataset that cannot be read or trusted
 │   ├─ DatasetNotFoundError     nothing there, or nothing in it
 │   ├─ DatasetFormatError       an unknown version, a missing file, a broken video
@@ -29,6 +29,7 @@ ManipiError                     what was expected, what was found, where, what t
 import difflib
 import shlex
 from collections.abc import Iterable, Sequence
+from typing import Self
 
 # One bounded `repr` for the errors of the server and the client, which cannot import this package.
 from manipi_client.errors import one_line as one_line
@@ -62,6 +63,10 @@ class ManipiError(Exception):
         text = f"expected {self.expected}\n   found {self.found}\n   where {self.where}\n    next {self.next}"
         return "\n".join(one_line(line, _LONGEST * len(line)) for line in text.split("\n"))
 
+    def moved(self, where: str) -> Self:
+        """The same error with another `where`, for what knows more of the place."""
+        return type(self)(expected=self.expected, found=self.found, where=where, next=self.next)
+
     def __reduce__(self) -> tuple:
         # Keyword-only arguments do not survive the default pickling, and worker processes pickle errors.
         return _rebuild, (type(self), self.expected, self.found, self.where, self.next)
@@ -76,7 +81,7 @@ class ConfigError(ManipiError, ValueError):
 
 
 class UnknownNameError(ConfigError):
-    """A name that nobody has. Build it with `unknown_name`, which adds the closest ones."""
+    """An unknown name. Build it with `unknown_name`, which adds the closest ones."""
 
 
 class DataError(ManipiError):
@@ -173,7 +178,7 @@ class DeadlineError(RequestError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, next: str) -> UnknownNameError:
-    """The error for a name that nobody has, with the closest known names first."""
+    """The error for an unknown name, with the closest known names first."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else next

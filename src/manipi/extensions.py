@@ -69,8 +69,7 @@ def find(group: str, name: str, own: Mapping[str, str] | None = None, *, next: s
     try:
         return entry.load()
     except ManipiError as error:
-        parts = {"expected": error.expected, "found": error.found, "next": error.next}
-        raise type(error)(**parts, where=f"{error.where}, from {where}") from error
+        raise error.moved(f"{error.where}, from {where}") from error
     except (Exception, SystemExit) as error:
         raise ConfigError(
             expected=f"a {kind} that can be imported",

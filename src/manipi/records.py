@@ -1,4 +1,6 @@
-"""Frozen dataclasses to JSON and back: how configs, robots and statistics are written to disk.
+"""Frozen dataclasses to strict JSON and back; fingerprints.
+
+Configs, robots and statistics are written to disk like this.
 
     Robot(name="ur5", state=(State(key="joints", size=6),))
     {"type": "Robot", "name": "ur5", "state": [{"type": "State", "key": "joints", "size": 6}]}

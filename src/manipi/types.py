@@ -1,4 +1,4 @@
-"""The values that rooms hand to each other: frozen, typed, numpy. No torch here.
+"""The values that packages hand to each other: frozen, typed, numpy, no torch.
 
 Shape letters: H action horizon, A action dimensions, S state dimensions; h, w picture height and width.
 """

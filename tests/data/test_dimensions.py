@@ -14,8 +14,7 @@ from manipi.data.open import open_dataset
 from manipi.data.review.view import _sections
 from manipi.robots import EndEffector, Gripper, Joints, Robot, State
 from manipi.robots.aloha import aloha
-from manipi.robots.droid import droid
-from manipi.robots.libero import libero
+from manipi.robots.franka import droid, libero
 from manipi.robots.tabletop import TABLETOP
 from manipi.robots.ur5 import ur5
 

@@ -134,7 +134,7 @@ def _parts(identifier: str) -> set[str]:
 @pytest.mark.parametrize("path", _ours("src/manipi/**/*.py"), ids=_name)
 def test_no_second_word_for_an_idea(path):
     banned = set(BANNED)
-    if "environments" in path.parts:
+    if "environment" in path.parts:
         banned -= {"qpos"}  # MuJoCo's own name
     used = {part for name in _identifiers(ast.parse(path.read_text(encoding="utf-8"))) for part in _parts(name)}
     assert sorted(used & banned) == []

@@ -15,7 +15,7 @@ from manipi.errors import CheckpointError, ConfigError, ManipiError, NormStatsEr
 from manipi.exchange.exporting import export_checkpoint
 from manipi.exchange.importing import Wanted, import_checkpoint
 from manipi.exchange.lerobot_processors import relative_dims
-from manipi.robots.droid import droid
+from manipi.robots.franka import droid
 from manipi.robots.robot import EndEffector, Gripper, Joints, Robot, State
 
 RELATIVE = ("relative_actions_processor", "absolute_actions_processor")

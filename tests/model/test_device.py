@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from manipi.cli.arguments import said_device
+from manipi.cli.arguments import OnDevice
 from manipi.errors import ConfigError
 from manipi.model.device import choose_device, ran_out_of_memory, require_device
 
@@ -10,7 +10,7 @@ def test_a_gpu_where_there_is_one(monkeypatch, capsys):
     """What was chosen for a user is said, and what a user chose is not changed."""
     for there, wanted, chosen in ((True, "auto", "cuda"), (False, "auto", "cpu"), (True, "cpu", "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert choose_device(wanted) == said_device(wanted) == chosen
+        assert choose_device(wanted) == OnDevice(device=wanted).start() == chosen
         assert capsys.readouterr().out == (f"device  {chosen}\n" if wanted == "auto" else "")
     assert choose_device("cuda:1") == "cuda:1"
 

@@ -7,8 +7,7 @@ import numpy as np
 
 from manipi.robots import Robot, State
 from manipi.robots.aloha import aloha
-from manipi.robots.droid import droid
-from manipi.robots.libero import libero
+from manipi.robots.franka import droid, libero
 from manipi.robots.ur5 import ur5
 
 

@@ -27,8 +27,7 @@ from manipi.model.config import Pi0Config, Pi0FastConfig
 from manipi.model.flow import timestep_embedding
 from manipi.robots import Joints, Robot, State
 from manipi.robots.aloha import GRIPPER, aloha
-from manipi.robots.droid import droid
-from manipi.robots.libero import libero
+from manipi.robots.franka import droid, libero
 from manipi.train.config import OptimizerConfig
 from manipi.train.step.optimizer import learning_rate
 from manipi.transforms.actions import ActionSpace

@@ -24,7 +24,7 @@ from manipi.data.rlds.loan import Loan
 from manipi.errors import ConfigError, DatasetFormatError, FetchError
 from manipi.records import to_json, write_json
 from manipi.remote.fetch import home, target_of
-from manipi.robots.droid import droid
+from manipi.robots.franka import droid
 
 DROIDLIKE, BRIDGE_SAMPLE = "synthetic_droid_rlds/droidlike/1.0.0", "octo_bridge_rlds/bridge_dataset/1.0.0"
 FIELDS = "droid_joint_position"
@@ -278,7 +278,7 @@ def test_in_stores_of_others(serve, store, shared_datasets, package, url, env):
 
 RECIPE = """
 from manipi.model.config import GEMMA_TINY, GEMMA_TINY_EXPERT, VISION_TINY_8, Pi05Config
-from manipi.robots.droid import droid
+from manipi.robots.franka import droid
 from manipi.train.config import DataConfig, DatasetConfig, TrainConfig
 
 def recipe() -> TrainConfig:

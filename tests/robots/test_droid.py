@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from manipi.errors import ConfigError
-from manipi.robots.droid import droid
+from manipi.robots.franka import droid
 from manipi.transforms.actions import ActionSpace
 
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from manipi.robots.libero import libero
+from manipi.robots.franka import libero
 from manipi.transforms.actions import ActionSpace
 
 

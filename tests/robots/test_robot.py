@@ -6,8 +6,7 @@ import pytest
 from manipi.errors import ConfigError, UnknownNameError
 from manipi.robots import EndEffector, Gripper, Joints, Robot, State
 from manipi.robots.aloha import GRIPPER, aloha
-from manipi.robots.droid import droid
-from manipi.robots.libero import libero
+from manipi.robots.franka import droid, libero
 from manipi.robots.tabletop import TABLETOP
 from manipi.robots.ur5 import ur5
 

@@ -3,8 +3,7 @@ import pytest
 
 from manipi.errors import ActionError, ConfigError
 from manipi.robots.aloha import aloha
-from manipi.robots.droid import droid
-from manipi.robots.libero import libero
+from manipi.robots.franka import droid, libero
 from manipi.robots.robot import EndEffector, Gripper, Joints, Robot, State
 from manipi.robots.tabletop import TABLETOP
 from manipi.robots.ur5 import ur5

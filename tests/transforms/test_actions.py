@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from manipi.robots import EndEffector, Gripper, Joints, LinkageGripper, Robot, State
 from manipi.robots.aloha import aloha, aloha_sim
-from manipi.robots.droid import droid
-from manipi.robots.libero import libero
+from manipi.robots.franka import droid, libero
 from manipi.robots.robot import ROTATION_SIZE
 from manipi.robots.ur5 import ur5
 from manipi.transforms.actions import ActionSpace

@@ -12,8 +12,7 @@ from manipi.errors import ConfigError, NormStatsError
 from manipi.model.config import Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.robots import EndEffector, Gripper, Joints, Robot, State
 from manipi.robots.aloha import aloha
-from manipi.robots.droid import droid
-from manipi.robots.libero import libero
+from manipi.robots.franka import droid, libero
 from manipi.robots.ur5 import ur5
 from manipi.tokenizers import ByteTokenizer, FastTokenizer, Tokenizers
 from manipi.transforms import pipeline

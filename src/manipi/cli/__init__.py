@@ -1,4 +1,4 @@
-"""The command line: a table of commands, of which only the one that runs is imported."""
+"""The command line: a table of commands; only the one that runs is imported."""
 
 import os
 import sys
@@ -17,22 +17,10 @@ COMMANDS = {
     "bench": ("manipi.cli.bench:main", "time every stage of an inference call: manipi bench infer RECIPE|CHECKPOINT"),
     "serve": ("manipi.cli.serve:main", "serve a checkpoint over websocket, in openpi's protocol"),
     "record": ("manipi.cli.recordings:run_record", "make a dataset of the episodes that a killed recording left"),
-    "replay": (
-        "manipi.cli.recordings:run_replay",
-        "put the questions of a recorded run to a checkpoint or a server, and compare the answers",
-    ),
-    "import": (
-        "manipi.cli.exchange:run_import",
-        "make another project's checkpoint ours: openpi (Orbax, PyTorch), LeRobot; by name, folder or URL",
-    ),
-    "export": (
-        "manipi.cli.exchange:run_export",
-        "write a checkpoint in openpi's or LeRobot's layout; its adapters alone, or merged",
-    ),
-    "filter": (
-        "manipi.cli.dataset:run_filter",
-        "choose the frames of a dataset that are worth training on; the dataset stays as it is",
-    ),
+    "replay": ("manipi.cli.recordings:run_replay", "put a recorded run's questions to a checkpoint or a server"),
+    "import": ("manipi.cli.exchange:run_import", "make a checkpoint of openpi or LeRobot ours: by name, folder or URL"),
+    "export": ("manipi.cli.exchange:run_export", "write a checkpoint for openpi or LeRobot, or its adapters alone"),
+    "filter": ("manipi.cli.dataset:run_filter", "choose the frames worth training on; the dataset stays as it is"),
     "stats": ("manipi.cli.stats:main", "compute norm stats of a recipe's data and report suspicious dimensions"),
     "check": ("manipi.cli.dataset:run_check", "read a dataset in full and report what is wrong with it"),
     "view": ("manipi.cli.dataset:run_view", "write cameras and curves of an episode as a page for the browser"),
@@ -59,7 +47,7 @@ The promise: what trains is what deploys, and every claim can be checked by a co
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 when it did its job, 1 on an error of ours, 130 on Ctrl-C."""
+    """Run a command and exit: 0 when it did its job, 1 on a `ManipiError`, 130 on Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported, which is later
     try:

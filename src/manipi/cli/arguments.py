@@ -5,7 +5,8 @@ import io
 import json
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar
 
@@ -26,6 +27,29 @@ Folder: TypeAlias = Annotated[Path, require_folder]
 
 _CELL = 1000
 """Characters of a cell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDevice:
+    """The flags of a command that runs a model."""
+
+    device: str = "auto"
+    """Where the model runs, such as cpu or cuda:1; auto: a GPU where there is one."""
+    num_threads: int = 0
+    """CPU threads of torch; 0 leaves torch's choice."""
+
+    def start(self) -> str:
+        """Set torch's threads; returns the device, which is printed where it was left to us."""
+        import torch
+
+        from manipi.model.device import choose_device
+
+        if self.num_threads:
+            torch.set_num_threads(self.num_threads)
+        device = choose_device(self.device)
+        if self.device == "auto":
+            print(f"device  {device}", flush=True)
+        return device
 
 
 def recipe_name(arguments: Sequence[str], command: str) -> str:
@@ -62,18 +86,16 @@ def parse(kind: type[_T], arguments: Sequence[str], command: str, *, default: _T
                 raise cause from None
         sys.stderr.write(said.getvalue())
         raise
-    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        if (path := getattr(parsed, name)) is not None:
-            for require in _requirements(hint):
-                require(path)
-    return parsed
-
-
-def _requirements(hint: Any) -> list[Callable[[Path], None]]:
-    """The checks of a field's type: `NewFile | None`, `Positional[NewFolder]` …"""
     checks = (require_new_file, require_new_folder, require_folder)
-    own = [one for one in getattr(hint, "__metadata__", ()) if one in checks]
-    return own + [one for part in typing.get_args(hint) for one in _requirements(part)]
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        hints = [hint]  # NewFile | None, Positional[NewFolder] …
+        while hints and (path := getattr(parsed, name)) is not None:
+            one = hints.pop()
+            hints += typing.get_args(one)
+            for check in getattr(one, "__metadata__", ()):
+                if check in checks:
+                    check(path)
+    return parsed
 
 
 def write_result(result: Any, path: Path | None) -> None:
@@ -81,16 +103,6 @@ def write_result(result: Any, path: Path | None) -> None:
     if path is not None:
         text = json.dumps(to_json(result), indent=2, ensure_ascii=False)
         atomic_write(path, f"{text}\n".encode())
-
-
-def said_device(wanted: str) -> str:
-    """The device that `--device` stands for, which is said where it was left to us."""
-    from manipi.model.device import choose_device
-
-    device = choose_device(wanted)
-    if wanted == "auto":
-        print(f"device  {device}", flush=True)
-    return device
 
 
 def table(rows: list[tuple[Any, ...]], header: tuple[str, ...] | None = None) -> str:

@@ -1,23 +1,23 @@
-"""`manipi bench infer`: where the time of an inference call goes, and what 8 bits cost in action error."""
+"""`manipi bench infer`: the time of an inference call; what 8 bits cost in error."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from manipi.cli.arguments import NewFile, parse, said_device, table, write_result
+from manipi.cli.arguments import NewFile, OnDevice, parse, table, write_result
 from manipi.errors import ConfigError
 
 if TYPE_CHECKING:
-    from manipi.evaluate.latency import Host, Latency
+    from manipi.evaluate.latency import Host
     from manipi.model import ModelInput
     from manipi.model.inference.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Infer:
+class _Infer(OnDevice):
     """Time every stage of an inference call, beside what this device can do; the engine runs as in `serve --compile`.
 
     manipi bench infer pi05_libero
@@ -39,42 +39,19 @@ class _Infer:
     """Timed calls, after two others."""
     compile: bool = False
     """Compile the layers first."""
-    device: str = "auto"
-    """Where the model runs, such as cpu or cuda:1; auto: a GPU where there is one."""
-    num_threads: int = 0
-    """CPU threads of torch; 0 leaves torch's choice."""
     json: NewFile | None = None
     """Write the figures to this file."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Print the table; with --data the action error as well."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        arguments = ("infer", "--help")
     if not arguments or arguments[0] != "infer":
-        if arguments and arguments[0] in ("-h", "--help"):
-            arguments = ("infer", "--help")
-        else:
-            found = repr(arguments[0]) if arguments else "nothing"
-            raise ConfigError(expected="infer", found=found, where="manipi bench", next="manipi bench infer --help")
+        found = repr(arguments[0]) if arguments else "nothing"
+        raise ConfigError(expected="infer", found=found, where="manipi bench", next="manipi bench infer --help")
     args = parse(_Infer, arguments[1:], "bench infer")
-    _check(args)
-    args = replace(args, device=said_device(args.device))
-
-    import torch
-
-    from manipi.evaluate.latency import profile
-
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    report = _report(args) if args.data is not None else None
-    engine, inputs, host = _checkpoint(args) if Path(args.target).is_dir() else _recipe(args)
-    if args.compile:
-        engine.compile()
-    latency = profile(engine, inputs, rounds=args.rounds, host=host)
-    _show(latency)
-    write_result({"latency": latency, "quantization": report}, args.json)
-
-
-def _check(args: _Infer) -> None:
+    is_checkpoint = Path(args.target).is_dir()
     if args.rounds < 1 or args.frames < 1:
         raise ConfigError(
             expected="at least one round and one frame",
@@ -82,30 +59,49 @@ def _check(args: _Infer) -> None:
             where="--rounds, --frames",
             next="--rounds 20 --frames 32",
         )
-    if args.data is not None and (args.quantize == "none" or not Path(args.target).is_dir()):
+    if args.data is not None and (args.quantize == "none" or not is_checkpoint):
         raise ConfigError(
             expected="a checkpoint folder and a quantization whose action error is wanted",
             found=f"{args.target} with --quantize {args.quantize}",
             where="--data",
             next="manipi bench infer CHECKPOINT --quantize int8 --data DATASET",
         )
+    device = args.start()
+
+    from manipi.evaluate.latency import profile
+
+    report = _quantization_report(args, device) if args.data is not None else None
+    engine, inputs, host = (_from_checkpoint if is_checkpoint else _from_recipe)(args, device)
+    if args.compile:
+        engine.compile()
+    latency = profile(engine, inputs, rounds=args.rounds, host=host)
+    rows = []
+    for one in (*latency.stages, latency.total):
+        share = "" if one.share is None else f"{one.share:.0%}"
+        rows.append((one.name, one.p50, one.p95, one.p99, one.gflop, one.megabytes, share))
+    print(table(rows, ("stage", "p50 ms", "p95 ms", "p99 ms", "GFLOP", "MB read", "of floor")))
+    print(
+        f"\nfloor, measured between the {latency.rounds} rounds: {latency.peak_gflops:.4g} GFLOP/s in a large product, "
+        f"{latency.bandwidth_gbs:.4g} GB/s in a copy\npeak memory {latency.memory_mb:,.0f} MB"
+    )
+    write_result({"latency": latency, "quantization": report}, args.json)
 
 
-def _checkpoint(args: _Infer) -> "tuple[Engine, ModelInput, Host]":
+def _from_checkpoint(args: _Infer, device: str) -> "tuple[Engine, ModelInput, Host | None]":
     """The policy's own engine, on the observation of its self-test."""
     from manipi.checkpoints.native import read_description
     from manipi.evaluate.latency import Host
     from manipi.model.inference.engine import Engine
     from manipi.policy import Policy
 
-    policy, test = Policy.load(Path(args.target), device=args.device), read_description(Path(args.target)).self_test
+    policy, test = Policy.load(Path(args.target), device=device), read_description(Path(args.target)).self_test
     assert test is not None, "loading has replayed it"
     policy.fuse(args.quantize)
     assert isinstance(policy.model, Engine)
     return policy.model, policy.model_input([policy.encode(test.observation)]), Host(policy, test.observation)
 
 
-def _recipe(args: _Infer) -> "tuple[Engine, ModelInput, None]":
+def _from_recipe(args: _Infer, device: str) -> "tuple[Engine, ModelInput, Host | None]":
     """Random weights in the compute dtype; the robot's cameras."""
     import torch
 
@@ -117,41 +113,21 @@ def _recipe(args: _Infer) -> "tuple[Engine, ModelInput, None]":
     recipe = load_recipe(args.target)
     with torch.device("meta"):
         model = VLA(recipe.policy_model)
-    model = model.to(model.dtype).to_empty(device=args.device)
+    model = model.to(model.dtype).to_empty(device=device)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     cameras = [slot in recipe.robot.cameras for slot in recipe.model.cameras]
     inputs = blank_input(recipe.model, cameras, args.prompt_len or recipe.model.max_token_len)
-    return Engine(model.eval(), quantization=args.quantize), inputs.to(args.device), None
+    return Engine(model.eval(), quantization=args.quantize), inputs.to(device), None
 
 
-def _show(latency: "Latency") -> None:
-    rows = [
-        (
-            one.name,
-            one.p50,
-            one.p95,
-            one.p99,
-            one.gflop,
-            one.megabytes,
-            "" if one.share is None else f"{one.share:.0%}",
-        )
-        for one in (*latency.stages, latency.total)
-    ]
-    print(table(rows, ("stage", "p50 ms", "p95 ms", "p99 ms", "GFLOP", "MB read", "of floor")))
-    print(
-        f"\nfloor, measured between the {latency.rounds} rounds: {latency.peak_gflops:.4g} GFLOP/s in a large product, "
-        f"{latency.bandwidth_gbs:.4g} GB/s in a copy\npeak memory {latency.memory_mb:,.0f} MB"
-    )
-
-
-def _report(args: _Infer) -> object:
+def _quantization_report(args: _Infer, device: str) -> object:
     from manipi.checkpoints.quantized import LARGEST_DIFFERENCE, write_report
     from manipi.evaluate.open_loop import measure_quantization
 
     assert args.data is not None
     checkpoint = Path(args.target)
-    report = measure_quantization(checkpoint, args.quantize, args.data, frames=args.frames, device=args.device)
+    report = measure_quantization(checkpoint, args.quantize, args.data, frames=args.frames, device=device)
     path = write_report(checkpoint, report)
     print(
         f"{args.quantize} against the plain policy, {report.frames} frames of {report.dataset}: commands differ by "

@@ -16,7 +16,7 @@ from manipi.weights.released import RELEASED, resolve
 
 @dataclass(frozen=True, kw_only=True)
 class _Import:
-    """Import a checkpoint: openpi (Orbax or PyTorch), LeRobot, or adapters of ours. Prints a parity certificate.
+    """Import a checkpoint: openpi (Orbax or PyTorch), LeRobot, or exported adapters. Prints a parity certificate.
 
     manipi import pi05_droid runs/pi05_droid
 

@@ -1,4 +1,4 @@
-"""`manipi inspect`: a dataset, a checkpoint, or what a recipe does to its first frame."""
+"""`manipi inspect`: a dataset, a checkpoint, or a recipe's first frame."""
 
 import dataclasses
 import textwrap
@@ -41,22 +41,22 @@ def main(arguments: Sequence[str]) -> None:
     args = parse(_Inspect, arguments, "inspect")
 
     from manipi.data.lerobot.entries import holds_recordings
+    from manipi.data.open import find_reader
+    from manipi.data.rlds.index import find_version
 
     path = Path(args.target).expanduser()
     if "://" in args.target:
-        write_result(_dataset(args.target), args.json)
+        shown = _dataset(args.target)
     elif not path.is_dir():
-        write_result(_recipe(args.target), args.json)
-    elif _is_dataset(path) or holds_recordings(path):  # of recordings, the error says how they become a dataset
-        write_result(_dataset(path), args.json)
+        shown = _recipe(args.target)
+    elif (path / "manifest.json").is_file():
+        shown = _checkpoint(path)
+    # Of recordings, the error says how they become a dataset.
+    elif (path / "meta/info.json").is_file() or find_version(path) or holds_recordings(path) or find_reader(path):
+        shown = _dataset(path)
     else:
-        write_result(_checkpoint(path), args.json)
-
-
-def _is_dataset(path: Path) -> bool:
-    from manipi.data.rlds.index import find_version
-
-    return (path / "meta/info.json").is_file() or find_version(path) is not None
+        shown = _checkpoint(path)  # whose error says what a checkpoint is
+    write_result(shown, args.json)
 
 
 def _dataset(path: Path | str) -> Any:
@@ -129,15 +129,24 @@ def _recipe(target: str) -> Any:
     source = data.main.source
     frame = source.frames(data.main.rows[:1])[0]
     sample = observation_of(frame, config.robot)
-    stages = trace(source.pipeline, sample)
+    stages, rows = trace(source.pipeline, sample), []
+    for stage in stages:
+        rows.append((stage.step, "", "", "", "", ""))
+        for key, v in stage.values.items():
+            mark, dash = "•" if key in stage.changed else " ", "" if v.min is None else f"{v.min:.4g}"
+            shown = f"{v.text!r}" if v.text is not None else _shape(v.shape)
+            rows.append((f"  {mark} {key}", v.dtype, shown, dash, "" if v.max is None else f"{v.max:.4g}", ""))
+        if stage.removed:
+            rows.append((f"  – without {', '.join(stage.removed)}", "", "", "", "", ""))
     encoded = source.pipeline.encode(sample)[0]
     tokens = encoded["tokens"][encoded["token_valid"]].tolist()
-    _section(f"the first frame, episode {frame.episode}, behind every step (• new or changed)", _stages(stages))
+    steps = table(rows, ("", "dtype", "shape", "min", "max", ""))
+    _section(f"the first frame, episode {frame.episode}, behind every step (• new or changed)", steps)
     _section(f"{len(tokens)} of {len(encoded['tokens'])} prompt tokens", f"{data.tokenizers.text.decode(tokens)!r}")
     print(_shorten(" ".join(map(str, tokens)), 4 * WIDTH))
     print(f"\n{data.longest}")
-    shown = {"stages": stages, "token_ids": tokens, "longest_prompt": data.longest}
-    return {"config": config, "tokens": token_layout(config.model), **shown}
+    found = {"stages": stages, "token_ids": tokens, "longest_prompt": data.longest}
+    return {"config": config, "tokens": token_layout(config.model), **found}
 
 
 def _facts(title: str, **facts: str) -> None:
@@ -181,19 +190,6 @@ def _draw(model: Any) -> str:
     grid = model.vision.image_size // model.vision.patch_size
     note = f"{grid}×{grid} image tokens per camera, {model.vision.patch_size} pixels each"
     return f"│{'│'.join('│'.join(row) for row in boxes)}│\n└{brackets}┘\n{note}"
-
-
-def _stages(stages: Sequence[Any]) -> str:
-    rows = []
-    for stage in stages:
-        rows.append((stage.step, "", "", "", "", ""))
-        for key, v in stage.values.items():
-            mark, dash = "•" if key in stage.changed else " ", "" if v.min is None else f"{v.min:.4g}"
-            shown = f"{v.text!r}" if v.text is not None else _shape(v.shape)
-            rows.append((f"  {mark} {key}", v.dtype, shown, dash, "" if v.max is None else f"{v.max:.4g}", ""))
-        if stage.removed:
-            rows.append((f"  – without {', '.join(stage.removed)}", "", "", "", "", ""))
-    return table(rows, ("", "dtype", "shape", "min", "max", ""))
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""`manipi record` and `replay`: what was recorded of a robot, finished and repeated."""
+"""`manipi record` and `replay`: a robot's recordings, finished and repeated."""
 
 import re
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from manipi.cli.arguments import NewFile, parse, said_device, table, write_result
+from manipi.cli.arguments import NewFile, OnDevice, parse, table, write_result
 
 _HOST_AND_PORT = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[\w.-]+):\d+")
 
@@ -40,7 +40,7 @@ def run_record(arguments: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Replay:
+class _Replay(OnDevice):
     """Put the questions of a recorded run to a checkpoint or a server; exits with 1 where the answers differ."""
 
     dataset: tyro.conf.Positional[Path]
@@ -55,10 +55,6 @@ class _Replay:
     """Certificate (PEM) of a server whose own is self-signed."""
     token_file: Path | None = None
     """File with the server's token."""
-    device: str = "auto"
-    """Where a checkpoint's model runs, such as cpu or cuda:1; auto: a GPU where there is one."""
-    num_threads: int = 0
-    """CPU threads of torch; 0 leaves torch's choice."""
     json: NewFile | None = None
     """Write the differences to this file."""
 
@@ -81,13 +77,11 @@ def run_replay(arguments: Sequence[str]) -> None:
             client = WebsocketPolicy(args.target, None, read_token(args.token_file), ca=args.ca)
             target = connection.enter_context(client)
         else:
-            import torch
+            device = args.start()
 
             from manipi.policy import Policy
 
-            if args.num_threads:
-                torch.set_num_threads(args.num_threads)
-            target = Policy.load(Path(args.target), device=said_device(args.device))
+            target = Policy.load(Path(args.target), device=device)
         result = replay(dataset, target, max_questions=args.max_questions)
     write_result(result, args.json)
     columns = (result.dimensions, result.travel, result.mean, result.largest, 100 * result.share)

@@ -5,24 +5,20 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import tyro
 
-from manipi.cli.arguments import NewFile, parse, said_device
+from manipi.cli.arguments import NewFile, OnDevice, parse
 from manipi.records import to_json
-from manipi.robots.robot import Robot
 from manipi.serve.access import Access, join_host, read_token, tls_context
 from manipi.serve.guard import GuardMode
 from manipi.serve.server import Limits, PolicyServer
 from manipi.storage import atomic_write
 
-if TYPE_CHECKING:
-    from manipi.policy import Policy
-
 
 @dataclass(frozen=True, kw_only=True)
-class _Serve:
+class _Serve(OnDevice):
     """Serve a checkpoint in openpi's protocol; openpi's own client drives it unchanged. Browsers get a dashboard."""
 
     checkpoint: tyro.conf.Positional[Path]
@@ -46,16 +42,12 @@ class _Serve:
     empty_prompts: bool = False
     """Take observations whose prompt is empty also where the policy was not trained on such."""
     limits: Limits = field(default_factory=Limits)
-    device: str = "auto"
-    """Where the model runs, such as cpu or cuda:1; auto: a GPU where there is one."""
     seed: int = 0
     """Of the noise that actions are sampled from."""
     compile: bool = False
     """Fuse and compile the model, and call it once for each shape to come, before the port opens."""
     quantize: Literal["none", "int8_weights", "int8", "fp8"] = "none"
     """Keep matrices in 8 bits; only after `manipi bench infer CHECKPOINT --quantize KIND --data DATASET`."""
-    num_threads: int = 0
-    """CPU threads of torch; 0 leaves torch's choice."""
     ready_file: NewFile | None = None
     """Write the port to this file once clients can connect."""
 
@@ -67,13 +59,29 @@ def main(arguments: Sequence[str]) -> None:
     tls = tls_context(args.tls_cert, args.tls_key)
     access = Access(token=read_token(args.token_file), tls=tls, insecure=args.insecure)
     access.resolve(args.host, args.port)  # before the model is loaded
+    device = args.start()
 
-    policy = _load_policy(args)
+    from manipi.checkpoints.quantized import require_report
+    from manipi.policy import Policy
+
+    plain = args.quantize == "none"
+    if not plain:
+        require_report(args.checkpoint, args.quantize)
+    # The self-test is of the exact weights, in the engine where there is one; what 8 bits change, the report says.
+    compile = args.compile and plain
+    policy = Policy.load(args.checkpoint, robot=args.robot, device=device, seed=args.seed, compile=compile)
+    if not plain:
+        policy.fuse(args.quantize)
+        if args.compile:
+            policy.compile()
+    # Clients are told every number of a command, and the checkpoint's hash (its manifest has all).
+    digest = hashlib.sha256((args.checkpoint / "manifest.json").read_bytes()).hexdigest()
+    told = {"action_space": to_json(policy.robot.action_space), "checkpoint": digest}
     server = PolicyServer(
         policy,
         args.host,
         args.port,
-        metadata={**policy.metadata, **_describe(policy.robot, args.checkpoint)},
+        metadata={**policy.metadata, **told},
         robot=policy.robot,
         guard=args.guard,
         empty_prompts=args.empty_prompts or _was_trained_without_prompt(args.checkpoint),
@@ -90,35 +98,9 @@ def main(arguments: Sequence[str]) -> None:
     server.serve_forever(ready)
 
 
-def _load_policy(args: _Serve) -> "Policy":
-    import torch
-
-    from manipi.checkpoints.quantized import require_report
-    from manipi.policy import Policy
-
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    device = said_device(args.device)
-    if args.quantize == "none":
-        return Policy.load(args.checkpoint, robot=args.robot, device=device, seed=args.seed, compile=args.compile)
-    require_report(args.checkpoint, args.quantize)
-    # The self-test is of the exact weights; what 8 bits change, the report says.
-    policy = Policy.load(args.checkpoint, robot=args.robot, device=device, seed=args.seed)
-    policy.fuse(args.quantize)
-    if args.compile:
-        policy.compile()
-    return policy
-
-
 def _was_trained_without_prompt(checkpoint: Path) -> bool:
     """By the recorded observation, which is one of training."""
     from manipi.checkpoints.native import read_self_test
 
     test = read_self_test(checkpoint)
     return test is not None and not str(test.observation.get("prompt", "?")).strip()
-
-
-def _describe(robot: Robot, checkpoint: Path) -> dict[str, Any]:
-    """What clients are told besides: every number of a command, and the checkpoint's hash (its manifest has all)."""
-    digest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
-    return {"action_space": to_json(robot.action_space), "checkpoint": digest}

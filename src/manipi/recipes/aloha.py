@@ -1,4 +1,4 @@
-"""ALOHA: the released weights on the real robot, fine-tuning on it, and the simulated one."""
+"""ALOHA: released weights, fine-tuning, and the simulated robot."""
 
 from manipi.model.config import ModelConfig, Pi0Config, Pi05Config
 from manipi.recipes import openpi

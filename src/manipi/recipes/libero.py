@@ -5,7 +5,7 @@ from typing import Any
 
 from manipi.model.config import ModelConfig, Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.recipes import openpi
-from manipi.robots.libero import libero
+from manipi.robots.franka import libero
 from manipi.train.config import TrainConfig
 
 FAST = Pi0FastConfig(action_dim=7, action_horizon=10, max_token_len=180)
@@ -13,7 +13,7 @@ LOW_MEMORY = {"ema_decay": 0.0, "trained": "lora", "frozen_dtype": "bfloat16"}
 
 
 def pi0_libero() -> TrainConfig:
-    """With the commands relative once more, as the released weights had it; see `manipi.robots.libero`."""
+    """With the commands relative once more, as the released weights had it; see `manipi.robots.franka`."""
     return _libero(Pi0Config(), "pi0_base")
 
 

@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import traceback
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -26,41 +26,25 @@ from manipi.extensions import entries, find, package_of
 from manipi.robots.robot import Robot
 from manipi.train.config import TrainConfig
 
-Recipe: typing.TypeAlias = Callable[[], TrainConfig]
-
 _INSTALLED = map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))
 _NOT_OF_USERS = ("<", *(f"{folder}{os.sep}" for folder in (*manipi.__path__, *_INSTALLED)))
 """Frozen modules; folders of Python, of installed packages and of this one."""
 
 _OPENPI = {
-    "aloha": (
-        "pi0_aloha pi05_aloha pi0_aloha_towel pi0_aloha_tupperware"
-        " pi0_aloha_pen_uncap pi05_aloha_pen_uncap pi0_aloha_sim"
-    ),
-    "droid": (
-        "pi0_droid pi0_fast_droid pi05_droid pi0_fast_full_droid_finetune pi05_full_droid_finetune pi05_droid_finetune"
-    ),
+    "aloha": "pi0_aloha pi05_aloha pi0_aloha_towel pi0_aloha_tupperware pi0_aloha_pen_uncap pi05_aloha_pen_uncap "
+    "pi0_aloha_sim",
+    "droid": "pi0_droid pi0_fast_droid pi05_droid pi0_fast_full_droid_finetune pi05_full_droid_finetune "
+    "pi05_droid_finetune paligemma_binning_droid paligemma_fast_droid paligemma_fast_specialist_droid "
+    "paligemma_vq_droid paligemma_diffusion_droid pi05_droid_jointpos_polaris pi0_fast_droid_jointpos_polaris "
+    "pi0_droid_jointpos_polaris pi0_droid_jointpos_100k_polaris paligemma_binning_droid_jointpos",
     "libero": "pi0_libero pi0_libero_low_mem_finetune pi0_fast_libero pi0_fast_libero_low_mem_finetune pi05_libero",
-    "roboarena": (
-        "paligemma_binning_droid paligemma_fast_droid paligemma_fast_specialist_droid"
-        " paligemma_vq_droid paligemma_diffusion_droid"
-    ),
-    "polaris": (
-        "pi05_droid_jointpos_polaris pi0_fast_droid_jointpos_polaris pi0_droid_jointpos_polaris"
-        " pi0_droid_jointpos_100k_polaris paligemma_binning_droid_jointpos"
-    ),
-    "debug": "debug debug_restore debug_pi05",
+    "openpi": "debug debug_restore debug_pi05",
 }
 """The reference's recipes by module; each function has the name that its config has there."""
 
 _RECIPES = {name: f"manipi.recipes.{module}:{name}" for module, names in _OPENPI.items() for name in names.split()}
-_ROBOTS = {
-    "aloha": "manipi.robots.aloha:aloha",
-    "aloha_sim": "manipi.robots.aloha:aloha_sim",
-    "droid": "manipi.robots.droid:droid",
-    "libero": "manipi.robots.libero:libero",
-    "ur5": "manipi.robots.ur5:ur5",
-}
+_SHIPPED = {"aloha": "aloha aloha_sim", "franka": "droid libero", "ur5": "ur5"}
+_ROBOTS = {name: f"manipi.robots.{module}:{name}" for module, names in _SHIPPED.items() for name in names.split()}
 
 
 def recipe_names() -> list[str]:
@@ -74,15 +58,15 @@ def load_recipe(target: str) -> TrainConfig:
     Raises:
         UnknownNameError: no such recipe; with the closest names.
         ConfigError: two packages add a recipe of this name; no such file or module, or a fault in it: what it raises,
-            with file and line. An error of ours keeps its type and says where in the file it came from.
+            with file and line. A `ManipiError` keeps its type and says where in the file it came from.
     """
     if ":" not in target and target.endswith(".py"):
         target += ":"  # a file without its function: the error lists those that it has
-    if ":" not in target:
-        advice = "manipi recipes, or name path/to/file.py:function"
-        return _call(_require_recipe(find("manipi.recipes", target, _RECIPES, next=advice), target))
     where, _, name = target.rpartition(":")
-    return _call(_recipe_in(_load_module(where), name, where))
+    if ":" in target:
+        return _config_in(_load_module(where), name, where)
+    advice = "manipi recipes, or name path/to/file.py:function"
+    return _config_of(find("manipi.recipes", target, _RECIPES, next=advice), target)
 
 
 def load_robot(target: str) -> Robot:
@@ -116,37 +100,31 @@ def load_robot(target: str) -> Robot:
     if found is None or not callable(found):
         known = [n for n, value in vars(module).items() if isinstance(value, Robot) or _is_recipe(value)]
         raise unknown_name(f"robot or recipe in {where}", name, known, next="name a Robot(...) or a recipe of the file")
-    return _call(_recipe_in(module, name, where)).robot
+    return _config_in(module, name, where).robot
 
 
-def _recipe_in(module: ModuleType, name: str, where: str) -> Recipe:
-    """The recipe of that name in a module."""
+def _config_in(module: ModuleType, name: str, where: str) -> TrainConfig:
+    """What the recipe of that name in a module returns."""
     found = vars(module).get(name)
     if found is None or not (_is_recipe(found) or inspect.isfunction(found)):
         recipes = [n for n, value in vars(module).items() if _is_recipe(value)]
         next = "annotate the function `-> TrainConfig`" if name or not recipes else f"name it: {where}:{recipes[0]}"
         raise unknown_name(f"recipe in {where}", name, recipes, next=next)
-    return _require_recipe(found, name)
+    return _config_of(found, name)
 
 
-def _require_recipe(found: typing.Any, name: str) -> Recipe:
-    """`found`, which has to be a function that says that it returns a config and takes no arguments."""
-    if not callable(found):
-        expected, next = f"a recipe: def {name}() -> TrainConfig", "name a function, which may return it"
-        raise ConfigError(expected=expected, found=shown(found), where=f"recipe {name}", next=next)
-    parameters = inspect.signature(found).parameters.values()
+def _config_of(recipe: typing.Any, name: str) -> TrainConfig:
+    """What a recipe returns: a function that says that it returns a config, and takes no arguments."""
+    signature = inspect.signature(recipe) if callable(recipe) else None
+    parameters = signature.parameters.values() if signature else ()
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if needed or not _is_recipe(found):
+    if needed or not _is_recipe(recipe):
         raise ConfigError(
             expected=f"a recipe: def {name}() -> TrainConfig",
-            found=f"def {name}{inspect.signature(found)}",
-            where=_place_of(found),
+            found=f"def {name}{signature}" if signature else shown(recipe),
+            where=_place_of(recipe),
             next=f"give {', '.join(needed)} a default" if needed else "annotate the function `-> TrainConfig`",
         )
-    return found
-
-
-def _call(recipe: Recipe) -> TrainConfig:
     with _faults_of_users(_place_of(recipe)):
         config = recipe()
     if not isinstance(config, TrainConfig):
@@ -198,8 +176,7 @@ def _faults_of_users(file: str) -> Iterator[None]:
     try:
         yield
     except ManipiError as error:
-        parts = {"expected": error.expected, "found": error.found, "next": error.next}
-        raise type(error)(**parts, where=f"{error.where}, from {_place_in(error, file)}") from error
+        raise error.moved(f"{error.where}, from {_place_in(error, file)}") from error
     except (Exception, SystemExit) as error:
         raise ConfigError(
             expected="a file of recipes and robots that runs to its end",
@@ -220,9 +197,9 @@ def _place_in(error: BaseException, file: str) -> str:
     return f"{users.filename}, line {users.lineno}: {users.line}" if users else file
 
 
-def _place_of(function: Recipe) -> str:
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return f"{code.co_filename}, line {code.co_firstlineno}" if code else f"module {function.__module__}"
+def _place_of(found: typing.Any) -> str:
+    code = getattr(inspect.unwrap(found), "__code__", None)
+    return f"{code.co_filename}, line {code.co_firstlineno}" if code else f"module {type(found).__module__}"
 
 
 def _not_found(where: str, found: str) -> ConfigError:

@@ -1,4 +1,4 @@
-"""ALOHA: two Trossen ViperX arms, each with a parallel gripper, up to three cameras, 50 commands per second.
+"""ALOHA: two Trossen ViperX arms with grippers, up to three cameras, at 50 Hz.
 
     state, command    left arm 6 (rad) · gripper (0 closed to 1 open) · right arm 6 · gripper
     pictures          a map `images` of cameras, [3, height, width]

@@ -1,4 +1,6 @@
-"""A robot is data: enough to read its datasets, check its observations and convert its actions.
+"""A robot as data: its cameras, its state and the groups of its command.
+
+Enough to read its datasets, check its observations and convert its actions.
 
     camera slots        base          left_wrist     right_wrist
                           │               │               └ not named by this robot: absent
@@ -171,7 +173,7 @@ class Robot:
     optional: tuple[str, ...] = ()
     """Camera slots whose pictures may be absent from an observation or a dataset; the model is then told so."""
     ignored: tuple[str, ...] = ()
-    """Observation keys beside those of optional cameras that clients may send and nobody reads."""
+    """Observation keys beside those of optional cameras that clients may send and that are not read."""
     max_rates: tuple[float, ...] = ()
     """Largest change of each command dimension per second, in its unit/s; empty: none is stated."""
 
@@ -250,20 +252,17 @@ class Robot:
     @property
     def limits(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Lowest and highest command, [A] each, in the robot's own units; infinite where a group states none."""
-        low = (value for group in self.actions for value in group.low or (-math.inf,) * group.size)
-        high = (value for group in self.actions for value in group.high or (math.inf,) * group.size)
-        return tuple(low), tuple(high)
+        low = tuple(value for group in self.actions for value in group.low or (-math.inf,) * group.size)
+        return low, tuple(value for group in self.actions for value in group.high or (math.inf,) * group.size)
 
     @property
     def action_space(self) -> tuple[ActionDimension, ...]:
         """The command's dimensions, in order."""
-        names = _dimension_names(self.actions)
-        units = [unit for group in self.actions for unit in _dimension_units(group)]
         rates = self.max_rates or (math.inf,) * self.action_size
         columns = ([value if math.isfinite(value) else None for value in values] for values in (*self.limits, rates))
         return tuple(
             ActionDimension(name=name, unit=unit, low=low, high=high, max_rate=rate)
-            for name, unit, low, high, rate in zip(names, units, *columns, strict=True)
+            for (name, unit), low, high, rate in zip(_dimensions(self.actions), *columns, strict=True)
         )
 
     def dataset_key(self, key: str) -> str:
@@ -289,30 +288,28 @@ class Robot:
         return fingerprint([self.state, [replace(group, low=None, high=None) for group in self.actions]])
 
 
-def _dimension_names(groups: Sequence[ActionGroup]) -> list[str]:
-    """No two alike: joints are numbered through, and poses and grippers are where there are several."""
+def _dimensions(groups: Sequence[ActionGroup]) -> list[tuple[str, str]]:
+    """Name and unit of each. Joints are numbered through, poses and grippers where there are several: no two alike."""
     poses = sum(isinstance(group, EndEffector) for group in groups)
     grippers = sum(isinstance(group, Gripper | LinkageGripper) for group in groups)
-    names, joint, pose, gripper = list[str](), 0, 0, 0
+    found, joint, pose, gripper = list[tuple[str, str]](), 0, 0, 0
     for group in groups:
         if isinstance(group, EndEffector):
             pose += 1
-            own = ["x", "y", "z", *(f"rotation {i + 1}" for i in range(group.size - 3))]
-            names += [f"pose {pose} {name}" for name in own] if poses > 1 else own
+            prefix, angle = (
+                f"pose {pose} " if poses > 1 else "",
+                "rad" if group.rotation in ("rotvec", "euler_xyz") else "",
+            )
+            found += [(f"{prefix}{axis}", group.unit) for axis in ("x", "y", "z")]
+            found += [(f"{prefix}rotation {i + 1}", angle) for i in range(group.size - 3)]
         elif isinstance(group, Joints):
-            names += [f"joint {joint + i + 1}" for i in range(group.size)]
+            found += [(f"joint {joint + i + 1}", group.unit) for i in range(group.size)]
             joint += group.size
         else:
             gripper += 1
-            names.append(f"gripper {gripper}" if grippers > 1 else "gripper")
-    return names
-
-
-def _dimension_units(group: ActionGroup) -> list[str]:
-    if isinstance(group, EndEffector):
-        angle = "rad" if group.rotation in ("rotvec", "euler_xyz") else ""
-        return [group.unit] * 3 + [angle] * (group.size - 3)
-    return ["" if isinstance(group, LinkageGripper) else group.unit] * group.size
+            unit = "" if isinstance(group, LinkageGripper) else group.unit
+            found.append((f"gripper {gripper}" if grippers > 1 else "gripper", unit))
+    return found
 
 
 ROBOT_TYPES = (Robot, State, Joints, Gripper, LinkageGripper, EndEffector)

@@ -1,4 +1,4 @@
-"""The arm of the embedded environment `tabletop`: tip position and gripper, one outside camera.
+"""The arm of the simulated tabletop: tip position, gripper, one outside camera.
 
 Limits are the environment's workspace.
 """

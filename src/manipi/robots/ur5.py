@@ -1,4 +1,4 @@
-"""A UR5 arm with a parallel gripper, an outside and a wrist camera, 20 commands per second.
+"""A UR5 arm with a gripper, an outside and a wrist camera, at 20 Hz.
 
     state, command    joints 6 (rad) · gripper (0 open to 1 closed)
 

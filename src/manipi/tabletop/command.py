@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from manipi.cli.arguments import Folder, NewFile, parse, table, write_result
-from manipi.tabletop.config import DemoConfig
+from manipi.tabletop.recipes import DemoConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,9 @@ def main(arguments: Sequence[str]) -> None:
     args = parse(_Demo, arguments, "demo")
     folder = args.dir or Path("runs/demo" if args.demo.model == "pi05" else f"runs/demo_{args.demo.model}")
 
-    from manipi.tabletop.stages import Demo
+    from manipi.tabletop.demo import run_demo
 
-    report = Demo(folder, args.demo).run()
+    report = run_demo(folder, args.demo)
     rows = [(name.replace("_", " "), s.k, s.n, s.rate, s.low, s.high) for name, s in report.success.items()]
     print(f"\nsuccess on {args.demo.trials} scenes never seen, with 95 % intervals")
     print(table(rows, ("policy", "k", "n", "rate", "low", "high")))

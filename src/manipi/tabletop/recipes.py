@@ -1,18 +1,44 @@
-"""Tiny policies for the embedded environment, trained from scratch on two processor cores."""
+"""The demo's recipes, tiny policies from scratch; and how large the demo is."""
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 from manipi.model.config import GemmaSize, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
 from manipi.robots.tabletop import TABLETOP
 from manipi.train.config import AugmentConfig, ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
+
+ModelName: TypeAlias = Literal["pi05", "pi0", "pi0_fast"]
+RECIPES: dict[ModelName, str] = {"pi05": "tabletop", "pi0": "tabletop_pi0", "pi0_fast": "tabletop_pi0_fast"}
+"""The recipe of each policy, by its name on the command line."""
+
+FIRST_TRAINING_SEED = 1_000_000
+"""Scenes of demonstrations count from here, scenes of the evaluation from 0: no scene is in both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """How large the demonstration is."""
+
+    model: ModelName = "pi05"
+    """Which of the three policies to train."""
+    episodes: int = 8_000
+    """Demonstrations of the scripted expert to record."""
+    steps: int = 0
+    """Training steps; 0 takes the recipe's."""
+    trials: int = 200
+    """Unseen scenes for each kind of evaluation."""
+    execute_steps: int = 8
+    """Steps of each action chunk that the arm executes before it asks again."""
+    films: int = 24
+    """How many trials of the trained policy the report shows, half of each outcome where there are as many."""
+
 
 IMAGE_SIZE = 56
 VISION = VisionSize(width=64, depth=1, mlp_dim=128, num_heads=2, patch_size=8, image_size=IMAGE_SIZE)
 VLM = GemmaSize(width=64, depth=2, mlp_dim=128, num_heads=2, num_kv_heads=1, head_dim=32)
 EXPERT = GemmaSize(width=48, depth=2, mlp_dim=96, num_heads=2, num_kv_heads=1, head_dim=32)
 VOCABULARY = 1280
-"""Room for the byte tokenizer's ids and, in π0-FAST, for the action codes behind them."""
+"""Enough for the byte tokenizer's ids and, in π0-FAST, for the action codes behind them."""
 SIZES: dict[str, Any] = {
     "vision": VISION,
     "vlm": VLM,

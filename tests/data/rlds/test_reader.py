@@ -35,7 +35,7 @@ from manipi.errors import (
     UnknownNameError,
 )
 from manipi.records import from_json, to_json
-from manipi.robots.droid import droid
+from manipi.robots.franka import droid
 from manipi.train.data import check_features
 
 PLAIN = RldsFields(fps=10)

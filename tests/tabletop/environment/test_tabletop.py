@@ -7,7 +7,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from manipi.errors import ConfigError, UnknownNameError
-from manipi.tabletop.environment import Tabletop, scene, tabletop
+from manipi.tabletop.environment import Tabletop, tabletop
 
 
 # gymnasium prefers actions in [-1, 1]; ours are metres, because a robot spec converts them.
@@ -61,7 +61,9 @@ def test_blocks_start_apart_off_the_tray_and_at_rest():
         centers = np.stack(list(info["blocks"].values()))
         gaps = np.linalg.norm(centers[:, None] - centers, axis=-1)[np.triu_indices(3, 1)]
         assert gaps.min() >= tabletop.BLOCK_SPACING
-        assert np.abs(centers[:, :2] - scene.TRAY_CENTER).max(axis=1).min() > scene.TRAY_HALF + scene.BLOCK_HALF
+        assert (
+            np.abs(centers[:, :2] - tabletop.TRAY_CENTER).max(axis=1).min() > tabletop.TRAY_HALF + tabletop.BLOCK_HALF
+        )
         _, _, _, _, info = env.step(np.append(env.tip, 0))
         np.testing.assert_allclose(np.stack(list(info["blocks"].values())), centers, atol=1e-3)
 
@@ -83,8 +85,8 @@ def test_the_tip_pushes_a_block_along_the_table():
     env.reset(seed=0, options={"blocks": {"red": (0.30, 0.12)}, "tip": (0.24, 0.12, 0.025)})
     for x in np.linspace(0.24, 0.36, 12):
         _, _, _, _, info = env.step(np.array([x, 0.12, 0.025, 0.0]))
-        assert info["blocks"]["red"][2] == pytest.approx(scene.BLOCK_HALF, abs=2e-3)
-    assert info["blocks"]["red"][0] > 0.36 + scene.BLOCK_HALF
+        assert info["blocks"]["red"][2] == pytest.approx(tabletop.BLOCK_HALF, abs=2e-3)
+    assert info["blocks"]["red"][0] > 0.36 + tabletop.BLOCK_HALF
     assert info["touched"] == "red"
 
 
@@ -93,7 +95,7 @@ def test_a_block_pressed_from_above_does_not_sink_into_the_table():
     env.reset(seed=0, options={"blocks": {"red": (0.30, 0.12)}, "tip": (0.30, 0.12, 0.10)})
     for _ in range(20):
         env.step(np.array([0.30, 0.12, 0.02, 0.0]))
-        assert env.block("red")[2] > scene.BLOCK_HALF - 4e-3
+        assert env.block("red")[2] > tabletop.BLOCK_HALF - 4e-3
         assert np.isfinite(env.data.qpos).all()
 
 
@@ -147,7 +149,7 @@ def test_doing_nothing_fails_at_max_steps(task):
 def test_push_succeeds_when_the_target_and_no_other_is_in_the_tray():
     env = Tabletop(cameras=(), tasks=("push",))
     for target, expected in (("red", True), ("blue", False)):
-        env.reset(seed=0, options={"target": target, "blocks": {"red": scene.TRAY_CENTER, "blue": (0.24, 0.13)}})
+        env.reset(seed=0, options={"target": target, "blocks": {"red": tabletop.TRAY_CENTER, "blue": (0.24, 0.13)}})
         _, _, terminated, _, info = env.step(np.append(env.tip, 0))
         assert info["success"] == terminated == expected
 
@@ -162,7 +164,7 @@ def test_an_unknown_name_is_an_error(settings):
         Tabletop(**settings)
 
 
-@pytest.mark.parametrize("colors", [(), ("red", "red"), tuple(scene.COLORS)])
+@pytest.mark.parametrize("colors", [(), ("red", "red"), tuple(tabletop.COLORS)])
 def test_block_colours_must_differ_and_fit(colors):
     with pytest.raises(ConfigError, match="different block colours"):
         Tabletop(colors=colors)

@@ -1,4 +1,4 @@
-"""Embedded environments: small simulated robots that need no GPU, no display and no asset files.
+"""A small simulated robot that needs no GPU, no display and no asset files.
 
 `import manipi.tabletop.environment` registers `manipi/Tabletop-v0` with gymnasium.
 """
@@ -16,8 +16,7 @@ except ImportError as error:
         next="run: pip install 'manipi[demo]'",
     ) from error
 
-from manipi.tabletop.environment.demonstrations import demonstrations
-from manipi.tabletop.environment.expert import Expert
+from manipi.tabletop.environment.expert import Expert, demonstrations
 from manipi.tabletop.environment.tabletop import Tabletop
 
 gymnasium.register(id="manipi/Tabletop-v0", entry_point="manipi.tabletop.environment.tabletop:Tabletop")

@@ -1,4 +1,4 @@
-"""Pictures without GPU, display or OpenGL: one ray per pixel, shaded by the normal of what it hits.
+"""Pictures without GPU, display or OpenGL: one shaded ray per pixel.
 
            camera                     lamp
              *─────── ray ──┐          o
@@ -64,11 +64,18 @@ class Renderer:
         point_N3 = data.cam_xpos[index] + self._distance_N[:, None] * ray_N3
         miss_N = self._geom_N < 0
         color_N3 = self._model.geom_rgba[self._geom_N, :3].astype(np.float64)
-        light_N = self._lambert(point_N3, look)
+        # The cosine between the normal and the way to the lamp; 0 where the surface faces away.
+        to_lamp_N3 = look.lamp - point_N3
+        toward_N = np.einsum("nd,nd->n", self._normal_V.reshape(-1, 3), to_lamp_N3)
+        light_N = np.maximum(toward_N / np.sqrt(np.einsum("nd,nd->n", to_lamp_N3, to_lamp_N3)), 0.0)
         if shadows:
-            light_N *= self._lit(data, point_N3, look)
+            # Whether the lamp reaches each point: rays from the lamp, since all rays of one cast share their origin.
+            length_N = np.linalg.norm(to_lamp_N3, axis=1)
+            self._cast(data, np.asarray(look.lamp), -to_lamp_N3 / length_N[:, None])
+            light_N *= self._distance_N > length_N - _SURFACE_OFFSET
         color_N3 *= (look.ambient + (1 - look.ambient) * light_N)[:, None]
-        color_N3[miss_N] = _background(ray_N3[miss_N], look)
+        upward_N1 = (ray_N3[miss_N, 2:] + 1) / 2
+        color_N3[miss_N] = (1 - upward_N1) * np.array(look.horizon) + upward_N1 * np.array(look.zenith)
         return (255 * color_N3 + 0.5).astype(np.uint8).reshape(self._height, self._width, 3)
 
     def _camera_rays(self, fovy: float) -> Float64[np.ndarray, "N 3"]:
@@ -96,21 +103,3 @@ class Renderer:
             len(ray_N3),
             mujoco.mjMAXVAL,
         )
-
-    def _lambert(self, point_N3: np.ndarray, look: Look) -> Float64[np.ndarray, "N"]:
-        """The cosine between the normal and the way to the lamp; 0 where the surface faces away."""
-        to_lamp_N3 = look.lamp - point_N3
-        toward_N = np.einsum("nd,nd->n", self._normal_V.reshape(-1, 3), to_lamp_N3)
-        return np.maximum(toward_N / np.sqrt(np.einsum("nd,nd->n", to_lamp_N3, to_lamp_N3)), 0.0)
-
-    def _lit(self, data: mujoco.MjData, point_N3: np.ndarray, look: Look) -> np.ndarray:
-        """Whether the lamp reaches each point: rays from the lamp, since all rays of one cast share their origin."""
-        from_lamp_N3 = point_N3 - look.lamp
-        length_N = np.linalg.norm(from_lamp_N3, axis=1)
-        self._cast(data, np.asarray(look.lamp), from_lamp_N3 / length_N[:, None])
-        return self._distance_N > length_N - _SURFACE_OFFSET
-
-
-def _background(ray_N3: np.ndarray, look: Look) -> Float64[np.ndarray, "N 3"]:
-    upward_N1 = (ray_N3[:, 2:] + 1) / 2
-    return (1 - upward_N1) * np.array(look.horizon) + upward_N1 * np.array(look.zenith)

@@ -1,8 +1,34 @@
-"""The gymnasium environment: a small arm over a table with coloured blocks and a tray."""
+"""The gymnasium environment: an arm over a table with coloured blocks and a tray.
+
+    seen from above                     y
+                                        ^
+       ┌────────────────────────────────┼─────────┐
+       │    ○ arm (0, 0)     ■          │         │
+       │                ┌──────┐   ■              │      x ->
+       │                │ tray │                  │
+       │                └──────┘      ■           │
+       └──────────────────────────────────────────┘
+
+The arm and the fingers' slides follow position actuators; gravity does not pull on the arm, so that a commanded
+pose is held without a steady error. Only the fingers, the palm, the blocks and the table collide.
+
+Four hinges; the tool always points down. The table frame has its origin at the foot of the arm on the table top: x
+forward, y to the left, z up; metres. There are no asset files: the scene is MJCF, written here.
+
+    side view: r is the distance from the base axis, z the height above the table
+
+                   elbow
+       UPPER_ARM  /     \\  FOREARM            joints [4], radians
+                 /       \\                       yaw       base about z
+     shoulder  o          o wrist                shoulder  elevation of the upper arm
+               |          | TOOL                 elbow     relative to the upper arm (< 0: elbow up)
+     ──────────┴──────────v tip ────  r          wrist     relative to the forearm
+"""
 
 # MuJoCo's bindings are compiled and come without stubs.
 # pyright: reportAttributeAccessIssue=false
 
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -10,12 +36,38 @@ from typing import Any, Literal, TypeAlias
 import gymnasium
 import mujoco
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
 
 from manipi.errors import ConfigError, unknown_name
-from manipi.tabletop.environment import scene
-from manipi.tabletop.environment.kinematics import inverse
 from manipi.tabletop.environment.render import Look, Renderer
+
+SHOULDER_HEIGHT = 0.22
+UPPER_ARM = 0.30
+FOREARM = 0.30
+TOOL = 0.14
+"""From the wrist axis to the tip, the point between the fingertips."""
+
+COLORS: dict[str, tuple[float, float, float]] = {
+    "red": (0.86, 0.16, 0.14),
+    "green": (0.20, 0.66, 0.24),
+    "blue": (0.14, 0.34, 0.86),
+    "yellow": (0.97, 0.80, 0.10),
+    "purple": (0.55, 0.22, 0.72),
+    "orange": (0.98, 0.52, 0.10),
+}
+"""The colours that a block can have, by the name that a prompt uses."""
+
+BLOCK_HALF = 0.0225
+"""Half the side of a block, metres."""
+TRAY_CENTER = (0.34, 0.0)
+TRAY_HALF = 0.05
+"""The tray is a flat square pad of this half side, metres."""
+FINGER_TRAVEL = 0.025
+"""How far each finger moves from closed (opening 0) to open (opening 1), metres."""
+TIMESTEP = 0.01
+"""Physics time step, seconds."""
+
+_FINGER_HALF = 0.008
 
 Task: TypeAlias = Literal["reach", "push"]
 
@@ -44,7 +96,7 @@ _START_LOW = np.array([0.18, -0.18, 0.03])
 _CLEARANCE, _CLEAR_HEIGHT = 0.07, 0.10
 """A start this close to a block, seen from above, is lifted to this height, metres."""
 _HOME = np.array([0.26, 0.0, 0.16])
-_SUBSTEPS = round(1 / (CONTROL_HZ * scene.TIMESTEP))
+_SUBSTEPS = round(1 / (CONTROL_HZ * TIMESTEP))
 _RAMP = 0.6
 """The joint targets reach their goal after this part of a control step; the rest lets the arm settle."""
 
@@ -83,7 +135,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         image_size: side of the square pictures, pixels.
         cameras: which of `image` (outside) and `wrist_image` to render; one that is absent costs nothing.
         tasks: what an episode may ask for.
-        colors: one block for each, names of `scene.COLORS`.
+        colors: one block for each, names of `COLORS`.
         max_steps: the longest episode.
         start_noise: 0 starts the tip at home, 1 anywhere over the table, in between that part of the way.
         randomize: draws lamp, brightness, table colour and a small camera displacement for each episode.
@@ -109,10 +161,10 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
     ):
         _check_names("camera", cameras, ("image", "wrist_image"))
         _check_names("task", tasks, INSTRUCTIONS)
-        _check_names("block colour", colors, scene.COLORS)
+        _check_names("block colour", colors, COLORS)
         if not 1 <= len(colors) == len(set(colors)) <= MAX_BLOCKS:
             raise ConfigError(
-                expected=f"1 to {MAX_BLOCKS} different block colours, which is what the table has room for",
+                expected=f"1 to {MAX_BLOCKS} different block colours, as many as fit on the table",
                 found=f"{tuple(colors)}",
                 where="Tabletop(colors=...)",
                 next="name each colour once, and fewer of them",
@@ -120,9 +172,16 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         self.image_size, self.cameras, self.tasks, self.colors = image_size, tuple(cameras), tuple(tasks), tuple(colors)
         self.max_steps, self.start_noise, self.randomize, self.shadows = max_steps, start_noise, randomize, shadows
         self.render_mode = render_mode
-        self.model = scene.build(self.colors)
+        self.model = build_scene(self.colors)
         self.data = mujoco.MjData(self.model)
-        self.observation_space, self.action_space = _spaces(self.cameras, image_size)
+        low, high = np.append(WORKSPACE_LOW, 0).astype(np.float32), np.append(WORKSPACE_HIGH, 1).astype(np.float32)
+        picture = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        observations: dict[str, gymnasium.Space[Any]] = {f"observation/{camera}": picture for camera in self.cameras}
+        # The measured tip may overshoot the workspace by the servo's error, hence the wider bounds.
+        observations["observation/state"] = gymnasium.spaces.Box(low - 0.1, high + 0.1, dtype=np.float32)
+        observations["prompt"] = gymnasium.spaces.Text(64, charset=f"{string.ascii_lowercase} ")
+        self.observation_space = gymnasium.spaces.Dict(observations)
+        self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
         self._pristine = self.model.geom_rgba.copy(), self.model.cam_pos.copy()
         self._renderers: dict[int, Renderer] = {}
         self._look = Look()
@@ -139,11 +198,35 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         super().reset(seed=seed)
         options = dict(options or {})
         _check_names("reset option", options, ("task", "target", "instruct", "blocks", "tip"))
-        self.goal = self._draw_goal(options)
-        tip, blocks = self._draw_scene(options)
+        # Every draw happens whatever the options say, so that an option changes nothing but what it names.
+        rng = self.np_random
+        task = options.get("task", self.tasks[rng.integers(len(self.tasks))])
+        target = options.get("target", self.colors[rng.integers(len(self.colors))])
+        self.goal = Goal(task=task, target=target, instruct=options.get("instruct", target))
+        _check_names("task", (task,), INSTRUCTIONS)
+        _check_names("block colour", (target, self.goal.instruct, *options.get("blocks", ())), self.colors)
+        start = rng.uniform(_START_LOW, WORKSPACE_HIGH - 0.02)
+        tip = np.asarray(options.get("tip", _HOME + self.start_noise * (start - _HOME)), np.float64)
+        while True:  # until the blocks are off the tray and apart from each other
+            positions = rng.uniform(_BLOCK_LOW, _BLOCK_HIGH, (len(self.colors), 2))
+            gaps = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
+            apart = gaps[np.triu_indices(len(positions), 1)] >= BLOCK_SPACING
+            clear = np.abs(positions - TRAY_CENTER).max(axis=1) >= TRAY_HALF + 1.5 * BLOCK_HALF
+            if apart.all() and clear.all():
+                break
+        if "tip" not in options and np.linalg.norm(positions - tip[:2], axis=1).min() < _CLEARANCE:
+            tip[2] = max(tip[2], _CLEAR_HEIGHT)
         if self.randomize:
-            self._draw_look()
-        self._place(np.clip(tip, WORKSPACE_LOW, WORKSPACE_HIGH), self.np_random.uniform(), blocks)
+            (colors, cameras), table = self._pristine, self.model.geom("table").id
+            self._look = Look(lamp=tuple(Look.lamp + rng.uniform(-0.4, 0.4, 3)), ambient=rng.uniform(0.35, 0.55))
+            self.model.geom_rgba[table, :3] = np.clip(colors[table, :3] * rng.uniform(0.75, 1.2), 0, 1)
+            self.model.cam_pos[:] = cameras + rng.uniform(-0.01, 0.01, cameras.shape)
+        mujoco.mj_resetData(self.model, self.data)
+        joints = inverse(np.clip(tip, WORKSPACE_LOW, WORKSPACE_HIGH))
+        self.data.qpos[:6] = self.data.ctrl[:] = np.append(joints, np.full(2, rng.uniform() * FINGER_TRAVEL))
+        for color, position in {**dict(zip(self.colors, positions)), **options.get("blocks", {})}.items():
+            self.data.joint(color).qpos[:2] = position
+        self._update_poses()
         self.touched: str | None = None
         self.steps = 0
         return self.observation(), self._info(False, None)
@@ -163,32 +246,30 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
                 where="Tabletop.step",
                 next="check the policy's outputs and the robot's action_dim",
             )
-        self._move(action)
+        offset = np.clip(action[:3], WORKSPACE_LOW, WORKSPACE_HIGH) - self.tip
+        offset *= min(1.0, MAX_STEP / max(float(np.linalg.norm(offset)), 1e-9))
+        fingers = np.full(2, np.clip(action[3], 0, 1) * FINGER_TRAVEL)
+        goal, start = np.append(inverse(self.tip + offset), fingers), self.data.ctrl.copy()
+        for substep in range(1, _SUBSTEPS + 1):  # the joints follow a straight ramp to the goal, in joint space
+            progress = min(1.0, substep / (_RAMP * _SUBSTEPS))
+            self.data.ctrl[:] = (1 - progress) * start + progress * goal
+            mujoco.mj_step(self.model, self.data)
+        self._update_poses()
         self.steps += 1
-        self.touched = self.touched or self._touching()
-        success, failure = self._judge()
-        truncated = failure == "max_steps"
-        terminated = success or (failure is not None and not truncated)
-        return self.observation(), float(success), terminated, truncated, self._info(success, failure)
-
-    def _judge(self) -> tuple[bool, str | None]:
+        tip = self.tip
+        if not self.touched and tip[2] <= TOUCH_HEIGHT:
+            distances = {color: float(np.hypot(*(self.block(color) - tip)[:2])) for color in self.colors}
+            nearest = min(distances, key=lambda color: distances[color])
+            self.touched = nearest if distances[nearest] <= TOUCH_RADIUS else None
         if self.goal.task == "push":
-            offset = self.block(self.goal.target)[:2] - scene.TRAY_CENTER
-            success, wrong = bool(np.abs(offset).max() <= scene.TRAY_HALF), False
+            offset = self.block(self.goal.target)[:2] - TRAY_CENTER
+            success, wrong = bool(np.abs(offset).max() <= TRAY_HALF), False
         else:
             success = self.touched == self.goal.target
             wrong = self.touched is not None and not success
-        if wrong:
-            return False, "wrong_block"
-        return success, "max_steps" if not success and self.steps >= self.max_steps else None
-
-    def _touching(self) -> str | None:
-        tip = self.tip
-        if tip[2] > TOUCH_HEIGHT:
-            return None
-        distances = {color: float(np.hypot(*(self.block(color) - tip)[:2])) for color in self.colors}
-        nearest = min(distances, key=lambda color: distances[color])
-        return nearest if distances[nearest] <= TOUCH_RADIUS else None
+        late = not success and not wrong and self.steps >= self.max_steps
+        failure = "wrong_block" if wrong else "max_steps" if late else None
+        return self.observation(), float(success), success or wrong, late, self._info(success, failure)
 
     def _info(self, success: bool, failure: str | None) -> dict[str, Any]:
         return {
@@ -215,7 +296,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
     @property
     def state(self) -> Float32[np.ndarray, "4"]:
         """The proprioceptive state: the tip's x, y, z in metres, the gripper's opening."""
-        opening = self.data.qpos[4:6].mean() / scene.FINGER_TRAVEL
+        opening = self.data.qpos[4:6].mean() / FINGER_TRAVEL
         return np.array([*self.tip, np.clip(opening, 0, 1)], np.float32)
 
     def observation(self) -> dict[str, Any]:
@@ -239,71 +320,10 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
             self._renderers[size] = Renderer(self.model, height=size, width=size)
         return self._renderers[size].render(self.data, camera, look=self._look, shadows=shadows)
 
-    # ---- physics
-
-    def _place(self, tip: np.ndarray, opening: float, blocks: Mapping[str, np.ndarray]) -> None:
-        mujoco.mj_resetData(self.model, self.data)
-        fingers = np.full(2, opening * scene.FINGER_TRAVEL)
-        self.data.qpos[:6] = self.data.ctrl[:] = np.concatenate([inverse(tip), fingers])
-        for color, position in blocks.items():
-            self.data.joint(color).qpos[:2] = position
-        self._update_poses()
-
-    def _move(self, action: np.ndarray) -> None:
-        """Drives the joints along a straight ramp to the goal, in joint space."""
-        tip = self.tip
-        offset = np.clip(action[:3], WORKSPACE_LOW, WORKSPACE_HIGH) - tip
-        offset *= min(1.0, MAX_STEP / max(float(np.linalg.norm(offset)), 1e-9))
-        fingers = np.full(2, np.clip(action[3], 0, 1) * scene.FINGER_TRAVEL)
-        goal, start = np.concatenate([inverse(tip + offset), fingers]), self.data.ctrl.copy()
-        for substep in range(1, _SUBSTEPS + 1):
-            progress = min(1.0, substep / (_RAMP * _SUBSTEPS))
-            self.data.ctrl[:] = (1 - progress) * start + progress * goal
-            mujoco.mj_step(self.model, self.data)
-        self._update_poses()
-
     def _update_poses(self) -> None:
         # mj_step leaves the poses of the moment before its last integration.
         mujoco.mj_kinematics(self.model, self.data)
         mujoco.mj_camlight(self.model, self.data)
-
-    # ---- what the seed draws
-
-    def _draw_goal(self, options: Mapping[str, Any]) -> Goal:
-        # Every draw happens whatever the options say, so that an option changes nothing but what it names.
-        task = options.get("task", self.tasks[self.np_random.integers(len(self.tasks))])
-        target = options.get("target", self.colors[self.np_random.integers(len(self.colors))])
-        goal = Goal(task=task, target=target, instruct=options.get("instruct", target))
-        _check_names("task", (goal.task,), INSTRUCTIONS)
-        _check_names("block colour", (goal.target, goal.instruct, *options.get("blocks", ())), self.colors)
-        return goal
-
-    def _draw_scene(self, options: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        start = self.np_random.uniform(_START_LOW, WORKSPACE_HIGH - 0.02)
-        tip = np.asarray(options.get("tip", _HOME + self.start_noise * (start - _HOME)), np.float64)
-        positions = self._draw_blocks()
-        if "tip" not in options and np.linalg.norm(positions - tip[:2], axis=1).min() < _CLEARANCE:
-            tip[2] = max(tip[2], _CLEAR_HEIGHT)
-        blocks = dict(zip(self.colors, positions))
-        given = {color: np.asarray(position, np.float64) for color, position in options.get("blocks", {}).items()}
-        return tip, blocks | given
-
-    def _draw_blocks(self) -> np.ndarray:
-        """Positions [blocks, 2] off the tray and apart from each other, by rejection."""
-        while True:
-            positions = self.np_random.uniform(_BLOCK_LOW, _BLOCK_HIGH, (len(self.colors), 2))
-            gaps = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
-            apart = gaps[np.triu_indices(len(positions), 1)] >= BLOCK_SPACING
-            clear = np.abs(positions - scene.TRAY_CENTER).max(axis=1) >= scene.TRAY_HALF + 1.5 * scene.BLOCK_HALF
-            if apart.all() and clear.all():
-                return positions
-
-    def _draw_look(self) -> None:
-        rng, (colors, cameras) = self.np_random, self._pristine
-        self._look = Look(lamp=tuple(Look.lamp + rng.uniform(-0.4, 0.4, 3)), ambient=rng.uniform(0.35, 0.55))
-        table = self.model.geom("table").id
-        self.model.geom_rgba[table, :3] = np.clip(colors[table, :3] * rng.uniform(0.75, 1.2), 0, 1)
-        self.model.cam_pos[:] = cameras + rng.uniform(-0.01, 0.01, cameras.shape)
 
 
 def _check_names(kind: str, names: Sequence[str] | Mapping[str, Any], known: Sequence[str] | Mapping[Any, Any]) -> None:
@@ -312,13 +332,151 @@ def _check_names(kind: str, names: Sequence[str] | Mapping[str, Any], known: Seq
             raise unknown_name(kind, name, known, next=f"choose one of {', '.join(known)}")
 
 
-def _spaces(cameras: Sequence[str], size: int) -> tuple[gymnasium.spaces.Dict, gymnasium.spaces.Box]:
-    low, high = np.append(WORKSPACE_LOW, 0).astype(np.float32), np.append(WORKSPACE_HIGH, 1).astype(np.float32)
-    letters = "".join(map(chr, range(ord("a"), ord("z") + 1))) + " "
-    observations: dict[str, gymnasium.Space[Any]] = {
-        f"observation/{camera}": gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8) for camera in cameras
-    }
-    # The measured tip may overshoot the workspace by the servo's error, hence the wider bounds.
-    observations["observation/state"] = gymnasium.spaces.Box(low - 0.1, high + 0.1, dtype=np.float32)
-    observations["prompt"] = gymnasium.spaces.Text(64, charset=letters)
-    return gymnasium.spaces.Dict(observations), gymnasium.spaces.Box(low, high, dtype=np.float32)
+# Kinematics -----------------------------------------------------------------------------------------------------------
+
+
+def forward(joints: Float[np.ndarray, "4"]) -> Float[np.ndarray, "3"]:
+    """The tip's position for these joint angles, metres in the table frame."""
+    yaw, *pitches = joints
+    elevations = np.cumsum(pitches)
+    lengths = (UPPER_ARM, FOREARM, TOOL)
+    r = np.dot(lengths, np.cos(elevations))
+    return np.array([r * np.cos(yaw), r * np.sin(yaw), SHOULDER_HEIGHT + np.dot(lengths, np.sin(elevations))])
+
+
+def inverse(tip: Float[np.ndarray, "3"]) -> Float[np.ndarray, "4"]:
+    """The joint angles, elbow up and tool pointing down, that put the tip there.
+
+    Raises:
+        ConfigError: the arm is too short or too long for this point.
+    """
+    x, y, z = (float(v) for v in tip)
+    r, height = np.hypot(x, y), z + TOOL - SHOULDER_HEIGHT
+    distance = np.hypot(r, height)
+    if not abs(UPPER_ARM - FOREARM) < distance < UPPER_ARM + FOREARM:
+        raise ConfigError(
+            expected=f"a wrist within {UPPER_ARM + FOREARM} m of the shoulder",
+            found=f"{distance:.3f} m for the tip ({x:.3f}, {y:.3f}, {z:.3f})",
+            where="manipi.tabletop.environment.tabletop.inverse",
+            next="keep the tip inside Tabletop.WORKSPACE",
+        )
+    # Law of cosines in the triangle shoulder, elbow, wrist.
+    inner = np.arccos((UPPER_ARM**2 + FOREARM**2 - distance**2) / (2 * UPPER_ARM * FOREARM))
+    lift = np.arccos((UPPER_ARM**2 + distance**2 - FOREARM**2) / (2 * UPPER_ARM * distance))
+    shoulder = np.arctan2(height, r) + lift
+    elbow = inner - np.pi
+    return np.array([np.arctan2(y, x), shoulder, elbow, -np.pi / 2 - shoulder - elbow])
+
+
+# The scene ------------------------------------------------------------------------------------------------------------
+
+_MJCF = """
+<mujoco model="tabletop">
+  <compiler angle="radian" autolimits="true"/>
+  <option timestep="{timestep}" integrator="implicitfast" cone="elliptic" impratio="5"/>
+  <default>
+    <geom solimp="0.97 0.995 0.001"/>
+    <default class="link"><geom contype="0" conaffinity="0" rgba="0.86 0.88 0.91 1"/></default>
+    <default class="hub"><geom type="cylinder" contype="0" conaffinity="0" rgba="0.20 0.23 0.28 1"/></default>
+    <default class="finger">
+      <geom type="box" size="0.032 {finger} {finger}" rgba="0.13 0.13 0.15 1" friction="0.3 0.005 0.0001" mass="0.02"/>
+      <joint type="slide" axis="0 1 0" armature="0.05" range="0 {travel}"/>
+    </default>
+    <default class="arm">
+      <joint type="hinge" axis="0 -1 0" armature="0.1"/>
+      <position kp="900" dampratio="1" forcerange="-12 12"/>
+    </default>
+  </default>
+  <worldbody>
+    <geom name="table" type="box" size="0.42 0.42 0.02" pos="0.28 0 -0.02" friction="0.4 0.005 0.0001"
+          rgba="0.66 0.64 0.61 1"/>
+    <geom name="tray" type="box" size="{tray} {tray} 0.0005" pos="{tray_x} {tray_y} 0.0005" contype="0" conaffinity="0"
+          rgba="0.97 0.96 0.93 1"/>
+    <geom class="hub" size="0.065 0.02" pos="0 0 0.02"/>
+    <camera name="image" {image} fovy="20"/>
+    <camera name="studio" {studio} fovy="36"/>
+    <body name="base" gravcomp="1">
+      <joint class="arm" name="yaw" axis="0 0 1"/>
+      <geom class="link" type="cylinder" size="0.045 0.09" pos="0 0 0.12" mass="0.5"/>
+      <geom class="hub" size="0.05 0.05" pos="0 0 {shoulder}" euler="1.5708 0 0" mass="0.2"/>
+      <body name="upper_arm" pos="0 0 {shoulder}" gravcomp="1">
+        <joint class="arm" name="shoulder"/>
+        <geom class="link" type="capsule" size="0.03" fromto="0.03 0 0 {upper_arm} 0 0" mass="0.2"/>
+        <body name="forearm" pos="{upper_arm} 0 0" gravcomp="1">
+          <joint class="arm" name="elbow"/>
+          <geom class="hub" size="0.036 0.036" euler="1.5708 0 0" mass="0.1"/>
+          <geom class="link" type="capsule" size="0.024" fromto="0.03 0 0 {forearm} 0 0" mass="0.15"/>
+          <body name="tool" pos="{forearm} 0 0" gravcomp="1">
+            <joint class="arm" name="wrist"/>
+            <geom class="hub" size="0.028 0.03" euler="1.5708 0 0" mass="0.05"/>
+            <geom class="link" type="capsule" size="0.017" fromto="0.01 0 0 0.06 0 0" mass="0.05"/>
+            <geom type="box" size="0.010 0.036 0.014" pos="0.07 0 0" friction="0.3 0.005 0.0001" mass="0.05"
+                  rgba="0.20 0.23 0.28 1"/>
+            <camera name="wrist_image" mode="fixed" pos="0.02 0 0.07" xyaxes="0 -1 0 0.26 0 0.97" fovy="80"/>
+            <site name="tip" pos="{tool} 0 0"/>
+            <body name="left_finger" pos="{finger_x} {finger} 0" gravcomp="1">
+              <joint class="finger" name="left_finger"/><geom class="finger"/>
+            </body>
+            <body name="right_finger" pos="{finger_x} -{finger} 0" gravcomp="1">
+              <joint class="finger" name="right_finger" axis="0 -1 0"/><geom class="finger"/>
+            </body>
+          </body>
+        </body>
+      </body>
+    </body>
+    {blocks}
+  </worldbody>
+  <actuator>
+    <position class="arm" joint="yaw"/>
+    <position class="arm" joint="shoulder"/>
+    <position class="arm" joint="elbow"/>
+    <position class="arm" joint="wrist"/>
+    <position joint="left_finger" kp="200" dampratio="1"/>
+    <position joint="right_finger" kp="200" dampratio="1"/>
+  </actuator>
+</mujoco>
+"""
+
+_BLOCK = """<body name="{name}" pos="0 0 {half}">
+      <freejoint name="{name}"/>
+      <geom type="box" size="{half} {half} {half}" mass="0.05" friction="0.4 0.005 0.0001" rgba="{r} {g} {b} 1"/>
+    </body>"""
+
+_IMAGE_VIEW = np.array([[1.05, 0.12, 0.90], [0.32, -0.005, 0.03]])
+_STUDIO_VIEW = np.array([[1.05, 0.85, 0.72], [0.20, 0.0, 0.16]])
+"""A camera's position and the point that it looks at, metres."""
+
+
+def _camera_pose(view: np.ndarray) -> str:
+    """MJCF attributes of a camera that stands at view[0] and looks at view[1], upright."""
+    forward = view[1] - view[0]
+    right = np.cross(forward, [0.0, 0.0, 1.0])
+    axes = np.concatenate([right, np.cross(right, forward)])
+    return 'pos="{}" xyaxes="{}"'.format(*(" ".join(f"{v:.9f}" for v in values) for values in (view[0], axes)))
+
+
+def build_scene(colors: Sequence[str]) -> mujoco.MjModel:
+    """Compiles the scene with one block for each of these colours, in this order.
+
+    Its cameras: `image` (outside, where blocks lie), `wrist_image` (along the tool) and `studio` (all of the arm).
+    The first six positions are yaw, shoulder, elbow, wrist, left and right finger; then seven for each block.
+    """
+    blocks = (dict(zip("rgb", COLORS[name])) | {"name": name, "half": BLOCK_HALF} for name in colors)
+    return mujoco.MjModel.from_xml_string(
+        _MJCF.format(
+            timestep=TIMESTEP,
+            finger=_FINGER_HALF,
+            finger_x=TOOL - 0.032,
+            travel=FINGER_TRAVEL,
+            tray=TRAY_HALF,
+            tray_x=TRAY_CENTER[0],
+            tray_y=TRAY_CENTER[1],
+            shoulder=SHOULDER_HEIGHT,
+            upper_arm=UPPER_ARM,
+            forearm=FOREARM,
+            tool=TOOL,
+            image=_camera_pose(_IMAGE_VIEW),
+            studio=_camera_pose(_STUDIO_VIEW),
+            blocks="\n    ".join(_BLOCK.format(**block) for block in blocks),
+        )
+    )

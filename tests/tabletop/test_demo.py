@@ -5,8 +5,8 @@ import json
 import pytest
 
 from manipi.errors import TrainingError
-from manipi.tabletop.config import DemoConfig
-from manipi.tabletop.stages import Demo
+from manipi.tabletop.demo import run_demo
+from manipi.tabletop.recipes import DemoConfig
 
 SMALL = DemoConfig(episodes=20, steps=2, trials=1, films=1)
 
@@ -14,7 +14,7 @@ SMALL = DemoConfig(episodes=20, steps=2, trials=1, films=1)
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_stage_leaves_its_result_and_is_not_repeated(tmp_path):
-    Demo(tmp_path, SMALL).run()
+    run_demo(tmp_path, SMALL)
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["success"]) == {"trained", "untrained", "blind", "wrong_prompt"}
     assert all(set(rate) >= {"n", "k", "rate", "low", "high"} for rate in report["success"].values())
@@ -25,7 +25,7 @@ def test_every_stage_leaves_its_result_and_is_not_repeated(tmp_path):
     assert "computed in float32" in page  # as its recipe's precision says, and not its model
     kept = [tmp_path / "dataset", tmp_path / "check.json", *(tmp_path / "trials").iterdir()]
     before = {path: path.stat().st_mtime_ns for path in [*kept, tmp_path / "run" / "checkpoints" / "2"]}
-    Demo(tmp_path, SMALL).run()
+    run_demo(tmp_path, SMALL)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     with pytest.raises(TrainingError, match="another folder with --dir"):
-        Demo(tmp_path, DemoConfig(episodes=21))
+        run_demo(tmp_path, DemoConfig(episodes=21))
