@@ -14,8 +14,7 @@ import pytest
 from encoders import every_sample
 from tests.commands import run_manipi
 
-from manipi.cli import dataset as dataset_commands
-from manipi.cli import stats
+from manipi.cli import dataset, stats
 from manipi.data.feed.encoded import frames_of
 from manipi.data.feed.loader import Loader
 from manipi.data.feed.sampler import Sampler, Stream
@@ -307,6 +306,6 @@ def test_commands_take_the_address(serve, in_parts, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert Path("run/checkpoints/2/model.safetensors").is_file()
     write_json(fetch_tables(url) / FIELDS_FILE, to_json(BY_NAME[FIELDS]))
-    dataset_commands.run_view([url, "2", "--out", "view.html"])
+    dataset.run_view([url, "2", "--out", "view.html"])
     assert Path("view.html").stat().st_size > 100_000
     assert len(record_files()) <= 2

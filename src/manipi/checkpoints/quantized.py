@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from manipi.checkpoints.native import MANIFEST
-from manipi.errors import CheckpointError
+from manipi.errors import CheckpointError, quoted
 from manipi.records import from_json, read_json, write_json
 
 LARGEST_DIFFERENCE = 0.02
@@ -78,5 +78,5 @@ def _refusal(checkpoint: Path, quantization: str, found: str) -> CheckpointError
         expected=f"a report of this checkpoint's action error under {quantization}, at most {LARGEST_DIFFERENCE:.0%}",
         found=found,
         where=str(report_path(checkpoint, quantization)),
-        next=f"manipi bench infer {checkpoint} --quantize {quantization} --data DATASET  # or serve it as it is",
+        next=f"manipi bench infer {quoted(checkpoint)} --quantize {quantization} --data DATASET  # or serve it plain",
     )

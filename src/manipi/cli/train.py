@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from manipi.cli.arguments import Folder, NewFile, parse, recipe_name, write_result
+from manipi.errors import quoted
 from manipi.recipes.registry import load_recipe, recipe_names
 from manipi.train.config import TrainConfig
 from manipi.train.launch import ENVIRONMENT, Launch
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"checkpoint  {checkpoint}\nloss curve  {run_dir / 'loss.png'}")
     if best:
         print(f"best        {run_dir / 'best'}, of step {best['step']}: validation/curves.png")
-    print(f"next        manipi eval {run_dir / 'best' if best else checkpoint}")
+    print(f"next        manipi eval {quoted(run_dir / 'best' if best else checkpoint)}")
 
 
 def _become(torchrun: list[str]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from manipi.errors import quoted
 from manipi.evaluate.rollout import SuccessRate, Trial
 from manipi.page import data_uri, encode_mp4, render
 from manipi.records import to_json
@@ -125,7 +126,7 @@ def _commands(report: DemoReport) -> list[tuple[str, str]]:
     checkpoint = report.loss_png.parent / "checkpoints" / str(train["steps"])
     return [
         ("all of this again, from nothing", "manipi demo --dir again"),
-        ("is the data sound?", f"manipi check {train['data']['path']}"),
-        ("predicted beside recorded actions, and beside baselines", f"manipi eval {checkpoint}"),
-        ("serve the policy; any openpi client can drive it", f"manipi serve {checkpoint}"),
+        ("is the data sound?", f"manipi check {quoted(train['data']['path'])}"),
+        ("predicted beside recorded actions, and beside baselines", f"manipi eval {quoted(checkpoint)}"),
+        ("serve the policy; any openpi client can drive it", f"manipi serve {quoted(checkpoint)}"),
     ]

@@ -75,6 +75,7 @@ class Latency:
     count: int = 0
 
     def add(self, seconds: float) -> None:
+        """Counts one duration."""
         self.recent.append(seconds)
         self.total_s += seconds
         self.count += 1
@@ -108,11 +109,17 @@ class ServerState:
     _seen: tuple[int, dict[str, Any]] = (0, {})
 
     def note_error(self, client: Client, code: str, text: str) -> None:
+        """Counts an error that a client was told; the dashboard shows the last ones."""
         client.errors += 1
         self.error_counts[code] += 1
         self.errors.appendleft({"at": time.time(), "code": code, "text": text, "client": client.address})
 
     def note_answer(self, client: Client, observation: Observation, actions: Any) -> None:
+        """Counts an answer and keeps it for the dashboard, with what the robot's spec reads of the observation.
+
+        Args:
+            actions: [H, A]; anything else is counted alone.
+        """
         self.answers += 1
         client.last = time.time()
         if isinstance(actions, np.ndarray) and actions.ndim == 2:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from manipi.data.dataset import Dataset
-from manipi.data.review.describe import is_action, is_rate, is_state
+from manipi.data.review.describe import is_rate, state_and_action_keys
 from manipi.data.review.filters import idle_frames
 from manipi.data.review.report import Finding, warning
 from manipi.data.review.values import Signal
@@ -26,11 +26,10 @@ BINS = 40
 
 def find_idle(dataset: Dataset, signals: Sequence[Signal], robot: Robot | None) -> np.ndarray:
     """`idle_frames` [N] of what the robot calls state and action, or the features' names do."""
+    state_keys, action_keys = state_and_action_keys(dataset)
     if robot is not None:
-        state_keys, action_keys = {robot.dataset_key(s.key) for s in robot.state}, {robot.dataset_key(robot.action_key)}
-    else:
-        action_keys = {s.key for s in signals if is_action(s.key)}
-        state_keys = {s.key for s in signals if is_state(s.key)} - action_keys
+        state_keys = tuple(robot.dataset_key(s.key) for s in robot.state)
+        action_keys = (robot.dataset_key(robot.action_key),)
     actions = [s for s in signals if s.key in action_keys]
     # A dataset without either says nothing about pauses in names that are known: then everything counts.
     state = [s for s in signals if s.key in state_keys] or [s for s in signals if s.key not in action_keys]
@@ -48,6 +47,7 @@ def find_idle(dataset: Dataset, signals: Sequence[Signal], robot: Robot | None) 
 
 
 def pauses(dataset: Dataset, idle_N: np.ndarray) -> Iterator[Finding]:
+    """One warning about all episodes that pause in more than `IDLE_SHARE` of their frames."""
     shares = {e.index: float(idle_N[e.start : e.start + e.length].mean()) for e in dataset.episodes}
     if long := [number for number, share in shares.items() if share > IDLE_SHARE]:
         worst = max(long, key=lambda number: shares[number])
@@ -90,6 +90,7 @@ def alike(dataset: Dataset, signals: Sequence[Signal]) -> Iterator[Finding]:
 
 
 def language(dataset: Dataset) -> Iterator[Finding]:
+    """Episodes without an instruction, and instructions that differ in case, space or punctuation alone."""
     if silent := [e.index for e in dataset.episodes if not e.task.strip()]:
         what = f"{len(silent)} of {len(dataset.episodes)} episodes have no instruction"
         yield warning("language", what, "write what the robot does there; the policy is told nothing otherwise", silent)

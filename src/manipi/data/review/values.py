@@ -102,6 +102,7 @@ def read_signals(dataset: Dataset, keys: Collection[str] | None = None) -> tuple
 
 
 def still(signal: Signal) -> Iterator[Finding]:
+    """One warning about all dimensions that stay within `NEAR_CONSTANT`."""
     if not signal.moving_d.all():
         named = ", ".join(name for name, moves in zip(signal.names, signal.moving_d) if not moves)
         what = f"98 % of the values lie within {NEAR_CONSTANT:g} in {named}"
@@ -138,6 +139,7 @@ def jerk(dataset: Dataset, signal: Signal) -> np.ndarray:
 
 
 def shaking(dataset: Dataset, signal: Signal, jerk_Ed: np.ndarray) -> Iterator[Finding]:
+    """Episodes whose jerk, as `jerk` has it, is far above the median episode's."""
     usual_d = np.median(jerk_Ed, axis=0)
     for e, d in _outliers(np.where(jerk_Ed > LEAST_JERK, jerk_Ed, 0), usual_d, SHAKING):
         what = f"{signal.names[d]} has a jerk of {jerk_Ed[e, d]:.2%} of its range per frame³, usually {usual_d[d]:.2%}"
@@ -154,6 +156,7 @@ def _outliers(found_Ed: np.ndarray, usual_d: np.ndarray, factor: float) -> Itera
 
 
 def clipped(dataset: Dataset, signal: Signal, idle_N: np.ndarray) -> Iterator[Finding]:
+    """One warning about all commands that rest at exactly their lowest or highest value while others move."""
     shortest, longest, shares = max(round(CLIPPED_S * dataset.fps), 2), (0, 0), {}
     for d in np.flatnonzero(signal.moving_d).tolist():
         if is_gripper(signal.names[d]):
