@@ -78,5 +78,6 @@ def _refusal(checkpoint: Path, quantization: str, found: str) -> CheckpointError
         expected=f"a report of this checkpoint's action error under {quantization}, at most {LARGEST_DIFFERENCE:.0%}",
         found=found,
         where=str(report_path(checkpoint, quantization)),
-        next=f"manipi bench infer {quoted(checkpoint)} --quantize {quantization} --data DATASET  # or serve it plain",
+        next=f"manipi bench infer {quoted(checkpoint)} --quantize {quantization} --data DATASET"
+        "  # or serve it as it is",
     )

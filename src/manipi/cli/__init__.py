@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 import manipi
 from manipi.errors import ConfigError, ManipiError, shown
@@ -53,21 +52,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(*arguments)
         sys.stdout.flush()
-    except (ManipiError, ManipiClientError) as error:
-        _fail(arguments[0], error)
-    except RuntimeError as error:
-        _fail(arguments[0], _out_of_memory(arguments[0], error))
+    except (ManipiError, ManipiClientError, RuntimeError) as error:
+        known = isinstance(error, (ManipiError, ManipiClientError))
+        told = error if known else _out_of_memory(arguments[0], error)
+        print(f"\nmanipi {arguments[0]}: {type(told).__name__}\n{told}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         # Python flushes once more when it ends, and would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _fail(command: str, error: Exception) -> NoReturn:
-    print(f"\nmanipi {command}: {type(error).__name__}\n{error}", file=sys.stderr)
-    sys.exit(1)
 
 
 def _out_of_memory(command: str, error: RuntimeError) -> ManipiError:

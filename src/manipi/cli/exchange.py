@@ -135,9 +135,8 @@ def run_export(arguments: Sequence[str]) -> None:
         from manipi.exchange.program import export_program
 
         report = export_program(args.source, args.target)
-        print(table(report.rows()))
-        return write_result(report, args.json)
-    dtype = None if args.dtype == "stored" else getattr(torch, args.dtype)
-    certificate = export_checkpoint(args.source, args.to, args.target, dtype=dtype, merge=args.merge)
-    print(table(certificate.rows()))
-    return write_result(certificate, args.json)
+    else:
+        dtype = None if args.dtype == "stored" else getattr(torch, args.dtype)
+        report = export_checkpoint(args.source, args.to, args.target, dtype=dtype, merge=args.merge)
+    print(table(report.rows()))
+    write_result(report, args.json)

@@ -76,10 +76,8 @@ def _dataset(path: Path | str) -> Any:
     )
     rows = [(k, f.kind, _shape(f.shape), f.dtype, _shorten(", ".join(f.names))) for k, f in summary.features.items()]
     _section("features", table(rows, ("key", "kind", "shape", "dtype", "names")))
-    _section(
-        "instructions",
-        table([(count, task or "(none)") for task, count in summary.tasks.items()], ("episodes", "task")),
-    )
+    tasks = [(count, task or "(none)") for task, count in summary.tasks.items()]
+    _section("instructions", table(tasks, ("episodes", "task")))
     _section("a robot for it, guessed from the names: save it as my_robot.py and correct every line", summary.robot)
     print(f"next  manipi check {quoted(path)}    manipi check {quoted(path)} --robot my_robot.py:ROBOT")
     return summary
