@@ -26,8 +26,7 @@ from manipi.records import write_json
 from manipi.robots import Joints, Robot, State
 from manipi.tokenizers import ByteTokenizer, Tokenizers
 from manipi.weights.names import openpi_arrays
-from manipi.weights.orbax import write_tree
-from manipi.weights.stores import ArrayInfo
+from manipi.weights.stores import ArrayInfo, write_tree
 
 GIB = 2**30
 MODEL = Pi05Config(compat=REFERENCE, action_horizon=10)

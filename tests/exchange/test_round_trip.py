@@ -19,7 +19,7 @@ from manipi.exchange.importing import Wanted, import_adapters, import_checkpoint
 from manipi.model import VLA
 from manipi.model.config import NO_ADAPTERS
 from manipi.policy import Policy
-from manipi.weights.orbax import OrbaxStore
+from manipi.weights.stores import OrbaxStore
 
 LAYOUTS = [
     *((kind, to) for kind in ("pi0", "pi05") for to in ("openpi-jax", "openpi-torch", "lerobot")),

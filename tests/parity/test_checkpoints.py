@@ -16,7 +16,7 @@ def case_of(folder):
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
 def test_checkpoints(folder, measure):
-    from manipi.weights.orbax import OrbaxStore
+    from manipi.weights.stores import OrbaxStore
 
     case = case_of(folder)
     found = OrbaxStore(folder).tree()

@@ -30,8 +30,7 @@ from manipi.train.step.trained import trainable_parameters
 from manipi.transforms.normalize import contract, normalize
 from manipi.types import FieldStats, NormStats
 from manipi.weights.names import openpi_arrays
-from manipi.weights.orbax import write_tree
-from manipi.weights.stores import ArrayInfo
+from manipi.weights.stores import ArrayInfo, write_tree
 
 BATCH, HORIZON, LENGTH, ACTIONS, IMAGE = 2, 15, 180, 7, 28
 STATES = {"pi0": 7, "pi05": 8, "pi0_fast": 8, "pi0_lora": 7}

@@ -10,8 +10,7 @@ import torch
 from manipi.errors import TokenizerError, WeightsMismatchError
 from manipi.tokenizers import ByteTokenizer, FastTokenizer, FsqTokenizer
 from manipi.tokenizers.fsq import FsqConfig, tensor_shapes
-from manipi.weights.orbax import write_tree
-from manipi.weights.stores import ArrayInfo
+from manipi.weights.stores import ArrayInfo, write_tree
 from manipi.weights.tokenizers import open_action_tokenizer, open_text_tokenizer
 
 CONFIG = FsqConfig(

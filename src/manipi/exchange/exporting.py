@@ -17,13 +17,7 @@ from torch import Tensor
 from manipi.checkpoints.adapters import is_adapter, read_adapters, without_adapters, write_adapters
 from manipi.checkpoints.native import Checkpoint, read_checkpoint, write_description
 from manipi.errors import ConfigError
-from manipi.exchange.certificate import (
-    Certificate,
-    answer_of_foreign,
-    answer_of_weights,
-    certify,
-    write_streamed,
-)
+from manipi.exchange.certificate import Certificate, answer_of_foreign, answer_of_weights, certify, write_streamed
 from manipi.exchange.lerobot import DESCRIPTION, policy_config, relative_settings, write_processors
 from manipi.model.config import GEMMA_2B, GEMMA_300M, ModelConfig, Pi0FastConfig
 from manipi.records import write_json
@@ -31,8 +25,7 @@ from manipi.storage import atomic_directory, require_absent, require_room
 from manipi.transforms.normalize import save_norm_stats
 from manipi.weights.layouts import open_weights
 from manipi.weights.names import LEROBOT, OPENPI_JAX, OPENPI_TORCH, arrays, stack_layer
-from manipi.weights.orbax import write_tree
-from manipi.weights.stores import ArrayInfo, bytes_of, write_safetensors
+from manipi.weights.stores import ArrayInfo, bytes_of, write_safetensors, write_tree
 
 # Their PyTorch files name the tied embedding by the output matrix.
 _LAYOUTS = {"openpi-jax": OPENPI_JAX} | {one.name: one.with_embedding(one.lm_head) for one in (OPENPI_TORCH, LEROBOT)}

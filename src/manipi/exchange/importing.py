@@ -14,13 +14,7 @@ import torch
 from tqdm import tqdm
 
 from manipi.checkpoints.adapters import read_adapters
-from manipi.checkpoints.native import (
-    Checkpoint,
-    PolicyConfig,
-    read_checkpoint,
-    read_description,
-    write_checkpoint,
-)
+from manipi.checkpoints.native import Checkpoint, PolicyConfig, read_checkpoint, read_description, write_checkpoint
 from manipi.errors import CheckpointError, ConfigError, NormStatsError, WeightsMismatchError
 from manipi.exchange.certificate import (
     Certificate,

@@ -230,7 +230,7 @@ class Stated:
     notes: list[str] = field(default_factory=list)
 
     def say(self, name: str, value: Any, where: str) -> None:
-        """Take over what a file says of the policy, or in `_SIZES` and such, of its model.
+        """Take over what a file says of the policy (`_POLICY`) or of its model (any other name).
 
         Raises:
             CheckpointError: an earlier one says otherwise.
@@ -245,7 +245,8 @@ class Stated:
                 where=str(self.folder),
                 next="ask whoever trained it, and correct the file that is wrong",
             )
-        said[name] = Said(value, where)
+        if said is self.policy:
+            said[name] = Said(value, where)
 
     def get(self, name: str) -> Any:
         """What is said of the policy; None where nothing is."""

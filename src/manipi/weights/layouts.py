@@ -27,8 +27,7 @@ from manipi.weights.names import (
     require_match,
     unstack_layer,
 )
-from manipi.weights.orbax import OrbaxStore
-from manipi.weights.stores import FLOATS, NpzStore, SafetensorsStore, Store, require_plain
+from manipi.weights.stores import FLOATS, NpzStore, OrbaxStore, SafetensorsStore, Store, require_plain
 
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 """PEFT's files."""

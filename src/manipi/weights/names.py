@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Container, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ from manipi.model.config import (
     Pi05Config,
     VisionSize,
 )
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 class Row(NamedTuple):
@@ -88,6 +90,8 @@ VISION = (
     Row("position_embedding", "pos_embedding", "embeddings.position_embedding.weight", "1TD", "1T D"),
     *_layer_norm("final_norm", "Transformer/encoder_norm", "post_layernorm"),
 )
+PROJECTOR = _linear("head", "head", "linear", "DO", "O D")
+EMBEDDING = (Row("token_embedding", "input_embedding", "{embedding}", "VD", "V D"),)
 _HEADS = "MultiHeadDotProductAttention_0"
 VISION_BLOCK = (
     *_layer_norm("attention_norm", "LayerNorm_0", "layer_norm1"),
@@ -166,17 +170,9 @@ _TOWER = "{vlm}vision_tower.vision_model."
 _BLOCKS = ("{root}img/Transformer/encoderblock/", f"{_TOWER}encoder.layers.{{layer}}.")
 PARTS = (
     Part("vision", "vision.", "{root}img/", _TOWER, VISION),
+    Part("vision", "vision.", "{root}img/", "{vlm}multi_modal_projector.", PROJECTOR),
     Part("vision", "vision.blocks.{layer}.", *_BLOCKS, VISION_BLOCK),
-    Part(
-        "vision", "vision.", "{root}img/", "{vlm}multi_modal_projector.", _linear("head", "head", "linear", "DO", "O D")
-    ),
-    Part(
-        "vlm",
-        "gemma.",
-        "{root}llm/embedder/",
-        "",
-        (Row("token_embedding", "input_embedding", "{embedding}", "VD", "V D"),),
-    ),
+    Part("vlm", "gemma.", "{root}llm/embedder/", "", EMBEDDING),
     *_expert("vlm", "{language}", (Pi0Config, Pi05Config, Pi0FastConfig), ()),
     *_expert("action", "{expert}", (Pi0Config,), (Pi05Config,)),
     Part("head", "head.", "", "{head}", HEAD, (Pi0Config, Pi05Config)),
@@ -215,28 +211,28 @@ class Layout(NamedTuple):
         return self._replace(prefixes={**self.prefixes, "embedding": name})
 
 
-def _pi(name: str, root: str) -> Layout:
+def _paligemma(name: str, vlm: str, language: str, lm_head: str) -> Layout:
+    prefixes = {"vlm": vlm, "language": language, "embedding": f"{language}embed_tokens.weight"}
+    return Layout(name, prefixes, lm_head)
+
+
+def _policy(name: str, root: str) -> Layout:
     vlm, expert = f"{root}paligemma_with_expert.paligemma.", f"{root}paligemma_with_expert.gemma_expert."
-    prefixes = _paligemma(f"{vlm}model.", f"{vlm}model.language_model.")
-    return Layout(
-        name, prefixes | {"expert": f"{expert}model.", "head": root}, f"{vlm}lm_head.weight", f"{expert}lm_head.weight"
-    )
-
-
-def _paligemma(vlm: str, language: str) -> dict[str, str]:
-    return {"vlm": vlm, "language": language, "embedding": f"{language}embed_tokens.weight"}
+    alone = _paligemma(name, f"{vlm}model.", f"{vlm}model.language_model.", f"{vlm}lm_head.weight")
+    prefixes = {**alone.prefixes, "expert": f"{expert}model.", "head": root}
+    return alone._replace(prefixes=prefixes, expert_lm_head=f"{expert}lm_head.weight")
 
 
 OPENPI_JAX = Layout("openpi-jax", {"root": "PaliGemma/", "head": ""})
 PALIGEMMA_NPZ = Layout("paligemma-npz", {"root": "params/"})
-OPENPI_TORCH = _pi("openpi-torch", "")
-LEROBOT = _pi("lerobot", "model.")
+OPENPI_TORCH = _policy("openpi-torch", "")
+LEROBOT = _policy("lerobot", "model.")
 TORCH_LAYOUTS = (
     OPENPI_TORCH,
     LEROBOT,
     # transformers before and since 4.52.
-    Layout("paligemma", _paligemma("", "language_model.model."), "language_model.lm_head.weight"),
-    Layout("paligemma", _paligemma("model.", "model.language_model."), "lm_head.weight"),
+    _paligemma("paligemma", "", "language_model.model.", "language_model.lm_head.weight"),
+    _paligemma("paligemma", "model.", "model.language_model.", "lm_head.weight"),
 )
 
 
@@ -319,10 +315,7 @@ def _sizes(config: ModelConfig, scope: str) -> dict[str, int]:
 
 
 def infer_config(
-    shapes: Mapping[str, tuple[int, ...]],
-    layout: Layout = OPENPI_JAX,
-    like: ModelConfig | None = None,
-    where: str = "the weights",
+    shapes: Shapes, layout: Layout = OPENPI_JAX, like: ModelConfig | None = None, where: str = "the weights"
 ) -> ModelConfig:
     """The config behind the shapes of a file's tensors.
 
@@ -366,33 +359,20 @@ def infer_config(
         return found, size, Adapters(**loras | same)
 
     v = solved("vision", "DLMNPT", {"N": base.vision.num_heads})
-    vision = VisionSize(
-        width=v["D"],
-        depth=v["L"],
-        mlp_dim=v["M"],
-        num_heads=v["N"],
-        patch_size=v["P"],
-        image_size=math.isqrt(v["T"]) * v["P"],
-    )
+    sizes = {"width": v["D"], "depth": v["L"], "mlp_dim": v["M"], "num_heads": v["N"]}
+    vision = VisionSize(**sizes, patch_size=v["P"], image_size=math.isqrt(v["T"]) * v["P"])
     found, vlm, adapters = expert("vlm", base.vlm, base.vlm_adapters)
     # transformers pads the vocabulary of PaliGemma.
     rows = min(found["V"], base.vocab_size) if layout.name == "paligemma" else found["V"]
     fields: dict[str, Any] = {"vision": vision, "vocab_size": rows, "vlm": vlm, "vlm_adapters": adapters}
     if not layout.vlm_only and not isinstance(base, Pi0FastConfig):
-        fields["action_dim"] = solved("head", "A", {})["A"]
-        _, fields["action_expert"], fields["action_adapters"] = expert(
-            "action", base.action_expert, base.action_adapters
-        )
+        _, size, adapters = expert("action", base.action_expert, base.action_adapters)
+        fields |= {"action_dim": solved("head", "A", {})["A"], "action_expert": size, "action_adapters": adapters}
     return dataclasses.replace(base, **fields)
 
 
 def _solve(
-    rows: list[tuple[Part, Row]],
-    needed: str,
-    known: Mapping[str, int],
-    shapes: Mapping[str, tuple[int, ...]],
-    layout: Layout,
-    where: str,
+    rows: list[tuple[Part, Row]], needed: str, known: dict[str, int], shapes: Shapes, layout: Layout, where: str
 ) -> dict[str, int]:
     """The sizes of the rows' letters, from the shapes of the arrays that are there.
 
@@ -467,12 +447,7 @@ def to_torch(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values)
 
 
-def require_match(
-    expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    where: str,
-    unused: Container[str] = (),
-) -> None:
+def require_match(expected: Shapes, found: Shapes, where: str, unused: Container[str] = ()) -> None:
     """Every array accounted for.
 
     Raises:

@@ -20,7 +20,7 @@ from manipi.tokenizers import (
     TextTokenizer,
 )
 from manipi.tokenizers.fsq import FSQ_CONFIG_FILE
-from manipi.weights.orbax import OrbaxStore
+from manipi.weights.stores import OrbaxStore
 
 
 def open_action_tokenizer(source: str) -> ActionTokenizer:
