@@ -59,8 +59,8 @@ class VideoFrames:
             if len(self._decoders) > self._num_decoders:
                 self._close(next(iter(self._decoders)))
             if is_deep(decoder.pix_fmt):
-                next = 'write "info": {"is_depth_map": true} into its entry in meta/info.json, which leaves it out'
-                raise _broken("pictures of 8 bits per channel", f"a depth map ({decoder.pix_fmt})", where, next)
+                mark = 'write "info": {"is_depth_map": true} into its entry in meta/info.json, which leaves it out'
+                raise _broken("pictures of 8 bits per channel", f"a depth map ({decoder.pix_fmt})", where, mark)
             return decoder.frame(seconds)
         except (FFmpegError, _NoFrame) as error:
             self._close(path)
