@@ -75,13 +75,13 @@ class Store:
     def _open(self) -> tuple[Any, str]:
         import fsspec
 
+        options: dict[str, Any] = {}
         if self.scheme == "gs":
             # Not the class that fsspec would take, which asks a gRPC service about the bucket before every request.
             from gcsfs.core import GCSFileSystem  # pyright: ignore[reportMissingImports]
 
             options = {"token": "anon"} if self.url.split("/")[2] in PUBLIC_BUCKETS else {}
             return GCSFileSystem(**options), self.url.removeprefix("gs://").rstrip("/")
-        options = {}
         if self.scheme in ("http", "https"):
             import aiohttp
 
