@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -134,7 +134,7 @@ def convert(
                 job = _Job(reader=reader, encoder=encoder, settings=settings, parts=parts, skip_bad=skip_bad)
                 todo = [number for number in numbers if not parts.episode(number).exists()]
                 bad: dict[int, str] = {}
-                done = {"initial": len(numbers) - len(todo), "total": len(numbers)}
+                done: dict[str, Any] = {"initial": len(numbers) - len(todo), "total": len(numbers)}
                 bar = tqdm(desc="encode", unit="episode", disable=not show, **done)
                 with bar, closing(_run(job, todo, num_workers)) as results:
                     for number, error in results:

@@ -75,13 +75,13 @@ class Store:
     def _open(self) -> tuple[Any, str]:
         import fsspec
 
+        options: dict[str, Any] = {}
         if self.scheme == "gs":
             # Not the class that fsspec would take, which asks a gRPC service about the bucket before every request.
             from gcsfs.core import GCSFileSystem  # pyright: ignore[reportMissingImports]
 
             options = {"token": "anon"} if self.url.split("/")[2] in PUBLIC_BUCKETS else {}
             return GCSFileSystem(**options), self.url.removeprefix("gs://").rstrip("/")
-        options = {}
         if self.scheme in ("http", "https"):
             import aiohttp
 
@@ -216,23 +216,8 @@ def _require_reachable(url: str, scheme: str, endpoint: str) -> None:
     if endpoint in _reached:
         return
     failure: list[OSError] = [TimeoutError(f"no answer within {LOOK:g} s")]
-
-    def look() -> None:
-        for pause in (1.0, 2.0, None):
-            try:
-                socket.create_connection((host, port), timeout=LOOK).close()
-            except OSError as error:
-                failure.append(error)
-            except UnicodeError as error:
-                failure.append(OSError(f"{host!r} is no name of a host: {error}"))
-            else:
-                failure.clear()
-            if not failure or pause is None:
-                return
-            time.sleep(pause)
-
     # In a thread, because nothing bounds how long a name is looked up.
-    looking = threading.Thread(target=look, daemon=True)
+    looking = threading.Thread(target=_look, args=(host, port, failure), daemon=True)
     looking.start()
     looking.join(LOOK)
     if failure:
@@ -241,6 +226,22 @@ def _require_reachable(url: str, scheme: str, endpoint: str) -> None:
         way = f"a way to {host}:{port}, where {scheme}:// is"
         raise fetch_error(way, str(failure[-1]), url, next)
     _reached.add(endpoint)
+
+
+def _look(host: str, port: int, failure: list[OSError]) -> None:
+    """Adds to `failure` what is wrong, and empties it once there is a connection."""
+    for pause in (1.0, 2.0, None):
+        try:
+            socket.create_connection((host, port), timeout=LOOK).close()
+        except OSError as error:
+            failure.append(error)
+        except UnicodeError as error:
+            failure.append(OSError(f"{host!r} is no name of a host: {error}"))
+        else:
+            failure.clear()
+        if not failure or pause is None:
+            return
+        time.sleep(pause)
 
 
 def _hex(base64_digest: str | None) -> str:
