@@ -88,7 +88,7 @@ class Engine(VLA):
             final["action"] = StepNorm(0)
         self.gemma = twin(gemma, blocks=nn.ModuleList(blocks), final_norms=nn.ModuleDict(final))
         if flows:
-            self.head = StepHead(model.head, num_steps, norms, self.dtype)
+            self.head = StepHead(model.head, num_steps, config.action_horizon, norms, self.dtype)
 
     def compile(self, **options: Any) -> None:
         """Compile the layers, and on a GPU play one CUDA graph per shape from then on.
@@ -165,10 +165,11 @@ class StepHead(nn.Module):
         dtype: to compute in.
     """
 
+    starts: Tensor
     table: Tensor
     """[T, D], or of norms [T, N, 3, D]."""
 
-    def __init__(self, head: FlowHead, num_steps: int, norms: list[AdaptiveRMSNorm], dtype: torch.dtype):
+    def __init__(self, head: FlowHead, num_steps: int, horizon: int, norms: list[AdaptiveRMSNorm], dtype: torch.dtype):
         super().__init__()
         self.head, self.num_steps, self.has_state = head, num_steps, isinstance(head, Pi0Head)
         time_T = torch.tensor([*euler_times(num_steps), CLEAN], device=head.action_in.weight.device)
@@ -186,6 +187,7 @@ class StepHead(nn.Module):
                 tables.append(torch.stack([1 + scale, shift, gate], dim=1))
             table = torch.stack(tables, dim=1)
         self.register_buffer("table", table)
+        self.register_buffer("starts", torch.arange(horizon, device=table.device) == 0)
 
     def suffix_at(
         self, state_BA: Tensor, x_BKHA: Tensor, timestep: float, dtype: torch.dtype, given_BH: Tensor | None
@@ -201,7 +203,7 @@ class StepHead(nn.Module):
             mixed_BTD = F.linear(tokens_BTD, weight[:, : len(weight)].float()) + row
             tokens_BTD = self.head.time_mlp_out(F.silu(mixed_BTD))
         else:
-            cond = StepConditioning(row)
+            cond = StepConditioning(row.unbind(0))
         return self._span(tokens_BTD.to(dtype), cond)
 
     def state_token(self, state_BA: Tensor, dtype: torch.dtype) -> Span:
@@ -210,12 +212,11 @@ class StepHead(nn.Module):
         return self._span(self.head.state_in(state_BA)[:, None].to(dtype), None)
 
     def _span(self, tokens_BTD: Tensor, cond: StepConditioning | None) -> Span:
-        starts_BT = torch.zeros(tokens_BTD.shape[:2], dtype=torch.bool, device=tokens_BTD.device)
-        starts_BT[:, 0] = True
+        b, t, _ = tokens_BTD.shape
         return Span(
             tokens_BTD=tokens_BTD,
-            valid_BT=torch.ones_like(starts_BT),
-            starts_block_BT=starts_BT,
+            valid_BT=self.starts[:1].expand(b, t),
+            starts_block_BT=self.starts[:t].expand(b, t),
             cond=cond,
             all_valid=True,
             one_block=True,
