@@ -22,7 +22,7 @@ from manipi.data.dataset import action_chunks
 from manipi.data.feed.mixture import Part
 from manipi.data.norm_stats.compute import read_state
 from manipi.errors import ConfigError, shown
-from manipi.tokenizers.binning import NUM_BINS, bin_indices
+from manipi.tokenizers.actions import NUM_BINS, bin_indices
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.normalize import Normalize
 from manipi.transforms.pipeline import Pipeline
