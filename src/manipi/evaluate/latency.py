@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from manipi.model import ModelInput
 from manipi.model.autoregressive import next_tokens
 from manipi.model.config import GemmaSize, ModelConfig, Pi0Config, Pi0FastConfig
 from manipi.model.flow import velocity_field
+from manipi.model.gemma import Block
 from manipi.model.inference.engine import Engine
 from manipi.model.inference.quantize import maker
 from manipi.policy import Policy
@@ -191,7 +192,8 @@ def _sizes(inputs: ModelInput, config: ModelConfig) -> tuple[int, int]:
 
 def _weights(engine: Engine) -> dict[str, int]:
     """Bytes of matrices that each stage reads."""
-    vlm, action = ([b.experts[name] for b in engine.gemma.blocks if name in b.experts] for name in ("vlm", "action"))
+    blocks = [cast(Block, block) for block in engine.gemma.blocks]
+    vlm, action = ([b.experts[name] for b in blocks if name in b.experts] for name in ("vlm", "action"))
     parts = {"images": engine.vision.blocks, "prefix": vlm, "token": vlm, "step": action}
     return {name: sum(b.nbytes for layer in layers for b in layer.buffers()) for name, layers in parts.items()}
 

@@ -21,7 +21,7 @@ G key/value heads, H head dim.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -50,7 +50,7 @@ class Span:
     tokens_BTD: Tensor
     valid_BT: Tensor
     starts_block_BT: Tensor
-    cond: "Conditioning | None" = None
+    cond: "Conditions | None" = None
     """Of an expert with adaptive norms."""
     branch_BT: Tensor | None = None
     """None: all on the trunk."""
@@ -114,8 +114,16 @@ class KVCache:
         return mask_for(query, key, dtype)
 
 
+class Conditions(Protocol):
+    """What modulates adaptive norms: a `Conditioning`, or in an engine what each layer's norms make of it."""
+
+    def of_layer(self, index: int) -> Any:
+        """What the norms of that layer are called with; the final norm counts as one more layer."""
+        ...
+
+
 class Conditioning(NamedTuple):
-    """What modulates adaptive norms: the same in all layers, or in an engine what each layer makes of it."""
+    """What modulates adaptive norms, the same in all layers."""
 
     rows_BCD: Tensor
     """Row c conditions the c-th run of T/C tokens, so that C is 1 for one timestep per span, and the number of branches

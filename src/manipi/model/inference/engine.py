@@ -13,7 +13,7 @@ is one CUDA graph: `run` reads nothing back, and its shapes follow from `Kept`.
 Shape suffixes: B batch, K noise draws, T timesteps, N norms, H action horizon, A action dimensions, D width.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from manipi.errors import ConfigError
 from manipi.model.config import Pi0FastConfig
 from manipi.model.flow import CLEAN, Continuation, FlowHead, Pi0Head, Pi05Head, euler_times, timestep_embedding
-from manipi.model.gemma import AdaptiveRMSNorm, Block, Span
+from manipi.model.gemma import AdaptiveRMSNorm, Block, ExpertLayer, Span
 from manipi.model.inference.fused import (
     FusedExpertLayer,
     FusedVisionBlock,
@@ -34,6 +34,7 @@ from manipi.model.inference.fused import (
 from manipi.model.inference.graphs import Graphs, compile_layers
 from manipi.model.inference.quantize import Quantization, compute_dtype, maker
 from manipi.model.inputs import Kept, ModelInput
+from manipi.model.siglip import VisionBlock
 from manipi.model.vla import VLA
 
 
@@ -69,12 +70,13 @@ class Engine(VLA):
         self.dtype = compute_dtype(model.dtype, device)
         self._graphs: Graphs | None = None
         make = maker(quantization, device, model.dtype)
-        vision = nn.ModuleList(FusedVisionBlock(one, make) for one in model.vision.blocks)
+        vision = nn.ModuleList(FusedVisionBlock(cast(VisionBlock, one), make) for one in model.vision.blocks)
         self.vision = twin(model.vision, blocks=vision)
         blocks, norms = [], []
         for index, block in enumerate(gemma.blocks):
             experts = {}
-            for name, layer in block.experts.items():
+            for name, layer in cast(Block, block).experts.items():
+                assert isinstance(layer, ExpertLayer)
                 of_layer = (layer.attention_norm, layer.mlp_norm)
                 if isinstance(layer.attention_norm, AdaptiveRMSNorm):
                     norms += of_layer
@@ -134,7 +136,7 @@ class Engine(VLA):
         if self._graphs is None or continuation == "guidance" or ragged:
             return super().run(inputs, kept, noise_BKHA, num_steps, continuation)
 
-        def recorded(tensors: dict[str, Tensor]) -> Tensor:
+        def recorded(tensors: dict[str, Any]) -> Tensor:
             noise = tensors.pop("noise")
             return VLA.run(self, ModelInput(**tensors), kept, noise, num_steps, continuation)
 
