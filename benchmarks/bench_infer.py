@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from manipi.model import VLA, ModelInput
 from manipi.model.attention import MASKED
 from manipi.model.config import GEMMA_2B, GEMMA_300M, SO400M_14, Pi0Config
-from manipi.model.gemma import Block, ExpertLayer, KeysValues, rope, rotate
+from manipi.model.gemma import Block, ExpertLayer, rope
 from manipi.model.inference.engine import Engine
 from manipi.train.watch.progress import peak_memory
 
@@ -73,21 +73,20 @@ class Plain:
         return x
 
     def _layers(
-        self, name: str, tokens: Tensor, mask_BTS: Tensor, position_BT: Tensor, past: list[KeysValues] | None
-    ) -> tuple[Tensor, list[KeysValues]]:
+        self, name: str, tokens: Tensor, mask_BTS: Tensor, position_BT: Tensor, past: list[tuple[Tensor, Tensor]] | None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         x, dtype, cache = tokens.float(), tokens.dtype, []
         bias = torch.where(mask_BTS, 0.0, MASKED)[:, None]
         rotation = rope(position_BT, self.model.gemma.size.head_dim)
         for index, block in enumerate(self.model.gemma.blocks):
             layer = cast(ExpertLayer, cast(Block, block).experts[name])
             normed, gate = layer.attention_norm(x, None)
-            q, k, v = layer.qkv(normed.to(dtype), x.shape[1])
+            q, k, v = layer.qkv(normed.to(dtype), x.shape[1], rotation)
             assert q is not None, "every token asks"
-            q, k = rotate(q, rotation), rotate(k, rotation)
             if past is not None:
                 k, v = (torch.cat(pair, dim=1) for pair in zip(past[index], (k, v), strict=True))
-            cache.append(KeysValues(k, v))
-            x = layer.finish(x, eager_attention(q, k, v, bias), gate, None)
+            cache.append((k, v))
+            x = layer.finish(x, eager_attention(q, k, v, bias).flatten(2), gate, None)
         return x, cache
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -245,10 +246,17 @@ class Policy:
         started = time.perf_counter() if started is None else started
         noise = self._stack_noises(encoded, noises or [None] * len(encoded))
         chunks: dict[int, np.ndarray] = {}
-        for members in _alike(encoded):
+        # Those that the model reads in the same fields are one batch.
+        alike: dict[frozenset[str], list[int]] = {}
+        for number, one in enumerate(encoded):
+            alike.setdefault(frozenset(one.sample), []).append(number)
+        for members in alike.values():
             inputs = self.model_input([encoded[i] for i in members])
             outputs = self.run_model(inputs, None if noise is None else noise[members])
-            chunks |= {i: self._decode(output, encoded[i].seen) for i, output in zip(members, outputs, strict=True)}
+            for i, output in zip(members, outputs, strict=True):
+                decode = partial(self.pipeline.decode, seen=encoded[i].seen)
+                several = output.ndim == 3  # chunks of as many noises
+                chunks[i] = np.stack([decode(one) for one in output]) if several else decode(output)
         timing = {"infer_ms": (time.perf_counter() - started) * 1e3}
         return [{"actions": chunks[i], "policy_timing": dict(timing)} for i in range(len(encoded))]
 
@@ -273,12 +281,6 @@ class Policy:
                 next="draw it with Policy.draw_noise",
             )
         return np.stack(drawn)
-
-    def _decode(self, output: np.ndarray, seen: list[Sample]) -> np.ndarray:
-        """Commands [H, A], or [N, H, A] for chunks of several noises."""
-        if output.ndim == 3:
-            return np.stack([self.pipeline.decode(chunk, seen) for chunk in output])
-        return self.pipeline.decode(output, seen)
 
     @torch.no_grad()
     def run_model(self, inputs: ModelInput, noise: np.ndarray | None) -> np.ndarray:
@@ -307,14 +309,6 @@ class Policy:
                 where=where,
                 next="run it with the manipi and torch versions that trained it; do not put it on a robot",
             )
-
-
-def _alike(encoded: Sequence[Encoded]) -> list[list[int]]:
-    """Which of them the model reads in the same fields, and so in one batch."""
-    groups: dict[frozenset[str], list[int]] = {}
-    for number, one in enumerate(encoded):
-        groups.setdefault(frozenset(one.sample), []).append(number)
-    return list(groups.values())
 
 
 @contextmanager

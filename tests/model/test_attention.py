@@ -37,7 +37,7 @@ def test_flex_attention_equals_the_bias(name):
     prefix, suffix = prefix_and_suffix(name)
     for query, key in ((prefix, prefix), (suffix, prefix.then(suffix))):
         t, s = query.valid.shape[1], key.valid.shape[1]
-        q, k, v = torch.randn(B, t, N, HEAD_DIM), torch.randn(B, s, G, HEAD_DIM), torch.randn(B, s, G, HEAD_DIM)
+        q, k, v = torch.randn(B, t, N, HEAD_DIM), torch.randn(B, G, s, HEAD_DIM), torch.randn(B, G, s, HEAD_DIM)
         seen = attention_mask(query, key).any(-1)
         bias = mask_for(query, key, torch.float32)
         assert isinstance(bias, torch.Tensor)
@@ -79,7 +79,8 @@ def test_on_a_gpu_outputs_and_gradients_agree(dtype):
     first, second = prefix_and_suffix("pi05", num_prefix=300)
     layout = Layout(**{name: t.cuda() for name, t in vars(first.then(second)).items() if isinstance(t, torch.Tensor)})
     t = layout.valid.shape[1]
-    q, k, v = (torch.randn(B, t, heads, 256, device="cuda", dtype=dtype, requires_grad=True) for heads in (8, 1, 1))
+    shapes = ((B, t, 8, 256), (B, 1, t, 256), (B, 1, t, 256))
+    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes)
     seen, mask = attention_mask(layout, layout).any(-1), mask_for(layout, layout, dtype)
     if not isinstance(mask, BlockMask):
         pytest.skip("this GPU has too little shared memory for FlexAttention")

@@ -148,4 +148,4 @@ def test_last_tokens_equal_those_of_all(gemma, prefix, last, causal):
     every, cache = gemma({"vlm": span})["vlm"], KVCache()
     some = gemma({"vlm": span}, cache, commit=True, last=last)["vlm"]
     torch.testing.assert_close(some, every[:, -last:], **CLOSE)
-    assert all(keys.shape[1] == P for keys, _ in cache.layers.values())
+    assert all(keys.shape[2] == P for keys, _ in cache.layers.values())

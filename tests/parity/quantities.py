@@ -127,7 +127,7 @@ def keys_values(case: Case, model: VLA) -> Quantities:
     cache = KVCache()
     model.gemma({"vlm": model.embed_prefix(case.batch())}, cache, commit=True)
     pairs = [cache.layers[layer] for layer in range(len(cache.layers))]
-    return {f"kv_cache/{name}": torch.stack([pair[i] for pair in pairs]) for i, name in enumerate("kv")}
+    return {f"kv_cache/{name}": torch.stack([pair[i].transpose(1, 2) for pair in pairs]) for i, name in enumerate("kv")}
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from golden import ABSENT, SHARED, find, name_of, read_arrays, read_json
 
 from manipi.errors import TokenizerError
 from manipi.tokenizers import FastTokenizer, SentencePieceTokenizer, extract_codes, fast_prompt, pi05_prompt
-from manipi.tokenizers.binning import bin_indices
+from manipi.tokenizers.actions import bin_indices
 from manipi.tokenizers.text import codes_from_tokens, tokens_from_codes
 
 FILES = find("tokenizer/*.json")

@@ -6,7 +6,7 @@ from hypothesis.extra import numpy as hnp
 
 from manipi.errors import TokenizerError
 from manipi.tokenizers import BinningTokenizer
-from manipi.tokenizers.binning import bin_indices, bin_left_edges
+from manipi.tokenizers.actions import bin_indices, bin_left_edges
 
 
 @given(hnp.arrays(np.float32, (5, 3), elements=st.floats(-1, 1, width=32)))

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from manipi.model import ModelInput
 from manipi.model.autoregressive import next_tokens
 from manipi.model.config import GemmaSize, ModelConfig, Pi0Config, Pi0FastConfig
 from manipi.model.flow import velocity_field
+from manipi.model.gemma import Block
 from manipi.model.inference.engine import Engine
 from manipi.model.inference.quantize import maker
 from manipi.policy import Policy
@@ -111,7 +112,8 @@ def profile(engine: Engine, inputs: ModelInput, *, rounds: int, host: Host | Non
     kept, config = inputs.kept, engine.config
     prefix_len = len(kept.cameras) * config.vision.num_tokens + kept.prompt_len
     flops = stage_flops(config, len(kept.pictures), prefix_len)
-    vlm, action = ([b.experts[name] for b in engine.gemma.blocks if name in b.experts] for name in ("vlm", "action"))
+    blocks = [cast(Block, block) for block in engine.gemma.blocks]
+    vlm, action = ([b.experts[name] for b in blocks if name in b.experts] for name in ("vlm", "action"))
     parts = {"images": engine.vision.blocks, "prefix": vlm, "token": vlm, "step": action}
     stages = []
     for name, ms in clock.ms.items():

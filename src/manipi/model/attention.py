@@ -89,7 +89,7 @@ class Layout:
 def chosen(x: Tensor, which: int | Tensor) -> Tensor:
     """Of a sequence [B, T, …]: its last `which` tokens, or of each row the one at index `which` [B]."""
     if isinstance(which, int):
-        return x[:, -which:]
+        return x if which == x.shape[1] else x[:, -which:]
     return x[torch.arange(len(which), device=which.device), which][:, None]
 
 
@@ -99,26 +99,29 @@ def lay_out(
     starts_block_BT: Tensor,
     branch_BT: Tensor | None = None,
     position_BT: Tensor | None = None,
+    *,
+    all_valid: bool = False,
+    one_block: bool = False,
 ) -> Layout:
     """The layout of tokens that continue `past`; all on the trunk without branches. Positions are counted unless they
     are given."""
-    block_BT, branches_BT = starts_block_BT.long().cumsum(dim=1), branch_BT
-    if branches_BT is None:
-        branches_BT = torch.zeros_like(block_BT)
-    valid_BS, branch_BS = valid_BT, branches_BT
+    block_BT, on_trunk = starts_block_BT.long().cumsum(dim=1), branch_BT is None
+    branch_BT = torch.zeros_like(block_BT) if branch_BT is None else branch_BT
+    valid_BS, branch_BS = valid_BT, branch_BT
     if past is not None:
         block_BT = block_BT + past.block[:, -1:]
-        valid_BS = torch.cat([past.valid, valid_BT], dim=1)
-        branch_BS = torch.cat([past.branch, branches_BT], dim=1)
-    if position_BT is None and branch_BT is None:
+    if past is not None and position_BT is None:
+        valid_BS, branch_BS = torch.cat([past.valid, valid_BT], dim=1), torch.cat([past.branch, branch_BT], dim=1)
+    if position_BT is None and on_trunk:
         position_BT = (valid_BS & (branch_BS == 0)).cumsum(dim=1)[:, -valid_BT.shape[1] :] - 1
     if position_BT is None:
         # Index of each token among the valid ones of its own path, up to and including itself.
         index_S = torch.arange(valid_BS.shape[1], device=valid_BS.device)
         not_after_TS = index_S[None, :] <= index_S[-valid_BT.shape[1] :, None]
-        seen_BTS = _same_path(branches_BT, branch_BS) & valid_BS[:, None, :] & not_after_TS
+        seen_BTS = _same_path(branch_BT, branch_BS) & valid_BS[:, None, :] & not_after_TS
         position_BT = seen_BTS.sum(dim=-1) - 1
-    return Layout(valid=valid_BT, block=block_BT, branch=branches_BT, position=position_BT)
+    known = {"plain": all_valid and on_trunk, "one_block": one_block}
+    return Layout(valid=valid_BT, block=block_BT, branch=branch_BT, position=position_BT, **known)
 
 
 def attention_mask(query: Layout, key: Layout) -> Tensor:
@@ -157,28 +160,29 @@ def flex_mask(query: Layout, key: Layout) -> BlockMask:
     return make(sees, b, None, t, s, device=query.valid.device)
 
 
-def attend(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, mask: Mask, *, heads_as_rows: bool = False) -> Tensor:
-    """Grouped-query attention [B, T, N, H]; logits and softmax are float32 inside the fused kernel.
+def attend(q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, mask: Mask, *, heads_as_rows: bool = False) -> Tensor:
+    """Grouped-query attention [B, T, N·H]; logits and softmax are float32 inside the fused kernel.
 
     Args:
         heads_as_rows: the query heads of a key head are rows behind each other, token by token; so are the mask's.
     """
-    k_BGSH, v_BGSH = k_BSGH.transpose(1, 2), v_BSGH.transpose(1, 2)
-    t, groups = q_BTNH.shape[1], q_BTNH.shape[2] // k_BSGH.shape[2]
+    (b, t, n, h), g = q_BTNH.shape, k_BGSH.shape[1]
     if heads_as_rows:
         assert not isinstance(mask, BlockMask), "a mask of tokens, not of rows"
-        rows = q_BTNH.unflatten(2, (-1, groups)).transpose(1, 2).flatten(2, 3)
+        rows = q_BTNH.view(b, t, g, n // g, h).transpose(1, 2).reshape(b, g, t * (n // g), h)
         attended = F.scaled_dot_product_attention(rows, k_BGSH, v_BGSH, attn_mask=mask)
-        return attended.unflatten(2, (t, groups)).transpose(1, 2).flatten(2, 3)
+        return attended.view(b, g, t, n // g, h).transpose(1, 2).reshape(b, t, n * h)
     q_BNTH = q_BTNH.transpose(1, 2)
     if isinstance(mask, BlockMask):
         # A compiled block compiles this too; outside of one it is compiled by itself.
         outside = q_BNTH.is_cuda and not torch.compiler.is_compiling()
         flex = _compiled(flex_attention) if outside else flex_attention
-        return flex(q_BNTH, k_BGSH, v_BGSH, block_mask=mask, enable_gqa=True).transpose(1, 2)
-    # With one key/value head, as in every released size, the repeated heads are a view.
-    k_BNSH, v_BNSH = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k_BGSH, v_BGSH))
-    return F.scaled_dot_product_attention(q_BNTH, k_BNSH, v_BNSH, attn_mask=mask).transpose(1, 2)
+        attended = flex(q_BNTH, k_BGSH, v_BGSH, block_mask=mask, enable_gqa=True)
+    else:
+        # With one key/value head, as in every released size, the repeated heads are a view.
+        k_BNSH, v_BNSH = (x[:, :, None].expand(-1, -1, n // g, -1, -1).flatten(1, 2) for x in (k_BGSH, v_BGSH))
+        attended = F.scaled_dot_product_attention(q_BNTH, k_BNSH, v_BNSH, attn_mask=mask)
+    return attended.transpose(1, 2).flatten(2)
 
 
 @cache

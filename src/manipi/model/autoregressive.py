@@ -156,7 +156,7 @@ def reference_cache(gemma: Gemma, prefix: Span, num_slots: int) -> KVCache:
     """The reference reserves one zero slot per token to come, and lets padding average over those too."""
     (b, _), device = prefix.valid_BT.shape, prefix.valid_BT.device
     nothing = torch.zeros(b, num_slots, dtype=torch.long, device=device)
-    shape = (b, num_slots, gemma.size.num_kv_heads, gemma.size.head_dim)
+    shape = (b, gemma.size.num_kv_heads, num_slots, gemma.size.head_dim)
     zeros = torch.zeros(shape, dtype=prefix.tokens_BTD.dtype, device=device)
     layout = Layout(valid=nothing.bool(), block=nothing, branch=nothing, position=nothing)
     return KVCache(layout=layout, layers=dict.fromkeys(range(len(gemma.blocks)), KeysValues(zeros, zeros)))

@@ -20,8 +20,8 @@ G key/value heads, H head dim.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -50,7 +50,7 @@ class Span:
     tokens_BTD: Tensor
     valid_BT: Tensor
     starts_block_BT: Tensor
-    cond: "Conditioning | None" = None
+    cond: "Conditions | None" = None
     """Of an expert with adaptive norms."""
     branch_BT: Tensor | None = None
     """None: all on the trunk."""
@@ -63,26 +63,30 @@ class Span:
 
     def follow(self, past: Layout | None) -> Layout:
         """Where these tokens stand when they continue `past`."""
-        layout = lay_out(past, self.valid_BT, self.starts_block_BT, self.branch_BT, self.position_BT)
-        return replace(layout, plain=self.all_valid and self.branch_BT is None, one_block=self.one_block)
+        known = {"all_valid": self.all_valid, "one_block": self.one_block}
+        return lay_out(past, self.valid_BT, self.starts_block_BT, self.branch_BT, self.position_BT, **known)
+
+
+Rotation: TypeAlias = tuple[Tensor, Tensor]
+"""Cosines and sines of the tokens' rotary angles, each [B, T, 1, H/2]."""
 
 
 class KeysValues(NamedTuple):
     """One layer's rotated keys and values of a sequence."""
 
-    keys_BSGH: Tensor
-    values_BSGH: Tensor
+    keys_BGSH: Tensor
+    values_BGSH: Tensor
 
-    def then(self, k_BTGH: Tensor, v_BTGH: Tensor, *, insulate: bool) -> "KeysValues":
+    def then(self, k_BGTH: Tensor, v_BGTH: Tensor, *, insulate: bool) -> "KeysValues":
         """Followed by those of more tokens; without a way back for their gradients where they `insulate`."""
-        k_BSGH, v_BSGH = (self.keys_BSGH.detach(), self.values_BSGH.detach()) if insulate else self
-        return KeysValues(torch.cat([k_BSGH, k_BTGH], dim=1), torch.cat([v_BSGH, v_BTGH], dim=1))
+        k_BGSH, v_BGSH = (self.keys_BGSH.detach(), self.values_BGSH.detach()) if insulate else self
+        return KeysValues(torch.cat([k_BGSH, k_BGTH], dim=2), torch.cat([v_BGSH, v_BGTH], dim=2))
 
 
 class Past(Protocol):
     """One layer's keys and values of what came before: `KeysValues`, or those of an engine's fixed cache."""
 
-    def then(self, k_BTGH: Tensor, v_BTGH: Tensor, *, insulate: bool) -> KeysValues: ...
+    def then(self, k_BGTH: Tensor, v_BGTH: Tensor, *, insulate: bool) -> KeysValues: ...
 
 
 @dataclass(kw_only=True)
@@ -110,8 +114,16 @@ class KVCache:
         return mask_for(query, key, dtype)
 
 
+class Conditions(Protocol):
+    """What modulates adaptive norms: a `Conditioning`, or in an engine what each layer's norms make of it."""
+
+    def of_layer(self, index: int) -> Any:
+        """What the norms of that layer are called with; the final norm counts as one more layer."""
+        ...
+
+
 class Conditioning(NamedTuple):
-    """What modulates adaptive norms: the same in all layers, or in an engine what each layer makes of it."""
+    """What modulates adaptive norms, the same in all layers."""
 
     rows_BCD: Tensor
     """Row c conditions the c-th run of T/C tokens, so that C is 1 for one timestep per span, and the number of branches
@@ -206,29 +218,28 @@ class ExpertLayer(nn.Module):
         self.mlp_norm = norm(width)
         self.mlp = MLP(size, config.adapters.feed_forward)
 
-    def qkv(self, x_BTD: Tensor, wanted: int | Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Queries [B, T', N, H] of the `chosen` tokens, if any, keys and values [B, T, G, H] of all. An engine has one
-        matrix for the three."""
-        q = None if isinstance(wanted, int) and not wanted else self._heads(self.q_proj(chosen(x_BTD, wanted)))
-        return q, self._heads(self.k_proj(x_BTD)), self._heads(self.v_proj(x_BTD))
+    def qkv(self, x_BTD: Tensor, wanted: int | Tensor, rope: Rotation) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Rotated queries [B, T', N, H] of the `chosen` tokens, if any, rotated keys and values [B, T, G, H] of all. An
+        engine has one matrix for the three."""
+        q, (cos, sin), heads = None, rope, (-1, self.head_dim)
+        if isinstance(wanted, Tensor) or wanted:
+            q = self.q_proj(chosen(x_BTD, wanted)).unflatten(-1, heads)
+            q = rotate(q, (chosen(cos, wanted), chosen(sin, wanted)))
+        return q, rotate(self.k_proj(x_BTD).unflatten(-1, heads), rope), self.v_proj(x_BTD).unflatten(-1, heads)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
-
-    def finish(self, x_BTD: Tensor, attended_BTNH: Tensor, gate: Tensor | None, cond: Conditioning | None) -> Tensor:
+    def finish(self, x_BTD: Tensor, attended_BTX: Tensor, gate: Tensor | None, cond: Conditioning | None) -> Tensor:
         """The two residuals, which norms may gate: attention output, then MLP."""
-        update = self.out_proj(attended_BTNH.flatten(-2))
+        update = self.out_proj(attended_BTX)
         x_BTD = x_BTD + (update if gate is None else update * gate)
         normed_BTD, gate = self.mlp_norm(x_BTD, cond)
-        update = self.mlp(normed_BTD.to(attended_BTNH.dtype))
+        update = self.mlp(normed_BTD.to(attended_BTX.dtype))
         return x_BTD + (update if gate is None else update * gate)
 
 
 class Geometry(NamedTuple):
     """Where a span's tokens stand, in the form that attention needs; computed once for all layers."""
 
-    rope: tuple[Tensor, Tensor]
-    """Cosines and sines of the tokens' rotations, each [B, T, 1, H/2]."""
+    rope: Rotation
     mask: Mask
     """Of the queries that are wanted."""
     heads_as_rows: bool
@@ -264,12 +275,10 @@ class Block(nn.Module):
             expert, cond, where, wanted = self.experts[name], conds[name], geometries[name], outputs.get(name, 0)
             assert isinstance(expert, ExpertLayer)
             normed_BTD, gate = expert.attention_norm(x_BTD, cond)
-            q, k, v = expert.qkv(normed_BTD.to(where.dtype), wanted)
-            k = rotate(k, where.rope)
+            q, k, v = expert.qkv(normed_BTD.to(where.dtype), wanted, where.rope)
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
             seen = KeysValues(k, v) if seen is None else seen.then(k, v, insulate=insulate)
             if q is not None:
-                cos, sin = where.rope
-                q = rotate(q, (chosen(cos, wanted), chosen(sin, wanted)))
                 attended = attend(q, *seen, where.mask, heads_as_rows=where.heads_as_rows)
                 results[name] = expert.finish(chosen(x_BTD, wanted), attended, gate, cond)
         assert isinstance(seen, KeysValues), "a forward pass without spans"
@@ -357,18 +366,18 @@ class Gemma(nn.Module):
         wanted = {name: lengths[name] if last is None else last for name in (lengths if outputs is None else outputs)}
         geometries, of_last, layout = placed or self.place(spans, cache, wanted)
         xs = {name: span.tokens_BTD.float() for name, span in spans.items()}
+        final = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             conds = {name: None if s.cond is None else s.cond.of_layer(index) for name, s in spans.items()}
             past = None if cache is None else cache.past(index)
-            where, needed = (of_last, wanted) if index == len(self.blocks) - 1 else (geometries, lengths)
+            where, needed = (of_last, wanted) if index == final else (geometries, lengths)
             xs, keys_values = block(xs, conds, where, past, insulate=insulate, outputs=needed)
             if commit:
                 assert cache is not None, "nothing to commit to"
                 cache.keep(index, keys_values)
         if cache is not None and commit:
             cache.layout = layout
-        depth, conds = len(self.blocks), {name: spans[name].cond for name in xs}
-        conds = {name: None if cond is None else cond.of_layer(depth) for name, cond in conds.items()}
+        conds = {name: None if s.cond is None else s.cond.of_layer(final + 1) for name, s in spans.items()}
         return {name: self.final_norms[name](x, conds[name])[0] for name, x in xs.items()}
 
     def place(self, spans: Mapping[str, Span], cache: KVCache | None, wanted: Mapping[str, int | Tensor]) -> Placed:
@@ -392,14 +401,14 @@ class Gemma(nn.Module):
         return Placed(geometries, of_last, seen)
 
 
-def rope(position: Int[Tensor, "B T"], head_dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+def rope(position: Int[Tensor, "B T"], head_dim: int, base: float = 10_000.0) -> Rotation:
     """Cosine and sine of the rotary angles `position · base^(−2i/head_dim)` (Su et al. 2021), each [B, T, 1, H/2]."""
     exponent = torch.arange(head_dim // 2, device=position.device, dtype=torch.float32) * (2.0 / head_dim)
     angle = position[..., None, None].float() / base**exponent
     return angle.cos(), angle.sin()
 
 
-def rotate(x_BTNH: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x_BTNH: Tensor, rope: Rotation) -> Tensor:
     """Rotate the two halves of each head against each other, in float32: `(a, b) → (a cos − b sin, b cos + a sin)`."""
     cos, sin = rope
     a, b = x_BTNH.float().chunk(2, dim=-1)

@@ -180,7 +180,10 @@ class ModelInput:
                 where="ModelInput.from_numpy",
                 next="build the batch with the transform pipeline",
             )
-        tensors: dict[str, Any] = {key: _to_tensor(key, value) for key, value in batch.items()}
+        tensors: dict[str, Any] = {}
+        for key, value in batch.items():
+            tensor = torch.from_numpy(np.ascontiguousarray(value))
+            tensors[key] = tensor if key == "images" else tensor.to(_DTYPES.get(key, torch.bool))
         return cls(**tensors).to(device)
 
     def to(self, device: torch.device | str) -> "ModelInput":
@@ -267,8 +270,3 @@ def blank_input(config: ModelConfig, cameras: Sequence[bool], prompt_len: int, d
         token_valid=(torch.arange(longest) < prompt_len)[None],
         state=torch.zeros(1, config.action_dim),
     )
-
-
-def _to_tensor(key: str, value: np.ndarray) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(value))
-    return tensor if key == "images" else tensor.to(_DTYPES.get(key, torch.bool))

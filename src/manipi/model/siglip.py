@@ -35,7 +35,8 @@ class VisionBlock(nn.Module):
         return [one.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for one in made]
 
     def forward(self, x_BPD: Tensor, dtype: torch.dtype) -> Tensor:
-        attended_BNPH = F.scaled_dot_product_attention(*self.qkv(self.attention_norm(x_BPD).to(dtype)))
+        q_BNPH, k_BNPH, v_BNPH = self.qkv(self.attention_norm(x_BPD).to(dtype))
+        attended_BNPH = F.scaled_dot_product_attention(q_BNPH, k_BNPH, v_BNPH)
         x_BPD = x_BPD + self.out_proj(attended_BNPH.transpose(1, 2).flatten(-2))
         return x_BPD + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x_BPD).to(dtype)), approximate="tanh"))
 

@@ -101,11 +101,10 @@ class VLA(nn.Module):
             return autoregressive.token_loss(self.gemma, prefix, *prompt)
         assert noise is not None, "a flow policy needs noise"
         assert timestep is not None, "a flow policy needs timesteps"
-        if noise.ndim == 3:
-            loss, per_step, weight = self.forward(inputs, noise[:, None], timestep[:, None])
-            return FlowLoss(loss, per_step[:, 0], weight)
-        masks = flow.action_masks(inputs, self.config)
-        return flow.flow_loss(self.gemma, self.head, self.embed_prefix(inputs, kept), inputs, noise, timestep, masks)
+        draws = (noise[:, None], timestep[:, None]) if noise.ndim == 3 else (noise, timestep)
+        prefix, masks = self.embed_prefix(inputs, kept), flow.action_masks(inputs, self.config)
+        loss = flow.flow_loss(self.gemma, self.head, prefix, inputs, *draws, masks)
+        return loss._replace(per_step=loss.per_step[:, 0]) if noise.ndim == 3 else loss
 
     def loss_weight(self, inputs: ModelInput, num_draws: int = 1) -> Float[Tensor, ""]:
         """How much the batch counts in a mean over batches: the `weight` that `forward` returns, from its masks."""

@@ -1,12 +1,17 @@
 """Text and action tokenizers: everything between words, numbers and token ids. NumPy only; knows no model."""
 
-from manipi.tokenizers.actions import ActionTokenizer
-from manipi.tokenizers.binning import BinningTokenizer
+from manipi.tokenizers.actions import ActionTokenizer, BinningTokenizer
 from manipi.tokenizers.bundle import Tokenizers
-from manipi.tokenizers.constraint import CodeConstraint
 from manipi.tokenizers.fast import FastTokenizer
 from manipi.tokenizers.fsq import FsqTokenizer
-from manipi.tokenizers.prompts import TokenizedPrompt, extract_codes, fast_prompt, pi0_prompt, pi05_prompt
+from manipi.tokenizers.prompts import (
+    CodeConstraint,
+    TokenizedPrompt,
+    extract_codes,
+    fast_prompt,
+    pi0_prompt,
+    pi05_prompt,
+)
 from manipi.tokenizers.text import (
     PALIGEMMA_PIECES_SHA256,
     PALIGEMMA_VOCABULARY,

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from manipi.errors import IntegrityError, unknown_name
 from manipi.records import from_json, read_json, write_json
-from manipi.tokenizers.actions import ActionTokenizer
-from manipi.tokenizers.binning import BinningTokenizer
+from manipi.tokenizers.actions import ActionTokenizer, BinningTokenizer
 from manipi.tokenizers.fast import FastTokenizer
 from manipi.tokenizers.fsq import FsqTokenizer
 from manipi.tokenizers.text import TextTokenizer, TokenizerReference, load_tokenizer

@@ -22,8 +22,7 @@ from jaxtyping import Float, Float32, Float64, Int, Int64
 from tokenizers import Tokenizer, decoders, models, trainers
 
 from manipi.errors import TokenizerError
-from manipi.tokenizers.actions import Spelling
-from manipi.tokenizers.binning import require_finite
+from manipi.tokenizers.actions import Spelling, require_finite
 
 _BPE_FILE, _CONFIG_FILE = "tokenizer.json", "processor_config.json"
 # Distinct coefficients: as many as UTF-8 has characters of one or two bytes.

@@ -24,8 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from manipi.errors import TokenizerError, WeightsMismatchError
-from manipi.tokenizers.actions import ONE_UNIT, Spelling
-from manipi.tokenizers.binning import require_finite
+from manipi.tokenizers.actions import ONE_UNIT, Spelling, require_finite
 
 FSQ_CONFIG_FILE, _WEIGHTS_FILE = "fsq.json", "fsq.safetensors"
 _CODEBOOK_SIZES = tuple(2**bits for bits in (8, 10, 12, 14, 16))

@@ -50,7 +50,7 @@ from manipi.tokenizers import (
     FastTokenizer,
     Tokenizers,
 )
-from manipi.tokenizers.binning import NUM_BINS, bin_indices
+from manipi.tokenizers.actions import NUM_BINS, bin_indices
 from manipi.train.config import DatasetConfig, TrainConfig
 from manipi.train.run.folder import checkpoint_steps, claim_videos
 from manipi.transforms import pipeline

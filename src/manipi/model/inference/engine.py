@@ -13,7 +13,7 @@ is one CUDA graph: `run` reads nothing back, and its shapes follow from `Kept`.
 Shape suffixes: B batch, K noise draws, T timesteps, N norms, H action horizon, A action dimensions, D width.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from manipi.errors import ConfigError
 from manipi.model.config import Pi0FastConfig
 from manipi.model.flow import CLEAN, Continuation, FlowHead, Pi0Head, Pi05Head, euler_times, timestep_embedding
-from manipi.model.gemma import AdaptiveRMSNorm, Block, Span
+from manipi.model.gemma import AdaptiveRMSNorm, Block, ExpertLayer, Span
 from manipi.model.inference.fused import (
     FusedExpertLayer,
     FusedVisionBlock,
@@ -34,6 +34,7 @@ from manipi.model.inference.fused import (
 from manipi.model.inference.graphs import Graphs, compile_layers
 from manipi.model.inference.quantize import Quantization, compute_dtype, maker
 from manipi.model.inputs import Kept, ModelInput
+from manipi.model.siglip import VisionBlock
 from manipi.model.vla import VLA
 
 
@@ -69,12 +70,13 @@ class Engine(VLA):
         self.dtype = compute_dtype(model.dtype, device)
         self._graphs: Graphs | None = None
         make = maker(quantization, device, model.dtype)
-        vision = nn.ModuleList(FusedVisionBlock(one, make) for one in model.vision.blocks)
+        vision = nn.ModuleList(FusedVisionBlock(cast(VisionBlock, one), make) for one in model.vision.blocks)
         self.vision = twin(model.vision, blocks=vision)
         blocks, norms = [], []
         for index, block in enumerate(gemma.blocks):
             experts = {}
-            for name, layer in block.experts.items():
+            for name, layer in cast(Block, block).experts.items():
+                assert isinstance(layer, ExpertLayer)
                 of_layer = (layer.attention_norm, layer.mlp_norm)
                 if isinstance(layer.attention_norm, AdaptiveRMSNorm):
                     norms += of_layer
@@ -88,7 +90,7 @@ class Engine(VLA):
             final["action"] = StepNorm(0)
         self.gemma = twin(gemma, blocks=nn.ModuleList(blocks), final_norms=nn.ModuleDict(final))
         if flows:
-            self.head = StepHead(model.head, num_steps, norms, self.dtype)
+            self.head = StepHead(model.head, num_steps, config.action_horizon, norms, self.dtype)
 
     def compile(self, **options: Any) -> None:
         """Compile the layers, and on a GPU play one CUDA graph per shape from then on.
@@ -134,7 +136,7 @@ class Engine(VLA):
         if self._graphs is None or continuation == "guidance" or ragged:
             return super().run(inputs, kept, noise_BKHA, num_steps, continuation)
 
-        def recorded(tensors: dict[str, Tensor]) -> Tensor:
+        def recorded(tensors: dict[str, Any]) -> Tensor:
             noise = tensors.pop("noise")
             return VLA.run(self, ModelInput(**tensors), kept, noise, num_steps, continuation)
 
@@ -165,10 +167,11 @@ class StepHead(nn.Module):
         dtype: to compute in.
     """
 
+    starts: Tensor
     table: Tensor
     """[T, D], or of norms [T, N, 3, D]."""
 
-    def __init__(self, head: FlowHead, num_steps: int, norms: list[AdaptiveRMSNorm], dtype: torch.dtype):
+    def __init__(self, head: FlowHead, num_steps: int, horizon: int, norms: list[AdaptiveRMSNorm], dtype: torch.dtype):
         super().__init__()
         self.head, self.num_steps, self.has_state = head, num_steps, isinstance(head, Pi0Head)
         time_T = torch.tensor([*euler_times(num_steps), CLEAN], device=head.action_in.weight.device)
@@ -186,6 +189,7 @@ class StepHead(nn.Module):
                 tables.append(torch.stack([1 + scale, shift, gate], dim=1))
             table = torch.stack(tables, dim=1)
         self.register_buffer("table", table)
+        self.register_buffer("starts", torch.arange(horizon, device=table.device) == 0)
 
     def suffix_at(
         self, state_BA: Tensor, x_BKHA: Tensor, timestep: float, dtype: torch.dtype, given_BH: Tensor | None
@@ -201,7 +205,7 @@ class StepHead(nn.Module):
             mixed_BTD = F.linear(tokens_BTD, weight[:, : len(weight)].float()) + row
             tokens_BTD = self.head.time_mlp_out(F.silu(mixed_BTD))
         else:
-            cond = StepConditioning(row)
+            cond = StepConditioning(row.unbind(0))
         return self._span(tokens_BTD.to(dtype), cond)
 
     def state_token(self, state_BA: Tensor, dtype: torch.dtype) -> Span:
@@ -210,12 +214,11 @@ class StepHead(nn.Module):
         return self._span(self.head.state_in(state_BA)[:, None].to(dtype), None)
 
     def _span(self, tokens_BTD: Tensor, cond: StepConditioning | None) -> Span:
-        starts_BT = torch.zeros(tokens_BTD.shape[:2], dtype=torch.bool, device=tokens_BTD.device)
-        starts_BT[:, 0] = True
+        b, t, _ = tokens_BTD.shape
         return Span(
             tokens_BTD=tokens_BTD,
-            valid_BT=torch.ones_like(starts_BT),
-            starts_block_BT=starts_BT,
+            valid_BT=self.starts[:1].expand(b, t),
+            starts_block_BT=self.starts[:t].expand(b, t),
             cond=cond,
             all_valid=True,
             one_block=True,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from manipi.model.attention import Layout, attention_mask, bias_for, chosen
 from manipi.model.config import GemmaSize
-from manipi.model.gemma import MLP, ExpertLayer, KeysValues, KVCache, rms_norm
+from manipi.model.gemma import MLP, ExpertLayer, KeysValues, KVCache, Rotation, rms_norm, rotate
 from manipi.model.inference.quantize import MakeMatrix, Plain
 from manipi.model.layers import AdaptedLinear, Linear
 from manipi.model.siglip import VisionBlock
@@ -82,16 +82,18 @@ class FusedExpertLayer(ExpertLayer):
         if attends:
             self.out_proj, self.mlp = fuse(make, layer.out_proj), FusedMLP(layer.mlp, make)
 
-    def qkv(self, x_BTD: Tensor, wanted: int | Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        *q, k, v = self.fused(x_BTD).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
-        return None if isinstance(wanted, int) and not wanted else chosen(q[0], wanted), k, v
+    def qkv(self, x_BTD: Tensor, wanted: int | Tensor, rope: Rotation) -> tuple[Tensor | None, Tensor, Tensor]:
+        made_BTXH = self.fused(x_BTD).unflatten(-1, (-1, self.head_dim))
+        *q, k = rotate(made_BTXH[:, :, : -self.heads[-1]], rope).split(self.heads[:-1], dim=2)
+        v = made_BTXH[:, :, -self.heads[-1] :]
+        return chosen(q[0], wanted) if isinstance(wanted, Tensor) or wanted else None, k, v
 
 
 class StepConditioning(NamedTuple):
     """Of one denoising step: what modulates each norm, from a table."""
 
-    rows: Tensor
-    """[norms, 3, D], or [norms, 3, B, T, D] where tokens differ: factor, shift and gate."""
+    rows: Sequence[Tensor]
+    """Of each norm factor, shift and gate [3, D], or [3, B, T, D] where tokens differ."""
 
     def of_layer(self, index: int) -> "StepConditioning":
         return StepConditioning(self.rows[2 * index : 2 * index + 2])
@@ -117,12 +119,12 @@ class Slots(NamedTuple):
     filled: int
     """Slots that are taken; the tokens see these and their own."""
 
-    def then(self, k_BTGH: Tensor, v_BTGH: Tensor, *, insulate: bool) -> KeysValues:
+    def then(self, k_BGTH: Tensor, v_BGTH: Tensor, *, insulate: bool) -> KeysValues:
         """Writes them behind what is there, and returns all of it without a copy."""
-        end = self.filled + k_BTGH.shape[1]
-        self.keys_BGSH[:, :, self.filled : end] = k_BTGH.transpose(1, 2)
-        self.values_BGSH[:, :, self.filled : end] = v_BTGH.transpose(1, 2)
-        return KeysValues(self.keys_BGSH[:, :, :end].transpose(1, 2), self.values_BGSH[:, :, :end].transpose(1, 2))
+        end = self.filled + k_BGTH.shape[2]
+        self.keys_BGSH[:, :, self.filled : end] = k_BGTH
+        self.values_BGSH[:, :, self.filled : end] = v_BGTH
+        return KeysValues(self.keys_BGSH[:, :, :end], self.values_BGSH[:, :, :end])
 
 
 @dataclass(kw_only=True)
