@@ -14,8 +14,8 @@ import pytest
 from encoders import every_sample
 
 from manipi.cli import stats, view
-from manipi.data.feed.encoded import frames_of
 from manipi.data.feed.loader import Loader
+from manipi.data.feed.mixture import frames_of
 from manipi.data.feed.sampler import Sampler, Stream
 from manipi.data.open import fetch_tables, open_dataset
 from manipi.data.review.check import check_dataset

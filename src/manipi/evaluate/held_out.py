@@ -7,7 +7,7 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 from manipi.data.dataset import Dataset
-from manipi.data.feed.split import split_episodes
+from manipi.data.feed.sampler import split_episodes
 from manipi.data.open import open_dataset
 from manipi.errors import ConfigError, MissingFeatureError
 from manipi.policy import Policy

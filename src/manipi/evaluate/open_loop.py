@@ -30,7 +30,7 @@ from manipi.data.action_error import (
 )
 from manipi.data.dataset import Dataset
 from manipi.data.dimensions import command_names
-from manipi.data.feed.encoded import frames_of
+from manipi.data.feed.mixture import frames_of
 from manipi.policy import Policy
 from manipi.robots.robot import Robot
 from manipi.train.watch.progress import figure
