@@ -28,8 +28,8 @@ from harness import Measure, lerobot_dataset, report
 
 from manipi.data.dataset import Dataset, Feature
 from manipi.data.feed.cache import CachedDataset, CacheFormat
-from manipi.data.feed.encoded import Source
 from manipi.data.feed.loader import Loader
+from manipi.data.feed.mixture import Source
 from manipi.data.feed.sampler import Sampler, Stream
 from manipi.data.lerobot.video import VideoFrames
 from manipi.data.lerobot.writer import LeRobotWriter

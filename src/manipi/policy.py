@@ -24,7 +24,7 @@ from manipi.model.inputs import PROMPT_MULTIPLE, blank_input
 from manipi.robots.robot import Robot
 from manipi.tokenizers import Tokenizers
 from manipi.transforms import pipeline
-from manipi.transforms.request import read_request
+from manipi.transforms.observation import read_request
 from manipi.transforms.tokenize import code_constraint
 from manipi.types import NormStats, Observation, Sample
 
@@ -199,7 +199,7 @@ class Policy:
         """One observation in the robot's keys -> `actions` float32 [H, A], commands in the robot's own units.
 
         Args:
-            observation: may also hold what `manipi.transforms.request` lists.
+            observation: may also hold what `manipi.transforms.observation` lists.
             noise: [H, A of the model]; drawn from the policy's generator when None. With an axis before, [N, H, A], so
                 many chunks [N, H, A] come out, which share the work on pictures and prompt. π0-FAST uses none.
 

@@ -16,7 +16,7 @@ from manipi.data.review.describe import describe_dataset, sketch_robot
 from manipi.model.config import Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.recipes.registry import load_robot
 from manipi.train.config import DataConfig
-from manipi.transforms.trace import token_layout
+from manipi.transforms.pipeline import token_layout
 
 
 def run_source(source):

@@ -15,8 +15,8 @@ from encoders import every_sample
 from tests.commands import run_manipi
 
 from manipi.cli import dataset, stats
-from manipi.data.feed.encoded import frames_of
 from manipi.data.feed.loader import Loader
+from manipi.data.feed.mixture import frames_of
 from manipi.data.feed.sampler import Sampler, Stream
 from manipi.data.open import fetch_tables, open_dataset
 from manipi.data.review.check import check_dataset

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from manipi.errors import ObservationError
-from manipi.transforms.request import read_request
+from manipi.transforms.observation import read_request
 from manipi_client.keys import DELAY, PREVIOUS, SEED
 
 ROWS = np.zeros((2, 3))

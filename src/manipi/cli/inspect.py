@@ -109,8 +109,7 @@ def _checkpoint(path: Path) -> Any:
 def _recipe(target: str) -> Any:
     from manipi.recipes.registry import load_recipe
     from manipi.train.data import at_hand, prepare_to_look
-    from manipi.transforms.pipeline import observation_of
-    from manipi.transforms.trace import token_layout, trace
+    from manipi.transforms.pipeline import observation_of, token_layout, trace
 
     config = load_recipe(target)
     config = dataclasses.replace(config, model=config.policy_model)  # with the dtype that it computes in
@@ -178,7 +177,7 @@ def _short(value: Any) -> str:
 
 def _draw(model: Any) -> str:
     """The model's sequence as boxes, prefix and suffix below them."""
-    from manipi.transforms.trace import token_layout
+    from manipi.transforms.pipeline import token_layout
 
     parts = [(part, list(spans)) for part, spans in groupby(token_layout(model), key=lambda span: span.part)]
     boxes = [[f" {s.name} {s.tokens} " for s in spans] for _, spans in parts]

@@ -34,8 +34,8 @@ from manipi.data.action_error import (
 )
 from manipi.data.dataset import Dataset
 from manipi.data.dimensions import command_names
-from manipi.data.feed.encoded import frames_of
-from manipi.data.feed.split import split_episodes
+from manipi.data.feed.mixture import frames_of
+from manipi.data.feed.sampler import split_episodes
 from manipi.data.open import open_dataset
 from manipi.errors import ConfigError, MissingFeatureError
 from manipi.model.inference.quantize import Quantization

@@ -25,11 +25,9 @@ from tqdm import tqdm
 from manipi.checkpoints.initial import require_tokenizer
 from manipi.data.dataset import Dataset, action_chunks
 from manipi.data.feed.cache import CachedDataset
-from manipi.data.feed.encoded import Source
 from manipi.data.feed.loader import Loader
-from manipi.data.feed.mixture import Mixture, Part, Share
-from manipi.data.feed.sampler import Sampler, permutation
-from manipi.data.feed.split import split_episodes
+from manipi.data.feed.mixture import Mixture, Part, Share, Source
+from manipi.data.feed.sampler import Sampler, permutation, split_episodes
 from manipi.data.norm_stats.compute import (
     read_state,
     rows_fingerprint,

@@ -7,17 +7,29 @@ last or first: whichever axis has size 3. Where both have, nobody can tell, and 
 
 What an observation holds may come from strangers. Texts are measured before anything reads them, lists before they
 become arrays (one long text in a list makes every item of the array as long), and errors repeat little of them.
+
+What a client may add beside the robot's own keys (`read_request`):
+
+    manipi/prev_actions   [n, A]   what is left of the chunk that the robot is executing, from this instant on: its
+                                   commands, absolute and in its own units, as they were sent; n up to H
+    manipi/delay          int      how many of them it will have executed when the answer comes
+    manipi/seed           int      what the noise is drawn from, so that the same question has the same answer
+
+The previous chunk takes the way of a training chunk: the pipeline makes it relative to the state of *this* observation
+and normalises it, so that the model sees it as it would have predicted it now.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 import numpy as np
 
 from manipi.errors import BadValueError, ObservationError, one_line, shown
 from manipi.robots.robot import Robot
 from manipi.types import Observation, Sample
+from manipi_client.keys import DELAY, PREVIOUS, SEED
 
 _CHUNK_KEYS = ("actions", "action_valid", "delay")
 _OTHER_KEYS = ("prompt", *_CHUNK_KEYS)
@@ -158,6 +170,71 @@ class ReadRobot:
             where=f"observation key {shown(key)} of robot {self.robot.name!r}",
             next="send what the robot's spec says (server metadata, `robot`), or correct the Robot(...)",
         )
+
+
+def read_request(
+    observation: Observation, *, action_size: int, horizon: int, real_time: bool
+) -> tuple[dict[str, Any], int | None]:
+    """The observation for the pipeline, with `actions`, `action_valid` and `delay` of a previous chunk, and the seed.
+
+    Args:
+        real_time: whether the policy goes on from a previous chunk; π0-FAST does not, since it writes chunks whole.
+
+    Raises:
+        ObservationError: one of the keys has another type, shape or range.
+    """
+    # A recorded frame may bring its actions along; the policy must not see them.
+    asked = {key: value for key, value in observation.items() if key not in (*_CHUNK_KEYS, PREVIOUS, DELAY, SEED)}
+    if PREVIOUS in observation or DELAY in observation:
+        if not real_time:
+            raise _bad_request(PREVIOUS, "no previous chunk, which this policy cannot go on from (`real_time`)", "one")
+        asked |= _previous_chunk(observation, action_size, horizon)
+    return asked, _count(observation, SEED, 2**63 - 1) if SEED in observation else None
+
+
+def _previous_chunk(observation: Mapping[str, Any], action_size: int, horizon: int) -> dict[str, Any]:
+    expected = f"1 to {horizon} commands of {action_size} finite numbers"
+    left = _request_array(observation, PREVIOUS, expected, horizon * action_size)
+    fits = left.ndim == 2 and left.shape[1] == action_size and 1 <= len(left) <= horizon and left.dtype.kind in "fiu"
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+        numbers = left.astype(np.float32) if fits else None
+    if numbers is None or not np.isfinite(numbers).all():
+        raise _bad_request(
+            PREVIOUS, expected, f"{left.dtype} {list(left.shape)}" + (", NaN or infinity" if fits else "")
+        )
+    steps = np.minimum(np.arange(horizon), len(left) - 1)
+    return {
+        "actions": numbers[steps],
+        "action_valid": np.arange(horizon) < len(left),
+        "delay": np.int64(_count(observation, DELAY, horizon)),
+    }
+
+
+def _count(observation: Mapping[str, Any], key: str, most: int) -> int:
+    expected = f"a whole number from 0 to {most}"
+    value = _request_array(observation, key, expected, 1)
+    if value.size != 1 or value.dtype.kind not in "iu" or not 0 <= value.item() <= most:
+        numbers = value.tolist() if value.size == 1 and value.dtype.kind in "biuf" else list(value.shape)
+        raise _bad_request(key, expected, f"{value.dtype} {shown(numbers)}")
+    return int(value.item())
+
+
+def _request_array(observation: Mapping[str, Any], key: str, expected: str, most: int) -> np.ndarray:
+    if key not in observation:
+        raise _bad_request(key, expected, "nothing")
+    try:
+        return as_array(observation[key], most)
+    except ValueError as error:
+        raise _bad_request(key, expected, one_line(str(error), 200)) from error
+
+
+def _bad_request(key: str, expected: str, found: str) -> ObservationError:
+    return ObservationError(
+        expected=expected,
+        found=found,
+        where=f"observation key {key!r}",
+        next="send what the server's metadata allow (`action_horizon`, `real_time`); manipi_client.RealTimeBroker does",
+    )
 
 
 def as_array(value: object, most: int) -> np.ndarray:

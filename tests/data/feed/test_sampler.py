@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manipi.data.feed.sampler import ROUND, MixedStream, Sampler, Stream, deal, permutation
-from manipi.data.feed.split import split_episodes
+from manipi.data.feed.sampler import ROUND, MixedStream, Sampler, Stream, deal, permutation, split_episodes
 from manipi.errors import ConfigError, DatasetNotFoundError
 
 PINNED = [6, 4, 9, 7, 2, 8, 0, 5, 1, 3]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from manipi.data.dataset import Dataset, action_chunks
-from manipi.data.feed.split import split_episodes
+from manipi.data.feed.sampler import split_episodes
 from manipi.data.norm_stats import compute as stats_module
 from manipi.data.norm_stats import sketch as sketch_module
 from manipi.data.norm_stats.compute import (

@@ -16,8 +16,8 @@ from PIL import Image
 from records import checksum, delimited, example, leaf, write_rlds
 
 from manipi.data.dataset import EpisodeSubset, Feature
-from manipi.data.feed.encoded import frames_of
 from manipi.data.feed.loader import Loader
+from manipi.data.feed.mixture import frames_of
 from manipi.data.feed.sampler import Sampler, Stream
 from manipi.data.open import open_dataset
 from manipi.data.review.describe import describe_dataset

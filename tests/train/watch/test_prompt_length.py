@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from manipi.data.dataset import Feature
-from manipi.data.feed.encoded import Source
-from manipi.data.feed.mixture import Part
+from manipi.data.feed.mixture import Part, Source
 from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.errors import ConfigError, TrainingError
 from manipi.model.config import Compat

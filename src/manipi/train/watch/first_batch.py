@@ -22,8 +22,7 @@ from manipi.records import json_bytes
 from manipi.storage import atomic_directory
 from manipi.tokenizers.text import TextTokenizer
 from manipi.train.data import TrainingData
-from manipi.transforms.pipeline import observation_of
-from manipi.transforms.trace import token_layout, trace
+from manipi.transforms.pipeline import observation_of, token_layout, trace
 
 SHOWN = 8
 """Samples in the picture and in the token layout."""
