@@ -3,12 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
-OPTIONAL := $(VENV)/.optional
 # Threads of the tests' own processes would fight over the cores with pytest-xdist's.
 TEST_ENV := OMP_NUM_THREADS=1
 SHARED := $(if $(MANIPI_SHARED),$(MANIPI_SHARED),../shared)
 
-.PHONY: install optional demo test test-long lint types layers size parity bench bench-cli bench-serve fuzz soak bench-data bench-train bench-infer bench-realtime test-lerobot test-client docs clean help
+.PHONY: install check demo test test-long lint types layers size parity bench bench-cli bench-serve fuzz soak bench-data bench-train bench-infer bench-realtime test-lerobot test-client docs clean help
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -16,20 +15,21 @@ install: $(READY)  ## the development environment in .venv
 $(READY): pyproject.toml constraints.txt packages/manipi-client/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e packages/manipi-client -e '.[dev]'
-	@touch $(READY)
-
-optional: $(OPTIONAL)  ## what more of the tests can use: torchao, bitsandbytes, ray, rerun, and openpi's own client (300 MB)
-$(OPTIONAL): $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[low-bit,ray,view]'
-	# It asks for a NumPy below 2, and works with ours.
+	# openpi's own client asks for a NumPy below 2, and works with ours.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2 dm-tree==0.1.10
-	@touch $@
+	@touch $(READY)
 
 demo: $(READY)  ## record, train, serve, drive, report (ten to twenty minutes on two cores)
 	$(BIN)/manipi demo
 
-test: $(READY) lint types layers size  ## everything that has to hold before a commit
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n auto --dist worksteal
+# Beside pytest, with their output after it; the exit code of either counts.
+CHECKS := $(VENV)/.checks
+test: $(READY)  ## everything that has to hold before a commit
+	@make --no-print-directory check >$(CHECKS) 2>&1 & checks=$$!; \
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n auto --dist worksteal; tests=$$?; \
+	wait $$checks; checks=$$?; cat $(CHECKS); test $$tests = 0 -a $$checks = 0
+
+check: lint types layers size  ## what needs no test to run
 
 test-long: $(READY)  ## the long forms: full products, kills at random moments; run before a release
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n auto --dist worksteal --long

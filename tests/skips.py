@@ -31,12 +31,11 @@ EXPECTED = (
     Skips("this processor computes in bfloat16", 3),
     Skips("this computer has no IPv6", 3),
     Skips("no browser", needs="chromium"),
-    Skips("needs manipi[low-bit]", needs="optional"),
-    Skips("needs manipi[ray]", needs="optional"),
-    Skips("needs manipi[view]", needs="optional"),
-    Skips("openpi_client.", needs="optional"),
-    # Not part of `make optional`: with wandb 0.31 the file of an offline run was seen without what was logged.
-    Skips("needs manipi[wandb]", 2),
+    Skips("needs manipi[low-bit]"),
+    Skips("needs manipi[ray]"),
+    Skips("needs manipi[view]"),
+    Skips("openpi_client."),
+    Skips("needs manipi[wandb]"),
     # openpi has no release, and lerobot wants other versions of our packages: `make test-lerobot` has its environment.
     Skips("openpi.serving.websocket_policy_server", 1),
     Skips("openpi.models_pytorch.pi0_pytorch", 2),

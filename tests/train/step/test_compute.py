@@ -125,7 +125,7 @@ def test_compiled_layers_compute_the_same_from_one_graph_per_kind(monkeypatch):
     assert counters["stats"]["unique_graphs"] == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 @ignore_warnings_of_torch
 @torch.no_grad()

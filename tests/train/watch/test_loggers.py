@@ -5,6 +5,7 @@ import json
 import re
 import struct
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -95,6 +96,7 @@ def test_wandb_offline_goes_on_with_its_id(tiny, tmp_path):
     config = tiny(steps=4, save_every=2, log=LogConfig(wandb="offline", wandb_project="arms"))
     train(config, tmp_path / "run", stop_at=2, show=False)
     name = (tmp_path / "run/wandb_id.txt").read_text()
+    time.sleep(1)  # runs of one id that begin in the same second have the same folder, and the later file stays
     train(config, tmp_path / "run", show=False)
     assert (tmp_path / "run/wandb_id.txt").read_text() == name
     folders = sorted((tmp_path / "run/wandb").glob("offline-run-*"))
