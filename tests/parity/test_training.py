@@ -13,8 +13,8 @@ from openpi_trees import from_openpi_tree, to_openpi_tree
 from tolerances import TRACE, tolerance_of
 
 from manipi.robots.tabletop import TABLETOP
-from manipi.train import loop
 from manipi.train.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
+from manipi.train.step import step as step_module
 from manipi.train.step.optimizer import learning_rate
 from manipi.train.step.state import TrainState
 from manipi.train.step.step import train_step
@@ -120,7 +120,7 @@ def trace(case: Case, file: Path) -> Arrays:
     with pytest.MonkeyPatch.context() as patch:
         if "noise" in draws:
             noise, time = (torch.from_numpy(draws[name])[:, :, None] for name in ("noise", "time"))
-            patch.setattr(loop, "draw_noise", lambda seed, step, *size: (noise[step], time[step]))
+            patch.setattr(step_module, "draw_noise", lambda seed, step, *size: (noise[step], time[step]))
         return run(case, file)
 
 

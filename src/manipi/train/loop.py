@@ -4,8 +4,7 @@ Everything random is a pure function of (seed, step): the sampler's rows, the no
 therefore needs weights, average and optimizer alone, and equals an undisturbed one.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -55,14 +54,20 @@ def train(
     require_loggers(config.log)
     end = config.steps if stop_at is None else min(stop_at, config.steps)
     with open_world(config) as world, ExitStack() as stack:
-        locks = list[Lock]()
+        locks, show = list[Lock](), show and world.leads
         world.once(lambda: locks.append(stack.enter_context(alone(Path(folder)))))
         run = world.once(lambda: _open_run(folder, config, resume_from))
         require_shared(run.folder, world)
         data = world.in_turn(lambda: prepare(config, run.folder))
-        with _enough_memory(config, world, show=show and world.leads):
-            state, window = _open_state(run, world, show=show and world.leads)
-            _train(run, data, state, window, locks[0] if locks else None, end, show=show and world.leads)
+        try:
+            state, window = _open_state(run, world, show=show)
+            _train(run, data, state, window, locks[0] if locks else None, end, show=show)
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+            from manipi.train.plan.fit import out_of_memory  # fake tensors take as long to import as torch
+
+            raise out_of_memory(error, config, world.device, gpus=world.size, show=show) from error
         return run.checkpoint(state.step)
 
 
@@ -72,19 +77,6 @@ def _open_run(folder: Path, config: TrainConfig, resume_from: int | None) -> Run
     if resume_from is not None:
         run.rewind(resume_from)
     return run
-
-
-@contextmanager
-def _enough_memory(config: TrainConfig, world: World, *, show: bool) -> Iterator[None]:
-    """Raises TrainingError with the forecast and the settings that fit, where a GPU runs out of memory."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not ran_out_of_memory(error):
-            raise
-        from manipi.train.plan.fit import out_of_memory  # it takes a step of this module's itself
-
-        raise out_of_memory(error, config, world.device, gpus=world.size, show=show) from error
 
 
 def _open_state(run: Run, world: World, *, show: bool) -> tuple[TrainState, list[dict[str, float]] | None]:
@@ -102,6 +94,8 @@ def _open_state(run: Run, world: World, *, show: bool) -> tuple[TrainState, list
         world.once(lambda: atomic_write(run.folder / "parameters.txt", f"{table}\n".encode()))
     if show:
         tqdm.write(table)
+        if newest is not None:
+            tqdm.write(f"resumed at step {newest} of {config.steps}, from {run.checkpoint(newest)}")
     return state, None if newest is None else read_window(run.checkpoint(newest))
 
 
@@ -143,7 +137,11 @@ def _train(
             with guards.step(step, batch):
                 inputs = ModelInput.from_numpy(batch, world.device)
                 inputs = augment(inputs, config, step, first_row=world.rank * inputs.batch_size)
-                with _memory_report(config, inputs, world) if show and state.step + 1 == end else nullcontext():
+                with ExitStack() as last_step:
+                    if show and state.step + 1 == end:
+                        from manipi.train.plan.memory import memory_report
+
+                        last_step.enter_context(memory_report(config, inputs, world.size))
                     metrics, sample_loss = train_step(state, inputs, config)
                 spike = guards.spike(step, float(metrics["loss"]), sample_loss)
                 progress.record(state.step, metrics, wait, batch, spike)
@@ -151,7 +149,11 @@ def _train(
             if validation.due(state.step):
                 # Before the checkpoint of the step: a run that is killed between the two does both again.
                 with guards.phase("validation", f"the validation of step {state.step}"):
-                    _validate(validation, writer, state, out)
+                    weights = state.inference_weights()  # whole ones on rank 0, for which the others wait
+                    if world.leads:
+                        policy = writer.policy(weights, state.step, str(world.device))
+                        numbers = validation.run(state.step, policy, state.model)
+                        out.show(state.step, {f"val/{name}": value for name, value in numbers.items()})
             stopped_by = world.first(stop.received)  # once: another may come any time
             if state.step % config.save_every == 0 or state.step == end or stopped_by:
                 with guards.phase("the run", f"the checkpoint of step {state.step}"):
@@ -170,21 +172,6 @@ def _train(
 def _saver(guards: Guards, writer: CheckpointWriter, state: TrainState, lock: Lock | None) -> Saver:
     with guards.phase("the start", "the process that writes checkpoints"):
         return make_saver(writer, state, lock)
-
-
-def _memory_report(config: TrainConfig, inputs: ModelInput, world: World) -> AbstractContextManager[None]:
-    from manipi.train.plan.memory import memory_report  # it takes a step of this module's itself
-
-    return memory_report(config, inputs, world.size)
-
-
-def _validate(validation: Validation, writer: CheckpointWriter, state: TrainState, out: RunLog) -> None:
-    """With whole weights on the first process, while the others wait."""
-    weights, world = state.inference_weights(), state.world
-    if world.leads:
-        policy = writer.policy(weights, state.step, str(world.device))
-        numbers = validation.run(state.step, policy, state.model)
-        out.show(state.step, {f"val/{name}": value for name, value in numbers.items()})
 
 
 def checkpoint_writer(run: Run, data: TrainingData) -> CheckpointWriter:

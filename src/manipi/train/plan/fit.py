@@ -5,12 +5,12 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from manipi.errors import ConfigError, TrainingError, shown, unknown_name
-from manipi.model.config import Pi0FastConfig
 from manipi.train.config import TrainConfig
 from manipi.train.plan.memory import GIB, StepMemory, forecast
 
@@ -37,7 +37,7 @@ def gpu_bytes(name: str) -> int:
     """The memory that `24GB`, `rtx4090` or `H100` stands for. As makers of GPUs count, 1 GB is 2^30 bytes.
 
     Raises:
-        ConfigError: a size that cannot be read, or a GPU that nobody knows.
+        ConfigError: a size that cannot be read, or the name of an unknown GPU.
     """
     if size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)", name.strip(), re.IGNORECASE):
         return int(float(size[1]) * GIB)
@@ -51,99 +51,71 @@ def gpu_bytes(name: str) -> int:
     return GPUS[short] * 2**20
 
 
-@dataclass(frozen=True, kw_only=True)
-class Saving:
+class Saving(NamedTuple):
     """A setting that needs less memory."""
 
     flags: str
-    change: Callable[[TrainConfig], TrainConfig]
-    """Returns the config as it is where there is nothing to save."""
     cost: str
     """What is paid for it."""
+    where: Callable[[TrainConfig], object] = lambda config: True
+    """Whether there is anything to save, and it can be trained so."""
+
+    def change(self, config: TrainConfig) -> TrainConfig:
+        """The config with the flags; as it is where there is nothing to save."""
+        flag, value = self.flags.split()
+        return with_setting(config, flag.lstrip("-").replace("-", "_"), value) if self.where(config) else config
+
+
+def with_setting(settings: Any, name: str, value: str) -> Any:
+    """The settings with another value of NAME.NAME…, of the kind that it has there now."""
+    first, _, rest = name.partition(".")
+    now = getattr(settings, first)
+    return replace(settings, **{first: with_setting(now, rest, value) if rest else type(now)(value)})
 
 
 def _has_adapters(config: TrainConfig) -> bool:
-    model = config.model
-    return bool(model.vlm_adapters or (not isinstance(model, Pi0FastConfig) and model.action_adapters))
+    return bool(config.model.vlm_adapters or getattr(config.model, "action_adapters", None))
 
 
-def _eight_bits(config: TrainConfig) -> TrainConfig:
-    if config.optimizer.kind == "sgd" or importlib.util.find_spec("torchao") is None:
-        return config
-    return replace(config, optimizer=replace(config.optimizer, state_bits=8))
-
-
-def _qlora(config: TrainConfig) -> TrainConfig:
-    if config.trained != "lora" or importlib.util.find_spec("bitsandbytes") is None:
-        return config
-    return replace(config, trained="qlora")
-
-
-def _half_activations(config: TrainConfig) -> TrainConfig:
-    is_full = config.compute.precision == "fp32"
-    return replace(config, compute=replace(config.compute, precision="bf16")) if is_full else config
-
-
-def _all_in_bfloat16(config: TrainConfig) -> TrainConfig:
-    rounds = config.optimizer.kind == "adamw"  # as SGD does not
-    return replace(config, compute=replace(config.compute, precision="pure_bf16")) if rounds else config
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 SAVINGS = (
+    Saving("--compute.recompute elementwise", "norms, GELU and casts are computed twice; no number changes"),
+    Saving("--compute.recompute full", "every layer is computed twice, a third more work; no number changes"),
     Saving(
-        flags="--compute.recompute elementwise",
-        change=lambda c: replace(c, compute=replace(c.compute, recompute="elementwise")),
-        cost="norms, GELU and casts are computed twice; no number changes",
+        "--optimizer.state-bits 8",
+        "moments in 8 bits, as in Dettmers et al. 2022",
+        lambda c: c.optimizer.kind != "sgd" and _installed("torchao"),
     ),
     Saving(
-        flags="--compute.recompute full",
-        change=lambda c: replace(c, compute=replace(c.compute, recompute="full")),
-        cost="every layer is computed twice, a third more work; no number changes",
+        "--compute.precision bf16",
+        "activations with 8 bits of mantissa, as the released weights were trained",
+        lambda c: c.compute.precision == "fp32",
     ),
     Saving(
-        flags="--optimizer.state-bits 8",
-        change=_eight_bits,
-        cost="moments in 8 bits, as in Dettmers et al. 2022",
+        "--frozen-dtype bfloat16",
+        "frozen weights are rounded once, as in the reference",
+        lambda c: c.trained != "full",
+    ),
+    Saving("--noise-draws 1", "a noisier loss per observation"),
+    Saving("--ema-decay 0", "what is served is the last step's weights, not their average"),
+    Saving(
+        "--compute.precision pure_bf16",
+        "weights and moments with 8 bits of mantissa, rounded at random",
+        lambda c: c.optimizer.kind == "adamw",  # SGD does not round so
+    ),
+    Saving("--trained vision_frozen", "the image encoder keeps its weights", lambda c: c.trained == "full"),
+    Saving(
+        "--trained lora",
+        "of experts with adapters, only those are trained",
+        lambda c: _has_adapters(c) and c.trained != "qlora",
     ),
     Saving(
-        flags="--compute.precision bf16",
-        change=_half_activations,
-        cost="activations with 8 bits of mantissa, as the released weights were trained",
-    ),
-    Saving(
-        flags="--frozen-dtype bfloat16",
-        change=lambda c: replace(c, frozen_dtype="bfloat16") if c.trained != "full" else c,
-        cost="frozen weights are rounded once, as in the reference",
-    ),
-    Saving(
-        flags="--noise-draws 1",
-        change=lambda c: replace(c, noise_draws=1),
-        cost="a noisier loss per observation",
-    ),
-    Saving(
-        flags="--ema-decay 0",
-        change=lambda c: replace(c, ema_decay=0.0),
-        cost="what is served is the last step's weights, not their average",
-    ),
-    Saving(
-        flags="--compute.precision pure_bf16",
-        change=_all_in_bfloat16,
-        cost="weights and moments with 8 bits of mantissa, rounded at random",
-    ),
-    Saving(
-        flags="--trained vision_frozen",
-        change=lambda c: replace(c, trained="vision_frozen") if c.trained == "full" else c,
-        cost="the image encoder keeps its weights",
-    ),
-    Saving(
-        flags="--trained lora",
-        change=lambda c: replace(c, trained="lora") if _has_adapters(c) and c.trained != "qlora" else c,
-        cost="of experts with adapters, only those are trained",
-    ),
-    Saving(
-        flags="--trained qlora",
-        change=_qlora,
-        cost="frozen matrices in 4 bits, expanded whenever they are used",
+        "--trained qlora",
+        "frozen matrices in 4 bits, expanded whenever they are used",
+        lambda c: c.trained == "lora" and _installed("bitsandbytes"),
     ),
 )
 """In the order in which they are tried, after parts of the batch; each goes on from the ones before it.
@@ -176,9 +148,11 @@ def find_fit(
     Args:
         memory: the forecast of `config`.
         capacity: bytes of each GPU.
-        show: draw a progress bar.
+        show: draw a progress bar, where stderr is a terminal.
     """
-    with tqdm(desc="looking for settings that fit", unit=" forecasts", disable=not show, leave=False) as bar:
+    with tqdm(
+        desc="looking for settings that fit", unit=" forecasts", disable=None if show else True, leave=False
+    ) as bar:
         search = _Search(capacity, gpus, bar)
         search.known[search.key(config)] = memory
         chosen: list[Saving] = []
@@ -208,7 +182,9 @@ def out_of_memory(
         device: what this process computes on.
         gpus: as for `forecast`.
     """
-    memory, available = forecast(config, gpus=gpus), _available(device)
+    memory, available = forecast(config, gpus=gpus), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     needed = memory.peak + memory.reserve
     # Where the forecast fits, it was too low, or not of a step: look for settings that need less than it says.
     found = find_fit(config, memory, min(available, int(0.9 * needed)), gpus=gpus, show=show)
@@ -230,13 +206,6 @@ def out_of_memory(
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
-
-
-def _available(device: torch.device) -> int:
-    """Bytes that this process has or can have there."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _apply(config: TrainConfig, savings: list[Saving]) -> TrainConfig:
@@ -311,7 +280,6 @@ class _Search:
 def in_parts(count: int) -> Saving:
     """A batch that is computed in so many parts."""
     return Saving(
-        flags=f"--accumulate {count}",
-        change=lambda c: replace(c, accumulate=count),
-        cost=f"a step takes {count} passes of smaller matrices; the update is the same up to rounding",
+        f"--accumulate {count}",
+        f"a step takes {count} passes of smaller matrices; the update is the same up to rounding",
     )

@@ -108,19 +108,20 @@ def forecast(config: TrainConfig, batch: ModelInput | None = None, *, gpus: int 
     # The third part of a batch needs what the second one needs, and takes as long.
     passes, part = min(own.accumulate, 2), own.batch_size // own.accumulate
     own, shrunk = replace(own, batch_size=part * passes, accumulate=passes), own.accumulate // passes
-    state = fake_state(own, fake)
     batch = largest_batch(own) if batch is None else first_rows(batch, own.batch_size)
-    # Masks and ids stay real: what the model trims by them, it trims here too. Pictures would take time.
-    memory = step_memory(state, replace(batch, images=fake.from_tensor(batch.images)), own)
+    with tqdm(desc="forecast of a step", unit=" operations", disable=None, leave=False, delay=1) as bar:
+        state = fake_state(own, fake, bar)
+        # Masks and ids stay real: what the model trims by them, it trims here too. Pictures would take time.
+        memory = step_memory(state, replace(batch, images=fake.from_tensor(batch.images)), own, bar)
     memory = StepMemory({**memory.curves, "batch": memory.curves["batch"] * shrunk})
     return memory if shards == 1 else memory.sharded(shards, gathered_bytes(state))
 
 
-def fake_state(config: TrainConfig, fake: FakeTensorMode) -> TrainState:
+def fake_state(config: TrainConfig, fake: FakeTensorMode, bar: tqdm | None = None) -> TrainState:
     """The trainer's state, of tensors without contents, which do without compiled layers."""
     config = replace(config, compute=replace(config.compute, compile=False))
     model = unallocated_model(config)  # outside of the mode, where a fake parameter cannot be swapped for another
-    with fake, MemoryLog([]):
+    with fake, MemoryLog([], bar):
         return TrainState.of(model, config)
 
 
@@ -163,9 +164,9 @@ def gathered_bytes(state: TrainState) -> int:
     return sum(p.nbytes for p in state.model.parameters()) - sum(inside) + 3 * max(inside)
 
 
-def step_memory(state: TrainState, batch: ModelInput, config: TrainConfig) -> StepMemory:
+def step_memory(state: TrainState, batch: ModelInput, config: TrainConfig, bar: tqdm | None = None) -> StepMemory:
     """Take one training step, with real tensors or with fake ones, and say what it had in memory."""
-    log = MemoryLog(known_storages(state, vars(batch).values()))
+    log = MemoryLog(known_storages(state, vars(batch).values()), bar)
     watched = [p.register_post_accumulate_grad_hook(log.mark_gradient) for p in state.parameters.values()]
     with log:
         train_step(state, batch, config)
@@ -203,10 +204,16 @@ class _Life:
 
 
 class MemoryLog(TorchDispatchMode):
-    """Within it, every storage that an operation returns is written down, and when it disappears."""
+    """Within it, every storage that an operation returns is written down, and when it disappears.
 
-    def __init__(self, known: Known):
+    Args:
+        known: storages that are there before.
+        bar: counts operations.
+    """
+
+    def __init__(self, known: Known, bar: tqdm | None = None):
         super().__init__()
+        self._bar = bar
         self._lives: list[_Life] = []
         self._alive: dict[int, tuple[weakref.ref, _Life]] = {}
         self._backwards: list[int] = []
@@ -222,6 +229,8 @@ class MemoryLog(TorchDispatchMode):
         if _asks_for_number(func, args):
             return True
         result = func(*_as_indices(func, args), **(kwargs or {}))
+        if self._bar is not None:
+            self._bar.update()
         for storage in storages(result):
             self._appear(storage)
         return result

@@ -33,6 +33,61 @@ from manipi.train.step.optimizer import gradient_norm, learning_rate, parameter_
 from manipi.train.step.state import TrainState
 
 
+def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tuple[dict[str, Tensor | float], Tensor]:
+    """One update of the state in place. Returns what the log wants, and the loss of each sample here [B].
+
+    Raises:
+        NonFiniteError: the loss or the gradient is not finite; the weights are those before the step.
+    """
+    loss, sample_loss = add_gradients(state, inputs, config)
+    parameters = list(state.parameters.values())
+    norm = gradient_norm(parameters)
+    loss_value, norm_value = require_finite(loss, norm, sample_loss, state.step)
+    state.gather_rows()
+    update(state.optimizer, state.step, config.optimizer, norm)
+    if state.average:
+        update_average(list(state.average.values()), list(state.optimized.values()), config.ema_decay)
+    state.scatter_rows()
+    rate = learning_rate(state.step, config.optimizer)
+    state.step += 1
+    norms = {"grad_norm": norm_value, "param_norm": parameter_norm(parameters)}
+    return {"loss": loss_value, **norms, "learning_rate": rate}, sample_loss
+
+
+def add_gradients(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Add the gradients of this step's loss to those of the parameters. Returns the loss of the whole batch, and that
+    of each sample here [B]."""
+    world, batch_size, draws = state.world, inputs.batch_size * state.world.size, list[Tensor]()
+    if not isinstance(config.model, Pi0FastConfig):
+        size = (config.model.action_horizon, config.model.action_dim)
+        drawn = draw_noise(config.seed, state.step, batch_size, config.noise_draws, *size)
+        draws = [world.slice(whole) for whole in drawn]
+    if config.max_delay:
+        delays = draw_delay(config.seed, state.step, batch_size, config.max_delay)
+        inputs = replace(inputs, delay=world.slice(delays))
+    return accumulate_gradients(state.model, inputs, draws, config.accumulate, world)
+
+
+BETA_ALPHA = 1.5
+"""Timesteps follow Beta(1.5, 1): more weight near pure noise (π0 paper, appendix B)."""
+
+
+def draw_noise(seed: int, step: int, batch: int, draws: int, horizon: int, action_dim: int) -> tuple[Tensor, Tensor]:
+    """Noise [B, K, H, A], standard normal, and timesteps [B, K] in [0.001, 1], on the CPU, float32."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    noise = torch.randn(batch, draws, horizon, action_dim, generator=generator)
+    uniform = torch.rand(batch, draws, generator=generator)
+    # Beta(a, 1) has the distribution function t^a, so a power of a uniform number follows it.
+    return noise, uniform ** (1 / BETA_ALPHA) * 0.999 + 0.001
+
+
+def draw_delay(seed: int, step: int, batch: int, max_delay: int) -> Tensor:
+    """How many first steps of each chunk are given, int64 [B], every number from 0 to `max_delay` equally often."""
+    # Another generator than that of the noise, which stays as it is without delays.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step + 2**62) % 2**63)
+    return torch.randint(max_delay + 1, (batch,), generator=generator)
+
+
 def accumulate_gradients(
     model: VLA, inputs: ModelInput, draws: Sequence[Tensor], parts: int, world: World = ALONE
 ) -> tuple[Tensor, Tensor]:
@@ -58,26 +113,6 @@ def accumulate_gradients(
     return world.total(loss), torch.cat(samples)
 
 
-BETA_ALPHA = 1.5
-"""Timesteps follow Beta(1.5, 1): more weight near pure noise (π0 paper, appendix B)."""
-
-
-def draw_noise(seed: int, step: int, batch: int, draws: int, horizon: int, action_dim: int) -> tuple[Tensor, Tensor]:
-    """Noise [B, K, H, A], standard normal, and timesteps [B, K] in [0.001, 1], on the CPU, float32."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-    noise = torch.randn(batch, draws, horizon, action_dim, generator=generator)
-    uniform = torch.rand(batch, draws, generator=generator)
-    # Beta(a, 1) has the distribution function t^a, so a power of a uniform number follows it.
-    return noise, uniform ** (1 / BETA_ALPHA) * 0.999 + 0.001
-
-
-def draw_delay(seed: int, step: int, batch: int, max_delay: int) -> Tensor:
-    """How many first steps of each chunk are given, int64 [B], every number from 0 to `max_delay` equally often."""
-    # Another generator than that of the noise, which stays as it is without delays.
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step + 2**62) % 2**63)
-    return torch.randint(max_delay + 1, (batch,), generator=generator)
-
-
 def require_finite(loss: Tensor, grad_norm: Tensor, sample_loss: Tensor, step: int) -> tuple[float, float]:
     """The loss and the gradient norm as numbers, brought from the device in one copy, for which it is waited.
 
@@ -97,46 +132,6 @@ def require_finite(loss: Tensor, grad_norm: Tensor, sample_loss: Tensor, step: i
     )
     error.sample_loss = sample_loss.tolist()
     raise error
-
-
-def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tuple[dict[str, Tensor | float], Tensor]:
-    """One update of the state in place. Returns what the log wants, and the loss of each sample here [B].
-
-    Raises:
-        NonFiniteError: the loss or the gradient is not finite; the weights are those before the step.
-    """
-    loss, sample_loss = add_gradients(state, inputs, config)
-    parameters = list(state.parameters.values())
-    norm = gradient_norm(parameters)
-    loss_value, norm_value = require_finite(loss, norm, sample_loss, state.step)
-    state.gather_rows()
-    update(state.optimizer, state.step, config.optimizer, norm)
-    if state.average:
-        update_average(list(state.average.values()), list(state.optimized.values()), config.ema_decay)
-    state.scatter_rows()
-    rate = learning_rate(state.step, config.optimizer)
-    state.step += 1
-    norms = {"grad_norm": norm_value, "param_norm": parameter_norm(parameters)}
-    return {"loss": loss_value, **norms, "learning_rate": rate}, sample_loss
-
-
-def add_gradients(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Add the gradients of this step's loss to those of the parameters. Returns the loss of the whole batch, and that
-    of each sample here [B]."""
-    draws = _draws(state, inputs, config)
-    if config.max_delay:
-        delays = draw_delay(config.seed, state.step, inputs.batch_size * state.world.size, config.max_delay)
-        inputs = replace(inputs, delay=state.world.slice(delays))
-    return accumulate_gradients(state.model, inputs, draws, config.accumulate, state.world)
-
-
-def _draws(state: TrainState, inputs: ModelInput, config: TrainConfig) -> list[Tensor]:
-    """This process's noise and timesteps of the step, where the policy has any."""
-    if isinstance(config.model, Pi0FastConfig):
-        return []
-    world, size = state.world, (config.model.action_horizon, config.model.action_dim)
-    drawn = draw_noise(config.seed, state.step, inputs.batch_size * world.size, config.noise_draws, *size)
-    return [world.slice(whole) for whole in drawn]
 
 
 # Other pictures -------------------------------------------------------------------------------------------------------
