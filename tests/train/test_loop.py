@@ -235,9 +235,9 @@ def test_a_run_in_the_scale_of_another(trained, tiny, toy_dataset, tmp_path):
 
 
 @every_kind
-def test_a_resumed_run_equals_an_undisturbed_one(kind, tiny, tmp_path):
+def test_a_resumed_run_equals_an_undisturbed_one(kind, tiny, undisturbed, tmp_path):
     config = tiny(kind)
-    whole = train(config, tmp_path / "whole", show=False)
+    whole = undisturbed(config) / "checkpoints/6"
     stopped = train(config, tmp_path / "parts", stop_at=3, show=False)
     assert stopped.name == "3"
     resumed = train(config, tmp_path / "parts", show=False)
@@ -246,10 +246,10 @@ def test_a_resumed_run_equals_an_undisturbed_one(kind, tiny, tmp_path):
     same_state(config, whole, resumed)
 
 
-def test_workers_make_no_difference(tiny, tmp_path):
-    config = tiny(steps=3)
-    other = replace(config, data=replace(config.data, num_workers=2, cache="raw"))
-    folders = [train(c, tmp_path / str(i), show=False) for i, c in enumerate((config, other))]
+def test_workers_make_no_difference(tiny, undisturbed, tmp_path):
+    config = tiny()
+    other = replace(config, data=replace(config.data, num_workers=2, cache="raw"), save_every=6)
+    folders = undisturbed(config) / "checkpoints/6", train(other, tmp_path, show=False)
     weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert weights[0] == weights[1]
 
@@ -262,15 +262,15 @@ def test_a_finished_run_stays_as_it_is(tiny, trained):
 
 
 def test_only_the_newest_checkpoints_stay(tiny, tmp_path):
-    config = tiny(steps=7, save_every=2, keep_checkpoints=2)
+    config = tiny(steps=5, save_every=2, keep_checkpoints=2)
     train(config, tmp_path, show=False)
-    assert Run(tmp_path, config).steps() == [6, 7]
+    assert Run(tmp_path, config).steps() == [4, 5]
 
 
 def test_every_nth_checkpoint_stays_too(tiny, tmp_path):
-    config = tiny(steps=7, save_every=1, keep_checkpoints=1, keep_every=3)
+    config = tiny(steps=5, save_every=1, keep_checkpoints=1, keep_every=2)
     train(config, tmp_path, show=False)
-    assert Run(tmp_path, config).steps() == [3, 6, 7]
+    assert Run(tmp_path, config).steps() == [2, 4, 5]
     with pytest.raises(ConfigError, match="keep_every"):
         tiny(keep_every=-1)
 
@@ -370,9 +370,10 @@ def test_a_damaged_checkpoint_is_never_offered(tiny, trained, tmp_path):
         lambda lines: [lines[0], b'{"loss": 1', b"\xff\xfe", b"[1]", b"null", b'{"step": "two"}', *lines[1:]],
     ],
 )
-def test_a_log_after_a_loss_of_power(tiny, tmp_path, capsys, damage):
+def test_a_log_after_a_loss_of_power(tiny, once, tmp_path, capsys, damage):
     config = tiny(steps=4)
-    train(config, tmp_path, stop_at=2, show=False)
+    stopped = once("stopped", lambda folder: train(config, folder / "run", stop_at=2, show=False)) / "run"
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes().splitlines()
     damaged = damage(whole)
