@@ -174,10 +174,11 @@ def runs_draw_nothing():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Runs in this process draw their losses, as they do outside the tests."""
-    from tests.pictures import loop, plot_loss
+    """Runs in this process draw their plots, as they do outside the tests."""
+    from tests.pictures import DRAWING, PLOTS
 
-    monkeypatch.setattr(loop, "plot_loss", plot_loss)
+    for (module, name), draw in zip(PLOTS, DRAWING, strict=True):
+        monkeypatch.setattr(module, name, draw)
 
 
 @pytest.fixture
