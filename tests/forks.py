@@ -71,13 +71,15 @@ class _Surroundings:
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         streams = [DupFd(number) for number in (1, 2)]
         address = forkserver._forkserver._forkserver_address
-        return _take_on, (blocked, os.getpgid(0), dict(os.environ), streams, address, _network)
+        deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        return _take_on, (blocked, deaf, os.getpgid(0), dict(os.environ), streams, address, _network)
 
 
 def _take_on(
-    blocked: set, group: int, environment: dict[str, str], streams: list[Any], address: str, network: str
+    blocked: set, deaf: bool, group: int, environment: dict[str, str], streams: list[Any], address: str, network: str
 ) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if deaf else signal.default_int_handler)
     with suppress(PermissionError, ProcessLookupError):  # the last process of the group has ended
         os.setpgid(0, group)
     os.environ.clear()

@@ -129,6 +129,7 @@ def test_a_recording_killed_at_every_change_of_a_file(tmp_path):
     assert number > 60
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_an_episode_is_encoded_loses_nothing(tmp_path):
     root = tmp_path / "set/run"
     ended, *kill = KILLS["before its numbers are written"]
