@@ -5,6 +5,7 @@ What takes seconds to import is imported by the fixtures: pytest-xdist's own pro
 
 import gc
 import hashlib
+import importlib
 import multiprocessing
 import os
 import subprocess
@@ -40,7 +41,7 @@ hypothesis.settings.load_profile("manipi")
 IMAGE_SIZE = 16
 EPISODE_LENGTHS = (12, 7, 9, 3, 11, 8, 10, 5)
 RECIPES = {"pi05": "tabletop", "pi0": "tabletop_pi0", "pi0_fast": "tabletop_pi0_fast"}
-TINY = GemmaSize(width=32, depth=2, mlp_dim=48, num_heads=2, num_kv_heads=1, head_dim=16)
+TINY = GemmaSize(width=32, depth=1, mlp_dim=48, num_heads=2, num_kv_heads=1, head_dim=16)
 
 
 def toy_episode(number: int, length: int) -> dict[str, np.ndarray]:
@@ -154,6 +155,19 @@ def servers_are_forks(monkeypatch):
     from tests.commands import Interpreter
 
     monkeypatch.setattr(rollout, "subprocess", SimpleNamespace(Popen=Interpreter, STDOUT=subprocess.STDOUT))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs_draw_nothing():
+    importlib.import_module("tests.pictures")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Runs in this process draw their losses, as they do outside the tests."""
+    from tests.pictures import loop, plot_loss
+
+    monkeypatch.setattr(loop, "plot_loss", plot_loss)
 
 
 @pytest.fixture

@@ -21,9 +21,23 @@ PRELOAD = [
     "pytest",
     "torch._dynamo",
     "torch.distributed.run",
+    "torch.distributed.checkpoint",
     "matplotlib.pyplot",
+    "matplotlib.backends.backend_agg",
+    "av.subtitles.stream",
+    "pyarrow.parquet",
+    "zstandard",
     "tests.train.ranks",
     "manipi.cli.train",
+    "manipi.cli.eval",
+    "manipi.cli.dataset",
+    "manipi.cli.stats",
+    "manipi.cli.inspect",
+    "manipi.data.review.check",
+    "manipi.data.rlds.reader",
+    "manipi.data.lerobot.writer",
+    "manipi.evaluate.open_loop",
+    "tests.pictures",
     "tests.freeze",
 ]
 """The last one puts what was imported out of the garbage collector's sight."""
@@ -100,4 +114,5 @@ def _system_call(name: str, *arguments: int) -> None:
 def spawn_by_forking() -> None:
     """From now on, and in all that are started."""
     multiprocessing.get_context = lambda method=None: FORKS if method == "spawn" else PYTHONS(method)
+    os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # a fork has none of its parent's threads
     forkserver._forkserver.set_forkserver_preload(PRELOAD)

@@ -2,5 +2,8 @@
 
 import gc
 
+import tyro
+
+tyro.cli(int, args=["0"], prog="manipi")  # imports what reading a command line needs
 gc.collect()
 gc.freeze()

@@ -29,6 +29,17 @@ def recipe() -> TrainConfig:
     return read_config(Path(__file__).parent)
 """
 
+KINDS = (
+    "tabletop",
+    "debug",
+    "pi05_aloha",
+    "pi05_droid",
+    "pi0_fast_libero",
+    "pi0_libero_low_mem_finetune",
+    "paligemma_vq_droid",
+)
+"""Recipes that differ in the kinds of their settings: policy, adapters, tokenizer, where data are, whether they mix."""
+
 
 def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
     done = run_manipi(*arguments)
@@ -125,7 +136,9 @@ def test_an_unknown_flag():
     assert "--optimizer.lr FLOAT" in run("train", "tabletop", "--optimizer.lrr", "1", code=2).stderr
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize(
+    "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.long) for name in recipe_names()]
+)
 def test_every_recipe_has_its_numbers_as_flags(name, capsys):
     config = load_recipe(name)
     with pytest.raises(SystemExit) as exit:

@@ -26,6 +26,8 @@ from manipi.errors import BadValueError, DataError, DatasetFormatError
 SETS = ["synthetic_lerobot_v21", "synthetic_lerobot_v30", "g1_bottle_lerobot_v21", "g1_bottle_lerobot_v30"]
 EPISODE, FRAME, CAMERA = 2, 5, "observation.images.cam_high"
 NOBODY = 65534
+SOUND = set[str]()
+"""Of SETS those that were seen to be free of defects before one was planted."""
 
 
 class Copy:
@@ -338,8 +340,10 @@ def train(root: Path, episodes: tuple[int, ...] = ()) -> None:
 @pytest.mark.parametrize(("defect", "copy"), CASES, indirect=["copy"])
 def test_defect(defect, copy):
     planted = DEFECTS[defect]
-    train(copy.root)  # it is sound, and every module is imported that nobody may be forbidden to read
-    assert sort_episodes(copy.root)[1] == {}
+    if copy.root.name not in SOUND:  # every module is imported that nobody may be forbidden to read
+        train(copy.root)
+        assert sort_episodes(copy.root)[1] == {}
+        SOUND.add(copy.root.name)
     planted.plant(copy)
     paths = {name: str(getattr(copy, name).relative_to(copy.root)) for name in ("table", "video")}
     where = planted.where.format(**paths)

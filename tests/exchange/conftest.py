@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from manipi.checkpoints.native import read_checkpoint, write_checkpoint
 from manipi.exchange.exporting import Target, export_checkpoint
 from manipi.model.config import Adapters, LoRA
+from manipi.policy import Policy, self_test_for
 from manipi.train.loop import train
 
 
@@ -22,6 +24,15 @@ def adapted(tiny, tmp_path_factory) -> Path:
         action_adapters=Adapters(attention=LoRA(rank=4, alpha=2.0, rank_stabilized=True)),
     )
     return train(replace(config, model=model), tmp_path_factory.mktemp("adapted") / "run", show=False)
+
+
+@pytest.fixture(scope="session")
+def two_steps(trained, once) -> Path:
+    """A π0.5 of two denoising steps instead of ten: a program holds each of them."""
+    ten = read_checkpoint(trained("pi05"))
+    two = replace(ten, config=replace(ten.config, num_steps=2))
+    test = self_test_for(Policy.from_checkpoint(two), ten.self_test.observation)
+    return once("two_steps", lambda folder: write_checkpoint(folder / "two", replace(two, self_test=test))) / "two"
 
 
 @pytest.fixture(scope="session")

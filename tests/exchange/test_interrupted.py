@@ -49,13 +49,13 @@ def test_a_killed_import_leaves_nothing_after_the_next(exported, tmp_path):
             (tmp_path / "a").rename(tmp_path.parent / "done")
 
 
-def test_a_killed_export_leaves_nothing_after_the_next(trained, tmp_path):
+def test_a_killed_export_leaves_nothing_after_the_next(two_steps, tmp_path):
     for to in ("openpi-jax", "program"):
         folder = tmp_path / to
         folder.mkdir()
-        killed(folder / "out", "export", trained("pi05"), folder / "out", "--to", to)
+        killed(folder / "out", "export", two_steps, folder / "out", "--to", to)
         with atomic_directory(folder / "alive"):  # what another process is writing stays
-            result = run_manipi("export", trained("pi05"), folder / "other", "--to", "openpi-torch")
+            result = run_manipi("export", two_steps, folder / "other", "--to", "openpi-torch")
             assert result.returncode == 0, result.stderr
             assert names(folder) == {"other", ".alive.writing.partial", ".alive.writing.lock"}
 
@@ -80,13 +80,13 @@ def test_a_full_disk_says_what_is_missing(trained, exported, mount, to):
             assert "No space left on device" in text
 
 
-def test_a_program_on_a_full_disk(trained, mount):
+def test_a_program_on_a_full_disk(two_steps, mount):
     disk = mount(1)
-    size = sum(weight.nbytes for weight in read_checkpoint(trained("pi05")).weights.values())
+    size = sum(weight.nbytes for weight in read_checkpoint(two_steps).weights.values())
     (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - size - 8192))  # for the weights, and no more
     with pytest.raises(StorageError, match=r"No space left on device: 0\.\d MB free when 0\.\d MB of it were written"):
-        export_program(trained("pi05"), disk / "out")
+        export_program(two_steps, disk / "out")
     assert names(disk) == {"ballast"}
     (disk / "ballast").write_bytes(bytes(900_000))
     with pytest.raises(StorageError, match="room for"):
-        export_program(trained("pi05"), disk / "out")
+        export_program(two_steps, disk / "out")

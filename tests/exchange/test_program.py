@@ -3,16 +3,14 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from manipi.checkpoints.native import read_checkpoint, write_checkpoint
+from manipi.checkpoints.native import read_checkpoint
 from manipi.cli.exchange import run_export as main
 from manipi.errors import ConfigError
-from manipi.policy import Policy, self_test_for
+from manipi.policy import Policy
 
 RUN = """
 import sys, json, numpy, torch
@@ -30,24 +28,14 @@ numpy.save(sys.argv[3], actions.numpy())
 """
 
 
-@pytest.fixture
-def checkpoint(trained, tmp_path) -> Path:
-    """Of two denoising steps: a program holds each of them."""
-    ten = read_checkpoint(trained("pi05"))
-    two = replace(ten, config=replace(ten.config, num_steps=2))
-    test = self_test_for(Policy.from_checkpoint(two), ten.self_test.observation)
-    write_checkpoint(tmp_path / "two", replace(two, self_test=test))
-    return tmp_path / "two"
-
-
 @pytest.mark.slow
-def test_it_acts_like_the_policy_for_any_prompt_and_noise(checkpoint, tmp_path, capsys):
+def test_it_acts_like_the_policy_for_any_prompt_and_noise(two_steps, tmp_path, capsys):
     target = tmp_path / "program"
-    main([str(checkpoint), str(target), "--to", "program"])
+    main([str(two_steps), str(target), "--to", "program"])
     assert "largest difference" in capsys.readouterr().out
     contract = json.loads((target / "contract.json").read_text())
     assert (contract["contract"], contract["num_steps"], contract["cameras"]) == (1, 2, ["base"])
-    policy, test = Policy.load(checkpoint, seed=9), read_checkpoint(checkpoint).self_test
+    policy, test = Policy.load(two_steps, seed=9), read_checkpoint(two_steps).self_test
     assert test is not None
     observation = {**test.observation, "prompt": "another one"}
     inputs = policy.model_input([policy.encode(observation)])

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 from tests.commands import Interpreter
-from tests.train import ranks
-from tests.train.ranks import Ranks
 from tests.train.test_killed import RECIPE, without_clock
 
 from manipi.records import write_json
@@ -80,8 +78,8 @@ def start(hosts: list[str], rank: int, folder: Path, run: Path, cold: bool) -> I
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("cold", [False, pytest.param(True, marks=pytest.mark.long)], ids=["forks", "cold"])
-def test_two_hosts_of_which_one_dies_train_what_one_does(tiny, hosts, tmp_path, cold):
-    config = tiny(steps=16, save_every=4, keep_checkpoints=9)
+def test_two_hosts_of_which_one_dies_train_what_one_does(twelve_steps, of_two_ranks, hosts, tmp_path, cold):
+    config, undisturbed = twelve_steps, of_two_ranks
     write_json(tmp_path / "config.json", config)
     (tmp_path / "recipe.py").write_text(RECIPE.format(folder=str(tmp_path)))
     run = Run(tmp_path / "hosts", config)
@@ -98,13 +96,12 @@ def test_two_hosts_of_which_one_dies_train_what_one_does(tiny, hosts, tmp_path, 
     die(hosts[1])
     second.wait()
     assert 4 in run.steps()
-    assert run.steps()[-1] < 16
+    assert run.steps()[-1] < 12
     second = start(hosts, 1, tmp_path, run.folder, cold)
-    undisturbed = Ranks(2, ranks.run, config, tmp_path / "host").all_well()[0]
     for host in (first, second):
         assert host.wait(max(1, deadline - time.monotonic())) == 0, said()
     assert "-m torch.distributed.run --nproc-per-node 1 --max-restarts 2 --nnodes 2" in said()
     assert "expected every process of the run to go on" in (tmp_path / f"{hosts[0]}.log").read_text()
     assert without_clock(run.folder) == without_clock(undisturbed.parents[1])
     for name in ("model.safetensors", "self_test.npz"):
-        assert (run.checkpoint(16) / name).read_bytes() == (undisturbed / name).read_bytes()
+        assert (run.checkpoint(12) / name).read_bytes() == (undisturbed / name).read_bytes()

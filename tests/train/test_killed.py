@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tests.commands import Command
 from tests.forks import FORKS
+from tests.train.sizes import with_layers
 from tests.train.trainers import train_in_group
 
 from manipi.checkpoints.native import verify
@@ -35,10 +36,8 @@ def recipe() -> TrainConfig:
 
 @pytest.fixture
 def config(tiny) -> TrainConfig:
-    """Checkpoints and log lines at different steps; one layer, as most of a save's time goes by the tensor."""
-    config = tiny(steps=16, save_every=4, log_every=3, keep_checkpoints=9)
-    sizes = {name: replace(getattr(config.model, name), depth=1) for name in ("vlm", "action_expert")}
-    return replace(config, model=replace(config.model, **sizes))
+    """Checkpoints and log lines at different steps."""
+    return tiny(steps=16, save_every=4, log_every=3, keep_checkpoints=9)
 
 
 @pytest.fixture
@@ -183,8 +182,7 @@ def require_a_clean_end(process: Command, config: TrainConfig, undisturbed: Call
 @pytest.fixture
 def deep(config) -> dict:
     """Changes after which the writer is told of more tensors than fit into a pipe."""
-    sizes = {name: replace(getattr(config.model, name), depth=6) for name in ("vlm", "action_expert")}
-    return {"model": replace(config.model, **sizes)}
+    return {"model": with_layers(config, 6).model}
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from manipi.checkpoints.native import verify
@@ -63,12 +64,15 @@ def same_state(config, one, other) -> None:
 # ---- it learns, and what it saves serves
 
 
-def test_the_loss_decreases(tiny, tmp_path):
+def test_the_loss_decreases(tiny, tmp_path, drawn):
     config = tiny(steps=60, save_every=60, batch_size=8)
     train(config, tmp_path, show=False)
     losses = [m["loss"] for m in metrics(config, tmp_path)]
     assert len(losses) == 60
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.size == (770, 385)
+        assert len(np.unique(np.asarray(picture))) > 100, "nothing is drawn"
 
 
 @every_kind
@@ -82,7 +86,7 @@ def test_two_steps_make_a_policy(kind, trained, tiny):
     assert actions.dtype == np.float32
     assert np.isfinite(actions).all()
     assert policy.metadata["step"] == 2
-    assert (folder.parents[1] / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder.parents[1] / "loss.png").exists()
 
 
 @every_kind

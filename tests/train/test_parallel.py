@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tests.commands import run_manipi
 from tests.train import ranks
 from tests.train.ranks import Ranks
+from tests.train.sizes import with_layers
 
 from manipi.checkpoints.native import verify
 from manipi.cli.train import parse_train
@@ -52,7 +53,7 @@ def losses(config, folder) -> list[float]:
     ids=["FSDP", "FSDP of tokens", "copies with adapters", "HSDP"],
 )
 def test_a_step_equals_the_plain_one(tiny, tmp_path, kind, size, replicate, adapted):
-    config = replace(tiny(kind, ema_decay=0.5), parallel=ParallelConfig(replicate=replicate))
+    config = replace(with_layers(tiny(kind, ema_decay=0.5), 2), parallel=ParallelConfig(replicate=replicate))
     if adapted:
         config = replace(config, model=replace(config.model, vlm_adapters=LORA), frozen_dtype="bfloat16")
     answers = Ranks(size, ranks.steps, config, tmp_path).all_well()
@@ -102,12 +103,11 @@ def test_one_process_is_left_alone():
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_reported_and_nothing_is_lost(tiny, tmp_path):
-    config = tiny(steps=9, save_every=3, keep_checkpoints=9, async_save=True)
-    whole = Ranks(2, ranks.run, config, tmp_path / "whole").all_well()[0]
+def test_a_killed_rank_is_reported_and_nothing_is_lost(twelve_steps, of_two_ranks, tmp_path):
+    config, whole = replace(twelve_steps, async_save=True), of_two_ranks
     run = Run(tmp_path / "killed", config)
     started = Ranks(2, ranks.run, config, run.folder)
-    while len(run.read_metrics()) < 5:
+    while len(run.read_metrics()) < 6:
         time.sleep(0.002)
     started.processes[1].kill()
     left, _ = started.results(timeout=120)  # it ends by itself, and soon
@@ -115,12 +115,12 @@ def test_a_killed_rank_is_reported_and_nothing_is_lost(tiny, tmp_path):
     assert isinstance(left, TrainingError), left
     assert left.expected == "every process of the run to go on"
     assert "rank 0" in left.where
-    assert 3 in run.steps()
-    assert run.steps()[-1] < 9
-    assert Ranks(2, ranks.run, config, run.folder).all_well()[0] == run.checkpoint(9)
+    assert 4 in run.steps()
+    assert run.steps()[-1] < 12
+    assert Ranks(2, ranks.run, config, run.folder).all_well()[0] == run.checkpoint(12)
     assert metrics(config, run.folder) == metrics(config, whole.parents[1])
     for name in ("model.safetensors", "self_test.npz"):
-        assert (run.checkpoint(9) / name).read_bytes() == (whole / name).read_bytes()
+        assert (run.checkpoint(12) / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.slow

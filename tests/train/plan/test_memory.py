@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.train.sizes import with_layers
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
@@ -29,7 +30,7 @@ LORA = Adapters(attention=LoRA(rank=4, alpha=4), feed_forward=LoRA(rank=4, alpha
 
 def make(tiny, kind: str, *, lora: bool = False, **changes):
     # A decay that leaves no weight as it is: every row of the token embedding has moments.
-    config = tiny(kind, optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.01), **changes)
+    config = with_layers(tiny(kind, optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.01), **changes), 2)
     if not lora:
         return config
     adapters = {"vlm_adapters": LORA} if kind == "pi0_fast" else {"vlm_adapters": LORA, "action_adapters": LORA}
@@ -142,20 +143,8 @@ def test_gpus_share_the_state_and_the_batch(tiny):
 # ---- what fits
 
 
-@pytest.fixture
-def flat(tiny):
-    """A π0 of one layer, as each forecast takes a second or more."""
-
-    def flat(**changes):
-        config = tiny("pi0", **changes)
-        sizes = {name: replace(getattr(config.model, name), depth=1) for name in ("vlm", "action_expert")}
-        return replace(config, model=replace(config.model, **sizes))
-
-    return flat
-
-
-def test_parts_of_the_batch_come_first(flat):
-    config = flat(batch_size=8)
+def test_parts_of_the_batch_come_first(tiny):
+    config = tiny("pi0", batch_size=8)
     memory = forecast(config)
     four = forecast(replace(config, accumulate=2))
     capacity = (four.peak + four.reserve + memory.peak + memory.reserve) // 2
@@ -167,9 +156,9 @@ def test_parts_of_the_batch_come_first(flat):
     assert found.memory.at_peak() == four.at_peak()
 
 
-def test_savings_that_are_not_needed_are_taken_back(flat):
+def test_savings_that_are_not_needed_are_taken_back(tiny):
     # A decay that leaves no weight as it is: every row of the token embedding has moments.
-    config = flat(batch_size=1, noise_draws=1, optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.01))
+    config = tiny("pi0", batch_size=1, noise_draws=1, optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.01))
     without_average = forecast(replace(config, ema_decay=0.0, compute=ComputeConfig(recompute="full")))
     found = find_fit(config, forecast(config), without_average.peak + without_average.reserve)
     assert found is not None
@@ -177,10 +166,10 @@ def test_savings_that_are_not_needed_are_taken_back(flat):
     assert "--compute.recompute elementwise" not in [saving.flags for saving in found.savings]
 
 
-def test_nothing_fits(flat):
+def test_nothing_fits(tiny):
     """Most of the savings are there already, each of which takes seconds to try."""
     compute = ComputeConfig(recompute="full", precision="pure_bf16")
-    config = flat(batch_size=1, ema_decay=0.0, noise_draws=1, compute=compute)
+    config = tiny("pi0", batch_size=1, ema_decay=0.0, noise_draws=1, compute=compute)
     assert find_fit(config, forecast(config), GIB) is None
 
 
@@ -199,9 +188,9 @@ def raising_once(function, error):
     return called
 
 
-def test_a_state_that_a_gpu_has_no_room_for(flat, tmp_path, monkeypatch):
+def test_a_state_that_a_gpu_has_no_room_for(tiny, tmp_path, monkeypatch):
     """What torch would raise is raised where it would be; there is no GPU here."""
-    config = flat(batch_size=4096)
+    config = tiny("pi0", batch_size=4096)
     monkeypatch.setattr(VLA, "init_weights", raising_once(VLA.init_weights, torch.OutOfMemoryError(SAID)))
     with pytest.raises(TrainingError, match=r"CUDA out of memory. Tried to allocate 2.00 GiB") as caught:
         train(config, tmp_path, show=False)
@@ -214,10 +203,10 @@ def test_a_state_that_a_gpu_has_no_room_for(flat, tmp_path, monkeypatch):
     assert fitting.peak + fitting.reserve < memory.peak + memory.reserve
 
 
-def test_a_step_that_a_gpu_has_no_room_for(flat, tmp_path, monkeypatch):
+def test_a_step_that_a_gpu_has_no_room_for(tiny, tmp_path, monkeypatch):
     """Most of the savings are there already. The folder stays sound."""
     compute = ComputeConfig(recompute="full", precision="pure_bf16")
-    config = flat(batch_size=1, ema_decay=0.0, noise_draws=1, compute=compute, steps=2)
+    config = tiny("pi0", batch_size=1, ema_decay=0.0, noise_draws=1, compute=compute, steps=2)
     monkeypatch.setattr(plan, "find_fit", lambda *_, **__: None)  # as `test_nothing_fits` shows in seconds
     first, second = train_step, raising_once(train_step, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when …"))
     monkeypatch.setattr(loop, "train_step", lambda state, *rest: (second if state.step else first)(state, *rest))
@@ -226,8 +215,8 @@ def test_a_step_that_a_gpu_has_no_room_for(flat, tmp_path, monkeypatch):
     assert train(config, tmp_path, show=False).name == "2"
 
 
-def test_the_folder_of_a_run_that_never_fitted_takes_the_settings_that_do(flat, tmp_path, monkeypatch):
-    config = flat(steps=2)
+def test_the_folder_of_a_run_that_never_fitted_takes_the_settings_that_do(tiny, tmp_path, monkeypatch):
+    config = tiny("pi0", steps=2)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", raising_once(train_step, torch.OutOfMemoryError(SAID)))
         patch.setattr(plan, "find_fit", lambda *_, **__: None)  # a search takes seconds
@@ -251,10 +240,10 @@ def test_every_setting_that_is_advised_may_be_set_before_the_first_step(tiny):
     assert Change.STAYS not in {may_change(config, name) for name in changed}
 
 
-def test_other_errors_stay_what_they_are(flat, tmp_path, monkeypatch):
+def test_other_errors_stay_what_they_are(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(VLA, "init_weights", raising_once(VLA.init_weights, RuntimeError("CUDA error: misaligned")))
     with pytest.raises(RuntimeError, match="misaligned"):
-        train(flat(), tmp_path, show=False)
+        train(tiny("pi0"), tmp_path, show=False)
 
 
 def test_gpus_by_name_and_by_size():
