@@ -35,8 +35,9 @@ __all__ = ["interruptible", "pytest_sessionfinish", "pytest_terminal_summary"]
 spawn_by_forking()
 
 # Examples have no deadline: timings are no tests.
-hypothesis.settings.register_profile("manipi", deadline=None)
-hypothesis.settings.load_profile("manipi")
+hypothesis.settings.register_profile("short", deadline=None, max_examples=40)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=400)
+hypothesis.settings.load_profile("short")
 
 IMAGE_SIZE = 16
 EPISODE_LENGTHS = (12, 7, 9, 3, 11, 8, 10, 5)
@@ -132,14 +133,23 @@ def tiny(toy_dataset) -> Callable[..., TrainConfig]:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="run the tests marked long, and no others")
+    parser.addoption("--long", action="store_true", help="run the long forms: tests marked long, and more examples")
+
+
+def pytest_configure(config):
+    if config.getoption("--long"):
+        hypothesis.settings.load_profile("long")
 
 
 def pytest_collection_modifyitems(config, items):
     """The slow ones first: one that began last would keep a core busy alone. Long forms where they are asked for."""
-    wanted = config.getoption("--long")
-    config.hook.pytest_deselected(items=[i for i in items if (i.get_closest_marker("long") is not None) != wanted])
-    items[:] = [i for i in items if (i.get_closest_marker("long") is not None) == wanted]
+    long = {item for item in items if item.get_closest_marker("long")}
+    if config.getoption("--long"):
+        wanted = long | {item for item in items if hypothesis.is_hypothesis_test(item.obj)}
+    else:
+        wanted = set(items) - long
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = [item for item in items if item in wanted]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
@@ -164,10 +174,11 @@ def runs_draw_nothing():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Runs in this process draw their losses, as they do outside the tests."""
-    from tests.pictures import loop, plot_loss
+    """Runs in this process draw their plots, as they do outside the tests."""
+    from tests.pictures import DRAWING, PLOTS
 
-    monkeypatch.setattr(loop, "plot_loss", plot_loss)
+    for (module, name), draw in zip(PLOTS, DRAWING, strict=True):
+        monkeypatch.setattr(module, name, draw)
 
 
 @pytest.fixture

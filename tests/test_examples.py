@@ -29,7 +29,8 @@ def recipe(case: str) -> TrainConfig:
         pytest.skip(f"no {path}; set MANIPI_SHARED to the folder that holds datasets/{dataset}")
     config = load_recipe(f"{REPOSITORY / 'examples' / target}")
     data = replace(config.data, path=str(path), episodes=episodes, holdout=0.5, num_workers=0, cache="none")
-    return replace(config, data=data, steps=2, batch_size=4, num_threads=1, async_save=False)
+    validation = replace(config.validation, samples=16)
+    return replace(config, data=data, validation=validation, steps=2, batch_size=2, num_threads=1, async_save=False)
 
 
 @pytest.mark.parametrize("case", [pytest.param("g1_v21", marks=pytest.mark.long), "g1_v30", "open50"])

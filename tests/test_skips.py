@@ -48,9 +48,10 @@ def test_two():
 def test_a_run_with_a_new_skip(tmp_path, ci, arguments, code):
     (tmp_path / "test_it.py").write_text(SKIPPING)
     (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = .\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.skips", "-p", "no:cacheprovider", *arguments]
+    plugins = ["-p", "xdist.plugin", "-p", "tests.skips", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "--assert=plain", *plugins, *arguments]
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "CI": ci, "PYTHONPATH": path, "MANIPI_CI_WITHOUT": ""}
+    env = {**os.environ, "CI": ci, "PYTHONPATH": path, "MANIPI_CI_WITHOUT": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     with (tmp_path / "said").open("w") as output:
         done = Interpreter(command, cwd=tmp_path, env=env, stdout=output, stderr=subprocess.STDOUT).wait(60)
     said = (tmp_path / "said").read_text()

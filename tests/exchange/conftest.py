@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.train.sizes import with_layers
 
 from manipi.checkpoints.native import read_checkpoint, write_checkpoint
 from manipi.exchange.exporting import Target, export_checkpoint
@@ -14,9 +15,15 @@ from manipi.train.loop import train
 
 
 @pytest.fixture(scope="session")
+def trained(tiny, undisturbed) -> Callable[[str], Path]:
+    """As everywhere, but of two layers, which other formats stack or number."""
+    return lambda kind: undisturbed(with_layers(tiny(kind, steps=2), 2)) / "checkpoints/2"
+
+
+@pytest.fixture(scope="session")
 def adapted(tiny, tmp_path_factory) -> Path:
     """The checkpoint of a π0 whose experts have adapters of unequal ranks, after two steps."""
-    config = tiny("pi0", steps=2)
+    config = with_layers(tiny("pi0", steps=2), 2)
     lora = LoRA(rank=2, alpha=6.0)
     model = replace(
         config.model,
@@ -27,9 +34,9 @@ def adapted(tiny, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def two_steps(trained, once) -> Path:
-    """A π0.5 of two denoising steps instead of ten: a program holds each of them."""
-    ten = read_checkpoint(trained("pi05"))
+def two_steps(tiny, undisturbed, once) -> Path:
+    """A π0.5 of one layer and two denoising steps instead of ten: a program holds each of them."""
+    ten = read_checkpoint(undisturbed(tiny("pi05", steps=2)) / "checkpoints/2")
     two = replace(ten, config=replace(ten.config, num_steps=2))
     test = self_test_for(Policy.from_checkpoint(two), ten.self_test.observation)
     return once("two_steps", lambda folder: write_checkpoint(folder / "two", replace(two, self_test=test))) / "two"

@@ -7,20 +7,27 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.commands import Interpreter
 from variants import write_variant
+
+LEFT_OUT = ("variants", "wire", "tokenizers", "dictionaries", "other_projects")
+"""This module, those of which the variant has no cases, and the one that needs other projects' code."""
 
 
 @pytest.mark.slow
 def test_the_suite_takes_every_size_from_the_case(tmp_path):
     write_variant(tmp_path / "golden")
     here = Path(__file__)
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", str(here.parent), f"--ignore={here}"]
-    environment = os.environ | {"MANIPI_GOLDEN": str(tmp_path / "golden")}
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider"], cwd=here.parents[2], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    # Of each module that reads models, trees, transforms or whole calls; the variant has no wire messages.
-    passed = re.search(r"(\d+) passed", done.stdout)
+    plugins = [word for plugin in ("pytest_timeout", "xdist.plugin", "no:cacheprovider") for word in ("-p", plugin)]
+    command = [sys.executable, "-m", "pytest", "-q", "--assert=plain", *plugins, str(here.parent)]
+    command += [f"--ignore={here.parent}/test_{name}.py" for name in LEFT_OUT]
+    environment = os.environ | {"MANIPI_GOLDEN": str(tmp_path / "golden"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    with (tmp_path / "said").open("w") as output:
+        settings = {"cwd": here.parents[2], "env": environment, "stdout": output, "stderr": subprocess.STDOUT}
+        code = Interpreter(command, **settings).wait(250)
+    said = (tmp_path / "said").read_text()
+    assert code == 0, said[-6000:]
+    # Of each module that reads models, trees, transforms or whole calls.
+    passed = re.search(r"(\d+) passed", said)
     assert passed
     assert int(passed[1]) > 700

@@ -251,7 +251,7 @@ def miniature(recipe: TrainConfig, path: Path) -> TrainConfig:
 
     One quirk stays out: bytes have no text for action codes, so that emitted ids cannot take the way through text.
     """
-    gemma = GemmaSize(width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8)
+    gemma = GemmaSize(width=16, depth=1, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8)
     vision = VisionSize(width=16, depth=1, mlp_dim=32, num_heads=2, patch_size=8, image_size=16)
     sizes = {"vision": vision, "vlm": gemma, "vocab_size": 1280, "action_horizon": 4, "max_token_len": 240}
     sizes["compat"] = replace(recipe.model.compat, fast_text_round_trip=False)

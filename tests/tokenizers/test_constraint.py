@@ -117,7 +117,7 @@ def test_too_few_tokens_are_an_error_and_never_a_part_of_a_chunk(pair, seed, max
     always_enough = 3 + codes_per_unit * action.num_units(HORIZON, DIM)
     try:
         constraint = CodeConstraint(action, tokenizer, HORIZON, DIM, max_tokens)
-        ids = greedy(constraint, lambda _: rng.normal(size=tokenizer.vocab_size), tokenizer, max_tokens)
+        ids = greedy(constraint, lambda _: rng.random(tokenizer.vocab_size, dtype=np.float32), tokenizer, max_tokens)
     except TokenizerError as error:
         expected = f"within {max_tokens} tokens (max_token_len)", f"raise max_token_len; {always_enough} tokens"
         if max_tokens >= always_enough or any(words not in str(error) for words in expected):
