@@ -158,7 +158,10 @@ class Quantile:
 
     def value(self) -> float:
         """Of all that was added; NaN of nothing."""
-        return _between(*self._prune(), self._fraction) if self.kept else math.nan
+        if not self.kept:
+            return math.nan
+        below, above = self._prune()
+        return _between(below, above, self._fraction)
 
 
 def _neighbours(q: float, num: int) -> tuple[int, int, float]:
