@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/architecture.md"
 BEGIN, END = "<!-- file tree: make docs -->\n```\n", "```\n<!-- end of the file tree -->\n"
 SOURCES = ("src/manipi", "packages/manipi-client/src/manipi_client")
-ONE_LINE = ("manipi/cli", "manipi/recipes", "manipi/robots")
+ONE_LINE = ("manipi/cli", "manipi/recipes", "manipi/robots", "manipi/remote", "train/plan", "tabletop/environment")
 """Packages whose modules are of one kind each: their names say enough."""
 
 
@@ -50,7 +50,8 @@ def page() -> str:
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    lines = [line for source in SOURCES for line in (f"{source}/", *tree(ROOT / source))]
+    client = ", ".join(p.stem for p in sorted((ROOT / SOURCES[1]).glob("*.py")) if p.name != "__init__.py")
+    lines = [f"{SOURCES[0]}/", *tree(ROOT / SOURCES[0]), f"{SOURCES[1]}/", f"└─ {client}"]
     return before + BEGIN + "\n".join(lines) + "\n" + END + after
 
 

@@ -165,9 +165,10 @@ def test_every_command_is_documented(command):
 
 def test_every_documented_command_exists():
     """A line of code that begins with `manipi`, alone on its line or between backticks."""
-    written = re.findall(r"(?:^(?: {4})?(?:\$ )?|`)manipi ([a-z]\w*)", ALL_TEXT, re.MULTILINE)
+    written = re.findall(r"(?:^(?: {4})?(?:\$ )?|`)manipi ([a-z][\w-]*)", ALL_TEXT, re.MULTILINE)
     assert len(written) > 10
-    assert sorted(set(written) - set(commands())) == []
+    example = {"line-demo"}  # of the package that docs/extending.md builds
+    assert sorted(set(written) - set(commands()) - example) == []
 
 
 def test_every_documented_make_target_exists(page):

@@ -44,7 +44,7 @@ or FlexAttention's; or none."""
 
 MASKED = -2.3819763e38
 """The reference's logit of a key that must not be seen. It is finite, so that padding, which sees nothing, averages
-over everything instead of turning into NaN. (FlexAttention gives zeros there; nobody reads either.)"""
+over everything instead of turning into NaN. (FlexAttention gives zeros there; neither is read.)"""
 
 FLEX_QUERIES = 128
 """FlexAttention's block: for fewer queries a bias is small, and needs no kernel to be compiled."""

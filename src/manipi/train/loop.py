@@ -13,11 +13,11 @@ from tqdm import tqdm
 from manipi.checkpoints.native import Checkpoint, PolicyConfig
 from manipi.model import ModelInput
 from manipi.model.device import ran_out_of_memory
-from manipi.storage import atomic_write
+from manipi.storage import Lock, atomic_write
 from manipi.train.config import TrainConfig
 from manipi.train.data import TrainingData, prepare
 from manipi.train.parallel import World, open_world, require_shared
-from manipi.train.run.folder import Lock, Run, StopSignals, alone
+from manipi.train.run.folder import Run, StopSignals, alone
 from manipi.train.run.saving import CheckpointWriter, Saver, make_saver, read_window
 from manipi.train.step.state import TrainState
 from manipi.train.step.step import augment, train_step

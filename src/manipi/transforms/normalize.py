@@ -121,8 +121,8 @@ def stats_from_fields(found: dict[str, dict], robot: Robot, action_horizon: int,
     """Statistics that another project computed: `mean`, `std`, `q01` and `q99` of `state` and `actions`.
 
     openpi pads them to the model's width: they are cut to the robot's. Without extremes, `min` and `max` are the
-    quantiles, or three deviations from the mean; absent quantiles are NaN, which `Normalize` refuses. Nobody says which
-    conversions they were computed behind: that the robot's are the same is the caller's word.
+    quantiles, or three deviations from the mean; absent quantiles are NaN, which `Normalize` refuses. It is not
+    known behind which conversions they were computed: that the robot's are the same is for the caller to see to.
 
     Raises:
         NormStatsError: fewer dimensions than the robot has, or impossible numbers.

@@ -3,7 +3,7 @@
 Keys may be flat or nested: `{"images": {"cam_high": …}}` is `{"images/cam_high": …}`.
 
 A picture is uint8, or float in [0, 1], which becomes uint8 as openpi's adapters do it (255 times, cut). Three channels
-last or first: whichever axis has size 3. Where both have, nobody can tell, and it is refused.
+last or first: whichever axis has size 3. Where both have, it is refused, since either may be meant.
 
 What an observation holds may come from strangers. Texts are measured before anything reads them, lists before they
 become arrays (one long text in a list makes every item of the array as long), and errors repeat little of them.

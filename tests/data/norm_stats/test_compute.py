@@ -15,7 +15,10 @@ from manipi.data.feed.sampler import split_episodes
 from manipi.data.norm_stats import compute as stats_module
 from manipi.data.norm_stats import sketch as sketch_module
 from manipi.data.norm_stats.compute import (
+    Chunks,
+    Column,
     Workers,
+    _sketch_part,
     beyond_limits,
     compute_norm_stats,
     field_stats,
@@ -324,23 +327,38 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bins", [True, False])
+@pytest.mark.parametrize("sampled", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_quantiles_of_pieces_are_exact_and_keep_few_numbers(monkeypatch, kind, bins, weighted):
+def test_quantiles_of_pieces_are_exact_and_keep_few_numbers(monkeypatch, kind, sampled, weighted):
     monkeypatch.setattr(sketch_module, "_PIECE", 1 << 12)
     rng = np.random.default_rng(0)
     values = rng.permutation(KINDS[kind](rng)).astype(np.float32)
     weights = rng.integers(1, 4, len(values)) if weighted else None
     every = values if weights is None else np.repeat(values, weights)
     for q in (0.01, 0.99):
-        quantile, seen = Quantile(q, len(every)), Sketch.of(np.zeros(0))
+        quantile = Quantile(q, len(every), values[:: 1 << 6] if sampled else values[:0])
         for i in range(0, len(values), 1 << 14):
             piece, times = values[i : i + (1 << 14)], None if weights is None else weights[i : i + (1 << 14)]
-            seen = seen.merge(Sketch.of(piece, times, bins=bins))
-            quantile.add(piece, times, seen)
+            quantile.add(piece, times)
             assert quantile.kept <= 0.02 * len(every) + (1 << 12) + 2
+        assert not quantile.misled
         assert quantile.value() == np.quantile(every.astype(np.float64), q)
-    assert seen.num == len(every)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_rows_that_are_unlike_the_others(monkeypatch, relative):
+    """The sample is of every 64th row, and those alone are large: its limits would keep too few numbers."""
+    monkeypatch.setattr(stats_module, "SAMPLE", 64)
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 1, (4096, 1)).astype(np.float32)
+    values[::64] *= 100
+    parts = [Column(values[:, 0], np.arange(4096), None)]
+    if relative:
+        arm = replace(TABLETOP, actions=(Joints(1, relative=True),), max_rates=())
+        left = np.ones(4096, np.int64)
+        parts = [Chunks(arm, range(1), values, np.zeros((4096, 1), np.float32), np.arange(4096), left)]
+    (found,) = _sketch_part(parts, False)
+    assert found.exact == tuple(np.quantile(values.astype(np.float64), (0.01, 0.99)))
 
 
 def test_far_from_zero_nothing_is_lost():

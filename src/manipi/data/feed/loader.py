@@ -128,7 +128,7 @@ class _Worker:
 
     def __init__(self, task: _Task, first: int, stride: int, prefetch: int):
         self._process, self._worker = start_helper(_work, task, first, stride, prefetch)
-        self._rooms, self._left = dict[int, mmap.mmap](), list[int]()
+        self._buffers, self._left = dict[int, mmap.mmap](), list[int]()
 
     def receive(self) -> Batch:
         try:
@@ -137,7 +137,7 @@ class _Worker:
                 raise result
             number, layout, is_new = result
             if is_new:
-                self._rooms[number] = _map(recv_handle(self._worker))
+                self._buffers[number] = _map(recv_handle(self._worker))
             # Arrays may end in any thread, and this while.
             self._worker.send([self._left.pop() for _ in range(len(self._left))])
         except (EOFError, OSError):  # before or in the middle of a batch
@@ -149,7 +149,7 @@ class _Worker:
                 next="see its traceback above, or run with --data.num-workers 0 to have it in the main process",
             ) from None
         # The arrays keep the whole alive, and its end says that the room behind it may be used again.
-        whole = np.frombuffer(self._rooms[number], np.uint8)
+        whole = np.frombuffer(self._buffers[number], np.uint8)
         weakref.finalize(whole, self._leave, number).atexit = False
         return _arrays(whole, layout)
 
@@ -168,16 +168,16 @@ class _Worker:
 
 
 def _work(task: _Task, first: int, stride: int, prefetch: int, caller: Connection) -> None:
-    """The life of a worker: every `stride`-th step, until it is ended, raises, or finds its parent gone."""
-    rooms = _Rooms(caller)
+    """What a worker process runs: every `stride`-th step, until it is ended, raises, or finds its parent gone."""
+    buffers = _Buffers(caller)
     if ASK_FOR_STACKS:
         faulthandler.register(ASK_FOR_STACKS, file=2)
     try:
         for made, step in enumerate(itertools.count(first, stride)):
             samples = task.samples_at(step)
             if made >= prefetch:
-                rooms.free += caller.recv()  # the word that a batch has been taken, and which rooms were left
-            rooms.send(samples)
+                buffers.free += caller.recv()  # a batch has been taken, and these buffers are free again
+            buffers.send(samples)
     except ManipiError as error:
         caller.send(error)
     except (BrokenPipeError, ConnectionResetError, EOFError):
@@ -190,14 +190,14 @@ _Layout: TypeAlias = dict[str, tuple[np.dtype, tuple[int, ...], int]]
 """Per array its dtype, shape and place."""
 
 
-class _Rooms:
-    """The worker's side: each batch stands in a file that lives as long as its arrays, and then has the next batch.
+class _Buffers:
+    """The worker's side: each batch is in a file that its arrays keep, and that is used again once they are gone.
 
-    Fresh memory takes longer to come by than a batch to be copied into it.
+    Fresh memory costs more time than the copy of a batch into memory that is there.
     """
 
     def __init__(self, caller: Connection):
-        self._caller, self._rooms = caller, list[mmap.mmap]()
+        self._caller, self._buffers = caller, list[mmap.mmap]()
         self.free = list[int]()
 
     def send(self, samples: Sequence[Sample]) -> None:
@@ -205,21 +205,21 @@ class _Rooms:
         for key, value in samples[0].items():
             layout[key] = (value.dtype, (len(samples), *value.shape), size)
             size += -(-value.nbytes * len(samples) // _ALIGNMENT) * _ALIGNMENT
-        number = next((i for i in self.free if len(self._rooms[i]) >= size), None)
+        number = next((i for i in self.free if len(self._buffers[i]) >= size), None)
         if number is not None:
             self.free.remove(number)
             self._fill(number, samples, layout)
             self._caller.send((number, layout, False))
             return
         descriptor = nameless_file(size)
-        self._rooms.append(mmap.mmap(descriptor, 0))
+        self._buffers.append(mmap.mmap(descriptor, 0))
         self._fill(-1, samples, layout)
-        self._caller.send((len(self._rooms) - 1, layout, True))
+        self._caller.send((len(self._buffers) - 1, layout, True))
         send_handle(self._caller, descriptor, 0)
         os.close(descriptor)
 
     def _fill(self, number: int, samples: Sequence[Sample], layout: _Layout) -> None:
-        for key, array in _arrays(np.frombuffer(self._rooms[number], np.uint8), layout).items():
+        for key, array in _arrays(np.frombuffer(self._buffers[number], np.uint8), layout).items():
             np.stack([sample[key] for sample in samples], out=array)
 
 

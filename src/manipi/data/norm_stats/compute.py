@@ -41,6 +41,8 @@ from manipi.types import FieldStats, NormStats
 
 BLOCK = 1 << 19
 """Numbers per dimension that are worked on at a time."""
+SAMPLE = 1 << 17
+"""Numbers per dimension that say beforehand where q01 and q99 are about."""
 NEAR_CONSTANT = 1e-4
 """A dimension whose q01 and q99 are closer than this makes tiny differences huge once normalised."""
 FAR = 10
@@ -154,6 +156,11 @@ class Column:
     def __len__(self) -> int:
         return len(self.rows) if self.weights is None else int(self.weights.sum())
 
+    def every(self, step: int) -> "Column":
+        """At every `step`-th row alone."""
+        weights = None if self.weights is None else self.weights[::step]
+        return replace(self, rows=self.rows[::step], weights=weights)
+
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Numbers [1, m], and how often each counts [m]."""
         for block in _blocks(self.rows, 1):
@@ -180,6 +187,10 @@ class Chunks:
 
     def __len__(self) -> int:
         return int(np.clip(self.left, 0, len(self.steps)).sum())
+
+    def every(self, step: int) -> "Chunks":
+        """At every `step`-th row alone."""
+        return replace(self, rows=self.rows[::step], left=self.left[::step])
 
     def blocks(self) -> Iterator[tuple[np.ndarray, None]]:
         """Numbers [D, m], each of which counts once."""
@@ -264,14 +275,19 @@ def _sketch(sets: Sequence[Sequence[Column | Chunks]], workers: Workers, *, bins
 def _sketch_part(parts: Sequence[Column | Chunks], bins: bool) -> list[Sketch]:
     """One per dimension of the same part of every set."""
     num = sum(map(len, parts))
-    sketches = [Sketch.of(np.zeros(0))] * parts[0].size
-    quantiles = [[Quantile(q, num) for q in QUANTILES] for _ in sketches]
-    for part in parts:
-        for values_Dm, weights in part.blocks():
+    step = max(1, num // SAMPLE)
+    some = [values for part in parts for values, _ in part.every(step).blocks()]
+    sample_Dm = np.concatenate(some, axis=1)
+    for seen_Dm in (sample_Dm, sample_Dm[:, :0]):
+        sketches = [Sketch.of(np.zeros(0))] * parts[0].size
+        quantiles = [[Quantile(q, num, seen) for q in QUANTILES] for seen in seen_Dm]
+        for values_Dm, weights in (block for part in parts for block in part.blocks()):
             for d, values in enumerate(values_Dm):
-                sketches[d] = sketches[d].merge(Sketch.of(values, weights, bins=bins or isinstance(part, Column)))
+                sketches[d] = sketches[d].merge(Sketch.of(values, weights, bins=bins))
                 for quantile in quantiles[d]:
-                    quantile.add(values, weights, sketches[d])
+                    quantile.add(values, weights)
+        if not any(quantile.misled for both in quantiles for quantile in both):
+            break
     return [
         replace(sketch, exact=tuple(q.value() for q in some)) for sketch, some in zip(sketches, quantiles, strict=True)
     ]

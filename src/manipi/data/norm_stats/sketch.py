@@ -114,20 +114,19 @@ class Quantile:
 
     Args:
         num: of the numbers that will come, each as often as it counts.
+        sample: some of them. Numbers that lie twice as deep in it as the quantile are not kept. Of none, all are.
     """
 
-    def __init__(self, q: float, num: int):
+    def __init__(self, q: float, num: int, sample: np.ndarray):
         below, above, self._fraction = _neighbours(q, num)
         self._sign = 1 if q < 0.5 else -1  # the highest numbers are the lowest, once their sign is changed
         self._ranks = np.array([below, above] if q < 0.5 else [num - 1 - below, num - 1 - above])
         self._limit, self._values, self._weights = math.inf, list[np.ndarray](), list[np.ndarray]()
+        if len(sample):
+            self._limit = float(np.quantile(sample * self._sign, 2 * min(q, 1 - q), method="higher"))
 
-    def add(self, values: np.ndarray, weights: np.ndarray | None, seen: Sketch) -> None:
-        """Numbers [m], how often each counts [m] (None: once), and a sketch of all until now, these included."""
-        if len(seen.counts) and seen.num > max(self._ranks):
-            bin = int(np.searchsorted(np.cumsum(seen.counts[:: self._sign]), max(self._ranks), side="right"))
-            edge = seen.first + bin + 1 if self._sign > 0 else bin + 1 - seen.first - len(seen.counts)
-            self._limit = min(self._limit, edge * 2.0**seen.exponent)
+    def add(self, values: np.ndarray, weights: np.ndarray | None) -> None:
+        """Numbers [m], and how often each counts [m] (None: once)."""
         near = values <= self._limit if self._sign > 0 else values >= -self._limit
         self._values.append(values[near] * self._sign)
         self._weights += [] if weights is None else [weights[near]]
@@ -138,6 +137,11 @@ class Quantile:
     def kept(self) -> int:
         """How many numbers are in memory."""
         return sum(map(len, self._values))
+
+    @property
+    def misled(self) -> bool:
+        """Whether the sample was so unlike all the numbers that too few were kept; they have to come once more."""
+        return (sum(int(some.sum()) for some in self._weights) if self._weights else self.kept) <= max(self._ranks)
 
     def _prune(self) -> list[float]:
         """Keep no number beyond the ranks, of which the numbers are returned."""
@@ -154,7 +158,10 @@ class Quantile:
 
     def value(self) -> float:
         """Of all that was added; NaN of nothing."""
-        return _between(*self._prune(), self._fraction) if self.kept else math.nan
+        if not self.kept:
+            return math.nan
+        below, above = self._prune()
+        return _between(below, above, self._fraction)
 
 
 def _neighbours(q: float, num: int) -> tuple[int, int, float]:

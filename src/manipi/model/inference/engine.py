@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from manipi.errors import ConfigError
 from manipi.model.config import Pi0FastConfig
 from manipi.model.flow import CLEAN, Continuation, FlowHead, Pi0Head, Pi05Head, euler_times, timestep_embedding
-from manipi.model.gemma import AdaptiveRMSNorm, Block, ExpertLayer, Span
+from manipi.model.gemma import AdaptiveRMSNorm, Block, ExpertLayer, RMSNorm, Span
 from manipi.model.inference.fused import (
+    FixedNorm,
     FusedExpertLayer,
     FusedVisionBlock,
     StaticCache,
@@ -77,10 +78,11 @@ class Engine(VLA):
             experts = {}
             for name, layer in cast(Block, block).experts.items():
                 assert isinstance(layer, ExpertLayer)
-                of_layer = (layer.attention_norm, layer.mlp_norm)
                 if isinstance(layer.attention_norm, AdaptiveRMSNorm):
-                    norms += of_layer
-                    of_layer = (StepNorm(0), StepNorm(1))
+                    norms += (layer.attention_norm, layer.mlp_norm)
+                    of_layer: list[nn.Module] = [StepNorm(0), StepNorm(1)]
+                else:
+                    of_layer = [FixedNorm(cast(RMSNorm, one)) for one in (layer.attention_norm, layer.mlp_norm)]
                 attends = not (flows and name == "vlm" and index == len(gemma.blocks) - 1)
                 experts[name] = FusedExpertLayer(layer, make, of_layer, attends=attends)
             blocks.append(Block(experts))

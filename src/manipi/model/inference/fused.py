@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from manipi.model.attention import Layout, attention_mask, bias_for, chosen
 from manipi.model.config import GemmaSize
-from manipi.model.gemma import MLP, ExpertLayer, KeysValues, KVCache, Rotation, rms_norm, rotate
+from manipi.model.gemma import MLP, ExpertLayer, KeysValues, KVCache, RMSNorm, Rotation, rms_norm, rotate
 from manipi.model.inference.quantize import MakeMatrix, Plain
 from manipi.model.layers import AdaptedLinear, Linear
 from manipi.model.siglip import VisionBlock
@@ -75,7 +75,7 @@ class FusedExpertLayer(ExpertLayer):
     def __init__(self, layer: ExpertLayer, make: MakeMatrix, norms: Sequence[nn.Module], *, attends: bool = True):
         nn.Module.__init__(self)
         self.head_dim, self.attends = layer.head_dim, attends
-        self.attention_norm, self.mlp_norm = norms
+        self.attention_norm, self.mlp_norm = (norm.forward for norm in norms)  # as in `ExpertLayer.finish`
         projections = (layer.q_proj, layer.k_proj, layer.v_proj)[not attends :]
         self.fused = fuse(make, *projections)
         self.heads = [one.out_features // layer.head_dim for one in projections]
@@ -97,6 +97,19 @@ class StepConditioning(NamedTuple):
 
     def of_layer(self, index: int) -> "StepConditioning":
         return StepConditioning(self.rows[2 * index : 2 * index + 2])
+
+
+class FixedNorm(nn.Module):
+    """`RMSNorm` whose factor is known."""
+
+    factor: Tensor
+
+    def __init__(self, norm: RMSNorm):
+        super().__init__()
+        self.register_buffer("factor", 1 + norm.scale.detach().float())
+
+    def forward(self, x_BTD: Tensor, cond: None) -> tuple[Tensor, None]:
+        return rms_norm(x_BTD, self.factor), None
 
 
 class StepNorm(nn.Module):
@@ -121,10 +134,13 @@ class Slots(NamedTuple):
 
     def then(self, k_BGTH: Tensor, v_BGTH: Tensor, *, insulate: bool) -> KeysValues:
         """Writes them behind what is there, and returns all of it without a copy."""
-        end = self.filled + k_BGTH.shape[2]
-        self.keys_BGSH[:, :, self.filled : end] = k_BGTH
-        self.values_BGSH[:, :, self.filled : end] = v_BGTH
-        return KeysValues(self.keys_BGSH[:, :, :end], self.values_BGSH[:, :, :end])
+        keys, values, filled = self
+        added = k_BGTH.shape[2]
+        keys.narrow(2, filled, added).copy_(k_BGTH)
+        values.narrow(2, filled, added).copy_(v_BGTH)
+        if filled + added == keys.shape[2]:
+            return KeysValues(keys, values)
+        return KeysValues(keys.narrow(2, 0, filled + added), values.narrow(2, 0, filled + added))
 
 
 @dataclass(kw_only=True)
@@ -149,9 +165,11 @@ class StaticCache(KVCache):
         return cls(slots=slots, groups=size.num_heads // size.num_kv_heads)
 
     def past(self, index: int) -> Slots:
-        # Detached: the gradients of a step must not reach into the step before, whose slots it fills anew.
         keys, values = self.slots[index]
-        return Slots(keys.detach(), values.detach(), 0 if self.layout is None else self.layout.valid.shape[1])
+        if torch.is_grad_enabled():
+            # The gradients of a step must not reach into the step before, whose slots it fills anew.
+            keys, values = keys.detach(), values.detach()
+        return Slots(keys, values, 0 if self.layout is None else self.layout.valid.shape[1])
 
     def keep(self, index: int, so_far: KeysValues) -> None:
         """It is there already."""

@@ -20,7 +20,6 @@ runs/NAME/
 └─ checkpoints/STEP/ see manipi.checkpoints.native
 """
 
-import fcntl
 import json
 import math
 import os
@@ -29,7 +28,6 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing.reduction import DupFd
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -40,7 +38,7 @@ from manipi.checkpoints.native import verify
 from manipi.data.lerobot.picture_files import replaced
 from manipi.errors import CheckpointError, TrainingError, shown
 from manipi.records import Change, dataclasses_in, from_json, json_bytes, may_change, read_json, to_json
-from manipi.storage import atomic_write, remove_partial, storage_errors
+from manipi.storage import Lock, atomic_write, remove_partial, storage_errors
 from manipi.train.config import TrainConfig
 
 FORMAT = 1
@@ -284,34 +282,6 @@ def differences(stored: Any, wanted: Any, path: str = "") -> list[tuple[str, str
 
 
 # Who may write into a folder ------------------------------------------------------------------------------------------
-
-
-class Lock:
-    """A locked file. A process that is started with it holds it too, from its first instruction on.
-
-    Raises:
-        BlockingIOError: `wait` is false, and another process holds it.
-    """
-
-    def __init__(self, path: Path, *, wait: bool):
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            os.close(self._descriptor)
-            raise
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-    def __reduce__(self) -> tuple:
-        return _attach, (DupFd(self._descriptor),)
-
-
-def _attach(descriptor: Any) -> Lock:
-    lock = Lock.__new__(Lock)
-    lock._descriptor = descriptor.detach()
-    return lock
 
 
 @contextmanager

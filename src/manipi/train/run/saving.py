@@ -35,9 +35,9 @@ from manipi.model.device import Sharding, local, shard_from, sharding
 from manipi.policy import Policy, self_test_for
 from manipi.processes import nameless_file, start_helper
 from manipi.records import read_json, write_json
-from manipi.storage import require_room, storage_errors
+from manipi.storage import Lock, require_room, storage_errors
 from manipi.train.parallel import Companions, World, peer_errors
-from manipi.train.run.folder import Lock, Run
+from manipi.train.run.folder import Run
 from manipi.train.step.state import TrainState, growing, inference_weights, save_tensors
 from manipi.types import Sample
 
@@ -169,7 +169,7 @@ class AsyncSaver(Saver):
     and end with the first of them that does.
 
     Args:
-        lock: what the writer holds for as long as it lives; None but on rank 0.
+        lock: what the writer process holds until it ends; None but on rank 0.
 
     Raises:
         StorageError: from `save` or `check`: see `CheckpointWriter.write`, or no memory for the copy.

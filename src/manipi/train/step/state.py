@@ -199,10 +199,11 @@ class TrainState:
 
     def load(self, folder: Path) -> None:
         """Restore in place what `save` wrote. Raises CheckpointError where that does not fit this state."""
-        import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.state_dict_loader import load
 
-        stored: Any = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.get("rows")
+        stored: Any = FileSystemReader(folder).read_metadata().state_dict_metadata.get("rows")
         count = None if stored is None else stored.size[0]
         if self.rows is not None:
             everything = torch.arange(len(self.rows.table), device=self.rows.table.device)
@@ -213,7 +214,7 @@ class TrainState:
             tensors.pop("rows", None)
         try:
             with _one_process():
-                dcp.load(tensors | rows, checkpoint_id=folder, no_dist=self.world.size == 1)
+                load(tensors | rows, checkpoint_id=folder, no_dist=self.world.size == 1)
         except CheckpointException as error:
             raise CheckpointError(
                 expected="the training state of this model and optimizer",
@@ -283,12 +284,12 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path, *, no_dist: bool = True) -> None:
     """Write a training state's tensors as a torch DCP folder, equal ones to equal bytes. Raises OSError."""
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     try:
         with _one_process():
-            dcp.save(dict(sorted(tensors.items())), checkpoint_id=folder, no_dist=no_dist)
+            save(dict(sorted(tensors.items())), checkpoint_id=folder, no_dist=no_dist)
     except CheckpointException as error:  # no Exception for Python, and on a full disk no OSError within either
         raise OSError(errno.EIO, _first_failure(error), str(folder)) from error
 

@@ -379,7 +379,7 @@ class ModelFlops:
 
     def _rows_of(self, name: str, part: str) -> str:
         if self._is_read_out(name):
-            return "nobody" if self._flow else "prompt"
+            return "none" if self._flow else "prompt"
         if name.endswith("modulation") or (name.startswith("head.time") and not isinstance(self._config, Pi0Config)):
             return "draws"
         if part == "head":
