@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from tests.train.sizes import with_layers
 
 from manipi.errors import ConfigError, ObservationError
 from manipi.model import VLA
@@ -22,6 +23,12 @@ def observation() -> dict:
 @pytest.fixture(scope="module", params=KINDS)
 def policy(request, trained) -> Policy:
     return Policy.load(trained(request.param), seed=3)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def deeper(request, tiny, undisturbed) -> Policy:
+    """Of two layers: a π0-FAST of one answers all pictures alike after two steps."""
+    return Policy.load(undisturbed(with_layers(tiny(request.param, steps=2), 2)) / "checkpoints/2", seed=3)
 
 
 def test_the_noise_decides_alone(policy):
@@ -83,7 +90,8 @@ def observations() -> list[dict]:
     return [observation() | {"prompt": prompt, "observation/image": picture} for prompt, picture in pairs]
 
 
-def test_a_batch_answers_what_each_would_get_alone(policy):
+def test_a_batch_answers_what_each_would_get_alone(deeper):
+    policy = deeper
     noises = [policy.draw_noise() for _ in range(3)]
     alone = [policy.infer(o, n)["actions"] for o, n in zip(observations(), noises, strict=True)]
     together = policy.infer_batch(observations(), noises)
