@@ -17,8 +17,7 @@ from manipi.errors import ConfigError, SelfTestError, WeightsMismatchError, show
 from manipi.model import VLA, ModelInput
 from manipi.model.config import Pi0FastConfig
 from manipi.model.device import ran_out_of_memory, require_device
-from manipi.model.inference.engine import Engine
-from manipi.model.inference.graphs import require_compiled
+from manipi.model.inference.engine import Engine, require_compiled
 from manipi.model.inference.quantize import Quantization
 from manipi.model.inputs import PROMPT_MULTIPLE, blank_input
 from manipi.robots.robot import Robot
