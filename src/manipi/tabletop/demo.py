@@ -12,7 +12,7 @@ first one stopped, however that came about.
 import multiprocessing
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -112,15 +112,20 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
             checkpoint = train(train_config, run.folder)
     driven = drive(lambda: checkpoint, trained="plain", blind="blind", wrong_prompt="wrong_prompt") | driven
 
-    recorded, trained = open_dataset(dataset), driven["trained"]
+    return _report(folder, config, run, driven)
+
+
+def _report(folder: Path, config: DemoConfig, run: Run, driven: Mapping[str, list[Trial]]) -> DemoReport:
+    """What came of it, written as `report.json` and `report.html`."""
+    recorded, trained = open_dataset(folder / "dataset"), driven["trained"]
     p50, p95 = np.percentile([ms for trial in trained for ms in trial.infer_ms], (50, 95)).tolist()
     settings = {
-        "demo": mine,
+        "demo": to_json(config),
         # With the dtype that it ran in, which the precision decides and not the recipe's model.
-        "train": to_json(replace(train_config, model=train_config.policy_model)),
+        "train": to_json(replace(run.config, model=run.config.policy_model)),
         "dataset": {"episodes": len(recorded.episodes), "frames": recorded.num_frames},
         "final_loss": run.read_metrics()[-1]["loss"],
-        "weights_mb": (run.checkpoint(train_config.steps) / "model.safetensors").stat().st_size / 1e6,
+        "weights_mb": (run.checkpoint(run.config.steps) / "model.safetensors").stat().st_size / 1e6,
         "versions": {"manipi": manipi.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     order = ("trained", "untrained", "blind", "wrong_prompt")

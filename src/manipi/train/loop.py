@@ -61,6 +61,10 @@ def train(
         data = world.in_turn(lambda: prepare(config, run.folder))
         try:
             state, window = _open_state(run, world, show=show)
+            if show:
+                tqdm.write(str(data.longest))
+            if show and len(data.sets) > 1:
+                show_mixture(data.report())
             _train(run, data, state, window, locks[0] if locks else None, end, show=show)
         except RuntimeError as error:
             if not ran_out_of_memory(error):
@@ -110,10 +114,6 @@ def _train(
     show: bool,
 ) -> None:
     config, world = run.config, state.world
-    if show:
-        tqdm.write(str(data.longest))
-    if show and len(data.sets) > 1:
-        show_mixture(data.report())
     writer, validation = checkpoint_writer(run, data), Validation(run, data, show=show)
     lines = {"batch_size": config.batch_size, "every": config.log_every, "show": show, "window": window or ()}
     with (
@@ -162,8 +162,8 @@ def _train(
                 break
         with guards.phase("the end", "the last checkpoint"):
             saver.wait()
-        if world.leads and (metrics_so_far := run.read_metrics()):
-            plot_loss(metrics_so_far, run.folder / "loss.png")
+        if world.leads and (logged := run.read_metrics()):
+            plot_loss(logged, run.folder / "loss.png")
     if world.leads and stop.received and state.step < end:
         said = f"{stop.received}: stopped at step {state.step} of {end}, with a checkpoint"
         tqdm.write(f"{said}; the same command goes on")
