@@ -164,9 +164,8 @@ def _train(
             saver.wait()
         if world.leads and (logged := run.read_metrics()):
             plot_loss(logged, run.folder / "loss.png")
-    if world.leads and stop.received and state.step < end:
-        said = f"{stop.received}: stopped at step {state.step} of {end}, with a checkpoint"
-        tqdm.write(f"{said}; the same command goes on")
+    if world.leads and (signal := stop.received) and (step := state.step) < end:
+        tqdm.write(f"{signal}: stopped at step {step} of {end}, with a checkpoint; the same command goes on")
 
 
 def _saver(guards: Guards, writer: CheckpointWriter, state: TrainState, lock: Lock | None) -> Saver:
