@@ -36,7 +36,7 @@ _PLACES = {name: (module, name) for module, names in _MODULES.items() for name i
     "load_policy": ("policy", "Policy.load"),
     "run_training": ("train.loop", "train"),
 }
-__all__ = sorted(_PLACES)
+__all__ = sorted(_PLACES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
