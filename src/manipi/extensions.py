@@ -7,6 +7,7 @@ Names are looked up when they are asked for; nothing is imported before that. do
 """
 
 import ast
+import functools
 import sys
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
@@ -31,10 +32,18 @@ def entries(group: str, own: Mapping[str, str] | None = None) -> dict[str, list[
         own: names that manipi has without an entry point, and what they stand for, as `module:object`.
     """
     found: dict[str, list[EntryPoint]] = {}
-    added = sorted(entry_points(group=group), key=lambda entry: (package_of(entry) != "manipi", entry.name))
-    for entry in (*added, *(EntryPoint(name, value, group) for name, value in (own or {}).items())):
+    for entry in (
+        *_installed(group, tuple(sys.path)),
+        *(EntryPoint(name, value, group) for name, value in (own or {}).items()),
+    ):
         found.setdefault(entry.name, []).append(entry)
     return found
+
+
+@functools.cache
+def _installed(group: str, path: tuple[str, ...]) -> list[EntryPoint]:
+    """Those of packages on the path, ours first. All of their metadata are read, which takes milliseconds."""
+    return sorted(entry_points(group=group), key=lambda entry: (package_of(entry) != "manipi", entry.name))
 
 
 def find(group: str, name: str, own: Mapping[str, str] | None = None, *, next: str = "") -> Any:
