@@ -1,5 +1,6 @@
-"""One episode of LeRobot v3.0, encoded into a folder of its own: what processes make side by side, and
-`LeRobotWriter` then puts together without encoding anything again.
+"""One episode of LeRobot v3.0, encoded into a folder of its own.
+
+Processes make them side by side, and `LeRobotWriter` puts them together without encoding anything again.
 
     FOLDER/
     ├─ columns.npz       vectors [T, d], and the position of each frame's task in `tasks`
