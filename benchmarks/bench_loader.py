@@ -29,7 +29,7 @@ from harness import Measure, lerobot_dataset, report
 from manipi.data.dataset import Dataset, Feature
 from manipi.data.feed.cache import CachedDataset, CacheFormat
 from manipi.data.feed.loader import Loader
-from manipi.data.feed.mixture import Source
+from manipi.data.feed.mixture import EncodedDataset
 from manipi.data.feed.sampler import Sampler, Stream
 from manipi.data.lerobot.video import VideoFrames
 from manipi.data.lerobot.writer import LeRobotWriter
@@ -85,7 +85,7 @@ def write(root: Path) -> Path:
     return root
 
 
-def source(dataset: Dataset) -> Source:
+def source(dataset: Dataset) -> EncodedDataset:
     state, action = (next(k for k in dataset.features if k.endswith(name)) for name in ("state", "action"))
     size = dataset.features[action].shape[0]
     robot = Robot(
@@ -98,10 +98,10 @@ def source(dataset: Dataset) -> Source:
     stats = compute_norm_stats(dataset, robot, HORIZON, np.arange(dataset.num_frames))
     model = Pi05Config(action_horizon=HORIZON)
     steps = pipeline.build(robot, model, stats, Tokenizers(ByteTokenizer(), None), "quantile")
-    return Source(dataset=dataset, pipeline=steps, action_horizon=HORIZON)
+    return EncodedDataset(dataset=dataset, pipeline=steps, action_horizon=HORIZON)
 
 
-def bare_samples(source: Source, rows: np.ndarray) -> list[dict[str, np.ndarray]]:
+def bare_samples(source: EncodedDataset, rows: np.ndarray) -> list[dict[str, np.ndarray]]:
     """What LeRobotDataset returns."""
     return [{**f.observation, "actions": f.actions, "valid": f.action_valid} for f in source.frames(rows)]
 
@@ -198,7 +198,7 @@ def beside_lerobot(name: str, root: Path) -> Measure:
 
 
 @contextmanager
-def batches(source: Source, rows: np.ndarray | None = None, *, num_workers: int) -> Iterator[Iterator]:
+def batches(source: EncodedDataset, rows: np.ndarray | None = None, *, num_workers: int) -> Iterator[Iterator]:
     rows = np.arange(source.dataset.num_frames) if rows is None else rows
     with Loader(source.samples, Sampler(Stream(rows, seed=0), BATCH), num_workers=num_workers) as loader:
         yield iter(loader)

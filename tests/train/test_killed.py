@@ -273,6 +273,8 @@ def test_twenty_kills_at_random_moments_lose_nothing(config, undisturbed, tmp_pa
                 until = time.monotonic() + delay
             assert process.exitcode is None, "the run ended before it was killed often enough"
             time.sleep(0.001)
+        while both and os.getpgid(process.pid) != process.pid:  # it is not the leader of its group yet
+            time.sleep(0.001)
         (os.killpg if both else os.kill)(process.pid, signal.SIGKILL)
         process.join()
         who = "trainer and writer" if both else "trainer"

@@ -26,7 +26,7 @@ from manipi.checkpoints.initial import require_tokenizer
 from manipi.data.dataset import Dataset, action_chunks
 from manipi.data.feed.cache import CachedDataset
 from manipi.data.feed.loader import Loader
-from manipi.data.feed.mixture import Mixture, Part, Share, Source
+from manipi.data.feed.mixture import EncodedDataset, Mixture, Part, Share
 from manipi.data.feed.sampler import Sampler, permutation, split_episodes
 from manipi.data.norm_stats.compute import (
     read_state,
@@ -207,7 +207,7 @@ FIT_CHUNKS, FIT_CODES = 4_096, 1_024
 class TrainingSet(Part):
     """One dataset of the run. Its `source` reads it as it is on disk, pictures in full size."""
 
-    to_train_on: Source
+    to_train_on: EncodedDataset
     """The same, from the cache where there is one."""
 
 
@@ -386,7 +386,7 @@ def _training_set(
 ) -> TrainingSet:
     steps = pipeline.build(one.robot, config.model, stats, tokenizers, config.norm_mode)
     horizon, prompt = config.model.action_horizon, one.settings.prompt
-    source = Source(dataset=one.dataset, pipeline=steps, action_horizon=horizon, prompt=prompt)
+    source = EncodedDataset(dataset=one.dataset, pipeline=steps, action_horizon=horizon, prompt=prompt)
     cached = replace(source, dataset=_cached(config, one, cache))
     weight = one.settings.weight
     return TrainingSet(source=source, to_train_on=cached, rows=one.rows, held_out=one.held_out, weight=weight)

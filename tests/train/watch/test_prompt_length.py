@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from manipi.data.dataset import Feature
-from manipi.data.feed.mixture import Part, Source
+from manipi.data.feed.mixture import EncodedDataset, Part
 from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.errors import ConfigError, TrainingError
 from manipi.model.config import Compat
@@ -102,7 +102,7 @@ def test_it_is_exact_with_other_tokenizers(text, roomy, tmp_path, shared_dataset
     config = replace(config, robot=arm(5), data=replace(config.data, path=write_arm(tmp_path / "arm", 5)))
     data = prepare(config, tmp_path / "run")
     steps = pipeline.build(arm(5), config.model, data.stats["arm"], Tokenizers(tokenizer), config.norm_mode)
-    source = Source(dataset=data.main.source.dataset, pipeline=steps, action_horizon=4)
+    source = EncodedDataset(dataset=data.main.source.dataset, pipeline=steps, action_horizon=4)
     part = Part(source=source, rows=data.main.rows, held_out=data.main.held_out)
     assert longest_prompt([part]).tokens == written_out([part])
 

@@ -23,7 +23,7 @@ from manipi.types import Frame, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class EncodedDataset:
     """Everything between a dataset's files and the samples of a batch."""
 
     dataset: Dataset
@@ -71,7 +71,7 @@ def frames_of(
 class Part:
     """One dataset of a mixture."""
 
-    source: Source
+    source: EncodedDataset
     rows: Int64[np.ndarray, " train"]
     """Those to train on."""
     held_out: Int64[np.ndarray, " held_out"]

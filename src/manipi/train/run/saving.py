@@ -219,7 +219,7 @@ class AsyncSaver(Saver):
         if self._copies_state:
             self._copy.result()
 
-    def _hand_over(self, source: "Source", rows: Mapping[str, Tensor], step: int, window: Window) -> None:
+    def _hand_over(self, source: "StateToCopy", rows: Mapping[str, Tensor], step: int, window: Window) -> None:
         """Of the token embedding's rows there are few, and their number grows: they go with the word.
 
         As bytes, since NumPy has no bfloat16.
@@ -315,7 +315,7 @@ def _error_of(
 
 
 @dataclass(frozen=True)
-class Source:
+class StateToCopy:
     """What is copied: the state itself or, on an accelerator with room, a first copy that is ordered with its steps."""
 
     tensors: Mapping[str, Tensor]
@@ -367,18 +367,18 @@ class Snapshot:
     def __reduce__(self) -> tuple:
         return _attach, (DupFd(self._descriptor), self._layout)
 
-    def source(self, tensors: Mapping[str, Tensor]) -> Source:
+    def source(self, tensors: Mapping[str, Tensor]) -> StateToCopy:
         if self._device.type != "cuda":
-            return Source(tensors, None)
+            return StateToCopy(tensors, None)
         size = sum(tensor.nbytes for tensor in tensors.values())
         if torch.cuda.mem_get_info(self._device)[0] > 1.1 * size:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self._device))
-        return Source(tensors, ready)
+        return StateToCopy(tensors, ready)
 
     @torch.no_grad()
-    def copy(self, source: Source) -> None:
+    def copy(self, source: StateToCopy) -> None:
         """Fill it. The source must not change until this returns."""
         if source.ready is None:
             for name, tensor in source.tensors.items():
