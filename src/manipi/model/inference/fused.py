@@ -145,7 +145,7 @@ class Slots(NamedTuple):
 
 @dataclass(kw_only=True)
 class StaticCache(KVCache):
-    """A `KVCache` of fixed size: no call allocates, and what is not committed is overwritten by the next span.
+    """A `KVCache` of fixed size: no span makes it grow, and what is not committed the next span overwrites.
 
     No mask has queries times keys elements: a key is seen by all queries of a block or by none, so that one row of
     biases says it all.
