@@ -413,7 +413,7 @@ def _solve(
                     expected=f"heads of {sizes['H']} dimensions, as in the named recipe or the released policies",
                     found=f"{name} of shape {shape}",
                     where=where,
-                    next="name a recipe with this policy's head_dim: --recipe",
+                    next="name a recipe with this policy's head_dim: --recipe; or fetch the file again",
                 )
             raise WeightsMismatchError(
                 expected="the tensors that tell the architecture",
