@@ -65,7 +65,7 @@ def test_a_full_disk_says_what_is_missing(trained, exported, mount, to):
     disk = mount(1)
     for write in (
         lambda: export_checkpoint(trained("pi05"), to, disk / "out"),
-        lambda: import_checkpoint(exported("pi05", to if to != "manipi" else "openpi-jax"), disk / "out", None),
+        lambda: import_checkpoint(exported("pi05", to if to != "manipi" else "openpi-jax"), disk / "out"),
     ):
         (disk / "ballast").write_bytes(bytes(900_000))
         with pytest.raises(StorageError) as error:
