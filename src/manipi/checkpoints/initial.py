@@ -12,7 +12,7 @@ from manipi.errors import CheckpointError
 from manipi.model import VLA
 from manipi.model.device import fill
 from manipi.remote.fetch import fetch
-from manipi.tokenizers import PALIGEMMA_VOCABULARY, TextTokenizer, require_paligemma
+from manipi.tokenizers.text import PALIGEMMA_VOCABULARY, TextTokenizer, require_paligemma
 from manipi.weights.layouts import open_weights
 from manipi.weights.names import require_match
 from manipi.weights.released import resolve

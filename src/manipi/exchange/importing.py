@@ -28,7 +28,8 @@ from manipi.exchange.lerobot import CONFIG, DESCRIPTION, PREPROCESSOR, Stated, r
 from manipi.model.config import NormMode, Pi0FastConfig
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory, require_absent, require_room
-from manipi.tokenizers import PALIGEMMA_VOCABULARY, SentencePieceTokenizer, Tokenizers, require_paligemma
+from manipi.tokenizers import SentencePieceTokenizer, Tokenizers
+from manipi.tokenizers.text import PALIGEMMA_VOCABULARY, require_paligemma
 from manipi.train.config import TrainConfig
 from manipi.transforms.normalize import read_openpi_stats
 from manipi.types import NormStats

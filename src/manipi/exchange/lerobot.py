@@ -29,7 +29,7 @@ from manipi.errors import CheckpointError, ConfigError, NormStatsError, shown
 from manipi.model.config import ModelConfig, NormMode, Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.records import write_json
 from manipi.robots.robot import Robot
-from manipi.tokenizers import PALIGEMMA_PIECES_SHA256, SentencePieceTokenizer
+from manipi.tokenizers.text import PALIGEMMA_PIECES_SHA256, SentencePieceTokenizer
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.normalize import EPSILON, stats_from_fields
 from manipi.types import NormStats

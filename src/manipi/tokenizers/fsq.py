@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from manipi.errors import TokenizerError, WeightsMismatchError
-from manipi.tokenizers.actions import ONE_UNIT, Spelling, require_finite
+from manipi.tokenizers.actions import ActionTokenizer, require_finite
 
 FSQ_CONFIG_FILE, _WEIGHTS_FILE = "fsq.json", "fsq.safetensors"
 _CODEBOOK_SIZES = tuple(2**bits for bits in (8, 10, 12, 14, 16))
@@ -67,7 +67,7 @@ class FsqConfig:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FsqTokenizer:
+class FsqTokenizer(ActionTokenizer):
     """An FSQ codec. Build it with `from_tree`, which checks every tensor; `sha256` says whether two are the same."""
 
     kind: ClassVar[str] = "FSQ"
@@ -109,10 +109,6 @@ class FsqTokenizer:
             digest.update(f"{name} {array.shape}".encode() + array.tobytes())
         return digest.hexdigest()
 
-    @property
-    def spellings(self) -> list[Spelling]:
-        return [ONE_UNIT] * self.vocab_size
-
     def num_units(self, horizon: int, action_dim: int) -> int:
         """Raises TokenizerError for any other chunk shape than the one of the training."""
         if (horizon, action_dim) != (self.config.data_horizon, self.config.data_dim):
@@ -144,9 +140,6 @@ class FsqTokenizer:
         z_T2 = np.tanh(self._dense(x_TD, "codebook/proj_down"))
         digits_T2 = np.rint((z_T2 + 1) * (self.config.digit_bins - 1) / 2).astype(np.int64)
         return (digits_T2 @ [1, self.config.digit_bins]).tolist()
-
-    def num_codes(self, chunks_NHA: Float[np.ndarray, "N H A"]) -> Int64[np.ndarray, "N"]:
-        return np.full(len(chunks_NHA), self.num_units(*chunks_NHA.shape[1:]), np.int64)
 
     def decode(
         self, codes: Sequence[int], horizon: int, action_dim: int, state_E: Float[np.ndarray, "E"] | None = None
