@@ -33,10 +33,9 @@ from manipi.tokenizers.text import PALIGEMMA_VOCABULARY, require_paligemma
 from manipi.train.config import TrainConfig
 from manipi.transforms.normalize import read_openpi_stats
 from manipi.types import NormStats
-from manipi.weights.layouts import ForeignWeights, open_weights
+from manipi.weights.layouts import ForeignWeights, open_action_tokenizer, open_text_tokenizer, open_weights
 from manipi.weights.released import ASSETS
 from manipi.weights.stores import ArrayInfo, bytes_of
-from manipi.weights.tokenizers import open_action_tokenizer, open_text_tokenizer
 
 
 def import_checkpoint(

@@ -33,9 +33,8 @@ from manipi.tokenizers.text import PALIGEMMA_PIECES_SHA256, SentencePieceTokeniz
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.normalize import EPSILON, stats_from_fields
 from manipi.types import NormStats
-from manipi.weights.foreign_json import Fields, file_beside, unexpected
 from manipi.weights.layouts import ForeignWeights
-from manipi.weights.stores import SafetensorsStore
+from manipi.weights.stores import Fields, SafetensorsStore, file_beside, unexpected
 
 CONFIG = "config.json"
 PREPROCESSOR = "policy_preprocessor.json"
@@ -421,12 +420,12 @@ def _read_config(stated: Stated, config: Fields) -> None:
             stated.say(f"{name}_size", shape[0], f"{CONFIG}, {inputs}")
     if config.has("input_features"):
         inner = config.inner("input_features")
-        found = [name for name in inner.keys() if inner.inner(name).get("type", str) == "VISUAL"]  # noqa: SIM118
+        found = [name for name in inner if inner.inner(name).get("type", str) == "VISUAL"]
         # Pictures that never come are last there, and masked as an absent camera is here.
         if cameras := tuple(name for name in found if "empty_camera" not in name):
             stated.say("cameras", cameras, f"{CONFIG}, input_features")
     known = (*_SIZES, *_FIXED, *_WITHOUT)
-    strange = [n for n in config.keys() if n not in known and not _NO_MATTER.fullmatch(n) and config.has(n)]  # noqa: SIM118
+    strange = [n for n in config if n not in known and not _NO_MATTER.fullmatch(n) and config.has(n)]
     if strange:
         stated.notes.append(f"{CONFIG} also says {shown(strange)}, which has no place here")
     if config.has("n_action_steps") and config.has("chunk_size"):
@@ -456,7 +455,7 @@ def _read_processors(stated: Stated) -> None:
         stated.say("max_token_len", tokenizer.size("max_length"), f"{PREPROCESSOR}, tokenizer_processor")
     if (rename := before.get("rename_observations_processor")) is not None and rename.has("rename_map"):
         mapping = rename.inner("rename_map")
-        stated.renamed = {name: mapping.get(name, str) for name in mapping.keys()}  # noqa: SIM118
+        stated.renamed = {name: mapping.get(name, str) for name in mapping}
     for file, steps, name in (
         (PREPROCESSOR, before, "normalizer_processor"),
         (POSTPROCESSOR, after, "unnormalizer_processor"),
