@@ -10,9 +10,8 @@ from tests.commands import Command, run_manipi
 
 from manipi.checkpoints.native import read_checkpoint
 from manipi.errors import StorageError
-from manipi.exchange.exporting import Target, export_checkpoint
+from manipi.exchange.exporting import Target, export_checkpoint, export_program
 from manipi.exchange.importing import import_checkpoint
-from manipi.exchange.program import export_program
 from manipi.storage import atomic_directory
 
 pytest.importorskip("tensorstore", reason="Orbax checkpoints need tensorstore: pip install 'manipi[openpi]'")

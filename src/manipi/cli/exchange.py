@@ -129,13 +129,11 @@ def run_export(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from manipi.exchange.exporting import export_checkpoint
+    from manipi.exchange.exporting import export_checkpoint, export_program
     from manipi.storage import remove_dead
 
     remove_dead(args.target.parent)
     if args.to == "program":
-        from manipi.exchange.program import export_program
-
         report = export_program(args.source, args.target)
     else:
         dtype = None if args.dtype == "stored" else getattr(torch, args.dtype)

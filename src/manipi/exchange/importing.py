@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from manipi.checkpoints.adapters import read_adapters
+from manipi.checkpoints.initial import read_adapters
 from manipi.checkpoints.native import Checkpoint, PolicyConfig, read_checkpoint, read_description, write_checkpoint
 from manipi.errors import CheckpointError, ConfigError, NormStatsError, WeightsMismatchError
 from manipi.exchange.certificate import (
@@ -145,7 +145,7 @@ def import_adapters(path: Path, base: Path, target: Path) -> Certificate:
     """Write our checkpoint folder from adapters that were exported alone and the checkpoint that they belong to.
 
     Raises:
-        CheckpointError: see `manipi.checkpoints.adapters.read_adapters`.
+        CheckpointError: see `manipi.checkpoints.initial.read_adapters`.
     """
     adapted = read_adapters(path, read_checkpoint(base))
     before = answer_of_weights(adapted.weights, adapted)

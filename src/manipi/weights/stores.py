@@ -41,10 +41,10 @@ _WRITTEN = {torch.float32: "<f4", torch.bfloat16: "bfloat16"}
 _PIECE = 16 << 20
 """Compressed bytes in memory at a time."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 FLOATS = tuple(_DTYPES.values())
 """What weights come in; quantized ones are of other types, and mean nothing without their scales."""
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class ArrayInfo(NamedTuple):
