@@ -127,18 +127,10 @@ def import_checkpoint(
         bar = tqdm(source.tensors(model), total=len(infos), desc="weights", unit="tensor", disable=len(infos) < 500)
         tensors = ((name, tensor.to(infos[name].dtype)) for name, tensor in bar)
         whole = write_streamed(folder, described, infos, tensors)
-        return certify(
-            str(path),
-            target,
-            source.layout.name,
-            before,
-            answer_of_weights(whole.weights, whole),
-            model=model,
-            read=[info.dtype for name, info in source.store.arrays.items() if name not in source.unused],
-            written=infos,
-            unused=source.unused,
-            said=stated.rows(),
-        )
+        after = answer_of_weights(whole.weights, whole)
+        read = [info.dtype for name, info in source.store.arrays.items() if name not in source.unused]
+        proof = {"model": model, "read": read, "written": infos, "unused": source.unused, "said": stated.rows()}
+        return certify(str(path), target, source.layout.name, before, after, **proof)
 
 
 def import_adapters(path: Path, base: Path, target: Path) -> Certificate:
@@ -191,20 +183,17 @@ def _norm_stats(path: Path, robot: Robot, horizon: int, file: Path | None, asset
     if file is not None:
         return read_openpi_stats(file, robot, horizon)
     root = path.parent if path.name == "params" else path
-    found = {
-        p.parent.relative_to(root / "assets").as_posix(): p for p in sorted(root.glob("assets/**/norm_stats.json"))
-    }
+    files = sorted(root.glob("assets/**/norm_stats.json"))
+    found = {path.parent.relative_to(root / "assets").as_posix(): path for path in files}
     if not found and (root / PREPROCESSOR).is_file():
         return read_processor_stats(root, robot, horizon)
-    names, wrong, next = ", ".join(found) or "none", "", ""
-    if asset_id and asset_id not in found:
-        wrong, next = f"norm stats of {asset_id!r}", "name one of them: --asset-id"
-        names = f"those of {names}"
-    elif len(found) != 1 and not asset_id:
-        wrong, next = "one set of norm stats", "choose: --asset-id NAME, or --norm-stats FILE"
-    if wrong:
-        raise NormStatsError(expected=wrong, found=names, where=str(root / "assets"), next=next)
-    return read_openpi_stats(found[asset_id or min(found)], robot, horizon)
+    if asset_id in found or (len(found) == 1 and not asset_id):
+        return read_openpi_stats(found[asset_id or min(found)], robot, horizon)
+    names = ", ".join(found) or "none"
+    expected, next = "one set of norm stats", "choose: --asset-id NAME, or --norm-stats FILE"
+    if asset_id:
+        expected, names, next = f"norm stats of {asset_id!r}", f"those of {names}", "name one of them: --asset-id"
+    raise NormStatsError(expected=expected, found=names, where=str(root / "assets"), next=next)
 
 
 def _tokenizers(recipe: TrainConfig | None, tokenizer: str, action_tokenizer: str) -> Tokenizers:

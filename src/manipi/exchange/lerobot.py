@@ -59,9 +59,10 @@ _AFTER = ("unnormalizer_processor", "absolute_actions_processor", "device_proces
 _FIXED = {"n_obs_steps": 1, "min_period": 4e-3, "max_period": 4.0}
 _WITHOUT = ("use_peft", "use_visual_memory", "use_proprioceptive_memory")
 _SIZES = {"chunk_size": "action_horizon", "tokenizer_max_length": "max_token_len", "max_action_dim": "action_dim"}
+_SIZES |= {"num_inference_steps": "num_steps"}
 _NO_MATTER = re.compile(
     "type|paligemma_variant|action_expert_variant|input_features|output_features|normalization_mapping|"
-    "n_action_steps|num_inference_steps|image_resolution|dtype|max_state_dim|empty_cameras|device|"
+    "n_action_steps|image_resolution|dtype|max_state_dim|empty_cameras|device|"
     "use_relative_actions|relative_exclude_joints|action_feature_names|use_amp|gradient_checkpointing|"
     "time_sampling_.*|optimizer_.*|scheduler_.*|compile_.*|freeze_vision_encoder|train_expert_only|"
     "memory_.*|push_to_hub|repo_id|private|tags|license|pretrained_path|pretrained_revision|rtc_config|"
@@ -398,8 +399,6 @@ def _read_config(stated: Stated, config: Fields) -> None:
         stated.say("image_size", edges[0], f"{CONFIG}, image_resolution")
     if (dtype := config.get("dtype", str, "")) in ("float32", "bfloat16"):
         stated.say("dtype", dtype, f"{CONFIG}, dtype")
-    if config.has("num_inference_steps"):
-        stated.say("num_steps", config.size("num_inference_steps"), f"{CONFIG}, num_inference_steps")
     if config.has("normalization_mapping"):
         where = f"{CONFIG}, normalization_mapping"
         stated.say("norm_mode", _mode(config.inner("normalization_mapping")), where)

@@ -62,22 +62,18 @@ class Tokenizers:
     def load(folder: Path) -> "Tokenizers":
         """Raises IntegrityError where a file is not the one that was saved, TokenizerError where one is missing."""
         reference = from_json(read_json(folder / "text.json"), (TokenizerReference,), str(folder / "text.json"))
-        return Tokenizers(load_tokenizer(reference, folder), _load_action(folder))
-
-
-def _load_action(folder: Path) -> ActionTokenizer | None:
-    path = folder / "action.json"
-    if not path.is_file():
-        return None
-    reference: ActionReference = from_json(read_json(path), (ActionReference,), str(path))
-    if reference.kind not in _ACTION_KINDS:
-        raise unknown_name("action tokenizer", reference.kind, _ACTION_KINDS, next="update manipi")
-    action = _ACTION_KINDS[reference.kind].load(folder / "action")
-    if action.sha256 != reference.sha256:
-        raise IntegrityError(
-            expected=f"the {reference.kind} tokenizer of sha256 {reference.sha256}",
-            found=action.sha256,
-            where=str(folder / "action"),
-            next="restore the files from the checkpoint they came with; another tokenizer means other actions",
-        )
-    return action
+        text, path = load_tokenizer(reference, folder), folder / "action.json"
+        if not path.is_file():
+            return Tokenizers(text)
+        stated: ActionReference = from_json(read_json(path), (ActionReference,), str(path))
+        if stated.kind not in _ACTION_KINDS:
+            raise unknown_name("action tokenizer", stated.kind, _ACTION_KINDS, next="update manipi")
+        action = _ACTION_KINDS[stated.kind].load(folder / "action")
+        if action.sha256 != stated.sha256:
+            raise IntegrityError(
+                expected=f"the {stated.kind} tokenizer of sha256 {stated.sha256}",
+                found=action.sha256,
+                where=str(folder / "action"),
+                next="restore the files from the checkpoint they came with; another tokenizer means other actions",
+            )
+        return Tokenizers(text, action)

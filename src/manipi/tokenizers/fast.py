@@ -223,7 +223,14 @@ class FastTokenizer(ActionTokenizer):
                 where=f"FastTokenizer.fit with scale {scale}",
                 next=f"raise vocab_size (useful up to {_MAX_CHARACTERS}), lower scale, or look for outliers",
             )
-        bpe = _train_bpe(integers - min_token, num_characters, vocab_size)
+        # Over whole characters, each of which is also a code of its own.
+        bpe = Tokenizer(models.BPE())
+        bpe.decoder = decoders.Fuse()  # type: ignore[assignment]
+        alphabet = [chr(n) for n in range(num_characters)]
+        settings = {"vocab_size": vocab_size, "min_frequency": 2, "show_progress": False}
+        trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **settings)
+        texts = ("".join(map(chr, chunk)) for chunk in (integers - min_token).reshape(len(integers), -1))
+        bpe.train_from_iterator(texts, trainer)
         return FastTokenizer(bpe_json=bpe.to_str(), scale=scale, min_token=min_token)
 
     def reconstruction_report(self, chunks: Float[np.ndarray, "N H A"]) -> ReconstructionReport:
@@ -264,18 +271,6 @@ def _dct_matrix(horizon: int) -> Float64[np.ndarray, "H H"]:
     matrix[0] /= np.sqrt(2)
     matrix.flags.writeable = False
     return matrix
-
-
-def _train_bpe(characters: Int[np.ndarray, "N H A"], num_characters: int, vocab_size: int) -> Tokenizer:
-    """Byte-pair encoding over whole characters, each of which is also a code of its own."""
-    bpe = Tokenizer(models.BPE())
-    bpe.decoder = decoders.Fuse()  # type: ignore[assignment]
-    alphabet = [chr(n) for n in range(num_characters)]
-    settings = {"vocab_size": vocab_size, "min_frequency": 2, "show_progress": False}
-    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **settings)
-    texts = ("".join(map(chr, chunk)) for chunk in characters.reshape(len(characters), -1))
-    bpe.train_from_iterator(texts, trainer)
-    return bpe
 
 
 @lru_cache

@@ -211,13 +211,12 @@ class NpzStore:
         with _damage(path):
             self._file = np.load(path, allow_pickle=False)
             self.arrays: dict[str, ArrayInfo] = {}
-            with zipfile.ZipFile(path) as archive:
-                for entry in archive.namelist():
-                    with archive.open(entry) as file:
-                        old = np.lib.format.read_magic(file) == (1, 0)
-                        header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-                        shape, _, dtype = header(file)
-                    self.arrays[entry.removesuffix(".npy")] = ArrayInfo(shape, to_torch(np.empty(0, dtype)).dtype)
+            for entry in self._file.zip.namelist():
+                with self._file.zip.open(entry) as file:
+                    old = np.lib.format.read_magic(file) == (1, 0)
+                    header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+                    shape, _, dtype = header(file)
+                self.arrays[entry.removesuffix(".npy")] = ArrayInfo(shape, to_torch(np.empty(0, dtype)).dtype)
         self._last: tuple[str, np.ndarray] | None = None
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
@@ -316,10 +315,8 @@ def write_tree(folder: Path, arrays: Mapping[str, ArrayInfo], layers: Iterable[t
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
     opened: dict[str, Any] = {}
     for path, layer, values in layers:
-        if values.dtype == torch.bfloat16:
-            numbers = values.view(torch.uint16).numpy().view(ts.bfloat16.numpy_dtype)
-        else:
-            numbers = values.numpy()
+        half = values.dtype == torch.bfloat16
+        numbers = values.view(torch.uint16).numpy().view(ts.bfloat16.numpy_dtype) if half else values.numpy()
         try:
             if path not in opened:
                 shape = list(arrays[path].shape)
