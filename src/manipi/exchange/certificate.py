@@ -17,7 +17,6 @@ from manipi.errors import SelfTestError
 from manipi.model import VLA, ModelInput
 from manipi.model.config import ModelConfig, Pi0FastConfig
 from manipi.policy import SELF_TEST_TOLERANCE, Policy
-from manipi.robots.robot import Robot
 from manipi.transforms import pipeline
 from manipi.types import Sample
 from manipi.weights.layouts import ForeignWeights
@@ -120,17 +119,14 @@ def count_dtypes(tensors: Iterable[torch.dtype]) -> dict[str, int]:
     return dict(Counter(str(dtype).removeprefix("torch.") for dtype in tensors))
 
 
-def example_observation(robot: Robot, image_size: int) -> Sample:
-    """Grey noise, every state at 0.5, and the robot's prompt: the same for everyone."""
-    rng = np.random.default_rng(0)
-    images = {key: rng.integers(0, 256, (image_size, image_size, 3), dtype=np.uint8) for key in robot.cameras.values()}
+def example(described: Checkpoint) -> tuple[Sample, np.ndarray]:
+    """An observation and noise [H, A], the same for everyone: grey noise, every state at 0.5, the robot's prompt."""
+    robot, model, rng = described.robot, described.config.model, np.random.default_rng(0)
+    shape = (model.vision.image_size, model.vision.image_size, 3)
+    images = {key: rng.integers(0, 256, shape, dtype=np.uint8) for key in robot.cameras.values()}
     states = {s.key: np.full(s.size, 0.5, np.float32) for s in robot.state}
-    return {**images, **states, "prompt": robot.default_prompt or "do the task"}  # type: ignore[dict-item]
-
-
-def example_noise(config: ModelConfig) -> np.ndarray:
-    """[H, A], the same for everyone."""
-    return np.random.default_rng(1).normal(size=(config.action_horizon, config.action_dim)).astype(np.float32)
+    noise = np.random.default_rng(1).normal(size=(model.action_horizon, model.action_dim)).astype(np.float32)
+    return {**images, **states, "prompt": robot.default_prompt or "do the task"}, noise  # type: ignore[dict-item]
 
 
 def write_streamed(
@@ -151,8 +147,7 @@ def write_streamed(
 
 def record_self_test(checkpoint: Checkpoint) -> SelfTest:
     """What the policy answers to the example now, in its own dtype."""
-    observation = example_observation(checkpoint.robot, checkpoint.config.model.vision.image_size)
-    noise = example_noise(checkpoint.config.model)
+    observation, noise = example(checkpoint)
     actions = Policy.from_checkpoint(checkpoint).infer(observation, noise)["actions"]
     return SelfTest(observation, noise, actions)
 
@@ -162,14 +157,14 @@ def answer(model: VLA, described: Checkpoint) -> np.ndarray:
     """What the model says to the example: a normalised action chunk [H, A], or logits [tokens, V]."""
     d = described
     steps = pipeline.build(d.robot, d.config.model, d.norm_stats, d.tokenizers, d.config.norm_mode)
-    sample, _ = steps.encode(example_observation(d.robot, d.config.model.vision.image_size))
+    observation, noise = example(d)
+    sample, _ = steps.encode(observation)
     inputs = ModelInput.from_numpy({key: np.asarray(value)[None] for key, value in sample.items()})
     if isinstance(d.config.model, Pi0FastConfig):
         out_BTD = model.gemma({"vlm": model.embed_prefix(inputs)})["vlm"]
         last = int(inputs.token_valid[0].sum())
         return model.gemma.logits(out_BTD[0, -inputs.tokens.shape[1] :][max(0, last - FAST_TOKENS) : last]).numpy()
-    noise = torch.from_numpy(example_noise(d.config.model))[None]
-    return model.sample(inputs, noise, d.config.num_steps)[0].numpy()
+    return model.sample(inputs, torch.from_numpy(noise)[None], d.config.num_steps)[0].numpy()
 
 
 def answer_of_weights(weights: Mapping[str, Tensor], described: Checkpoint) -> np.ndarray:

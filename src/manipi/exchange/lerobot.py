@@ -390,7 +390,7 @@ def _read_config(stated: Stated, config: Fields) -> None:
         if config.get(name, bool, False):
             raise _no_place(f"{name} of {CONFIG}", config.where)
     for name, value in _FIXED.items():
-        if config.has(name) and config.number(name) != value:
+        if config.has(name) and config.get(name, float) != value:
             raise _no_place(f"{name} other than {value:g}", config.where)
     if config.has("image_resolution"):
         edges = config.get("image_resolution", list)

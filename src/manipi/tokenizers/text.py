@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 import sentencepiece
@@ -40,26 +40,6 @@ class TokenizerReference:
     """Of the model file, or of the definition where there is no file."""
     file: str | None = None
     """Name of the model file inside the tokenizer directory."""
-
-
-class TextTokenizer(Protocol):
-    """Words to ids and back. `encode` adds neither BOS nor EOS; that is the prompt format's business."""
-
-    vocab_size: int
-    pad_id: int
-    eos_id: int
-    bos_id: int
-    reserved_ids: int
-    """Ids at the very end of the vocabulary that action codes skip."""
-    code_capacity: int
-    """How many action codes the vocabulary has room for."""
-    reference: TokenizerReference
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def save(self, directory: Path) -> TokenizerReference:
-        """Write what `load_tokenizer` needs into an existing directory."""
-        ...
 
 
 class SentencePieceTokenizer:
@@ -213,6 +193,15 @@ class ByteTokenizer:
 
     def save(self, directory: Path) -> TokenizerReference:
         return self.reference
+
+
+TextTokenizer: TypeAlias = SentencePieceTokenizer | ByteTokenizer
+"""Words to ids and back, in a vocabulary of `vocab_size` ids; those of pad, BOS and EOS are `pad_id` and so on.
+
+`encode` adds neither BOS nor EOS; that is the prompt format's business. The vocabulary has room for `code_capacity`
+action codes, which skip the `reserved_ids` at its very end. `save` writes what `load_tokenizer` needs into an existing
+directory, and returns the `reference` that it asks for.
+"""
 
 
 def load_tokenizer(reference: TokenizerReference, directory: str | Path) -> TextTokenizer:

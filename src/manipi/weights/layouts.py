@@ -16,6 +16,7 @@ FSQ             STEP/params/ (Orbax)  STEP/config/metadata (JSON)    as gs://ope
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -98,17 +99,18 @@ class ForeignWeights:
             )
 
     def tensors(self, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-        """Our tensors by name, in their stored dtype, one layer in memory at a time.
+        """Our tensors by name, in their stored dtype, one layer in memory at a time. Raises as `reader` does."""
+        read = self.reader(config)
+        for array in self.arrays(config).values():
+            for name in chain.from_iterable(array.names):
+                yield name, read(name)
+
+    def reader(self, config: ModelConfig) -> Callable[[str], Tensor]:
+        """Reads any of our tensors by its name, in its stored dtype, and keeps the last layer read.
 
         Raises:
             IntegrityError: NaN or infinity in a tensor, or a damaged file.
         """
-        for path, array in self.arrays(config).items():
-            for layer in range(len(array.names)):
-                yield from self._layer(path, array, layer, config)
-
-    def reader(self, config: ModelConfig) -> Callable[[str], Tensor]:
-        """Reads any of our tensors by its name, and keeps the last layer read. Raises as `tensors` does."""
         places = {
             name: (path, array, layer)
             for path, array in self.arrays(config).items()
@@ -118,26 +120,25 @@ class ForeignWeights:
         last: dict[str, Tensor] = {}
 
         def read(name: str) -> Tensor:
-            if name not in last:
-                last.clear()
-                last.update(self._layer(*places[name], config))
+            if name in last:
+                return last[name]
+            last.clear()
+            path, array, layer = places[name]
+            stacked = len(array.names) > 1
+            values = self.store.read(path, layer if stacked else None)
+            if self.layout.name == "paligemma" and path == self.layout.embedding:
+                values = values[: config.vocab_size]
+            if not torch.isfinite(values).all():
+                raise IntegrityError(
+                    expected="finite weights",
+                    found=f"NaN or infinity in {path}" + (f", layer {layer}" if stacked else ""),
+                    where=self.store.where,
+                    next="take an earlier checkpoint; this run has diverged or the file is damaged",
+                )
+            last.update(unstack_layer(array, layer, values))
             return last[name]
 
         return read
-
-    def _layer(self, path: str, array: Array, layer: int, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-        stacked = len(array.names) > 1
-        values = self.store.read(path, layer if stacked else None)
-        if self.layout.name == "paligemma" and path == self.layout.embedding:
-            values = values[: config.vocab_size]
-        if not torch.isfinite(values).all():
-            raise IntegrityError(
-                expected="finite weights",
-                found=f"NaN or infinity in {path}" + (f", layer {layer}" if stacked else ""),
-                where=self.store.where,
-                next="take an earlier checkpoint; this run has diverged or the file is damaged",
-            )
-        yield from unstack_layer(array, layer, values)
 
 
 def open_weights(path: Path) -> ForeignWeights:

@@ -24,7 +24,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, Protocol, TypeVar, overload
+from typing import IO, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -57,20 +57,6 @@ class ArrayInfo(NamedTuple):
 def bytes_of(arrays: Mapping[str, ArrayInfo]) -> int:
     """What they take on disk."""
     return sum(torch.Size(array.shape).numel() * array.dtype.itemsize for array in arrays.values())
-
-
-class ArrayStore(Protocol):
-    """Read-only arrays by name."""
-
-    where: str
-    """For messages."""
-
-    @property
-    def arrays(self) -> Mapping[str, ArrayInfo]: ...
-
-    def read(self, name: str, layer: int | None = None) -> Tensor:
-        """The whole array, or `array[layer]`. Raises IntegrityError where the file is damaged."""
-        ...
 
 
 class OrbaxStore:
@@ -225,6 +211,13 @@ class NpzStore:
                 self._last = (name, self._file[name])
         values = to_torch(self._last[1])
         return values if layer is None else values[layer]
+
+
+ArrayStore: TypeAlias = OrbaxStore | SafetensorsStore | NpzStore
+"""Read-only `arrays` by name; `where` they are, for messages.
+
+`read(name)` is the whole array, `read(name, layer)` a layer of it; it raises IntegrityError where the file is damaged.
+"""
 
 
 def to_torch(values: np.ndarray) -> Tensor:
@@ -390,10 +383,6 @@ class Fields:
         """Whether it says anything of `name`; null says nothing."""
         return self._fields.get(name) is not None
 
-    @overload
-    def get(self, name: str, kind: type[_T]) -> _T: ...
-    @overload
-    def get(self, name: str, kind: type[_T], default: _T) -> _T: ...
     def get(self, name: str, kind: type[_T], default: _T | None = None) -> _T:
         """The value of that type; `default`, if there is one, where it is absent or null."""
         value = self._fields.get(name)
@@ -407,11 +396,6 @@ class Fields:
         if not 1 <= value <= LARGEST:
             raise unexpected(f"a whole number from 1 to {LARGEST:,}", value, f"{self.where}, {name}")
         return value
-
-    def number(self, name: str) -> float:
-        """A whole number or one with a fraction."""
-        value = self._fields.get(name)
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else self.get(name, float)
 
     def texts(self, name: str) -> list[str]:
         """A list of texts; empty where it is absent."""
@@ -449,7 +433,8 @@ def unexpected(expected: str, found: object, where: str) -> CheckpointError:
 
 
 def _of_type(value: Any, kind: type[_T], where: str) -> _T:
-    # In JSON's types true is no number, though it is one in Python's.
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    # In JSON's types true is no number, though it is one in Python's; and 4 is one with a fraction.
+    fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not fits or (isinstance(value, bool) and kind is not bool):
         raise unexpected(_KINDS[kind], "no value" if value is None else value, where)
     return value
