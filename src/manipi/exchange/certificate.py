@@ -37,7 +37,7 @@ class Certificate:
     parameters: int
     dtypes_before: Mapping[str, int]
     dtypes_after: Mapping[str, int]
-    unused: tuple[str, ...]
+    unused: tuple[str, ...] = ()
     """Tensors of the source that no computation reads, and that were left behind."""
     compared: str
     """`actions`, or `logits` for π0-FAST."""
@@ -74,8 +74,6 @@ def certify(
     model: ModelConfig,
     read: Iterable[torch.dtype],
     written: Mapping[str, ArrayInfo],
-    unused: tuple[str, ...] = (),
-    said: tuple[str, ...] = (),
 ) -> Certificate:
     """The certificate of an import or export.
 
@@ -83,7 +81,6 @@ def certify(
         before, after: answers, as of `answer`.
         read: dtypes of the tensors that were read.
         written: shape and dtype of ours, as they were written.
-        said: see `Certificate`.
 
     Raises:
         SelfTestError: the answers differ by more than the written dtypes explain.
@@ -106,11 +103,9 @@ def certify(
         parameters=sum(torch.Size(info.shape).numel() for info in written.values()),
         dtypes_before=count_dtypes(read),
         dtypes_after=dtypes,
-        unused=unused,
         compared="logits" if isinstance(model, Pi0FastConfig) else "actions",
         difference=difference,
         magnitude=magnitude,
-        said=said,
     )
 
 

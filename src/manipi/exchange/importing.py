@@ -96,11 +96,13 @@ def import_checkpoint(
         stated = read_stated(source)
         named = {"action_horizon": action_horizon, "max_token_len": max_token_len}
         sizes = {name: size for name, size in named.items() if size is not None}
-        config = _policy_config(source, stated, recipe, robot, sizes, normalization)
+        config = _policy_config(source, stated, recipe, sizes, normalization)
+        stated.require_robot(robot, config.model.cameras)
         stats = _norm_stats(stated.folder, robot, config.model.action_horizon, norm_stats, asset_id)
         tokenizers = _tokenizers(recipe, tokenizer, action_tokenizer)
-        parts = {"config": config, "robot": robot, "norm_stats": stats, "tokenizers": tokenizers}
-        described = Checkpoint(weights={}, self_test=None, **parts)
+        described = Checkpoint(
+            weights={}, config=config, robot=robot, norm_stats=stats, tokenizers=tokenizers, self_test=None
+        )
     elif carried.is_dir():
         described = read_description(carried)
         model = source.config(like=described.config.model)
@@ -129,8 +131,8 @@ def import_checkpoint(
         whole = write_streamed(folder, described, infos, tensors)
         after = answer_of_weights(whole.weights, whole)
         read = [info.dtype for name, info in source.store.arrays.items() if name not in source.unused]
-        proof = {"model": model, "read": read, "written": infos, "unused": source.unused, "said": stated.rows()}
-        return certify(str(path), target, source.layout.name, before, after, **proof)
+        proof = certify(str(path), target, source.layout.name, before, after, model=model, read=read, written=infos)
+        return replace(proof, unused=source.unused, said=stated.rows())
 
 
 def import_adapters(path: Path, base: Path, target: Path) -> Certificate:
@@ -151,14 +153,9 @@ def import_adapters(path: Path, base: Path, target: Path) -> Certificate:
 
 
 def _policy_config(
-    source: ForeignWeights,
-    stated: Stated,
-    recipe: TrainConfig | None,
-    robot: Robot,
-    sizes: Mapping[str, int],
-    normalization: NormMode | None,
+    source: ForeignWeights, stated: Stated, recipe: TrainConfig | None, sizes: Mapping[str, int], flag: NormMode | None
 ) -> PolicyConfig:
-    """Of weights, files and recipe, which must agree. `sizes`, `normalization`: named by the user."""
+    """Of weights, files and recipe, which must agree. `sizes`, `flag` (of the normalisation): what the user named."""
     model = source.config(like=recipe.model if recipe is not None else None)
     if stated.kind not in (None, type(model)):
         raise CheckpointError(
@@ -169,11 +166,10 @@ def _policy_config(
         )
     if recipe is None:  # the files say what the released policies' settings would
         known = {f.name for f in fields(model)} - {"action_dim"}
-        model = replace(model, **{name: said.value for name, said in stated.model.items() if name in known})
+        model = replace(model, **{name: said.value for name, said in stated.said.items() if name in known})
     model = replace(model, **sizes)
     stated.require_model(model, frozenset(sizes))
-    stated.require_robot(robot, model.cameras)
-    mode = stated.normalization(recipe.norm_mode if recipe is not None else None, normalization, type(model))
+    mode = stated.normalization(recipe.norm_mode if recipe is not None else None, flag, type(model))
     step = int(source.path.name) if source.path.name.isdigit() else 0
     sampling = {"num_steps": steps} if (steps := stated.get("num_steps")) else {}
     return PolicyConfig(model=model, norm_mode=mode, step=step, **sampling)

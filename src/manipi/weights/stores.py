@@ -433,8 +433,7 @@ def unexpected(expected: str, found: object, where: str) -> CheckpointError:
 
 
 def _of_type(value: Any, kind: type[_T], where: str) -> _T:
-    # In JSON's types true is no number, though it is one in Python's; and 4 is one with a fraction.
-    fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
-    if not fits or (isinstance(value, bool) and kind is not bool):
+    # Not `isinstance`: in JSON's types true is no number, though it is one in Python's.
+    if type(value) not in ((int, float) if kind is float else (kind,)):
         raise unexpected(_KINDS[kind], "no value" if value is None else value, where)
     return value
