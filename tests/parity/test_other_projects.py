@@ -254,12 +254,12 @@ def test_what_lerobot_saves_is_what_we_read(kind, exclude, load, tmp_path):
     for one in (config, before, after):
         one.save_pretrained(tmp_path)
     stated = read_stated(SimpleNamespace(path=tmp_path, layout=LEROBOT))
-    assert {name: said.value for name, said in stated.model.items() if name in ("action_horizon", "max_token_len")} == {
+    assert {name: said.value for name, said in stated.said.items() if name in ("action_horizon", "max_token_len")} == {
         "action_horizon": 12,
         "max_token_len": {"pi0": 48, "pi05": 200}[kind],
     }
     assert (stated.get("num_steps"), stated.get("norm_mode")) == (7, {"pi0": "zscore", "pi05": "quantile"}[kind])
-    assert stated.get("cameras") == ("observation.images.front",)
+    assert stated.get("pictures") == ("observation.images.front",)
     step = next(step for step in before.steps if type(step).__name__ == "RelativeActionsProcessorStep")
     theirs = step._build_mask(3)
     ours = stated.get("relative")

@@ -135,16 +135,11 @@ def write_streamed(
     """
     write_safetensors(folder / "model.safetensors", infos, tensors)
     written = replace(described, weights=load_file(folder / "model.safetensors"))
-    write_description(folder, replace(written, self_test=record_self_test(written)))
+    observation, noise = example(written)
+    actions = Policy.from_checkpoint(written).infer(observation, noise)["actions"]
+    write_description(folder, replace(written, self_test=SelfTest(observation, noise, actions)))
     seal(folder)
     return written
-
-
-def record_self_test(checkpoint: Checkpoint) -> SelfTest:
-    """What the policy answers to the example now, in its own dtype."""
-    observation, noise = example(checkpoint)
-    actions = Policy.from_checkpoint(checkpoint).infer(observation, noise)["actions"]
-    return SelfTest(observation, noise, actions)
 
 
 @torch.no_grad()
@@ -162,11 +157,11 @@ def answer(model: VLA, described: Checkpoint) -> np.ndarray:
     return model.sample(inputs, torch.from_numpy(noise)[None], d.config.num_steps)[0].numpy()
 
 
-def answer_of_weights(weights: Mapping[str, Tensor], described: Checkpoint) -> np.ndarray:
+def answer_of_weights(checkpoint: Checkpoint) -> np.ndarray:
     """The answer of weights in memory, or mapped into it."""
-    model = _meta(described.config.model)
-    model.load_state_dict(dict(weights), strict=True, assign=True)
-    return answer(model.eval(), described)
+    model = _meta(checkpoint.config.model)
+    model.load_state_dict(dict(checkpoint.weights), strict=True, assign=True)
+    return answer(model.eval(), checkpoint)
 
 
 def answer_of_foreign(foreign: ForeignWeights, described: Checkpoint) -> np.ndarray:

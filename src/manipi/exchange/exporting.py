@@ -79,15 +79,15 @@ def export_checkpoint(
     if to != "openpi-jax":  # which is compressed, to a size that is not known before
         alone = {name: info for name, info in written.items() if to != "adapters" or is_adapter(name)}
         require_room(target, bytes_of(alone))
-    before = answer_of_weights(checkpoint.weights, checkpoint)
+    before = answer_of_weights(checkpoint)
     with atomic_directory(target) as partial:
         if to == "adapters":
             write_adapters(partial, exported, dtype)
-            after = answer_of_weights(read_adapters(partial, exported).weights, exported)
+            after = answer_of_weights(read_adapters(partial, exported))
         elif to == "manipi":
             tensors = ((name, w.to(written[name].dtype)) for name, w in exported.weights.items())
             write_streamed(partial, exported, written, tensors)
-            after = answer_of_weights(read_checkpoint(partial).weights, exported)
+            after = answer_of_weights(read_checkpoint(partial))
         else:
             _write_foreign(partial, exported, to, dtype)
             after = answer_of_foreign(open_weights(partial), exported)

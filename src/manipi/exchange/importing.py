@@ -14,14 +14,13 @@ import torch
 from tqdm import tqdm
 
 from manipi.checkpoints.initial import read_adapters
-from manipi.checkpoints.native import Checkpoint, PolicyConfig, read_checkpoint, read_description, write_checkpoint
+from manipi.checkpoints.native import Checkpoint, PolicyConfig, read_checkpoint, read_description
 from manipi.errors import CheckpointError, ConfigError, NormStatsError, WeightsMismatchError
 from manipi.exchange.certificate import (
     Certificate,
     answer_of_foreign,
     answer_of_weights,
     certify,
-    record_self_test,
     write_streamed,
 )
 from manipi.exchange.lerobot import CONFIG, DESCRIPTION, PREPROCESSOR, Stated, read_processor_stats, read_stated
@@ -129,7 +128,7 @@ def import_checkpoint(
         bar = tqdm(source.tensors(model), total=len(infos), desc="weights", unit="tensor", disable=len(infos) < 500)
         tensors = ((name, tensor.to(infos[name].dtype)) for name, tensor in bar)
         whole = write_streamed(folder, described, infos, tensors)
-        after = answer_of_weights(whole.weights, whole)
+        after = answer_of_weights(whole)
         read = [info.dtype for name, info in source.store.arrays.items() if name not in source.unused]
         proof = certify(str(path), target, source.layout.name, before, after, model=model, read=read, written=infos)
         return replace(proof, unused=source.unused, said=stated.rows())
@@ -142,14 +141,11 @@ def import_adapters(path: Path, base: Path, target: Path) -> Certificate:
         CheckpointError: see `manipi.checkpoints.initial.read_adapters`.
     """
     adapted = read_adapters(path, read_checkpoint(base))
-    before = answer_of_weights(adapted.weights, adapted)
-    write_checkpoint(target, replace(adapted, self_test=record_self_test(adapted)))
-    after = answer_of_weights(read_checkpoint(target).weights, adapted)
     infos = {name: ArrayInfo(tuple(w.shape), w.dtype) for name, w in adapted.weights.items()}
-    read = [w.dtype for w in adapted.weights.values()]
-    return certify(
-        f"{path} on {base}", target, "adapters", before, after, model=adapted.config.model, read=read, written=infos
-    )
+    before, model, read = answer_of_weights(adapted), adapted.config.model, [info.dtype for info in infos.values()]
+    with atomic_directory(target) as folder:
+        after = answer_of_weights(write_streamed(folder, adapted, infos, adapted.weights.items()))
+        return certify(f"{path} on {base}", target, "adapters", before, after, model=model, read=read, written=infos)
 
 
 def _policy_config(

@@ -93,7 +93,21 @@ class FsqTokenizer(ActionTokenizer):
                 next="use the config that lies beside the tokenizer's tensors",
             ) from error
         state = np.shape(arrays.get("encoder/state_proj/kernel", ()))
-        _require_tensors(arrays, tensor_shapes(sizes, state[0] if state else 0))
+        shapes = tensor_shapes(sizes, state[0] if state else 0)
+        problems = [f"missing {name}" for name in sorted(shapes.keys() - arrays.keys())]
+        problems += [f"unexpected {name}" for name in sorted(arrays.keys() - shapes.keys())]
+        for name in sorted(shapes.keys() & arrays.keys()):
+            if np.shape(arrays[name]) != shapes[name]:
+                problems.append(f"{name} of shape {np.shape(arrays[name])} instead of {shapes[name]}")
+            elif not np.isfinite(np.asarray(arrays[name], np.float32)).all():
+                problems.append(f"{name} with numbers that are not finite")
+        if problems:
+            raise WeightsMismatchError(
+                expected=f"the {len(shapes)} tensors of an FSQ tokenizer of this config",
+                found="; ".join(problems),
+                where="FSQ tokenizer",
+                next="use tensors and config of the same checkpoint",
+            )
         as_float32 = {name: np.asarray(arrays[name], np.float32) for name in sorted(arrays)}
         return FsqTokenizer(config=sizes, arrays=as_float32)
 
@@ -279,20 +293,3 @@ def tensor_shapes(c: FsqConfig, state_dim: int) -> dict[str, tuple[int, ...]]:
             dense(f"{layer}/GeGLU_0/Dense_0", hidden, 2 * hidden)
             dense(f"{layer}/Dense_1", hidden, width)
     return shapes
-
-
-def _require_tensors(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [f"missing {name}" for name in sorted(shapes.keys() - arrays.keys())]
-    problems += [f"unexpected {name}" for name in sorted(arrays.keys() - shapes.keys())]
-    for name in sorted(shapes.keys() & arrays.keys()):
-        if np.shape(arrays[name]) != shapes[name]:
-            problems.append(f"{name} of shape {np.shape(arrays[name])} instead of {shapes[name]}")
-        elif not np.isfinite(np.asarray(arrays[name], np.float32)).all():
-            problems.append(f"{name} with numbers that are not finite")
-    if problems:
-        raise WeightsMismatchError(
-            expected=f"the {len(shapes)} tensors of an FSQ tokenizer of this config",
-            found="; ".join(problems),
-            where="FSQ tokenizer",
-            next="use tensors and config of the same checkpoint",
-        )
