@@ -169,6 +169,17 @@ def test_norm_stats_come_back_from_lerobots_preprocessor(exported, checkpoints, 
             np.testing.assert_array_equal(getattr(getattr(after, field), name), expected.astype(np.float32))
 
 
+def test_a_recipe_says_what_weights_cannot(exported, checkpoints, recipe, tmp_path):
+    before, fast = read_checkpoint(checkpoints("pi0_fast")), recipe("pi0_fast")
+    folder = shutil.copytree(exported("pi0_fast", "openpi-jax"), tmp_path / "jax", ignore=lambda *_: ["manipi"])
+    codes = str(checkpoints("pi0_fast") / "tokenizer/action")  # the recipe fits some to data that is not here
+    import_checkpoint(folder, tmp_path / "back", recipe=fast, action_tokenizer=codes)
+    after = read_checkpoint(tmp_path / "back")
+    assert same(dict(before.weights), dict(after.weights))
+    assert (after.config, after.robot) == (replace(before.config, model=fast.model, step=0), before.robot)
+    assert after.tokenizers.action == before.tokenizers.action
+
+
 def test_a_base_without_statistics_needs_some(exported, recipe, tmp_path):
     folder = lerobot_alone(exported("pi05", "lerobot"), tmp_path)
     pipeline = json.loads((folder / "policy_preprocessor.json").read_text())

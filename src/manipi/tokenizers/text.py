@@ -173,23 +173,20 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text; pad, BOS and EOS vanish in it, and action codes show as `<code7>`."""
-        return b"".join(map(self._spell, ids)).decode(errors="replace")
-
-    def _spell(self, id: int) -> bytes:
-        if not 0 <= id < self.vocab_size:
+        if wrong := [id for id in ids if not 0 <= id < self.vocab_size]:
             raise TokenizerError(
                 expected=f"ids from 0 to {self.vocab_size - 1}",
-                found=str(id),
+                found=str(wrong[0]),
                 where="ByteTokenizer.decode",
                 next="check that model and tokenizer have the same vocab_size",
             )
-        if id < self._FIRST_BYTE:
-            return b""
-        if id < self._FIRST_PIECE:
-            return bytes([id - self._FIRST_BYTE])
-        if id < self.NUM_TEXT_IDS:
-            return self._PIECES[id - self._FIRST_PIECE].encode()
-        return f"<code{self.vocab_size - 1 - id}>".encode()
+        return b"".join(self._spelled[id] for id in ids).decode(errors="replace")
+
+    @cached_property
+    def _spelled(self) -> list[bytes]:
+        """What each id stands for."""
+        texts = [*self._PIECES, *(f"<code{code}>" for code in reversed(range(self.code_capacity)))]
+        return [b""] * 3 + [bytes([byte]) for byte in range(256)] + [text.encode() for text in texts]
 
     def save(self, directory: Path) -> TokenizerReference:
         return self.reference
