@@ -1,4 +1,4 @@
-"""Weights to go on from, and low-rank adapters: merged into matrices, and as files of their own.
+"""Weights to go on from, and low-rank adapters: merged, or in files of their own.
 
 Weights are those of a checkpoint of ours, of openpi, of LeRobot, or of the vision-language model alone.
 

@@ -1,4 +1,4 @@
-"""Our checkpoints for other projects: in their layouts, or as one `torch.export` program.
+"""Our checkpoints in other projects' layouts, or as one `torch.export` program.
 
 Beside weights in their layout are their norm stats, and a description that imports them back whole.
 

@@ -1,4 +1,4 @@
-"""Foreign checkpoints and tokenizers opened: which layout it is, and every tensor accounted for.
+"""Foreign checkpoints and tokenizers opened, every tensor accounted for.
 
 openpi-jax      …/params/ of openpi, released or from its training
 openpi-torch    model.safetensors of openpi's converter
