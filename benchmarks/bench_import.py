@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manipi.exchange.importing import Wanted, import_checkpoint
+from manipi.exchange.importing import import_checkpoint
 from manipi.model.config import REFERENCE, Pi05Config
 from manipi.records import write_json
 from manipi.robots import Joints, Robot, State
-from manipi.tokenizers import ByteTokenizer, Tokenizers
+from manipi.train.config import DataConfig, TrainConfig
 from manipi.weights.names import openpi_arrays
 from manipi.weights.stores import ArrayInfo, write_tree
 
@@ -57,10 +57,10 @@ def main() -> None:
 
 
 def _import(source: Path, target: Path, dtype: str) -> None:
-    wanted = Wanted(robot=ROBOT, model=MODEL, tokenizers=Tokenizers(ByteTokenizer()))
+    recipe = TrainConfig(robot=ROBOT, data=DataConfig(path="none"), model=MODEL, tokenizer="byte")
     idle = _peak()
     began, cpu = time.perf_counter(), time.process_time()
-    certificate = import_checkpoint(source, target, wanted, dtype=getattr(torch, dtype))
+    certificate = import_checkpoint(source, target, recipe=recipe, dtype=getattr(torch, dtype))
     size = (target / "model.safetensors").stat().st_size / GIB
     result = {
         "parameters": certificate.parameters,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tests.commands import Interpreter, run_manipi
 
-from manipi.checkpoints.quantized import report_path, require_report
+from manipi.checkpoints.native import report_path, require_report
 from manipi.cli.bench import main
 from manipi.errors import CheckpointError, ConfigError
 from manipi.evaluate.rollout import policy_server

@@ -11,13 +11,20 @@ from manipi.checkpoints.native import read_checkpoint, write_checkpoint
 from manipi.exchange.exporting import Target, export_checkpoint
 from manipi.model.config import Adapters, LoRA
 from manipi.policy import Policy, self_test_for
+from manipi.train.config import TrainConfig
 from manipi.train.loop import train
 
 
 @pytest.fixture(scope="session")
-def trained(tiny, undisturbed) -> Callable[[str], Path]:
-    """As everywhere, but of two layers, which other formats stack or number."""
-    return lambda kind: undisturbed(with_layers(tiny(kind, steps=2), 2)) / "checkpoints/2"
+def recipe(tiny) -> Callable[[str], TrainConfig]:
+    """`tiny`, but of two layers, which other formats stack or number."""
+    return lambda kind: with_layers(tiny(kind, steps=2), 2)
+
+
+@pytest.fixture(scope="session")
+def trained(recipe, undisturbed) -> Callable[[str], Path]:
+    """The checkpoint of such a recipe."""
+    return lambda kind: undisturbed(recipe(kind)) / "checkpoints/2"
 
 
 @pytest.fixture(scope="session")

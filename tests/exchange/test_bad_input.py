@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from manipi.errors import (
     WeightsMismatchError,
 )
 from manipi.exchange.certificate import certify
-from manipi.exchange.importing import Wanted, import_checkpoint
+from manipi.exchange.importing import import_checkpoint
 from manipi.model.config import Pi05Config
 from manipi.policy import Policy
 
@@ -43,9 +43,9 @@ def torch_copy(exported, tmp_path) -> Path:
 def refused(tmp_path):
     """Importing raises the error, with these words, and leaves nothing."""
 
-    def check(source: Path, kind: type, *words: str, wanted: Wanted | None = None) -> None:
+    def check(source: Path, kind: type, *words: str, **settings: Any) -> None:
         with pytest.raises(kind) as caught:
-            import_checkpoint(source, tmp_path / "target" / "policy", wanted)
+            import_checkpoint(source, tmp_path / "target" / "policy", **settings)
         assert type(caught.value) is kind
         assert all(word in str(caught.value) for word in words), str(caught.value)
         assert not (tmp_path / "target").exists() or not list((tmp_path / "target").iterdir())
@@ -117,7 +117,7 @@ def test_an_output_matrix_that_is_not_the_embedding(torch_copy, refused):
     lm_head = "paligemma_with_expert.paligemma.lm_head.weight"
     embedding = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
     change(torch_copy, **{embedding: weight(torch_copy, lm_head)})
-    import_checkpoint(torch_copy, torch_copy.parent / "both", None)
+    import_checkpoint(torch_copy, torch_copy.parent / "both")
     change(torch_copy, **{embedding: weight(torch_copy, lm_head) + 1})
     refused(torch_copy, WeightsMismatchError, lm_head, embedding)
 
@@ -128,23 +128,19 @@ def test_another_answer_than_before_is_no_certificate(jax):
         certify("a", jax, "openpi-jax", np.ones((2, 3)), np.full((2, 3), 1.5), model=model, read=[], written={})
 
 
-def test_sizes_that_only_the_user_knows(jax, trained, tmp_path):
-    policy = Policy.load(trained("pi0"))
-    wanted = Wanted(robot=policy.robot, model=policy.config.model, tokenizers=policy.tokenizers)
+def test_sizes_that_only_the_user_knows(jax, recipe, tmp_path):
     for horizon in (2, 5):
         stats = jax / "assets/tabletop/norm_stats.json"
         fields = json.loads(stats.read_text())
         fields.pop("manipi", None)  # as openpi writes it, which says nothing of a horizon
         stats.write_text(json.dumps(fields))
         target = tmp_path / f"horizon_{horizon}"
-        import_checkpoint(jax, target, replace(wanted, sizes={"action_horizon": horizon}))
+        import_checkpoint(jax, target, recipe=recipe("pi0"), action_horizon=horizon)
         assert Policy.load(target).config.model.action_horizon == horizon
 
 
-def test_another_kind_of_policy(jax, refused, trained):
-    policy = Policy.load(trained("pi0"))
-    wanted = Wanted(robot=policy.robot, model=Pi05Config(), tokenizers=policy.tokenizers)
-    refused(jax, WeightsMismatchError, "a Pi05Config", "a Pi0Config", wanted=wanted)
+def test_another_kind_of_policy(jax, refused, recipe):
+    refused(jax, WeightsMismatchError, "a Pi05Config", "a Pi0Config", recipe=recipe("pi05"))
 
 
 def test_nothing_that_says_what_weights_cannot(jax, refused):
@@ -152,14 +148,13 @@ def test_nothing_that_says_what_weights_cannot(jax, refused):
     refused(jax, ConfigError, "--recipe", "--robot")
 
 
-def test_no_or_several_norm_stats(jax, refused, trained):
-    policy = Policy.load(trained("pi0"))
-    wanted = Wanted(robot=policy.robot, model=policy.config.model, tokenizers=policy.tokenizers)
+def test_no_or_several_norm_stats(jax, refused, recipe):
+    pi0 = recipe("pi0")
     shutil.copytree(jax / "assets/tabletop", jax / "assets/other")
-    refused(jax, NormStatsError, "other, tabletop", "--asset-id", wanted=wanted)
-    refused(jax, NormStatsError, "'third'", "other, tabletop", wanted=replace(wanted, asset_id="third"))
+    refused(jax, NormStatsError, "other, tabletop", "--asset-id", recipe=pi0)
+    refused(jax, NormStatsError, "'third'", "other, tabletop", recipe=pi0, asset_id="third")
     shutil.rmtree(jax / "assets")
-    refused(jax, NormStatsError, "found none", wanted=wanted)
+    refused(jax, NormStatsError, "found none", recipe=pi0)
 
 
 def test_a_language_model_is_no_policy(torch_copy, refused):
@@ -179,4 +174,4 @@ def test_nothing_there(tmp_path, refused):
 def test_the_target_exists(jax, tmp_path):
     (tmp_path / "target").mkdir()
     with pytest.raises(StorageError, match="does not exist yet"):
-        import_checkpoint(jax, tmp_path / "target", None)
+        import_checkpoint(jax, tmp_path / "target")

@@ -10,9 +10,8 @@ from tests.commands import Command, run_manipi
 
 from manipi.checkpoints.native import read_checkpoint
 from manipi.errors import StorageError
-from manipi.exchange.exporting import Target, export_checkpoint
+from manipi.exchange.exporting import Target, export_checkpoint, export_program
 from manipi.exchange.importing import import_checkpoint
-from manipi.exchange.program import export_program
 from manipi.storage import atomic_directory
 
 pytest.importorskip("tensorstore", reason="Orbax checkpoints need tensorstore: pip install 'manipi[openpi]'")
@@ -65,7 +64,7 @@ def test_a_full_disk_says_what_is_missing(trained, exported, mount, to):
     disk = mount(1)
     for write in (
         lambda: export_checkpoint(trained("pi05"), to, disk / "out"),
-        lambda: import_checkpoint(exported("pi05", to if to != "manipi" else "openpi-jax"), disk / "out", None),
+        lambda: import_checkpoint(exported("pi05", to if to != "manipi" else "openpi-jax"), disk / "out"),
     ):
         (disk / "ballast").write_bytes(bytes(900_000))
         with pytest.raises(StorageError) as error:

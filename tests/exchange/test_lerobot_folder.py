@@ -13,10 +13,13 @@ import pytest
 from manipi.checkpoints.native import read_checkpoint
 from manipi.errors import CheckpointError, ConfigError, ManipiError, NormStatsError
 from manipi.exchange.exporting import export_checkpoint
-from manipi.exchange.importing import Wanted, import_checkpoint
-from manipi.exchange.lerobot import relative_dims
+from manipi.exchange.importing import import_checkpoint
+from manipi.exchange.lerobot import read_stated, relative_dims
+from manipi.model.config import Pi05Config
 from manipi.robots.franka import droid
 from manipi.robots.robot import EndEffector, Gripper, Joints, Robot, State
+from manipi.train.config import TrainConfig
+from manipi.weights.layouts import open_weights
 
 RELATIVE = ("relative_actions_processor", "absolute_actions_processor")
 PROMPT = "pi05_prepare_state_tokenizer_processor_step"
@@ -43,11 +46,10 @@ def folder(base, tmp_path) -> Path:
 
 
 @pytest.fixture
-def wanted(trained) -> Wanted:
-    """As from a recipe: the sizes of heads are in no file."""
-    checkpoint = read_checkpoint(trained("pi05"))
-    robot = replace(checkpoint.robot, actions=(Joints(4),))
-    return Wanted(robot=robot, model=checkpoint.config.model, tokenizers=checkpoint.tokenizers)
+def wanted(recipe) -> TrainConfig:
+    """The sizes of heads are in no file."""
+    pi05 = recipe("pi05")
+    return replace(pi05, robot=replace(pi05.robot, actions=(Joints(4),)))
 
 
 def change(path: Path, edit: Callable[[Any], Any]) -> None:
@@ -66,7 +68,7 @@ def config_of(**fields: Any) -> Callable[[Any], Any]:
 def test_what_the_files_say_is_taken_over(folder, wanted, tmp_path):
     more = {"rtc_training_max_delay": 3, "optimizer_lr": 1e-5}
     change(folder / CONFIG, config_of(num_inference_steps=4, n_action_steps=2, **more))
-    certificate = import_checkpoint(folder, tmp_path / "ours", wanted)
+    certificate = import_checkpoint(folder, tmp_path / "ours", recipe=wanted)
     config = read_checkpoint(tmp_path / "ours").config
     assert (config.num_steps, config.norm_mode) == (4, "quantile")
     said = "\n".join(certificate.said)
@@ -87,17 +89,18 @@ def mean_std(data: Any) -> None:
 def test_the_normalisation_is_what_the_files_say(folder, wanted, tmp_path):
     change(folder / CONFIG, config_of(normalization_mapping=dict.fromkeys(("STATE", "ACTION"), "MEAN_STD")))
     with pytest.raises(CheckpointError, match=r"(?s)agree on the normalisation.*config.json.*policy_preprocessor.json"):
-        import_checkpoint(folder, tmp_path / "ours", wanted)
+        import_checkpoint(folder, tmp_path / "ours", recipe=wanted)
     change(folder / BEFORE, mean_std)
     change(folder / AFTER, mean_std)
-    import_checkpoint(folder, tmp_path / "ours", wanted)  # π0.5's usual mode would be quantiles
+    assert read_stated(open_weights(folder)).normalization(None, None, Pi05Config) == "zscore"  # its usual: quantiles
+    import_checkpoint(folder, tmp_path / "ours", recipe=replace(wanted, norm_mode="zscore"))
     assert read_checkpoint(tmp_path / "ours").config.norm_mode == "zscore"
     with pytest.raises(ConfigError, match=r"(?s)zscore.*quantile of the recipe.*--normalization zscore"):
-        import_checkpoint(folder, tmp_path / "a", replace(wanted, norm_mode="quantile"))
-    import_checkpoint(folder, tmp_path / "b", replace(wanted, norm_mode="quantile", normalization="zscore"))
+        import_checkpoint(folder, tmp_path / "a", recipe=wanted)
+    import_checkpoint(folder, tmp_path / "b", recipe=wanted, normalization="zscore")
     assert read_checkpoint(tmp_path / "b").config.norm_mode == "zscore"
     with pytest.raises(ConfigError, match=r"(?s)zscore.*quantile of --normalization.*leave"):
-        import_checkpoint(folder, tmp_path / "c", replace(wanted, normalization="quantile"))
+        import_checkpoint(folder, tmp_path / "c", recipe=wanted, normalization="quantile")
 
 
 def relative_steps(exclude: list[str], names: list[str] | None, enabled: bool = True) -> Callable[[Path], None]:
@@ -142,10 +145,10 @@ BUT_GRIPPER = robot_of(Joints(3, relative=True), Gripper())
 def test_relative_actions_are_the_robots_or_refused(folder, wanted, tmp_path, edit, right, wrong, words):
     edit(folder)
     with pytest.raises(ConfigError) as error:
-        import_checkpoint(folder, tmp_path / "wrong", replace(wanted, robot=wrong(wanted.robot)))
+        import_checkpoint(folder, tmp_path / "wrong", recipe=wanted, robot=wrong(wanted.robot))
     assert words in str(error.value), str(error.value)
     assert "tabletop" in str(error.value)
-    import_checkpoint(folder, tmp_path / "ours", replace(wanted, robot=right(wanted.robot)))
+    import_checkpoint(folder, tmp_path / "ours", recipe=wanted, robot=right(wanted.robot))
 
 
 @pytest.mark.parametrize("robot", [ABSOLUTE, ALL, BUT_GRIPPER])
@@ -153,22 +156,22 @@ def test_what_is_relative_goes_out_and_comes_back(folder, wanted, tmp_path, robo
     (tmp_path / "stats.json").write_text(json.dumps({"norm_stats": _stats(folder)}))
     (folder / BEFORE).unlink()  # first into ours without a word on relative actions, as openpi's folders are
     own = replace(wanted, robot=robot(wanted.robot))
-    import_checkpoint(folder, tmp_path / "ours", replace(own, norm_stats=tmp_path / "stats.json"))
+    import_checkpoint(folder, tmp_path / "ours", recipe=own, norm_stats=tmp_path / "stats.json")
     export_checkpoint(tmp_path / "ours", "lerobot", tmp_path / "out")
     other = ABSOLUTE if robot is not ABSOLUTE else ALL
     with pytest.raises(ConfigError, match=r"(?s)(offsets|absolute).*leave --robot and --recipe out"):
-        import_checkpoint(tmp_path / "out", tmp_path / "no", replace(wanted, robot=other(wanted.robot)))
-    import_checkpoint(tmp_path / "out", tmp_path / "described", None)
+        import_checkpoint(tmp_path / "out", tmp_path / "no", recipe=wanted, robot=other(wanted.robot))
+    import_checkpoint(tmp_path / "out", tmp_path / "described")
     assert read_checkpoint(tmp_path / "described").robot == own.robot
     for name in ("manipi", "assets"):
         shutil.rmtree(tmp_path / "out" / name)
-    import_checkpoint(tmp_path / "out", tmp_path / "back", own)
+    import_checkpoint(tmp_path / "out", tmp_path / "back", recipe=own)
     before, after = read_checkpoint(tmp_path / "ours"), read_checkpoint(tmp_path / "back")
     assert (before.config, before.robot) == (after.config, after.robot)
     others = [one for one in (ABSOLUTE, ALL, BUT_GRIPPER) if one is not robot]
     for other in others:
         with pytest.raises(ConfigError, match=r"offsets|absolute"):
-            import_checkpoint(tmp_path / "out", tmp_path / "no", replace(wanted, robot=other(wanted.robot)))
+            import_checkpoint(tmp_path / "out", tmp_path / "no", recipe=wanted, robot=other(wanted.robot))
     # LeRobot before 0.5.1, which knows no such field or step, still opens an absolute robot's export.
     assert ("use_relative_actions" in (tmp_path / "out" / CONFIG).read_text()) is (robot is not ABSOLUTE)
 
@@ -217,7 +220,7 @@ def test_offsets_that_lerobot_cannot_say_are_not_exported(folder, wanted, tmp_pa
     (folder / BEFORE).rename(tmp_path / "before.json")
     (folder / "stats.json").write_text(json.dumps({"norm_stats": _stats(folder)}))
     odd = replace(wanted, robot=robot_of(Joints(3), Gripper(open=1.0, closed=0.0, relative=True))(wanted.robot))
-    import_checkpoint(folder, tmp_path / "ours", replace(odd, norm_stats=folder / "stats.json"))
+    import_checkpoint(folder, tmp_path / "ours", recipe=odd, norm_stats=folder / "stats.json")
     with pytest.raises(ConfigError, match=r"(?s)Gripper.*openpi's layout"):
         export_checkpoint(tmp_path / "ours", "lerobot", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -317,17 +320,17 @@ def test_a_contradiction_is_refused_and_names_both(folder, wanted, tmp_path, cas
     file, edit, kind, words = CONTRADICTIONS[case]
     change(folder / file, edit)
     with pytest.raises(kind) as error:
-        import_checkpoint(folder, tmp_path / "ours", wanted)
+        import_checkpoint(folder, tmp_path / "ours", recipe=wanted)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert not list(tmp_path.glob("*ours*"))
 
 
 def test_a_longer_prompt_may_be_asked_for_and_another_horizon_not(folder, wanted, tmp_path):
     length = wanted.model.max_token_len
-    import_checkpoint(folder, tmp_path / "ours", replace(wanted, sizes={"max_token_len": length + 20}))
+    import_checkpoint(folder, tmp_path / "ours", recipe=wanted, max_token_len=length + 20)
     assert read_checkpoint(tmp_path / "ours").config.model.max_token_len == length + 20
     with pytest.raises(ConfigError, match=r"(?s)action_horizon 4.*8 of the flag"):
-        import_checkpoint(folder, tmp_path / "no", replace(wanted, sizes={"action_horizon": 8}))
+        import_checkpoint(folder, tmp_path / "no", recipe=wanted, action_horizon=8)
 
 
 def test_pictures_in_another_order(folder, wanted, tmp_path):
@@ -341,12 +344,12 @@ def test_pictures_in_another_order(folder, wanted, tmp_path):
     robot = replace(wanted.robot, cameras=keys, dataset_keys={**wanted.robot.dataset_keys, **named})
     wanted = replace(wanted, model=replace(wanted.model, cameras=("base", "left_wrist", "right_wrist")))
     with pytest.raises(ConfigError, match=r"(?s)images\.wrist, observation\.images\.front.*front, observation"):
-        import_checkpoint(folder, tmp_path / "no", replace(wanted, robot=robot))
+        import_checkpoint(folder, tmp_path / "no", recipe=wanted, robot=robot)
     turned = replace(robot, cameras={"base": "hand", "left_wrist": "observation/image"})
-    import_checkpoint(folder, tmp_path / "ours", replace(wanted, robot=turned))
+    import_checkpoint(folder, tmp_path / "ours", recipe=wanted, robot=turned)
     third = replace(turned, cameras={**turned.cameras, "right_wrist": "third"})
     with pytest.raises(ConfigError, match=r"(?s)at most the 2 pictures.*3 of robot"):
-        import_checkpoint(folder, tmp_path / "no", replace(wanted, robot=third))
+        import_checkpoint(folder, tmp_path / "no", recipe=wanted, robot=third)
 
 
 @pytest.mark.parametrize("name", ["../stats.safetensors", "/etc/passwd", "a/../../stats.safetensors", "gone", ""])
@@ -355,7 +358,7 @@ def test_a_state_file_elsewhere_is_never_read(folder, wanted, tmp_path, name):
     shutil.copy(file, tmp_path / "stats.safetensors")
     change(folder / BEFORE, lambda d: step(d, "normalizer_processor").update(state_file=name))
     with pytest.raises(CheckpointError) as error:
-        import_checkpoint(folder, tmp_path / "ours", wanted)
+        import_checkpoint(folder, tmp_path / "ours", recipe=wanted)
     assert "state_file" in str(error.value) or "normalizer" in str(error.value) or "steps[2]" in str(error.value)
 
 
@@ -368,7 +371,7 @@ def test_statistics_of_another_size_are_not_cut(folder, wanted, tmp_path):
 
     save_file({name: torch.from_numpy(values) for name, values in longer.items()}, file)
     with pytest.raises(NormStatsError, match=r"(?s)statistics of 4 state dimensions.*\[5\]"):
-        import_checkpoint(folder, tmp_path / "ours", wanted)
+        import_checkpoint(folder, tmp_path / "ours", recipe=wanted)
 
 
 def test_openpis_config_is_held_against_the_recipe_too(exported, wanted, tmp_path):
@@ -376,11 +379,11 @@ def test_openpis_config_is_held_against_the_recipe_too(exported, wanted, tmp_pat
     shutil.rmtree(folder / "manipi")
     change(folder / CONFIG, config_of(action_horizon=10))
     with pytest.raises(ConfigError, match=r"(?s)action_horizon 10, as config.json, action_horizon says.*found 4"):
-        import_checkpoint(folder, tmp_path / "ours", wanted)
+        import_checkpoint(folder, tmp_path / "ours", recipe=wanted)
 
 
 def test_with_a_robot_alone_the_files_say_the_sizes(folder, wanted):
     change(folder / CONFIG, config_of(chunk_size=9, tokenizer_max_length=33, dtype="float32"))
     change(folder / BEFORE, lambda d: step(d, "tokenizer_processor")["config"].update(max_length=33))
     with pytest.raises(ConfigError, match="heads of 256 dimensions"):  # which nobody named, and no file does
-        import_checkpoint(folder, folder.parent / "ours", replace(wanted, model=None))
+        import_checkpoint(folder, folder.parent / "ours", robot=wanted.robot)

@@ -15,7 +15,7 @@ from manipi.checkpoints.native import read_checkpoint
 from manipi.cli import main
 from manipi.errors import ConfigError, IntegrityError, NormStatsError, WeightsMismatchError
 from manipi.exchange.exporting import export_checkpoint
-from manipi.exchange.importing import Wanted, import_adapters, import_checkpoint
+from manipi.exchange.importing import import_adapters, import_checkpoint
 from manipi.model import VLA
 from manipi.model.config import NO_ADAPTERS
 from manipi.policy import Policy
@@ -36,7 +36,7 @@ def same(a: dict, b: dict) -> bool:
 
 @pytest.mark.parametrize(("kind", "to"), LAYOUTS)
 def test_every_bit_comes_back(checkpoints, exported, tmp_path, kind, to):
-    certificate = import_checkpoint(exported(kind, to), tmp_path / "back", None)
+    certificate = import_checkpoint(exported(kind, to), tmp_path / "back")
     before, after = read_checkpoint(checkpoints(kind)), read_checkpoint(tmp_path / "back")
     assert same(dict(before.weights), dict(after.weights))
     assert (after.config, after.robot) == (before.config, before.robot)
@@ -50,7 +50,7 @@ def test_every_bit_comes_back(checkpoints, exported, tmp_path, kind, to):
 
 def test_an_orbax_tree_comes_back_bit_for_bit(exported, tmp_path):
     first = exported("adapted", "openpi-jax")
-    import_checkpoint(first, tmp_path / "back", None)
+    import_checkpoint(first, tmp_path / "back")
     export_checkpoint(tmp_path / "back", "openpi-jax", tmp_path / "again")
     a, b = OrbaxStore(first / "params").tree(), OrbaxStore(tmp_path / "again/params").tree()
     assert a.keys() == b.keys()
@@ -58,7 +58,7 @@ def test_an_orbax_tree_comes_back_bit_for_bit(exported, tmp_path):
 
 
 def test_another_dtype_is_said_and_measured(exported, tmp_path):
-    certificate = import_checkpoint(exported("pi05", "openpi-jax"), tmp_path / "half", None, dtype=torch.bfloat16)
+    certificate = import_checkpoint(exported("pi05", "openpi-jax"), tmp_path / "half", dtype=torch.bfloat16)
     assert certificate.dtypes_before.keys() == {"float32"}
     assert certificate.dtypes_after.keys() == {"bfloat16"}
     assert 0 < certificate.difference < 0.1
@@ -159,10 +159,9 @@ def test_the_commands(checkpoints, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
-def test_norm_stats_come_back_from_lerobots_preprocessor(exported, checkpoints, tmp_path, kind):
+def test_norm_stats_come_back_from_lerobots_preprocessor(exported, checkpoints, recipe, tmp_path, kind):
     folder, before = lerobot_alone(exported(kind, "lerobot"), tmp_path), read_checkpoint(checkpoints(kind))
-    wanted = Wanted(robot=before.robot, model=before.config.model, tokenizers=before.tokenizers)
-    import_checkpoint(folder, tmp_path / "back", replace(wanted, norm_mode=before.config.norm_mode))
+    import_checkpoint(folder, tmp_path / "back", recipe=recipe(kind))
     after = read_checkpoint(tmp_path / "back").norm_stats
     for field in ("state", "actions"):
         for name in ("mean", "std", "q01", "q99"):
@@ -170,17 +169,27 @@ def test_norm_stats_come_back_from_lerobots_preprocessor(exported, checkpoints, 
             np.testing.assert_array_equal(getattr(getattr(after, field), name), expected.astype(np.float32))
 
 
-def test_a_base_without_statistics_needs_some(exported, checkpoints, tmp_path):
-    folder, before = lerobot_alone(exported("pi05", "lerobot"), tmp_path), read_checkpoint(checkpoints("pi05"))
-    wanted = Wanted(robot=before.robot, model=before.config.model, tokenizers=before.tokenizers)
+def test_a_recipe_says_what_weights_cannot(exported, checkpoints, recipe, tmp_path):
+    before, fast = read_checkpoint(checkpoints("pi0_fast")), recipe("pi0_fast")
+    folder = shutil.copytree(exported("pi0_fast", "openpi-jax"), tmp_path / "jax", ignore=lambda *_: ["manipi"])
+    codes = str(checkpoints("pi0_fast") / "tokenizer/action")  # the recipe fits some to data that is not here
+    import_checkpoint(folder, tmp_path / "back", recipe=fast, action_tokenizer=codes)
+    after = read_checkpoint(tmp_path / "back")
+    assert same(dict(before.weights), dict(after.weights))
+    assert (after.config, after.robot) == (replace(before.config, model=fast.model, step=0), before.robot)
+    assert after.tokenizers.action == before.tokenizers.action
+
+
+def test_a_base_without_statistics_needs_some(exported, recipe, tmp_path):
+    folder = lerobot_alone(exported("pi05", "lerobot"), tmp_path)
     pipeline = json.loads((folder / "policy_preprocessor.json").read_text())
     for step in pipeline["steps"]:
         step.pop("state_file", None)  # as a base is published, which was trained on no robot in particular
     (folder / "policy_preprocessor.json").write_text(json.dumps(pipeline))
     with pytest.raises(NormStatsError, match="with a state_file"):
-        import_checkpoint(folder, tmp_path / "back", wanted)
+        import_checkpoint(folder, tmp_path / "back", recipe=recipe("pi05"))
     stats = exported("pi05", "lerobot") / "assets/tabletop/norm_stats.json"
-    import_checkpoint(folder, tmp_path / "back", replace(wanted, norm_stats=stats))
+    import_checkpoint(folder, tmp_path / "back", recipe=recipe("pi05"), norm_stats=stats)
 
 
 def test_fast_has_no_processors_that_would_decode_with_other_codes(exported):

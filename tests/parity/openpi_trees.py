@@ -12,9 +12,9 @@ from manipi.weights.names import (
     openpi_arrays,
     require_match,
     stack_layer,
-    to_torch,
     unstack_layer,
 )
+from manipi.weights.stores import to_torch
 
 _TREE = "the reference's parameter tree"
 

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, load_model, save_model
 
 from manipi.errors import ConfigError
 from manipi.exchange.exporting import export_checkpoint
-from manipi.exchange.importing import Wanted, import_checkpoint
+from manipi.exchange.importing import import_checkpoint
 from manipi.exchange.lerobot import read_stated
-from manipi.model.config import Pi0FastConfig, Pi05Config
+from manipi.model.config import Pi0Config, Pi05Config
 from manipi.policy import Policy
 from manipi.robots.robot import Joints, Robot, State
-from manipi.tokenizers import BinningTokenizer, SentencePieceTokenizer, Tokenizers
+from manipi.train.config import ComputeConfig, DataConfig, TrainConfig
 from manipi.weights.names import LEROBOT
 
 FLOW = [case for case in CASES if case.recorded["kind"] in ("pi0", "pi05")]
@@ -68,16 +68,18 @@ def exported(tmp_path):
             actions=(Joints(relative, relative=True), Joints(actions - relative)) if relative else (Joints(actions),),
         )
         words = next(path for path in find("tokenizer/*.model") if path.is_relative_to(case.folder.parents[1]))
-        action = BinningTokenizer() if isinstance(case.config, Pi0FastConfig) else None
-        tokenizers = Tokenizers(SentencePieceTokenizer(words), action)
-        # The recorded prompts are short; the certificate's, with a chunk of actions, is not.
-        wanted = Wanted(
+        recipe = TrainConfig(
             robot=robot,
+            data=DataConfig(path="none"),
             model=case.config,
-            tokenizers=tokenizers,
-            sizes={"max_token_len": 200 + case.config.action_horizon * actions},
+            compute=ComputeConfig(precision="fp32"),
+            tokenizer=str(words),
+            action_tokenizer="binning",
+            norm_mode="zscore" if isinstance(case.config, Pi0Config) else "quantile",
         )
-        import_checkpoint(case.folder / "ckpt_pure", tmp_path / "ours", wanted)
+        # The recorded prompts are short; the certificate's, with a chunk of actions, is not.
+        longest = 200 + case.config.action_horizon * actions
+        import_checkpoint(case.folder / "ckpt_pure", tmp_path / "ours", recipe=recipe, max_token_len=longest)
         export_checkpoint(tmp_path / "ours", layout, tmp_path / "theirs")
         return tmp_path / "theirs"
 
@@ -252,12 +254,12 @@ def test_what_lerobot_saves_is_what_we_read(kind, exclude, load, tmp_path):
     for one in (config, before, after):
         one.save_pretrained(tmp_path)
     stated = read_stated(SimpleNamespace(path=tmp_path, layout=LEROBOT))
-    assert {name: said.value for name, said in stated.model.items() if name in ("action_horizon", "max_token_len")} == {
+    assert {name: said.value for name, said in stated.said.items() if name in ("action_horizon", "max_token_len")} == {
         "action_horizon": 12,
         "max_token_len": {"pi0": 48, "pi05": 200}[kind],
     }
     assert (stated.get("num_steps"), stated.get("norm_mode")) == (7, {"pi0": "zscore", "pi05": "quantile"}[kind])
-    assert stated.get("cameras") == ("observation.images.front",)
+    assert stated.get("pictures") == ("observation.images.front",)
     step = next(step for step in before.steps if type(step).__name__ == "RelativeActionsProcessorStep")
     theirs = step._build_mask(3)
     ours = stated.get("relative")

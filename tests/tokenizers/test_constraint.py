@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from manipi.errors import TokenizerError
-from manipi.tokenizers import BinningTokenizer, ByteTokenizer, CodeConstraint, FastTokenizer, SentencePieceTokenizer
-from manipi.tokenizers.prompts import extract_codes
+from manipi.tokenizers import BinningTokenizer, ByteTokenizer, FastTokenizer, SentencePieceTokenizer
+from manipi.tokenizers.prompts import CodeConstraint, extract_codes
 from manipi.tokenizers.text import TextTokenizer, tokens_from_codes
 
 HORIZON, DIM = 16, 7

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from manipi.errors import TokenizerError
-from manipi.tokenizers import BinningTokenizer, ByteTokenizer, extract_codes, fast_prompt, pi0_prompt, pi05_prompt
+from manipi.tokenizers import BinningTokenizer, ByteTokenizer
+from manipi.tokenizers.prompts import extract_codes, fast_postfix, fast_prefix, padded, pi05_tokens
 from manipi.tokenizers.text import tokens_from_codes
 
 BYTE = ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + 256)
@@ -13,8 +14,16 @@ def text_of(prompt, where=None):
     return BYTE.decode(prompt.tokens[prompt.valid if where is None else where].tolist())
 
 
+def pi0(text, max_len, **settings):
+    return padded(BYTE, pi05_tokens(BYTE, text, None), max_len, **settings)
+
+
+def pi05(text, max_len, minus_one_below=False, **settings):
+    return padded(BYTE, pi05_tokens(BYTE, text, STATE, minus_one_below=minus_one_below), max_len, **settings)
+
+
 def test_pi0_reads_the_cleaned_instruction_and_a_newline():
-    prompt = pi0_prompt(BYTE, " Pick_up\nthe  Cup ", 32)
+    prompt = pi0(" Pick_up\nthe  Cup ", 32)
     assert text_of(prompt) == "Pick up the  Cup\n"
     assert prompt.tokens[0] == BYTE.bos_id
     assert prompt.valid.tolist() == [True] * 13 + [False] * 19
@@ -24,54 +33,43 @@ def test_pi0_reads_the_cleaned_instruction_and_a_newline():
     assert (prompt.tokens.dtype, prompt.valid.dtype) == (np.int64, np.bool_)
 
 
-def test_pi05_without_state_is_pi0():
-    with_none, plain = pi05_prompt(BYTE, "Go_left", None, 16), pi0_prompt(BYTE, "Go_left", 16)
-    np.testing.assert_array_equal(with_none.tokens, plain.tokens)
-
-
 def test_pi05_reads_the_state_as_bins():
-    assert text_of(pi05_prompt(BYTE, "Go_left", STATE, 64)) == "Task: Go left, State: 0 0 128 255;\nAction: "
-    openpi = pi05_prompt(BYTE, "Go_left", STATE, 64, minus_one_below=True)
+    assert text_of(pi05("Go_left", 64)) == "Task: Go left, State: 0 0 128 255;\nAction: "
+    openpi = pi05("Go_left", 64, minus_one_below=True)
     assert text_of(openpi) == "Task: Go left, State: -1 0 128 255;\nAction: "
 
 
 def test_fast_learns_the_postfix_and_only_it():
     actions = np.array([[-1.0, 0.0], [0.5, 1.0]])
-    prompt = fast_prompt(BYTE, BinningTokenizer(), " Go_left\nNOW", STATE, actions, 64)
+    postfix = fast_postfix(BYTE, BinningTokenizer().encode(actions))
+    prompt = padded(BYTE, fast_prefix(BYTE, " Go_left\nNOW", STATE), 64, postfix=postfix)
     assert text_of(prompt, prompt.valid & ~prompt.causal) == "Task: Go left\nNOW, State: 0 0 128 255;\n"
     assert text_of(prompt, prompt.causal) == "Action: <code0><code128><code192><code255>|"
     assert prompt.tokens[prompt.causal][-1] == BYTE.eos_id
     np.testing.assert_array_equal(prompt.loss, prompt.causal)
-    inference = fast_prompt(BYTE, BinningTokenizer(), " Go_left\nNOW", STATE, None, 64, lower_case=True)
+    inference = padded(BYTE, fast_prefix(BYTE, " Go_left\nNOW", STATE, lower_case=True), 64)
     assert text_of(inference) == "Task: go left\nnow, State: 0 0 128 255;\n"
     assert not inference.loss.any()
 
 
-@pytest.mark.parametrize("make", [pi0_prompt, lambda t, p, n, **k: pi05_prompt(t, p, STATE, n, **k)])
+@pytest.mark.parametrize("make", [pi0, pi05])
 def test_an_overlong_prompt_is_an_error_unless_truncated(make):
-    needed = int(make(BYTE, "push", 99).valid.sum())
-    assert make(BYTE, "push", needed).valid.all()
+    needed = int(make("push", 99).valid.sum())
+    assert make("push", needed).valid.all()
     with pytest.raises(TokenizerError) as error:
-        make(BYTE, "push", needed - 1)
+        make("push", needed - 1)
     assert f"at most {needed - 1} tokens" in str(error.value)
     assert f"found {needed} tokens" in str(error.value)
     assert f"raise max_token_len to at least {needed}" in str(error.value)
-    cut = make(BYTE, "push", needed - 1, truncate=True)
-    np.testing.assert_array_equal(cut.tokens, make(BYTE, "push", needed).tokens[:-1])
+    cut = make("push", needed - 1, truncate=True)
+    np.testing.assert_array_equal(cut.tokens, make("push", needed).tokens[:-1])
 
 
 def test_what_a_prompt_cannot_hold_is_an_error():
     with pytest.raises(TokenizerError, match=r"(?s)nan at index \(1,\) \(1 of 2"):
-        pi05_prompt(BYTE, "push", np.array([0.0, np.nan]), 64)
+        pi05_tokens(BYTE, "push", np.array([0.0, np.nan]))
     with pytest.raises(TokenizerError, match=r"(?s)room in the vocabulary.*found codes from 0 to 255"):
-        fast_prompt(
-            ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + 255),
-            BinningTokenizer(),
-            "push",
-            STATE,
-            np.array([[-1.0, 1.0]]),
-            64,
-        )
+        fast_postfix(ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + 255), BinningTokenizer().encode([[-1.0, 1.0]]))
 
 
 def test_extracting_codes():

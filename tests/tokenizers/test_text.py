@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manipi.errors import ConfigError, IntegrityError, TokenizerError, UnknownNameError
-from manipi.tokenizers import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, require_paligemma
-from manipi.tokenizers.text import codes_from_tokens, tokens_from_codes
+from manipi.tokenizers import ByteTokenizer, SentencePieceTokenizer
+from manipi.tokenizers.text import codes_from_tokens, load_tokenizer, require_paligemma, tokens_from_codes
 
 
 @given(st.text())

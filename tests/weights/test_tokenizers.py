@@ -10,8 +10,8 @@ import torch
 from manipi.errors import TokenizerError, WeightsMismatchError
 from manipi.tokenizers import ByteTokenizer, FastTokenizer, FsqTokenizer
 from manipi.tokenizers.fsq import FsqConfig, tensor_shapes
+from manipi.weights.layouts import open_action_tokenizer, open_text_tokenizer
 from manipi.weights.stores import ArrayInfo, write_tree
-from manipi.weights.tokenizers import open_action_tokenizer, open_text_tokenizer
 
 CONFIG = FsqConfig(
     embed_dim=64, data_dim=2, data_horizon=3, num_tokens=4, num_layers=1, target_codebook_size=256, causal=True

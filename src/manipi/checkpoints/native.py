@@ -12,6 +12,9 @@
     └─ manifest.json        SHA-256 of every file above
 
 It appears by one rename or not at all, and reading it verifies every hash.
+
+`CHECKPOINT.KIND.json` beside the folder says what 8 bits cost its actions, measured on a dataset. It names the
+checkpoint by the hash of its manifest, which names every file: it belongs to those weights alone.
 """
 
 import hashlib
@@ -23,21 +26,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 import manipi
-from manipi.errors import CheckpointError, IntegrityError, shown
+from manipi.errors import CheckpointError, IntegrityError, quoted, shown
 from manipi.model.config import CONFIG_TYPES, ModelConfig, NormMode
 from manipi.records import from_json, read_json, to_json, write_json
 from manipi.robots.robot import Robot
-from manipi.storage import atomic_directory, write_failed
+from manipi.storage import atomic_directory
 from manipi.tokenizers import Tokenizers
 from manipi.transforms.normalize import load_norm_stats, save_norm_stats
 from manipi.types import NormStats, Sample
+from manipi.weights.stores import ArrayInfo, write_safetensors
 
 MANIFEST = "manifest.json"
+LARGEST_DIFFERENCE = 0.02
+"""Of the travel, in the mean over dimensions: more, and a quantized policy is not served."""
 FORMAT = 2
 """Of the folder. 1 is what manipi 0.1.0 wrote: the same files, with no number in config.json."""
 
@@ -92,12 +98,10 @@ def write_checkpoint(
         StorageError: the disk is full, or `target` exists.
     """
     assert checkpoint.self_test is not None
+    weights = checkpoint.weights
     with atomic_directory(target) as folder:
-        weights = {name: tensor.detach().contiguous() for name, tensor in checkpoint.weights.items()}
-        try:
-            save_file(weights, folder / "model.safetensors")
-        except SafetensorError as error:
-            raise write_failed(error, folder / "model.safetensors") from error
+        infos = {name: ArrayInfo(tuple(w.shape), w.dtype) for name, w in weights.items()}
+        write_safetensors(folder / "model.safetensors", infos, ((n, w.detach().cpu()) for n, w in weights.items()))
         write_description(folder, checkpoint)
         if write_train_state is not None:
             write_train_state(folder / "train_state")
@@ -284,3 +288,74 @@ def count_parameters(weights: Path) -> dict[str, int]:
             part = f"{expert.group(1)} expert" if expert else name.removeprefix("gemma.").partition(".")[0]
             counts[part.replace("_", " ")] += math.prod(file.get_slice(name).get_shape())
     return dict(counts)
+
+
+# ---- what 8 bits cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationReport:
+    """Action chunks of the quantized policy beside those of the plain one, from the same observations and noise."""
+
+    quantization: str
+    checkpoint: str
+    """SHA-256 of its manifest."""
+    dataset: str
+    frames: int
+    difference: float
+    """Mean absolute difference between the two policies' commands, as a share of the travel."""
+    per_dimension: dict[str, float]
+    """The same in the robot's units, by dimension."""
+    error: float
+    """Mean absolute difference between the quantized policy's commands and the recorded ones, as a share of it."""
+    plain_error: float
+    """The plain policy's."""
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= LARGEST_DIFFERENCE
+
+
+def report_path(checkpoint: Path, quantization: str) -> Path:
+    """Beside the folder: inside of it, it would be a file that the manifest does not name."""
+    folder = Path(checkpoint).resolve()
+    return folder.with_name(f"{folder.name}.{quantization}.json")
+
+
+def identity(checkpoint: Path) -> str:
+    """SHA-256 of the checkpoint's manifest."""
+    return hashlib.sha256((Path(checkpoint) / MANIFEST).read_bytes()).hexdigest()
+
+
+def write_report(checkpoint: Path, report: QuantizationReport) -> Path:
+    """Write it to where `require_report` looks."""
+    path = report_path(checkpoint, report.quantization)
+    write_json(path, report)
+    return path
+
+
+def require_report(checkpoint: Path, quantization: str) -> QuantizationReport:
+    """The report that lets the quantized checkpoint be served.
+
+    Raises:
+        CheckpointError: there is none, it is another checkpoint's, or its difference is too large.
+    """
+    path = report_path(checkpoint, quantization)
+    if not path.is_file():
+        raise _refusal(checkpoint, quantization, "no such file")
+    report = from_json(read_json(path), (QuantizationReport,), str(path))
+    if report.checkpoint != identity(checkpoint) or report.quantization != quantization:
+        raise _refusal(checkpoint, quantization, f"one of {report.quantization} for {report.checkpoint[:12]}")
+    if not report.holds:
+        raise _refusal(checkpoint, quantization, f"a difference of {report.difference:.2%} of the travel")
+    return report
+
+
+def _refusal(checkpoint: Path, quantization: str, found: str) -> CheckpointError:
+    return CheckpointError(
+        expected=f"a report of this checkpoint's action error under {quantization}, at most {LARGEST_DIFFERENCE:.0%}",
+        found=found,
+        where=str(report_path(checkpoint, quantization)),
+        next=f"manipi bench infer {quoted(checkpoint)} --quantize {quantization} --data DATASET"
+        "  # or serve it as it is",
+    )

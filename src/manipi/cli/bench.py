@@ -122,7 +122,7 @@ def _from_recipe(args: _Infer, device: str) -> "tuple[Engine, ModelInput, Host |
 
 
 def _quantization_report(args: _Infer, device: str) -> object:
-    from manipi.checkpoints.quantized import LARGEST_DIFFERENCE, write_report
+    from manipi.checkpoints.native import LARGEST_DIFFERENCE, write_report
     from manipi.evaluate.open_loop import measure_quantization
 
     assert args.data is not None

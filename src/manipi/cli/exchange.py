@@ -68,7 +68,7 @@ def run_import(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from manipi.exchange.importing import import_adapters, import_checkpoint, wanted_from
+    from manipi.exchange.importing import import_adapters, import_checkpoint
     from manipi.remote.fetch import fetch
     from manipi.storage import remove_dead
 
@@ -79,18 +79,20 @@ def run_import(arguments: Sequence[str]) -> None:
     if args.base is not None:
         certificate = import_adapters(path, args.base, args.target)
     else:
-        wanted = wanted_from(
-            config,
-            robot,
-            tokenizer=args.tokenizer,
-            action_tokenizer=args.action_tokenizer,
-            sizes={"action_horizon": args.action_horizon, "max_token_len": args.max_token_len},
-            normalization=args.normalization,
+        certificate = import_checkpoint(
+            path,
+            args.target,
+            recipe=config,
+            robot=robot,
             norm_stats=args.norm_stats,
             asset_id=args.asset_id or (args.source in RELEASED and RELEASED[args.source].asset_id) or "",
+            normalization=args.normalization,
+            action_horizon=args.action_horizon,
+            max_token_len=args.max_token_len,
+            tokenizer=args.tokenizer,
+            action_tokenizer=args.action_tokenizer,
+            dtype=None if args.dtype == "stored" else getattr(torch, args.dtype),
         )
-        dtype = None if args.dtype == "stored" else getattr(torch, args.dtype)
-        certificate = import_checkpoint(path, args.target, wanted, dtype=dtype)
     print(table(certificate.rows()))
     print(f"next           manipi serve {quoted(args.target)}")
     write_result(certificate, args.json)
@@ -127,13 +129,11 @@ def run_export(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from manipi.exchange.exporting import export_checkpoint
+    from manipi.exchange.exporting import export_checkpoint, export_program
     from manipi.storage import remove_dead
 
     remove_dead(args.target.parent)
     if args.to == "program":
-        from manipi.exchange.program import export_program
-
         report = export_program(args.source, args.target)
     else:
         dtype = None if args.dtype == "stored" else getattr(torch, args.dtype)

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     access.resolve(args.host, args.port)  # before the model is loaded
     device = args.start()
 
-    from manipi.checkpoints.quantized import require_report
+    from manipi.checkpoints.native import require_report
     from manipi.policy import Policy
 
     plain = args.quantize == "none"

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 from tqdm import tqdm
 
-from manipi.checkpoints.quantized import QuantizationReport, identity
+from manipi.checkpoints.native import QuantizationReport, identity
 from manipi.data.action_error import (
     ChunkError,
     baselines,

@@ -17,7 +17,6 @@ from manipi.errors import SelfTestError
 from manipi.model import VLA, ModelInput
 from manipi.model.config import ModelConfig, Pi0FastConfig
 from manipi.policy import SELF_TEST_TOLERANCE, Policy
-from manipi.robots.robot import Robot
 from manipi.transforms import pipeline
 from manipi.types import Sample
 from manipi.weights.layouts import ForeignWeights
@@ -38,7 +37,7 @@ class Certificate:
     parameters: int
     dtypes_before: Mapping[str, int]
     dtypes_after: Mapping[str, int]
-    unused: tuple[str, ...]
+    unused: tuple[str, ...] = ()
     """Tensors of the source that no computation reads, and that were left behind."""
     compared: str
     """`actions`, or `logits` for π0-FAST."""
@@ -75,8 +74,6 @@ def certify(
     model: ModelConfig,
     read: Iterable[torch.dtype],
     written: Mapping[str, ArrayInfo],
-    unused: tuple[str, ...] = (),
-    said: tuple[str, ...] = (),
 ) -> Certificate:
     """The certificate of an import or export.
 
@@ -84,7 +81,6 @@ def certify(
         before, after: answers, as of `answer`.
         read: dtypes of the tensors that were read.
         written: shape and dtype of ours, as they were written.
-        said: see `Certificate`.
 
     Raises:
         SelfTestError: the answers differ by more than the written dtypes explain.
@@ -107,11 +103,9 @@ def certify(
         parameters=sum(torch.Size(info.shape).numel() for info in written.values()),
         dtypes_before=count_dtypes(read),
         dtypes_after=dtypes,
-        unused=unused,
         compared="logits" if isinstance(model, Pi0FastConfig) else "actions",
         difference=difference,
         magnitude=magnitude,
-        said=said,
     )
 
 
@@ -120,17 +114,14 @@ def count_dtypes(tensors: Iterable[torch.dtype]) -> dict[str, int]:
     return dict(Counter(str(dtype).removeprefix("torch.") for dtype in tensors))
 
 
-def example_observation(robot: Robot, image_size: int) -> Sample:
-    """Grey noise, every state at 0.5, and the robot's prompt: the same for everyone."""
-    rng = np.random.default_rng(0)
-    images = {key: rng.integers(0, 256, (image_size, image_size, 3), dtype=np.uint8) for key in robot.cameras.values()}
+def example(described: Checkpoint) -> tuple[Sample, np.ndarray]:
+    """An observation and noise [H, A], the same for everyone: grey noise, every state at 0.5, the robot's prompt."""
+    robot, model, rng = described.robot, described.config.model, np.random.default_rng(0)
+    shape = (model.vision.image_size, model.vision.image_size, 3)
+    images = {key: rng.integers(0, 256, shape, dtype=np.uint8) for key in robot.cameras.values()}
     states = {s.key: np.full(s.size, 0.5, np.float32) for s in robot.state}
-    return {**images, **states, "prompt": robot.default_prompt or "do the task"}  # type: ignore[dict-item]
-
-
-def example_noise(config: ModelConfig) -> np.ndarray:
-    """[H, A], the same for everyone."""
-    return np.random.default_rng(1).normal(size=(config.action_horizon, config.action_dim)).astype(np.float32)
+    noise = np.random.default_rng(1).normal(size=(model.action_horizon, model.action_dim)).astype(np.float32)
+    return {**images, **states, "prompt": robot.default_prompt or "do the task"}, noise  # type: ignore[dict-item]
 
 
 def write_streamed(
@@ -144,17 +135,11 @@ def write_streamed(
     """
     write_safetensors(folder / "model.safetensors", infos, tensors)
     written = replace(described, weights=load_file(folder / "model.safetensors"))
-    write_description(folder, replace(written, self_test=record_self_test(written)))
+    observation, noise = example(written)
+    actions = Policy.from_checkpoint(written).infer(observation, noise)["actions"]
+    write_description(folder, replace(written, self_test=SelfTest(observation, noise, actions)))
     seal(folder)
     return written
-
-
-def record_self_test(checkpoint: Checkpoint) -> SelfTest:
-    """What the policy answers to the example now, in its own dtype."""
-    observation = example_observation(checkpoint.robot, checkpoint.config.model.vision.image_size)
-    noise = example_noise(checkpoint.config.model)
-    actions = Policy.from_checkpoint(checkpoint).infer(observation, noise)["actions"]
-    return SelfTest(observation, noise, actions)
 
 
 @torch.no_grad()
@@ -162,21 +147,21 @@ def answer(model: VLA, described: Checkpoint) -> np.ndarray:
     """What the model says to the example: a normalised action chunk [H, A], or logits [tokens, V]."""
     d = described
     steps = pipeline.build(d.robot, d.config.model, d.norm_stats, d.tokenizers, d.config.norm_mode)
-    sample, _ = steps.encode(example_observation(d.robot, d.config.model.vision.image_size))
+    observation, noise = example(d)
+    sample, _ = steps.encode(observation)
     inputs = ModelInput.from_numpy({key: np.asarray(value)[None] for key, value in sample.items()})
     if isinstance(d.config.model, Pi0FastConfig):
         out_BTD = model.gemma({"vlm": model.embed_prefix(inputs)})["vlm"]
         last = int(inputs.token_valid[0].sum())
         return model.gemma.logits(out_BTD[0, -inputs.tokens.shape[1] :][max(0, last - FAST_TOKENS) : last]).numpy()
-    noise = torch.from_numpy(example_noise(d.config.model))[None]
-    return model.sample(inputs, noise, d.config.num_steps)[0].numpy()
+    return model.sample(inputs, torch.from_numpy(noise)[None], d.config.num_steps)[0].numpy()
 
 
-def answer_of_weights(weights: Mapping[str, Tensor], described: Checkpoint) -> np.ndarray:
+def answer_of_weights(checkpoint: Checkpoint) -> np.ndarray:
     """The answer of weights in memory, or mapped into it."""
-    model = _meta(described.config.model)
-    model.load_state_dict(dict(weights), strict=True, assign=True)
-    return answer(model.eval(), described)
+    model = _meta(checkpoint.config.model)
+    model.load_state_dict(dict(checkpoint.weights), strict=True, assign=True)
+    return answer(model.eval(), checkpoint)
 
 
 def answer_of_foreign(foreign: ForeignWeights, described: Checkpoint) -> np.ndarray:

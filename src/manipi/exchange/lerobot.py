@@ -29,13 +29,12 @@ from manipi.errors import CheckpointError, ConfigError, NormStatsError, shown
 from manipi.model.config import ModelConfig, NormMode, Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.records import write_json
 from manipi.robots.robot import Robot
-from manipi.tokenizers import PALIGEMMA_PIECES_SHA256, SentencePieceTokenizer
+from manipi.tokenizers.text import PALIGEMMA_PIECES_SHA256, SentencePieceTokenizer
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.normalize import EPSILON, stats_from_fields
 from manipi.types import NormStats
-from manipi.weights.foreign_json import Fields, file_beside, unexpected
 from manipi.weights.layouts import ForeignWeights
-from manipi.weights.stores import SafetensorsStore
+from manipi.weights.stores import Fields, SafetensorsStore, file_beside, unexpected
 
 CONFIG = "config.json"
 PREPROCESSOR = "policy_preprocessor.json"
@@ -60,9 +59,10 @@ _AFTER = ("unnormalizer_processor", "absolute_actions_processor", "device_proces
 _FIXED = {"n_obs_steps": 1, "min_period": 4e-3, "max_period": 4.0}
 _WITHOUT = ("use_peft", "use_visual_memory", "use_proprioceptive_memory")
 _SIZES = {"chunk_size": "action_horizon", "tokenizer_max_length": "max_token_len", "max_action_dim": "action_dim"}
+_SIZES |= {"num_inference_steps": "num_steps"}
 _NO_MATTER = re.compile(
     "type|paligemma_variant|action_expert_variant|input_features|output_features|normalization_mapping|"
-    "n_action_steps|num_inference_steps|image_resolution|dtype|max_state_dim|empty_cameras|device|"
+    "n_action_steps|image_resolution|dtype|max_state_dim|empty_cameras|device|"
     "use_relative_actions|relative_exclude_joints|action_feature_names|use_amp|gradient_checkpointing|"
     "time_sampling_.*|optimizer_.*|scheduler_.*|compile_.*|freeze_vision_encoder|train_expert_only|"
     "memory_.*|push_to_hub|repo_id|private|tags|license|pretrained_path|pretrained_revision|rtc_config|"
@@ -217,12 +217,10 @@ class Stated:
 
     folder: Path
     kind: type[ModelConfig] | None = None
-    model: dict[str, Said] = field(default_factory=dict)
-    """Fields of the model config."""
-    policy: dict[str, Said] = field(default_factory=dict)
-    """`num_steps`, `norm_mode`, `state_size`, `action_size`; `cameras`: names of the pictures in the order in which
-    the model sees them; `relative`: which action dimensions are offsets from the state, [A]; True alone: all, however
-    many there are."""
+    said: dict[str, Said] = field(default_factory=dict)
+    """Fields of the model config, and of the policy (`_POLICY`) `num_steps`, `norm_mode`, `state_size`, `action_size`;
+    `pictures`: their names in the order in which the model sees them; `relative`: which action dimensions are offsets
+    from the state, [A]; True alone: all, however many there are."""
     padded: dict[str, int] = field(default_factory=dict)
     """State and action sizes that say nothing of a robot, but are those that vectors are padded to."""
     renamed: dict[str, str] = field(default_factory=dict)
@@ -235,8 +233,7 @@ class Stated:
         Raises:
             CheckpointError: an earlier one says otherwise.
         """
-        said = self.policy if name in _POLICY else self.model
-        earlier = said.setdefault(name, Said(value, where))
+        earlier = self.said.setdefault(name, Said(value, where))
         # Of the dimensions that are excluded the processors alone are sure: config.json may lack their names.
         if earlier.value != value and (name != "relative" or bool(earlier.value) != bool(value)):
             raise CheckpointError(
@@ -245,27 +242,27 @@ class Stated:
                 where=str(self.folder),
                 next="ask whoever trained it, and correct the file that is wrong",
             )
-        if said is self.policy:
-            said[name] = Said(value, where)
+        if name in _POLICY:
+            self.said[name] = Said(value, where)
 
     def get(self, name: str) -> Any:
-        """What is said of the policy; None where nothing is."""
-        return self.policy[name].value if name in self.policy else None
+        """What is said; None where nothing is."""
+        return self.said[name].value if name in self.said else None
 
     def rows(self) -> tuple[str, ...]:
         """What was taken over, and from where, for the certificate."""
-        rows = [f"{name} {one.value} ({one.where})" for name, one in self.model.items()]
+        rows = [f"{name} {one.value} ({one.where})" for name, one in self.said.items() if name not in _POLICY]
         for name, text in (
             ("norm_mode", "normalisation {} ({})"),
             ("relative", "actions: {} ({})"),
             ("num_steps", "{} flow steps ({})"),
-            ("cameras", "pictures, in this order: {}"),
+            ("pictures", "pictures, in this order: {}"),
         ):
-            if name in self.policy:
-                value, where = self.policy[name]
+            if name in self.said:
+                value, where = self.said[name]
                 if name == "relative":
                     value = ("offsets" if value else "absolute") if isinstance(value, bool) else _relative(value)
-                rows.append(text.format(", ".join(value) if name == "cameras" else value, where))
+                rows.append(text.format(", ".join(value) if name == "pictures" else value, where))
         return (*rows, *self.notes)
 
     def require_model(self, model: ModelConfig, chosen: frozenset[str]) -> None:
@@ -275,7 +272,7 @@ class Stated:
             chosen: fields that the user named. Of those only the longest prompt may be another: the weights do not
                 depend on it.
         """
-        for name, said in self.model.items():
+        for name, said in self.said.items():
             ours = model.vision.image_size if name == "image_size" else getattr(model, name, said.value)
             if name == "dtype" or ours == said.value or (name == "max_token_len" and name in chosen):
                 continue
@@ -299,7 +296,7 @@ class Stated:
             ours, whose, next = recipe, "the recipe", f"--normalization {said}"
         if said is not None and ours not in (None, said):
             raise ConfigError(
-                expected=f"{said} normalisation, as {self.policy['norm_mode'].where} says",
+                expected=f"{said} normalisation, as {self.said['norm_mode'].where} says",
                 found=f"{ours} of {whose}",
                 where=str(self.folder),
                 next=next,
@@ -313,17 +310,17 @@ class Stated:
             slots: the model's camera slots in order.
         """
         for name, ours in (("state", robot.state_size), ("action", robot.model_action_size)):
-            said, where = self.policy.get(f"{name}_size", (ours, ""))
+            said, where = self.said.get(f"{name}_size", (ours, ""))
             if ours != said and not (said == self.padded.get(name) and ours < said):
                 expected = f"{said} {name} dimensions, as {where} says"
                 raise self._other_robot(expected, f"{ours} of robot {robot.name!r}")
-        if "relative" in self.policy:
-            dims, (value, where) = relative_dims(robot), self.policy["relative"]
+        if "relative" in self.said:
+            dims, (value, where) = relative_dims(robot), self.said["relative"]
             theirs = (value,) * len(dims) if isinstance(value, bool) else (*value, *(True,) * len(dims))
             if dims != theirs[: len(dims)]:
                 expected = f"{_relative(theirs[: len(dims)])}, as {where} says"
                 raise self._other_robot(expected, f"{_relative(dims)} of robot {robot.name!r}")
-        theirs = self.get("cameras")
+        theirs = self.get("pictures")
         if theirs is None:
             return
         if len(robot.cameras) > len(theirs):
@@ -348,7 +345,7 @@ class Stated:
         return ConfigError(expected=expected, found=found, where=str(self.folder), next=next)
 
 
-_POLICY = ("num_steps", "norm_mode", "relative", "state_size", "action_size", "cameras")
+_POLICY = ("num_steps", "norm_mode", "relative", "state_size", "action_size", "pictures")
 
 
 def _relative(dims: Sequence[bool]) -> str:
@@ -390,7 +387,7 @@ def _read_config(stated: Stated, config: Fields) -> None:
         if config.get(name, bool, False):
             raise _no_place(f"{name} of {CONFIG}", config.where)
     for name, value in _FIXED.items():
-        if config.has(name) and config.number(name) != value:
+        if config.has(name) and config.get(name, float) != value:
             raise _no_place(f"{name} other than {value:g}", config.where)
     if config.has("image_resolution"):
         edges = config.get("image_resolution", list)
@@ -399,8 +396,6 @@ def _read_config(stated: Stated, config: Fields) -> None:
         stated.say("image_size", edges[0], f"{CONFIG}, image_resolution")
     if (dtype := config.get("dtype", str, "")) in ("float32", "bfloat16"):
         stated.say("dtype", dtype, f"{CONFIG}, dtype")
-    if config.has("num_inference_steps"):
-        stated.say("num_steps", config.size("num_inference_steps"), f"{CONFIG}, num_inference_steps")
     if config.has("normalization_mapping"):
         where = f"{CONFIG}, normalization_mapping"
         stated.say("norm_mode", _mode(config.inner("normalization_mapping")), where)
@@ -421,12 +416,12 @@ def _read_config(stated: Stated, config: Fields) -> None:
             stated.say(f"{name}_size", shape[0], f"{CONFIG}, {inputs}")
     if config.has("input_features"):
         inner = config.inner("input_features")
-        found = [name for name in inner.keys() if inner.inner(name).get("type", str) == "VISUAL"]  # noqa: SIM118
+        found = [name for name in inner if inner.inner(name).get("type", str) == "VISUAL"]
         # Pictures that never come are last there, and masked as an absent camera is here.
         if cameras := tuple(name for name in found if "empty_camera" not in name):
-            stated.say("cameras", cameras, f"{CONFIG}, input_features")
+            stated.say("pictures", cameras, f"{CONFIG}, input_features")
     known = (*_SIZES, *_FIXED, *_WITHOUT)
-    strange = [n for n in config.keys() if n not in known and not _NO_MATTER.fullmatch(n) and config.has(n)]  # noqa: SIM118
+    strange = [n for n in config if n not in known and not _NO_MATTER.fullmatch(n) and config.has(n)]
     if strange:
         stated.notes.append(f"{CONFIG} also says {shown(strange)}, which has no place here")
     if config.has("n_action_steps") and config.has("chunk_size"):
@@ -456,7 +451,7 @@ def _read_processors(stated: Stated) -> None:
         stated.say("max_token_len", tokenizer.size("max_length"), f"{PREPROCESSOR}, tokenizer_processor")
     if (rename := before.get("rename_observations_processor")) is not None and rename.has("rename_map"):
         mapping = rename.inner("rename_map")
-        stated.renamed = {name: mapping.get(name, str) for name in mapping.keys()}  # noqa: SIM118
+        stated.renamed = {name: mapping.get(name, str) for name in mapping}
     for file, steps, name in (
         (PREPROCESSOR, before, "normalizer_processor"),
         (POSTPROCESSOR, after, "unnormalizer_processor"),

@@ -38,11 +38,11 @@ class Spelling(NamedTuple):
     """1 where the last of them stays open."""
 
 
-ONE_UNIT = Spelling(closes=0, begins=1, opens=0)
-
-
 class ActionTokenizer(Protocol):
-    """Action chunks to codes and back: `FastTokenizer`, `BinningTokenizer` or `FsqTokenizer`."""
+    """Action chunks to codes and back: `FastTokenizer`, `BinningTokenizer` or `FsqTokenizer`.
+
+    Where nothing else is said, each code is a unit of its own.
+    """
 
     kind: ClassVar[str]
 
@@ -56,7 +56,7 @@ class ActionTokenizer(Protocol):
     def encode(self, actions_HA: Float[np.ndarray, "H A"]) -> list[int]: ...
     def num_codes(self, chunks_NHA: Float[np.ndarray, "N H A"]) -> Int64[np.ndarray, "N"]:
         """The length of `encode` of every chunk, many at a time."""
-        ...
+        return np.full(len(chunks_NHA), self.num_units(*chunks_NHA.shape[1:]), np.int64)
 
     def decode(self, codes: Sequence[int], horizon: int, action_dim: int) -> Float32[np.ndarray, "H A"]:
         """Raises TokenizerError where the codes are no chunk of that shape."""
@@ -65,7 +65,7 @@ class ActionTokenizer(Protocol):
     @property
     def spellings(self) -> list[Spelling]:
         """Of every code, for constrained decoding."""
-        ...
+        return [Spelling(closes=0, begins=1, opens=0)] * self.vocab_size
 
     def num_units(self, horizon: int, action_dim: int) -> int:
         """How many units a chunk has. Raises TokenizerError where the tokenizer has no chunks of that shape."""
@@ -98,7 +98,7 @@ def bin_left_edges(indices: Int[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*
 
 
 @dataclass(frozen=True)
-class BinningTokenizer:
+class BinningTokenizer(ActionTokenizer):
     """One code per number (RT-2, Brohan et al. 2023): the plain alternative to `FastTokenizer`, used like it."""
 
     kind: ClassVar[str] = "binning"
@@ -111,20 +111,12 @@ class BinningTokenizer:
     def sha256(self) -> str:
         return hashlib.sha256(f"{NUM_BINS} equal bins on [-1, 1], left edges".encode()).hexdigest()
 
-    @property
-    def spellings(self) -> list[Spelling]:
-        return [ONE_UNIT] * NUM_BINS
-
     def num_units(self, horizon: int, action_dim: int) -> int:
         return horizon * action_dim
 
     def encode(self, actions_HA: Float[np.ndarray, "H A"]) -> list[int]:
         """H*A codes, time as the slow axis. Actions beyond [-1, 1] saturate."""
         return bin_indices(actions_HA).ravel().tolist()
-
-    def num_codes(self, chunks_NHA: Float[np.ndarray, "N H A"]) -> Int64[np.ndarray, "N"]:
-        horizon, action_dim = chunks_NHA.shape[1:]
-        return np.full(len(chunks_NHA), horizon * action_dim, np.int64)
 
     def decode(self, codes: Sequence[int], horizon: int, action_dim: int) -> Float32[np.ndarray, "H A"]:
         """The chunk of the bins' left edges.

@@ -22,7 +22,7 @@ from jaxtyping import Float, Float32, Float64, Int, Int64
 from tokenizers import Tokenizer, decoders, models, trainers
 
 from manipi.errors import TokenizerError
-from manipi.tokenizers.actions import Spelling, require_finite
+from manipi.tokenizers.actions import ActionTokenizer, Spelling, require_finite
 
 _BPE_FILE, _CONFIG_FILE = "tokenizer.json", "processor_config.json"
 # Distinct coefficients: as many as UTF-8 has characters of one or two bytes.
@@ -42,7 +42,7 @@ class ReconstructionReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastTokenizer:
+class FastTokenizer(ActionTokenizer):
     """A FAST codec: `encode` and `decode` are inverse up to rounding (at most 0.5 / scale per coefficient).
 
     A plain value: it pickles into worker processes, and its `sha256` says whether two of them are the same.
@@ -128,44 +128,35 @@ class FastTokenizer:
         alphabet = np.clip(characters, 0, self.num_characters - 1).astype("<u4")
         return [chunk.tobytes().decode("utf-32-le") for chunk in alphabet]
 
-    def decode(
-        self, codes: Sequence[int], horizon: int, action_dim: int, *, reference_zeros: bool = False
-    ) -> Float32[np.ndarray, "H A"]:
+    def decode(self, codes: Sequence[int], horizon: int, action_dim: int) -> Float32[np.ndarray, "H A"]:
         """Codes to a chunk of normalised actions.
 
         Args:
             codes: as `encode` returns them, or as a model emits them.
             horizon, action_dim: H and A of the chunk.
-            reference_zeros: return zeros where the codes are no such chunk, as the published codec does.
 
         Raises:
-            TokenizerError: the codes do not spell exactly horizon * action_dim characters.
+            TokenizerError: the codes do not spell exactly horizon * action_dim characters. The published codec returns
+                zeros there.
         """
-        text, problem = self._spell(codes)
-        if problem is None and len(text) != horizon * action_dim:
-            problem = f"{len(text)} characters from {len(codes)} codes"
-        if problem is None:
-            integers = np.array([ord(c) for c in text]).reshape(horizon, action_dim) + self.min_token
-            return (_dct_matrix(horizon).T @ (integers / self.scale)).astype(np.float32)
-        if reference_zeros:
-            return np.zeros((horizon, action_dim), np.float32)
-        raise TokenizerError(
-            expected=f"codes for {horizon} x {action_dim} = {horizon * action_dim} characters",
-            found=problem,
-            where="FAST decoding of an action chunk",
-            next="decode with CodeConstraint, and check horizon, action dimension and the FAST tokenizer's hash",
-        )
-
-    def _spell(self, codes: Sequence[int]) -> tuple[str, str | None]:
-        """The characters behind the codes, and what is wrong with them if anything is."""
-        unknown = [code for code in codes if not 0 <= code < self.vocab_size]
-        if unknown:
-            return "", f"code {unknown[0]}, where the vocabulary has {self.vocab_size}"
-        spelled = b"".join(self.pieces[code] for code in codes)
-        try:
-            return spelled.decode(), None
-        except UnicodeDecodeError as error:
-            return "", f"half a character at byte {error.start} of {len(spelled)}"
+        text, problem = "", ""
+        if unknown := [code for code in codes if not 0 <= code < self.vocab_size]:
+            problem = f"code {unknown[0]}, where the vocabulary has {self.vocab_size}"
+        else:
+            spelled = b"".join(self.pieces[code] for code in codes)
+            try:
+                text = spelled.decode()
+            except UnicodeDecodeError as error:
+                problem = f"half a character at byte {error.start} of {len(spelled)}"
+        if problem or len(text) != horizon * action_dim:
+            raise TokenizerError(
+                expected=f"codes for {horizon} x {action_dim} = {horizon * action_dim} characters",
+                found=problem or f"{len(text)} characters from {len(codes)} codes",
+                where="FAST decoding of an action chunk",
+                next="decode with CodeConstraint, and check horizon, action dimension and the FAST tokenizer's hash",
+            )
+        integers = np.array([ord(c) for c in text]).reshape(horizon, action_dim) + self.min_token
+        return (_dct_matrix(horizon).T @ (integers / self.scale)).astype(np.float32)
 
     @staticmethod
     def load(directory: str | Path) -> "FastTokenizer":
@@ -232,7 +223,14 @@ class FastTokenizer:
                 where=f"FastTokenizer.fit with scale {scale}",
                 next=f"raise vocab_size (useful up to {_MAX_CHARACTERS}), lower scale, or look for outliers",
             )
-        bpe = _train_bpe(integers - min_token, num_characters, vocab_size)
+        # Over whole characters, each of which is also a code of its own.
+        bpe = Tokenizer(models.BPE())
+        bpe.decoder = decoders.Fuse()  # type: ignore[assignment]
+        alphabet = [chr(n) for n in range(num_characters)]
+        settings = {"vocab_size": vocab_size, "min_frequency": 2, "show_progress": False}
+        trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **settings)
+        texts = ("".join(map(chr, chunk)) for chunk in (integers - min_token).reshape(len(integers), -1))
+        bpe.train_from_iterator(texts, trainer)
         return FastTokenizer(bpe_json=bpe.to_str(), scale=scale, min_token=min_token)
 
     def reconstruction_report(self, chunks: Float[np.ndarray, "N H A"]) -> ReconstructionReport:
@@ -273,18 +271,6 @@ def _dct_matrix(horizon: int) -> Float64[np.ndarray, "H H"]:
     matrix[0] /= np.sqrt(2)
     matrix.flags.writeable = False
     return matrix
-
-
-def _train_bpe(characters: Int[np.ndarray, "N H A"], num_characters: int, vocab_size: int) -> Tokenizer:
-    """Byte-pair encoding over whole characters, each of which is also a code of its own."""
-    bpe = Tokenizer(models.BPE())
-    bpe.decoder = decoders.Fuse()  # type: ignore[assignment]
-    alphabet = [chr(n) for n in range(num_characters)]
-    settings = {"vocab_size": vocab_size, "min_frequency": 2, "show_progress": False}
-    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **settings)
-    texts = ("".join(map(chr, chunk)) for chunk in characters.reshape(len(characters), -1))
-    bpe.train_from_iterator(texts, trainer)
-    return bpe
 
 
 @lru_cache

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from manipi.errors import TokenizerError, WeightsMismatchError
-from manipi.tokenizers.actions import ONE_UNIT, Spelling, require_finite
+from manipi.tokenizers.actions import ActionTokenizer, require_finite
 
 FSQ_CONFIG_FILE, _WEIGHTS_FILE = "fsq.json", "fsq.safetensors"
 _CODEBOOK_SIZES = tuple(2**bits for bits in (8, 10, 12, 14, 16))
@@ -67,7 +67,7 @@ class FsqConfig:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FsqTokenizer:
+class FsqTokenizer(ActionTokenizer):
     """An FSQ codec. Build it with `from_tree`, which checks every tensor; `sha256` says whether two are the same."""
 
     kind: ClassVar[str] = "FSQ"
@@ -93,7 +93,21 @@ class FsqTokenizer:
                 next="use the config that lies beside the tokenizer's tensors",
             ) from error
         state = np.shape(arrays.get("encoder/state_proj/kernel", ()))
-        _require_tensors(arrays, tensor_shapes(sizes, state[0] if state else 0))
+        shapes = tensor_shapes(sizes, state[0] if state else 0)
+        problems = [f"missing {name}" for name in sorted(shapes.keys() - arrays.keys())]
+        problems += [f"unexpected {name}" for name in sorted(arrays.keys() - shapes.keys())]
+        for name in sorted(shapes.keys() & arrays.keys()):
+            if np.shape(arrays[name]) != shapes[name]:
+                problems.append(f"{name} of shape {np.shape(arrays[name])} instead of {shapes[name]}")
+            elif not np.isfinite(np.asarray(arrays[name], np.float32)).all():
+                problems.append(f"{name} with numbers that are not finite")
+        if problems:
+            raise WeightsMismatchError(
+                expected=f"the {len(shapes)} tensors of an FSQ tokenizer of this config",
+                found="; ".join(problems),
+                where="FSQ tokenizer",
+                next="use tensors and config of the same checkpoint",
+            )
         as_float32 = {name: np.asarray(arrays[name], np.float32) for name in sorted(arrays)}
         return FsqTokenizer(config=sizes, arrays=as_float32)
 
@@ -108,10 +122,6 @@ class FsqTokenizer:
         for name, array in self.arrays.items():
             digest.update(f"{name} {array.shape}".encode() + array.tobytes())
         return digest.hexdigest()
-
-    @property
-    def spellings(self) -> list[Spelling]:
-        return [ONE_UNIT] * self.vocab_size
 
     def num_units(self, horizon: int, action_dim: int) -> int:
         """Raises TokenizerError for any other chunk shape than the one of the training."""
@@ -144,9 +154,6 @@ class FsqTokenizer:
         z_T2 = np.tanh(self._dense(x_TD, "codebook/proj_down"))
         digits_T2 = np.rint((z_T2 + 1) * (self.config.digit_bins - 1) / 2).astype(np.int64)
         return (digits_T2 @ [1, self.config.digit_bins]).tolist()
-
-    def num_codes(self, chunks_NHA: Float[np.ndarray, "N H A"]) -> Int64[np.ndarray, "N"]:
-        return np.full(len(chunks_NHA), self.num_units(*chunks_NHA.shape[1:]), np.int64)
 
     def decode(
         self, codes: Sequence[int], horizon: int, action_dim: int, state_E: Float[np.ndarray, "E"] | None = None
@@ -286,20 +293,3 @@ def tensor_shapes(c: FsqConfig, state_dim: int) -> dict[str, tuple[int, ...]]:
             dense(f"{layer}/GeGLU_0/Dense_0", hidden, 2 * hidden)
             dense(f"{layer}/Dense_1", hidden, width)
     return shapes
-
-
-def _require_tensors(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [f"missing {name}" for name in sorted(shapes.keys() - arrays.keys())]
-    problems += [f"unexpected {name}" for name in sorted(arrays.keys() - shapes.keys())]
-    for name in sorted(shapes.keys() & arrays.keys()):
-        if np.shape(arrays[name]) != shapes[name]:
-            problems.append(f"{name} of shape {np.shape(arrays[name])} instead of {shapes[name]}")
-        elif not np.isfinite(np.asarray(arrays[name], np.float32)).all():
-            problems.append(f"{name} with numbers that are not finite")
-    if problems:
-        raise WeightsMismatchError(
-            expected=f"the {len(shapes)} tensors of an FSQ tokenizer of this config",
-            found="; ".join(problems),
-            where="FSQ tokenizer",
-            next="use tensors and config of the same checkpoint",
-        )

@@ -49,87 +49,26 @@ class TokenizedPrompt:
     """True where the model is trained to emit the token."""
 
 
-def pi0_prompt(tokenizer: TextTokenizer, prompt: str, max_len: int, *, truncate: bool = False) -> TokenizedPrompt:
-    """π0's format, and π0.5's for robots whose state is not in the prompt.
-
-    Args:
-        prompt: the instruction. Underscores and newlines become spaces; case stays.
-        max_len: length of the result.
-        truncate: cut an overlong prompt at max_len, as openpi does, instead of raising.
-
-    Raises:
-        TokenizerError: the prompt needs more than max_len tokens.
-    """
-    return _pad(tokenizer, pi0_tokens(tokenizer, prompt), [], max_len, truncate=truncate)
-
-
-def pi0_tokens(tokenizer: TextTokenizer, prompt: str) -> list[int]:
-    """`pi0_prompt` without its padding, however long."""
-    # The newline is encoded apart: SentencePiece could otherwise merge it with what precedes.
-    return [tokenizer.bos_id, *tokenizer.encode(_clean(prompt)), *tokenizer.encode("\n")]
-
-
-def pi05_prompt(
-    tokenizer: TextTokenizer,
-    prompt: str,
-    state: Float[np.ndarray, "S"] | None,
-    max_len: int,
-    *,
-    minus_one_below: bool = False,
-    truncate: bool = False,
-) -> TokenizedPrompt:
-    """π0.5's format: the state is part of the text, one bin number per dimension.
-
-    Args:
-        prompt: the instruction, cleaned as in `pi0_prompt`.
-        state: normalised to [-1, 1], before padding to the model's width; None gives `pi0_prompt`.
-        max_len, truncate: as in `pi0_prompt`.
-        minus_one_below: openpi's rule for a state below -1, whose bin reads "-1"; by default it is 0.
-
-    Raises:
-        TokenizerError: more than max_len tokens, or a state that is not finite.
-    """
-    tokens = pi05_tokens(tokenizer, prompt, state, minus_one_below=minus_one_below)
-    return _pad(tokenizer, tokens, [], max_len, truncate=truncate)
-
-
 def pi05_tokens(
     tokenizer: TextTokenizer, prompt: str, state: Float[np.ndarray, "S"] | None, *, minus_one_below: bool = False
 ) -> list[int]:
-    """`pi05_prompt` without its padding, however long."""
-    if state is None:
-        return pi0_tokens(tokenizer, prompt)
-    text = f"Task: {_clean(prompt)}, State: {_state_words(state, minus_one_below)};\n{ACTION_MARKER}"
-    return [tokenizer.bos_id, *tokenizer.encode(text)]
-
-
-def fast_prompt(
-    tokenizer: TextTokenizer,
-    action_tokenizer: ActionTokenizer,
-    prompt: str,
-    state: Float[np.ndarray, "S"],
-    actions: Float[np.ndarray, "H A"] | None,
-    max_len: int,
-    *,
-    lower_case: bool = False,
-    minus_one_below: bool = False,
-    truncate: bool = False,
-) -> TokenizedPrompt:
-    """π0-FAST's format: the prefix, and in training the actions as the postfix that the model learns to emit.
+    """π0.5's format, however long: the state is part of the text, one bin number per dimension.
 
     Args:
-        prompt: the instruction. Underscores become spaces; newlines and case stay.
-        state: normalised to [-1, 1], before padding to the model's width.
-        actions: normalised chunk, or None at inference, where the model emits the whole postfix itself.
-        lower_case: lower-case the instruction, as openpi does for π0-FAST alone.
-        max_len, truncate, minus_one_below: as in `pi05_prompt`.
+        prompt: the instruction. Underscores and newlines become spaces; case stays.
+        state: normalised to [-1, 1], before padding to the model's width; None gives π0's format, which is π0.5's for
+            robots whose state is not in the prompt.
+        minus_one_below: openpi's rule for a state below -1, whose bin reads "-1"; by default it is 0.
 
     Raises:
-        TokenizerError: more than max_len tokens, a number that is not finite, or a vocabulary without room for codes.
+        TokenizerError: a state that is not finite.
     """
-    prefix = fast_prefix(tokenizer, prompt, state, lower_case=lower_case, minus_one_below=minus_one_below)
-    postfix = [] if actions is None else fast_postfix(tokenizer, action_tokenizer.encode(actions))
-    return _pad(tokenizer, prefix, postfix, max_len, truncate=truncate)
+    clean = prompt.strip().replace("_", " ").replace("\n", " ")
+    if state is None:
+        # The newline is encoded apart: SentencePiece could otherwise merge it with what precedes.
+        return [tokenizer.bos_id, *tokenizer.encode(clean), *tokenizer.encode("\n")]
+    text = f"Task: {clean}, State: {_state_words(state, minus_one_below)};\n{ACTION_MARKER}"
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
 def fast_prefix(
@@ -140,16 +79,55 @@ def fast_prefix(
     lower_case: bool = False,
     minus_one_below: bool = False,
 ) -> list[int]:
-    """What `fast_prompt` has before the actions, however long."""
+    """π0-FAST's format up to the actions, however long.
+
+    Args:
+        prompt: the instruction. Underscores become spaces; newlines and case stay.
+        state, minus_one_below: as in `pi05_tokens`.
+        lower_case: lower-case the instruction, as openpi does for π0-FAST alone.
+
+    Raises:
+        TokenizerError: a state that is not finite.
+    """
     clean = (prompt.lower() if lower_case else prompt).strip().replace("_", " ")
     text = f"Task: {clean}, State: {_state_words(state, minus_one_below)};\n"
     return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
 def fast_postfix(tokenizer: TextTokenizer, codes: Sequence[int]) -> list[int]:
-    """The actions as `fast_prompt` has them."""
+    """The actions in π0-FAST's format, which the model learns to emit. Raises as `tokens_from_codes` does."""
     tokens = tokens_from_codes(tokenizer, np.array(codes, np.int64)).tolist()
     return [*tokenizer.encode(ACTION_MARKER), *tokens, *tokenizer.encode(ACTION_TERMINATOR), tokenizer.eos_id]
+
+
+def padded(
+    tokenizer: TextTokenizer, prefix: list[int], max_len: int, *, postfix: Sequence[int] = (), truncate: bool = False
+) -> TokenizedPrompt:
+    """The prompt that the model reads.
+
+    Args:
+        prefix: what it is given.
+        max_len: length of the result.
+        postfix: what it is trained to emit; none at inference, where it emits all of it itself.
+        truncate: cut an overlong prompt at max_len, as openpi does, instead of raising.
+
+    Raises:
+        TokenizerError: more than max_len tokens.
+    """
+    ids = [*prefix, *postfix]
+    if len(ids) > max_len and not truncate:
+        raise TokenizerError(
+            expected=f"at most {max_len} tokens (max_token_len)",
+            found=f"{len(ids)} tokens: {len(prefix)} of prompt and {len(postfix)} of actions",
+            where=f"the prompt {shown(tokenizer.decode(prefix), 300)}",
+            next=f"raise max_token_len to at least {len(ids)}, or shorten the instruction",
+        )
+    index = np.arange(max_len)
+    valid = index < len(ids)
+    in_postfix = valid & (index >= len(prefix))
+    tokens = np.full(max_len, tokenizer.pad_id, np.int64)
+    tokens[valid] = ids[:max_len]
+    return TokenizedPrompt(tokens=tokens, valid=valid, causal=in_postfix, loss=in_postfix.copy())
 
 
 def extract_codes(tokenizer: TextTokenizer, ids: Sequence[int], *, reference_text: bool = False) -> list[int]:
@@ -187,31 +165,8 @@ def _find(ids: list[int], wanted: list[int]) -> int | None:
     return next((i for i in range(len(ids)) if ids[i : i + len(wanted)] == wanted), None)
 
 
-def _clean(prompt: str) -> str:
-    return prompt.strip().replace("_", " ").replace("\n", " ")
-
-
 def _state_words(state: Float[np.ndarray, "S"], minus_one_below: bool) -> str:
     return " ".join(map(str, bin_indices(state, minus_one_below=minus_one_below).tolist()))
-
-
-def _pad(
-    tokenizer: TextTokenizer, prefix: list[int], postfix: list[int], max_len: int, *, truncate: bool
-) -> TokenizedPrompt:
-    ids = prefix + postfix
-    if len(ids) > max_len and not truncate:
-        raise TokenizerError(
-            expected=f"at most {max_len} tokens (max_token_len)",
-            found=f"{len(ids)} tokens: {len(prefix)} of prompt and {len(postfix)} of actions",
-            where=f"the prompt {shown(tokenizer.decode(prefix), 300)}",
-            next=f"raise max_token_len to at least {len(ids)}, or shorten the instruction",
-        )
-    index = np.arange(max_len)
-    valid = index < len(ids)
-    in_postfix = valid & (index >= len(prefix))
-    tokens = np.full(max_len, tokenizer.pad_id, np.int64)
-    tokens[valid] = ids[:max_len]
-    return TokenizedPrompt(tokens=tokens, valid=valid, causal=in_postfix, loss=in_postfix.copy())
 
 
 class CodeConstraint:
@@ -233,15 +188,24 @@ class CodeConstraint:
         self._head = tokenizer.encode(ACTION_MARKER)
         self._tail = [*tokenizer.encode(ACTION_TERMINATOR), tokenizer.eos_id]
         self._tokens = tokens_from_codes(tokenizer, np.arange(action.vocab_size))
-        closes, begins, opens = np.array(action.spellings).T
-        self._closes, self._begins, self._opens = closes.tolist(), begins.tolist(), opens.tolist()
+        self._spellings = action.spellings
+        closes, begins, opens = np.array(self._spellings).T
+        self._longest, broken_units = int(begins.max()), bool(opens.any())
+        self._codes_per_unit = 2 if broken_units else 1  # One to open it, and one to close it.
         # Per state (between units, inside one): the codes by length, and how many of them fit what remains.
         by_length = np.argsort(begins, kind="stable")
         usable_in = [(closes + begins > 0) & (closes == inside) for inside in (0, 1)]
         self._codes = [by_length[usable[by_length]] for usable in usable_in]
         lengths = np.arange(self._num_units + 1)
         self._num_fitting = [np.searchsorted(begins[codes], lengths, side="right") for codes in self._codes]
-        self._require_completable(action.kind)
+        between, inside = self._num_fitting
+        if between[1] == 0 or (broken_units and inside[0] == 0):
+            raise TokenizerError(
+                expected="codes for single characters, and for the end of a character that a code leaves open",
+                found=f"{between[1]} and {inside[0]} such codes among {len(begins)}",
+                where=f"the {action.kind} tokenizer's vocabulary",
+                next="use a published FAST tokenizer, or fit one with FastTokenizer.fit",
+            )
         if set(self._tail) & set(self._tokens.tolist()):
             raise TokenizerError(
                 expected=f"a vocabulary in which {ACTION_TERMINATOR!r} and EOS are not also action codes",
@@ -272,22 +236,15 @@ class CodeConstraint:
         for position, code in enumerate(codes):
             if remaining == 0 and not inside:
                 return self._forced(self._tail, ids[head_len + position :], head_len + position)
-            if not self._fits(code, remaining, inside):
+            closes, begins, opens = self._spellings[code] if 0 <= code < len(self._spellings) else (0, 0, 0)
+            if closes != inside or begins > remaining or closes + begins == 0:
                 expected = f"a code that fits {remaining} more units"
                 raise _broken(expected, ids[head_len + position], head_len + position)
-            remaining, inside = remaining - self._begins[code], self._opens[code]
+            remaining, inside = remaining - begins, opens
         if remaining == 0 and not inside:
             return self._forced(self._tail, [], len(ids))
         self._require_budget(remaining, len(ids))
         return self._tokens[self._codes[inside][: self._num_fitting[inside][remaining]]]
-
-    def _fits(self, code: int, remaining: int, inside: int) -> bool:
-        return (
-            0 <= code < len(self._begins)
-            and self._closes[code] == inside
-            and self._closes[code] + self._begins[code] > 0
-            and self._begins[code] <= remaining
-        )
 
     def _forced(self, wanted: list[int], emitted: list[int], start: int) -> Int[np.ndarray, "1"]:
         """The next of `wanted`, and padding behind its end; `start` is the position of `emitted` in the sequence."""
@@ -299,25 +256,14 @@ class CodeConstraint:
 
     def _require_budget(self, remaining: int, num_emitted: int) -> None:
         """Raises where `max_tokens` come before the end even if only the longest codes follow."""
-        fewest = math.ceil(remaining / max(self._begins)) + len(self._tail)
+        fewest = math.ceil(remaining / self._longest) + len(self._tail)
         if num_emitted + fewest > self._max_tokens:
-            codes_per_unit = 2 if any(self._opens) else 1  # One to open it, and one to close it.
-            always_enough = len(self._head) + codes_per_unit * self._num_units + len(self._tail)
+            always_enough = len(self._head) + self._codes_per_unit * self._num_units + len(self._tail)
             raise TokenizerError(
                 expected=f"a whole action chunk within {self._max_tokens} tokens (max_token_len)",
                 found=f"{remaining} of its {self._num_units} units missing after {num_emitted} tokens",
                 where="decoding of action codes",
                 next=f"raise max_token_len; {always_enough} tokens hold any chunk, however badly it compresses",
-            )
-
-    def _require_completable(self, kind: str) -> None:
-        between, inside = self._num_fitting
-        if between[1] == 0 or (any(self._opens) and inside[0] == 0):
-            raise TokenizerError(
-                expected="codes for single characters, and for the end of a character that a code leaves open",
-                found=f"{between[1]} and {inside[0]} such codes among {len(self._begins)}",
-                where=f"the {kind} tokenizer's vocabulary",
-                next="use a published FAST tokenizer, or fit one with FastTokenizer.fit",
             )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 import sentencepiece
@@ -40,26 +40,6 @@ class TokenizerReference:
     """Of the model file, or of the definition where there is no file."""
     file: str | None = None
     """Name of the model file inside the tokenizer directory."""
-
-
-class TextTokenizer(Protocol):
-    """Words to ids and back. `encode` adds neither BOS nor EOS; that is the prompt format's business."""
-
-    vocab_size: int
-    pad_id: int
-    eos_id: int
-    bos_id: int
-    reserved_ids: int
-    """Ids at the very end of the vocabulary that action codes skip."""
-    code_capacity: int
-    """How many action codes the vocabulary has room for."""
-    reference: TokenizerReference
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def save(self, directory: Path) -> TokenizerReference:
-        """Write what `load_tokenizer` needs into an existing directory."""
-        ...
 
 
 class SentencePieceTokenizer:
@@ -193,26 +173,32 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text; pad, BOS and EOS vanish in it, and action codes show as `<code7>`."""
-        return b"".join(map(self._spell, ids)).decode(errors="replace")
-
-    def _spell(self, id: int) -> bytes:
-        if not 0 <= id < self.vocab_size:
+        if wrong := [id for id in ids if not 0 <= id < self.vocab_size]:
             raise TokenizerError(
                 expected=f"ids from 0 to {self.vocab_size - 1}",
-                found=str(id),
+                found=str(wrong[0]),
                 where="ByteTokenizer.decode",
                 next="check that model and tokenizer have the same vocab_size",
             )
-        if id < self._FIRST_BYTE:
-            return b""
-        if id < self._FIRST_PIECE:
-            return bytes([id - self._FIRST_BYTE])
-        if id < self.NUM_TEXT_IDS:
-            return self._PIECES[id - self._FIRST_PIECE].encode()
-        return f"<code{self.vocab_size - 1 - id}>".encode()
+        return b"".join(self._spelled[id] for id in ids).decode(errors="replace")
+
+    @cached_property
+    def _spelled(self) -> list[bytes]:
+        """What each id stands for."""
+        texts = [*self._PIECES, *(f"<code{code}>" for code in reversed(range(self.code_capacity)))]
+        return [b""] * 3 + [bytes([byte]) for byte in range(256)] + [text.encode() for text in texts]
 
     def save(self, directory: Path) -> TokenizerReference:
         return self.reference
+
+
+TextTokenizer: TypeAlias = SentencePieceTokenizer | ByteTokenizer
+"""Words to ids and back, in a vocabulary of `vocab_size` ids; those of pad, BOS and EOS are `pad_id` and so on.
+
+`encode` adds neither BOS nor EOS; that is the prompt format's business. The vocabulary has room for `code_capacity`
+action codes, which skip the `reserved_ids` at its very end. `save` writes what `load_tokenizer` needs into an existing
+directory, and returns the `reference` that it asks for.
+"""
 
 
 def load_tokenizer(reference: TokenizerReference, directory: str | Path) -> TextTokenizer:

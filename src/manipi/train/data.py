@@ -57,7 +57,7 @@ from manipi.transforms.normalize import Normalize, load_norm_stats, normalize, r
 from manipi.transforms.pipeline import Pipeline, observation_of
 from manipi.transforms.tokenize import TokenizeActions, TokenizePrompt, TokenizeStep
 from manipi.types import NormStats, Sample
-from manipi.weights.tokenizers import open_action_tokenizer, open_text_tokenizer
+from manipi.weights.layouts import open_action_tokenizer, open_text_tokenizer
 
 # The longest prompt ---------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from manipi.errors import ConfigError
 from manipi.model.config import Compat, ModelConfig, Pi0FastConfig, Pi05Config
-from manipi.tokenizers import ActionTokenizer, ByteTokenizer, CodeConstraint, TextTokenizer, Tokenizers, extract_codes
-from manipi.tokenizers.prompts import fast_postfix, fast_prefix, fast_prompt, pi05_prompt, pi05_tokens
+from manipi.tokenizers import ActionTokenizer, ByteTokenizer, TextTokenizer, Tokenizers
+from manipi.tokenizers.prompts import CodeConstraint, extract_codes, fast_postfix, fast_prefix, padded, pi05_tokens
 from manipi.types import Sample
 
 
@@ -22,15 +22,17 @@ class TokenizePrompt:
     compat: Compat
 
     def encode(self, sample: Sample) -> Sample:
-        state = sample["state"] if self.with_state else None
-        quirks = _prompt_quirks(self.compat)
-        prompt = pi05_prompt(self.tokenizer, str(sample["prompt"]), state, self.max_len, **quirks)
+        tokens = self._tokens(str(sample["prompt"]), sample["state"])
+        prompt = padded(self.tokenizer, tokens, self.max_len, truncate=self.compat.truncated_prompts)
         return {**sample, "tokens": prompt.tokens, "token_valid": prompt.valid}
 
     def prompt_length(self, prompt: str, state_S: np.ndarray) -> int:
         """Tokens of a prompt, however many."""
+        return len(self._tokens(prompt, state_S))
+
+    def _tokens(self, prompt: str, state_S: np.ndarray) -> list[int]:
         state = state_S if self.with_state else None
-        return len(pi05_tokens(self.tokenizer, prompt, state, minus_one_below=self.compat.minus_one_state_bins))
+        return pi05_tokens(self.tokenizer, prompt, state, minus_one_below=self.compat.minus_one_state_bins)
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
         return actions_HA
@@ -48,9 +50,9 @@ class TokenizeActions:
     compat: Compat
 
     def encode(self, sample: Sample) -> Sample:
-        actions, prompt = sample.get("actions"), str(sample["prompt"])
-        quirks = {"lower_case": self.compat.fast_lower_case, **_prompt_quirks(self.compat)}
-        p = fast_prompt(self.tokenizer, self.action, prompt, sample["state"], actions, self.max_len, **quirks)
+        prefix, actions = self._prefix(str(sample["prompt"]), sample["state"]), sample.get("actions")
+        postfix = [] if actions is None else fast_postfix(self.tokenizer, self.action.encode(actions))
+        p = padded(self.tokenizer, prefix, self.max_len, postfix=postfix, truncate=self.compat.truncated_prompts)
         rest = {k: v for k, v in sample.items() if k not in ("actions", "action_valid")}
         return {**rest, "tokens": p.tokens, "token_valid": p.valid, "token_causal": p.causal, "token_loss": p.loss}
 
@@ -58,8 +60,11 @@ class TokenizeActions:
 
     def prompt_length(self, prompt: str, state_S: np.ndarray) -> int:
         """Tokens of instruction and state, however many."""
+        return len(self._prefix(prompt, state_S))
+
+    def _prefix(self, prompt: str, state_S: np.ndarray) -> list[int]:
         quirks = {"lower_case": self.compat.fast_lower_case, "minus_one_below": self.compat.minus_one_state_bins}
-        return len(fast_prefix(self.tokenizer, prompt, state_S, **quirks))
+        return fast_prefix(self.tokenizer, prompt, state_S, **quirks)
 
     def action_lengths(self, chunks_NHA: np.ndarray) -> np.ndarray:
         """Tokens of each normalised chunk, [N]."""
@@ -73,10 +78,6 @@ class TokenizeActions:
 
 
 TokenizeStep: TypeAlias = TokenizePrompt | TokenizeActions
-
-
-def _prompt_quirks(compat: Compat) -> dict[str, bool]:
-    return {"minus_one_below": compat.minus_one_state_bins, "truncate": compat.truncated_prompts}
 
 
 def tokenize_step(model: ModelConfig, tokenizers: Tokenizers, action_size: int) -> TokenizeStep:

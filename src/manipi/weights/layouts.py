@@ -1,21 +1,40 @@
-"""Foreign checkpoints opened: which layout it is, and every tensor accounted for.
+"""Foreign checkpoints and tokenizers opened, every tensor accounted for.
 
 openpi-jax      …/params/ of openpi, released or from its training
 openpi-torch    model.safetensors of openpi's converter
 lerobot         model.safetensors of LeRobot's π0, π0.5, π0-FAST
 paligemma       PaliGemma's safetensors (transformers), the language model alone
 paligemma-npz   PaliGemma's .npz (big_vision), likewise
+
+Of tokenizers, which here are saved as they are published:
+
+SentencePiece   a .model file
+FAST            tokenizer.json  processor_config.json
+FSQ             fsq.json  fsq.safetensors
+FSQ             STEP/params/ (Orbax)  STEP/config/metadata (JSON)    as gs://openpi-assets/tokenizers/droid_fsq_tokenizer
 """
 
+import json
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from manipi.errors import CheckpointError, IntegrityError, WeightsMismatchError, shown
+from manipi.errors import CheckpointError, IntegrityError, TokenizerError, WeightsMismatchError, shown
 from manipi.model.config import ModelConfig
-from manipi.weights.foreign_json import Fields
+from manipi.remote.fetch import fetch
+from manipi.tokenizers import (
+    ActionTokenizer,
+    BinningTokenizer,
+    ByteTokenizer,
+    FastTokenizer,
+    FsqTokenizer,
+    SentencePieceTokenizer,
+    TextTokenizer,
+)
+from manipi.tokenizers.fsq import FSQ_CONFIG_FILE
 from manipi.weights.names import (
     OPENPI_JAX,
     PALIGEMMA_NPZ,
@@ -27,7 +46,7 @@ from manipi.weights.names import (
     require_match,
     unstack_layer,
 )
-from manipi.weights.stores import FLOATS, NpzStore, OrbaxStore, SafetensorsStore, Store, require_plain
+from manipi.weights.stores import FLOATS, ArrayStore, Fields, NpzStore, OrbaxStore, SafetensorsStore, require_plain
 
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 """PEFT's files."""
@@ -36,7 +55,7 @@ ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.b
 class ForeignWeights:
     """Weights in a foreign layout. Only headers are read until a tensor is asked for."""
 
-    def __init__(self, path: Path, layout: Layout, store: Store):
+    def __init__(self, path: Path, layout: Layout, store: ArrayStore):
         self.path, self.store = path, store
         self.shapes = {name: info.shape for name, info in store.arrays.items()}
         unused = [name for name in (layout.lm_head, layout.expert_lm_head) if name in self.shapes]
@@ -80,17 +99,18 @@ class ForeignWeights:
             )
 
     def tensors(self, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-        """Our tensors by name, in their stored dtype, one layer in memory at a time.
+        """Our tensors by name, in their stored dtype, one layer in memory at a time. Raises as `reader` does."""
+        read = self.reader(config)
+        for array in self.arrays(config).values():
+            for name in chain.from_iterable(array.names):
+                yield name, read(name)
+
+    def reader(self, config: ModelConfig) -> Callable[[str], Tensor]:
+        """Reads any of our tensors by its name, in its stored dtype, and keeps the last layer read.
 
         Raises:
             IntegrityError: NaN or infinity in a tensor, or a damaged file.
         """
-        for path, array in self.arrays(config).items():
-            for layer in range(len(array.names)):
-                yield from self._layer(path, array, layer, config)
-
-    def reader(self, config: ModelConfig) -> Callable[[str], Tensor]:
-        """Reads any of our tensors by its name, and keeps the last layer read. Raises as `tensors` does."""
         places = {
             name: (path, array, layer)
             for path, array in self.arrays(config).items()
@@ -100,26 +120,25 @@ class ForeignWeights:
         last: dict[str, Tensor] = {}
 
         def read(name: str) -> Tensor:
-            if name not in last:
-                last.clear()
-                last.update(self._layer(*places[name], config))
+            if name in last:
+                return last[name]
+            last.clear()
+            path, array, layer = places[name]
+            stacked = len(array.names) > 1
+            values = self.store.read(path, layer if stacked else None)
+            if self.layout.name == "paligemma" and path == self.layout.embedding:
+                values = values[: config.vocab_size]
+            if not torch.isfinite(values).all():
+                raise IntegrityError(
+                    expected="finite weights",
+                    found=f"NaN or infinity in {path}" + (f", layer {layer}" if stacked else ""),
+                    where=self.store.where,
+                    next="take an earlier checkpoint; this run has diverged or the file is damaged",
+                )
+            last.update(unstack_layer(array, layer, values))
             return last[name]
 
         return read
-
-    def _layer(self, path: str, array: Array, layer: int, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-        stacked = len(array.names) > 1
-        values = self.store.read(path, layer if stacked else None)
-        if self.layout.name == "paligemma" and path == self.layout.embedding:
-            values = values[: config.vocab_size]
-        if not torch.isfinite(values).all():
-            raise IntegrityError(
-                expected="finite weights",
-                found=f"NaN or infinity in {path}" + (f", layer {layer}" if stacked else ""),
-                where=self.store.where,
-                next="take an earlier checkpoint; this run has diverged or the file is damaged",
-            )
-        yield from unstack_layer(array, layer, values)
 
 
 def open_weights(path: Path) -> ForeignWeights:
@@ -161,3 +180,43 @@ def open_weights(path: Path) -> ForeignWeights:
         where=str(path),
         next="name the checkpoint's folder or file",
     )
+
+
+def open_action_tokenizer(source: str) -> ActionTokenizer:
+    """`binning`, or the tokenizer in a folder or behind a URL, recognised by its files.
+
+    Raises:
+        TokenizerError: no such tokenizer there, or a broken one.
+        WeightsMismatchError: an FSQ tokenizer whose tensors do not fit its config.
+    """
+    if source == "binning":
+        return BinningTokenizer()
+    folder = fetch(source) if "://" in source else Path(source)
+    if (folder / FSQ_CONFIG_FILE).is_file():
+        return FsqTokenizer.load(folder)
+    steps = sorted(folder.glob("[0-9]*/params"))
+    if not steps:
+        return FastTokenizer.load(folder)
+    folder = steps[-1].parent
+    try:
+        config = json.loads((folder / "config" / "metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise TokenizerError(
+            expected="an FSQ tokenizer: params/ and config/metadata",
+            found=str(error),
+            where=str(folder),
+            next="download the folder again",
+        ) from error
+    return FsqTokenizer.from_tree(OrbaxStore(steps[-1]).tree(), config)
+
+
+def open_text_tokenizer(source: str, action: ActionTokenizer | None) -> TextTokenizer:
+    """`byte`, with room for the action codes, or the SentencePiece model in a file or behind a URL.
+
+    Raises:
+        TokenizerError: no such file or no such model in it.
+        FetchError: it cannot be had.
+    """
+    if source == "byte":
+        return ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + (action.vocab_size if action is not None else 0))
+    return SentencePieceTokenizer(fetch(source) if "://" in source else source)

@@ -257,25 +257,23 @@ class Array(NamedTuple):
 def arrays(config: ModelConfig, layout: Layout) -> dict[str, Array]:
     """Every array that the layout has for this config, by its name there; of a PaliGemma the language model alone."""
     tree: dict[str, Array] = {}
-    for part, row in _rows(layout, type(config)):
+    for part, row, theirs, groups in _rows(layout, type(config)):
         sizes = _sizes(config, part.scope)
         if not sizes.keys() >= set(row.axes):
             continue
         layers = range(sizes["L"] if "{layer}" in part.ours else 1)
         ours = tuple(tuple(part.ours.format(layer=i) + name for name in row.ours.split("|")) for i in layers)
         our_shape = tuple(math.prod(sizes[axis] for axis in group) for group in row.order.split())
+        shape = tuple(math.prod(sizes[axis] for axis in group) for group in groups)
         letters = row.axes if layout.is_jax else row.torch_axes
-        axes = tuple(sizes[axis] for axis in letters) if letters else our_shape
         # An axis that only ours have is of size 1.
-        permutation = tuple(letters.index(axis) for axis in row.order if axis in letters) or tuple(range(len(axes)))
+        permutation = tuple(letters.index(axis) for axis in row.order if axis in letters) or tuple(range(len(shape)))
         if layout.is_jax:
-            stacked = (len(layers),) * ("{layer}" in part.ours) + (len(ours[0]),) * (len(ours[0]) > 1)
-            tree[_name(part.jax + row.jax, part, layout)] = Array(ours, stacked + axes, axes, permutation, our_shape)
+            tree[theirs[0]] = Array(ours, shape, shape[-len(letters) :], permutation, our_shape)
             continue
         for layer, names in enumerate(ours):
-            for name, theirs in zip(names, row.torch.split("|"), strict=True):
-                array = Array(((name,),), axes, axes, permutation, our_shape)
-                tree[_name(part.torch + theirs, part, layout, layer)] = array
+            for name, template in zip(names, theirs, strict=True):
+                tree[template.format(layer=layer)] = Array(((name,),), shape, shape, permutation, our_shape)
     return tree
 
 
@@ -283,15 +281,21 @@ openpi_arrays = functools.partial(arrays, layout=OPENPI_JAX)
 """Every array that openpi's JAX code has for a config, by tree path."""
 
 
-def _rows(layout: Layout, kind: type[ModelConfig]) -> Iterator[tuple[Part, Row]]:
-    """What the layout may have for a policy of that kind."""
+def _rows(layout: Layout, kind: type[ModelConfig]) -> Iterator[tuple[Part, Row, list[str], list[str]]]:
+    """What the layout may have for a policy of that kind: with the names there, and the letters of each axis.
+
+    `{layer}` stays in the names.
+    """
     for part in PARTS:
         if kind in part.kinds and (part.scope in ("vision", "vlm") or not layout.vlm_only):
-            yield from ((part, row) for row in part.rows if layout.is_jax or row.torch)
-
-
-def _name(template: str, part: Part, layout: Layout, layer: int = 0) -> str:
-    return template.format(layer=layer, e="_1" if part.scope == "action" else "", **layout.prefixes)
+            filled = {"layer": "{layer}", "e": "_1" if part.scope == "action" else "", **layout.prefixes}
+            for row in part.rows:
+                names, axes = [part.torch + name for name in row.torch.split("|")], list(row.torch_axes)
+                if layout.is_jax:
+                    names, parts = [part.jax + row.jax], row.ours.count("|") + 1
+                    axes = ["L"] * ("{layer}" in part.ours) + [str(parts)] * (parts > 1) + list(row.axes)
+                if layout.is_jax or row.torch:
+                    yield part, row, [name.format(**filled) for name in names], axes or row.order.split()
 
 
 def _sizes(config: ModelConfig, scope: str) -> dict[str, int]:
@@ -307,7 +311,7 @@ def _sizes(config: ModelConfig, scope: str) -> dict[str, int]:
     if scope == "head":
         return {"A": config.action_dim, "D": size.width, "E": 2 * size.width, "F": size.width}
     sizes = {"D": size.width, "L": size.depth, "M": size.mlp_dim, "H": size.head_dim, "N": size.num_heads}
-    sizes |= {"E": 3 * size.width, "V": config.vocab_size, "1": 1}
+    sizes |= {"E": 3 * size.width, "V": config.vocab_size, "1": 1, "2": 2, "3": 3}
     joint = size.num_heads == size.num_kv_heads
     sizes |= {"J": size.num_heads} if joint else {"Q": size.num_heads, "G": size.num_kv_heads}
     ranks = {"R": adapters.attention, "S": adapters.feed_forward}
@@ -345,9 +349,7 @@ def infer_config(
         )
     base = like if like is not None else kind(compat=REFERENCE)
 
-    def solved(scope: str, needed: str, known: dict[str, int]) -> dict[str, int]:
-        rows = [(part, row) for part, row in _rows(layout, kind) if part.scope == scope]
-        return _solve(rows, needed, {} if layout.is_jax else known, shapes, layout, where)
+    solved = functools.partial(_solve, kind=kind, shapes=shapes, layout=layout, where=where)
 
     def expert(scope: str, like: GemmaSize, adapters: Adapters) -> tuple[dict[str, int], GemmaSize, Adapters]:
         found = solved(scope, "DLMNH" if layout.is_jax else "DLMNHG", {"H": like.head_dim})
@@ -372,33 +374,29 @@ def infer_config(
 
 
 def _solve(
-    rows: list[tuple[Part, Row]], needed: str, known: dict[str, int], shapes: Shapes, layout: Layout, where: str
+    scope: str, needed: str, known: dict[str, int], kind: type[ModelConfig], shapes: Shapes, layout: Layout, where: str
 ) -> dict[str, int]:
-    """The sizes of the rows' letters, from the shapes of the arrays that are there.
+    """The sizes of a scope's letters, from the shapes of the arrays that are there.
 
     Args:
         needed: letters that must come out.
-        known: sizes of others, by which axes that stand for several letters can be divided.
+        known: sizes of others, by which axes that stand for several letters can be divided; JAX has none such.
 
     Raises:
         WeightsMismatchError: the arrays that would tell are missing. ConfigError: they do not fit what is known.
     """
-    sizes = {"1": 1, "2": 2, "3": 3, **known}
+    sizes = {"1": 1, "2": 2, "3": 3} | ({} if layout.is_jax else known)
     telling: dict[str, tuple[str, list[str]]] = {}
-    for part, row in rows:
-        layered, parts = "{layer}" in part.ours, row.ours.split("|")
-        if layout.is_jax:
-            axes = ["L"] * layered + [str(len(parts))] * (len(parts) > 1) + list(row.axes)
-            names = [_name(part.jax + row.jax, part, layout)]
-        else:
-            axes = list(row.torch_axes) or row.order.split()
-            names = [_name(part.torch + theirs, part, layout) for theirs in row.torch.split("|")]
-            if layered and "L" not in sizes:
-                before = _name(part.torch.partition("{layer}")[0], part, layout)
-                numbers = [name.removeprefix(before).split(".")[0] for name in shapes if name.startswith(before)]
-                sizes["L"] = 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
-        telling.update({letter: (names[0], axes) for letter in "".join(axes) if letter not in telling})
-        shape = shapes.get(names[0], ())
+    for part, _, theirs, axes in _rows(layout, kind):
+        if part.scope != scope:
+            continue
+        before, layered, _ = theirs[0].partition("{layer}")
+        if layered and "L" not in sizes:
+            numbers = [name.removeprefix(before).split(".")[0] for name in shapes if name.startswith(before)]
+            sizes["L"] = 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
+        name = theirs[0].format(layer=0)
+        telling.update({letter: (name, axes) for letter in "".join(axes) if letter not in telling})
+        shape = shapes.get(name, ())
         if len(shape) == len(axes) and all(shape):
             for group, size in zip(axes, shape, strict=True):
                 unknown, divisor = [a for a in group if a not in sizes], math.prod(sizes.get(a, 1) for a in group)
@@ -438,13 +436,6 @@ def stack_layer(array: Array, layer: int, state: Mapping[str, Tensor]) -> Tensor
     inverse = np.argsort(array.permutation).tolist()
     parts = [state[name].reshape(ordered).permute(inverse) for name in array.names[layer]]
     return torch.stack(parts).reshape(array.layer_shape)
-
-
-def to_torch(values: np.ndarray) -> Tensor:
-    """The same memory as a tensor, bfloat16 included."""
-    if values.dtype.name == "bfloat16":  # numpy has none of its own; extensions register it under this name
-        return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(values)
 
 
 def require_match(expected: Shapes, found: Shapes, where: str, unused: Container[str] = ()) -> None:

@@ -1,6 +1,8 @@
-"""Arrays in files, read and written one at a time: no checkpoint has to fit in memory.
+"""Arrays in files, read and written one at a time, and the JSON of other projects.
 
-Store
+No checkpoint has to fit in memory.
+
+ArrayStore
 ├─ OrbaxStore         openpi's `params` folder, read and written with tensorstore alone: no JAX, no Orbax
 ├─ SafetensorsStore   one `.safetensors` file, or several with an index
 └─ NpzStore           big_vision's `.npz`
@@ -21,8 +23,8 @@ import weakref
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -30,10 +32,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from manipi.errors import CheckpointError, ConfigError, IntegrityError, shown
-from manipi.records import write_json
+from manipi.records import read_json, write_json
 from manipi.storage import write_failed
-from manipi.weights.foreign_json import Fields, file_beside, unexpected
-from manipi.weights.names import to_torch
 
 _METADATA = "_METADATA"
 _WRITTEN = {torch.float32: "<f4", torch.bfloat16: "bfloat16"}
@@ -41,10 +41,10 @@ _WRITTEN = {torch.float32: "<f4", torch.bfloat16: "bfloat16"}
 _PIECE = 16 << 20
 """Compressed bytes in memory at a time."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 FLOATS = tuple(_DTYPES.values())
 """What weights come in; quantized ones are of other types, and mean nothing without their scales."""
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class ArrayInfo(NamedTuple):
@@ -57,20 +57,6 @@ class ArrayInfo(NamedTuple):
 def bytes_of(arrays: Mapping[str, ArrayInfo]) -> int:
     """What they take on disk."""
     return sum(torch.Size(array.shape).numel() * array.dtype.itemsize for array in arrays.values())
-
-
-class Store(Protocol):
-    """Read-only arrays by name."""
-
-    where: str
-    """For messages."""
-
-    @property
-    def arrays(self) -> Mapping[str, ArrayInfo]: ...
-
-    def read(self, name: str, layer: int | None = None) -> Tensor:
-        """The whole array, or `array[layer]`. Raises IntegrityError where the file is damaged."""
-        ...
 
 
 class OrbaxStore:
@@ -93,7 +79,7 @@ class OrbaxStore:
         self.arrays: dict[str, ArrayInfo] = {}
         strange: dict[str, str] = {}
         leaves = Fields.read(self._folder / _METADATA).inner("tree_metadata")
-        for leaf in leaves.keys():  # noqa: SIM118 (they are no mapping)
+        for leaf in leaves:
             keys = [entry.get("key", str) for entry in leaves.inner(leaf).objects("key_metadata")]
             parts = keys[1:] if keys[:1] == ["params"] else keys
             path = "/".join(parts[:-1] if parts[-1:] == ["value"] else parts)
@@ -182,7 +168,7 @@ class SafetensorsStore:
                     next="remove the one that is not meant",
                 )
             named = Fields.read(index).inner("weight_map")
-            names = sorted({named.get(key, str) for key in named.keys()})  # noqa: SIM118 (it is no mapping)
+            names = sorted({named.get(key, str) for key in named})
             files = [file_beside(path, name, named.where) for name in names]
         for file in files:
             with _damage(file):
@@ -211,13 +197,12 @@ class NpzStore:
         with _damage(path):
             self._file = np.load(path, allow_pickle=False)
             self.arrays: dict[str, ArrayInfo] = {}
-            with zipfile.ZipFile(path) as archive:
-                for entry in archive.namelist():
-                    with archive.open(entry) as file:
-                        old = np.lib.format.read_magic(file) == (1, 0)
-                        header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-                        shape, _, dtype = header(file)
-                    self.arrays[entry.removesuffix(".npy")] = ArrayInfo(shape, to_torch(np.empty(0, dtype)).dtype)
+            for entry in self._file.zip.namelist():
+                with self._file.zip.open(entry) as file:
+                    old = np.lib.format.read_magic(file) == (1, 0)
+                    header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+                    shape, _, dtype = header(file)
+                self.arrays[entry.removesuffix(".npy")] = ArrayInfo(shape, to_torch(np.empty(0, dtype)).dtype)
         self._last: tuple[str, np.ndarray] | None = None
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
@@ -226,6 +211,20 @@ class NpzStore:
                 self._last = (name, self._file[name])
         values = to_torch(self._last[1])
         return values if layer is None else values[layer]
+
+
+ArrayStore: TypeAlias = OrbaxStore | SafetensorsStore | NpzStore
+"""Read-only `arrays` by name; `where` they are, for messages.
+
+`read(name)` is the whole array, `read(name, layer)` a layer of it; it raises IntegrityError where the file is damaged.
+"""
+
+
+def to_torch(values: np.ndarray) -> Tensor:
+    """The same memory as a tensor, bfloat16 included."""
+    if values.dtype.name == "bfloat16":  # numpy has none of its own; extensions register it under this name
+        return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
 
 
 def require_plain(strange: Mapping[str, object], where: str) -> None:
@@ -309,10 +308,8 @@ def write_tree(folder: Path, arrays: Mapping[str, ArrayInfo], layers: Iterable[t
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
     opened: dict[str, Any] = {}
     for path, layer, values in layers:
-        if values.dtype == torch.bfloat16:
-            numbers = values.view(torch.uint16).numpy().view(ts.bfloat16.numpy_dtype)
-        else:
-            numbers = values.numpy()
+        half = values.dtype == torch.bfloat16
+        numbers = values.view(torch.uint16).numpy().view(ts.bfloat16.numpy_dtype) if half else values.numpy()
         try:
             if path not in opened:
                 shape = list(arrays[path].shape)
@@ -355,3 +352,88 @@ def _package(name: str) -> Any:
             where="this Python environment",
             next="pip install 'manipi[openpi]'",
         ) from error
+
+
+_T = TypeVar("_T")
+_KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+_KINDS |= {int: "a whole number", float: "a number"}
+LARGEST = 1_000_000
+"""No size in a file of others is larger."""
+
+
+class Fields:
+    """An object of another project's JSON, of which nothing is certain: not that a field is there, nor of which type.
+
+    Raises:
+        CheckpointError: here and in its methods, where what is asked for is missing or of another type.
+    """
+
+    def __init__(self, value: Any, where: str):
+        self.where = where
+        self._fields: dict[str, Any] = _of_type(value, dict, where)
+
+    @staticmethod
+    def read(path: Path) -> "Fields":
+        return Fields(read_json(path), str(path))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def has(self, name: str) -> bool:
+        """Whether it says anything of `name`; null says nothing."""
+        return self._fields.get(name) is not None
+
+    def get(self, name: str, kind: type[_T], default: _T | None = None) -> _T:
+        """The value of that type; `default`, if there is one, where it is absent or null."""
+        value = self._fields.get(name)
+        if value is None and default is not None:
+            return default
+        return _of_type(value, kind, f"{self.where}, {name}")
+
+    def size(self, name: str) -> int:
+        """A whole number from 1 to LARGEST."""
+        value = self.get(name, int)
+        if not 1 <= value <= LARGEST:
+            raise unexpected(f"a whole number from 1 to {LARGEST:,}", value, f"{self.where}, {name}")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        """A list of texts; empty where it is absent."""
+        where = f"{self.where}, {name}"
+        return [_of_type(value, str, where) for value in self.get(name, list, [])]
+
+    def inner(self, name: str) -> "Fields":
+        """The object of that name."""
+        return Fields(self._fields.get(name), f"{self.where}, {name}")
+
+    def objects(self, name: str) -> list["Fields"]:
+        """A list of objects."""
+        where = f"{self.where}, {name}"
+        return [Fields(value, f"{where}[{number}]") for number, value in enumerate(self.get(name, list))]
+
+
+def file_beside(folder: Path, name: str, where: str) -> Path:
+    """The file of that name in `folder`, as a file of the folder names it.
+
+    Raises:
+        CheckpointError: there is none, or the name leads out of the folder.
+    """
+    if name.startswith("/") or "\\" in name or "\0" in name or ".." in PurePosixPath(name).parts or not name:
+        raise unexpected("the name of a file in the same folder", name, where)
+    if not (folder / name).is_file():
+        raise unexpected(f"the file {shown(name)} beside it", "no such file", where)
+    return folder / name
+
+
+def unexpected(expected: str, found: object, where: str) -> CheckpointError:
+    text = found if isinstance(found, str) and found.startswith("no ") else shown(found)
+    return CheckpointError(
+        expected=expected, found=text, where=where, next="copy or fetch the file again, or ask whoever wrote it"
+    )
+
+
+def _of_type(value: Any, kind: type[_T], where: str) -> _T:
+    # Not `isinstance`: in JSON's types true is no number, though it is one in Python's.
+    if type(value) not in ((int, float) if kind is float else (kind,)):
+        raise unexpected(_KINDS[kind], "no value" if value is None else value, where)
+    return value
