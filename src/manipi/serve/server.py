@@ -45,7 +45,7 @@ from websockets.protocol import State
 from manipi.errors import ConfigError, DeadlineError, ManipiError, one_line, shown
 from manipi.robots.robot import Robot
 from manipi.serve.access import Access, bind, join_host
-from manipi.serve.batching import Answer, Batcher, Query, Result
+from manipi.serve.batching import Batcher, Query, Result
 from manipi.serve.guard import ActionGuard, GuardMode, require_prompt, unknown_keys
 from manipi.serve.pages import Connection, Pages
 from manipi.serve.state import Client, ServerState
@@ -210,15 +210,12 @@ class PolicyServer:
         async def run() -> None:
             stop, loop = asyncio.Event(), asyncio.get_running_loop()
             stop_soon = functools.partial(loop.call_soon_threadsafe, stop.set)
-            await self._serve(stop, lambda host, port: ready.set_result((port, stop_soon)))
-
-        def run_or_tell() -> None:
             try:
-                asyncio.run(run())
+                await self._serve(stop, lambda host, port: ready.set_result((port, stop_soon)))
             except Exception as error:  # noqa: BLE001 - the caller raises it.
                 ready.set_exception(error)
 
-        thread = threading.Thread(target=run_or_tell, name="policy-server")
+        thread = threading.Thread(target=lambda: asyncio.run(run()), name="policy-server")
         thread.start()
         try:
             port, stop_soon = ready.result()
@@ -284,8 +281,8 @@ class PolicyServer:
         logger.info("client %s connected", client.address)
 
         def leave(_: "asyncio.Future[None]") -> None:
-            if client.waiting is not None:
-                batcher.give_up(client.waiting, ConnectionClosed(None, None))
+            if client.query is not None:
+                batcher.settle(client.query, ConnectionClosed(None, None))
 
         closed = asyncio.ensure_future(connection.wait_closed())
         closed.add_done_callback(leave)
@@ -347,15 +344,15 @@ class PolicyServer:
             for text in unknown:
                 logger.warning("client %s sends %s", client.address, text)
         self._state.note_times(read=time.monotonic() - received)
-        query = Query(observation, None if SEED in observation else next(client.noise))
-        left_s = None if limit_ms is None else limit_ms / 1000 - (time.monotonic() - received)
-        answer = await _in_time(client, batcher, query, left_s)
-        client.timing["infer_ms"] = answer.infer_s * 1000
+        noise = None if SEED in observation else next(client.noise)
+        left_s = math.inf if limit_ms is None else limit_ms / 1000 - (time.monotonic() - received)
+        answer, query = await _in_time(client, batcher, Query(observation, noise), left_s)
+        client.timing["infer_ms"] = query.infer_s * 1000
         began = time.monotonic()
         slips = {"unknown_keys": unknown} if unknown else {}
-        answer_frame = wire.pack({**answer.value, **slips, "server_timing": client.timing})
-        self._state.note_times(wait=answer.wait_s, infer=answer.infer_s, write=time.monotonic() - began)
-        self._state.note_answer(client, observation, answer.value.get("actions"))
+        answer_frame = wire.pack({**answer, **slips, "server_timing": client.timing})
+        self._state.note_times(wait=query.wait_s, infer=query.infer_s, write=time.monotonic() - began)
+        self._state.note_answer(client, observation, answer.get("actions"))
         return answer_frame
 
     def _new_noise(self) -> Iterator[np.ndarray | None]:
@@ -364,29 +361,30 @@ class PolicyServer:
     def _compute(self, queries: Sequence[Query]) -> list[Result]:
         """In the thread of inference. An error in a batch is found again one by one, to be told to its client alone."""
         self._state.batches += 1
+        answers: list[Mapping[str, Any] | None] = [None] * len(queries)
         if len(queries) > 1 and isinstance(self._policy, BatchPolicy):
             try:
-                answers = self._policy.infer_batch([q.observation for q in queries], [q.noise for q in queries])
-                return [_or_error(self._keep_safe, q, answer) for q, answer in zip(queries, answers, strict=True)]
+                found = self._policy.infer_batch([q.observation for q in queries], [q.noise for q in queries])
+                answers = [answer for _, answer in zip(queries, found, strict=True)]
             except Exception as error:  # noqa: BLE001 - each is tried again below.
                 said = f"{type(error).__name__}: {shown(str(error), 200)}"
                 logger.info("a batch of %d failed, each of it is computed alone: %s", len(queries), said)
 
-        def infer(query: Query) -> Mapping[str, Any]:
-            noise = {} if query.noise is None else {"noise": query.noise}
-            return self._keep_safe(query, self._policy.infer(query.observation, **noise))
+        def result(query: Query, answer: Mapping[str, Any] | None) -> Result:
+            try:
+                if answer is None:
+                    noise = {} if query.noise is None else {"noise": query.noise}
+                    answer = self._policy.infer(query.observation, **noise)
+                if self._guard is not None:
+                    actions, moved = self._guard(query.observation, answer["actions"])
+                    if moved:
+                        self._state.guarded.update(moved)
+                        answer = {**answer, "actions": actions, "guarded": moved}
+                return answer
+            except Exception as error:  # noqa: BLE001 - it is one client's answer.
+                return error
 
-        return [_or_error(infer, query) for query in queries]
-
-    def _keep_safe(self, query: Query, answer: Mapping[str, Any]) -> Mapping[str, Any]:
-        if self._guard is None:
-            return answer
-        guarded = self._guard(query.observation, answer["actions"])
-        moved = {"beyond_limits": guarded.beyond_limits, "too_fast": guarded.too_fast}
-        if not any(moved.values()):
-            return answer
-        self._state.guarded.update(moved)
-        return {**answer, "actions": guarded.actions, "guarded": moved}
+        return [result(query, answer) for query, answer in zip(queries, answers, strict=True)]
 
     def _describe(self, client: Client, error: Exception) -> str:
         """The text frame for an error. Tracebacks stay in the log: paths and code are no client's business."""
@@ -430,28 +428,25 @@ def _hang_up_on_silent(connections: Iterable[ServerConnection]) -> None:
             connection.transport.abort()
 
 
-async def _in_time(client: Client, batcher: Batcher, query: Query, left_s: float | None) -> Answer:
-    """The answer, unless the client leaves (ConnectionClosed) or `left_s` pass (DeadlineError) before."""
+async def _in_time(client: Client, batcher: Batcher, query: Query, left_s: float) -> tuple[Mapping[str, Any], Query]:
+    """The answer to a query, unless the client leaves (ConnectionClosed) or `left_s` pass (DeadlineError) before."""
     if client.connection.state is State.CLOSED:  # the observation came first
         raise ConnectionClosed(None, None)
-    if left_s is not None and left_s <= 0:
+    if left_s <= 0:
         raise _late()
-    waiting = client.waiting = batcher.submit(query)
-    loop = asyncio.get_running_loop()
-    timer = None if left_s is None else loop.call_later(left_s, batcher.give_up, waiting, _late())
+    batcher.submit(query)
+    timer = asyncio.get_running_loop().call_later(left_s, batcher.settle, query, _late())
+    client.query, answer = query, None
     try:
-        answer = await waiting.answer
-    finally:
-        client.waiting = None
-        if timer is not None:
-            timer.cancel()
-    try:
+        answer = await query.answer
         if isinstance(answer, BaseException):
             raise answer
-        return answer
+        return answer, query
     finally:
+        client.query = None
+        timer.cancel()
         # The error's traceback refers to this frame: its variables would keep both until a collection.
-        del answer, waiting
+        del answer, query
 
 
 def _late() -> DeadlineError:
@@ -461,13 +456,6 @@ def _late() -> DeadlineError:
         where=f"{DEADLINE} of the observation, or --limits.deadline-ms",
         next="send a newer observation; look at /metrics for where the time goes",
     )
-
-
-def _or_error(function: Callable[..., Mapping[str, Any]], *arguments: Any) -> Result:
-    try:
-        return function(*arguments)
-    except Exception as error:  # noqa: BLE001 - it is one client's answer.
-        return error
 
 
 def _pop(observation: dict[str, Any], key: str, expected: str, allowed: Callable[[Any], bool], default: Any) -> Any:

@@ -13,7 +13,7 @@ from websockets.asyncio.server import ServerConnection
 
 from manipi.page import thumbnail
 from manipi.robots.robot import Robot
-from manipi.serve.batching import Waiting
+from manipi.serve.batching import Query
 from manipi.transforms.observation import ReadRobot
 from manipi.types import Observation
 
@@ -49,7 +49,7 @@ class Client:
     """An observation of its is being answered."""
     largest: int = 0
     """Of its messages, in bytes."""
-    waiting: Waiting | None = None
+    query: Query | None = None
     """The one that is with the policy, or queues for it."""
     timing: dict[str, float] = field(default_factory=dict)
     """`server_timing` in ms: `infer_ms` of this answer, `prev_total_ms` of the one before."""
