@@ -47,8 +47,7 @@ from manipi.robots.robot import Robot
 from manipi.serve.access import Access, bind, join_host
 from manipi.serve.batching import Batcher, Query, Result
 from manipi.serve.guard import ActionGuard, GuardMode, require_prompt, unknown_keys
-from manipi.serve.pages import Connection, Pages
-from manipi.serve.state import Client, ServerState
+from manipi.serve.pages import Client, Connection, Pages, ServerState
 from manipi.transforms.observation import check_content
 from manipi.types import Observation
 from manipi_client import wire
