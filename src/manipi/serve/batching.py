@@ -11,6 +11,7 @@ Between an observation and its answer lie two changes of thread and one of corou
 """
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
@@ -21,7 +22,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from manipi.errors import BusyError
+from manipi.errors import BusyError, ConfigError
 from manipi.types import Observation
 
 Result: TypeAlias = Mapping[str, Any] | BaseException
@@ -42,6 +43,31 @@ class Query:
     """Of the whole batch."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the server takes on at once. Raises ConfigError for a limit that lets nothing through."""
+
+    max_message_mb: float = 64.0
+    """A client that sends a larger observation is disconnected (close code 1009)."""
+    max_clients: int = 64
+    """More are turned away with HTTP 503."""
+    max_waiting: int = 32
+    """Observations that wait for the policy; one more is answered with the error `busy`."""
+    max_batch: int = 8
+    """Observations of different clients in one call of the policy."""
+    batch_wait_ms: float = 2.0
+    """How long the first observation of a batch waits for others; never when one client is connected."""
+    deadline_ms: float | None = None
+    """How long after its arrival an observation is worth an answer, where the client does not say."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 0 if name == "batch_wait_ms" else 1e-6
+            if value is not None and not least <= value < math.inf:
+                expected = "a finite number above 0" + (", or 0" if least == 0 else "")
+                raise ConfigError(expected=expected, found=f"{value}", where=f"limits.{name}", next="choose another")
+
+
 class Batcher:
     """The queue and its thread. All but `compute` runs in the event loop, which has to be running already.
 
@@ -51,16 +77,9 @@ class Batcher:
     """
 
     def __init__(
-        self,
-        compute: Callable[[Sequence[Query]], Sequence[Result]],
-        num_clients: Callable[[], int],
-        *,
-        max_batch: int,
-        max_waiting: int,
-        batch_wait_ms: float,
+        self, compute: Callable[[Sequence[Query]], Sequence[Result]], num_clients: Callable[[], int], limits: Limits
     ):
-        self._compute, self._num_clients = compute, num_clients
-        self._max_batch, self._max_waiting, self._wait_s = max_batch, max_waiting, batch_wait_ms / 1000
+        self._compute, self._num_clients, self._limits = compute, num_clients, limits
         self._queue: deque[Query] = deque()
         self._loop = asyncio.get_running_loop()
         # Not an executor, whose own future takes locks while the event loop waits to run: one future per observation.
@@ -79,9 +98,9 @@ class Batcher:
         Raises:
             BusyError: the queue is full.
         """
-        if len(self._queue) >= self._max_waiting:
+        if len(self._queue) >= self._limits.max_waiting:
             raise BusyError(
-                expected=f"fewer than {self._max_waiting} observations that wait",
+                expected=f"fewer than {self._limits.max_waiting} observations that wait",
                 found=f"{len(self._queue)}",
                 where="the server's queue",
                 next="ask again later, with fewer clients, or raise --limits.max-waiting",
@@ -108,12 +127,13 @@ class Batcher:
         """Compute what waits, if the thread is free, and as soon as the batch is full or has waited long enough."""
         if self._computing or not self._queue:
             return
-        left_s = self._queue[0].since + self._wait_s - time.monotonic()
-        if len(self._queue) < min(self._max_batch, self._num_clients()) and left_s > 0:
+        most, held_until = self._limits.max_batch, self._queue[0].since + self._limits.batch_wait_ms / 1000
+        left_s = held_until - time.monotonic()
+        if len(self._queue) < min(most, self._num_clients()) and left_s > 0:
             self._loop.call_later(left_s, self._start)
             return
         self._computing = True
-        self._batches.put([self._queue.popleft() for _ in range(min(self._max_batch, len(self._queue)))])
+        self._batches.put([self._queue.popleft() for _ in range(min(most, len(self._queue)))])
 
     def _work(self) -> None:
         """In the thread."""

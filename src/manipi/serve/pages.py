@@ -113,12 +113,6 @@ class Latency:
     total_s: float = 0.0
     count: int = 0
 
-    def add(self, seconds: float) -> None:
-        """Counts one duration."""
-        self.recent.append(seconds)
-        self.total_s += seconds
-        self.count += 1
-
     def quantiles_s(self) -> list[float]:
         """p50, p95, p99 in seconds; empty before the first."""
         return np.quantile(self.recent, QUANTILES).tolist() if self.recent else []
@@ -168,7 +162,10 @@ class ServerState:
     def note_times(self, **seconds: float) -> None:
         """Adds durations of stages."""
         for stage, duration in seconds.items():
-            self.stages[stage].add(duration)
+            latency = self.stages[stage]
+            latency.recent.append(duration)
+            latency.total_s += duration
+            latency.count += 1
 
     async def to_json(self) -> dict[str, Any]:
         """What the dashboard polls."""

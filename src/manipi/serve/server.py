@@ -32,7 +32,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakSet
 
@@ -42,10 +42,10 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.protocol import State
 
-from manipi.errors import ConfigError, DeadlineError, ManipiError, one_line, shown
+from manipi.errors import DeadlineError, ManipiError, one_line, shown
 from manipi.robots.robot import Robot
 from manipi.serve.access import Access, bind, join_host
-from manipi.serve.batching import Batcher, Query, Result
+from manipi.serve.batching import Batcher, Limits, Query, Result
 from manipi.serve.guard import ActionGuard, GuardMode, require_prompt, unknown_keys
 from manipi.serve.pages import Client, Connection, Pages, ServerState
 from manipi.transforms.observation import check_content
@@ -99,31 +99,6 @@ class NoisyPolicy(Protocol):
     def noise_stream(self) -> Iterator[np.ndarray]: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What the server takes on at once. Raises ConfigError for a limit that lets nothing through."""
-
-    max_message_mb: float = 64.0
-    """A client that sends a larger observation is disconnected (close code 1009)."""
-    max_clients: int = 64
-    """More are turned away with HTTP 503."""
-    max_waiting: int = 32
-    """Observations that wait for the policy; one more is answered with the error `busy`."""
-    max_batch: int = 8
-    """Observations of different clients in one call of the policy."""
-    batch_wait_ms: float = 2.0
-    """How long the first observation of a batch waits for others; never when one client is connected."""
-    deadline_ms: float | None = None
-    """How long after its arrival an observation is worth an answer, where the client does not say."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least = 0 if name == "batch_wait_ms" else 1e-6
-            if value is not None and not least <= value < math.inf:
-                expected = "a finite number above 0" + (", or 0" if least == 0 else "")
-                raise ConfigError(expected=expected, found=f"{value}", where=f"limits.{name}", next="choose another")
-
-
 class PolicyFailure(ManipiError):
     """The policy raised something that no user can act on. The traceback is in the server's log, under the id."""
 
@@ -158,6 +133,8 @@ class PolicyServer:
         limits: Limits | None = None,
     ):
         self._policy, self._access, self._limits = policy, access or Access(), limits or Limits()
+        if not isinstance(policy, BatchPolicy):
+            self._limits = replace(self._limits, max_batch=1)
         self._state = ServerState(dict(policy.metadata if metadata is None else metadata), robot)
         self._guard = None if robot is None else ActionGuard(robot, guard)
         self._robot, self._empty_prompts = robot, empty_prompts
@@ -228,13 +205,7 @@ class PolicyServer:
     async def _serve(self, stop: asyncio.Event, on_ready: Callable[[str, int], None]) -> None:
         reuse_freed_memory()
         listener, limits, state = bind(self._family, self._address), self._limits, self._state
-        batcher = Batcher(
-            self._compute,
-            lambda: len(state.clients),
-            max_batch=limits.max_batch if isinstance(self._policy, BatchPolicy) else 1,
-            max_waiting=limits.max_waiting,
-            batch_wait_ms=limits.batch_wait_ms,
-        )
+        batcher = Batcher(self._compute, lambda: len(state.clients), limits)
         connections: WeakSet[ServerConnection] = WeakSet()
         pages = Pages(state, self._access, self._host, self._address, limits.max_clients, lambda: batcher.num_waiting)
         async with serve(
@@ -472,7 +443,9 @@ def _is_duration(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
-# Memory of a process that serves for months; all of it concerns the whole process. The C library is Linux's (glibc) -
+# Memory of a process that serves for months; all of it concerns the whole process ------------------------------------
+
+_C_LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None  # glibc
 
 
 def reuse_freed_memory() -> None:
@@ -481,10 +454,10 @@ def reuse_freed_memory() -> None:
     The library otherwise gives each back to the system as soon as it is free, and every call begins with some hundred
     page faults. These are the thresholds that it comes to itself once a block of 32 MiB has been freed.
     """
-    library, largest, trim_threshold, mmap_threshold = _c_library(), 32 * 2**20, -1, -3  # of mallopt(3)
-    if hasattr(library, "mallopt"):
-        library.mallopt(mmap_threshold, largest)
-        library.mallopt(trim_threshold, 2 * largest)
+    largest, trim_threshold, mmap_threshold = 32 * 2**20, -1, -3  # of mallopt(3)
+    if hasattr(_C_LIBRARY, "mallopt"):
+        _C_LIBRARY.mallopt(mmap_threshold, largest)
+        _C_LIBRARY.mallopt(trim_threshold, 2 * largest)
 
 
 def give_memory_back() -> None:
@@ -492,10 +465,5 @@ def give_memory_back() -> None:
 
     The free end of another thread's heap stays, which has at most 64 MiB.
     """
-    library = _c_library()
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
-
-
-def _c_library() -> Any:
-    return ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(_C_LIBRARY, "malloc_trim"):
+        _C_LIBRARY.malloc_trim(0)
