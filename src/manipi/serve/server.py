@@ -51,7 +51,7 @@ from manipi.serve.pages import Client, Connection, Pages, ServerState
 from manipi.transforms.observation import check_content
 from manipi.types import Observation
 from manipi_client import wire
-from manipi_client.errors import ManipiClientError, ProtocolError, error_to_text
+from manipi_client.errors import FourPartError, ProtocolError, error_to_text
 from manipi_client.keys import DEADLINE, RESET, SEED
 
 logger = logging.getLogger(__name__)
@@ -358,7 +358,7 @@ class PolicyServer:
 
     def _describe(self, client: Client, error: Exception) -> str:
         """The text frame for an error. Tracebacks stay in the log: paths and code are no client's business."""
-        if not isinstance(error, ManipiError | ManipiClientError):
+        if not isinstance(error, FourPartError):
             incident = secrets.token_hex(4)
             text = "".join(traceback.format_exception(error))
             if len(text) > 20_000:
