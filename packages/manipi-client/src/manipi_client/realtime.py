@@ -199,7 +199,7 @@ class RealTimeBroker:
         self._begin()
 
     def _begin(self) -> None:
-        self._queue.clear()
+        self._queue.chunks.clear()
         self._asked: tuple[Chunk, Future] | None = None  # the chunk under way, whose actions are to come
         self._step = self._executed = self._failures = 0
         self._ask_after, self._timed = 0.0, False
@@ -309,7 +309,7 @@ class RealTimeBroker:
                 next="serve a flow policy (π0, π0.5) with `manipi serve`, or use join='asynchronous' or 'ensemble'",
             )
         self._actions = read_chunk(answer, self._execute_steps, self._actions)
-        self._queue.add(replace(chunk, actions=self._actions))
+        self._queue.chunks.append(replace(chunk, actions=self._actions))
         if self._timed:
             self.delays.append(self._executed - chunk.first)
         self._timed, self._failures, self.error = True, 0, None
