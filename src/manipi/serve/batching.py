@@ -26,6 +26,7 @@ from manipi.errors import BusyError, ConfigError
 from manipi.types import Observation
 
 Result: TypeAlias = Mapping[str, Any] | BaseException
+Compute: TypeAlias = Callable[[list[Observation], list[np.ndarray | None]], Sequence[Result]]
 
 
 @dataclass(eq=False)
@@ -72,13 +73,12 @@ class Batcher:
     """The queue and its thread. All but `compute` runs in the event loop, which has to be running already.
 
     Args:
-        compute: answers a batch, in its order; an exception in its list is the answer to that observation alone.
+        compute: answers a batch of observations and noises, in its order; an exception in its list is the answer to
+            that observation alone.
         num_clients: how many there are now.
     """
 
-    def __init__(
-        self, compute: Callable[[Sequence[Query]], Sequence[Result]], num_clients: Callable[[], int], limits: Limits
-    ):
+    def __init__(self, compute: Compute, num_clients: Callable[[], int], limits: Limits):
         self._compute, self._num_clients, self._limits = compute, num_clients, limits
         self._queue: deque[Query] = deque()
         self._loop = asyncio.get_running_loop()
@@ -140,7 +140,8 @@ class Batcher:
         while (batch := self._batches.get()) is not None:
             began = time.monotonic()
             try:
-                results = self._compute(batch)
+                # Not of the queries: an error's traceback refers to what computes, and a query's future to the error.
+                results = self._compute([query.observation for query in batch], [query.noise for query in batch])
             except BaseException as error:  # noqa: BLE001 - who waits for an answer raises it.
                 results = [error] * len(batch)
             infer_s = time.monotonic() - began

@@ -328,25 +328,24 @@ class PolicyServer:
     def _new_noise(self) -> Iterator[np.ndarray | None]:
         return self._policy.noise_stream() if isinstance(self._policy, NoisyPolicy) else itertools.repeat(None)
 
-    def _compute(self, queries: Sequence[Query]) -> list[Result]:
+    def _compute(self, observations: Sequence[Observation], noises: Sequence[np.ndarray | None]) -> list[Result]:
         """In the thread of inference. An error in a batch is found again one by one, to be told to its client alone."""
         self._state.batches += 1
-        answers: list[Mapping[str, Any] | None] = [None] * len(queries)
-        if len(queries) > 1 and isinstance(self._policy, BatchPolicy):
+        answers: list[Mapping[str, Any] | None] = [None] * len(observations)
+        if len(observations) > 1 and isinstance(self._policy, BatchPolicy):
             try:
-                found = self._policy.infer_batch([q.observation for q in queries], [q.noise for q in queries])
-                answers = [answer for _, answer in zip(queries, found, strict=True)]
+                found = self._policy.infer_batch(observations, noises)
+                answers = [answer for _, answer in zip(observations, found, strict=True)]
             except Exception as error:  # noqa: BLE001 - each is tried again below.
                 said = f"{type(error).__name__}: {shown(str(error), 200)}"
-                logger.info("a batch of %d failed, each of it is computed alone: %s", len(queries), said)
+                logger.info("a batch of %d failed, each of it is computed alone: %s", len(observations), said)
 
-        def result(query: Query, answer: Mapping[str, Any] | None) -> Result:
+        def result(observation: Observation, noise: np.ndarray | None, answer: Mapping[str, Any] | None) -> Result:
             try:
                 if answer is None:
-                    noise = {} if query.noise is None else {"noise": query.noise}
-                    answer = self._policy.infer(query.observation, **noise)
+                    answer = self._policy.infer(observation, **({} if noise is None else {"noise": noise}))
                 if self._guard is not None:
-                    actions, moved = self._guard(query.observation, answer["actions"])
+                    actions, moved = self._guard(observation, answer["actions"])
                     if moved:
                         self._state.guarded.update(moved)
                         answer = {**answer, "actions": actions, "guarded": moved}
@@ -354,7 +353,7 @@ class PolicyServer:
             except Exception as error:  # noqa: BLE001 - it is one client's answer.
                 return error
 
-        return [result(query, answer) for query, answer in zip(queries, answers, strict=True)]
+        return list(map(result, observations, noises, answers))
 
     def _describe(self, client: Client, error: Exception) -> str:
         """The text frame for an error. Tracebacks stay in the log: paths and code are no client's business."""
