@@ -404,8 +404,8 @@ async def _in_time(client: Client, batcher: Batcher, query: Query, left_s: float
     if left_s <= 0:
         raise _late()
     batcher.submit(query)
-    timer = asyncio.get_running_loop().call_later(left_s, batcher.settle, query, _late())
-    client.query, answer = query, None
+    loop, client.query, answer = asyncio.get_running_loop(), query, None
+    timer = None if left_s == math.inf else loop.call_later(left_s, batcher.settle, query, _late())
     try:
         answer = await query.answer
         if isinstance(answer, BaseException):
@@ -413,7 +413,8 @@ async def _in_time(client: Client, batcher: Batcher, query: Query, left_s: float
         return answer, query
     finally:
         client.query = None
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
         # The error's traceback refers to this frame: its variables would keep both until a collection.
         del answer, query
 
