@@ -12,6 +12,7 @@ Only plain requests are pages. Whoever asks for a websocket needs the token on e
 """
 
 import asyncio
+import functools
 import http
 import json
 import math
@@ -247,9 +248,8 @@ class Connection(ServerConnection):
 
     def data_received(self, data: bytes) -> None:
         if self.protocol.state is State.CONNECTING and _WITH_BODY.match(data):
-            refusal = _response(400, "a request must have no body; nothing here can be changed")
-            if data.startswith(b"HEAD "):
-                refusal.body = b""
+            method = data.partition(b" ")[0].decode()
+            refusal = _response(method, 400, "a request must have no body; nothing here can be changed")
             self.transport.write(refusal.serialize())
             self.transport.close()
         else:
@@ -279,45 +279,40 @@ class Pages:
 
     async def answer(self, connection: ServerConnection, request: Request) -> Response | None:
         """The response, or None for a handshake that may go on."""
-        response = await self._respond(request)
-        if response is not None and getattr(request, "method", "GET") == "HEAD":
-            response.body = b""
-        return response
-
-    async def _respond(self, request: Request) -> Response | None:
         path, headers, state = request.path.partition("?")[0], request.headers, self.state
         method = getattr(request, "method", "GET")  # older releases of websockets let nothing else through
+        respond = functools.partial(_response, method)
         upgrade = any("websocket" in value.lower() for value in headers.get_all("Upgrade"))
         if not self.access.accepts_host(headers, self.host, self.address):
-            return _response(403, "the Host header is no name of this computer; use localhost, or set a token")
+            return respond(403, "the Host header is no name of this computer; use localhost, or set a token")
         if method not in (("GET",) if upgrade else ("GET", "HEAD")):
-            return _response(405, "GET only; nothing here can be changed", Allow="GET, HEAD")
+            return respond(405, "GET only; nothing here can be changed", Allow="GET, HEAD")
         if (upgrade or path not in _OPEN) and not self.access.admits(headers):
-            return _response(401, "the token is missing, or another one", **_CHALLENGE)
+            return respond(401, "the token is missing, or another one", **_CHALLENGE)
         if upgrade:
             if path != "/":
-                return _response(404, "policies are at /, the path that clients use unless they are told another one")
+                return respond(404, "policies are at /, the path that clients use unless they are told another one")
             if not state.ready:
-                return _response(503, "the server is stopping", **_LATER)
+                return respond(503, "the server is stopping", **_LATER)
             if len(state.clients) >= self.max_clients:
                 busy = f"busy: {self.max_clients} clients are connected (--limits.max-clients)"
-                return _response(503, busy, **_LATER)
+                return respond(503, busy, **_LATER)
             return None
         if path == "/":
-            return _response(200, self._dashboard, "text/html; charset=utf-8")
+            return respond(200, self._dashboard, "text/html; charset=utf-8")
         if path == "/state.json":
-            return _response(200, json.dumps(await state.to_json()), "application/json")
+            return respond(200, json.dumps(await state.to_json()), "application/json")
         if path == "/metrics":
             text = state.to_prometheus(clients=len(state.clients), waiting=self.num_waiting())
-            return _response(200, text, "text/plain; version=0.0.4; charset=utf-8")
+            return respond(200, text, "text/plain; version=0.0.4; charset=utf-8")
         if path == "/healthz":
-            return _response(200, "OK")
+            return respond(200, "OK")
         if path == "/readyz":
-            return _response(200, "OK") if state.ready else _response(503, "stopping", **_LATER)
-        return _response(404, "nothing here; the dashboard is at /")
+            return respond(200, "OK") if state.ready else respond(503, "stopping", **_LATER)
+        return respond(404, "nothing here; the dashboard is at /")
 
 
-def _response(code: int, text: str, kind: str = "text/plain; charset=utf-8", **headers: str) -> Response:
+def _response(method: str, code: int, text: str, kind: str = "text/plain; charset=utf-8", **headers: str) -> Response:
     status, body = http.HTTPStatus(code), (text if text.endswith("\n") else text + "\n").encode()
     fields = {**_HEADERS, "Content-Type": kind, "Content-Length": str(len(body)), **headers}
-    return Response(status.value, status.phrase, Headers(fields), body)
+    return Response(status.value, status.phrase, Headers(fields), b"" if method == "HEAD" else body)

@@ -192,15 +192,12 @@ class PolicyServer:
                 ready.set_exception(error)
 
         thread = threading.Thread(target=lambda: asyncio.run(run()), name="policy-server")
-        thread.start()
-        try:
+        with contextlib.ExitStack() as stack:
+            thread.start()
+            stack.callback(thread.join)
             port, stop_soon = ready.result()
-            try:
-                yield port
-            finally:
-                stop_soon()
-        finally:
-            thread.join()
+            stack.callback(stop_soon)
+            yield port
 
     async def _serve(self, stop: asyncio.Event, on_ready: Callable[[str, int], None]) -> None:
         reuse_freed_memory()
