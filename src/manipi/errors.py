@@ -31,12 +31,10 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import Self
 
-# One bounded `repr` for the errors of the server and the client, which cannot import this package.
+# One form and one bounded `repr` for the errors of the server and the client, which cannot import this package.
+from manipi_client.errors import FourPartError
 from manipi_client.errors import one_line as one_line
 from manipi_client.errors import shown as shown
-
-_LONGEST = len("\\U0010ffff")
-"""Of the escapes that `one_line` writes."""
 
 
 def quoted(name: object) -> str:
@@ -44,7 +42,7 @@ def quoted(name: object) -> str:
     return shlex.quote(str(name))
 
 
-class ManipiError(Exception):
+class ManipiError(FourPartError):
     """Base of the tree. Its text always has the same four parts, in this order.
 
     Args:
@@ -54,26 +52,9 @@ class ManipiError(Exception):
         next: what the user can run or change now.
     """
 
-    def __init__(self, *, expected: str, found: str, where: str, next: str):
-        self.expected, self.found, self.where, self.next = expected, found, where, next
-        super().__init__(expected, found, where, next)
-
-    def __str__(self) -> str:
-        """Line breaks stay, as in what another program said; other characters that are not printable are escaped."""
-        text = f"expected {self.expected}\n   found {self.found}\n   where {self.where}\n    next {self.next}"
-        return "\n".join(one_line(line, _LONGEST * len(line)) for line in text.split("\n"))
-
     def moved(self, where: str) -> Self:
         """The same error with another `where`, for what knows more of the place."""
         return type(self)(expected=self.expected, found=self.found, where=where, next=self.next)
-
-    def __reduce__(self) -> tuple:
-        # Keyword-only arguments do not survive the default pickling, and worker processes pickle errors.
-        return _rebuild, (type(self), self.expected, self.found, self.where, self.next)
-
-
-def _rebuild(kind: type[ManipiError], expected: str, found: str, where: str, next: str) -> ManipiError:
-    return kind(expected=expected, found=found, where=where, next=next)
 
 
 class ConfigError(ManipiError, ValueError):

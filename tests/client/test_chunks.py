@@ -12,9 +12,9 @@ def chunk(first, *values):
 
 def test_the_newest_chunk_is_executed_by_its_own_clock():
     queue = ChunkQueue()
-    queue.add(chunk(10, 0, 1, 2, 3))
+    queue.chunks.append(chunk(10, 0, 1, 2, 3))
     assert queue.action(11) == 1
-    queue.add(chunk(12, 20, 21, 22, 23))
+    queue.chunks.append(chunk(12, 20, 21, 22, 23))
     assert [queue.action(step) for step in (13, 14, 15)] == [21, 22, 23]
     assert queue.action(16) is None
     assert queue.newest is None
@@ -22,14 +22,14 @@ def test_the_newest_chunk_is_executed_by_its_own_clock():
 
 def test_a_chunk_that_comes_too_late_is_never_executed():
     queue = ChunkQueue()
-    queue.add(chunk(0, 1, 2))
+    queue.chunks.append(chunk(0, 1, 2))
     assert queue.action(5) is None
 
 
 def test_what_is_left_of_the_newest_chunk():
     queue = ChunkQueue()
     assert queue.left(0).shape == (0, 0)
-    queue.add(chunk(4, 0, 1, 2))
+    queue.chunks.append(chunk(4, 0, 1, 2))
     assert queue.left(5).tolist() == [[1], [2]]
     assert queue.left(9).shape == (0, 1)
 
@@ -38,7 +38,7 @@ def test_an_ensemble_weighs_the_oldest_most():
     """Chunks of steps 0, 1, 2 that say 0, 1, 2 throughout; at step 2 the weights are 1, e^-1, e^-2."""
     queue = ChunkQueue(ensemble=1.0)
     for first in range(3):
-        queue.add(chunk(first, *[first] * 4))
+        queue.chunks.append(chunk(first, *[first] * 4))
     weights = np.exp([0.0, -1.0, -2.0])
     np.testing.assert_allclose(queue.action(2), [weights @ [0, 1, 2] / weights.sum()])
     np.testing.assert_allclose(queue.action(5), [2.0])

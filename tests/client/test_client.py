@@ -147,7 +147,7 @@ def test_what_a_status_means(status, kind, advice):
 
     with raw_server(lambda connection: None, process_request=refuse) as port:
         with pytest.raises(ConnectError, match=f"found HTTP {status} x.*") as refused:
-            WebsocketPolicy(port=port, token="wrong", connect_timeout=0.4)
+            WebsocketPolicy(port=port, token="wrong", connect_timeout=0.65)  # the third attempt begins at 0.3 s
     assert type(refused.value) is kind
     assert advice in refused.value.next
     assert len(str(refused.value)) < 600

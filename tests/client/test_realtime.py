@@ -172,7 +172,7 @@ def test_a_sequence_by_hand():
         for n in range(8):
             if n in (4, 7):
                 let_through.release()
-                while not broker._question.answer.done():
+                while not broker._asked[1].done():
                     time.sleep(0.001)
             answer = broker.infer({"n": n})
             actions.append((answer["actions"].item(), answer["starved"]))

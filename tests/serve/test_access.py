@@ -7,9 +7,6 @@ import re
 import socket
 import ssl
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +17,7 @@ from websockets.sync.client import connect
 from manipi.errors import ServeError
 from manipi.serve import Access, PolicyServer
 from manipi.serve.access import read_token, tls_context
-from manipi_client import ConnectError, RemoteInferenceError, WebsocketPolicy, wire
+from manipi_client import ConnectError, RemoteInferenceError, WebsocketPolicy
 
 TOKEN = "k3y-of-the-lab"
 
@@ -343,31 +340,6 @@ def test_the_state_is_json_whatever_came(port, observation):
     assert state["last"]["actions"][1] == [None] * 4
     assert state["clients"][0]["observations"] == 1
     assert len(state["latency_ms"]["total"]) == 3
-
-
-def test_a_stopping_server_is_not_ready(observation):
-    program = f"""
-import runpy
-from manipi.serve import PolicyServer
-policy = runpy.run_path({str(Path(__file__).with_name("conftest.py"))!r})["TinyPolicy"]()
-PolicyServer(policy, port=0).serve_forever(on_ready=lambda host, port: print(port, flush=True))
-"""
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
-        port = int(process.stdout.readline())
-        with connect(f"ws://127.0.0.1:{port}", proxy=None) as client:
-            client.recv()
-            client.send(wire.pack({**observation, "prompt": "slow"}))
-            time.sleep(0.2)
-            process.terminate()
-            time.sleep(0.1)
-            ready, _ = get(port, "/readyz")
-            assert (ready.status, ready.getheader("Retry-After")) == (503, "1")
-            assert get(port, "/healthz")[0].status == 200
-            with pytest.raises(InvalidStatus, match="503") as refused, connect(f"ws://127.0.0.1:{port}", proxy=None):
-                pass
-            assert refused.value.response.headers["Retry-After"] == "1"
-            assert wire.unpack(client.recv())["actions"].shape == (4, 3)
-        assert process.wait(5) == 0
 
 
 def test_a_public_address_is_refused_before_the_model_is_loaded(tmp_path):

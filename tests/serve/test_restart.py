@@ -7,13 +7,13 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 
 import numpy as np
 import pytest
+from tests.commands import Interpreter
 
 from manipi_client import (
     AccessDenied,
@@ -27,32 +27,24 @@ from manipi_client import (
 
 PACE, H = 0.01, 20
 
-PROGRAM = f"""
-import sys, time
-import numpy as np
-from manipi.serve import Access, PolicyServer
-
-class Straight:
-    metadata = {{"robot": {{"name": sys.argv[2]}}, "checkpoint": sys.argv[3], "real_time": True}}
-
-    def infer(self, observation, noise=None):
-        time.sleep(observation.get("seconds", 0))
-        return {{"actions": observation["state"] + {PACE} * np.arange(1, {H} + 1)[:, None]}}
-
-server = PolicyServer(Straight(), port=int(sys.argv[1]), access=Access(token=sys.argv[4]))
-server.serve_forever(on_ready=lambda host, port: print(port, flush=True))
-"""
+"""As in straight.py."""
 TOKEN = "t0ken-of-the-lab"
 
 
 @contextlib.contextmanager
 def serving(port=0, robot="arm", checkpoint="a", token=TOKEN):
-    command = [sys.executable, "-c", PROGRAM, str(port), robot, checkpoint, token]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    """A process, and the port that it serves at."""
+    command = [sys.executable, "-m", "tests.serve.straight", str(port), robot, checkpoint, token]
+    read, write = os.pipe()
+    with open(read) as said:
+        with open(write, "w") as stdout:
+            process = Interpreter(command, stdout=stdout)
         try:
-            yield process, int(process.stdout.readline())
+            yield process, int(said.readline())
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            process.wait(5)
 
 
 class Robot:
@@ -207,10 +199,10 @@ def test_a_second_signal_ends_a_server_at_once(first, second):
         answer.start()
         while not any(client["busy"] for client in json.loads(look(port, "/state.json")[1])["clients"]):
             time.sleep(0.02)
-        process.send_signal(first)
+        os.kill(process.pid, first)
         while look(port, "/readyz")[0] == 200:
             time.sleep(0.02)
-        process.send_signal(second)
+        os.kill(process.pid, second)
         assert process.wait(5) == -second
         answer.join()
 

@@ -12,8 +12,9 @@ import tyro
 from manipi.cli.arguments import NewFile, OnDevice, parse
 from manipi.records import to_json
 from manipi.serve.access import Access, join_host, read_token, tls_context
+from manipi.serve.batching import Limits
 from manipi.serve.guard import GuardMode
-from manipi.serve.server import Limits, PolicyServer
+from manipi.serve.server import PolicyServer
 from manipi.storage import atomic_write
 
 

@@ -6,12 +6,10 @@ looked at for NaN, limits and rates of change, just before they leave.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal, TypeAlias
 
 import numpy as np
-from jaxtyping import Float
 
 from manipi.errors import ActionError, ObservationError, shown
 from manipi.robots.robot import Robot
@@ -76,15 +74,6 @@ def _flat_keys(observation: Mapping, folder: str = "") -> Iterator[str]:
             yield key
 
 
-@dataclass(frozen=True)
-class Guarded:
-    """A chunk that may leave, and how many of its numbers were moved for which reason."""
-
-    actions: Float[np.ndarray, "H A"]
-    beyond_limits: int = 0
-    too_fast: int = 0
-
-
 class ActionGuard:
     """Keeps chunks within what the robot states: `low` and `high` of its groups, and its `max_rates`.
 
@@ -108,10 +97,13 @@ class ActionGuard:
             dimensions += range(start, start + group.size) if group.relative else [-1] * group.size
         self._state_A = np.array(dimensions)
 
-    def __call__(self, observation: Observation, actions_HA: np.ndarray) -> Guarded:
-        """Raises ActionError for NaN, another shape, and in mode `refuse` for whatever is beyond the robot."""
+    def __call__(self, observation: Observation, actions_HA: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+        """The chunk [H, A] that may leave, and how many of its numbers were moved for which reason; {}: none was.
+
+        Raises ActionError for NaN, another shape, and in mode `refuse` for whatever is beyond the robot.
+        """
         if self._mode == "off":
-            return Guarded(actions_HA)
+            return actions_HA, {}
         shape = np.shape(actions_HA)
         if len(shape) != 2 or shape[1] != self._robot.action_size:
             raise self._error(f"a chunk [H, {self._robot.action_size}]", f"{list(shape)}")
@@ -129,7 +121,7 @@ class ActionGuard:
                 before_A = step_A
         beyond_HA, fast_HA = _differs(wanted_HA, limited_HA), _differs(limited_HA, allowed_HA)
         if not (beyond_HA.any() or fast_HA.any()):
-            return Guarded(actions_HA)
+            return actions_HA, {}
         if self._mode == "refuse":
             step, d = np.argwhere(beyond_HA if beyond_HA.any() else fast_HA)[0].tolist()
             low, high, rate = self._low_A[d], self._high_A[d], self._step_A[d] * self._robot.control_hz
@@ -137,7 +129,8 @@ class ActionGuard:
                 f"commands from {low:g} to {high:g} that change by at most {rate:g} per second",
                 f"{wanted_HA[step, d]:g} in {self._place(step, d)}; the nearest allowed one is {allowed_HA[step, d]:g}",
             )
-        return Guarded(allowed_HA.astype(actions_HA.dtype), int(beyond_HA.sum()), int(fast_HA.sum()))
+        moved = {"beyond_limits": int(beyond_HA.sum()), "too_fast": int(fast_HA.sum())}
+        return allowed_HA.astype(actions_HA.dtype), moved
 
     def _place(self, step: int, dimension: int) -> str:
         return f"step {step}, dimension {dimension} ({self._robot.action_space[dimension].name})"

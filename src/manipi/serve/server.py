@@ -32,7 +32,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakSet
 
@@ -42,17 +42,16 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.protocol import State
 
-from manipi.errors import ConfigError, DeadlineError, ManipiError, one_line, shown
+from manipi.errors import DeadlineError, ManipiError, one_line, shown
 from manipi.robots.robot import Robot
 from manipi.serve.access import Access, bind, join_host
-from manipi.serve.batching import Answer, Batcher, Query, Result
+from manipi.serve.batching import Batcher, Limits, Query, Result
 from manipi.serve.guard import ActionGuard, GuardMode, require_prompt, unknown_keys
-from manipi.serve.pages import Connection, Pages
-from manipi.serve.state import Client, ServerState
+from manipi.serve.pages import Client, Connection, Pages, ServerState
 from manipi.transforms.observation import check_content
 from manipi.types import Observation
 from manipi_client import wire
-from manipi_client.errors import ManipiClientError, ProtocolError, error_to_text
+from manipi_client.errors import FourPartError, ProtocolError, error_to_text
 from manipi_client.keys import DEADLINE, RESET, SEED
 
 logger = logging.getLogger(__name__)
@@ -100,31 +99,6 @@ class NoisyPolicy(Protocol):
     def noise_stream(self) -> Iterator[np.ndarray]: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What the server takes on at once. Raises ConfigError for a limit that lets nothing through."""
-
-    max_message_mb: float = 64.0
-    """A client that sends a larger observation is disconnected (close code 1009)."""
-    max_clients: int = 64
-    """More are turned away with HTTP 503."""
-    max_waiting: int = 32
-    """Observations that wait for the policy; one more is answered with the error `busy`."""
-    max_batch: int = 8
-    """Observations of different clients in one call of the policy."""
-    batch_wait_ms: float = 2.0
-    """How long the first observation of a batch waits for others; never when one client is connected."""
-    deadline_ms: float | None = None
-    """How long after its arrival an observation is worth an answer, where the client does not say."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least = 0 if name == "batch_wait_ms" else 1e-6
-            if value is not None and not least <= value < math.inf:
-                expected = "a finite number above 0" + (", or 0" if least == 0 else "")
-                raise ConfigError(expected=expected, found=f"{value}", where=f"limits.{name}", next="choose another")
-
-
 class PolicyFailure(ManipiError):
     """The policy raised something that no user can act on. The traceback is in the server's log, under the id."""
 
@@ -159,6 +133,8 @@ class PolicyServer:
         limits: Limits | None = None,
     ):
         self._policy, self._access, self._limits = policy, access or Access(), limits or Limits()
+        if not isinstance(policy, BatchPolicy):
+            self._limits = replace(self._limits, max_batch=1)
         self._state = ServerState(dict(policy.metadata if metadata is None else metadata), robot)
         self._guard = None if robot is None else ActionGuard(robot, guard)
         self._robot, self._empty_prompts = robot, empty_prompts
@@ -210,35 +186,23 @@ class PolicyServer:
         async def run() -> None:
             stop, loop = asyncio.Event(), asyncio.get_running_loop()
             stop_soon = functools.partial(loop.call_soon_threadsafe, stop.set)
-            await self._serve(stop, lambda host, port: ready.set_result((port, stop_soon)))
-
-        def run_or_tell() -> None:
             try:
-                asyncio.run(run())
+                await self._serve(stop, lambda host, port: ready.set_result((port, stop_soon)))
             except Exception as error:  # noqa: BLE001 - the caller raises it.
                 ready.set_exception(error)
 
-        thread = threading.Thread(target=run_or_tell, name="policy-server")
-        thread.start()
-        try:
+        thread = threading.Thread(target=lambda: asyncio.run(run()), name="policy-server")
+        with contextlib.ExitStack() as stack:
+            thread.start()
+            stack.callback(thread.join)
             port, stop_soon = ready.result()
-            try:
-                yield port
-            finally:
-                stop_soon()
-        finally:
-            thread.join()
+            stack.callback(stop_soon)
+            yield port
 
     async def _serve(self, stop: asyncio.Event, on_ready: Callable[[str, int], None]) -> None:
         reuse_freed_memory()
         listener, limits, state = bind(self._family, self._address), self._limits, self._state
-        batcher = Batcher(
-            self._compute,
-            lambda: len(state.clients),
-            max_batch=limits.max_batch if isinstance(self._policy, BatchPolicy) else 1,
-            max_waiting=limits.max_waiting,
-            batch_wait_ms=limits.batch_wait_ms,
-        )
+        batcher = Batcher(self._compute, lambda: len(state.clients), limits)
         connections: WeakSet[ServerConnection] = WeakSet()
         pages = Pages(state, self._access, self._host, self._address, limits.max_clients, lambda: batcher.num_waiting)
         async with serve(
@@ -284,8 +248,8 @@ class PolicyServer:
         logger.info("client %s connected", client.address)
 
         def leave(_: "asyncio.Future[None]") -> None:
-            if client.waiting is not None:
-                batcher.give_up(client.waiting, ConnectionClosed(None, None))
+            if client.query is not None:
+                batcher.settle(client.query, ConnectionClosed(None, None))
 
         closed = asyncio.ensure_future(connection.wait_closed())
         closed.add_done_callback(leave)
@@ -347,50 +311,50 @@ class PolicyServer:
             for text in unknown:
                 logger.warning("client %s sends %s", client.address, text)
         self._state.note_times(read=time.monotonic() - received)
-        query = Query(observation, None if SEED in observation else next(client.noise))
-        left_s = None if limit_ms is None else limit_ms / 1000 - (time.monotonic() - received)
-        answer = await _in_time(client, batcher, query, left_s)
-        client.timing["infer_ms"] = answer.infer_s * 1000
+        noise = None if SEED in observation else next(client.noise)
+        left_s = math.inf if limit_ms is None else limit_ms / 1000 - (time.monotonic() - received)
+        answer, query = await _in_time(client, batcher, Query(observation, noise), left_s)
+        client.timing["infer_ms"] = query.infer_s * 1000
         began = time.monotonic()
         slips = {"unknown_keys": unknown} if unknown else {}
-        answer_frame = wire.pack({**answer.value, **slips, "server_timing": client.timing})
-        self._state.note_times(wait=answer.wait_s, infer=answer.infer_s, write=time.monotonic() - began)
-        self._state.note_answer(client, observation, answer.value.get("actions"))
+        answer_frame = wire.pack({**answer, **slips, "server_timing": client.timing})
+        self._state.note_times(wait=query.wait_s, infer=query.infer_s, write=time.monotonic() - began)
+        self._state.note_answer(client, observation, answer.get("actions"))
         return answer_frame
 
     def _new_noise(self) -> Iterator[np.ndarray | None]:
         return self._policy.noise_stream() if isinstance(self._policy, NoisyPolicy) else itertools.repeat(None)
 
-    def _compute(self, queries: Sequence[Query]) -> list[Result]:
+    def _compute(self, observations: Sequence[Observation], noises: Sequence[np.ndarray | None]) -> list[Result]:
         """In the thread of inference. An error in a batch is found again one by one, to be told to its client alone."""
         self._state.batches += 1
-        if len(queries) > 1 and isinstance(self._policy, BatchPolicy):
+        answers: list[Mapping[str, Any] | None] = [None] * len(observations)
+        if len(observations) > 1 and isinstance(self._policy, BatchPolicy):
             try:
-                answers = self._policy.infer_batch([q.observation for q in queries], [q.noise for q in queries])
-                return [_or_error(self._keep_safe, q, answer) for q, answer in zip(queries, answers, strict=True)]
+                found = self._policy.infer_batch(observations, noises)
+                answers = [answer for _, answer in zip(observations, found, strict=True)]
             except Exception as error:  # noqa: BLE001 - each is tried again below.
                 said = f"{type(error).__name__}: {shown(str(error), 200)}"
-                logger.info("a batch of %d failed, each of it is computed alone: %s", len(queries), said)
+                logger.info("a batch of %d failed, each of it is computed alone: %s", len(observations), said)
 
-        def infer(query: Query) -> Mapping[str, Any]:
-            noise = {} if query.noise is None else {"noise": query.noise}
-            return self._keep_safe(query, self._policy.infer(query.observation, **noise))
+        def result(observation: Observation, noise: np.ndarray | None, answer: Mapping[str, Any] | None) -> Result:
+            try:
+                if answer is None:
+                    answer = self._policy.infer(observation, **({} if noise is None else {"noise": noise}))
+                if self._guard is not None:
+                    actions, moved = self._guard(observation, answer["actions"])
+                    if moved:
+                        self._state.guarded.update(moved)
+                        answer = {**answer, "actions": actions, "guarded": moved}
+                return answer
+            except Exception as error:  # noqa: BLE001 - it is one client's answer.
+                return error
 
-        return [_or_error(infer, query) for query in queries]
-
-    def _keep_safe(self, query: Query, answer: Mapping[str, Any]) -> Mapping[str, Any]:
-        if self._guard is None:
-            return answer
-        guarded = self._guard(query.observation, answer["actions"])
-        moved = {"beyond_limits": guarded.beyond_limits, "too_fast": guarded.too_fast}
-        if not any(moved.values()):
-            return answer
-        self._state.guarded.update(moved)
-        return {**answer, "actions": guarded.actions, "guarded": moved}
+        return list(map(result, observations, noises, answers))
 
     def _describe(self, client: Client, error: Exception) -> str:
         """The text frame for an error. Tracebacks stay in the log: paths and code are no client's business."""
-        if not isinstance(error, ManipiError | ManipiClientError):
+        if not isinstance(error, FourPartError):
             incident = secrets.token_hex(4)
             text = "".join(traceback.format_exception(error))
             if len(text) > 20_000:
@@ -430,28 +394,26 @@ def _hang_up_on_silent(connections: Iterable[ServerConnection]) -> None:
             connection.transport.abort()
 
 
-async def _in_time(client: Client, batcher: Batcher, query: Query, left_s: float | None) -> Answer:
-    """The answer, unless the client leaves (ConnectionClosed) or `left_s` pass (DeadlineError) before."""
+async def _in_time(client: Client, batcher: Batcher, query: Query, left_s: float) -> tuple[Mapping[str, Any], Query]:
+    """The answer to a query, unless the client leaves (ConnectionClosed) or `left_s` pass (DeadlineError) before."""
     if client.connection.state is State.CLOSED:  # the observation came first
         raise ConnectionClosed(None, None)
-    if left_s is not None and left_s <= 0:
+    if left_s <= 0:
         raise _late()
-    waiting = client.waiting = batcher.submit(query)
-    loop = asyncio.get_running_loop()
-    timer = None if left_s is None else loop.call_later(left_s, batcher.give_up, waiting, _late())
+    batcher.submit(query)
+    loop, client.query, answer = asyncio.get_running_loop(), query, None
+    timer = None if left_s == math.inf else loop.call_later(left_s, batcher.settle, query, _late())
     try:
-        answer = await waiting.answer
-    finally:
-        client.waiting = None
-        if timer is not None:
-            timer.cancel()
-    try:
+        answer = await query.answer
         if isinstance(answer, BaseException):
             raise answer
-        return answer
+        return answer, query
     finally:
+        client.query = None
+        if timer is not None:
+            timer.cancel()
         # The error's traceback refers to this frame: its variables would keep both until a collection.
-        del answer, waiting
+        del answer, query
 
 
 def _late() -> DeadlineError:
@@ -461,13 +423,6 @@ def _late() -> DeadlineError:
         where=f"{DEADLINE} of the observation, or --limits.deadline-ms",
         next="send a newer observation; look at /metrics for where the time goes",
     )
-
-
-def _or_error(function: Callable[..., Mapping[str, Any]], *arguments: Any) -> Result:
-    try:
-        return function(*arguments)
-    except Exception as error:  # noqa: BLE001 - it is one client's answer.
-        return error
 
 
 def _pop(observation: dict[str, Any], key: str, expected: str, allowed: Callable[[Any], bool], default: Any) -> Any:
@@ -485,7 +440,9 @@ def _is_duration(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
-# Memory of a process that serves for months; all of it concerns the whole process. The C library is Linux's (glibc) -
+# Memory of a process that serves for months; all of it concerns the whole process ------------------------------------
+
+_C_LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None  # glibc
 
 
 def reuse_freed_memory() -> None:
@@ -494,10 +451,10 @@ def reuse_freed_memory() -> None:
     The library otherwise gives each back to the system as soon as it is free, and every call begins with some hundred
     page faults. These are the thresholds that it comes to itself once a block of 32 MiB has been freed.
     """
-    library, largest, trim_threshold, mmap_threshold = _c_library(), 32 * 2**20, -1, -3  # of mallopt(3)
-    if hasattr(library, "mallopt"):
-        library.mallopt(mmap_threshold, largest)
-        library.mallopt(trim_threshold, 2 * largest)
+    largest, trim_threshold, mmap_threshold = 32 * 2**20, -1, -3  # of mallopt(3)
+    if hasattr(_C_LIBRARY, "mallopt"):
+        _C_LIBRARY.mallopt(mmap_threshold, largest)
+        _C_LIBRARY.mallopt(trim_threshold, 2 * largest)
 
 
 def give_memory_back() -> None:
@@ -505,10 +462,5 @@ def give_memory_back() -> None:
 
     The free end of another thread's heap stays, which has at most 64 MiB.
     """
-    library = _c_library()
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
-
-
-def _c_library() -> Any:
-    return ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(_C_LIBRARY, "malloc_trim"):
+        _C_LIBRARY.malloc_trim(0)

@@ -183,16 +183,16 @@ def differences(before: Any, now: Any, name: str = "", depth: int = 0) -> List[s
     """What is different in two values of metadata, each as a short text with the name of the key."""
     if depth < _DEEPEST and isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = [*before, *(key for key in now if key not in before)]
-        named = [(one_line(f"{name}.{key}" if name else str(key), 80), key) for key in keys]
-        inner = [(label, before.get(key, _NONE), now.get(key, _NONE)) for label, key in named]
-        return [text for label, one, other in inner for text in differences(one, other, label, depth + 1)]
-    if depth < _DEEPEST and isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        pairs = enumerate(zip(before, now))
-        return [text for i, (one, other) in pairs for text in differences(one, other, f"{name}[{i}]", depth + 1)]
-    if before is not _NONE and now is not _NONE and wire.pack(before) == wire.pack(now):
-        return []
-    is_now, was = ("not told" if value is _NONE else shown(value) for value in (now, before))
-    return [f"{name} is {is_now}, was {was}"]
+        labels = [one_line(f"{name}.{key}" if name else str(key), 80) for key in keys]
+        inner = [(label, before.get(key, _NONE), now.get(key, _NONE)) for label, key in zip(labels, keys)]
+    elif depth < _DEEPEST and isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        inner = [(f"{name}[{i}]", one, other) for i, (one, other) in enumerate(zip(before, now))]
+    elif before is not _NONE and now is not _NONE and wire.pack(before) == wire.pack(now):
+        inner = []
+    else:
+        is_now, was = ("not told" if value is _NONE else shown(value) for value in (now, before))
+        return [f"{name} is {is_now}, was {was}"]
+    return [text for label, one, other in inner for text in differences(one, other, label, depth + 1)]
 
 
 def _robot(metadata: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -137,27 +137,21 @@ class ChunkQueue:
 
     def __init__(self, ensemble: float | None = None) -> None:
         self._ensemble = ensemble
-        self._chunks: list[Chunk] = []
+        self.chunks: list[Chunk] = []
 
     @property
     def newest(self) -> Chunk | None:
-        return self._chunks[-1] if self._chunks else None
-
-    def add(self, chunk: Chunk) -> None:
-        self._chunks.append(chunk)
-
-    def clear(self) -> None:
-        self._chunks.clear()
+        return self.chunks[-1] if self.chunks else None
 
     def action(self, executed: int) -> np.ndarray | None:
         """The action [A] after so many executed ones; None where no chunk reaches that far."""
-        self._chunks = [chunk for chunk in self._chunks if chunk.end > executed]
-        if not self._chunks:
+        self.chunks = [chunk for chunk in self.chunks if chunk.end > executed]
+        if not self.chunks:
             return None
         if self._ensemble is None:
-            return self._chunks[-1].at(executed)
-        weights = np.exp(-self._ensemble * np.arange(len(self._chunks)))
-        actions = np.stack([chunk.at(executed) for chunk in self._chunks])
+            return self.chunks[-1].at(executed)
+        weights = np.exp(-self._ensemble * np.arange(len(self.chunks)))
+        actions = np.stack([chunk.at(executed) for chunk in self.chunks])
         return (weights[:, None] * actions).sum(0) / weights.sum()
 
     def left(self, executed: int) -> np.ndarray:

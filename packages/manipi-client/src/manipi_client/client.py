@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import logging
 import math
 import socket
@@ -24,8 +23,9 @@ import struct
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
-from typing import Any, Dict, Mapping
+from typing import Any, Callable, Dict, Mapping, TypeVar
 
 import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
@@ -51,7 +51,7 @@ from manipi_client.errors import (
     ConnectTimeout,
     InferenceTimeout,
     InputError,
-    PolicyChanged,
+    PolicyServerError,
     ProtocolError,
     error_from_text,
     one_line,
@@ -60,6 +60,11 @@ from manipi_client.errors import (
 from manipi_client.keys import DEADLINE
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_E = TypeVar("_E", bound=PolicyServerError)
+
+_LETS_IN = "a policy server that lets this client in"
 
 _CLOSE_SECONDS = 0.2
 
@@ -175,7 +180,7 @@ class WebsocketPolicy:
         """Connects, unless there is a connection. Raises as the constructor does."""
         with self._lock:
             self._interrupted.clear()
-            self._open_connection()
+            self._open()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """Sends an observation and returns the server's answer.
@@ -191,8 +196,11 @@ class WebsocketPolicy:
             ProtocolError: the answer is not one.
             ConnectTimeout, AccessDenied, PolicyChanged, ConnectError: as when connecting, after a connection was lost.
         """
-        observation = {**self._told, **observation}
-        allowed = _deadline(observation)
+        observation, allowed = {**self._told, **observation}, math.inf
+        if DEADLINE in observation:
+            told, expected, where = observation[DEADLINE], "milliseconds, more than 0", f"observation key {DEADLINE!r}"
+            next = "leave it out where an answer is always of use"
+            allowed = _number(told, lambda ms: 0 < ms < math.inf, expected, where, next) / 1000
         seconds, end = min(self._request_timeout, allowed), time.monotonic() + allowed
         with self._lock, self._packer.pack(observation) as frame:
             self._interrupted.clear()
@@ -203,11 +211,7 @@ class WebsocketPolicy:
                 if _close_code(lost.__cause__) not in _GOING_AWAY or self._interrupted.is_set():
                     raise
                 answer = self._ask(frame, seconds, end)
-            try:
-                self._require_action_shape(observation, answer)
-            except PolicyChanged:
-                self._disconnect()
-                raise
+            self._require_action_shape(observation, answer)
         if isinstance(unknown := answer.get("unknown_keys"), list):  # manipi's server says it once
             logger.warning("%s was sent %s", self._uri, _text("; ".join(map(str, unknown))))
         return answer
@@ -237,7 +241,7 @@ class WebsocketPolicy:
 
     def _ask(self, frame: memoryview, seconds: float, end: float) -> dict[str, Any]:
         """The answer, over a connection that is there or is made. Nothing is sent after `end`."""
-        connection = self._open_connection()
+        connection = self._open()
         if time.monotonic() >= end:
             raise self._inference_timeout(seconds, "a connection, made only after that; nothing was sent")
         deadline = time.monotonic() + seconds
@@ -260,24 +264,18 @@ class WebsocketPolicy:
             # The send limit of `_limit_sends`, which websockets 13 hides behind its own for closing.
             if isinstance(error.__cause__, BlockingIOError) or (error.rcvd is None and late):
                 raise self._inference_timeout(seconds) from error
-            raise ConnectionLost(
-                expected="actions",
-                found=f"a closed connection: {_text(error.__cause__ or error)}",
-                where=self._uri,
-                next=_CLOSE_ADVICE.get(_close_code(error), "look at the server's log, then ask again"),
-            ) from error
+            found = f"a closed connection: {_text(error.__cause__ or error)}"
+            next = _CLOSE_ADVICE.get(_close_code(error), "look at the server's log, then ask again")
+            raise self._error(ConnectionLost, "actions", found, next) from error
 
-    def _open_connection(self) -> ClientConnection:
-        if self._connection is None or self._connection.protocol.state is not State.OPEN:
-            self._disconnect()
-            self._connect()
-        assert self._connection is not None
-        return self._connection
-
-    def _connect(self) -> None:
-        """Connects and reads the metadata, trying again while the server is not up yet."""
+    def _open(self) -> ClientConnection:
+        """The connection. If there is none: connects and reads the metadata, again while the server is not up yet."""
+        if self._connection is not None and self._connection.protocol.state is State.OPEN:
+            return self._connection
+        self._disconnect()
         deadline = time.monotonic() + self._connect_timeout
-        for attempt in itertools.count():
+        attempt = 0
+        while True:
             if attempt == 1:
                 logger.warning("waiting up to %g s for a policy server at %s", self._connect_timeout, self._uri)
             try:
@@ -286,7 +284,7 @@ class WebsocketPolicy:
                 if self._metadata is not None:
                     require_same(self._metadata, metadata, self._uri, allow_new_checkpoint=self._allow_new_checkpoint)
                 self._metadata, self._connected_again = metadata, True
-                return
+                return self._connection
             except BaseException as error:
                 self._disconnect()
                 if not isinstance(error, _NOT_UP_YET):
@@ -294,14 +292,11 @@ class WebsocketPolicy:
                 if attempt == 0 and isinstance(error, _HUNG_UP) and not self._interrupted.is_set():
                     self._require_scheme(error, deadline)
                 if time.monotonic() + backoff(attempt) > deadline or self._interrupted.is_set():
-                    raise ConnectTimeout(
-                        expected=f"a policy server within {self._connect_timeout:g} s",
-                        found=_text(error),
-                        where=self._uri,
-                        next="start the server, or wait until it is ready; check host and port, or raise "
-                        "connect_timeout",
-                    ) from error
+                    expected = f"a policy server within {self._connect_timeout:g} s"
+                    next = "start the server, or wait until it is ready; check host and port, or raise connect_timeout"
+                    raise self._error(ConnectTimeout, expected, _text(error), next) from error
             self._interrupted.wait(backoff(attempt))
+            attempt += 1
 
     def _handshake(self, deadline: float) -> ClientConnection:
         """A connection. Raises one of `_NOT_UP_YET` where another attempt may help, ConnectError where none does."""
@@ -327,16 +322,16 @@ class WebsocketPolicy:
             raise self._status_error(error) from error
         except ssl.SSLCertVerificationError as error:
             next = certificate_advice(error, self._ca)
-            raise self._connect_error("a certificate that is trusted", error.verify_message, next) from error
+            expected = "a certificate that is trusted"
+            raise self._error(ConnectError, expected, error.verify_message, next) from error
         except _REFUSALS as error:
             if isinstance(error.__cause__, EOFError):
                 raise error.__cause__ from None
             if isinstance(error, OSError) and error.errno in _NO_ROUTE:
                 raise _NotUpYet(str(error)) from error
             self._require_scheme(error, deadline)
-            raise self._connect_error(
-                found=_text(error), next="check host and port; curl the server's /healthz"
-            ) from error
+            next = "check host and port; curl the server's /healthz"
+            raise self._error(ConnectError, _LETS_IN, _text(error), next) from error
 
     def _status_error(self, error: InvalidStatus) -> Exception:
         """What it means that the server answers the handshake with a page."""
@@ -348,25 +343,20 @@ class WebsocketPolicy:
             self._require_scheme(error, math.inf)
         if status in (401, 403):
             next = "check token, which is the one of the server's --token-file" if status == 401 else "do what it says"
-            return self._connect_error(found=found, next=next, kind=AccessDenied)
+            return self._error(AccessDenied, _LETS_IN, found, next)
+        next = "check host, port and path; curl the server's /healthz"
         if location := error.response.headers.get("Location"):
-            return self._connect_error(found=f"{found}, and {shown(location)}", next="connect to that address")
-        return self._connect_error(found=found, next="check host, port and path; curl the server's /healthz")
+            found, next = f"{found}, and {shown(location)}", "connect to that address"
+        return self._error(ConnectError, _LETS_IN, found, next)
 
     def _require_scheme(self, error: BaseException, deadline: float) -> None:
         """Raises ConnectError where what hung up speaks TLS and the address does not say so, or the other way round."""
         other = other_scheme(self._uri, deadline - time.monotonic())
         if other is not None:
             found = f"one that speaks {'TLS' if other.startswith('wss') else 'no TLS'} ({_text(error)})"
-            raise self._connect_error(found=found, next=f"connect to {other}") from error
+            raise self._error(ConnectError, _LETS_IN, found, f"connect to {other}") from error
 
-    def _connect_error(
-        self,
-        expected: str = "a policy server that lets this client in",
-        found: str = "",
-        next: str = "",
-        kind: type[ConnectError] = ConnectError,
-    ) -> ConnectError:
+    def _error(self, kind: Callable[..., _E], expected: str, found: str, next: str) -> _E:
         return kind(expected=expected, found=found, where=self._uri, next=next)
 
     def _require_action_shape(self, observation: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
@@ -377,6 +367,7 @@ class WebsocketPolicy:
         asked = {k: v.shape for k, v in observation.items() if isinstance(v, np.ndarray) and v.ndim < 2}
         shape, before = actions.shape[1:], self._answered
         if self._connected_again and before is not None and before[0] == asked and before[1] != shape:
+            self._disconnect()
             changes = [f"an action for the same kind of observation has shape {shape}, was {before[1]}"]
             raise policy_changed(changes, self._uri, robot=True)
         self._connected_again, self._answered = False, (asked, shape)
@@ -392,23 +383,70 @@ class WebsocketPolicy:
             raise error_from_text(answer, self._uri)
         value = wire.unpack(answer)
         if not isinstance(value, dict):
-            raise ProtocolError(
-                expected="a map of metadata or of actions",
-                found=f"a {type(value).__name__}",
-                where=self._uri,
-                next="check that a policy server listens there",
-            )
+            next = "check that a policy server listens there"
+            raise self._error(ProtocolError, "a map of metadata or of actions", f"a {type(value).__name__}", next)
         return value
 
     def _inference_timeout(
         self, seconds: float, found: str = "no answer; the connection is now closed, and the next call opens another"
     ) -> InferenceTimeout:
-        return InferenceTimeout(
-            expected=f"actions within {seconds:g} s",
-            found=found,
-            where=self._uri,
-            next="look at the server's log; raise request_timeout (or deadline) if its first inference compiles",
-        )
+        next = "look at the server's log; raise request_timeout (or deadline) if its first inference compiles"
+        return self._error(InferenceTimeout, f"actions within {seconds:g} s", found, next)
+
+
+class AsyncWebsocketPolicy:
+    """`WebsocketPolicy` for asyncio: the very same client, in a thread of its own. Several tasks take turns.
+
+        async with AsyncWebsocketPolicy("192.168.1.20") as policy:
+            chunk = await asyncio.wait_for(policy.infer(observation), 0.5)
+
+    A task that is cancelled, as `wait_for` does, closes the connection: its answer is never read as the next one's.
+    Takes the arguments of `WebsocketPolicy`, and raises as it does.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        self._policy = WebsocketPolicy(*arguments, **settings, lazy=True)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="policy-client")
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the server said about itself when the connection was made."""
+        return self._policy.metadata
+
+    async def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        """As `WebsocketPolicy.infer`."""
+        return await self._run(self._policy.infer, observation)
+
+    async def reset(self) -> None:
+        """As `WebsocketPolicy.reset`."""
+        await self._run(self._policy.reset)
+
+    async def close(self) -> None:
+        """Closes the connection, for good."""
+        await self._run(self._policy.close)
+        self._worker.shutdown(wait=False)
+
+    async def __aenter__(self) -> AsyncWebsocketPolicy:
+        try:
+            await self._run(self._policy.connect)
+        except BaseException:
+            self._worker.shutdown(wait=False)
+            raise
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def _run(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        import asyncio  # whoever awaits has it; who does not is spared the import
+
+        call = self._worker.submit(work, *arguments)
+        try:
+            return await asyncio.wrap_future(call)
+        except asyncio.CancelledError:
+            if call.running():
+                self._policy.interrupt()
+            raise
 
 
 def _close_code(error: BaseException | None) -> int:
@@ -426,31 +464,18 @@ def backoff(attempt: int) -> float:
     return min(0.1 * 2 ** min(attempt, 10), 2.0)
 
 
-def _deadline(observation: Mapping[str, Any]) -> float:
-    """In seconds."""
-    if DEADLINE not in observation:
-        return math.inf
-    value = observation[DEADLINE]
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS) or not 0 < value < math.inf:
-        raise InputError(
-            expected="milliseconds, more than 0",
-            found=shown(value),
-            where=f"observation key {DEADLINE!r}",
-            next="leave it out where an answer is always of use",
-        )
-    return float(value) / 1000
+def _number(value: Any, allowed: Callable[[Any], bool], expected: str, where: str, next: str) -> float:
+    """A number that the caller gave. Raises InputError, with the other parts, where it is none or not allowed."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS) or not allowed(value):
+        raise InputError(expected=expected, found=shown(value), where=where, next=next)
+    return float(value)
 
 
 def _seconds(name: str, value: Any) -> float:
     """A time that the constructor was given."""
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS) or not 0 <= value <= _LONGEST_SECONDS:
-        raise InputError(
-            expected=f"seconds, from 0 to {_LONGEST_SECONDS:g}",
-            found=shown(value),
-            where=f"{name} of the policy client",
-            next="give a number" if name != "deadline" else "give a number, or None where an answer is always of use",
-        )
-    return float(value)
+    next = "give a number" + (", or None where an answer is always of use" if name == "deadline" else "")
+    expected = f"seconds, from 0 to {_LONGEST_SECONDS:g}"
+    return _number(value, lambda s: 0 <= s <= _LONGEST_SECONDS, expected, f"{name} of the policy client", next)
 
 
 def _authorization(token: Any) -> Dict[str, str]:

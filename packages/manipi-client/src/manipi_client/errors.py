@@ -25,8 +25,12 @@ from datetime import date, timedelta
 from pathlib import PurePath
 from typing import Any, List
 
+_TEXT = "expected {}\n   found {}\n   where {}\n    next {}"
 _MARKS = (("code", "\nexpected "), ("expected", "\n   found "), ("found", "\n   where "), ("where", "\n    next "))
 """The parts of an error's text frame, and what ends each. The last one is `next`."""
+
+_LONGEST = len("\\U0010ffff")
+"""Of the escapes that `one_line` writes."""
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -86,14 +90,14 @@ def _name(dtype: Any) -> str:
     return str(dtype) if dtype.names is None else f"records of {len(dtype.names)} fields"
 
 
-class ManipiClientError(Exception):
-    """Base of the tree. Its text always has the same four parts, in this order.
+class FourPartError(Exception):
+    """What ManipiClientError and manipi's own errors are: a text of the same four parts, always in this order.
 
     Args:
         expected: what should have been there.
         found: what was there instead.
-        where: the key, the address or the call concerned.
-        next: what the user can do or change now.
+        where: the key, the file, the address or the call concerned.
+        next: what the user can do, run or change now.
     """
 
     def __init__(self, *, expected: str, found: str, where: str, next: str) -> None:
@@ -101,11 +105,17 @@ class ManipiClientError(Exception):
         super().__init__(expected, found, where, next)
 
     def __str__(self) -> str:
-        return f"expected {self.expected}\n   found {self.found}\n   where {self.where}\n    next {self.next}"
+        """Line breaks stay, as in what another program said; other characters that are not printable are escaped."""
+        lines = _TEXT.format(self.expected, self.found, self.where, self.next).split("\n")
+        return "\n".join(one_line(line, _LONGEST * len(line)) for line in lines)
 
     def __reduce__(self) -> tuple:
         # Keyword-only arguments do not survive the default pickling, and worker processes pickle errors.
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
+
+
+class ManipiClientError(FourPartError):
+    """Base of the client's errors."""
 
 
 class InputError(ManipiClientError, ValueError, TypeError):
@@ -159,14 +169,14 @@ class RemoteInferenceError(PolicyServerError):
         self.code, self.text = code, text
 
 
-def error_to_text(error: Any) -> str:
+def error_to_text(error: FourPartError) -> str:
     """The text frame for an error of four parts, behind its `code` or else the name of its type.
 
     It has at most 4,000 bytes, whatever the error says, and no line breaks but its own.
     """
     code = _at_most(getattr(error, "code", "") or type(error).__name__, 100)
     parts = (_at_most(part, 900) for part in (error.expected, error.found, error.where, error.next))
-    return "{}\nexpected {}\n   found {}\n   where {}\n    next {}".format(code, *parts)
+    return f"{code}\n{_TEXT.format(*parts)}"
 
 
 def _at_most(text: object, num_bytes: int) -> str:

@@ -37,7 +37,7 @@ import math
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Deque, Mapping
 
 import numpy as np
@@ -77,15 +77,28 @@ class Motion:
     reaction_max_s: float
 
 
+class _Mean:
+    """Of numbers or arrays [A] that come one by one; NaN where none came."""
+
+    def __init__(self) -> None:
+        self.count, self._total = 0, np.zeros(())
+
+    def add(self, value: Any) -> None:
+        self.count, self._total = self.count + 1, self._total + value
+
+    def read(self) -> np.ndarray:
+        return self._total / self.count if self.count else np.full((), np.nan)
+
+
 class MotionMeter:
     """Takes every executed action in turn."""
 
     def __init__(self) -> None:
         self._last: list[np.ndarray] = []
         self._chunk: int | None = None
-        self._steps = self._starved = self._seams = self._inner = self._jerks = self._reactions = 0
-        self._jump = self._seam_sum = self._inner_sum = self._jerk_sum = np.zeros(())
-        self._reaction_sum, self._reaction_max = 0.0, math.nan
+        self._steps = self._starved = 0
+        self._at_seams, self._within, self._jerk, self._reaction = _Mean(), _Mean(), _Mean(), _Mean()
+        self._jump, self._reaction_max = np.zeros(()), math.nan
 
     def add(self, action: np.ndarray, chunk: int | None, age_s: float = math.nan) -> None:
         """An executed action [A].
@@ -97,22 +110,20 @@ class MotionMeter:
         action = np.asarray(action, np.float64)
         if self._last and chunk is not None:
             change = np.abs(action - self._last[-1])
-            if chunk != self._chunk:
-                self._seams += 1
-                self._seam_sum, self._jump = self._seam_sum + change, np.maximum(self._jump, change)
+            if chunk == self._chunk:
+                self._within.add(change)
             else:
-                self._inner += 1
-                self._inner_sum = self._inner_sum + change
+                self._at_seams.add(change)
+                self._jump = np.maximum(self._jump, change)
         if len(self._last) == 3:
             first, second, third = self._last
-            self._jerk_sum = self._jerk_sum + np.abs(action - 3 * third + 3 * second - first)
-            self._jerks += 1
+            self._jerk.add(np.abs(action - 3 * third + 3 * second - first))
         self._last, self._chunk = [*self._last[-2:], action], self._chunk if chunk is None else chunk
         self._steps += 1
         self._starved += chunk is None
         if not math.isnan(age_s):
-            self._reaction_sum, self._reactions = self._reaction_sum + age_s, self._reactions + 1
-            self._reaction_max = max(age_s, self._reaction_max) if self._reactions > 1 else age_s
+            self._reaction.add(age_s)
+            self._reaction_max = float(np.fmax(self._reaction_max, age_s))  # which leaves out the NaN before the first
 
     def begin_episode(self) -> None:
         """The next action does not continue the last one."""
@@ -123,27 +134,14 @@ class MotionMeter:
         return Motion(
             steps=self._steps,
             starved_steps=self._starved,
-            seams=self._seams,
+            seams=self._at_seams.count,
             seam_jump=self._jump,
-            seam_change=_mean(self._seam_sum, self._seams),
-            step_change=_mean(self._inner_sum, self._inner),
-            jerk=_mean(self._jerk_sum, self._jerks),
-            reaction_s=self._reaction_sum / self._reactions if self._reactions else math.nan,
+            seam_change=self._at_seams.read(),
+            step_change=self._within.read(),
+            jerk=self._jerk.read(),
+            reaction_s=float(self._reaction.read()),
             reaction_max_s=self._reaction_max,
         )
-
-
-def _mean(total: np.ndarray, count: int) -> np.ndarray:
-    return total / count if count else np.full(total.shape, np.nan)
-
-
-@dataclass
-class _Question:
-    step: int
-    executed: int
-    """Actions of the policy before that step."""
-    observed_at: float
-    answer: Future
 
 
 class RealTimeBroker:
@@ -201,8 +199,8 @@ class RealTimeBroker:
         self._begin()
 
     def _begin(self) -> None:
-        self._queue.clear()
-        self._question: _Question | None = None
+        self._queue.chunks.clear()
+        self._asked: tuple[Chunk, Future] | None = None  # the chunk under way, whose actions are to come
         self._step = self._executed = self._failures = 0
         self._ask_after, self._timed = 0.0, False
         self._last_action: np.ndarray | None = None
@@ -220,7 +218,7 @@ class RealTimeBroker:
     @property
     def age(self) -> int | None:
         """Control steps since the observation that is being answered, also those that held; None: none is."""
-        return None if self._question is None else self._step - self._question.step
+        return None if self._asked is None else self._step - self._asked[0].step
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """The action for this step: `actions` [A], and `starved`, whether it is not the policy's.
@@ -235,7 +233,7 @@ class RealTimeBroker:
         self._take_answer()
         newest = self._queue.newest
         due = newest is None or self._step - newest.step >= self._execute_steps
-        if due and self._question is None and time.monotonic() >= self._ask_after:
+        if due and self._asked is None and time.monotonic() >= self._ask_after:
             self._ask(observation)
         if self._last_action is None or self._join == "synchronous":
             self.wait()
@@ -260,8 +258,8 @@ class RealTimeBroker:
         if self._resetting is not None:
             self._resetting.result()
             self._resetting = None
-        if self._question is not None:
-            self._question.answer.exception()  # waits for it; who takes it looks at it
+        if self._asked is not None:
+            self._asked[1].exception()  # waits for it; who takes it looks at it
             self._take_answer()
 
     def reset(self) -> None:
@@ -287,15 +285,14 @@ class RealTimeBroker:
             delay = min(max(self.delays, default=self._expected_delay), len(left))
             observation = {**observation, PREVIOUS: left, DELAY: delay}
         answer = self._worker.submit(self._policy.infer, observation)
-        self._question = _Question(self._step, self._executed, time.monotonic(), answer)
+        self._asked = Chunk(np.zeros((0, 0)), self._executed, self._step, time.monotonic()), answer
 
     def _take_answer(self) -> None:
-        question = self._question
-        if question is None or not question.answer.done():
+        if self._asked is None or not self._asked[1].done():
             return
-        self._question = None
+        (chunk, future), self._asked = self._asked, None
         try:
-            answer = question.answer.result()
+            answer = future.result()
         except PolicyServerError as error:
             if self._last_action is None or isinstance(error, (AccessDenied, PolicyChanged)):
                 raise
@@ -312,7 +309,7 @@ class RealTimeBroker:
                 next="serve a flow policy (π0, π0.5) with `manipi serve`, or use join='asynchronous' or 'ensemble'",
             )
         self._actions = read_chunk(answer, self._execute_steps, self._actions)
-        self._queue.add(Chunk(self._actions, question.executed, question.step, question.observed_at))
+        self._queue.chunks.append(replace(chunk, actions=self._actions))
         if self._timed:
-            self.delays.append(self._executed - question.executed)
+            self.delays.append(self._executed - chunk.first)
         self._timed, self._failures, self.error = True, 0, None

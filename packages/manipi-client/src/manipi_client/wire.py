@@ -69,28 +69,13 @@ def unpack(frame: bytes, *, max_items: int | None = None) -> Any:
         ProtocolError: not MessagePack, too many items, or an array whose dtype, shape and data do not fit together.
             It repeats little of what the frame holds, however large that is.
     """
-    limits: Dict[str, Any] = {"object_hook": _from_map} if max_items is None else _limits(max_items)
-    try:
-        return msgpack.unpackb(frame, **limits)
-    except ProtocolError:
-        raise
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        found = one_line(str(error), 200) or type(error).__name__
-        if (
-            max_items is not None and " exceeds max_" in found
-        ):  # the library tells its limits apart by their names alone
-            raise _too_many(max_items, found) from error
-        raise _protocol_error("one MessagePack value, whose maps have texts as keys", found) from error
-
-
-def _limits(max_items: int) -> Dict[str, Any]:
-    left = max_items
+    left = most = 0 if max_items is None else max_items
 
     def count(value: Any) -> Any:
         nonlocal left
         left -= len(value)
         if left < 0:
-            raise _too_many(max_items, "more items")
+            raise _too_many(most, "more items")
         if isinstance(value, dict):
             value = _from_map(value)
         if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
@@ -98,8 +83,20 @@ def _limits(max_items: int) -> Dict[str, Any]:
             raise _protocol_error("a map whose keys are texts", f"the key {shown(strange)}")
         return value
 
-    sizes = {f"max_{kind}_len": max_items for kind in ("array", "map", "ext")}
-    return {"object_hook": count, "list_hook": count, "max_str_len": 4 * max_items, **sizes}
+    limits: Dict[str, Any] = {"object_hook": _from_map}
+    if max_items is not None:
+        limits = {f"max_{kind}_len": max_items for kind in ("array", "map", "ext")}
+        limits.update(object_hook=count, list_hook=count, max_str_len=4 * max_items)
+    try:
+        return msgpack.unpackb(frame, **limits)
+    except ProtocolError:
+        raise
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        found = one_line(str(error), 200) or type(error).__name__
+        # The library tells its limits apart by their names alone.
+        if max_items is not None and " exceeds max_" in found:
+            raise _too_many(max_items, found) from error
+        raise _protocol_error("one MessagePack value, whose maps have texts as keys", found) from error
 
 
 def _to_map(value: Any) -> Any:
