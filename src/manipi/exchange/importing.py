@@ -90,8 +90,10 @@ def import_checkpoint(
             next=f"train from it: manipi train RECIPE --init {path}",
         )
     robot = robot or (recipe.robot if recipe is not None else None)
-    stated, carried = Stated(folder=source.path), source.path / DESCRIPTION
-    if robot is not None:
+    stated = Stated(folder=source.path)
+    if robot is None:
+        described = _carried(source)
+    else:
         stated = read_stated(source)
         named = {"action_horizon": action_horizon, "max_token_len": max_token_len}
         sizes = {name: size for name, size in named.items() if size is not None}
@@ -101,17 +103,6 @@ def import_checkpoint(
         tokenizers = _tokenizers(recipe, tokenizer, action_tokenizer)
         described = Checkpoint(
             weights={}, config=config, robot=robot, norm_stats=stats, tokenizers=tokenizers, self_test=None
-        )
-    elif carried.is_dir():
-        described = read_description(carried)
-        model = source.config(like=described.config.model)
-        described = replace(described, config=replace(described.config, model=model))
-    else:
-        raise ConfigError(
-            expected="what weights cannot tell: robot, horizon, prompt format",
-            found="no recipe, no robot, and no description in the checkpoint",
-            where=str(source.path),
-            next="add --recipe NAME (manipi recipes), or --robot FILE.py:NAME",
         )
     model = described.config.model
     source.check(model)
@@ -146,6 +137,21 @@ def import_adapters(path: Path, base: Path, target: Path) -> Certificate:
     with atomic_directory(target) as folder:
         after = answer_of_weights(write_streamed(folder, adapted, infos, adapted.weights.items()))
         return certify(f"{path} on {base}", target, "adapters", before, after, model=model, read=read, written=infos)
+
+
+def _carried(source: ForeignWeights) -> Checkpoint:
+    """The description that our own exports carry, for weights of these sizes."""
+    folder = source.path / DESCRIPTION
+    if not folder.is_dir():
+        raise ConfigError(
+            expected="what weights cannot tell: robot, horizon, prompt format",
+            found="no recipe, no robot, and no description in the checkpoint",
+            where=str(source.path),
+            next="add --recipe NAME (manipi recipes), or --robot FILE.py:NAME",
+        )
+    described = read_description(folder)
+    model = source.config(like=described.config.model)
+    return replace(described, config=replace(described.config, model=model))
 
 
 def _policy_config(
