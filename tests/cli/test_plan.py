@@ -8,7 +8,7 @@ import resource
 import pytest
 from tests.forks import FORKS
 
-from manipi.cli.plan import main
+from manipi.cli.train import run_plan as main
 from manipi.errors import ConfigError, UnknownNameError
 
 
