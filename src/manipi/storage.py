@@ -143,12 +143,8 @@ def remove_dead(folder: Path) -> None:
     """
     with storage_errors(folder, next="delete what begins with a dot and ends in .partial there, or choose another one"):
         for lock in folder.glob(".*.writing.lock"):
-            try:
-                held = Lock(lock, wait=False)
-            except (BlockingIOError, PermissionError):  # one in use; another user's, and theirs to delete
-                continue
-            with held:
-                _remove(lock.with_suffix(".partial"), lock)
+            # Another user's lock may not be opened, and is theirs to delete.
+            _remove_unless_held(lock.with_suffix(".partial"), lock, (BlockingIOError, PermissionError))
 
 
 def remove_partial(folder: Path, name: str | None = None) -> None:
@@ -159,23 +155,22 @@ def remove_partial(folder: Path, name: str | None = None) -> None:
     for partial in folder.glob(".*.partial" if name is None else f".{glob.escape(name)}.*.partial"):
         if partial.is_symlink():
             partial.unlink()
-            continue
-        lock = partial.with_suffix(".lock") if partial.is_dir() else partial
-        try:
-            held = Lock(lock, wait=False)
-        except BlockingIOError:  # a process is writing it
-            continue
-        with held:
-            _remove(partial, lock)
+        else:
+            _remove_unless_held(partial, partial.with_suffix(".lock") if partial.is_dir() else partial)
     if name is None:
         remove_dead(folder)  # the lock of a folder that has its name already
 
 
-def _remove(partial: Path, lock: Path) -> None:
-    """Delete both; the caller holds the lock."""
-    if partial.is_dir():
-        shutil.rmtree(partial)
-    lock.unlink()
+def _remove_unless_held(partial: Path, lock: Path, held: tuple[type[OSError], ...] = (BlockingIOError,)) -> None:
+    """Delete both, unless a process is writing there: locking raises one of `held`."""
+    try:
+        ours = Lock(lock, wait=False)
+    except held:
+        return
+    with ours:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        lock.unlink()
 
 
 def atomic_write(path: Path, data: bytes) -> None:
