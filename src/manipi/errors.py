@@ -29,6 +29,7 @@ ManipiError                     what was expected, what was found, where, what t
 import difflib
 import shlex
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Self
 
 # One bounded `repr` for the errors of the server and the client, which cannot import this package.
@@ -69,11 +70,8 @@ class ManipiError(Exception):
 
     def __reduce__(self) -> tuple:
         # Keyword-only arguments do not survive the default pickling, and worker processes pickle errors.
-        return _rebuild, (type(self), self.expected, self.found, self.where, self.next)
-
-
-def _rebuild(kind: type[ManipiError], expected: str, found: str, where: str, next: str) -> ManipiError:
-    return kind(expected=expected, found=found, where=where, next=next)
+        parts = {"expected": self.expected, "found": self.found, "where": self.where, "next": self.next}
+        return partial(type(self), **parts), ()
 
 
 class ConfigError(ManipiError, ValueError):

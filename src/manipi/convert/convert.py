@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import av
 import numpy as np
@@ -134,15 +134,15 @@ def convert(
                 job = _Job(reader=reader, encoder=encoder, settings=settings, parts=parts, skip_bad=skip_bad)
                 todo = [number for number in numbers if not parts.episode(number).exists()]
                 bad: dict[int, str] = {}
-                done: dict[str, Any] = {"initial": len(numbers) - len(todo), "total": len(numbers)}
-                bar = tqdm(desc="encode", unit="episode", disable=not show, **done)
+                reused, total = len(numbers) - len(todo), len(numbers)
+                bar = tqdm(desc="encode", unit="episode", initial=reused, total=total, disable=not show)
                 with bar, closing(_run(job, todo, num_workers)) as results:
                     for number, error in results:
                         bad |= {number: error} if error else {}
                         bar.update()
                 folders = [parts.episode(number) for number in numbers if number not in bad]
                 skipped = [(reader.names[number], bad[number]) for number in sorted(bad)]
-                report = {"reused": len(numbers) - len(todo), "skipped": skipped, "remarks": remarks}
+                report = {"reused": reused, "skipped": skipped, "remarks": remarks}
                 report = parts.finish(folders, encoder, settings.robot_type or reader.robot_type, report, show=show)
     except StorageError as error:
         again = "make room, or allow writing there, and run the same command again"

@@ -335,8 +335,7 @@ class DroidReader(EpisodeReader):
         with open_hdf5(path) as file:
             columns = {new: read_vector(file, f"observation/robot_state/{old}", path) for new, old in _STATE.items()}
             actions = get(file, "action", path)
-            commands = [key for key in actions if hasattr(actions[key], "shape")]
-            columns |= {f"action.{key}": read_vector(actions, key, path) for key in commands}
+            columns |= {f"action.{k}": read_vector(actions, k, path) for k in actions if hasattr(actions[k], "shape")}
             keep_T = np.ones(len(columns["joint_position"]), bool)
             for key, value in _SKIPS if self.drop_skipped else ():
                 if key in file:
