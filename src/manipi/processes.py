@@ -111,17 +111,12 @@ class _Parcel:
 
     def __reduce__(self) -> tuple:
         # While the process is being started, which is when descriptors within may be handed on.
-        pickled = ForkingPickler.dumps(self.contents)
-        descriptor = nameless_file(len(pickled))
-        weakref.finalize(self, os.close, descriptor)
-        with mmap.mmap(descriptor, len(pickled)) as memory:
-            memory[:] = pickled
-        return _unpack, (DupFd(descriptor),)
+        self._pickled = SharedArray(np.frombuffer(ForkingPickler.dumps(self.contents), np.uint8))
+        return _unpack, (self._pickled,)
 
 
-def _unpack(descriptor: Any) -> _Parcel:
-    with os.fdopen(descriptor.detach(), "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
-        return _Parcel(pickle.loads(memory))
+def _unpack(pickled: SharedArray) -> _Parcel:
+    return _Parcel(pickle.loads(pickled.array.data))
 
 
 def _end_all() -> None:

@@ -99,24 +99,18 @@ def from_json(data: Any, kinds: Iterable[type], where: str) -> Any:
 
 
 def _construct(kind: type, values: dict[str, Any], where: str) -> Any:
-    wanted = {f.name for f in dataclasses.fields(kind)}
-    if wanted != set(values):
-        raise ConfigError(
-            expected=f"the fields of {kind.__name__}: {', '.join(sorted(wanted))}",
-            found=f"missing {sorted(wanted - set(values))}, unexpected {sorted(set(values) - wanted)}",
-            where=where,
-            next="use the manipi version that wrote the file, or write it again",
-        )
-    hints = _hints(kind)
-    for name, value in values.items():
-        if not _fits(value, hints[name]):
-            raise ConfigError(
-                expected=f"{getattr(hints[name], '__name__', hints[name])} for {kind.__name__}.{name}",
-                found=shown(value),
-                where=where,
-                next="use the manipi version that wrote the file, or write it again",
-            )
-    return kind(**values)
+    wanted, hints = {f.name for f in dataclasses.fields(kind)}, _hints(kind)
+    misfits = [name for name, value in values.items() if name in wanted and not _fits(value, hints[name])]
+    if wanted == set(values) and not misfits:
+        return kind(**values)
+    expected = f"the fields of {kind.__name__}: {', '.join(sorted(wanted))}"
+    found = f"missing {sorted(wanted - set(values))}, unexpected {sorted(set(values) - wanted)}"
+    if wanted == set(values):
+        hint = hints[misfits[0]]
+        expected = f"{getattr(hint, '__name__', hint)} for {kind.__name__}.{misfits[0]}"
+        found = shown(values[misfits[0]])
+    next = "use the manipi version that wrote the file, or write it again"
+    raise ConfigError(expected=expected, found=found, where=where, next=next)
 
 
 _hints = functools.cache(typing.get_type_hints)

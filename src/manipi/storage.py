@@ -143,12 +143,8 @@ def remove_dead(folder: Path) -> None:
     """
     with storage_errors(folder, next="delete what begins with a dot and ends in .partial there, or choose another one"):
         for lock in folder.glob(".*.writing.lock"):
-            try:
-                held = Lock(lock, wait=False)
-            except (BlockingIOError, PermissionError):  # one in use; another user's, and theirs to delete
-                continue
-            with held:
-                _remove(lock.with_suffix(".partial"), lock)
+            # Another user's lock may not be opened, and is theirs to delete.
+            _remove_unless_held(lock.with_suffix(".partial"), lock, (BlockingIOError, PermissionError))
 
 
 def remove_partial(folder: Path, name: str | None = None) -> None:
@@ -159,23 +155,22 @@ def remove_partial(folder: Path, name: str | None = None) -> None:
     for partial in folder.glob(".*.partial" if name is None else f".{glob.escape(name)}.*.partial"):
         if partial.is_symlink():
             partial.unlink()
-            continue
-        lock = partial.with_suffix(".lock") if partial.is_dir() else partial
-        try:
-            held = Lock(lock, wait=False)
-        except BlockingIOError:  # a process is writing it
-            continue
-        with held:
-            _remove(partial, lock)
+        else:
+            _remove_unless_held(partial, partial.with_suffix(".lock") if partial.is_dir() else partial)
     if name is None:
         remove_dead(folder)  # the lock of a folder that has its name already
 
 
-def _remove(partial: Path, lock: Path) -> None:
-    """Delete both; the caller holds the lock."""
-    if partial.is_dir():
-        shutil.rmtree(partial)
-    lock.unlink()
+def _remove_unless_held(partial: Path, lock: Path, held: tuple[type[OSError], ...] = (BlockingIOError,)) -> None:
+    """Delete both, unless a process is writing there: locking raises one of `held`."""
+    try:
+        ours = Lock(lock, wait=False)
+    except held:
+        return
+    with ours:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        lock.unlink()
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -208,30 +203,18 @@ def storage_errors(where: Path, next: str = _NEXT, *, size: int = 0, written: Pa
     except OSError as error:
         if error.errno not in _STORAGE_ERRNOS:
             raise
+        expected, found = "room and the right to write", f"{error.strerror}"
         if error.errno in _NO_LOCKS:
-            raise StorageError(
-                expected="a file system with locks (flock)",
-                found=f"{error.strerror}",
-                where=str(where),
-                next="choose a folder on another file system, or mount this one with locks",
-            ) from error
-        if error.errno != errno.ENOSPC:
-            raise StorageError(
-                expected="room and the right to write", found=f"{error.strerror}", where=str(where), next=next
-            ) from error
-        free = _free(where)
-        if size > free:
-            raise _no_room(where, size, free, next) from error
-        so_far = ""
-        if written is not None:
-            size_so_far = sum(path.lstat().st_size for path in written.rglob("*"))
-            so_far = f" when {_megabytes(size_so_far)} of it were written"
-        raise StorageError(
-            expected="room on the disk",
-            found=f"{error.strerror}: {_megabytes(free)} free{so_far}",
-            where=str(where),
-            next=next,
-        ) from error
+            expected = "a file system with locks (flock)"
+            next = "choose a folder on another file system, or mount this one with locks"
+        if error.errno == errno.ENOSPC:
+            if size > _free(where):
+                raise _no_room(where, size, next) from error
+            expected, found = "room on the disk", f"{found}: {_megabytes(_free(where))} free"
+            if written is not None:
+                so_far = sum(path.lstat().st_size for path in written.rglob("*"))
+                found += f" when {_megabytes(so_far)} of it were written"
+        raise StorageError(expected=expected, found=found, where=str(where), next=next) from error
 
 
 def write_failed(error: Exception, path: Path) -> OSError:
@@ -243,16 +226,16 @@ def write_failed(error: Exception, path: Path) -> OSError:
 
 def require_room(where: Path, size: int, next: str = _NEXT, *, what: str = "") -> None:
     """StorageError where the disk of `where` has less than `size` bytes left for `what`."""
+    if _free(where) < size:
+        raise _no_room(where, size, next, what)
+
+
+def _no_room(where: Path, size: int, next: str, what: str = "") -> StorageError:
     free = _free(where)
-    if free < size:
-        raise _no_room(where, size, free, next, what)
-
-
-def _no_room(where: Path, size: int, free: int, next: str, what: str = "") -> StorageError:
     # As many digits as it takes to see the difference; the sixth is that of a byte.
     digits = min(n for n in range(7) if n == 6 or _megabytes(size, n) != _megabytes(free, n))
     return StorageError(
-        expected=f"room for {_megabytes(size, digits)}{f' of {what}' if what else ''}",
+        expected=f"room for {_megabytes(size, digits)}{what and f' of {what}'}",
         found=f"{_megabytes(free, digits)} free",
         where=str(where),
         next=next,

@@ -8,13 +8,18 @@ import resource
 import pytest
 from tests.forks import FORKS
 
-from manipi.cli.plan import main
+from manipi.cli.train import run_plan as main
 from manipi.errors import ConfigError, UnknownNameError
+
+SHALLOW = ["--model.vlm.depth", "1", "--model.action_expert.depth", "1", "--noise-draws=1"]
+"""A step of few operations."""
 
 
 def test_what_fits(capsys, tmp_path):
-    main(["tabletop", "--gpu", "rtx4090", "--json", f"{tmp_path}/a.json", "--plot", f"{tmp_path}/a.png"])
+    flags = ["--json", f"{tmp_path}/a.json", "--plot", f"{tmp_path}/a.png", "--data.path", f"{tmp_path}/elsewhere"]
+    main(["tabletop", "--gpu", "rtx4090", *SHALLOW, *flags])
     lines = capsys.readouterr().out.splitlines()
+    assert "longest prompt  not measured: the data are not on this disk" in lines
     assert lines[0].startswith("tabletop, batch ")
     assert [line.split()[0] for line in lines[3:12]] == (
         ["weights", "optimizer", "average", "gradients", "batch", "activations", "temporary", "peak", "reserve"]
@@ -28,26 +33,24 @@ def test_what_fits(capsys, tmp_path):
 
 
 def test_what_does_not_fit_exits_with_1_and_names_a_command_that_fits(capsys, tmp_path):
-    arguments = ["tabletop", "--gpu=1.012GB", "--gpus", "1", "--batch-size", "16", "--json", f"{tmp_path}/a.json"]
+    own = ["--gpu=1.008GB", "--gpus", "1", "--json", f"{tmp_path}/a.json"]
     with pytest.raises(SystemExit) as exit:
-        main(arguments)
+        main(["tabletop", *own[:1], "--batch-size", "16", *own[1:], *SHALLOW])
     assert exit.value.code == 1
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
     assert result["fits"] is False
     assert result["found"]["fits"] is True
-    assert result["found"]["command"].startswith("manipi train tabletop --batch-size 16 --")
+    assert result["found"]["command"].startswith(f"manipi train tabletop --batch-size 16 {' '.join(SHALLOW)} --")
     assert f"\n  {result['found']['command']}\n" in printed
     assert "lacks" in printed
 
 
 def test_the_longest_prompt_of_data_at_hand(capsys, recipe_file, tmp_path):
-    main([f"{recipe_file}:my_recipe", "--json", f"{tmp_path}/a.json"])
+    main([f"{recipe_file}:my_recipe", *SHALLOW, "--json", f"{tmp_path}/a.json"])
     tokens = json.loads((tmp_path / "a.json").read_text())["longest_prompt"]["tokens"]
     assert f"longest prompt  {tokens} of 60 tokens (max_token_len): synthetic_lerobot_v30" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=f"--model.max-token-len {tokens}"):
-        main([f"{recipe_file}:my_recipe", "--model.max-token-len", f"{tokens - 1}"])
-    main([f"{recipe_file}:my_recipe", "--data.path", f"{tmp_path}/elsewhere"])
-    assert "longest prompt  not measured: the data are not on this disk" in capsys.readouterr().out
+        main([f"{recipe_file}:my_recipe", *SHALLOW, "--model.max-token-len", f"{tokens - 1}"])
 
 
 def test_what_cannot_be_asked():

@@ -34,10 +34,11 @@ from manipi.errors import (
 from manipi.storage import Lock
 
 
-@pytest.fixture
-def recordings(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "data")
-    return importlib.import_module("recordings")
+@pytest.fixture(scope="module")
+def recordings():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "data")
+        yield importlib.import_module("recordings")
 
 
 def run(root, target, *, format=None, drop_skipped=False, num_workers=0, skip_bad=False, **settings):
@@ -304,11 +305,20 @@ def workers_of(process):
     return [pid for pid, group in groups.items() if group == str(process.pid) != pid]
 
 
+@pytest.fixture(scope="module")
+def forty(recordings, tmp_path_factory):
+    """Recordings that take long enough to be killed, and the digest of what is made of them undisturbed."""
+    folder = tmp_path_factory.mktemp("forty")
+    root = recordings.write_aloha(folder / "source", (25,) * 40, cameras=("cam_high",))
+    run(root, folder / "set", task="t")
+    return root, digest(folder / "set")
+
+
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_conversion_goes_on(recordings, tmp_path, sent):
-    root = recordings.write_aloha(tmp_path / "source", (25,) * 40)
+def test_a_killed_conversion_goes_on(forty, tmp_path, sent):
+    root, undisturbed = forty
     parts = tmp_path / ".set.parts"
     process = start(root, tmp_path / "set")
     until(lambda: len(list(parts.glob("episode-*"))) >= 2, process)
@@ -330,9 +340,8 @@ def test_a_killed_conversion_goes_on(recordings, tmp_path, sent):
     again = start(root, tmp_path / "set").communicate()
     assert again.returncode == 0, again.stderr
     assert f"40 ({len(finished)} from before)" in again.stdout
-    run(root, tmp_path / "undisturbed", task="t")
-    assert digest(tmp_path / "set") == digest(tmp_path / "undisturbed")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["set", "source", "undisturbed"]
+    assert digest(tmp_path / "set") == undisturbed
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
 def test_another_conversion_does_not_go_on_with_it(recordings, tmp_path):
@@ -355,9 +364,8 @@ def test_two_conversions_to_one_folder(recordings, tmp_path):
     run(root, tmp_path / "set", task="t")
 
 
-def test_a_worker_that_is_killed(recordings, tmp_path):
-    root = recordings.write_aloha(tmp_path / "source", (25,) * 60)
-    process = start(root, tmp_path / "set")
+def test_a_worker_that_is_killed(forty, tmp_path):
+    process = start(forty[0], tmp_path / "set")
     until(lambda: list((tmp_path / ".set.parts").glob("episode-*")), process)
     for pid in workers_of(process):
         os.kill(int(pid), signal.SIGKILL)

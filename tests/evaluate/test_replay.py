@@ -6,7 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from manipi.cli.recordings import run_replay as main
+from manipi.cli.dataset import run_replay as main
 from manipi.data.open import open_dataset
 from manipi.data.recorder import Recorder
 from manipi.errors import ConfigError, MissingFeatureError, ObservationError, StorageError

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import numpy as np
 import pytest
 
-from manipi.remote import stores
+from manipi.remote import fetch as remote
 
 GCS = "/storage/v1/b/openpi-assets/o"
 
@@ -178,7 +178,7 @@ def own_home(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MANIPI_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path / "openpi"))
-    monkeypatch.setattr(stores, "PAUSES", (0.01, 0.02, 0.03, 0.04, 0.05))
+    monkeypatch.setattr(remote, "PAUSES", (0.01, 0.02, 0.03, 0.04, 0.05))
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import pytest
 
 from manipi.data.open import open_dataset
 from manipi.errors import FetchError, StorageError, UnknownNameError
-from manipi.remote.fetch import fetch, home, verify
-from manipi.remote.stores import BLOCK
+from manipi.remote.fetch import BLOCK, fetch, home, verify
 
 FETCH = "import sys; from manipi.remote.fetch import fetch; print(fetch(sys.argv[1], show=False))"
 WRONG = "0" * 32

@@ -9,7 +9,7 @@ import pytest
 from tests.commands import run_manipi
 
 from manipi.errors import FetchError
-from manipi.remote import stores
+from manipi.remote import fetch as remote
 from manipi.remote.fetch import fetch
 
 ENDPOINTS = {
@@ -45,12 +45,12 @@ def test_a_name_that_nobody_has():
     began = time.monotonic()
     with pytest.raises(FetchError, match=r"(?s)a way to no-such-host\.invalid:443.*HTTPS_PROXY"):
         fetch("https://no-such-host.invalid/x", show=False)
-    assert time.monotonic() - began < stores.LOOK + 1
+    assert time.monotonic() - began < remote.LOOK + 1
 
 
 def test_a_store_that_never_answers_a_connection(monkeypatch):
     """Its queue of connections is full: the next one is dropped without a word, as by a firewall."""
-    monkeypatch.setattr(stores, "LOOK", 0.5)
+    monkeypatch.setattr(remote, "LOOK", 0.5)
     with socket.create_server(("127.0.0.1", 0), backlog=0) as server, contextlib.ExitStack() as stack:
         for _ in range(4):
             waiting = stack.enter_context(socket.socket())
@@ -91,7 +91,7 @@ def test_an_account_that_is_missing_is_not_asked_for_again(store, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
-    monkeypatch.setattr(stores, "PAUSES", (60.0,))
+    monkeypatch.setattr(remote, "PAUSES", (60.0,))
     with pytest.raises(FetchError, match="NoCredentialsError"):
         fetch("s3://bucket/run", show=False)
 
@@ -122,7 +122,7 @@ def test_s3_is_looked_for_where_its_library_finds_it(host, tmp_path, monkeypatch
         looked.append(host)
         failure.append(OSError("nobody there"))
 
-    monkeypatch.setattr(stores, "_look", look)
+    monkeypatch.setattr(remote, "_look", look)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(FetchError, match="nobody there"):

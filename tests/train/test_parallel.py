@@ -22,7 +22,7 @@ from manipi.errors import ConfigError, StorageError, TrainingError
 from manipi.model.config import Adapters, LoRA
 from manipi.policy import Policy
 from manipi.train.config import ParallelConfig
-from manipi.train.launch import Launch, mesh_shape, without_launch_flags
+from manipi.train.launch import Launch, mesh_shape, without_flags
 from manipi.train.parallel import ALONE
 from manipi.train.run.folder import Run
 from manipi.train.watch.progress import OF_THE_MACHINE
@@ -190,7 +190,7 @@ def test_the_mesh(tiny, size, parallel, shape):
 
 def test_the_torchrun_line(tiny):
     flags = ["r.py:f", "--nodes=2", "--node_rank", "0", "--steps", "9", "--gpus", "2", "--rendezvous", "head:29500"]
-    assert without_launch_flags(flags) == ["r.py:f", "--steps", "9"]
+    assert without_flags(flags, Launch) == ["r.py:f", "--steps", "9"]
     line = Launch(nodes=2, gpus=2, rendezvous="head:29500").command(tiny(), flags)
     assert " ".join(line[1:]) == (
         "-m torch.distributed.run --nproc-per-node 2 --max-restarts 0 --nnodes 2 --rdzv-backend c10d"

@@ -11,12 +11,12 @@ from manipi_client.errors import ManipiClientError
 
 COMMANDS = {
     "train": ("manipi.cli.train:main", "train a policy: manipi train RECIPE|FILE.py:FUNCTION [--flags]"),
-    "plan": ("manipi.cli.plan:main", "forecast the memory of a training step, and find settings that fit a GPU"),
+    "plan": ("manipi.cli.train:run_plan", "forecast the memory of a training step, and find settings that fit a GPU"),
     "eval": ("manipi.cli.eval:main", "open-loop error of a checkpoint on held-out episodes, beside simple baselines"),
     "bench": ("manipi.cli.bench:main", "time every stage of an inference call: manipi bench infer RECIPE|CHECKPOINT"),
     "serve": ("manipi.cli.serve:main", "serve a checkpoint over websocket, in openpi's protocol"),
-    "record": ("manipi.cli.recordings:run_record", "make a dataset of the episodes that a killed recording left"),
-    "replay": ("manipi.cli.recordings:run_replay", "put a recorded run's questions to a checkpoint or a server"),
+    "record": ("manipi.cli.dataset:run_record", "make a dataset of the episodes that a killed recording left"),
+    "replay": ("manipi.cli.dataset:run_replay", "put a recorded run's questions to a checkpoint or a server"),
     "import": ("manipi.cli.exchange:run_import", "make a checkpoint of openpi or LeRobot ours: by name, folder or URL"),
     "export": ("manipi.cli.exchange:run_export", "write a checkpoint for openpi or LeRobot, or its adapters alone"),
     "filter": ("manipi.cli.dataset:run_filter", "choose the frames worth training on; the dataset stays as it is"),

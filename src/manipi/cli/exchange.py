@@ -60,9 +60,8 @@ class _Import:
 def run_import(arguments: Sequence[str]) -> None:
     """Import; prints the certificate."""
     args = parse(_Import, arguments, "import")
-    recipe = args.recipe
-    if not recipe and args.source in RELEASED and not args.robot:
-        recipe = RELEASED[args.source].recipe or ""
+    released = RELEASED.get(args.source)
+    recipe = args.recipe or (released and not args.robot and released.recipe)
     config = load_recipe(recipe) if recipe else None
     robot = load_robot(args.robot) if args.robot else None
 
@@ -85,7 +84,7 @@ def run_import(arguments: Sequence[str]) -> None:
             recipe=config,
             robot=robot,
             norm_stats=args.norm_stats,
-            asset_id=args.asset_id or (args.source in RELEASED and RELEASED[args.source].asset_id) or "",
+            asset_id=args.asset_id or (released and released.asset_id) or "",
             normalization=args.normalization,
             action_horizon=args.action_horizon,
             max_token_len=args.max_token_len,

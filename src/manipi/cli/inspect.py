@@ -130,9 +130,9 @@ def _recipe(target: str) -> Any:
     for stage in stages:
         rows.append((stage.step, "", "", "", "", ""))
         for key, v in stage.values.items():
-            mark, dash = "•" if key in stage.changed else " ", "" if v.min is None else f"{v.min:.4g}"
-            shown = f"{v.text!r}" if v.text is not None else _shape(v.shape)
-            rows.append((f"  {mark} {key}", v.dtype, shown, dash, "" if v.max is None else f"{v.max:.4g}", ""))
+            mark, shown = "•" if key in stage.changed else " ", _shape(v.shape) if v.text is None else f"{v.text!r}"
+            limits = ("" if limit is None else f"{limit:.4g}" for limit in (v.min, v.max))
+            rows.append((f"  {mark} {key}", v.dtype, shown, *limits, ""))
         if stage.removed:
             rows.append((f"  – without {', '.join(stage.removed)}", "", "", "", "", ""))
     encoded = source.pipeline.encode(sample)[0]

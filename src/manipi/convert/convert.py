@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import av
 import numpy as np
@@ -134,15 +134,15 @@ def convert(
                 job = _Job(reader=reader, encoder=encoder, settings=settings, parts=parts, skip_bad=skip_bad)
                 todo = [number for number in numbers if not parts.episode(number).exists()]
                 bad: dict[int, str] = {}
-                done: dict[str, Any] = {"initial": len(numbers) - len(todo), "total": len(numbers)}
-                bar = tqdm(desc="encode", unit="episode", disable=not show, **done)
+                reused, total = len(numbers) - len(todo), len(numbers)
+                bar = tqdm(desc="encode", unit="episode", initial=reused, total=total, disable=not show)
                 with bar, closing(_run(job, todo, num_workers)) as results:
                     for number, error in results:
                         bad |= {number: error} if error else {}
                         bar.update()
                 folders = [parts.episode(number) for number in numbers if number not in bad]
                 skipped = [(reader.names[number], bad[number]) for number in sorted(bad)]
-                report = {"reused": len(numbers) - len(todo), "skipped": skipped, "remarks": remarks}
+                report = {"reused": reused, "skipped": skipped, "remarks": remarks}
                 report = parts.finish(folders, encoder, settings.robot_type or reader.robot_type, report, show=show)
     except StorageError as error:
         again = "make room, or allow writing there, and run the same command again"
@@ -168,7 +168,7 @@ def _encoder(
         features = {}
         try:
             with reader.open(name) as episode:
-                for key, values in _data(episode, reader, settings, name).items():
+                for key, values in _converted(episode, reader, settings, name)[0].items():
                     if isinstance(values, np.ndarray):
                         names = reader.dimension_names.get(key, ())
                         names = names if len(names) == values.shape[1] else ()
@@ -177,7 +177,6 @@ def _encoder(
                     else:
                         shape = next((block.shape[1:] for block in values), ())
                         features[key] = Feature(kind="image", shape=shape, dtype="video")
-                _task(episode, settings, f"{reader.root}, {name}")
                 remarks = episode.remarks
         except (DataError, ConfigError):
             if not skip_bad or name == reader.names[-1]:
@@ -205,11 +204,10 @@ class _Job:
     def __call__(self, number: int) -> tuple[int, str]:
         """Encode an episode; its number, and why it was skipped."""
         name = self.reader.names[number]
-        where = f"{self.reader.root}, {name}"
         try:
             with self.reader.open(name) as episode, atomic_directory(self.parts.episode(number)) as folder:
-                task = _task(episode, self.settings, where)
-                self.encoder.encode(folder, _data(episode, self.reader, self.settings, name), task, where)
+                data, task = _converted(episode, self.reader, self.settings, name)
+                self.encoder.encode(folder, data, task, f"{self.reader.root}, {name}")
         except (DataError, ConfigError) as error:
             if not self.skip_bad:
                 raise
@@ -217,10 +215,11 @@ class _Job:
         return number, ""
 
 
-def _data(
+def _converted(
     episode: RecordedEpisode, reader: EpisodeReader, settings: ConvertSettings, name: str
-) -> Mapping[str, np.ndarray | Pictures]:
-    """The vectors, those joined of others, and the pictures, turned and resized."""
+) -> tuple[Mapping[str, np.ndarray | Pictures], str | list[str]]:
+    """The vectors, those joined of others, and the pictures, turned and resized; the instruction, or one per frame."""
+    where = f"{reader.root}, {name}"
     usual = [(whole, parts) for whole, parts in reader.joins if all(part in episode.columns for part in parts)]
     names = [*episode.columns, *(whole for whole, _ in (*settings.joins, *usual)), *episode.pictures]
     for flag, named, known in (
@@ -231,7 +230,7 @@ def _data(
             raise MissingFeatureError(
                 expected=f"names for --{flag}, among {', '.join(dict.fromkeys(known))}",
                 found=shown(", ".join(unknown)),
-                where=f"{reader.root}, {name}",
+                where=where,
                 next=f"--{flag} NAME",
             )
     columns = {key: episode.columns[key] for key in episode.columns if key not in settings.exclude}
@@ -240,13 +239,22 @@ def _data(
             raise MissingFeatureError(
                 expected=f"the vectors {', '.join(missing)}, to join into {whole!r}",
                 found=f"only {', '.join(episode.columns)}",
-                where=f"{reader.root}, {name}",
+                where=where,
                 next=f"--join {whole}=NAME,NAME",
             )
         if (whole, parts) in settings.joins or whole not in columns:
             columns[whole] = np.concatenate([episode.columns[part] for part in parts], axis=1)
     data = columns | {camera: _Shown(blocks, settings, camera) for camera, blocks in episode.pictures.items()}
-    return {key: values for key, values in data.items() if key not in settings.exclude}
+    tasks = [text or settings.task for text in ([episode.task] if isinstance(episode.task, str) else episode.task)]
+    if not all(tasks):
+        raise ConfigError(
+            expected="an instruction, which tells the policy what to do",
+            found="none in the source",
+            where=where,
+            next='--task "what the robot does there"',
+        )
+    task = tasks[0] if isinstance(episode.task, str) else tasks
+    return {key: values for key, values in data.items() if key not in settings.exclude}, task
 
 
 @dataclass(frozen=True)
@@ -266,19 +274,6 @@ class _Shown:
             if self.settings.resize and turned.shape[1:3] != self.settings.resize:
                 turned = np.stack([resize_with_pad(image, *self.settings.resize) for image in turned])
             yield turned
-
-
-def _task(episode: RecordedEpisode, settings: ConvertSettings, where: str) -> str | list[str]:
-    """The instruction, or one per frame."""
-    tasks = [text or settings.task for text in ([episode.task] if isinstance(episode.task, str) else episode.task)]
-    if not all(tasks):
-        raise ConfigError(
-            expected="an instruction, which tells the policy what to do",
-            found="none in the source",
-            where=where,
-            next='--task "what the robot does there"',
-        )
-    return tasks[0] if isinstance(episode.task, str) else tasks
 
 
 # Processes ----------------------------------------------------------------------------------------------------------

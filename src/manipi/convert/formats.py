@@ -6,6 +6,7 @@ A reader is a subclass of `EpisodeReader`, and `FORMATS` names it.
 import abc
 import importlib
 import math
+import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -84,10 +85,12 @@ class EpisodeReader(abc.ABC):
 # What the readers share ---------------------------------------------------------------------------------------------
 
 
-def find_files(root: Path, *patterns: str) -> list[Path]:
-    """`root` itself where it is a file, else what lies below it, numbers in names counted as numbers."""
-    found = {root} if root.is_file() else {path for pattern in patterns for path in root.rglob(pattern)}
-    return sorted(found, key=lambda path: by_number(str(path)))
+def find_files(root: Path, *patterns: str) -> dict[str, Path]:
+    """`root` itself where it is a file, else what lies below it, by relative name; numbers count as numbers."""
+    if root.is_file():
+        return {root.name: root}
+    found = {str(path.relative_to(root)): path for pattern in patterns for path in root.rglob(pattern)}
+    return {name: found[name] for name in sorted(found, key=by_number)}
 
 
 def by_number(name: str) -> list[tuple[int, str]]:
@@ -227,8 +230,8 @@ FORMATS = {
     "libero": "manipi.convert.recordings:LiberoReader",
     "robomimic": "manipi.convert.recordings:RobomimicReader",
     "droid": "manipi.convert.recordings:DroidReader",
-    "rlds": "manipi.convert.datasets:RldsReader",
-    "lerobot": "manipi.convert.datasets:LeRobotReader",
+    "rlds": "manipi.convert.recordings:RldsReader",
+    "lerobot": "manipi.convert.recordings:LeRobotReader",
     "zarr": "manipi.convert.recordings:ZarrReader",
 }
 """Per name the module and class of its reader, imported when it is needed; it may be added to. Readers are asked from
@@ -236,8 +239,7 @@ the last to the first what a folder holds, so that added ones come before ours."
 
 
 def _load(format: str) -> type[EpisodeReader]:
-    module, _, kind = FORMATS[format].partition(":")
-    return getattr(importlib.import_module(module), kind)
+    return pkgutil.resolve_name(FORMATS[format])
 
 
 def open_reader(root: Path, format: str | None = None, *, drop_skipped: bool = False) -> EpisodeReader:

@@ -1,9 +1,10 @@
-"""Recordings in HDF5 and Zarr: ALOHA, robomimic, LIBERO, DROID and ReplayBuffer."""
+"""The readers: ALOHA, robomimic, LIBERO, DROID, ReplayBuffer, LeRobot and RLDS."""
 
 import json
 import zipfile
+from collections import UserDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,13 +29,16 @@ from manipi.convert.formats import (
     vector,
 )
 from manipi.data.lerobot.video import DeepPicture, decode_picture
-from manipi.errors import ConfigError, DatasetFormatError
+from manipi.data.open import open_dataset
+from manipi.data.review.values import uneven_timestamps
+from manipi.errors import ConfigError, DatasetFormatError, shown
 
 if TYPE_CHECKING:
     import h5py
     import zarr
 
 _ARM = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
+_ARMS = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in _ARM)
 
 
 class AlohaReader(EpisodeReader):
@@ -58,13 +62,12 @@ class AlohaReader(EpisodeReader):
         ("base_action", "action.base", False),
     )
     """Where, what it becomes, and whether it must be there."""
+    dimension_names = dict.fromkeys([new for _, new, _ in columns], _ARMS)
 
     def __init__(self, root: Path):
         super().__init__(root)
-        self._files = {path.name if root.is_file() else str(path.relative_to(root)): path for path in _hdf5_files(root)}
+        self._files = find_files(root, *_HDF5)
         self.names = list(self._files)
-        joints = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in _ARM)
-        self.dimension_names = dict.fromkeys((new for _, new, _ in self.columns), joints)
 
     @classmethod
     def recognises(cls, root: Path) -> bool:
@@ -74,8 +77,7 @@ class AlohaReader(EpisodeReader):
     def open(self, name: str) -> Iterator[RecordedEpisode]:
         path = self._files[name]
         with open_hdf5(path) as file:
-            wanted = {new: old for old, new, required in self.columns if required or old in file}
-            columns = {new: read_vector(file, old, path) for new, old in wanted.items()}
+            columns = _vectors(file, self.columns, path)
             cameras = get(file, "observations/images", path)
             # Whatever else is there shows when it is read, unless it is left out.
             kinds = {key: "depth" if _kind(cameras, key, "picture") == "depth" else "picture" for key in cameras}
@@ -108,8 +110,7 @@ class RobomimicReader(EpisodeReader):
     def __init__(self, root: Path):
         super().__init__(root)
         self._episodes: dict[str, tuple[Path, str]] = {}
-        for path in _hdf5_files(root):
-            stem = path.name if root.is_file() else str(path.relative_to(root))
+        for stem, path in find_files(root, *_HDF5).items():
             try:
                 with open_hdf5(path) as file:
                     data = get(file, "data", path)
@@ -130,8 +131,7 @@ class RobomimicReader(EpisodeReader):
         with open_hdf5(path) as file:
             data = get(file, "data", path)
             episode, where = get(data, demo, path), f"{path}, {demo}"
-            wanted = {new: old for old, new, required in self.columns if required or old in episode}
-            columns = {new: read_vector(episode, old, where) for new, old in wanted.items()}
+            columns = _vectors(episode, self.columns, where)
             observations = get(episode, "obs", where)
             kinds = {key: _kind(observations, key, "vector") for key in observations}
             vectors = {k: read_vector(observations, k, where) for k, kind in kinds.items() if kind == "vector"}
@@ -164,15 +164,13 @@ def _attribute(group: "h5py.Group", name: str, where: str | Path) -> dict[str, A
 
 # HDF5 ---------------------------------------------------------------------------------------------------------------
 
-
-def _hdf5_files(root: Path) -> list[Path]:
-    return find_files(root, "*.hdf5", "*.h5")
+_HDF5 = ("*.hdf5", "*.h5")
 
 
 def _hdf5_layout(root: Path) -> str:
     """`aloha` or `robomimic`, by the first file that can be read; empty where there is no file."""
     errors = list[DatasetFormatError]()
-    for path in _hdf5_files(root):
+    for path in find_files(root, *_HDF5).values():
         try:
             with open_hdf5(path) as file:
                 for member, layout in (("observations/qpos", "aloha"), ("data", "robomimic")):
@@ -227,6 +225,11 @@ def read_vector(group: "h5py.Group", name: str, where: str | Path) -> np.ndarray
         broken(f"numbers of every frame in {name!r}", str(dataset), where, OTHER_LAYOUT)
     with reading(f"{where}, {name}"):
         return vector(dataset[()])
+
+
+def _vectors(group: "h5py.Group", columns: Iterable[tuple[str, str, bool]], where: str | Path) -> dict[str, np.ndarray]:
+    """The columns of a reader's table that are there; DatasetFormatError where one is missing that must be."""
+    return {new: read_vector(group, old, where) for old, new, required in columns if required or old in group}
 
 
 def _kind(group: "h5py.Group", name: str, encoded: str) -> str:
@@ -312,7 +315,7 @@ class DroidReader(EpisodeReader):
 
     def __init__(self, root: Path):
         super().__init__(root.parent if root.is_file() else root)
-        self.names = [str(path.parent.relative_to(self.root)) for path in find_files(self.root, "trajectory.h5")]
+        self.names = [str(Path(name).parent) for name in find_files(self.root, "trajectory.h5")]
 
     @classmethod
     def recognises(cls, root: Path) -> bool:
@@ -320,27 +323,25 @@ class DroidReader(EpisodeReader):
 
     @cached_property
     def _annotations(self) -> Mapping[str, Mapping[str, str]]:
-        files = sorted(self.root.glob("aggregated-annotations*.json"))
-        return _read_json(files[-1]) if files else {}
+        path = max(self.root.glob("aggregated-annotations*.json"), default=None)
+        return _read_json(path) if path else {}
 
     @contextmanager
     def open(self, name: str) -> Iterator[RecordedEpisode]:
         folder = self.root / name
         path = folder / "trajectory.h5"
-        metadata_files = sorted(folder.glob("metadata_*.json"))
-        metadata = _read_json(metadata_files[0]) if metadata_files else {}
+        described = min(folder.glob("metadata_*.json"), default=None)
+        metadata = _read_json(described) if described else {}
         with open_hdf5(path) as file:
             columns = {new: read_vector(file, f"observation/robot_state/{old}", path) for new, old in _STATE.items()}
             actions = get(file, "action", path)
-            commands = [key for key in actions if hasattr(actions[key], "shape")]
-            columns |= {f"action.{key}": read_vector(actions, key, path) for key in commands}
+            columns |= {f"action.{k}": read_vector(actions, k, path) for k in actions if hasattr(actions[k], "shape")}
             keep_T = np.ones(len(columns["joint_position"]), bool)
             for key, value in _SKIPS if self.drop_skipped else ():
                 if key in file:
                     keep_T &= read_vector(file, key, path)[:, 0] != value
             serials = _serial_numbers(file, metadata, path)
-        stem = metadata_files[0].stem if metadata_files else ""
-        annotated = self._annotations.get(stem.rpartition("_")[2], {})
+        annotated = self._annotations.get(described.stem.rpartition("_")[2], {}) if described else {}
         yield RecordedEpisode(
             columns={key: values[keep_T] if len(values) == len(keep_T) else values for key, values in columns.items()},
             pictures={c: _Mp4(folder / f"recordings/MP4/{serial}.mp4", keep_T) for c, serial in serials.items()},
@@ -419,8 +420,8 @@ class ZarrReader(EpisodeReader):
 
     def __init__(self, root: Path):
         super().__init__(root)
-        with self._open_store() as store, reading(root, _STORE):
-            ends, arrays = np.asarray(self._member(store, "meta/episode_ends")[:]), self._arrays(store)
+        with self._open_store() as (rows, arrays), reading(root, _STORE):
+            ends = np.asarray(rows[:])
         self._bounds = np.concatenate([[0], ends]).astype(int)
         if (np.diff(self._bounds) <= 0).any():
             where = f"{root}, meta/episode_ends"
@@ -441,8 +442,8 @@ class ZarrReader(EpisodeReader):
     def remarks(self, fps: float) -> Mapping[str, str]:
         """Which arrays lack chunks: a store leaves out those of fill values alone, and a broken copy any."""
         remarks = {}
-        with self._open_store() as store:
-            for key, array in self._arrays(store).items():
+        with self._open_store() as (_, arrays):
+            for key, array in arrays.items():
                 with reading(f"{self.root}, data/{key}", _STORE):
                     lacking, count = array.nchunks - array.nchunks_initialized, array.nchunks
                 if lacking > 0:
@@ -458,9 +459,9 @@ class ZarrReader(EpisodeReader):
             with reading(where, _STORE):
                 return np.asarray(array[start:stop])
 
-        with self._open_store() as store:
+        with self._open_store() as (_, arrays):
             columns, pictures, remarks = {}, {}, {}
-            for key, array in self._arrays(store).items():
+            for key, array in arrays.items():
                 where = f"{self.root}, data/{key}, episode {name}"
                 if array.shape[0] != self._bounds[-1]:
                     expected = f"{self._bounds[-1]} rows, as meta/episode_ends says"
@@ -475,31 +476,101 @@ class ZarrReader(EpisodeReader):
             yield RecordedEpisode(columns=columns, pictures=pictures, remarks=remarks)
 
     @contextmanager
-    def _open_store(self) -> "Iterator[zarr.Group]":
-        storage = optional_module("zarr").storage
+    def _open_store(self) -> "Iterator[tuple[zarr.Array, dict[str, zarr.Array]]]":
+        """The ends of the episodes, and what is below data/, by name."""
+        zarr: Any = optional_module("zarr")
         with reading(self.root, _STORE):
             is_zip = self.root.is_file()
-            store = storage.ZipStore(self.root, mode="r") if is_zip else storage.LocalStore(self.root)
-            group = optional_module("zarr").open_group(store, mode="r")
-        try:
-            yield group
-        finally:
-            store.close()
-
-    def _arrays(self, store: "zarr.Group") -> dict[str, Any]:
-        """What is below data/, by name."""
-        data = self._member(store, "data")
-        with reading(self.root, _STORE):
-            return {key: data[key] for key in sorted(data.array_keys())}
-
-    def _member(self, store: "zarr.Group", name: str) -> Any:
-        with reading(self.root, _STORE):
-            if name not in store:
-                found = ", ".join(sorted(store.keys())) or "nothing"
-                broken(f"{name!r} in the Zarr store", found, self.root, OTHER_LAYOUT)
-            return store[name]
+            store = zarr.storage.ZipStore(self.root, mode="r") if is_zip else zarr.storage.LocalStore(self.root)
+            group = zarr.open_group(store, mode="r")
+        with closing(store):
+            with reading(self.root, _STORE):
+                for name in ("meta/episode_ends", "data"):
+                    if name not in group:
+                        found = ", ".join(sorted(group.keys())) or "nothing"
+                        broken(f"{name!r} in the Zarr store", found, self.root, OTHER_LAYOUT)
+                data, ends = group["data"], group["meta/episode_ends"]
+                arrays = {key: data[key] for key in sorted(data.array_keys())}
+            yield ends, arrays
 
     def _named(self, key: str, array: "zarr.Array") -> tuple[str, str]:
         """What an array holds, and the feature that it becomes."""
         kind = kind_of(key, array.shape[1:], array.dtype)
         return kind, _NAMES.get(key, f"observation.{key}") if kind == "vector" else f"observation.images.{key}"
+
+
+# Datasets: whatever `open_dataset` opens -----------------------------------------------------------------------------
+
+_NUMBERING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+"""What the writer numbers anew."""
+
+
+class DatasetReader(EpisodeReader):
+    """The episodes of a `Dataset`, with their vectors, pictures and, frame by frame, tasks. Texts are not kept."""
+
+    def __init__(self, root: Path):
+        super().__init__(root)
+        self._dataset = dataset = open_dataset(root)
+        self.fps = dataset.fps
+        self._episodes = {str(episode.index): episode for episode in dataset.episodes}
+        self.names = list(self._episodes)
+        self._vectors = [k for k, f in dataset.features.items() if f.kind == "vector" and k not in _NUMBERING]
+        self.dimension_names = {key: dataset.features[key].names for key in self._vectors}
+
+    def remarks(self, fps: float) -> Mapping[str, str]:
+        """That gaps and another rate are no longer seen afterwards."""
+        if "timestamp" not in self._dataset.features:
+            return {}
+        seconds = self._dataset.column("timestamp")[:, 0]
+        uneven = [
+            e.index
+            for e in self._dataset.episodes
+            if any(uneven_timestamps(e.index, seconds[e.start : e.start + e.length], fps))
+        ]
+        found = f"not 1/{fps:g} s apart in episodes {shown(uneven, 80)}, and written as if they were: gaps close up"
+        return {"timestamp": f"{found}; if their rate is another one, give it with --fps"} if uneven else {}
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[RecordedEpisode]:
+        dataset, episode = self._dataset, self._episodes[name]
+        rows = range(episode.start, episode.start + episode.length)
+
+        def read(camera: str, start: int, stop: int) -> np.ndarray:
+            return dataset.images(camera, np.arange(start, stop))
+
+        def column(key: str) -> np.ndarray:
+            return vector(dataset.column(key)[rows.start : rows.stop])
+
+        yield RecordedEpisode(
+            columns=_Columns({key: partial(column, key) for key in self._vectors}),
+            pictures={c: Blocks(partial(read, c), rows.start, rows.stop) for c in dataset.cameras},
+            task=[dataset.prompt(row) for row in rows],
+            remarks={k: remark(f.kind, (), np.dtype("u1")) for k, f in dataset.features.items() if f.kind == "depth"},
+        )
+
+
+class LeRobotReader(DatasetReader):
+    """LeRobot v2.0, v2.1 and v3.0."""
+
+    layout = "meta/info.json, tables and videos of LeRobot v2 or v3"
+
+    @classmethod
+    def recognises(cls, root: Path) -> bool:
+        return (root / "meta/info.json").is_file()
+
+
+class RldsReader(DatasetReader):
+    """RLDS, with the map of fields beside its files or that of its name (`find_fields`)."""
+
+    layout = "features.json and record files of TFDS"
+
+    @classmethod
+    def recognises(cls, root: Path) -> bool:
+        return any(root.glob("features.json")) or any(root.glob("*/features.json"))
+
+
+class _Columns(UserDict[str, Any]):
+    """Vectors, each read when it is asked for: one that is left out may be missing. Holds what reads them, by name."""
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.data[key]()

@@ -23,6 +23,7 @@ from types import ModuleType
 import manipi
 from manipi.errors import ConfigError, ManipiError, shown, unknown_name
 from manipi.extensions import entries, find, package_of
+from manipi.recipes import openpi
 from manipi.robots.robot import Robot
 from manipi.train.config import TrainConfig
 
@@ -30,21 +31,15 @@ _INSTALLED = map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platli
 _NOT_OF_USERS = ("<", *(f"{folder}{os.sep}" for folder in (*manipi.__path__, *_INSTALLED)))
 """Frozen modules; folders of Python, of installed packages and of this one."""
 
-_OPENPI = {
-    "aloha": "pi0_aloha pi05_aloha pi0_aloha_towel pi0_aloha_tupperware pi0_aloha_pen_uncap pi05_aloha_pen_uncap "
-    "pi0_aloha_sim",
-    "droid": "pi0_droid pi0_fast_droid pi05_droid pi0_fast_full_droid_finetune pi05_full_droid_finetune "
-    "pi05_droid_finetune paligemma_binning_droid paligemma_fast_droid paligemma_fast_specialist_droid "
-    "paligemma_vq_droid paligemma_diffusion_droid pi05_droid_jointpos_polaris pi0_fast_droid_jointpos_polaris "
-    "pi0_droid_jointpos_polaris pi0_droid_jointpos_100k_polaris paligemma_binning_droid_jointpos",
-    "libero": "pi0_libero pi0_libero_low_mem_finetune pi0_fast_libero pi0_fast_libero_low_mem_finetune pi05_libero",
-    "openpi": "debug debug_restore debug_pi05",
-}
-"""The reference's recipes by module; each function has the name that its config has there."""
-
-_RECIPES = {name: f"manipi.recipes.{module}:{name}" for module, names in _OPENPI.items() for name in names.split()}
 _SHIPPED = {"aloha": "aloha aloha_sim", "franka": "droid libero", "ur5": "ur5"}
 _ROBOTS = {name: f"manipi.robots.{module}:{name}" for module, names in _SHIPPED.items() for name in names.split()}
+
+
+def _is_recipe(value: object) -> bool:
+    return callable(value) and getattr(value, "__annotations__", {}).get("return") in (TrainConfig, "TrainConfig")
+
+
+_RECIPES = {name: f"{openpi.__name__}:{name}" for name, v in vars(openpi).items() if _is_recipe(v) and name[0] != "_"}
 
 
 def recipe_names() -> list[str]:
@@ -135,10 +130,6 @@ def _config_of(recipe: typing.Any, name: str) -> TrainConfig:
             next="return a TrainConfig(...), or dataclasses.replace(...) of one",
         )
     return config
-
-
-def _is_recipe(value: object) -> bool:
-    return callable(value) and getattr(value, "__annotations__", {}).get("return") in (TrainConfig, "TrainConfig")
 
 
 def _load_module(where: str) -> ModuleType:

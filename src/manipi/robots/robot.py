@@ -16,7 +16,8 @@ metadata. A robot needs no place inside this package: any Python file that build
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from itertools import count
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from manipi.errors import ConfigError
 from manipi.records import fingerprint, from_json, to_json
@@ -71,13 +72,8 @@ class Joints(_Group):
 
 @dataclass(frozen=True)
 class _OneDimension(_Group):
-    @property
-    def size(self) -> int:
-        return 1
-
-    @property
-    def model_size(self) -> int:
-        return 1
+    size: ClassVar[int] = 1
+    model_size: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
@@ -188,10 +184,8 @@ class Robot:
             self._check_group(group, offset)
             start, offset = self.state_start(group, offset), offset + group.size
             dims = set(range(start, start + group.size)) if group.converts_state else set()
-            if dims & converted:
-                raise self._contradiction(
-                    "every state dimension converted once", f"{sorted(dims & converted)}", "actions"
-                )
+            if twice := sorted(dims & converted):
+                raise self._contradiction("every state dimension converted once", f"{twice}", "actions")
             converted |= dims
         if self.max_rates and (len(self.max_rates) != offset or not all(rate > 0 for rate in self.max_rates)):
             raise self._contradiction(f"{offset} positive rates per second", f"{self.max_rates}", "max_rates")
@@ -270,11 +264,8 @@ class Robot:
 
     def cameras_in(self, features: Container[str]) -> dict[str, str]:
         """`cameras` without the optional ones that a dataset with these features lacks."""
-        return {
-            slot: key
-            for slot, key in self.cameras.items()
-            if slot not in self.optional or self.dataset_key(key) in features
-        }
+        absent = {slot for slot in self.optional if self.dataset_key(self.cameras[slot]) not in features}
+        return {slot: key for slot, key in self.cameras.items() if slot not in absent}
 
     def to_json(self) -> dict[str, Any]:
         return to_json(self)
@@ -292,23 +283,18 @@ def _dimensions(groups: Sequence[ActionGroup]) -> list[tuple[str, str]]:
     """Name and unit of each. Joints are numbered through, poses and grippers where there are several: no two alike."""
     poses = sum(isinstance(group, EndEffector) for group in groups)
     grippers = sum(isinstance(group, Gripper | LinkageGripper) for group in groups)
-    found, joint, pose, gripper = list[tuple[str, str]](), 0, 0, 0
+    found, joint, pose, gripper = list[tuple[str, str]](), count(1), count(1), count(1)
     for group in groups:
         if isinstance(group, EndEffector):
-            pose += 1
-            prefix, angle = (
-                f"pose {pose} " if poses > 1 else "",
-                "rad" if group.rotation in ("rotvec", "euler_xyz") else "",
-            )
+            prefix = f"pose {next(pose)} " if poses > 1 else ""
+            angle = "rad" if group.rotation in ("rotvec", "euler_xyz") else ""
             found += [(f"{prefix}{axis}", group.unit) for axis in ("x", "y", "z")]
             found += [(f"{prefix}rotation {i + 1}", angle) for i in range(group.size - 3)]
         elif isinstance(group, Joints):
-            found += [(f"joint {joint + i + 1}", group.unit) for i in range(group.size)]
-            joint += group.size
+            found += [(f"joint {next(joint)}", group.unit) for _ in range(group.size)]
         else:
-            gripper += 1
             unit = "" if isinstance(group, LinkageGripper) else group.unit
-            found.append((f"gripper {gripper}" if grippers > 1 else "gripper", unit))
+            found.append((f"gripper {next(gripper)}" if grippers > 1 else "gripper", unit))
     return found
 
 

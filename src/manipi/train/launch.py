@@ -63,7 +63,7 @@ class Launch:
             agent += ["--rdzv-conf", f"is_host={int(self.node_rank == 0)}", "--local-addr", self._address()]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *agent]
         device = f"--parallel.device={'cuda' if self.gpus else 'cpu'}"
-        return [*torchrun, "-m", "manipi", "train", *without_launch_flags(arguments), device]
+        return [*torchrun, "-m", "manipi", "train", *without_flags(arguments, Launch), device]
 
     def _address(self) -> str:
         """Where the other hosts reach this one: at the end of its route to the first."""
@@ -112,9 +112,9 @@ def mesh_shape(config: TrainConfig, size: int) -> tuple[int, int]:
     return replicate, shard
 
 
-def without_launch_flags(arguments: Sequence[str]) -> list[str]:
-    """The arguments that are for the training itself."""
-    flags = {f"--{field.name}".replace("_", "-") for field in fields(Launch)}
+def without_flags(arguments: Sequence[str], kind: type) -> list[str]:
+    """The arguments that are not flags of this dataclass's own fields, each of which takes a value."""
+    flags = {f"--{field.name}".replace("_", "-") for field in fields(kind)}
     rest, kept = iter(arguments), list[str]()
     for argument in rest:
         name, equals, _ = argument.partition("=")

@@ -16,8 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from manipi.errors import FetchError
-from manipi.remote.fetch import listing
-from manipi.remote.stores import StoreFile
+from manipi.remote.fetch import StoreFile, listing
 
 logger = logging.getLogger(__name__)
 

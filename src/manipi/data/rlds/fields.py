@@ -21,8 +21,7 @@ from manipi.data.dataset import Feature
 from manipi.data.rlds.tfrecord import broken, read_json
 from manipi.errors import ConfigError, FetchError, MissingFeatureError, unknown_name
 from manipi.records import fingerprint, from_json, to_json
-from manipi.remote.fetch import fetch, is_here, origin
-from manipi.remote.stores import fetch_error
+from manipi.remote.fetch import fetch, fetch_error, is_here, origin
 
 FIELDS_FILE = "rlds_fields.json"
 _INFO = "dataset_info.json"
