@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from manipi.data.dataset import Dataset
-from manipi.data.norm_stats.compute import NEAR_CONSTANT
+from manipi.data.norm_stats import NEAR_CONSTANT
 from manipi.data.review.describe import is_action, is_gripper
 from manipi.data.review.filters import true_ranges
 from manipi.data.review.report import Finding, error, frames, from_error, warning
