@@ -211,7 +211,7 @@ def _plot(
 
     rows, before, sketches = [math.ceil(len(some) / 7) for some in names], raw or stats, iter(sketch.sketches)
     figure = plt.figure(figsize=(14, 1.55 * sum(rows) + 1.7), dpi=110, layout="constrained")
-    panels = figure.subfigures(2, 1, height_ratios=[r + 0.5 for r in rows])
+    panels = figure.subfigures(2, 1, height_ratios=[r + 0.5 for r in rows], squeeze=False)[:, 0]
     titles, pairs = ("state", "actions, as the model sees them"), zip(*((s.state, s.actions) for s in (stats, before)))
     for panel, title, (field, old), labels, count in zip(panels, titles, pairs, names, rows, strict=True):
         panel.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
