@@ -295,7 +295,9 @@ def _on_ray(tasks: Iterable[tuple[Sequence[Part], int, bool]]) -> Iterable[list[
 def _sketch_part(parts: Sequence[Part], every: int, bins: bool) -> list["Sketch"]:
     """One per dimension of the same part of every set, with exact quantiles."""
     while True:
-        sample = [np.repeat(v, 1 if w is None else w, axis=1) for part in parts for v, w in part(every)]
+        blocks = chain.from_iterable(part(every) for part in parts)
+        # Some rows may count alike: only those near an episode's start are in fewer chunks than the others.
+        sample = [np.repeat(v, 1 if w is None or every > 1 else w, axis=1) for v, w in blocks]
         tails = [[Tail(q, seen) for q in QUANTILES] for seen in np.concatenate(sample, axis=1)]
         sketches = [Sketch.of(np.zeros(0))] * len(tails)
         for values_Dm, weights in chain.from_iterable(part(1) for part in parts):
@@ -317,14 +319,15 @@ class Tail:
     """
 
     def __init__(self, q: float, sample: np.ndarray):
-        self.q, self.sign = q, 1 if q < 0.5 else -1  # the highest numbers are the lowest, once their sign is changed
-        self.limit, self.at_limit, self.kept = math.inf * self.sign, 0, list[np.ndarray]()
+        self.q, self.low = q, q < 0.5
+        self.limit, self.at_limit, self.kept = math.inf if self.low else -math.inf, 0, list[np.ndarray]()
         if len(sample):
-            self.limit = self.sign * float(np.quantile(self.sign * sample, 2 * min(q, 1 - q), method="higher"))
+            deep, method = (2 * q, "higher") if self.low else (2 * q - 1, "lower")
+            self.limit = np.quantile(sample, deep, method=method)
 
     def add(self, values: np.ndarray, weights: np.ndarray | None) -> None:
         """Numbers [m], and how often each counts [m] (None: once)."""
-        beyond, equal = values < self.limit if self.sign > 0 else values > self.limit, values == self.limit
+        beyond, equal = values < self.limit if self.low else values > self.limit, values == self.limit
         self.kept.append(values[beyond] if weights is None else np.repeat(values[beyond], weights[beyond]))
         self.at_limit += int(np.count_nonzero(equal) if weights is None else weights[equal].sum())
 
@@ -333,12 +336,13 @@ class Tail:
         if not num:
             return math.nan
         ranks, fraction = _neighbours(self.q, num)
-        ranks = ranks if self.sign > 0 else num - 1 - ranks
-        tail = np.append(self.sign * np.concatenate(self.kept), self.sign * self.limit)
-        if ranks.max() >= len(tail) - 1 + self.at_limit:
+        tail = np.concatenate([*self.kept, np.atleast_1d(self.limit)])
+        depth = ranks if self.low else num - 1 - ranks  # from the outer end of the tail; its inner end is the limit
+        if depth.max() >= len(tail) - 1 + self.at_limit:
             return None
-        at = np.minimum(ranks, len(tail) - 1)
-        return float(np.quantile(self.sign * np.partition(tail, at)[at].astype(np.float64), fraction))
+        at = np.minimum(depth, len(tail) - 1)
+        at = at if self.low else len(tail) - 1 - at
+        return float(np.quantile(np.partition(tail, at)[at].astype(np.float64), fraction))
 
 
 def _neighbours(q: float, num: int) -> tuple[np.ndarray, float]:
