@@ -33,7 +33,7 @@ from manipi.data.feed.mixture import EncodedDataset
 from manipi.data.feed.sampler import Sampler, Stream
 from manipi.data.lerobot.video import VideoFrames
 from manipi.data.lerobot.writer import LeRobotWriter
-from manipi.data.norm_stats.compute import compute_norm_stats
+from manipi.data.norm_stats import compute_norm_stats
 from manipi.data.open import open_dataset
 from manipi.model.config import Pi05Config
 from manipi.robots.robot import Joints, Robot, State

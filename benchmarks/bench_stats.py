@@ -29,7 +29,7 @@ from harness import Measure, lerobot_dataset, report
 
 from manipi.data.dataset import Dataset, Feature, action_chunks
 from manipi.data.lerobot.writer import LeRobotWriter
-from manipi.data.norm_stats.compute import Workers, compute_norm_stats
+from manipi.data.norm_stats import Workers, compute_norm_stats
 from manipi.data.open import open_dataset
 from manipi.robots import Joints, Robot, State
 

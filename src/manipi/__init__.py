@@ -15,7 +15,7 @@ _MODULES = {
     "robots.robot": "ActionGroup EndEffector Gripper Joints LinkageGripper Robot State",
     "data.dataset": "Dataset Episode Feature",
     "data.open": "open_dataset",
-    "data.norm_stats.compute": "compute_norm_stats",
+    "data.norm_stats": "compute_norm_stats",
     "types": "FieldStats NormStats",
     "model.config": "Adapters GemmaSize LoRA Pi05Config Pi0Config Pi0FastConfig VisionSize",
     "train.config": (

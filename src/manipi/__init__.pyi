@@ -1,7 +1,7 @@
 # What __init__.py imports lazily, for type checkers and editors; tests/test_api.py holds both equal.
 
 from manipi.data.dataset import Dataset, Episode, Feature
-from manipi.data.norm_stats.compute import compute_norm_stats
+from manipi.data.norm_stats import compute_norm_stats
 from manipi.data.open import open_dataset
 from manipi.errors import (
     ActionError,

@@ -159,7 +159,7 @@ def checkpoint(tmp_path_factory):
     import torch
 
     from manipi.checkpoints.native import Checkpoint, PolicyConfig, SelfTest, write_checkpoint
-    from manipi.data.norm_stats.compute import field_stats
+    from manipi.data.norm_stats import field_stats
     from manipi.robots.tabletop import TABLETOP
     from manipi.tokenizers import ByteTokenizer, Tokenizers
     from manipi.types import NormStats

@@ -3,7 +3,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from manipi.data.norm_stats.sketch import NormStatsSketch
+from manipi.data.norm_stats import NormStatsSketch
 from manipi.tokenizers import FastTokenizer
 from manipi.transforms.normalize import load_norm_stats
 

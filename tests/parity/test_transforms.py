@@ -19,7 +19,7 @@ from golden_robots import robot_of, slot_of
 
 from manipi.data.dataset import Feature, action_chunks
 from manipi.data.lerobot.writer import LeRobotWriter
-from manipi.data.norm_stats.compute import field_stats, suspicious_dimensions
+from manipi.data.norm_stats import field_stats, suspicious_dimensions
 from manipi.data.open import open_dataset
 from manipi.errors import NormStatsError, ObservationError
 from manipi.model.attention import attention_mask, lay_out

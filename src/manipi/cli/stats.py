@@ -1,7 +1,10 @@
 """`manipi stats`: norm stats of a recipe's training data, the dimensions to look at, and a FAST tokenizer for it."""
 
+import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
@@ -14,8 +17,13 @@ from manipi.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from manipi.data.dataset import Dataset
+    from manipi.data.norm_stats import NormStatsSketch
     from manipi.tokenizers.fast import ReconstructionReport
     from manipi.types import FieldStats, NormStats
+
+BARS = 60
+VALUES, EDGES, WIDENED, CONSTANT, INK = "#0b6e99", "#444444", "#d9622b", "#b9b9b9", "#222222"
+"""Colours of the picture: bars, lines, what a floor widened, bars of what never moves, and text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +54,7 @@ class _Stats:
     ray: bool = False
     """Work on the Ray cluster that this process belongs to, or on one started here."""
     sketch: NewFile | None = None
-    """Save what statistics of several datasets or machines can be merged from (manipi.data.norm_stats.sketch)."""
+    """Save what statistics of several datasets or machines can be merged from (manipi.data.norm_stats)."""
     fit_fast: NewFolder | None = None
     """Fit FAST to the normalised chunks (of a mixture's first dataset), save it in this folder, say what it loses."""
     fast_scale: float = 10
@@ -61,8 +69,8 @@ def main(arguments: Sequence[str]) -> None:
     """Print the statistics."""
     args = parse(_Stats, arguments, "stats")
 
+    from manipi.data import norm_stats
     from manipi.data.dimensions import action_labels, state_labels
-    from manipi.data.norm_stats import compute as norm_stats
     from manipi.storage import atomic_directory
     from manipi.tokenizers import FastTokenizer
     from manipi.train.data import chunks_to_fit, open_demonstrations
@@ -73,7 +81,8 @@ def main(arguments: Sequence[str]) -> None:
     sets = [one for one in open_demonstrations(config) if one.robot.name == robot.name]
     workers = norm_stats.Workers(threads=args.workers, ray=args.ray)
     wanted = [(one.dataset, one.robot, one.rows) for one in sets]
-    sketch = norm_stats.sketch_norm_stats(wanted, horizon, workers=workers)
+    bins = args.plot is not None or args.sketch is not None
+    sketch = norm_stats.sketch_norm_stats(wanted, horizon, workers=workers, bins=bins)
     raw = sketch.stats()
     stats = norm_stats.with_min_range(raw, floors)
     first = (sets[0].dataset, robot, horizon, sets[0].rows)
@@ -97,9 +106,7 @@ def main(arguments: Sequence[str]) -> None:
         sketch.save(args.sketch)
         print(f"\nsaved  {args.sketch}")
     if args.plot is not None:
-        from manipi.data.norm_stats.plot import plot_stats
-
-        plot_stats(sketch, stats, labels, args.plot, raw=raw if floors else None)
+        _plot(sketch, stats, labels, args.plot, raw=raw if floors else None)
         print(f"\nsaved  {args.plot}")
     report = None
     if args.fit_fast is not None:
@@ -177,3 +184,66 @@ def _report_table(
         f"{errors}\n\n{codes:.1f} codes per chunk, at most {report.max_codes}; "
         f"{numbers / codes:.1f} times fewer than one for each of its {numbers} numbers"
     )
+
+
+def _plot(
+    sketch: "NormStatsSketch",
+    stats: "NormStats",
+    names: tuple[Sequence[str], Sequence[str]],
+    path: Path,
+    *,
+    raw: "NormStats | None",
+) -> None:
+    """One histogram per dimension, on a linear axis a little wider than q01 to q99, as a PNG.
+
+    Args:
+        names: of the state's and of the actions' dimensions.
+        raw: the statistics before a floor widened them; what differs is drawn in another colour.
+    """
+    import matplotlib
+    import numpy as np
+
+    from manipi.storage import atomic_write
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+
+    rows, before, sketches = [math.ceil(len(some) / 7) for some in names], raw or stats, iter(sketch.sketches)
+    figure = plt.figure(figsize=(14, 1.55 * sum(rows) + 1.7), dpi=110, layout="constrained")
+    panels = figure.subfigures(2, 1, height_ratios=[r + 0.5 for r in rows], squeeze=False)[:, 0]
+    titles, pairs = ("state", "actions, as the model sees them"), zip(*((s.state, s.actions) for s in (stats, before)))
+    for panel, title, (field, old), labels, count in zip(panels, titles, pairs, names, rows, strict=True):
+        panel.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+        axes = panel.subplots(max(count, 1), 7, squeeze=False).ravel()
+        for axis in axes[len(labels) :]:
+            axis.axis("off")
+        for d, (axis, label) in enumerate(zip(axes, labels, strict=False)):
+            one, q01, q99 = next(sketches), float(field.q01[d]), float(field.q99[d])
+            edge, ink = (WIDENED, WIDENED) if (q01, q99) != (old.q01[d], old.q99[d]) else (EDGES, INK)
+            margin = 0.15 * (q99 - q01) or max(0.1 * abs(q01), 1e-3)
+            low, high = q01 - margin, q99 + margin
+            # Counts in equal parts of [low, high); a bin is spread over the parts that it covers.
+            parts, below = np.linspace(low, high, BARS + 1), np.append(0, np.cumsum(one.counts))
+            heights = np.diff(np.interp(parts, one.edges, below))
+            color = CONSTANT if one.low == one.high else VALUES
+            axis.bar(parts[:-1], heights, (high - low) / BARS, align="edge", color=color)
+            for x in (q01, q99):
+                axis.axvline(x, color=edge, linewidth=1, linestyle="--")
+            beyond = [f"◂ {one.low:.3g}"] * (one.low < low) + [f"{one.high:.3g} ▸"] * (one.high > high)
+            axis.set_xlabel("   ".join(beyond), fontsize=6, color=EDGES, labelpad=1)
+            axis.set(xlim=(low, high), ylim=(0, heights.max() * 1.12 or 1), yticks=[])
+            ticks = [q01, q99] if q99 > q01 else [q01]
+            axis.set_xticks(ticks, [f"{x:.3g}" for x in ticks], fontsize=7)
+            axis.tick_params(length=2, color=EDGES, pad=2)
+            axis.spines[["top", "right", "left"]].set_visible(False)
+            short = label if len(label) <= 22 else f"{label[:9]}…{label[-12:]}"
+            axis.set_title(f"{d} · {short}", fontsize=8, loc="left", color=ink, pad=3)
+    legend = [Line2D([], [], color=EDGES, linestyle="--", label="q01 and q99")]
+    if raw is not None:
+        legend.append(Line2D([], [], color=WIDENED, linestyle="--", label="widened to the floor"))
+    figure.legend(handles=legend, loc="upper right", ncols=len(legend), fontsize=9, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    atomic_write(path, buffer.getvalue())

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 
 from manipi.data.dataset import Dataset, action_chunks
-from manipi.data.norm_stats.compute import NEAR_CONSTANT, read_state
+from manipi.data.norm_stats import NEAR_CONSTANT, read_state
 from manipi.robots.robot import Robot
 from manipi.transforms.actions import ActionSpace
 

@@ -28,13 +28,13 @@ from manipi.data.feed.cache import CachedDataset
 from manipi.data.feed.loader import Loader
 from manipi.data.feed.mixture import EncodedDataset, Mixture, Part, Share
 from manipi.data.feed.sampler import Sampler, permutation, split_episodes
-from manipi.data.norm_stats.compute import (
+from manipi.data.norm_stats import (
+    provenance,
     read_state,
     rows_fingerprint,
     sketch_norm_stats,
     suspicious_dimensions,
 )
-from manipi.data.norm_stats.sketch import provenance
 from manipi.data.review.filters import read_mask
 from manipi.errors import ConfigError, NormStatsError, shown
 from manipi.model.config import Pi0FastConfig

@@ -51,7 +51,7 @@ class ActionSpace:
         parts = []
         for group, start in _with_offsets(self.robot):
             command = actions[..., start : start + group.size]
-            parts.append(_encode_group(group, command, _base(group, start, state)))
+            parts.append(encode_group(group, command, _base(group, start, state)))
         return np.concatenate(parts, axis=-1)
 
     def to_robot(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
@@ -77,7 +77,8 @@ def _base(group: ActionGroup, action_start: int, state: np.ndarray) -> np.ndarra
     return state[..., None, start : start + group.size]
 
 
-def _encode_group(group: ActionGroup, command: np.ndarray, base: np.ndarray | None) -> np.ndarray:
+def encode_group(group: ActionGroup, command: np.ndarray, base: np.ndarray | None) -> np.ndarray:
+    """Commands [..., H, D] as the model sees them, from the state [..., 1, D] where they are relative to it."""
     if isinstance(group, EndEffector) and group.rotation != "none":
         return _encode_pose(group, command, base)
     if isinstance(group, LinkageGripper):

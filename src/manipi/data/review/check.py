@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 from manipi.data.dataset import Dataset
 from manipi.data.open import open_dataset
-from manipi.data.review import episodes as whole
 from manipi.data.review import values
 from manipi.data.review.describe import is_action
 from manipi.data.review.lerobot_files import open_lerobot
@@ -153,7 +152,7 @@ def _open(root: Path, keys: set[str] | None, fields: str = "") -> tuple[list[Fin
 def _look_into(
     dataset: Dataset, signals: Sequence[Signal], robot: Robot | None
 ) -> tuple[list[Finding], tuple[EpisodeFacts, ...]]:
-    idle_N, findings, jerks = whole.find_idle(dataset, signals, robot), [], []
+    idle_N, findings, jerks = values.find_idle(dataset, signals, robot), [], []
     for signal in signals:
         jerk_Ed = values.jerk(dataset, signal)
         leaps = values.find_leaps(dataset, signal)
@@ -163,7 +162,7 @@ def _look_into(
         if is_action(signal.key):
             findings += values.clipped(dataset, signal, idle_N)
         jerks.append(jerk_Ed[:, signal.moving_d])
-    findings += [*whole.pauses(dataset, idle_N), *whole.alike(dataset, signals), *whole.language(dataset)]
+    findings += [*values.pauses(dataset, idle_N), *values.alike(dataset, signals), *values.language(dataset)]
     if robot is not None:
         findings += values.beyond_limits(dataset, robot, list(signals))
     jerk_E = np.concatenate([np.zeros((len(dataset.episodes), 0)), *jerks], axis=1)
@@ -177,7 +176,7 @@ def _look_into(
             jerk=float(jerk),
             motion=motion,
         )
-        for e, jerk, motion in zip(dataset.episodes, jerk_E, whole.speed_curves(dataset, signals), strict=True)
+        for e, jerk, motion in zip(dataset.episodes, jerk_E, values.speed_curves(dataset, signals), strict=True)
     ]
     return findings, tuple(facts)
 

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,22 +23,30 @@ CAMERAS, WIDTH = 3, 256
 CHECKS = ("metadata", "tables", "numbering", "timestamps", "values", "movement", "language", "pictures", "robot")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Finding:
     """One thing that is wrong."""
 
     severity: Literal["error", "warning"]
     check: str
-    where: str
-    """File, episode and frame."""
+    where: str = field(default="", kw_only=True)
+    """File, episode and frame; if it is not said, the last two."""
     what: str
     next: str
-    episodes: tuple[int, ...] = ()
+    episodes: Sequence[int] = ()
     """Numbers of the episodes concerned; none: the whole dataset."""
     frame: int | None = None
     """Of the first of them."""
-    features: tuple[str, ...] = ()
+    features: Sequence[str] = ()
     """What it is about, where that is some features alone; robots that name none of them are not concerned."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "where", self.where or place(self.episodes, self.frame))
+        object.__setattr__(self, "episodes", tuple(self.episodes))
+        object.__setattr__(self, "features", tuple(self.features))
+
+
+error, warning = partial(Finding, "error"), partial(Finding, "warning")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,35 +94,10 @@ class CheckReport:
         return iter(sorted(self.findings, key=lambda f: (f.severity, CHECKS.index(f.check))))
 
 
-def error(
-    check: str,
-    what: str,
-    next: str,
-    episodes: Sequence[int] = (),
-    frame: int | None = None,
-    where: str = "",
-    features: Sequence[str] = (),
-) -> Finding:
-    return Finding(
-        severity="error",
-        check=check,
-        where=where or place(episodes, frame),
-        what=what,
-        next=next,
-        episodes=tuple(episodes),
-        frame=frame,
-        features=tuple(features),
-    )
-
-
-def warning(check: str, what: str, next: str, episodes: Sequence[int] = (), frame: int | None = None) -> Finding:
-    return replace(error(check, what, next, episodes, frame), severity="warning")
-
-
 def from_error(
     e: DataError, check: str, episodes: Sequence[int] = (), frame: int | None = None, features: Sequence[str] = ()
 ) -> Finding:
-    return error(check, f"expected {e.expected}; found {e.found}", e.next, episodes, frame, e.where, features)
+    return error(check, f"expected {e.expected}; found {e.found}", e.next, episodes, frame, features, where=e.where)
 
 
 def place(episodes: Sequence[int], frame: int | None = None) -> str:

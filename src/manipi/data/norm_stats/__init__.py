@@ -1,1 +1,0 @@
-"""Norm stats: what they are computed from, computed, merged, drawn."""
