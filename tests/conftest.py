@@ -24,7 +24,7 @@ from tests.interrupt import interruptible
 from tests.skips import pytest_sessionfinish, pytest_terminal_summary
 
 from manipi.data.dataset import Feature
-from manipi.evaluate import rollout
+from manipi.evaluate import policies
 from manipi.model.config import GemmaSize, Pi0FastConfig, VisionSize
 from manipi.recipes.registry import load_recipe
 from manipi.robots.tabletop import TABLETOP
@@ -164,7 +164,7 @@ def servers_are_forks(monkeypatch):
     """What `manipi eval` and the demo start."""
     from tests.commands import Interpreter
 
-    monkeypatch.setattr(rollout, "subprocess", SimpleNamespace(Popen=Interpreter, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(policies, "subprocess", SimpleNamespace(Popen=Interpreter, STDOUT=subprocess.STDOUT))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,6 +19,7 @@ ManipiError                     what was expected, what was found, where, what t
 ├─ TokenizerError               text or codes that do not decode
 ├─ TrainingError                a run directory of another run, a data worker that died
 │   └─ NonFiniteError           the loss or the gradient of a step is NaN or infinite
+├─ SimulatorError               a simulator that is not installed, died, hung, or is another robot's
 ├─ StorageError                 a full disk, a folder that cannot be written
 ├─ ServeError                   a port in use, an address that cannot be bound, a token or certificate that is none
 └─ RequestError                 an observation that the server does not answer now; its `code` is told to the client
@@ -130,6 +131,10 @@ class NonFiniteError(TrainingError):
 
     sample_loss: Sequence[float] = ()
     """Of each sample of the batch, where it is known."""
+
+
+class SimulatorError(ManipiError):
+    """A simulator that is not installed, died, hung or cannot do what is asked; or that is another robot's."""
 
 
 class StorageError(ManipiError):

@@ -19,6 +19,7 @@ KINDS = {
     "manipi.recipes": "recipe",
     "manipi.robots": "robot",
     "manipi.environments": "environment",
+    "manipi.suites": "family of suites",
     "manipi.datasets": "dataset reader",
     "manipi.commands": "command",
 }

@@ -14,7 +14,7 @@ from tests.commands import Interpreter, run_manipi
 from manipi.checkpoints.native import report_path, require_report
 from manipi.cli.bench import main
 from manipi.errors import CheckpointError, ConfigError
-from manipi.evaluate.rollout import policy_server
+from manipi.evaluate.policies import policy_server
 from manipi.policy import Policy
 from manipi_client import WebsocketPolicy
 

@@ -7,8 +7,9 @@ from PIL import Image
 
 from manipi.data.dataset import Feature
 from manipi.data.lerobot.writer import LeRobotWriter
-from manipi.evaluate.report import DemoReport
-from manipi.evaluate.rollout import Trial, success_rate
+from manipi.evaluate.compare import Side, compare_results
+from manipi.evaluate.report import DemoReport, Film
+from manipi.evaluate.statistics import success_rate
 from manipi.model.config import GemmaSize, Pi0Config, VisionSize
 from manipi.recipes.registry import load_recipe
 from manipi.records import to_json
@@ -17,23 +18,13 @@ from manipi.train.config import ComputeConfig, DataConfig, TrainConfig
 from manipi.train.loop import train
 
 
-def make_trial(seed: int, *, success: bool, failure: str | None = None, prompt: str = "reach the red block") -> Trial:
-    """A film of a red square that moves to the right, one pixel per frame."""
-    frames = np.full((12 + seed, 160, 160, 3), 235, np.uint8)
+def make_film(index: int, *, success: bool, failure: str | None = None, prompt: str = "reach the red block") -> Film:
+    """A red square that moves to the right, one pixel per frame."""
+    frames = np.full((12 + index, 160, 160, 3), 235, np.uint8)
     for t, frame in enumerate(frames):
         frame[60:100, 20 + t : 60 + t] = (200, 40, 40)
-    return Trial(
-        seed=seed,
-        prompt=prompt,
-        target="red",
-        success=success,
-        failure=failure,
-        touched=None,
-        steps=len(frames) - 1,
-        infer_ms=(3.0, 4.0),
-        actions=((0.3, 0.0, 0.1, 1.0),) * (len(frames) - 1),
-        frames=frames,
-    )
+    trial = {"index": index, "seed": 700 + index, "prompt": prompt, "success": success, "failure": failure}
+    return Film({**trial, "steps": len(frames) - 1}, frames)
 
 
 @pytest.fixture
@@ -48,7 +39,7 @@ def report(tmp_path) -> DemoReport:
             "trained": success_rate(187, 200),
             "untrained": success_rate(1, 200),
             "blind": success_rate(23, 200),
-            "wrong_prompt": success_rate(9, 200),
+            "wrong_words": success_rate(9, 200),
         },
         seconds={"record": 61.2, "check": 4.5, "train": 333.4, "drive trained": 80.1},
         latency_ms={"p50": 5.31, "p95": 8.87},
@@ -60,13 +51,19 @@ def report(tmp_path) -> DemoReport:
             "weights_mb": 1.37,
             "versions": {"manipi": "0.1.0", "torch": "2.13.0"},
         },
-        trials=(
-            make_trial(0, success=True, prompt="push the <green> block to the tray"),
-            make_trial(1, success=True),
-            make_trial(2, success=False, failure="wrong_block"),
-            make_trial(3, success=False, failure="max_steps"),
+        films=(
+            make_film(0, success=True, prompt="push the <green> block to the tray"),
+            make_film(1, success=True),
+            make_film(2, success=False, failure="wrong_block"),
+            make_film(3, success=False, failure="max_steps"),
         ),
         loss_png=run / "loss.png",
+        comparison=compare_results(
+            Side(name="trained", success=success_rate(187, 200), outcomes=(True,) * 187 + (False,) * 13),
+            Side(name="untrained", success=success_rate(1, 200), outcomes=(True,) + (False,) * 199),
+            margin=0.05,
+            alpha=0.05,
+        ),
     )
 
 

@@ -10,7 +10,7 @@ import av
 import pytest
 
 from manipi.evaluate.report import write_report
-from manipi.evaluate.rollout import SuccessRate, success_rate
+from manipi.evaluate.statistics import SuccessRate, success_rate
 from manipi.records import from_json, read_json
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -66,9 +66,9 @@ def test_every_number_is_there(html, report):
         assert f"{seconds:.1f} s" in text
     for number in ("5.3 ms", "8.9 ms", "7,991", "234,567", "0.02345", "1.4 MB", "479.2 s", "torch 2.13.0"):
         assert number in text
-    for trial in report.trials:
-        assert trial.prompt in text
-        assert f"seed {trial.seed}" in text
+    for film in report.films:
+        assert film.trial["prompt"] in text
+        assert f"seed {film.trial['seed']}" in text
     assert "Successes: 2" in text
     assert "Failures: 2" in text
     assert "touched the wrong block" in text
@@ -76,16 +76,16 @@ def test_every_number_is_there(html, report):
 
 def test_films_play(html, report):
     sources = [source for tag, source in Page(html).sources if tag == "video"]
-    assert len(sources) == len(report.trials)
-    for source, trial in zip(sources, report.trials, strict=True):
+    assert len(sources) == len(report.films)
+    for source, film in zip(sources, report.films, strict=True):
         kind, _, data = source.partition(";base64,")
         assert kind == "data:video/mp4"
         with av.open(io.BytesIO(base64.b64decode(data)), "r") as container:
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
             decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-        assert len(decoded) == len(trial.frames) + 10  # the last one stands for a second
-        error = abs(decoded[5].astype(int) - trial.frames[5])
+        assert len(decoded) == len(film.frames) + 10  # the last one stands for a second
+        error = abs(decoded[5].astype(int) - film.frames[5])
         assert error.mean() < 4
 
 
@@ -101,6 +101,6 @@ def test_says_what_the_intervals_allow(report, tmp_path):
 def test_json_reads_back(report, tmp_path):
     report.write_json(tmp_path / "report.json")
     data = read_json(tmp_path / "report.json")
-    assert set(data) == {"success", "seconds", "latency_ms", "settings"}
+    assert set(data) == {"success", "seconds", "latency_ms", "settings", "comparison"}
     assert {k: from_json(v, [SuccessRate], "report.json") for k, v in data["success"].items()} == report.success
     assert data["latency_ms"] == report.latency_ms

@@ -12,7 +12,9 @@ from manipi_client.errors import ManipiClientError
 COMMANDS = {
     "train": ("manipi.cli.train:main", "train a policy: manipi train RECIPE|FILE.py:FUNCTION [--flags]"),
     "plan": ("manipi.cli.train:run_plan", "forecast the memory of a training step, and find settings that fit a GPU"),
-    "eval": ("manipi.cli.eval:main", "open-loop error of a checkpoint on held-out episodes, beside simple baselines"),
+    "init": ("manipi.cli.init:main", "write a servable checkpoint with random weights: manipi init RECIPE TARGET"),
+    "eval": ("manipi.cli.eval:main", "error on held-out episodes beside baselines, or success in a simulator"),
+    "compare": ("manipi.cli.compare:main", "say which of several policies succeeds more often, and how sure that is"),
     "bench": ("manipi.cli.bench:main", "time every stage of an inference call: manipi bench infer RECIPE|CHECKPOINT"),
     "serve": ("manipi.cli.serve:main", "serve a checkpoint over websocket, in openpi's protocol"),
     "record": ("manipi.cli.dataset:run_record", "make a dataset of the episodes that a killed recording left"),

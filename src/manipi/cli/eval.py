@@ -1,61 +1,103 @@
-"""`manipi eval`: a checkpoint on held-out episodes, beside baselines; closed loop."""
+"""`manipi eval`: a checkpoint on held-out episodes, beside baselines; or in a simulator, in closed loop."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
-from manipi.cli.arguments import NewFile, OnDevice, parse, table, write_result
+from manipi.cli.arguments import Folder, NewFile, OnDevice, parse, table, write_result
 from manipi.errors import ConfigError
+
+SWEPT = {"execute_steps": int, "num_steps": int, "delay": int, "join": str, "temperature": float}
+"""What `--sweep` may vary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Eval(OnDevice):
     """Compare predicted with recorded action chunks, on held-out and on training episodes, beside baselines.
 
-    With --scenes, drive the simulated robot instead: does it keep its success rate when it does not wait?
+    With --suite, drive a simulated robot instead, in closed loop through the policy server:
+
+      manipi eval runs/demo/run/checkpoints/4000 --suite tabletop/reach --trials 200
+      manipi eval ws://robot:8000 --suite tabletop/reach --blind
+
+    Trials are kept as they end: after Ctrl-C, or a crash, the same command goes on where it stopped.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint folder, such as runs/NAME/checkpoints/STEP or runs/NAME/best."""
+    policy: tyro.conf.Positional[str]
+    """A checkpoint folder, such as runs/NAME/checkpoints/STEP or runs/NAME/best; for a suite also a server's URL."""
     data: str | None = None
     """Folder of the dataset. Default: where it was in training."""
     holdout: float | None = None
     """Split the data anew, for data that the policy was not trained on. Default: the split of its run."""
     seed: int = 0
-    """Of the new split."""
+    """Of the new split; of a suite's scenes and noise."""
     holdout_only: bool = False
     """Leave the training episodes out."""
     max_frames: int = 256
     """Frames per side of the split, evenly spaced."""
-    scenes: int = 0
-    """Closed loop: scenes of the robot's environment (docs/extending.md) for each way to join chunks."""
-    execute_steps: int = 4
-    """Closed loop: executed steps after an observation until the next one is sent."""
-    delay: int = 2
-    """Closed loop: executed steps until the answer to an observation is there."""
     plot: NewFile | None = None
     """Draw predicted over recorded commands into this PNG. Default: open_loop_STEP.png in the run's folder."""
+    suite: str | None = None
+    """Closed loop: what to try, as FAMILY/NAME; a name that is unknown lists all."""
+    trials: int | None = None
+    """Suite: how many scenes. Default: the suite's own number."""
+    execute_steps: int | None = None
+    """Suite: steps of each chunk to execute before the policy is asked again. Default: the suite's own number."""
+    join: str = "synchronous"
+    """Suite: how chunks are joined: synchronous, asynchronous, ensemble, real_time."""
+    delay: int = 0
+    """Suite: control steps until the answer to an observation is there, however fast this computer is."""
+    num_steps: int | None = None
+    """Suite: integration steps of a flow policy. Default: the checkpoint's own number."""
+    temperature: float | None = None
+    """Suite: of a policy that writes tokens. Default: it takes the likeliest."""
+    untrained: bool = False
+    """Suite, control: the same network with random weights."""
+    blind: bool = False
+    """Suite, control: every picture is black."""
+    wrong_words: bool = False
+    """Suite, control: the instruction names another object; success is judged by the scene's own."""
+    held: bool = False
+    """Suite, control: the first command is held for the whole trial."""
+    replay: bool = False
+    """Suite, control: the expert's commands of another scene, without looking."""
+    sweep: str | None = None
+    """Suite: one setting with several values, such as execute_steps=4,8,16; on the same scenes."""
+    workers: int = 1
+    """Suite: simulators side by side. What happens in a trial does not depend on it."""
+    max_batch: int = 1
+    """Suite: observations of several trials in one call of the model; their rounding then depends on each other."""
+    films: int = 8
+    """Suite: how many trials the page shows, the first of each outcome."""
+    dir: Folder | None = None
+    """Suite: folder of results. Default: in the run's folder, or in `evaluations`, named by suite and settings."""
     json: NewFile | None = None
-    """Write the errors to this file."""
+    """Write the result to this file too."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Evaluate; prints tables and one sentence per baseline."""
+    if any(argument.split("=")[0] == "--scenes" for argument in arguments):
+        raise ConfigError(
+            expected="the name of a suite",
+            found="--scenes, which version 0.1.0 had",
+            where="manipi eval",
+            next="--suite tabletop/reach --trials 100 --delay 2 --sweep join=synchronous,ensemble,real_time",
+        )
     args = parse(_Eval, arguments, "eval")
     if args.max_frames < 1:
         raise ConfigError(
             expected="at least one frame", found=str(args.max_frames), where="--max-frames", next="--max-frames 256"
         )
-    if args.scenes < 0:
-        raise ConfigError(expected="scenes, or 0", found=str(args.scenes), where="--scenes", next="--scenes 100")
     if args.holdout is not None and args.data is None:
         raise ConfigError(expected="the data to split", found="no --data", where="--holdout", next="add --data PATH")
-    if args.scenes:
-        _closed_loop(args)
-    else:
+    if args.suite is None:
         _open_loop(args)
+    else:
+        _suite(args)
 
 
 def _open_loop(args: _Eval) -> None:
@@ -66,12 +108,13 @@ def _open_loop(args: _Eval) -> None:
     from manipi.evaluate.open_loop import new_split, open_split, plot_chunks, predict, run_folder, score
     from manipi.policy import Policy
 
-    policy = Policy.load(args.checkpoint, device=device)
+    checkpoint = Path(args.policy)
+    policy = Policy.load(checkpoint, device=device)
     if args.data is not None and args.holdout is not None:
         split = new_split(policy, args.data, holdout=args.holdout, seed=args.seed)
     else:
-        split = open_split(args.checkpoint, policy, args.data)
-    run, results = run_folder(args.checkpoint), {}
+        split = open_split(checkpoint, policy, args.data)
+    run, results = run_folder(checkpoint), {}
     plot = args.plot or (run and run / f"open_loop_{policy.config.step}.png")
     sides = {"held-out": split.held_out_rows} | ({} if args.holdout_only else {"training": split.train_rows})
     print(f"{split.dataset.name}, split: {split.origin}")
@@ -97,25 +140,56 @@ def _open_loop(args: _Eval) -> None:
     write_result({"split": split.origin, **results}, args.json)
 
 
-def _closed_loop(args: _Eval) -> None:
-    import numpy as np
+def _suite(args: _Eval) -> None:
+    from manipi.evaluate.evaluation import Evaluation, Settings
+    from manipi.evaluate.policies import open_policy
+    from manipi.evaluate.report import write_evaluation
+    from manipi.evaluate.suites import find_suite
 
-    from manipi.evaluate.rollout import compare, policy_server
-    from manipi_client import WebsocketPolicy
+    suite = find_suite(args.suite or "")
+    controls = [name for name in ("untrained", "blind", "wrong_words", "held", "replay") if getattr(args, name)]
+    if len(controls) > 1:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in controls)
+        raise ConfigError(expected="one control at a time", found=flags, where="manipi eval", next="run it for each")
+    chosen = {
+        "trials": args.trials or suite.trials,
+        "seed": args.seed,
+        "execute_steps": args.execute_steps or suite.execute_steps,
+        "control": controls[0] if controls else None,
+        **{name: getattr(args, name) for name in ("join", "delay", "num_steps", "temperature")},
+    }
+    swept = _swept(args.sweep)
+    results = []
+    server = {"device": args.device, "threads": args.num_threads or 1, "max_batch": args.max_batch}
+    with open_policy(args.policy, **server, untrained=args.untrained) as opened:
+        for one in swept:
+            settings = Settings(**{**chosen, **one})
+            folder = args.dir or opened.folder(suite, settings)
+            if args.dir and args.sweep:
+                folder = args.dir / "_".join(f"{key}_{value}" for key, value in one.items())
+            named = {"policy": opened.name, "server": opened.server, "workers": args.workers}
+            with Evaluation(folder, suite, settings, opened.url, **named) as evaluation:
+                evaluation.run()
+                opened.require_unchanged()
+                results.append(evaluation.finish())
+                page, films = folder / "report.html", evaluation.films(args.films)
+                write_evaluation(page, results[-1], films, fps=evaluation.metadata.get("control_hz", 10.0))
+            print(f"{suite.name}{''.join(f', {k} {v}' for k, v in one.items())}: {evaluation.success()}")
+            print(f"result  {folder / 'result.json'}\npage    {page}")
+    write_result(results if args.sweep else results[0], args.json)
 
-    flags = ("--device", args.device)
-    with policy_server(args.checkpoint, threads=args.num_threads, flags=flags) as port, WebsocketPolicy(port=port) as p:
-        results = compare(p, range(args.scenes), execute_steps=args.execute_steps, delay=args.delay)
-    print(f"an answer takes {args.delay} steps; asked {args.execute_steps} steps after the last observation")
-    rows = []
-    for one in results:
-        motion, rates = one.motion, map(float, vars(one.success).values())
-        # Of the first three dimensions: a gripper behind them has another unit. Short episodes have no seam: a number.
-        changes = [np.atleast_1d(value)[:3].max() for value in (motion.seam_jump, motion.step_change, motion.jerk)]
-        rows.append((one.join, one.seconds, *rates, motion.starved_steps, motion.seams, *map(float, changes)))
-    print(table(rows, ("join", "s", "n", "k", "rate", "low", "high", "starved", "seams", "jump", "change", "jerk")))
-    print(
-        "\ns: an episode on the arm's clock; low, high: 95 % interval; jump: the largest change at a seam; change: the"
-        "\nmean one within a chunk, jerk: the mean third difference; of the worst of the first three dimensions"
-    )
-    write_result({"closed_loop": results}, args.json)
+
+def _swept(sweep: str | None) -> list[dict[str, Any]]:
+    """`delay=1,2` -> [{"delay": 1}, {"delay": 2}]; None: one set of nothing."""
+    if sweep is None:
+        return [{}]
+    name, _, values = sweep.partition("=")
+    try:
+        return [{name: SWEPT[name](value)} for value in values.split(",")]
+    except (KeyError, ValueError):
+        raise ConfigError(
+            expected=f"one of {', '.join(SWEPT)}, an equals sign, and values between commas",
+            found=sweep,
+            where="--sweep",
+            next="--sweep execute_steps=4,8",
+        ) from None

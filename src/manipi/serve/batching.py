@@ -42,6 +42,8 @@ class Query:
     """In the queue."""
     infer_s: float = 0.0
     """Of the whole batch."""
+    batch: int = 1
+    """Observations that were computed together; what others there are changes the rounding of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,7 @@ class Batcher:
     def _answer_all(self, batch: list[Query], results: Sequence[Result], began: float, infer_s: float) -> None:
         self._computing = False
         for query, result in zip(batch, results, strict=True):
-            query.wait_s, query.infer_s = began - query.since, infer_s
+            query.wait_s, query.infer_s, query.batch = began - query.since, infer_s, len(batch)
             self.settle(query, result)
         # An error's traceback refers to the frames of the thread, and they to this list, which holds the observations.
         batch.clear()

@@ -314,7 +314,7 @@ class PolicyServer:
         noise = None if SEED in observation else next(client.noise)
         left_s = math.inf if limit_ms is None else limit_ms / 1000 - (time.monotonic() - received)
         answer, query = await _in_time(client, batcher, Query(observation, noise), left_s)
-        client.timing["infer_ms"] = query.infer_s * 1000
+        client.timing |= {"infer_ms": query.infer_s * 1000, "batch": query.batch}
         began = time.monotonic()
         slips = {"unknown_keys": unknown} if unknown else {}
         answer_frame = wire.pack({**answer, **slips, "server_timing": client.timing})

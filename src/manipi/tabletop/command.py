@@ -35,6 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     rows = [(name.replace("_", " "), s.k, s.n, s.rate, s.low, s.high) for name, s in report.success.items()]
     print(f"\nsuccess on {args.demo.trials} scenes never seen, with 95 % intervals")
     print(table(rows, ("policy", "k", "n", "rate", "low", "high")))
+    print(f"\ntrained (A) and untrained (B): {report.comparison.sentence(0.05)}")
     print("\n" + table([(stage, round(s, 1)) for stage, s in report.seconds.items()], ("stage", "seconds")))
     print(f"\nreport   {(folder / 'report.html').resolve()}\nnumbers  {(folder / 'report.json').resolve()}")
     write_result(report.to_json(), args.json)

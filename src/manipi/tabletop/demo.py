@@ -12,7 +12,7 @@ first one stopped, however that came about.
 import multiprocessing
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,8 +30,12 @@ from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.data.open import open_dataset
 from manipi.data.review.check import check_dataset
 from manipi.errors import DatasetFormatError, TrainingError, quoted
-from manipi.evaluate.report import DemoReport, write_report
-from manipi.evaluate.rollout import Trial, Variant, load_trials, policy_server, run_trials, save_trials, success_rate
+from manipi.evaluate.compare import compare_results, read_side_of
+from manipi.evaluate.evaluation import Evaluation, Settings
+from manipi.evaluate.policies import open_policy
+from manipi.evaluate.report import DemoReport, Film, write_report
+from manipi.evaluate.statistics import ALPHA
+from manipi.evaluate.suites import find_suite
 from manipi.recipes.registry import load_recipe
 from manipi.records import json_bytes, read_json, to_json
 from manipi.robots.tabletop import TABLETOP
@@ -80,45 +84,50 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
                 )
             atomic_write(folder / "check.json", json_bytes(found))
 
-    def drive(checkpoint: Callable[[], Path], **variants: Variant) -> dict[str, list[Trial]]:
-        """The trials of each name, with one server for those that are not there yet."""
-        paths = {name: folder / "trials" / f"{name}.npz" for name in variants}
-        if missing := [name for name, path in paths.items() if not path.exists()]:
-            with policy_server(checkpoint()) as port:
-                for name in missing:
-                    with _timed(folder, f"drive {name}"):
-                        trials = run_trials(
-                            port,
-                            range(config.trials),
-                            environment="tabletop",
-                            image_size=image_size,
-                            execute_steps=config.execute_steps,
-                            variant=variants[name],
-                            films=config.films if name == "trained" else 0,
-                            label=name.replace("_", " "),
-                        )
-                        save_trials(paths[name], trials)
-        return {name: load_trials(path) for name, path in paths.items()}
+    suite = find_suite("tabletop/reach")
+
+    def drive(checkpoint: Callable[[], Path], **controls: str | None) -> None:
+        """The trials of each name, with one server for all of them, unless they are there."""
+        paths = {name: folder / "evaluations" / name for name in controls}
+        if all((path / "result.json").exists() for path in paths.values()):
+            return
+        with open_policy(str(checkpoint())) as opened:
+            for name, control in controls.items():
+                settings = Settings(trials=config.trials, execute_steps=config.execute_steps, control=control)
+                named = {"policy": name, "server": opened.server, "workers": 2}
+                with (
+                    _timed(folder, f"drive {name}"),
+                    Evaluation(paths[name], suite, settings, opened.url, **named) as evaluation,
+                ):
+                    evaluation.run()
+                    if name == "trained":
+                        films = evaluation.films(config.films)
+                        np.savez_compressed(paths[name] / "films.npz", **{str(i): film for i, film in films.items()})
+                    evaluation.finish()
 
     def untrained() -> Path:
         """The network before its first step, in a folder of its own: the run's checkpoints come and go."""
         before = replace(train_config, data=replace(train_config.data, cache="none"), async_save=False)
         return train(before, folder / "untrained", stop_at=0, show=False)
 
-    driven = drive(untrained, untrained="plain")
+    drive(untrained, untrained=None)
     with _timed(folder, "train"):
         checkpoint = run.checkpoint(train_config.steps)
         if not checkpoint.is_dir():
             checkpoint = train(train_config, run.folder)
-    driven = drive(lambda: checkpoint, trained="plain", blind="blind", wrong_prompt="wrong_prompt") | driven
+    drive(lambda: checkpoint, trained=None, blind="blind", wrong_words="wrong_words")
+    return _report(folder, config, run)
 
-    return _report(folder, config, run, driven)
 
-
-def _report(folder: Path, config: DemoConfig, run: Run, driven: Mapping[str, list[Trial]]) -> DemoReport:
+def _report(folder: Path, config: DemoConfig, run: Run) -> DemoReport:
     """What came of it, written as `report.json` and `report.html`."""
-    recorded, trained = open_dataset(folder / "dataset"), driven["trained"]
-    p50, p95 = np.percentile([ms for trial in trained for ms in trial.infer_ms], (50, 95)).tolist()
+    order = ("trained", "untrained", "blind", "wrong_words")
+    recorded, results = (
+        open_dataset(folder / "dataset"),
+        {n: read_json(folder / "evaluations" / n / "result.json") for n in order},
+    )
+    with np.load(folder / "evaluations" / "trained" / "films.npz") as films:
+        filmed = tuple(Film(results["trained"]["trials"][int(index)], films[index]) for index in films.files)
     settings = {
         "demo": to_json(config),
         # With the dtype that it ran in, which the precision decides and not the recipe's model.
@@ -128,14 +137,15 @@ def _report(folder: Path, config: DemoConfig, run: Run, driven: Mapping[str, lis
         "weights_mb": (run.checkpoint(run.config.steps) / "model.safetensors").stat().st_size / 1e6,
         "versions": {"manipi": manipi.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    order = ("trained", "untrained", "blind", "wrong_prompt")
+    sides = {name: read_side_of(result) for name, result in results.items()}
     report = DemoReport(
-        success={name: success_rate(sum(t.success for t in driven[name]), len(driven[name])) for name in order},
+        success={name: side.success for name, side in sides.items()},
         seconds=read_json(folder / "seconds.json"),
-        latency_ms={"p50": p50, "p95": p95},
+        latency_ms=results["trained"]["latency_ms"],
         settings=settings,
-        trials=tuple(trial for trial in trained if trial.frames is not None),
+        films=filmed,
         loss_png=run.folder / "loss.png",
+        comparison=compare_results(sides["trained"], sides["untrained"], margin=0.05, alpha=ALPHA),
     )
     report.write_json(folder / "report.json")
     write_report(folder / "report.html", report)

@@ -5,6 +5,8 @@ manipi/reset          bool     a new episode: the noise starts again (the server
 manipi/prev_actions   [n, A]   what is left of the chunk that the robot is executing (the policy)
 manipi/delay          int      how many of these it will have executed when the answer comes (the policy)
 manipi/seed           int      what the noise of this answer is drawn from (the policy)
+manipi/num_steps      int      integration steps of this answer, instead of the policy's own (the policy)
+manipi/temperature    number   of an answer that is written in tokens; 0: the likeliest (the policy)
 manipi/step           int      the step of the episode (logs and recordings)
 """
 
@@ -13,4 +15,6 @@ RESET = "manipi/reset"
 PREVIOUS = "manipi/prev_actions"
 DELAY = "manipi/delay"
 SEED = "manipi/seed"
+NUM_STEPS = "manipi/num_steps"
+TEMPERATURE = "manipi/temperature"
 STEP = "manipi/step"

@@ -1,6 +1,6 @@
 import pytest
 
-from manipi.evaluate.rollout import success_rate
+from manipi.evaluate.statistics import success_rate
 
 # Newcombe (1998), table I, method 3 (the score interval without continuity correction).
 PUBLISHED = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0, 0.1611), (1, 29): (0.0061, 0.1718)}

@@ -1,0 +1,463 @@
+"""Trials of a policy in a simulator, each a pure function of its numbers; and the worker process that runs them.
+
+    manipi eval                         worker: a simulator's own Python        policy server
+      │ {"trial": {index, scene, …}} ──▶ │  reset(scene, task)                    │
+      │                                  │  observation, manipi/seed ───────────▶ │
+      │                                  │  ◀──────────────────── action chunk ── │
+      │ ◀── {"result": {success, …}} ─── │  step, step, step …                    │
+
+A trial runs in lock-step: an answer is there `delay` control steps after its observation, however fast the computer
+is, and the noise of answer n comes from the trial's number and n alone. So neither order, nor worker, nor speed changes
+what happens, and two policies can be compared on the same scenes with the same noise.
+
+    python -m manipi_client.trials FILE.py:FACTORY --url ws://HOST:PORT [--options JSON] [--threads N]
+
+reads requests from standard input and writes events to standard output, a line of JSON each. Shape letter: A action
+dimensions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Protocol, Tuple
+
+import numpy as np
+
+from manipi_client.broker import Chunk, ChunkQueue, Policy, read_chunk
+from manipi_client.client import WebsocketPolicy
+from manipi_client.errors import InputError, ManipiClientError, shown
+from manipi_client.keys import DELAY, NUM_STEPS, PREVIOUS, SEED, STEP, TEMPERATURE
+from manipi_client.realtime import JOINS, Motion, MotionMeter
+
+CONTROLS = ("untrained", "blind", "wrong_words", "held", "replay")
+"""What a trial is compared with. The first is a matter of the server, which then has a policy before its training."""
+
+HEARTBEAT_S = 1.0
+"""A worker says at least as often that it still makes steps."""
+
+
+class Simulator(Protocol):
+    """What a trial asks of a simulated robot. It may also have, each noticed where it is there:
+
+    failure          str or None: why the episode is over without success
+    wrong_prompt     str: an instruction that names another object or task
+    collisions       int: contacts since the reset that should not be
+    position         [3] metres: where the tool is, for the length of its path
+    expert()         the command [A] of a scripted demonstrator for the present moment
+    picture()        uint8 [h, w, 3] for people
+    description      dict of what the result should say: how it renders, which versions
+    close()          at the end
+    """
+
+    control_hz: float
+    max_steps: int
+    prompt: str
+    """The instruction of the episode."""
+    success: bool
+
+    def reset(self, seed: int, task: str) -> Mapping[str, Any]:
+        """Begins the episode of a scene, which is a function of both alone; its first observation, in the robot's keys,
+        `prompt` included."""
+        ...
+
+    def step(self, action: np.ndarray) -> None:
+        """Moves for one control step with a command [A]."""
+        ...
+
+    def observe(self) -> Mapping[str, Any]:
+        """The observation of the present moment. It is asked for where a policy is asked, so rendering belongs here."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """Everything that decides a trial, but for policy and simulator."""
+
+    index: int
+    scene: int
+    """What the simulator draws its scene from."""
+    task: str
+    noise: int
+    """What the seeds of the policy's noise are derived from."""
+    execute_steps: int
+    join: str = "synchronous"
+    delay: int = 0
+    """Control steps from an observation to its answer."""
+    control: Optional[str] = None
+    """One of `CONTROLS`; None: the policy as it is."""
+    replayed_scene: Optional[int] = None
+    """Of the expert's episode whose commands `replay` repeats here."""
+    num_steps: Optional[int] = None
+    """Integration steps of the policy; None: its own."""
+    temperature: Optional[float] = None
+    """Of a policy that writes tokens; None: it takes the likeliest."""
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What came of it."""
+
+    index: int
+    scene: int
+    task: str
+    prompt: str
+    success: bool
+    failure: Optional[str]
+    steps: int
+    seconds: float
+    """On the robot's clock, standing still while it waits included."""
+    answers: int
+    """How often the policy was asked."""
+    batched: int
+    """How many of the answers were computed together with those of other trials, which rounds differently."""
+    starved: int
+    """Steps without an action in time."""
+    collisions: Optional[int]
+    path_m: Optional[float]
+    infer_ms: Tuple[float, ...]
+    """Round trips, of which nothing else here depends."""
+    motion: Motion
+    actions: np.ndarray
+    """Every command that was executed, float32 [T, A]: on the same scene they give the same motion again."""
+
+    def to_json(self) -> Dict[str, Any]:
+        """Plain values; what is not finite is null."""
+        return _plain(asdict(self))
+
+
+def derive(*numbers: object) -> int:
+    """A seed below 2^31 from texts and numbers: the first bits of their SHA-256, the same on every machine."""
+    digest = hashlib.sha256("/".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+class LockStep:
+    """Asks a policy as `RealTimeBroker` does, on the clock of control steps and in the caller's thread.
+
+        step of the robot   0    1    2    3    4    5    6    7    delay = 2: the answer to the observation of step n
+        asked               ●─────── A          ●─────── C          is there at step n + 2
+        executed                      a2   a3   a4   a5   c2   c3   execute_steps = 4
+
+    The first answer of an episode is there at once, and so is every one of `synchronous`: the robot stands still for
+    it, which `waited` counts.
+
+    Args:
+        noise: what the seed of each answer is derived from.
+        extra: keys for every observation, such as `manipi/num_steps`.
+
+    Raises:
+        InputError: an unknown join, or numbers that leave the robot without an action before each answer.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        execute_steps: int,
+        join: str = "synchronous",
+        *,
+        delay: int = 0,
+        noise: int = 0,
+        extra: Optional[Mapping[str, Any]] = None,
+    ) -> None:
+        if join not in JOINS or execute_steps < 1 or delay < 0:
+            raise InputError(
+                expected=f"a join among {', '.join(JOINS)}, a step to execute or more, and a delay from 0",
+                found=f"{shown(join)}, {execute_steps}, {delay}",
+                where="LockStep(execute_steps, join, delay)",
+                next="give numbers between 1 and the policy's action horizon",
+            )
+        self._policy, self._execute_steps, self._join, self._delay = policy, execute_steps, join, delay
+        self._noise, self._extra = noise, dict(extra or {})
+        self._queue = ChunkQueue(0.01 if join == "ensemble" else None)
+        self._meter = MotionMeter()
+        self._step = self._executed = self.starved = 0
+        self._asked: Optional[Tuple[int, Chunk]] = None
+        """When the answer is there, and the answer."""
+        self._last_action: Optional[np.ndarray] = None
+        self._actions: Optional[np.ndarray] = None
+        self.infer_ms: List[float] = []
+        self.batched = 0
+
+    @property
+    def answers(self) -> int:
+        return len(self.infer_ms)
+
+    @property
+    def waited(self) -> int:
+        """Control steps for which the robot stood still."""
+        return self._delay * (self.answers if self._join == "synchronous" else min(self.answers, 1))
+
+    @property
+    def motion(self) -> Motion:
+        return self._meter.read()
+
+    @property
+    def needs_observation(self) -> bool:
+        """Whether `infer` will ask the policy at this step: no other observation needs to be rendered."""
+        self._take_answer()
+        newest = self._queue.newest
+        return self._asked is None and (newest is None or self._step - newest.step >= self._execute_steps)
+
+    def infer(self, observation: Optional[Mapping[str, Any]]) -> np.ndarray:
+        """The command [A] of this step; the observation is read where `needs_observation` says so.
+
+        Raises:
+            ActionChunkError, PolicyServerError: what the policy answers cannot be used, or is an error.
+        """
+        if self.needs_observation:
+            assert observation is not None, "needs_observation said so"
+            self._ask(observation)
+            if self._join == "synchronous" or self._last_action is None:
+                self._take_answer(now=True)
+        action, newest = self._queue.action(self._executed), self._queue.newest
+        if action is None or newest is None:
+            assert self._last_action is not None, "the first answer is there at once"
+            action = self._last_action
+            self.starved += 1
+            self._meter.add(action, None)
+        else:
+            self._executed += 1
+            self._meter.add(action, newest.step)
+        self._step, self._last_action = self._step + 1, action
+        return action
+
+    def _ask(self, observation: Mapping[str, Any]) -> None:
+        question = {**observation, **self._extra, STEP: self._step, SEED: derive(self._noise, self.answers)}
+        left = self._queue.left(self._executed)
+        if self._join == "real_time" and len(left):
+            question.update({PREVIOUS: left, DELAY: min(self._delay, len(left))})
+        began = time.perf_counter()
+        answer = self._policy.infer(question)
+        self.infer_ms.append((time.perf_counter() - began) * 1e3)
+        self.batched += answer.get("server_timing", {}).get("batch", 1) > 1
+        self._actions = read_chunk(answer, self._execute_steps, self._actions)
+        chunk = Chunk(self._actions, self._executed, self._step, 0.0)
+        self._asked = self._step + self._delay, chunk
+
+    def _take_answer(self, now: bool = False) -> None:
+        if self._asked is not None and (now or self._step >= self._asked[0]):
+            self._queue.add(self._asked[1])
+            self._asked = None
+
+
+def run_trial(
+    simulator: Simulator, policy: Policy, spec: TrialSpec, on_step: Callable[[int], None] = lambda step: None
+) -> TrialResult:
+    """One episode, until success, failure or the simulator's last step.
+
+    Args:
+        on_step: is told the number of every step.
+
+    Raises:
+        InputError: the simulator lacks what the control needs, renders black, or moves to no number.
+        ActionChunkError, PolicyServerError: the policy's.
+    """
+    replayed = _expert_actions(simulator, spec, on_step) if spec.control == "replay" else []
+    observation: Optional[Mapping[str, Any]] = simulator.reset(spec.scene, spec.task)
+    _require_pictures(observation, simulator)
+    prompt = _needed(simulator, "wrong_prompt", spec.control) if spec.control == "wrong_words" else simulator.prompt
+    extra = {NUM_STEPS: spec.num_steps, TEMPERATURE: spec.temperature}
+    extra = {key: value for key, value in extra.items() if value is not None}
+    settings: Dict[str, Any] = {"delay": spec.delay, "noise": spec.noise, "extra": extra}
+    broker = LockStep(policy, spec.execute_steps, spec.join, **settings)
+    actions: List[np.ndarray] = []
+    places = [getattr(simulator, "position", None)]
+    while not simulator.success and getattr(simulator, "failure", None) is None and len(actions) < simulator.max_steps:
+        if spec.control == "replay":
+            action = replayed[min(len(actions), len(replayed) - 1)]
+        elif spec.control == "held" and actions:
+            action = actions[0]
+        else:
+            if broker.needs_observation:
+                observation = simulator.observe() if observation is None else observation
+                observation = {**observation, "prompt": prompt}
+                if spec.control == "blind":
+                    observation = _blinded(observation)
+            action = np.asarray(broker.infer(observation), np.float32)
+        simulator.step(action)
+        observation = None
+        actions.append(action)
+        places.append(getattr(simulator, "position", None))
+        on_step(len(actions))
+    path = None
+    if places[0] is not None:
+        path = float(np.linalg.norm(np.diff(np.array(places, float), axis=0), axis=-1).sum())
+    return TrialResult(
+        index=spec.index,
+        scene=spec.scene,
+        task=spec.task,
+        prompt=prompt,
+        success=bool(simulator.success),
+        failure=None if simulator.success else getattr(simulator, "failure", None) or "max_steps",
+        steps=len(actions),
+        seconds=(len(actions) + broker.waited) / simulator.control_hz,
+        answers=broker.answers,
+        batched=broker.batched,
+        starved=broker.starved,
+        collisions=getattr(simulator, "collisions", None),
+        path_m=path,
+        infer_ms=tuple(broker.infer_ms),
+        motion=broker.motion,
+        actions=np.array(actions, np.float32),
+    )
+
+
+def film(simulator: Simulator, spec: TrialSpec, actions: np.ndarray) -> np.ndarray:
+    """The commands of a trial on its scene, which give the same motion again: uint8 [T + 1, h, w, 3]."""
+    picture = _needed(simulator, "picture", "a film")
+    simulator.reset(spec.scene, spec.task)
+    frames = [picture()]
+    for action in actions:
+        simulator.step(np.asarray(action, np.float32))
+        frames.append(picture())
+    return np.stack(frames)
+
+
+def _expert_actions(simulator: Simulator, spec: TrialSpec, on_step: Callable[[int], None]) -> List[np.ndarray]:
+    assert spec.replayed_scene is not None, "the scene of the demonstration"
+    expert = _needed(simulator, "expert", spec.control)
+    simulator.reset(spec.replayed_scene, spec.task)
+    actions: List[np.ndarray] = []
+    while not simulator.success and len(actions) < simulator.max_steps:
+        actions.append(np.asarray(expert(), np.float32))
+        simulator.step(actions[-1])
+        on_step(len(actions))
+    return actions
+
+
+def _needed(simulator: Simulator, name: str, control: Optional[str]) -> Any:
+    value = getattr(simulator, name, None)
+    if value is None:
+        raise InputError(
+            expected=f"a simulator with `{name}`, for {control}",
+            found=f"a {type(simulator).__name__} without it",
+            where="manipi_client.trials",
+            next=f"add `{name}` to the simulator (manipi_client.trials.Simulator), or choose another control",
+        )
+    return value
+
+
+def _blinded(value: Any) -> Any:
+    """The same with black pictures, in maps of maps too."""
+    if isinstance(value, Mapping):
+        return {key: _blinded(one) for key, one in value.items()}
+    return np.zeros_like(value) if isinstance(value, np.ndarray) and value.ndim == 3 else value
+
+
+def _require_pictures(observation: Mapping[str, Any], simulator: Simulator) -> None:
+    """A renderer without a working driver draws black and says nothing."""
+    for key, value in observation.items():
+        if isinstance(value, Mapping):
+            _require_pictures(value, simulator)
+        elif isinstance(value, np.ndarray) and value.ndim == 3 and np.ptp(value) <= 2:
+            raise InputError(
+                expected="a picture of the scene",
+                found=f"{list(value.shape)} pixels that are all alike, from {value.min()} to {value.max()}",
+                where=f"observation key {key!r} of {type(simulator).__name__}, MUJOCO_GL={os.environ.get('MUJOCO_GL')}",
+                next="set MUJOCO_GL to osmesa or egl, and install that library (libosmesa6, libegl1)",
+            )
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it; what is not finite is null."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# The worker process ---------------------------------------------------------------------------------------------------
+
+
+def load_factory(name: str) -> Callable[..., Simulator]:
+    """What `path/to/file.py:FACTORY` or `module:FACTORY` stands for.
+
+    Raises:
+        InputError: there is no such file, module or factory.
+    """
+    place, _, attribute = name.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location("manipi_simulator", place)
+            assert spec is not None, place
+            assert spec.loader is not None, place
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        return getattr(module, attribute)
+    except (ImportError, OSError, AttributeError, ValueError) as error:
+        raise InputError(
+            expected="a simulator as FILE.py:FACTORY or MODULE:FACTORY, with its packages",
+            found=f"{type(error).__name__}: {error}",
+            where=shown(name, 200),
+            next="build its environment: make sim-NAME (docs/simulators.md)",
+        ) from error
+
+
+def main() -> None:
+    """What a worker process does, until its standard input ends."""
+    parser = argparse.ArgumentParser(prog="python -m manipi_client.trials", description=__doc__.splitlines()[0])
+    parser.add_argument("factory", help="FILE.py:FACTORY or MODULE:FACTORY")
+    parser.add_argument("--url", required=True, help="address of the policy server")
+    parser.add_argument("--options", default="{}", help="what the factory is called with, as JSON")
+    args = parser.parse_args()
+    # Simulators print as they like: lines of ours alone may reach the process that reads them.
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def tell(**event: Any) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    try:
+        simulator = load_factory(args.factory)(**json.loads(args.options))
+        versions = {"python": platform.python_version(), "numpy": np.__version__}
+        tell(ready={**versions, **getattr(simulator, "description", {})})
+        _answer_requests(simulator, WebsocketPolicy(args.url, None, os.environ.get("MANIPI_TOKEN"), lazy=True), tell)
+        getattr(simulator, "close", lambda: None)()
+    except ManipiClientError as error:
+        tell(error={"kind": type(error).__name__, "text": str(error)})
+        sys.exit(1)
+    except Exception:  # noqa: BLE001 - whatever a simulator raises is told, and the process ends.
+        tell(error={"kind": "SimulatorError", "text": traceback.format_exc()[-4000:]})
+        sys.exit(1)
+
+
+def _answer_requests(simulator: Simulator, policy: WebsocketPolicy, tell: Callable[..., None]) -> None:
+    spoke = 0.0
+
+    def on_step(step: int) -> None:
+        nonlocal spoke
+        if time.monotonic() - spoke > HEARTBEAT_S:
+            spoke = time.monotonic()
+            tell(step=step)
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        spec = TrialSpec(**request["trial"])
+        if "film" in request:
+            np.save(Path(request["film"]), film(simulator, spec, np.array(request["actions"], np.float32)))
+            tell(film=request["film"])
+        else:
+            tell(result=run_trial(simulator, policy, spec, on_step).to_json())
+
+
+if __name__ == "__main__":
+    main()

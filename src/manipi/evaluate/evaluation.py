@@ -1,0 +1,403 @@
+"""An evaluation: a policy server drives the trials of a suite, every result is kept, and a kill loses none.
+
+DIR/evaluation.json    what was asked for and of whom: another checkpoint or setting needs another folder
+DIR/trials.jsonl       a line per trial as it ends; the same command goes on with those that are missing
+DIR/result.json        all of it in order, with the success rate; written when the last trial is there
+DIR/report.html, films/
+
+manipi eval ── request, result ──▶ K worker processes (`manipi_client.trials`) ── websocket ──▶ manipi serve
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import platform
+import queue
+import subprocess
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import manipi
+from manipi.errors import ConfigError, SimulatorError, quoted, shown
+from manipi.evaluate.statistics import SuccessRate, success_rate
+from manipi.evaluate.suites import Suite
+from manipi.records import json_bytes, read_json, to_json
+from manipi.robots.robot import Gripper, LinkageGripper, Robot
+from manipi.storage import atomic_write, storage_errors
+from manipi_client import WebsocketPolicy
+from manipi_client.trials import TrialSpec
+
+HANG_SECONDS = 120.0
+"""How long a simulator may take for its start, or for a step, before it counts as hung."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides an evaluation beside suite and policy; every trial is a function of these and its index."""
+
+    trials: int
+    seed: int = 0
+    execute_steps: int = 8
+    """Steps of each chunk that are executed."""
+    join: str = "synchronous"
+    """How chunks are joined: one of `manipi_client.realtime.JOINS`."""
+    delay: int = 0
+    """Control steps from an observation to its answer."""
+    control: str | None = None
+    """One of `manipi_client.trials.CONTROLS`; None: the policy as it is."""
+    num_steps: int | None = None
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise ConfigError(expected="a trial or more", found=str(self.trials), where="--trials", next="--trials 200")
+
+    def trial(self, suite: Suite, index: int) -> TrialSpec:
+        settings = asdict(self)
+        del settings["trials"]
+        return suite.trial(settings.pop("seed"), index, **settings)
+
+
+class Evaluation:
+    """The trials of one policy in a suite, in a folder. Use it in a `with`: worker processes end with it.
+
+    Args:
+        folder: made, or gone on with where it holds some of these trials.
+        url: of the policy server.
+        policy: how people call the policy.
+        server: what is known of the server beside its metadata, for the record.
+
+    Raises:
+        ConfigError: the folder holds trials of another checkpoint, suite or setting; or the settings do not fit the
+            policy.
+        SimulatorError: the suite is for another robot.
+        PolicyServerError: no policy server answers at the address.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        suite: Suite,
+        settings: Settings,
+        url: str,
+        *,
+        policy: str,
+        server: Mapping[str, Any] | None = None,
+        workers: int = 1,
+    ):
+        self.folder, self.suite, self.settings, self.policy, self._url = folder, suite, settings, policy, url
+        self._num_workers, self._workers = workers, list[_Worker]()
+        with WebsocketPolicy(url, None, os.environ.get("MANIPI_TOKEN")) as client:
+            self.metadata = dict(client.metadata)
+        _require_fit(self.metadata, suite, settings)
+        self.provenance = {
+            "suite": suite.name,
+            "robot": suite.robot,
+            "settings": {key: value for key, value in asdict(settings).items() if key != "trials"},
+            "options": self._options,
+            "checkpoint": self.metadata.get("checkpoint"),
+            "step": self.metadata.get("step"),
+            "server": dict(server or {}),
+            "versions": {"manipi": manipi.__version__, "python": platform.python_version()},
+        }
+        self.rows: dict[int, dict[str, Any]] = {}
+        self._claim()
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        size = {"image_size": self.metadata["image_size"]} if self.suite.policy_image_size else {}
+        return {**self.suite.options, **size}
+
+    def _claim(self) -> None:
+        """Read what the folder holds of this evaluation, or make it."""
+        path = self.folder / "evaluation.json"
+        if not path.exists():
+            atomic_write(path, json_bytes(self.provenance))
+        before = read_json(path)
+        for key, value in json.loads(json_bytes(self.provenance)).items():
+            if key != "simulator" and before.get(key) != value:
+                raise ConfigError(
+                    expected=f"trials with {key} {shown(value, 200)}",
+                    found=f"some with {shown(before.get(key), 200)}",
+                    where=str(self.folder),
+                    next="name another folder with --dir, or delete this one",
+                )
+        self.provenance = before
+        log = self.folder / "trials.jsonl"
+        if log.exists():
+            whole, _, half = log.read_bytes().rpartition(b"\n")
+            if half:  # a kill or a full disk in the middle of a line
+                atomic_write(log, whole + b"\n" if whole else b"")
+            rows = [json.loads(line) for line in whole.splitlines()]
+            self.rows = {row["index"]: row for row in rows}
+
+    def __enter__(self) -> "Evaluation":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
+
+    def successes(self, count: int) -> list[bool]:
+        """Of the first `count` trials, in order."""
+        return [self.rows[index]["success"] for index in range(count)]
+
+    def run(self, count: int | None = None, *, show: bool = True) -> None:
+        """Run those of the first `count` trials that are missing; None: all of the settings.
+
+        Raises:
+            SimulatorError: a simulator did not start, died, hung or said what is wrong. What had ended is kept.
+            ConfigError: the checkpoint was changed meanwhile.
+        """
+        count = self.settings.trials if count is None else count
+        missing = [index for index in range(count) if index not in self.rows]
+        if not missing:
+            return
+        while len(self._workers) < min(self._num_workers, len(missing)):
+            self._workers.append(_Worker(self.suite, self._url, self._options))
+        described = [worker.ready() for worker in self._workers]
+        self._note_simulator(described[0])
+        pending, ended = queue.SimpleQueue[int](), queue.SimpleQueue[dict[str, Any] | BaseException]()
+        for index in missing:
+            pending.put(index)
+        threads = [
+            threading.Thread(target=self._drive, args=(worker, pending, ended), daemon=True) for worker in self._workers
+        ]
+        for thread in threads:
+            thread.start()
+        label = self.settings.control or "drive"
+        bar = tqdm(total=count, initial=count - len(missing), desc=label, unit="trial", disable=not show)
+        with bar, storage_errors(self.folder / "trials.jsonl"), (self.folder / "trials.jsonl").open("ab") as log:
+            for _ in missing:
+                row = ended.get()
+                if isinstance(row, BaseException):
+                    raise row
+                log.write(json.dumps(row).encode() + b"\n")
+                log.flush()
+                os.fsync(log.fileno())
+                self.rows[row["index"]] = row
+                bar.update()
+                now = self.success()
+                bar.set_postfix_str(f"{now.k}/{now.n}, {now.low:.0%} to {now.high:.0%}", refresh=False)
+
+    def _drive(self, worker: "_Worker", pending: "queue.SimpleQueue[int]", ended: "queue.SimpleQueue[Any]") -> None:
+        """In a thread per worker process."""
+        try:
+            while True:
+                spec = self.settings.trial(self.suite, pending.get_nowait())
+                ended.put(worker.ask({"trial": asdict(spec)}, "result", f"trial {spec.index}"))
+        except queue.Empty:
+            pass
+        except Exception as error:  # noqa: BLE001 - the main thread raises it.
+            ended.put(error)
+
+    def _note_simulator(self, described: Mapping[str, Any]) -> None:
+        before = self.provenance.get("simulator")
+        if before is None:
+            self.provenance["simulator"] = dict(described)
+            atomic_write(self.folder / "evaluation.json", json_bytes(self.provenance))
+        elif before != described:
+            raise ConfigError(
+                expected=f"the simulator of the trials so far: {shown(before, 300)}",
+                found=shown(dict(described), 300),
+                where=str(self.folder),
+                next="name another folder with --dir",
+            )
+
+    def success(self) -> SuccessRate:
+        """Of the trials so far."""
+        return success_rate(sum(row["success"] for row in self.rows.values()), len(self.rows))
+
+    def result(self) -> dict[str, Any]:
+        """All trials so far in order of index, without the commands that the arm executed, and what came of them."""
+        robot = self._robot()
+        rows = [self.rows[index] for index in sorted(self.rows)]
+        times = [ms for row in rows for ms in row["infer_ms"]]
+        p50, p95 = np.percentile(times, (50, 95)).tolist() if times else (None, None)
+        return {
+            **self.provenance,
+            "policy": self.policy,
+            "seed": self.settings.seed,
+            "success": to_json(self.success()),
+            "latency_ms": {"p50": p50, "p95": p95},
+            "batched_trials": sum(row["batched"] > 0 for row in rows),
+            "trials": [_summary(row, robot) for row in rows],
+        }
+
+    def finish(self) -> dict[str, Any]:
+        """`result`, written to the folder."""
+        result = self.result()
+        atomic_write(self.folder / "result.json", json_bytes(result))
+        return result
+
+    def films(self, count: int) -> dict[int, np.ndarray]:
+        """Pictures uint8 [T, h, w, 3] of the first failures and successes by index: half of each where there are."""
+        rows = [self.rows[index] for index in sorted(self.rows)]
+        failures, wins = ([r for r in rows if r["success"] is won] for won in (False, True))
+        wins = wins[: count - min(len(failures), count // 2)]
+        chosen = [*wins, *failures[: count - len(wins)]]
+        if chosen and not self._workers:
+            self._workers.append(_Worker(self.suite, self._url, self._options))
+            self._workers[0].ready()
+        found = {}
+        with tempfile.TemporaryDirectory(prefix="manipi-film-") as folder:
+            for row in tqdm(chosen, desc="film", unit="trial", disable=not chosen):
+                spec, path = self.settings.trial(self.suite, row["index"]), Path(folder) / f"{row['index']}.npy"
+                request = {"trial": asdict(spec), "film": str(path), "actions": row["actions"]}
+                self._workers[0].ask(request, "film", f"the film of trial {spec.index}")
+                found[row["index"]] = np.load(path)
+        return dict(sorted(found.items()))
+
+    def _robot(self) -> Robot | None:
+        """What the server says of its robot; None where it says nothing that we know."""
+        try:
+            return Robot.from_json(self.metadata["robot"], "the server's metadata")
+        except (KeyError, ConfigError):
+            return None
+
+
+def _summary(row: Mapping[str, Any], robot: Robot | None) -> dict[str, Any]:
+    """A trial for the result: what two runs of one policy have in common, and nothing that depends on the clock."""
+    kept = ("success", "steps", "failure", "task", "prompt", "seconds", "collisions", "path_m", "starved", "answers")
+    actions = np.array(row["actions"], np.float32)
+    jerk, events = _smoothness(actions, robot)
+    motion = {key: row["motion"][key] for key in ("seams", "seam_jump", "step_change")}
+    found = {"index": row["index"], "seed": row["scene"], **{key: row[key] for key in kept}}
+    return {**found, "jerk": jerk, "gripper_events": events, "batched": row["batched"], **motion}
+
+
+def _smoothness(actions_TA: np.ndarray, robot: Robot | None) -> tuple[float | None, int | None]:
+    """The mean third difference of the commands that move no gripper, per step³; how often a gripper was opened or
+    closed, by commands beyond 40 and 60 % of its way."""
+    offset, grippers, events = 0, [], 0
+    for group in robot.actions if robot else ():
+        if isinstance(group, Gripper | LinkageGripper):
+            grippers.append(offset)
+            start, end = (group.open, group.closed) if isinstance(group, Gripper) else (0.0, 1.0)
+            share = (actions_TA[:, offset] - start) / (end - start)
+            sides = [value > 0.5 for value in share.tolist() if not 0.4 <= value <= 0.6]
+            events += sum(a != b for a, b in itertools.pairwise(sides))
+        offset += group.size
+    moving = np.delete(actions_TA, grippers, axis=1)
+    jerk = float(np.abs(np.diff(moving, 3, axis=0)).mean()) if len(moving) > 3 and moving.shape[1] else None
+    return jerk, events if robot else None
+
+
+def _require_fit(metadata: Mapping[str, Any], suite: Suite, settings: Settings) -> None:
+    robot = (metadata.get("robot") or {}).get("name")
+    if robot is not None and robot != suite.robot:
+        raise SimulatorError(
+            expected=f"a policy for the robot {suite.robot!r}, whose suite {suite.name} is",
+            found=f"one for {shown(robot)}",
+            where="the policy server's metadata",
+            next="choose a suite of that robot with --suite (manipi eval --help lists all)",
+        )
+    horizon = metadata.get("action_horizon")
+    if (
+        horizon is not None
+        and settings.execute_steps + (settings.delay if settings.join != "synchronous" else 0) > horizon
+    ):
+        raise ConfigError(
+            expected=f"steps to execute and a delay, within {horizon} together",
+            found=f"{settings.execute_steps} and {settings.delay}",
+            where="--execute-steps and --delay",
+            next=f"--execute-steps {max(1, horizon - settings.delay)}",
+        )
+    if settings.join == "real_time" and not metadata.get("real_time"):
+        raise ConfigError(
+            expected="a policy that goes on from a previous chunk",
+            found="one that does not (`real_time` in its metadata)",
+            where="--join real_time",
+            next="--join asynchronous",
+        )
+
+
+class _Worker:
+    """A process of `manipi_client.trials` in the simulator's Python."""
+
+    def __init__(self, suite: Suite, url: str, options: Mapping[str, Any]):
+        self._suite = suite
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
+        command = [str(suite.python), "-m", "manipi_client.trials", suite.factory, "--url", url]
+        command += ["--options", json.dumps(options)]
+        # One thread each: many simulators side by side would otherwise wait for each other.
+        environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        self._process = subprocess.Popen(command, **pipes, env=environment, text=True)  # type: ignore[call-overload]
+        self._events: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._ready: dict[str, Any] | None = None
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            self._events.put(line)
+        self._events.put(None)
+
+    def ready(self) -> dict[str, Any]:
+        """What the simulator says about itself, once it is there."""
+        if self._ready is None:
+            self._ready = self._wait("ready", "its start")
+        return self._ready
+
+    def ask(self, request: Mapping[str, Any], kind: str, what: str) -> Any:
+        """The answer to a request.
+
+        Raises:
+            SimulatorError: it died, made no step for two minutes, or said an error.
+        """
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it is dead, and its last words are read below
+        return self._wait(kind, what)
+
+    def _wait(self, kind: str, what: str) -> Any:
+        while True:
+            try:
+                line = self._events.get(timeout=HANG_SECONDS)
+            except queue.Empty:
+                self._process.kill()
+                raise self._error(what, f"no step for {HANG_SECONDS:.0f} s") from None
+            if line is None:
+                code = self._process.wait()
+                ended = f"signal {-code}" if code < 0 else f"exit status {code}"
+                raise self._error(what, f"its end with {ended}")
+            event = json.loads(line)
+            if "error" in event:
+                raise self._error(what, f"{event['error']['kind']}\n{event['error']['text']}")
+            if kind in event:
+                return event[kind]
+
+    def _error(self, what: str, found: str) -> SimulatorError:
+        self._log.seek(0)
+        said = self._log.read().decode(errors="replace")[-1500:].strip()
+        return SimulatorError(
+            expected=f"the simulator of {self._suite.name} to come through {what}",
+            found=found + (f"; it said:\n{said}" if said else ""),
+            where=f"{quoted(self._suite.python)} -m manipi_client.trials {self._suite.factory}",
+            next="mend what it says; the same command then goes on with the trials that are missing",
+        )
+
+    def close(self) -> None:
+        """Ends the process: by the end of its input, or where it hangs, or is in a trial, by a signal."""
+        with contextlib.suppress(BrokenPipeError):  # it is dead
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join()
+        self._process.stdout.close()
+        self._log.close()

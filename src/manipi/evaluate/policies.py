@@ -1,0 +1,145 @@
+"""Policies that answer at an address: a checkpoint that is served for an evaluation, or a server of somebody else's."""
+
+import contextlib
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from manipi.errors import ConfigError, IntegrityError, ServeError, shown
+from manipi.evaluate.evaluation import Settings
+from manipi.evaluate.suites import Suite
+
+START_SECONDS = 120.0
+"""How long a policy server may take to start."""
+
+
+@contextlib.contextmanager
+def policy_server(checkpoint: Path, *, threads: int = 1, flags: Sequence[str] = ()) -> Iterator[int]:
+    """`manipi serve CHECKPOINT` on a free port of loopback; yields the port, and ends the process on the way out.
+
+    Args:
+        flags: more of them.
+
+    Raises:
+        ServeError: it ended or did not start within two minutes; the message holds what it said.
+    """
+    with tempfile.TemporaryDirectory(prefix="manipi-serve-") as folder:
+        ready, log = Path(folder) / "port", Path(folder) / "log"
+        flags = ["--port", "0", "--ready-file", str(ready), "--num-threads", str(threads), *flags]
+        command = [sys.executable, "-m", "manipi", "serve", str(checkpoint), *flags]
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while not ready.exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise ServeError(
+                        expected=f"a policy server within {START_SECONDS:.0f} s",
+                        found=log.read_text(errors="replace")[-2000:] or "no sign of life",
+                        where=" ".join(command),
+                        next="run that command by itself and read what it says",
+                    )
+                time.sleep(0.05)
+            yield int(ready.read_text())
+        finally:
+            process.terminate()
+            process.wait()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenPolicy:
+    """A policy that answers at an address."""
+
+    name: str
+    """For people."""
+    url: str
+    server: Mapping[str, Any]
+    """How it is served, as far as we know: it decides the rounding of what it answers."""
+    checkpoint: Path | None
+    """Where we serve it from; None: somebody else serves it."""
+    digest: str | None = None
+    """Of the checkpoint when it was opened."""
+
+    def folder(self, suite: Suite, settings: Settings) -> Path:
+        """Where results go unless told otherwise: one folder for all that may not change."""
+        defaults = {f.name: f.default for f in fields(Settings)} | {"execute_steps": suite.execute_steps}
+        changed = {k: v for k, v in asdict(settings).items() if k not in ("trials", "seed") and v != defaults[k]}
+        step = "" if self.checkpoint is None else f"step_{self.checkpoint.name}"
+        parts = [suite.name.replace("/", "_"), step, f"seed_{settings.seed}", *(f"{k}_{v}" for k, v in changed.items())]
+        name = "_".join(part for part in parts if part)
+        if self.checkpoint is not None:
+            run = self.checkpoint.resolve().parent.parent
+            return (run if (run / "config.json").is_file() else Path("evaluations") / self.name) / "evaluations" / name
+        return Path("evaluations") / re.sub(r"\W+", "_", self.url) / name
+
+    def require_unchanged(self) -> None:
+        """Raises ConfigError where the checkpoint's files are others than when it was opened."""
+        if self.checkpoint is not None and checkpoint_hash(self.checkpoint) != self.digest:
+            raise ConfigError(
+                expected="the checkpoint that the trials began with",
+                found="another one of the same name",
+                where=str(self.checkpoint),
+                next="evaluate a checkpoint that nobody writes to, and delete the folder of these trials",
+            )
+
+
+@contextlib.contextmanager
+def open_policy(
+    source: str, *, device: str = "auto", threads: int = 1, max_batch: int = 1, untrained: bool = False
+) -> Iterator[OpenPolicy]:
+    """Serve a checkpoint, or find the server of a URL.
+
+    Args:
+        threads, max_batch: of the server; with one observation in each call of the model an answer is the same whoever
+            else asks.
+        untrained: serve random weights of the same network.
+
+    Raises:
+        ServeError: the server does not start.
+        ConfigError: `untrained` of a server, which keeps its weights.
+    """
+    if "://" in source:
+        if untrained:
+            raise ConfigError(
+                expected="a checkpoint, of which an untrained copy can be made",
+                found=f"a server: {shown(source)}",
+                where="--untrained",
+                next="name the checkpoint's folder",
+            )
+        yield OpenPolicy(name=source, url=source, server={}, checkpoint=None)
+        return
+    checkpoint, server = Path(source), {"device": device, "threads": threads, "max_batch": max_batch}
+    with contextlib.ExitStack() as stack:
+        digest, served = checkpoint_hash(checkpoint), checkpoint
+        if untrained:
+            from manipi.train.untrained import (
+                write_untrained,  # imports torch, which a comparison of files does without
+            )
+
+            served = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="manipi-untrained-"))) / "checkpoint"
+            write_untrained(served, checkpoint)
+        flags = ("--device", device, "--limits.max-batch", str(max_batch))
+        port = stack.enter_context(policy_server(served, threads=threads, flags=flags))
+        name = f"{checkpoint.resolve().parent.parent.name}, step {checkpoint.name}"
+        address = f"ws://127.0.0.1:{port}"
+        yield OpenPolicy(name=name, url=address, server=server, checkpoint=checkpoint, digest=digest)
+
+
+def checkpoint_hash(checkpoint: Path) -> str:
+    """Of its manifest, which holds the hash of every file. Raises IntegrityError where there is none."""
+    try:
+        return hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
+    except OSError as error:
+        raise IntegrityError(
+            expected="a checkpoint folder, with a manifest.json",
+            found=error.strerror or "none",
+            where=str(checkpoint),
+            next="name runs/NAME/checkpoints/STEP or runs/NAME/best, or a server's URL such as ws://robot:8000",
+        ) from error

@@ -1,0 +1,219 @@
+"""Evaluations: equal trial by trial, kept through every kind of end, and of one policy in one world."""
+
+import contextlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from manipi.cli import main
+from manipi.errors import ConfigError, SimulatorError, StorageError, UnknownNameError
+from manipi.evaluate import evaluation as evaluation_module
+from manipi.evaluate.compare import compare_results, read_side
+from manipi.evaluate.evaluation import Evaluation, Settings
+from manipi.evaluate.report import write_evaluation
+from manipi.evaluate.suites import FIRST_SCENE, Suite, find_suite
+from manipi_client.fake import FakePolicyServer
+
+SIMULATOR = Path(__file__).with_name("simulator.py")
+SUITE = Suite(
+    name="tests/line", about="", robot="line", factory=f"{SIMULATOR}:Line", tasks=("right", "far"), execute_steps=2
+)
+SETTINGS = Settings(trials=6, execute_steps=2)
+METADATA = {"robot": {"name": "line"}, "action_horizon": 4, "checkpoint": "abc", "control_hz": 10.0}
+
+
+def answer(observation):
+    """To the right by a noise that the seed decides."""
+    noise = np.random.default_rng(observation["manipi/seed"]).uniform(0.0, 0.2, (4, 2))
+    return {"actions": noise.astype(np.float32)}
+
+
+@pytest.fixture
+def evaluate(tmp_path):
+    """`evaluate(name)` is an evaluation that ran in a folder of that name."""
+
+    def run(name="one", settings=SETTINGS, *, metadata=METADATA, infer=answer, options=(), workers=1, count=None):
+        suite = replace(SUITE, options=dict(options))
+        with (
+            FakePolicyServer(infer, metadata) as server,
+            Evaluation(
+                tmp_path / name, suite, settings, f"ws://127.0.0.1:{server.port}", policy=name, workers=workers
+            ) as e,
+        ):
+            e.run(count, show=False)
+            e.finish()
+        return e
+
+    return run
+
+
+def trials(evaluation):
+    return json.loads((evaluation.folder / "result.json").read_text())["trials"]
+
+
+def test_trial_by_trial_equal_whoever_runs_them(evaluate):
+    one, three = evaluate("one"), evaluate("three", workers=3)
+    parts = evaluate("parts", count=2)
+    parts = evaluate("parts", workers=2)
+    longer = evaluate("longer", replace(SETTINGS, trials=8))
+    assert trials(one) == trials(three) == trials(parts) == trials(longer)[:6]
+    assert [row["index"] for row in trials(one)] == list(range(6))
+    assert len({row["seed"] for row in trials(one)}) == 6
+    assert [row["task"] for row in trials(one)] == ["right", "far"] * 3
+    other = evaluate("other", replace(SETTINGS, seed=1))
+    assert {row["seed"] for row in trials(one)}.isdisjoint(row["seed"] for row in trials(other))
+
+
+def test_scenes_are_far_from_those_of_demonstrations():
+    scenes = [SUITE.trial(seed, index, execute_steps=1).scene for seed in range(30) for index in range(300)]
+    assert min(scenes) >= FIRST_SCENE
+    assert max(scenes) < 2 * FIRST_SCENE
+    assert len(set(scenes)) > 8_990
+
+
+def test_the_result_says_what_was_measured(evaluate):
+    result = json.loads((evaluate().folder / "result.json").read_text())
+    assert result["success"]["n"] == 6
+    assert result["success"]["k"] == sum(row["success"] for row in result["trials"])
+    assert (result["suite"], result["seed"], result["checkpoint"]) == ("tests/line", 0, "abc")
+    assert result["simulator"]["renderer"] == "numbers"
+    row = result["trials"][0]
+    assert {"success", "steps", "failure", "seconds", "collisions", "path_m", "jerk", "gripper_events"} <= row.keys()
+    assert row["gripper_events"] is None  # the server does not say which command is a gripper's
+
+
+def test_a_run_that_ended_in_the_middle_goes_on(evaluate, tmp_path):
+    whole = trials(evaluate("whole"))
+    (tmp_path / "raise_at_step").touch()
+    with pytest.raises(SimulatorError, match="the motor burnt"):
+        evaluate("again", options={"folder": str(tmp_path)}.items())
+    log = tmp_path / "again" / "trials.jsonl"
+    log.write_bytes(log.read_bytes() + b'{"index": 5, "succ')  # what a full disk leaves
+    again = evaluate("again", options={"folder": str(tmp_path)}.items())
+    assert trials(again) == whole
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        ("die_at_step", r"signal 9[\s\S]*a word before"),
+        ("die_at_reset", r"trial 0[\s\S]*signal 9"),
+        ("raise_at_reset", r"RuntimeError: the motor burnt"),
+        ("hang_at_step", r"no step for 2 s"),
+    ],
+)
+def test_a_simulator_that_ends_badly(evaluate, tmp_path, monkeypatch, trouble, message):
+    monkeypatch.setattr(evaluation_module, "HANG_SECONDS", 2)
+    (tmp_path / trouble).touch()
+    with pytest.raises(SimulatorError, match=message):
+        evaluate(options={"folder": str(tmp_path)}.items())
+
+
+def test_a_simulator_that_renders_black(evaluate):
+    with pytest.raises(SimulatorError, match="all alike"):
+        evaluate(options={"black": True}.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "metadata", "found"),
+    [
+        ({"execute_steps": 1}, {}, "settings"),
+        ({}, {"checkpoint": "other"}, "checkpoint"),
+        ({"control": "blind"}, {}, "settings"),
+    ],
+)
+def test_a_folder_is_of_one_policy_and_one_setting(evaluate, changes, metadata, found):
+    evaluate(count=1)
+    with pytest.raises(ConfigError, match=f"trials with {found}"):
+        evaluate(settings=replace(SETTINGS, **changes), metadata={**METADATA, **metadata})
+
+
+@pytest.mark.parametrize(
+    ("settings", "metadata", "error"),
+    [
+        ({}, {"robot": {"name": "aloha"}}, "one for 'aloha'"),
+        ({"execute_steps": 5}, {}, "within 4 together"),
+        ({"join": "ensemble", "delay": 3}, {}, "2 and 3"),
+        ({"join": "real_time", "delay": 1}, {}, "previous chunk"),
+    ],
+)
+def test_what_does_not_fit_the_policy(evaluate, settings, metadata, error):
+    with pytest.raises((ConfigError, SimulatorError), match=error):
+        evaluate(settings=replace(SETTINGS, **settings), metadata={**METADATA, **metadata})
+
+
+def test_a_full_disk_loses_nothing_that_ended(evaluate, mount):
+    whole, disk = trials(evaluate("whole")), mount(1)
+    evaluate(disk / "again", count=3)
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(512)):
+            pass
+    with pytest.raises(StorageError, match="expected room"):
+        evaluate(disk / "again")
+    filler.unlink()
+    again = evaluate(disk / "again")
+    assert trials(again) == whole
+
+
+def test_films_and_page(evaluate, tmp_path):
+    with FakePolicyServer(answer, METADATA) as server:
+        where = {"policy": "one", "workers": 1}
+        with Evaluation(tmp_path / "e", SUITE, SETTINGS, f"ws://127.0.0.1:{server.port}", **where) as evaluation:
+            evaluation.run(show=False)
+            films = evaluation.films(4)
+            result = evaluation.finish()
+    assert len(films) == 4
+    assert all(len(frames) == result["trials"][index]["steps"] + 1 for index, frames in films.items())
+    write_evaluation(tmp_path / "page.html", result, films, fps=10)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<video") == 4
+    assert "By task" in page
+
+
+def test_controls_differ_on_the_same_scenes(evaluate):
+    plain, held = evaluate("plain"), evaluate("held", replace(SETTINGS, control="held"))
+    assert [row["seed"] for row in trials(plain)] == [row["seed"] for row in trials(held)]
+    found = compare_results(read_side(plain.folder), read_side(held.folder), margin=0.05, alpha=0.05)
+    assert (found.paired, found.trials) == (True, 6)
+
+
+def test_unknown_suites_list_the_known_ones():
+    with pytest.raises(UnknownNameError, match="tabletop/reach"):
+        find_suite("tabletop/raech")
+
+
+def test_a_simulator_with_a_python_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("MANIPI_SIMULATORS", str(tmp_path))
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    described = {"robot": "line", "factory": "simulator.py:Line", "about": "a line"}
+    (folder / "suite.json").write_text(
+        json.dumps({**described, "suites": {"short": {"tasks": ["right"], "trials": 3}}})
+    )
+    with pytest.raises(SimulatorError, match="make sim-lines"):
+        find_suite("lines/short")
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    suite = find_suite("lines/short")
+    assert (suite.robot, suite.tasks, suite.trials) == ("line", ("right",), 3)
+    assert suite.factory == f"{folder}/simulator.py:Line"
+    with pytest.raises(UnknownNameError, match="lines/short"):
+        find_suite("lines/shot")
+
+
+@pytest.mark.slow
+def test_the_command_serves_a_checkpoint_and_says_whose_it_is(checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", str(checkpoint), "--suite", "tabletop/reach", "--trials", "1"])
+    assert "one for 'planted'" in capsys.readouterr().err
+
+
+def test_the_old_flag_names_the_new_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "somewhere", "--scenes", "2"])
+    assert "--suite tabletop/reach" in capsys.readouterr().err
