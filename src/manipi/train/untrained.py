@@ -17,7 +17,7 @@ from manipi.tokenizers import Tokenizers
 from manipi.train.config import TrainConfig
 from manipi.transforms.normalize import contract
 from manipi.types import FieldStats, NormStats, Sample
-from manipi.weights.tokenizers import open_action_tokenizer, open_text_tokenizer
+from manipi.weights.layouts import open_action_tokenizer, open_text_tokenizer
 
 
 def write_untrained(target: Path, source: TrainConfig | Path, *, seed: int = 0) -> None:
