@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": ("manipi.cli.compare:main", "say which of several policies succeeds more often, and how sure that is"),
     "bench": ("manipi.cli.bench:main", "time every stage of an inference call: manipi bench infer RECIPE|CHECKPOINT"),
     "serve": ("manipi.cli.serve:main", "serve a checkpoint over websocket, in openpi's protocol"),
+    "demonstrate": ("manipi.cli.demonstrate:main", "record the scripted expert of a suite as a dataset"),
     "record": ("manipi.cli.dataset:run_record", "make a dataset of the episodes that a killed recording left"),
     "replay": ("manipi.cli.dataset:run_replay", "put a recorded run's questions to a checkpoint or a server"),
     "import": ("manipi.cli.exchange:run_import", "make a checkpoint of openpi or LeRobot ours: by name, folder or URL"),

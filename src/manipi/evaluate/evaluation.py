@@ -94,7 +94,7 @@ class Evaluation:
         workers: int = 1,
     ):
         self.folder, self.suite, self.settings, self.policy, self._url = folder, suite, settings, policy, url
-        self._num_workers, self._workers = workers, list[_Worker]()
+        self._num_workers, self._workers = workers, list[Worker]()
         with WebsocketPolicy(url, None, os.environ.get("MANIPI_TOKEN")) as client:
             self.metadata = dict(client.metadata)
         _require_fit(self.metadata, suite, settings)
@@ -163,7 +163,7 @@ class Evaluation:
         if not missing:
             return
         while len(self._workers) < min(self._num_workers, len(missing)):
-            self._workers.append(_Worker(self.suite, self._url, self._options))
+            self._workers.append(Worker(self.suite, self._url, self._options))
         described = [worker.ready() for worker in self._workers]
         self._note_simulator(described[0])
         pending, ended = queue.SimpleQueue[int](), queue.SimpleQueue[dict[str, Any] | BaseException]()
@@ -189,7 +189,7 @@ class Evaluation:
                 now = self.success()
                 bar.set_postfix_str(f"{now.k}/{now.n}, {now.low:.0%} to {now.high:.0%}", refresh=False)
 
-    def _drive(self, worker: "_Worker", pending: "queue.SimpleQueue[int]", ended: "queue.SimpleQueue[Any]") -> None:
+    def _drive(self, worker: "Worker", pending: "queue.SimpleQueue[int]", ended: "queue.SimpleQueue[Any]") -> None:
         """In a thread per worker process."""
         try:
             while True:
@@ -246,7 +246,7 @@ class Evaluation:
         wins = wins[: count - min(len(failures), count // 2)]
         chosen = [*wins, *failures[: count - len(wins)]]
         if chosen and not self._workers:
-            self._workers.append(_Worker(self.suite, self._url, self._options))
+            self._workers.append(Worker(self.suite, self._url, self._options))
             self._workers[0].ready()
         found = {}
         with tempfile.TemporaryDirectory(prefix="manipi-film-") as folder:
@@ -321,7 +321,7 @@ def _require_fit(metadata: Mapping[str, Any], suite: Suite, settings: Settings) 
         )
 
 
-class _Worker:
+class Worker:
     """A process of `manipi_client.trials` in the simulator's Python."""
 
     def __init__(self, suite: Suite, url: str, options: Mapping[str, Any]):

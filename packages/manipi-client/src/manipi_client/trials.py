@@ -45,6 +45,9 @@ from manipi_client.realtime import JOINS, Motion, MotionMeter
 CONTROLS = ("untrained", "blind", "wrong_words", "held", "replay")
 """What a trial is compared with. The first is a matter of the server, which then has a policy before its training."""
 
+HELD_STEPS = 5
+"""How long a disturbance of a demonstration lasts. One of a single step would average out."""
+
 HEARTBEAT_S = 1.0
 """A worker says at least as often that it still makes steps."""
 
@@ -326,6 +329,43 @@ def film(simulator: Simulator, spec: TrialSpec, actions: np.ndarray) -> np.ndarr
     return np.stack(frames)
 
 
+def demonstrate(
+    simulator: Simulator,
+    scene: int,
+    task: str,
+    *,
+    noise: float = 0.0,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Dict[str, Any]:
+    """An episode of the expert, whose commands are disturbed before they are executed, so that it shows how to recover.
+
+    Args:
+        noise: standard deviation of the disturbance in units of a command's range of -1 to 1, held for `HELD_STEPS`;
+            a simulator with other ranges has `disturb(action, rng, noise)` for it.
+
+    Returns:
+        `observations`, a list of T; `actions` float32 [T, A], what the expert wanted, without the disturbance;
+        `success`; `prompt`.
+    """
+    expert, rng = _needed(simulator, "expert", "a demonstration"), np.random.default_rng((scene, 1))
+    observation: Optional[Mapping[str, Any]] = simulator.reset(scene, task)
+    _require_pictures(observation, simulator)
+    observations, actions = [], []
+    offset: Any = 0.0
+    while not simulator.success and getattr(simulator, "failure", None) is None and len(actions) < simulator.max_steps:
+        observations.append(simulator.observe() if observation is None else observation)
+        observation = None
+        action = np.asarray(expert(), np.float32)
+        if len(actions) % HELD_STEPS == 0:
+            offset = noise * rng.standard_normal(action.shape)
+        actions.append(action)
+        disturb = getattr(simulator, "disturb", None)
+        simulator.step(disturb(action, rng, noise) if disturb else np.clip(action + offset, -1, 1).astype(np.float32))
+        on_step(len(actions))
+    success = bool(simulator.success)
+    return {"observations": observations, "actions": np.array(actions), "success": success, "prompt": simulator.prompt}
+
+
 def _expert_actions(simulator: Simulator, spec: TrialSpec, on_step: Callable[[int], None]) -> List[np.ndarray]:
     assert spec.replayed_scene is not None, "the scene of the demonstration"
     expert = _needed(simulator, "expert", spec.control)
@@ -451,12 +491,33 @@ def _answer_requests(simulator: Simulator, policy: WebsocketPolicy, tell: Callab
 
     for line in sys.stdin:
         request = json.loads(line)
-        spec = TrialSpec(**request["trial"])
-        if "film" in request:
+        if "demonstration" in request:
+            path = Path(request["demonstration"])
+            made = demonstrate(simulator, request["scene"], request["task"], noise=request["noise"], on_step=on_step)
+            _save_episode(path, made)
+            tell(demonstration={"steps": len(made["actions"]), "success": made["success"]})
+        elif "film" in request:
+            spec = TrialSpec(**request["trial"])
             np.save(Path(request["film"]), film(simulator, spec, np.array(request["actions"], np.float32)))
             tell(film=request["film"])
         else:
-            tell(result=run_trial(simulator, policy, spec, on_step).to_json())
+            tell(result=run_trial(simulator, policy, TrialSpec(**request["trial"]), on_step).to_json())
+
+
+def _save_episode(path: Path, made: Mapping[str, Any]) -> None:
+    """An .npz with a row per step under every key of the observation; `a/b` for a map in a map."""
+
+    def flat(value: Mapping[str, Any], folder: str = "") -> Dict[str, Any]:
+        found: Dict[str, Any] = {}
+        for key, one in value.items():
+            found.update(flat(one, f"{folder}{key}/") if isinstance(one, Mapping) else {f"{folder}{key}": one})
+        return found
+
+    rows = [flat(observation) for observation in made["observations"]]
+    columns = {key: np.stack([row[key] for row in rows]) for key in rows[0] if key != "prompt"}
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, **columns, actions=made["actions"], prompt=made["prompt"], success=made["success"])
+    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,130 @@
+"""Demonstrations of a suite's expert as a LeRobot dataset, made by worker processes; a kill loses no episode.
+
+TARGET              when all are there
+.TARGET.episodes/   until then: NUMBER.npz for each, which the same command goes on with
+"""
+
+import queue
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from manipi.data.dataset import Feature
+from manipi.data.lerobot.writer import LeRobotWriter
+from manipi.errors import MissingFeatureError, SimulatorError
+from manipi.evaluate.evaluation import Worker
+from manipi.evaluate.suites import FIRST_SCENE, Suite
+from manipi.robots.robot import Robot
+from manipi.storage import require_absent, storage_errors
+
+
+def record_demonstrations(
+    suite: Suite, robot: Robot, target: Path, *, episodes: int, noise: Sequence[float] = (0.0,), workers: int = 1
+) -> tuple[int, int]:
+    """Write the expert's successes on scenes 0, 1, 2 …, which no trial of a suite has.
+
+    Args:
+        robot: whose keys the simulator's observations have.
+        noise: levels of disturbance, in turns; see `manipi_client.trials.demonstrate`.
+
+    Returns:
+        How many episodes succeeded and are in the dataset, and how many were made.
+
+    Raises:
+        StorageError: `target` exists, or the disk is full.
+        SimulatorError: a simulator died or hung, or its expert never succeeds.
+        MissingFeatureError: the simulator has no observation that the robot names.
+    """
+    require_absent(target)
+    assert episodes < FIRST_SCENE
+    folder = target.with_name(f".{target.name}.episodes")
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:06d}.npz" for number in range(episodes)]
+    _make(suite, [number for number, path in enumerate(paths) if not path.exists()], paths, noise, workers)
+    kept = 0
+    with np.load(paths[0]) as first:
+        features = _features(robot, {key: first[key] for key in first.files})
+    keys = {robot.dataset_key(key): key for key in (*robot.cameras.values(), *(s.key for s in robot.state))}
+    settings = {"robot_type": robot.name, "pix_fmt": "yuv444p", "crf": 18}
+    with LeRobotWriter(target, fps=round(robot.control_hz), features=features, **settings) as writer:
+        for path in tqdm(paths, desc="write", unit="episode"):
+            with np.load(path) as episode:
+                if not episode["success"]:
+                    continue
+                rows = {name: _upright(episode[key]) for name, key in keys.items()}
+                actions = episode["actions"].astype(np.float32)
+                writer.add_episode(rows | {robot.dataset_key(robot.action_key): actions}, task=str(episode["prompt"]))
+            kept += 1
+        if not kept:
+            raise SimulatorError(
+                expected="an expert that succeeds at least once",
+                found=f"{episodes} episodes without success",
+                where=f"suite {suite.name}",
+                next="try it: python -m manipi_client.trials, see docs/simulators.md",
+            )
+    shutil.rmtree(folder)
+    return kept, episodes
+
+
+def _make(suite: Suite, missing: Sequence[int], paths: Sequence[Path], noise: Sequence[float], workers: int) -> None:
+    pending, ended = queue.SimpleQueue[int](), queue.SimpleQueue[BaseException | None]()
+    for number in missing:
+        pending.put(number)
+    processes = [Worker(suite, "ws://127.0.0.1:1", suite.options) for _ in range(min(workers, len(missing)))]
+
+    def drive(worker: Worker) -> None:
+        try:
+            worker.ready()
+            while True:
+                number = pending.get_nowait()
+                task, level = suite.tasks[number % len(suite.tasks)], noise[number // len(suite.tasks) % len(noise)]
+                request = {"demonstration": str(paths[number]), "scene": number, "task": task, "noise": level}
+                worker.ask(request, "demonstration", f"episode {number}")
+                ended.put(None)
+        except queue.Empty:
+            pass
+        except Exception as error:  # noqa: BLE001 - the main thread raises it.
+            ended.put(error)
+
+    try:
+        for worker in processes:
+            threading.Thread(target=drive, args=(worker,), daemon=True).start()
+        for _ in tqdm(missing, desc="demonstrate", unit="episode"):
+            if (error := ended.get()) is not None:
+                raise error
+    finally:
+        for worker in processes:
+            worker.close()
+
+
+def _features(robot: Robot, example: dict[str, np.ndarray]) -> dict[str, Feature]:
+    """Of a dataset with the robot's pictures, states and commands."""
+    found: dict[str, Feature] = {}
+    for key in (*robot.cameras.values(), *(s.key for s in robot.state)):
+        if key not in example:
+            raise MissingFeatureError(
+                expected=f"an observation {key!r}, as robot {robot.name!r} names it",
+                found=", ".join(sorted(example)),
+                where="the simulator's observations",
+                next="name a robot with the simulator's keys: --robot",
+            )
+    for key in robot.cameras.values():
+        shape = _upright(example[key]).shape[1:]
+        found[robot.dataset_key(key)] = Feature(kind="image", shape=shape, dtype="video")
+    for state in robot.state:
+        found[robot.dataset_key(state.key)] = Feature(
+            kind="vector", shape=(state.size,), dtype="float32", names=state.names
+        )
+    names = tuple(dimension.name for dimension in robot.action_space)
+    action = Feature(kind="vector", shape=(robot.action_size,), dtype="float32", names=names)
+    return found | {robot.dataset_key(robot.action_key): action}
+
+
+def _upright(values: np.ndarray) -> np.ndarray:
+    """Pictures [T, 3, h, w] with their channels last; all else as it is."""
+    return np.moveaxis(values, 1, -1) if values.ndim == 4 and values.shape[1] == 3 != values.shape[-1] else values
