@@ -252,7 +252,7 @@ class LockStep:
 
     def _take_answer(self, now: bool = False) -> None:
         if self._asked is not None and (now or self._step >= self._asked[0]):
-            self._queue.add(self._asked[1])
+            self._queue.chunks.append(self._asked[1])
             self._asked = None
 
 
