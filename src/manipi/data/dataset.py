@@ -19,12 +19,7 @@ from typing import Literal, SupportsIndex, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
-from manipi.errors import (
-    BadValueError,
-    ConfigError,
-    MissingFeatureError,
-    quoted,
-)
+from manipi.errors import BadValueError, ConfigError, MissingFeatureError, quoted
 from manipi.processes import SharedArray
 from manipi.records import fingerprint
 from manipi.types import Frame
@@ -88,8 +83,12 @@ class Dataset(abc.ABC):
     def _fingerprint(self) -> str: ...
 
     def picture_files(self, cameras: Sequence[str]) -> dict[str, str]:
-        """What `fingerprint` leaves out: size and a digest of each file that holds pictures of some cameras alone, by
-        its path in the dataset. Files that are not there, or whose store does not tell, are left out."""
+        """What `fingerprint` leaves out: the states of the files that hold nothing but pictures of some cameras, by
+        their paths in the dataset. Files that are not there, or whose store does not tell, are left out.
+
+            SIZE ends DIGEST        on a disk: a digest of its head and tail
+            SIZE ADDRESS VERSION    in the store of a dataset with that address
+        """
         return {}
 
     @abc.abstractmethod
@@ -162,7 +161,15 @@ class Dataset(abc.ABC):
         if key not in self._columns:
             self.require(key, "vector")
             values = self._read_column(key)
-            self._check_finite(key, values)
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                bad = np.argwhere(~np.isfinite(values))
+                row, dimension = bad[0].tolist()
+                raise BadValueError(
+                    expected=f"finite numbers in {key!r}",
+                    found=f"{values[row, dimension]} in dimension {dimension}, and {len(bad)} such values in all",
+                    where=self.place(row),
+                    next=f"manipi check {quoted(self.root)}  # lists every bad episode, to repair or leave out",
+                )
             # What a file holds already, processes share through it.
             self._columns[key] = values if isinstance(values.base, np.memmap) else SharedArray(values)
         kept = self._columns[key]
@@ -177,13 +184,16 @@ class Dataset(abc.ABC):
         """
         self.require(camera, "image")
         rows = np.asarray(rows, dtype=np.int64)
-        self._check_rows(rows)
+        if rows.size and not 0 <= rows.min() <= rows.max() < self.num_frames:
+            raise ConfigError(
+                expected=f"rows between 0 and {self.num_frames - 1}",
+                found=f"rows {rows.min()} to {rows.max()}",
+                where=str(self.root),
+                next=f"manipi inspect {quoted(self.root)}  # shows the number of frames",
+            )
         order = np.argsort(rows, kind="stable")
-        if np.array_equal(order, np.arange(len(rows))):
-            return self._read_images(camera, rows)
-        images = np.empty((len(rows), *self.features[camera].shape), np.uint8)
-        images[order] = self._read_images(camera, rows[order])
-        return images
+        images = self._read_images(camera, rows[order])
+        return images if np.array_equal(order, np.arange(len(rows))) else images[np.argsort(order)]
 
     def require(self, key: str, kind: Literal["image", "vector", "text"], size: int | None = None) -> None:
         """Check that there is a feature of a kind and, for vectors, of a size; else MissingFeatureError."""
@@ -203,26 +213,19 @@ class Dataset(abc.ABC):
             next=next,
         )
 
-    def _check_rows(self, rows: np.ndarray) -> None:
-        if rows.size and not 0 <= rows.min() <= rows.max() < self.num_frames:
-            raise ConfigError(
-                expected=f"rows between 0 and {self.num_frames - 1}",
-                found=f"rows {rows.min()} to {rows.max()}",
-                where=str(self.root),
-                next=f"manipi inspect {quoted(self.root)}  # shows the number of frames",
-            )
 
-    def _check_finite(self, key: str, values: np.ndarray) -> None:
-        if values.dtype.kind != "f" or np.isfinite(values).all():
-            return
-        bad = np.argwhere(~np.isfinite(values))
-        row, dimension = bad[0].tolist()
-        raise BadValueError(
-            expected=f"finite numbers in {key!r}",
-            found=f"{values[row, dimension]} in dimension {dimension}, and {len(bad)} such values in all",
-            where=self.place(row),
-            next=f"manipi check {quoted(self.root)}  # lists every bad episode, to repair or leave out",
-        )
+def replaced(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The picture files that were known and are others now.
+
+    Two states of a file that one copy in a store and another one elsewhere gave have the size in common, and are
+    compared by that alone.
+    """
+    names = []
+    for name, state in now.items():
+        (size, source, *_), (size_before, source_before, *_) = state.split(" "), before.get(name, state).split(" ")
+        if size != size_before or (source == source_before and state != before.get(name, state)):
+            names.append(name)
+    return names
 
 
 def frames(
@@ -238,21 +241,20 @@ def frames(
     """The frames at some rows, each with the action chunk of `horizon` steps that begins there."""
     prompt_at = dataset.prompt if prompt == "task" else dataset.subtask
     rows = np.asarray(rows, dtype=np.int64)
-    pictures = {camera: dataset.images(camera, rows) for camera in cameras}
-    states = {key: dataset.column(key)[rows] for key in state_keys}
+    observed = {camera: dataset.images(camera, rows) for camera in cameras}
+    observed |= {key: dataset.column(key)[rows] for key in state_keys}
     actions, valid = action_chunks(dataset, rows, action_key=action_key, horizon=horizon)
-    observed = {**pictures, **states}
-    positions = dataset.episode_of(rows)
+    episodes = [dataset.episodes[position] for position in dataset.episode_of(rows).tolist()]
     return [
         Frame(
             observation={key: values[i] for key, values in observed.items()},
             actions=actions[i],
             action_valid=valid[i],
             prompt=prompt_at(row),
-            episode=dataset.episodes[position].index,
-            index=row - dataset.episodes[position].start,
+            episode=episode.index,
+            index=row - episode.start,
         )
-        for i, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True))
+        for i, (row, episode) in enumerate(zip(rows.tolist(), episodes, strict=True))
     ]
 
 

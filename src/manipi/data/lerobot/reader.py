@@ -1,10 +1,12 @@
 """LeRobot datasets: parquet tables, and pictures from MP4 files or from the tables. Metadata: `index`."""
 
 import hashlib
+import logging
 import math
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property, lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +16,6 @@ from jaxtyping import Float64
 
 from manipi.data.dataset import Dataset, PromptSource
 from manipi.data.lerobot.index import off_grid, open_index, time_fault
-from manipi.data.lerobot.picture_files import states_in_store, states_on_disk
 from manipi.data.lerobot.tables import (
     ROW_COLUMNS,
     Table,
@@ -27,10 +28,15 @@ from manipi.data.lerobot.tables import (
     runs,
 )
 from manipi.data.lerobot.video import DeepPicture, VideoFrames, decode_picture, decoders_for, without_camera
-from manipi.errors import shown
-from manipi.remote.fetch import fetch, origin
+from manipi.errors import FetchError, shown
+from manipi.remote.fetch import fetch, listing, origin
+from manipi.remote.stores import StoreFile
+
+logger = logging.getLogger(__name__)
 
 _FOOTER_BYTES = 1 << 20
+_ENDS = 4096
+"""Bytes that are read at each end of a video."""
 _ROW_GROUPS = 8
 """Row groups of encoded pictures kept in RAM; LeRobot writes one per episode."""
 
@@ -209,8 +215,15 @@ class LeRobotDataset(Dataset):
 
     def picture_files(self, cameras: Sequence[str]) -> dict[str, str]:
         clips = [clip.path for camera in cameras for clip in self._index.clips.get(camera, ())]
-        names = sorted({str(path.relative_to(self.root)) for path in clips})
-        return states_in_store(self._origin, names) if self._origin else states_on_disk(self.root, names)
+        paths = sorted(set(clips), key=str)
+        names = [str(path.relative_to(self.root)) for path in paths]
+        if not self._origin:
+            with ThreadPoolExecutor(8) as pool:  # on a disk over the network, opening is what takes time
+                return {name: state for name, state in zip(names, pool.map(_state, paths)) if state}
+        # Of a web server, each file would have to be asked for.
+        files = _videos(self._origin) if names and not self._origin.startswith("http") else {}
+        known = {name: files.get(name.removeprefix("videos/")) for name in names}
+        return {name: f"{file.size} {self._origin} {file.version}" for name, file in known.items() if file}
 
     def _read_picture(self, camera: str, row: int) -> np.ndarray:
         stored = int(self._rows[0][row])
@@ -248,3 +261,28 @@ class LeRobotDataset(Dataset):
 def _read_pictures(root: Path, path: Path, group: int, camera: str) -> list[dict[str, Any] | bytes]:
     with parquet_errors(path, root):
         return Table(path, root, [camera], row_group=group).objects(camera)
+
+
+def _state(video: Path) -> str:
+    """What a file is known by without being read: its size, its head and its tail, at one of which an MP4 file has the
+    sizes of all its frames. Empty where there is none."""
+    try:
+        with video.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            ends = hashlib.sha256(file.read(_ENDS))
+            file.seek(max(0, size - _ENDS))
+            ends.update(file.read(_ENDS))
+    except FileNotFoundError:  # what needs it says so
+        return ""
+    return f"{size} ends {ends.hexdigest()[:32]}"
+
+
+@cache
+def _videos(url: str) -> dict[str, StoreFile]:
+    """What a store has there now. One that cannot be reached is said in the log, and leaves the files unknown."""
+    try:
+        return listing(f"{url}/videos")
+    except FetchError as error:
+        logger.warning("whether the videos of %s were replaced is not known: %s", url, error.found)
+        return {}
