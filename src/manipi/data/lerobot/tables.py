@@ -113,9 +113,9 @@ class Entry:
     def whole(self, key: str, least: int = 0) -> int:
         return self._whole(key, self.value(key), least)
 
-    def count(self, key: str) -> int | None:
+    def count(self, key: str, otherwise: int) -> int:
         """A number that may be absent or null."""
-        return None if self.values.get(key) is None else self.whole(key)
+        return otherwise if self.values.get(key) is None else self.whole(key)
 
     def rate(self, key: str) -> float:
         """A finite number above 0."""

@@ -225,7 +225,6 @@ class VideoWriter:
         self._stream.codec_context.time_base = Fraction(1, fps)
         self._reformatter = VideoReformatter()
         self.num_frames = 0
-        self.num_bytes = 0
 
     def add(self, images: UInt8[np.ndarray, "n h w 3"]) -> None:
         for image in images:
@@ -233,14 +232,9 @@ class VideoWriter:
             frame = self._reformatter.reformat(rgb, format=self._stream.pix_fmt)
             frame.pts = self.num_frames
             self.num_frames += 1
-            self._mux(frame)
+            self._container.mux(self._stream.encode(frame))
 
     def close(self) -> None:
         """Flush the encoder, and write the file's index."""
-        self._mux(None)
+        self._container.mux(self._stream.encode(None))
         self._container.close()
-
-    def _mux(self, frame: av.VideoFrame | None) -> None:
-        for packet in self._stream.encode(frame):
-            self.num_bytes += packet.size
-            self._container.mux(packet)
