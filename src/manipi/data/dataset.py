@@ -184,13 +184,7 @@ class Dataset(abc.ABC):
         """
         self.require(camera, "image")
         rows = np.asarray(rows, dtype=np.int64)
-        if rows.size and not 0 <= rows.min() <= rows.max() < self.num_frames:
-            raise ConfigError(
-                expected=f"rows between 0 and {self.num_frames - 1}",
-                found=f"rows {rows.min()} to {rows.max()}",
-                where=str(self.root),
-                next=f"manipi inspect {quoted(self.root)}  # shows the number of frames",
-            )
+        self._check_rows(rows)
         order = np.argsort(rows, kind="stable")
         images = self._read_images(camera, rows[order])
         return images if np.array_equal(order, np.arange(len(rows))) else images[np.argsort(order)]
@@ -212,6 +206,15 @@ class Dataset(abc.ABC):
             where=str(self.root),
             next=next,
         )
+
+    def _check_rows(self, rows: np.ndarray) -> None:
+        if rows.size and not 0 <= rows.min() <= rows.max() < self.num_frames:
+            raise ConfigError(
+                expected=f"rows between 0 and {self.num_frames - 1}",
+                found=f"rows {rows.min()} to {rows.max()}",
+                where=str(self.root),
+                next=f"manipi inspect {quoted(self.root)}  # shows the number of frames",
+            )
 
 
 def replaced(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -140,12 +140,8 @@ def read_index(root: Path) -> LeRobotIndex:
     readers = {"v2.0": _read_v2, "v2.1": _read_v2, "v3.0": _read_v3}
     version = info.values.get("codebase_version")
     if not isinstance(version, str) or version not in readers:
-        raise DatasetFormatError(
-            expected=f"codebase_version among {', '.join(readers)}",
-            found=shown(version),
-            where=info.where,
-            next=f"python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 --root={root}  # or another converter",
-        )
+        next = f"python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 --root={root}  # or another converter"
+        broken(root, f"codebase_version among {', '.join(readers)}", shown(version), info.where, next)
     empty = DatasetNotFoundError(
         expected="at least one episode with at least one frame",
         found="none",
@@ -187,9 +183,8 @@ def _read_v3(info: Entry, root: Path, videos: list[str]) -> LeRobotIndex:
             stated.append(set(column_names(path, root)))
     # The cameras that any episode has a place for. One that was never recorded is missed where it is asked for.
     place, clips = ("chunk_index", "file_index"), {key: f"videos/{key}/" for key in videos}
-    clips = {
-        key: v for key, v in clips.items() if any(c.issuperset(v + p for p in place) for c in stated) or not stated
-    }
+    if stated:
+        clips = {key: of for key, of in clips.items() if any(c.issuperset(of + name for name in place) for c in stated)}
     whole = ["episode_index", "length", *(prefix + name for prefix in ("data/", *clips.values()) for name in place)]
     starts, ends = ([f"{prefix}{edge}_timestamp" for prefix in clips.values()] for edge in ("from", "to"))
     rows, tables, unreadable = list[dict[str, Any]](), list[Path](), list[DatasetFormatError]()

@@ -139,17 +139,15 @@ class LeRobotDataset(Dataset):
         """Which row of the tables each row is, and `_times`. The tables must hold what the metadata promise."""
         found = self._concatenate(ROW_COLUMNS)
         numbers, seconds, tasks = (found[key][:, 0] for key in ROW_COLUMNS)
-        spans: dict[int, list[tuple[int, int]]] = {}
-        for number, start, end in runs(numbers):
-            spans.setdefault(number, []).append((start, end))
-        wanted = [(e, spans.get(e.index, [])) for e in self.episodes]
-        if all(len(found) == 1 and found[0][1] - found[0][0] == e.length for e, found in wanted):
-            rows = np.concatenate([np.arange(*found[0]) for _, found in wanted])
+        lengths = {e.index: e.length for e in self.episodes}
+        pieces = [piece for piece in runs(numbers) if not self._numbers or piece[0] in lengths]
+        whole = {number: np.arange(start, end) for number, start, end in pieces if lengths.get(number) == end - start}
+        if len(pieces) == len(whole) == len(lengths):
+            rows = np.concatenate([whole[e.index] for e in self.episodes])
             seconds, known = seconds[rows], np.isin(tasks[rows], list(self._index.tasks)).all()
             ascends = np.diff(seconds) > 0
             ascends[self.starts[1:] - 1] = True  # from one episode to the next
-            complete = bool(self._numbers) or len(rows) == len(numbers)
-            if complete and known and ascends.all() and np.isfinite(seconds).all():
+            if known and ascends.all() and np.isfinite(seconds).all():
                 frames = np.arange(len(rows)) - np.repeat(self.starts, self.ends - self.starts)
                 off = self.episode_of(np.flatnonzero(off_grid(seconds, frames, self.fps)))
                 chosen = [self.episodes[position] for position in np.unique(off).tolist()]
@@ -268,14 +266,11 @@ def _state(video: Path) -> str:
     sizes of all its frames. Empty where there is none."""
     try:
         with video.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            ends = hashlib.sha256(file.read(_ENDS))
+            head, size = file.read(_ENDS), file.seek(0, 2)
             file.seek(max(0, size - _ENDS))
-            ends.update(file.read(_ENDS))
+            return f"{size} ends {hashlib.sha256(head + file.read(_ENDS)).hexdigest()[:32]}"
     except FileNotFoundError:  # what needs it says so
         return ""
-    return f"{size} ends {ends.hexdigest()[:32]}"
 
 
 @cache

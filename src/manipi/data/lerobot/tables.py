@@ -87,28 +87,25 @@ def _unreadable(root: Path, what: str, error: Exception, path: Path) -> NoReturn
 class Entry:
     """One JSON object of the metadata.
 
-    All methods raise DatasetFormatError, which names file and key.
+    It and all methods raise DatasetFormatError, which names file and key.
     """
 
     values: Mapping[str, Any]
     where: str
     root: Path
 
-    @classmethod
-    def of(cls, value: Any, where: str, root: Path) -> "Entry":
-        if not isinstance(value, dict):
-            broken(root, "a JSON object", shown(value), where, f"correct it: {where}")
-        return cls(value, where, root)
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, dict):
+            broken(self.root, "a JSON object", shown(self.values), self.where, f"correct it: {self.where}")
 
-    def value(self, key: str) -> Any:
+    def value(self, key: str, kind: type = object, expected: str = "") -> Any:
         if key not in self.values:
             found = f"only {shown(list(self.values), 300)}"
             broken(self.root, f"an entry {key!r}", found, self.where, f"correct it: {self.where}")
-        return self.values[key]
+        return self.values[key] if isinstance(self.values[key], kind) else self.refuse(key, expected)
 
     def text(self, key: str) -> str:
-        value = self.value(key)
-        return value if isinstance(value, str) else self.refuse(key, "a text")
+        return self.value(key, str, "a text")
 
     def whole(self, key: str, least: int = 0) -> int:
         return self._whole(key, self.value(key), least)
@@ -126,30 +123,24 @@ class Entry:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """A list of whole numbers; a scalar, (), has one dimension of one."""
-        value = self.value(key)
-        if not isinstance(value, list):
-            self.refuse(key, "a list of whole numbers")
-        return tuple(self._whole(key, size, 0) for size in value) or (1,)
+        return tuple(self._whole(key, size) for size in self.value(key, list, "a list of whole numbers")) or (1,)
 
     def instruction(self, key: str) -> str:
         """A text; "" where it is null, which means that there is none."""
-        value = self.value(key)
-        return "" if value is None else self.text(key)
+        return "" if self.value(key) is None else self.text(key)
 
     def instructions(self, key: str) -> list[str]:
         """A list of texts, one text, or null."""
         value = self.value(key)
-        values = [value] if value is None or isinstance(value, str) else value
-        if not isinstance(values, list) or not all(text is None or isinstance(text, str) for text in values):
+        values = value if isinstance(value, list) else [value]
+        if not all(text is None or isinstance(text, str) for text in values):
             self.refuse(key, "a list of texts")
         return [text or "" for text in values]
 
     def entries(self, key: str) -> dict[str, "Entry"]:
         """An object of objects."""
-        value = self.value(key)
-        if not isinstance(value, dict):
-            self.refuse(key, "an object")
-        return {name: Entry.of(inner, f"{self.where}, {key} {shown(name)}", self.root) for name, inner in value.items()}
+        inside = self.value(key, dict, "an object").items()
+        return {name: Entry(value, f"{self.where}, {key} {shown(name)}", self.root) for name, value in inside}
 
     def paths(self, key: str, **example: str | int) -> Callable[..., Path]:
         """What a path template such as "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet" names.
@@ -175,7 +166,7 @@ class Entry:
         where = self.where
         broken(self.root, f"{expected} as {key!r}", shown(self.values[key]), where, f"correct it: {where}")
 
-    def _whole(self, key: str, value: Any, least: int) -> int:
+    def _whole(self, key: str, value: Any, least: int = 0) -> int:
         whole = not isinstance(value, bool) and isinstance(value, (int, float)) and least <= value < _MOST
         if not whole or value != int(value):
             self.refuse(key, f"whole numbers of at least {least}")
@@ -238,7 +229,7 @@ def _parse(text: str, where: str, root: Path) -> Entry:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits
         broken(root, "JSON", shown(str(error), 200), where)
-    return Entry.of(value, where, root)
+    return Entry(value, where, root)
 
 
 # Parquet ------------------------------------------------------------------------------------------------------------
@@ -281,10 +272,9 @@ class Table:
         broken(self.root, expected, found, self.path, next)
 
     def _plain(self, key: str) -> pa.Array:
-        """A column in one piece, its values themselves where it has numbers of a dictionary."""
+        """A column in one piece."""
         column = self._table.column(key)
-        values = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-        return values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
+        return _decoded(column.chunk(0) if column.num_chunks == 1 else column.combine_chunks())
 
     def numbers(self, key: str, width: int) -> np.ndarray:
         """All numbers of a column of numbers or of (nested) lists of `width` numbers: [rows, width].
@@ -301,8 +291,7 @@ class Table:
                 unequal = f"{lengths[0]:g} in row 0 and {lengths[at]:g} in row {row}".replace("nan", "none")
                 self.refuse(expected, f"rows of unequal length: {unequal} of the table")
             found *= int(lengths[0]) if len(lengths) else width
-            inner = flat.flatten()
-            flat = inner.dictionary_decode() if isinstance(inner, pa.DictionaryArray) else inner
+            flat = _decoded(flat.flatten())
         if pa.types.is_boolean(flat.type):
             flat = flat.cast(pa.int64())
         self._require_numbers(f"numbers in {key!r}", flat)
@@ -374,6 +363,11 @@ class Table:
     def instructions(self, key: str) -> list[list[str]]:
         """Lists of texts."""
         return [Entry({key: row}, str(self.path), self.root).instructions(key) for row in self.objects(key)]
+
+
+def _decoded(values: pa.Array) -> pa.Array:
+    """The values themselves where an array has numbers of a dictionary."""
+    return values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
 
 
 def read_texts(root: Path, kind: str) -> dict[int, str]:

@@ -358,6 +358,8 @@ class Parts:
             with storage_errors(self.target):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 lock = Lock(self.folder / "lock", wait=False)
+                remove_partial(self.folder)
+                remove_partial(self.target.parent, self.target.name)
         except BlockingIOError:
             raise ConfigError(
                 expected=f"one {self._activity} at a time to a folder",
@@ -366,9 +368,6 @@ class Parts:
                 next="wait for it, or choose another folder",
             ) from None
         with lock:
-            with storage_errors(self.target):
-                remove_partial(self.folder)
-                remove_partial(self.target.parent, self.target.name)
             yield
 
     def episode(self, number: int) -> Path:
