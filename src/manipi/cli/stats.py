@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     """Print the statistics."""
     args = parse(_Stats, arguments, "stats")
 
-    from manipi.data.dimensions import action_labels, state_labels
+    from manipi.data.dataset import action_labels, state_labels
     from manipi.data.norm_stats import compute as norm_stats
     from manipi.storage import atomic_directory
     from manipi.tokenizers import FastTokenizer
@@ -147,7 +147,7 @@ def stats_table(stats: "NormStats", robot: Robot, dataset: "Dataset | None" = No
     """One row per dimension, as the model sees it; with the dataset's names where there is one."""
     import numpy as np
 
-    from manipi.data.dimensions import action_labels, state_labels
+    from manipi.data.dataset import action_labels, state_labels
 
     rows = []
     for kind, field in (("state", stats.state), ("actions", stats.actions)):

@@ -30,8 +30,7 @@ from jaxtyping import Int64
 from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
-from manipi.data.dataset import Dataset
-from manipi.data.dimensions import command_names
+from manipi.data.dataset import Dataset, command_names
 from manipi.data.norm_stats.sketch import QUANTILES, NormStatsSketch, Quantile, Sketch, field_of, one_contract
 from manipi.errors import ConfigError, unknown_name
 from manipi.robots.robot import EndEffector, Joints, Robot
