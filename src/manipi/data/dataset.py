@@ -8,6 +8,7 @@ Shape letters: N rows of the dataset, n rows asked for, d dimensions; h, w pictu
 """
 
 import abc
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -55,6 +56,12 @@ class Episode:
     """The instruction; the first one where an episode has several."""
     key: str = ""
     """What the dataset's makers call it in files of theirs, where they do."""
+
+
+def in_a_row(episodes: Sequence[Episode]) -> list[Episode]:
+    """The same episodes, each begun where the one before it ends."""
+    starts = itertools.accumulate((episode.length for episode in episodes), initial=0)
+    return [replace(episode, start=start) for episode, start in zip(episodes, starts, strict=False)]
 
 
 class Dataset(abc.ABC):
@@ -292,11 +299,8 @@ class EpisodeSubset(Dataset):
         require_episodes(by_number, numbers, dataset.root)
         chosen = [by_number[number] for number in numbers]
         self._rows = np.concatenate([np.arange(e.start, e.start + e.length) for e in chosen])
-        starts = np.cumsum([0, *(e.length for e in chosen)]).tolist()
-        episodes = [replace(e, start=start) for e, start in zip(chosen, starts, strict=False)]
-        super().__init__(
-            root=dataset.root, name=dataset.name, fps=dataset.fps, features=dataset.features, episodes=episodes
-        )
+        common = {"root": dataset.root, "name": dataset.name, "fps": dataset.fps, "features": dataset.features}
+        super().__init__(**common, episodes=in_a_row(chosen))
 
     def __reduce__(self) -> tuple:
         return EpisodeSubset, (self._dataset, self._numbers)

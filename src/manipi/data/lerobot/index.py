@@ -5,7 +5,6 @@ v2   meta/episodes.jsonl, meta/tasks.jsonl      one table and one video file per
 v3   meta/episodes/**, meta/tasks.parquet       many episodes per table and per video file
 """
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 from av.error import FFmpegError
 from jaxtyping import Bool, Float64, Int64
 
-from manipi.data.dataset import Episode, Feature, require_episodes
+from manipi.data.dataset import Episode, Feature, in_a_row, require_episodes
 from manipi.data.lerobot.tables import (
     Entry,
     Fault,
@@ -33,7 +32,7 @@ from manipi.data.lerobot.tables import (
     read_entries,
     read_entry,
     read_texts,
-    see_check,
+    to_check,
 )
 from manipi.data.lerobot.video import is_deep
 from manipi.errors import DatasetFormatError, DatasetNotFoundError, shown
@@ -83,11 +82,11 @@ class LeRobotIndex:
     def only(self, numbers: Sequence[int], root: Path) -> "LeRobotIndex":
         """The index of some episodes, in ascending order; ConfigError where there is no episode of a number."""
         require_episodes([e.index for e in self.episodes], numbers, root)
-        kept = [i for i, episode in enumerate(self.episodes) if episode.index in set(numbers)]
-        starts = itertools.accumulate((self.episodes[i].length for i in kept), initial=0)
+        wanted = set(numbers)
+        kept = [i for i, episode in enumerate(self.episodes) if episode.index in wanted]
         return replace(
             self,
-            episodes=[replace(self.episodes[i], start=start) for i, start in zip(kept, starts)],
+            episodes=in_a_row([self.episodes[i] for i in kept]),
             tables=[self.tables[i] for i in kept],
             clips={key: [clips[i] for i in kept] for key, clips in self.clips.items()},
         )
@@ -114,24 +113,22 @@ def metadata_faults(index: LeRobotIndex, root: Path) -> Iterator[Fault]:
     # Of metadata that count too many, some are enough.
     lost = tuple(sorted(set(range(min(index.promised[0], 2 * len(listed) + 1000))) - listed.keys()))
     yield from (Fault(error, lost) for error in index.unreadable)
-
-    def fault(expected: str, found: str, where: str | Path, numbers: tuple[int, ...], advice: str) -> Fault:
-        return Fault(format_error(root, expected, found, where, see_check(root)), numbers, advice=advice)
-
     for number, count in listed.items():
         if count > 1:
             advice = f"take out all of its entries in {meta} but one"
-            yield fault(f"episode {number} once", f"{count} entries of it", meta, (number,), advice)
+            error = to_check(root, f"episode {number} once", f"{count} entries of it", meta)
+            yield Fault(error, (number,), advice=advice)
     for e in index.episodes:
         if e.length < 1:
             advice = f"take its entry out of {meta}, or correct the length that it states"
-            where = f"{meta}, episode {e.index}"
-            yield fault("at least one frame", f"{e.length} frames", where, (e.index,), advice)
+            error = to_check(root, "at least one frame", f"{e.length} frames", f"{meta}, episode {e.index}")
+            yield Fault(error, (e.index,), advice=advice)
     counted = len(index.episodes), sum(e.length for e in index.episodes)
     for what, found, promised, numbers in zip(("episodes", "frames"), counted, index.promised, (lost, ())):
         if found != promised and not index.unreadable:
             advice = f"correct total_{what} in {meta / 'info.json'}, or put back the entries that are lost"
-            yield fault(f"{promised} {what} in all, as meta/info.json says", str(found), meta, numbers, advice)
+            error = to_check(root, f"{promised} {what} in all, as meta/info.json says", str(found), meta)
+            yield Fault(error, numbers, advice=advice)
 
 
 def read_index(root: Path) -> LeRobotIndex:
@@ -222,8 +219,10 @@ def _index(
     """
     features = {key: _feature(key, entry) for key, entry in info.entries("features").items()}
     rows = sorted(rows, key=lambda row: row["episode_index"])
-    lengths = [row["length"] for row in rows]
-    starts = itertools.accumulate(lengths, initial=0)
+    episodes = [
+        Episode(index=row["episode_index"], start=0, length=row["length"], task=(row["tasks"] or [""])[0])
+        for row in rows
+    ]
 
     def paths(template: str, prefix: str, **names: str) -> list[Path]:
         path = info.paths(template, **dict.fromkeys(place, 0), **names)
@@ -233,17 +232,14 @@ def _index(
         fps=info.rate("fps"),
         # Without those of no dimension, such as shape (0,), which hold nothing.
         features={key: feature for key, feature in features.items() if 0 not in feature.shape},
-        episodes=[
-            Episode(index=row["episode_index"], start=start, length=row["length"], task=(row["tasks"] or [""])[0])
-            for row, start in zip(rows, starts)
-        ],
+        episodes=in_a_row(episodes),
         subtasks=read_texts(root, "subtask") if (root / "meta/subtasks.parquet").exists() else {},
         tables=paths("data_path", data),
         clips={
             key: _clips(paths("video_path", prefix, video_key=key), rows, prefix, info.rate("fps"))
             for key, prefix in clips.items()
         },
-        promised=(info.count("total_episodes", len(rows)), info.count("total_frames", sum(lengths))),
+        promised=(info.count("total_episodes", len(rows)), info.count("total_frames", sum(e.length for e in episodes))),
         **common,
     )
 

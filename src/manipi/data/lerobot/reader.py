@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -228,20 +228,17 @@ class LeRobotDataset(Dataset):
         start, path, group = self._row_groups[bisect_right(self._row_groups, stored, key=lambda entry: entry[0]) - 1]
         entry = self._pictures(self.root, path, group, camera)[stored - start]
         encoded = entry.get("bytes") if isinstance(entry, dict) else entry
-
-        def refuse(found: str, next: str = "") -> NoReturn:
-            where = f"{path}, {self.locate(row)}"
-            raise format_error(self.root, f"an encoded picture of 8 bits per channel in {camera!r}", found, where, next)
-
-        if not isinstance(encoded, bytes):
-            next = f"{leave_out(self.root, camera)}  # leaves this camera out"
-            refuse(shown(entry) if encoded is None else f"a {type(encoded).__name__}", next)
         try:
-            return decode_picture(encoded)
+            if isinstance(encoded, bytes):
+                return decode_picture(encoded)
+            found = shown(entry) if encoded is None else f"a {type(encoded).__name__}"
+            next = f"{leave_out(self.root, camera)}  # leaves this camera out"
         except DeepPicture as error:
-            refuse(str(error), f"store it with 8 bits, or: {leave_out(self.root, camera)}")
+            found, next = str(error), f"store it with 8 bits, or: {leave_out(self.root, camera)}"
         except ValueError as error:
-            refuse(shown(str(error), 200))
+            found, next = shown(str(error), 200), ""
+        expected = f"an encoded picture of 8 bits per channel in {camera!r}"
+        raise format_error(self.root, expected, found, f"{path}, {self.locate(row)}", next)
 
     @cached_property
     def _row_groups(self) -> list[tuple[int, Path, int]]:

@@ -59,8 +59,10 @@ def broken(root: Path, expected: str, found: str, where: str | Path, next: str =
     raise format_error(root, expected, found, where, next)
 
 
-def see_check(root: Path) -> str:
-    return f"manipi check {quoted(root)}  # lists every bad episode, to repair or leave out"
+def to_check(root: Path, expected: str, found: str, where: str | Path) -> DatasetFormatError:
+    """An error that sends its reader to `manipi check`, which has the advice of its `Fault`."""
+    next = f"manipi check {quoted(root)}  # lists every bad episode, to repair or leave out"
+    return format_error(root, expected, found, where, next)
 
 
 def leave_out(root: Path, *keys: str) -> str:
@@ -457,13 +459,12 @@ def row_faults(
         if fault := wrong(number, start, end):
             expected, found, frame, advice = fault
             where = f"{path}, episode {number}" + (f", frame {frame}" if frame is not None else "")
-            error = format_error(root, expected, found, where, see_check(root))
-            yield Fault(error, (number,), frame, f"{advice}, in {path}; or leave the episode out")
+            advice = f"{advice}, in {path}; or leave the episode out"
+            yield Fault(to_check(root, expected, found, where), (number,), frame, advice)
         seen.add(number)
     for number in sorted(lengths.keys() - set(numbers.tolist())):
         where, advice = f"{path}, episode {number}", f"take its entry out of {root / 'meta'}, or leave the episode out"
-        error = format_error(root, f"{lengths[number]} rows", "none", where, see_check(root))
-        yield Fault(error, (number,), advice=advice)
+        yield Fault(to_check(root, f"{lengths[number]} rows", "none", where), (number,), advice=advice)
 
 
 def runs(numbers: np.ndarray) -> list[tuple[int, int, int]]:

@@ -174,8 +174,7 @@ class LeRobotWriter:
                 video = {"height": shape[0], "width": shape[1], "codec": "h264", "pix_fmt": self._encoder.pix_fmt}
                 video |= {"is_depth_map": False, "fps": self.fps, "channels": shape[2]}
                 about = {f"video.{name}": value for name, value in video.items()} | {"has_audio": False}
-                names = ["height", "width", "channels"]
-                described[key] = {"dtype": "video", "shape": shape, "names": names, "info": about}
+                described[key] |= {"dtype": "video", "names": ["height", "width", "channels"], "info": about}
         info = {
             "codebase_version": "v3.0",
             "robot_type": self.robot_type,
