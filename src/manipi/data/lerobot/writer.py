@@ -275,7 +275,6 @@ class _Videos(_Files):
     def __init__(self, folder: Path, template: str, limit_mb: float, fps: int):
         super().__init__(folder, template, limit_mb)
         self._fps, self._num_frames = fps, 0
-        self._stream: av.VideoStream | None = None
 
     def append(self, episode: Path) -> dict[str, float]:
         """Returns the seconds of the file that are the episode's."""
@@ -298,7 +297,7 @@ class _Videos(_Files):
         return {"from_timestamp": first, "to_timestamp": self._num_frames / self._fps}
 
     def close(self) -> None:
-        if self._stream:
+        if self._number >= 0:
             self._container.close()
 
 
