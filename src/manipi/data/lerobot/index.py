@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +165,11 @@ def _read_v2(info: Entry, root: Path, videos: list[str]) -> LeRobotIndex:
         return entry.whole("task_index"), entry.instruction("task")
 
     rows = read_entries(meta / "episodes.jsonl", root, episode, unreadable)
+    names = ("episode_index", "episode_chunk", "length", "tasks")
+    columns = {name: [row[name] for row in rows] for name in names}
     tasks, files = dict(read_entries(meta / "tasks.jsonl", root, task)), ("info.json", "episodes.jsonl", "tasks.jsonl")
     common = {"tasks": tasks, "metadata": [meta / name for name in files], "unreadable": unreadable}
-    return _index(info, root, rows, ("episode_chunk", "episode_index"), "", dict.fromkeys(videos, ""), **common)
+    return _index(info, root, columns, ("episode_chunk", "episode_index"), "", dict.fromkeys(videos, ""), **common)
 
 
 def _read_v3(info: Entry, root: Path, videos: list[str]) -> LeRobotIndex:
@@ -184,7 +186,7 @@ def _read_v3(info: Entry, root: Path, videos: list[str]) -> LeRobotIndex:
         clips = {key: of for key, of in clips.items() if any(c.issuperset(of + name for name in place) for c in stated)}
     whole = ["episode_index", "length", *(prefix + name for prefix in ("data/", *clips.values()) for name in place)]
     starts, ends = ([f"{prefix}{edge}_timestamp" for prefix in clips.values()] for edge in ("from", "to"))
-    rows, tables, unreadable = list[dict[str, Any]](), list[Path](), list[DatasetFormatError]()
+    columns, tables, unreadable = dict[str, list](), list[Path](), list[DatasetFormatError]()
     for path in episode_files:
         try:
             table = Table(path, root, [*whole, "tasks", *starts], optional=ends)  # of other types than another one
@@ -194,70 +196,71 @@ def _read_v3(info: Entry, root: Path, videos: list[str]) -> LeRobotIndex:
             unreadable.append(error)
             continue
         tables.append(path)
-        rows += [dict(zip(read, values)) for values in zip(*read.values(), strict=True)]
+        for name, values in read.items():
+            columns.setdefault(name, []).extend(values)
     if not tables:
         raise unreadable[0]
     metadata = [root / "meta/info.json", root / "meta/tasks.parquet", *tables]
     common = {"tasks": read_texts(root, "task"), "metadata": metadata, "unreadable": unreadable}
-    return _index(info, root, rows, place, "data/", clips, **common)
+    return _index(info, root, columns, place, "data/", clips, **common)
 
 
 def _index(
     info: Entry,
     root: Path,
-    rows: list[dict[str, Any]],
+    columns: Mapping[str, list],
     place: tuple[str, ...],
     data: str,
     clips: Mapping[str, str],
     **common: Any,
 ) -> LeRobotIndex:
-    """The index of some episodes, whose numbers, lengths, instructions and places are the `rows`.
+    """The index of some episodes, whose numbers, lengths, instructions and places are the `columns`.
 
     Args:
         place: the numbers that stand in path templates.
-        data, clips: the prefixes of their names in `rows`, for the tables and for the videos of each camera.
+        data, clips: the prefixes of their names in `columns`, for the tables and for the videos of each camera.
     """
     features = {key: _feature(key, entry) for key, entry in info.entries("features").items()}
-    rows = sorted(rows, key=lambda row: row["episode_index"])
-    episodes = [
-        Episode(index=row["episode_index"], start=0, length=row["length"], task=(row["tasks"] or [""])[0])
-        for row in rows
-    ]
+    order = sorted(range(len(columns["length"])), key=columns["episode_index"].__getitem__)
+    columns = {name: [values[i] for i in order] for name, values in columns.items()}
+    lengths, fps = columns["length"], info.rate("fps")
+    starts = accumulate(lengths, initial=0)
 
-    def paths(template: str, prefix: str, **names: str) -> list[Path]:
-        path = info.paths(template, **dict.fromkeys(place, 0), **names)
-        return [path(**{name: row[prefix + name] for name in place}, **names) for row in rows]
+    def paths(template: str, prefix: str, **texts: str) -> list[Path]:
+        return list(map(info.paths(template, place, **texts), *(columns[prefix + name] for name in place)))
 
     return LeRobotIndex(
-        fps=info.rate("fps"),
+        fps=fps,
         # Without those of no dimension, such as shape (0,), which hold nothing.
         features={key: feature for key, feature in features.items() if 0 not in feature.shape},
-        episodes=in_a_row(episodes),
+        episodes=[
+            Episode(index=number, start=start, length=length, task=texts[0] if texts else "")
+            for number, start, length, texts in zip(columns["episode_index"], starts, lengths, columns["tasks"])
+        ],
         subtasks=read_texts(root, "subtask") if (root / "meta/subtasks.parquet").exists() else {},
         tables=paths("data_path", data),
         clips={
-            key: _clips(paths("video_path", prefix, video_key=key), rows, prefix, info.rate("fps"))
+            key: _clips(paths("video_path", prefix, video_key=key), columns, prefix, fps)
             for key, prefix in clips.items()
         },
-        promised=(info.count("total_episodes", len(rows)), info.count("total_frames", sum(e.length for e in episodes))),
+        promised=(info.count("total_episodes", len(lengths)), info.count("total_frames", sum(lengths))),
         **common,
     )
 
 
-def _clips(paths: list[Path], rows: list[dict[str, Any]], prefix: str, fps: float) -> list[Clip]:
+def _clips(paths: list[Path], columns: Mapping[str, list], prefix: str, fps: float) -> list[Clip]:
     """The episodes' parts of video files, each up to where the metadata say, or the next one in the file begins.
 
     A `to_timestamp` is the end of an episode's last picture, or (of writers other than LeRobot) its beginning. A frame
     is added for the latter; the next episode bounds both.
     """
-    begin = [(str(path), row.get(f"{prefix}from_timestamp", 0.0)) for path, row in zip(paths, rows, strict=True)]
-    following = {one: next[1] for one, next in pairwise(sorted(set(begin))) if one[0] == next[0]}
-    clips = []
-    for path, one, row in zip(paths, begin, rows, strict=True):
-        start, end = one[1], row.get(f"{prefix}to_timestamp", math.inf)
-        stated = end + 1 / fps if end > start else math.inf
-        clips.append(Clip(path, start, min(stated, following.get(one, math.inf))))
-    return clips
+    starts = columns.get(f"{prefix}from_timestamp", [0.0] * len(paths))
+    ends = columns.get(f"{prefix}to_timestamp", [math.inf] * len(paths))
+    places = list(zip(map(str, paths), starts, strict=True))
+    following = {one: next[1] for one, next in pairwise(sorted(set(places))) if one[0] == next[0]}
+    stated = (end + 1 / fps if end > start else math.inf for start, end in zip(starts, ends, strict=True))
+    bounds = (min(end, following.get(place, math.inf)) for end, place in zip(stated, places, strict=True))
+    return [Clip(*clip) for clip in zip(paths, starts, bounds, strict=True)]
 
 
 def _feature(key: str, entry: Entry) -> Feature:

@@ -144,13 +144,14 @@ class Entry:
         inside = self.value(key, dict, "an object").items()
         return {name: Entry(value, f"{self.where}, {key} {shown(name)}", self.root) for name, value in inside}
 
-    def paths(self, key: str, **example: str | int) -> Callable[..., Path]:
+    def paths(self, key: str, numbers: Sequence[str], **texts: str) -> Callable[..., Path]:
         """What a path template such as "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet" names.
 
         Args:
-            example: every name that may stand in it, with a value. Numbers may be others in the calls; texts not.
+            numbers: the names of numbers that may stand in it; their values are given in this order in the calls.
+            texts: the other names that may, and what they stand for.
         """
-        template = self.text(key)
+        template, example = self.text(key), dict.fromkeys(numbers, 0) | texts
         try:
             fields = list(string.Formatter().parse(template))
             # A width of a thousand digits would be a path of a gigabyte.
@@ -162,7 +163,8 @@ class Entry:
             inside = False
         if not inside:
             self.refuse(key, f"the path of a file in the dataset's folder, made of {{{'}, {'.join(example)}}}")
-        return cache(lambda **names: self.root / template.format(**names))  # many episodes share a file
+        # Many episodes share a file.
+        return cache(lambda *values: self.root / template.format(**dict(zip(numbers, values)), **texts))
 
     def refuse(self, key: str, expected: str) -> Any:
         where = self.where
