@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from manipi.data.lerobot.picture_files import replaced
+from manipi.data.dataset import replaced
 from manipi.data.open import open_dataset
 from manipi.errors import FetchError, TrainingError
 from manipi.remote.fetch import home

@@ -37,11 +37,8 @@ def find_reader(root: Path) -> DatasetReader | None:
     Raises:
         ConfigError: several of them do, or one cannot be imported.
     """
-    readers: dict[str, DatasetReader] = {}
-    for name in extensions.entries("manipi.datasets"):
-        reader = extensions.find("manipi.datasets", name)
-        if reader.recognises(root):
-            readers[name] = reader
+    readers = {name: extensions.find("manipi.datasets", name) for name in extensions.entries("manipi.datasets")}
+    readers = {name: reader for name, reader in readers.items() if reader.recognises(root)}
     if len(readers) > 1:
         raise ConfigError(
             expected="a folder in one format",
@@ -106,8 +103,13 @@ def open_dataset(
             next=waiting
             or f"ls {quoted(root.parent)}  # then give the right path (--data.path, or --data.root for mixtures)",
         )
-    version = None if (root / "meta/info.json").is_file() else find_version(root)
-    if version is None and not (root / "meta/info.json").is_file() and (reader := find_reader(root)):
+    is_lerobot = (root / "meta/info.json").is_file()
+    if not is_lerobot and find_version(root):
+        if fields and fields not in BY_NAME:
+            raise unknown_name("map of RLDS features", fields, BY_NAME, next="name one of them (DatasetConfig.fields)")
+        dataset = open_rlds(root, fields=BY_NAME[fields] if fields else None, split=split, seed=seed)
+        return EpisodeSubset(dataset, episodes) if episodes else dataset
+    if not is_lerobot and (reader := find_reader(root)):
         dataset = reader.open(root, tuple(episodes))
         if not isinstance(dataset, Dataset):
             raise ConfigError(
@@ -116,19 +118,14 @@ def open_dataset(
                 where=str(root),
                 next="correct `open` of that reader",
             )
-        chosen = not episodes or [episode.index for episode in dataset.episodes] == list(episodes)
-        return dataset if chosen else EpisodeSubset(dataset, episodes)
-    if version is None and not any((root / name).is_dir() for name in ("meta", "data", "videos")):
+    elif is_lerobot or any((root / name).is_dir() for name in ("meta", "data", "videos")):
+        dataset = LeRobotDataset(root, sorted(episodes))
+    else:
         raise DatasetNotFoundError(
             expected=_FOLDER,
             found=shown(sorted(path.name for path in root.iterdir()), 300),
             where=str(root),
             next=f"give the folder of one dataset; recordings of other formats: manipi convert {quoted(root)} TARGET",
         )
-    if version is None:
-        dataset = LeRobotDataset(root, sorted(episodes))
-        return dataset if list(episodes) == sorted(episodes) else EpisodeSubset(dataset, episodes)
-    if fields and fields not in BY_NAME:
-        raise unknown_name("map of RLDS features", fields, BY_NAME, next="name one of them (DatasetConfig.fields)")
-    dataset = open_rlds(root, fields=BY_NAME[fields] if fields else None, split=split, seed=seed)
-    return EpisodeSubset(dataset, episodes) if episodes else dataset
+    chosen = not episodes or [episode.index for episode in dataset.episodes] == list(episodes)
+    return dataset if chosen else EpisodeSubset(dataset, episodes)

@@ -32,8 +32,7 @@ from manipi.data.action_error import (
     recorded_chunks,
     travel_of,
 )
-from manipi.data.dataset import Dataset
-from manipi.data.dimensions import command_names
+from manipi.data.dataset import Dataset, command_names
 from manipi.data.feed.mixture import frames_of
 from manipi.data.feed.sampler import split_episodes
 from manipi.data.open import open_dataset

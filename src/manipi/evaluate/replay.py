@@ -19,8 +19,7 @@ from jaxtyping import Float, Int64
 from tqdm import tqdm
 
 from manipi.data.action_error import evenly_spaced
-from manipi.data.dataset import Dataset
-from manipi.data.dimensions import command_names
+from manipi.data.dataset import Dataset, command_names
 from manipi.data.norm_stats import NEAR_CONSTANT
 from manipi.data.recorder import ANSWER_MS, ASKED, CHUNK, DELAYED, DESCRIPTION, LEFT, NUM_LEFT, SEEDED
 from manipi.errors import ConfigError, MissingFeatureError

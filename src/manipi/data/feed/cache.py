@@ -25,8 +25,7 @@ import simplejpeg
 from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
-from manipi.data.dataset import Dataset, PromptSource
-from manipi.data.lerobot.picture_files import replaced
+from manipi.data.dataset import Dataset, PromptSource, replaced
 from manipi.errors import ConfigError
 from manipi.processes import allocate
 from manipi.records import json_bytes, read_json

@@ -35,7 +35,7 @@ from typing import Any
 from tqdm import tqdm
 
 from manipi.checkpoints.native import verify
-from manipi.data.lerobot.picture_files import replaced
+from manipi.data.dataset import replaced
 from manipi.errors import CheckpointError, TrainingError, shown
 from manipi.records import Change, dataclasses_in, from_json, json_bytes, may_change, read_json, to_json
 from manipi.storage import Lock, atomic_write, remove_partial, storage_errors

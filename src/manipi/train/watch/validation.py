@@ -36,7 +36,7 @@ from manipi.data.action_error import (
     recorded_chunks,
     travel_of,
 )
-from manipi.data.dimensions import command_names, command_units, label
+from manipi.data.dataset import command_names, command_units, label
 from manipi.data.feed.loader import Batch
 from manipi.model import VLA, ModelInput
 from manipi.model.autoregressive import TokenLoss
