@@ -68,7 +68,7 @@ class Span:
 
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]
-"""Cosines and sines of the tokens' rotary angles, each [B, T, 1, H/2]."""
+"""Of the tokens' rotary angles, for both halves of a head, [B, T, 1, H]: cosines, and sines with the sign of each."""
 
 
 class KeysValues(NamedTuple):
@@ -403,14 +403,14 @@ class Gemma(nn.Module):
 
 
 def rope(position: Int[Tensor, "B T"], head_dim: int, base: float = 10_000.0) -> Rotation:
-    """Cosine and sine of the rotary angles `position · base^(−2i/head_dim)` (Su et al. 2021), each [B, T, 1, H/2]."""
+    """`Rotation` by the angles `position · base^(−2i/head_dim)` (Su et al. 2021), the same for both halves of a head."""
     exponent = torch.arange(head_dim // 2, device=position.device, dtype=torch.float32) * (2.0 / head_dim)
     angle = position[..., None, None].float() / base**exponent
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x_BTNH: Tensor, rope: Rotation) -> Tensor:
     """Rotate the two halves of each head against each other, in float32: `(a, b) → (a cos − b sin, b cos + a sin)`."""
-    cos, sin = rope
-    a, b = x_BTNH.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BTNH.dtype)
+    (cos, sin), x32 = rope, x_BTNH.float()
+    return (x32 * cos + x32.roll(x32.shape[-1] // 2, -1) * sin).to(x_BTNH.dtype)

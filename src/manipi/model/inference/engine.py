@@ -214,7 +214,7 @@ class StepHead(nn.Module):
             mixed_BTD = F.linear(tokens_BTD, weight[:, : len(weight)].float()) + row
             tokens_BTD = self.head.time_mlp_out(F.silu(mixed_BTD))
         else:
-            cond = StepConditioning(row.unbind(0))
+            cond = StepConditioning(row.flatten(0, 1).unbind(0))
         return self._span(tokens_BTD.to(dtype), cond)
 
     def state_token(self, state_BA: Tensor, dtype: torch.dtype) -> Span:

@@ -76,27 +76,27 @@ class FusedExpertLayer(ExpertLayer):
         nn.Module.__init__(self)
         self.head_dim, self.attends = layer.head_dim, attends
         self.attention_norm, self.mlp_norm = (norm.forward for norm in norms)  # as in `ExpertLayer.finish`
-        projections = (layer.q_proj, layer.k_proj, layer.v_proj)[not attends :]
-        self.fused = fuse(make, *projections)
-        self.heads = [one.out_features // layer.head_dim for one in projections]
+        self.fused = fuse(make, *(layer.q_proj, layer.k_proj, layer.v_proj)[not attends :])
+        keys, queries = (one.out_features // layer.head_dim for one in (layer.k_proj, layer.q_proj))
+        self.heads = [queries if attends else 0, keys]
         if attends:
             self.out_proj, self.mlp = fuse(make, layer.out_proj), FusedMLP(layer.mlp, make)
 
     def qkv(self, x_BTD: Tensor, wanted: int | Tensor, rope: Rotation) -> tuple[Tensor | None, Tensor, Tensor]:
-        made_BTXH = self.fused(x_BTD).unflatten(-1, (-1, self.head_dim))
-        *q, k = rotate(made_BTXH[:, :, : -self.heads[-1]], rope).split(self.heads[:-1], dim=2)
-        v = made_BTXH[:, :, -self.heads[-1] :]
-        return chosen(q[0], wanted) if isinstance(wanted, Tensor) or wanted else None, k, v
+        made_BTXH = self.fused(x_BTD).view(*x_BTD.shape[:2], -1, self.head_dim)
+        turned, v = made_BTXH.split([sum(self.heads), self.heads[1]], dim=2)
+        q, k = rotate(turned, rope).split(self.heads, dim=2)
+        return chosen(q, wanted) if isinstance(wanted, Tensor) or wanted else None, k, v
 
 
 class StepConditioning(NamedTuple):
     """Of one denoising step: what modulates each norm, from a table."""
 
     rows: Sequence[Tensor]
-    """Of each norm factor, shift and gate [3, D], or [3, B, T, D] where tokens differ."""
+    """Factor, shift and gate of one norm after the other: [D], or [B, T, D] where tokens differ."""
 
-    def of_layer(self, index: int) -> "StepConditioning":
-        return StepConditioning(self.rows[2 * index : 2 * index + 2])
+    def of_layer(self, index: int) -> Sequence[Tensor]:
+        return self.rows[6 * index : 6 * index + 6]
 
 
 class FixedNorm(nn.Module):
@@ -117,10 +117,10 @@ class StepNorm(nn.Module):
 
     def __init__(self, number: int):
         super().__init__()
-        self.number = number
+        self.first = 3 * number
 
-    def forward(self, x_BTD: Tensor, cond: StepConditioning) -> tuple[Tensor, Tensor]:
-        factor, shift, gate = cond.rows[self.number].unbind(0)
+    def forward(self, x_BTD: Tensor, cond: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        factor, shift, gate = cond[self.first : self.first + 3]
         return rms_norm(x_BTD, factor, shift), gate
 
 
@@ -134,8 +134,10 @@ class Slots(NamedTuple):
 
     def then(self, k_BGTH: Tensor, v_BGTH: Tensor, *, insulate: bool) -> KeysValues:
         """Writes them behind what is there, and returns all of it without a copy."""
-        keys, values, filled = self
-        added = k_BGTH.shape[2]
+        (keys, values, filled), added = self, k_BGTH.shape[2]
+        if torch.is_grad_enabled():  # the gradients of a step must not reach into the step before
+            before = KeysValues(keys.narrow(2, 0, filled), values.narrow(2, 0, filled))
+            return before.then(k_BGTH, v_BGTH, insulate=insulate)
         keys.narrow(2, filled, added).copy_(k_BGTH)
         values.narrow(2, filled, added).copy_(v_BGTH)
         if filled + added == keys.shape[2]:
@@ -165,11 +167,7 @@ class StaticCache(KVCache):
         return cls(slots=slots, groups=size.num_heads // size.num_kv_heads)
 
     def past(self, index: int) -> Slots:
-        keys, values = self.slots[index]
-        if torch.is_grad_enabled():
-            # The gradients of a step must not reach into the step before, whose slots it fills anew.
-            keys, values = keys.detach(), values.detach()
-        return Slots(keys, values, 0 if self.layout is None else self.layout.valid.shape[1])
+        return Slots(*self.slots[index], 0 if self.layout is None else self.layout.valid.shape[1])
 
     def keep(self, index: int, so_far: KeysValues) -> None:
         """It is there already."""
