@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from manipi.model.attention import Layout
+from manipi.model.attention import Layout, joined
 from manipi.model.config import Compat
 from manipi.model.gemma import Gemma, KeysValues, KVCache, Span
 
@@ -104,7 +104,11 @@ def greedy_decode(
     # Known to be the last token, it needs no index.
     out_B1D = gemma({"vlm": prefix}, cache, commit=True, last=1 if prefix.all_valid else last_B)["vlm"]
     if compat.fast_contiguous_cache:
-        _see_last_slots(cache, prefix.valid_BT.sum(1, keepdim=True), max_tokens + last_B[:, None])
+        # The reference takes the last slots for the valid ones, as many as are valid.
+        whole, last_slot_B1 = joined(cache.layouts), max_tokens + last_B[:, None]
+        slot_T = torch.arange(whole.valid.shape[1], device=device)
+        seen_BT = (slot_T <= last_slot_B1) & (slot_T > last_slot_B1 - prefix.valid_BT.sum(1, keepdim=True))
+        cache.layouts = (dataclasses.replace(whole, valid=seen_BT),)
     ids: list[list[int]] = [[] for _ in last_B]
     ran = 0
 
@@ -159,12 +163,4 @@ def reference_cache(gemma: Gemma, prefix: Span, num_slots: int) -> KVCache:
     shape = (b, gemma.size.num_kv_heads, num_slots, gemma.size.head_dim)
     zeros = torch.zeros(shape, dtype=prefix.tokens_BTD.dtype, device=device)
     layout = Layout(valid=nothing.bool(), block=nothing, branch=nothing, position=nothing)
-    return KVCache(layout=layout, layers=dict.fromkeys(range(len(gemma.blocks)), KeysValues(zeros, zeros)))
-
-
-def _see_last_slots(cache: KVCache, prompt_len_B1: Tensor, last_slot_B1: Tensor) -> None:
-    """The reference takes the last slots for the valid ones, as many as are valid."""
-    assert cache.layout is not None
-    slot_T = torch.arange(cache.layout.valid.shape[1], device=last_slot_B1.device)
-    seen_BT = (slot_T <= last_slot_B1) & (slot_T > last_slot_B1 - prompt_len_B1)
-    cache.layout = dataclasses.replace(cache.layout, valid=seen_BT)
+    return KVCache(layouts=(layout,), layers=dict.fromkeys(range(len(gemma.blocks)), KeysValues(zeros, zeros)))

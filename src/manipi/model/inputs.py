@@ -90,15 +90,8 @@ def kept(image_valid: Tensor, token_valid: Tensor, token_causal: Tensor | None, 
 
 def everything(image_valid: Tensor, token_valid: Tensor) -> Kept:
     """The padded batch, as the reference computes it."""
-    all_pictures = tuple(range(image_valid.numel()))
-    return Kept(
-        cameras=tuple(range(image_valid.shape[1])),
-        pictures=all_pictures,
-        places=all_pictures,
-        prompt_len=token_valid.shape[1],
-        one_block=False,
-        all_valid=False,
-    )
+    whole = kept(torch.ones(image_valid.shape, device="cpu"), torch.ones(token_valid.shape, device="cpu"), None)
+    return dataclasses.replace(whole, one_block=False, all_valid=False)
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,8 @@ class VLA(nn.Module):
         assert not isinstance(self.config, Pi0FastConfig), "π0-FAST samples no actions"
         cache = self.prefill(inputs, self.embed_prefix(inputs, kept), noise_BKHA.shape[1])
         _, dim_valid_BA = flow.action_masks(inputs, self.config)
-        where = (dim_valid_BA, self.dtype, continuation)
-        return flow.sample(self.gemma, self.head, cache, inputs, noise_BKHA, num_steps, *where)
+        velocity = flow.velocity_field(self.gemma, self.head, cache, inputs, noise_BKHA, dim_valid_BA, self.dtype)
+        return flow.sample(velocity, inputs, noise_BKHA, num_steps, continuation)
 
     def prefill(self, inputs: ModelInput, prefix: Span, num_draws: int = 1) -> KVCache:
         """What the suffixes of so many noise draws continue."""

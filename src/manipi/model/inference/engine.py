@@ -168,8 +168,8 @@ class Engine(VLA):
         return StaticCache.of_size(self.gemma.size, b, t + max_tokens, prefix.tokens_BTD)
 
 
-class StepHead(nn.Module):
-    """A `FlowHead` with tables of what depends on timesteps and weights alone: each step's, and last for given actions.
+class StepHead(FlowHead):
+    """A head with tables of what depends on timesteps and weights alone: each step's, and last for given actions.
 
     Args:
         norms: those that timesteps modulate, layer by layer and last the final one.
@@ -181,7 +181,8 @@ class StepHead(nn.Module):
     """[T, D], or of norms [T, N, 3, D]."""
 
     def __init__(self, head: FlowHead, num_steps: int, horizon: int, norms: list[AdaptiveRMSNorm], dtype: torch.dtype):
-        super().__init__()
+        nn.Module.__init__(self)
+        self.action_in, self.action_out = head.action_in, head.action_out
         self.head, self.num_steps, self.has_state = head, num_steps, isinstance(head, Pi0Head)
         time_T = torch.tensor([*euler_times(num_steps), CLEAN], device=head.action_in.weight.device)
         embedded_TD = timestep_embedding(time_T, head.action_in.out_features)
@@ -208,7 +209,7 @@ class StepHead(nn.Module):
         if given_BH is not None:
             given_BH1 = given_BH.repeat_interleave(x_BKHA.shape[1], dim=0)[..., None]
             row = torch.where(given_BH1, clean[..., None, None, :], row[..., None, None, :])
-        tokens_BTD, cond = self.head.action_in(x_BKHA.flatten(0, 1)), None
+        tokens_BTD, cond = self.action_in(x_BKHA.flatten(0, 1)), None
         if isinstance(self.head, Pi0Head):
             weight = self.head.time_mlp_in.weight
             mixed_BTD = F.linear(tokens_BTD, weight[:, : len(weight)].float()) + row
@@ -232,9 +233,6 @@ class StepHead(nn.Module):
             all_valid=True,
             one_block=True,
         )
-
-    def velocity(self, out_BTD: Tensor, num_draws: int, action_horizon: int) -> Tensor:
-        return self.head.velocity(out_BTD, num_draws, action_horizon)
 
 
 def compile_layers(layers: Iterable[nn.Module], device: torch.device, **options: Any) -> None:

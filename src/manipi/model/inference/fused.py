@@ -16,6 +16,7 @@ Shape suffixes: B batch, T query tokens, S key tokens, P patches, D width, N que
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -84,8 +85,8 @@ class FusedExpertLayer(ExpertLayer):
 
     def qkv(self, x_BTD: Tensor, wanted: int | Tensor, rope: Rotation) -> tuple[Tensor | None, Tensor, Tensor]:
         made_BTXH = self.fused(x_BTD).view(*x_BTD.shape[:2], -1, self.head_dim)
-        turned, v = made_BTXH.split([sum(self.heads), self.heads[1]], dim=2)
-        q, k = rotate(turned, rope).split(self.heads, dim=2)
+        turned, v = made_BTXH.split_with_sizes([sum(self.heads), self.heads[1]], dim=2)
+        q, k = rotate(turned, rope).split_with_sizes(self.heads, dim=2)
         return chosen(q, wanted) if isinstance(wanted, Tensor) or wanted else None, k, v
 
 
@@ -167,7 +168,7 @@ class StaticCache(KVCache):
         return cls(slots=slots, groups=size.num_heads // size.num_kv_heads)
 
     def past(self, index: int) -> Slots:
-        return Slots(*self.slots[index], 0 if self.layout is None else self.layout.valid.shape[1])
+        return Slots(*self.slots[index], sum(one.valid.shape[1] for one in self.layouts))
 
     def keep(self, index: int, so_far: KeysValues) -> None:
         """It is there already."""
@@ -181,11 +182,9 @@ class StaticCache(KVCache):
         """Each row so many times, behind each other."""
         if times == 1:
             return self
-        assert self.layout is not None, "nothing to repeat"
-        slots = [(k.repeat_interleave(times, dim=0), v.repeat_interleave(times, dim=0)) for k, v in self.slots]
-        names = ("valid", "block", "branch", "position")
-        tensors = {name: getattr(self.layout, name).repeat_interleave(times, dim=0) for name in names}
-        return replace(self, slots=slots, layout=replace(self.layout, **tensors))
+        repeat = partial(torch.repeat_interleave, repeats=times, dim=0)
+        slots = [(repeat(keys), repeat(values)) for keys, values in self.slots]
+        return replace(self, slots=slots, layouts=tuple(one.map(repeat) for one in self.layouts))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ Shape suffixes: R rows, I input features, O output features.
 """
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -83,16 +83,14 @@ class Coded(nn.Module):
     codes: Tensor
     scale: Tensor
     bias: Tensor | None
+    dtype: ClassVar[torch.dtype] = torch.int8
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None):
         super().__init__()
-        codes_OI, scale_O1 = self.encode(weight_OI)
+        codes_OI, scale_O1 = encode(weight_OI, self.dtype)
         self.register_buffer("codes", codes_OI)
         self.register_buffer("scale", scale_O1[:, 0])
         self.register_buffer("bias", None if bias_O is None else bias_O.float())
-
-    def encode(self, x_RI: Tensor) -> tuple[Tensor, Tensor]:
-        return to_int8(x_RI)
 
 
 class Int8Weights(Coded):
@@ -107,7 +105,7 @@ class Int8Rows(Coded):
     """`torch._int_mm` between rows of activations and outputs of the weight, each with a scale of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
-        codes_RI, scale_R1 = self.encode(x.flatten(0, -2))
+        codes_RI, scale_R1 = encode(x.flatten(0, -2), self.dtype)
         rows = len(codes_RI)
         codes_RI = F.pad(codes_RI, (0, 0, 0, max(FEWEST_ROWS - rows, 0)))
         sums_RO = torch.ops.aten._int_mm(codes_RI, self.codes.t())[:rows]
@@ -123,7 +121,7 @@ class PackedInt8(nn.Module):
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None):
         super().__init__()
-        codes_OI, scale_O1 = to_int8(weight_OI)
+        codes_OI, scale_O1 = encode(weight_OI, torch.int8)
         self.register_buffer("codes", torch.ops.onednn.qlinear_prepack(codes_OI, None), persistent=False)
         self._scale, self._bias = scale_O1[:, 0].contiguous(), None if bias_O is None else bias_O.float()
         self._zero = torch.zeros_like(self._scale, dtype=torch.int32)
@@ -144,27 +142,18 @@ class PackedInt8(nn.Module):
 class Float8(Coded):
     """`torch._scaled_mm` in e4m3, with scales per row and per output."""
 
-    def encode(self, x_RI: Tensor) -> tuple[Tensor, Tensor]:
-        return to_float8(x_RI)
+    dtype = torch.float8_e4m3fn
 
     def forward(self, x: Tensor) -> Tensor:
-        codes_RI, scale_R1 = self.encode(x.flatten(0, -2))
+        codes_RI, scale_R1 = encode(x.flatten(0, -2), self.dtype)
         y_RO = torch.ops.aten._scaled_mm(codes_RI, self.codes.t(), scale_R1, self.scale[None], out_dtype=torch.bfloat16)
         y_RO = y_RO if self.bias is None else y_RO + self.bias.to(y_RO.dtype)
         return y_RO.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
-def to_int8(x_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 [R, I] and scales float32 [R, 1], symmetric around zero: `x ≈ codes · scale`."""
-    scale_R1 = _scale(x_RI)
-    return (x_RI.float() / scale_R1).round().to(torch.int8), scale_R1
-
-
-def to_float8(x_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in float8_e4m3fn."""
-    scale_R1 = _scale(x_RI, torch.finfo(torch.float8_e4m3fn).max)
-    return (x_RI.float() / scale_R1).to(torch.float8_e4m3fn), scale_R1
-
-
-def _scale(x_RI: Tensor, largest: float = 127.0) -> Tensor:
-    return x_RI.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / largest
+def encode(x_RI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes [R, I] in int8 or e4m3 and scales float32 [R, 1], symmetric around zero: `x ≈ codes · scale`."""
+    largest = torch.finfo(dtype).max if dtype.is_floating_point else 127.0
+    scale_R1 = x_RI.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / largest
+    scaled_RI = x_RI.float() / scale_R1
+    return (scaled_RI if dtype.is_floating_point else scaled_RI.round()).to(dtype), scale_R1
