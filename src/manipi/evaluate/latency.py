@@ -155,7 +155,8 @@ def _one_round(engine: Engine, inputs: ModelInput, clock: _Clock, host: Host | N
             cache = engine.decoding_cache(prefix, 1)
             engine.gemma({"vlm": prefix}, cache, commit=True, last=1)
         with clock.stage("token"):
-            token = next_tokens(engine.gemma, torch.zeros_like(inputs.tokens[:, :1]), prefix, first=0)
+            position_B1, ids_B1 = prefix.valid_BT.sum(1, keepdim=True), torch.zeros_like(inputs.tokens[:, :1])
+            token = next_tokens(engine.gemma, ids_B1, position_B1, engine.dtype)
             engine.gemma({"vlm": token}, cache, commit=True)
         return
     with clock.stage("prefix"):

@@ -66,6 +66,8 @@ class Layout:
     """long, 0 for the trunk."""
     position: Tensor
     """long, the index on the token's own path."""
+    end: int
+    """How many tokens the sequence has up to the last of these."""
     plain: bool = False
     """Known without a look at the tensors: every token is valid and on the trunk, so that all that follow see it."""
     one_block: bool = False
@@ -82,7 +84,7 @@ _TENSORS = ("valid", "block", "branch", "position")
 def joined(layouts: Sequence[Layout]) -> Layout:
     """Those of sequences that follow each other, as one."""
     whole = {name: torch.cat([getattr(one, name) for one in layouts], dim=1) for name in _TENSORS}
-    return Layout(**whole, plain=all(one.plain for one in layouts))
+    return Layout(**whole, end=layouts[-1].end, plain=all(one.plain for one in layouts))
 
 
 def chosen(x: Tensor, which: int | Tensor) -> Tensor:
@@ -118,8 +120,9 @@ def lay_out(
             not_after_TS = index_S[None, :] <= index_S[-valid_BT.shape[1] :, None]
             seen_BTS = _same_path(branch_BT, branch_BS) & valid_BS[:, None, :] & not_after_TS
             position_BT = seen_BTS.sum(dim=-1) - 1
-    known = {"plain": all_valid and on_trunk, "one_block": one_block}
-    return Layout(valid=valid_BT, block=block_BT, branch=branch_BT, position=position_BT, **known)
+    tensors = {"valid": valid_BT, "block": block_BT, "branch": branch_BT, "position": position_BT}
+    end = valid_BT.shape[1] + (past[-1].end if past else 0)
+    return Layout(**tensors, end=end, plain=all_valid and on_trunk, one_block=one_block)
 
 
 def attention_mask(query: Layout, key: Layout) -> Tensor:

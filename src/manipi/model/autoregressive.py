@@ -99,15 +99,15 @@ def greedy_decode(
     something is to be chosen after it, so that forced tokens wait and go together, and those at the end never go. Of
     the vocabulary only the ids that are allowed meet the output.
     """
-    device = prefix.valid_BT.device
-    last_B = last_valid(prefix.valid_BT)
+    device, dtype = prefix.valid_BT.device, prefix.tokens_BTD.dtype
+    last_B, after_B1 = last_valid(prefix.valid_BT), prefix.valid_BT.sum(1, keepdim=True)
     # Known to be the last token, it needs no index.
     out_B1D = gemma({"vlm": prefix}, cache, commit=True, last=1 if prefix.all_valid else last_B)["vlm"]
     if compat.fast_contiguous_cache:
         # The reference takes the last slots for the valid ones, as many as are valid.
         whole, last_slot_B1 = joined(cache.layouts), max_tokens + last_B[:, None]
         slot_T = torch.arange(whole.valid.shape[1], device=device)
-        seen_BT = (slot_T <= last_slot_B1) & (slot_T > last_slot_B1 - prefix.valid_BT.sum(1, keepdim=True))
+        seen_BT = (slot_T <= last_slot_B1) & (slot_T > last_slot_B1 - after_B1)
         cache.layouts = (dataclasses.replace(whole, valid=seen_BT),)
     ids: list[list[int]] = [[] for _ in last_B]
     ran = 0
@@ -123,7 +123,9 @@ def greedy_decode(
         ]
         if ran < len(ids[0]) and any(choice is None or len(choice) > 1 for choice in choices):
             waiting_BT = torch.tensor([row[ran:] for row in ids], device=device)
-            tokens = next_tokens(gemma, waiting_BT, prefix, first=ran + compat.fast_position_offset)
+            first = ran + compat.fast_position_offset
+            step_T = torch.arange(first, first + waiting_BT.shape[1], device=device)
+            tokens = next_tokens(gemma, waiting_BT, after_B1 + step_T, dtype)
             out_B1D, ran = gemma({"vlm": tokens}, cache, commit=True, last=1)["vlm"], len(ids[0])
         best = gemma.logits(out_B1D[:, 0]).argmax(-1).tolist() if any(choice is None for choice in choices) else []
         for index, choice in enumerate(choices):
@@ -137,15 +139,14 @@ def greedy_decode(
     return torch.tensor([row + [0] * (max_tokens - len(row)) for row in ids], dtype=torch.long, device=device)
 
 
-def next_tokens(gemma: Gemma, ids_BT: Int64[Tensor, "B T"], prefix: Span, first: int) -> Span:
-    """Tokens each of which sees those before it, at that many valid tokens behind the prefix's last one."""
+def next_tokens(gemma: Gemma, ids_BT: Tensor, position_BT: Int64[Tensor, "B T"], dtype: torch.dtype) -> Span:
+    """Tokens each of which sees those before it."""
     real_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-    step_T = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device)
     return Span(
-        tokens_BTD=gemma.embed(ids_BT, prefix.tokens_BTD.dtype),
+        tokens_BTD=gemma.embed(ids_BT, dtype),
         valid_BT=real_BT,
         starts_block_BT=real_BT,
-        position_BT=prefix.valid_BT.sum(1, keepdim=True) + step_T,
+        position_BT=position_BT,
         all_valid=True,
         one_block=ids_BT.shape[1] == 1,
     )
@@ -162,5 +163,5 @@ def reference_cache(gemma: Gemma, prefix: Span, num_slots: int) -> KVCache:
     nothing = torch.zeros(b, num_slots, dtype=torch.long, device=device)
     shape = (b, gemma.size.num_kv_heads, num_slots, gemma.size.head_dim)
     zeros = torch.zeros(shape, dtype=prefix.tokens_BTD.dtype, device=device)
-    layout = Layout(valid=nothing.bool(), block=nothing, branch=nothing, position=nothing)
+    layout = Layout(valid=nothing.bool(), block=nothing, branch=nothing, position=nothing, end=num_slots)
     return KVCache(layouts=(layout,), layers=dict.fromkeys(range(len(gemma.blocks)), KeysValues(zeros, zeros)))

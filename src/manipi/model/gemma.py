@@ -408,7 +408,7 @@ class Gemma(nn.Module):
 def rope(position: Int[Tensor, "B T"], head_dim: int, base: float = 10_000.0) -> Rotation:
     """By angles `position · base^(−2i/head_dim)` (Su et al. 2021), the same for both halves of a head."""
     exponent = torch.arange(head_dim // 2, device=position.device, dtype=torch.float32) * (2.0 / head_dim)
-    angle = position[..., None, None].float() / base**exponent
+    angle = position[..., None, None] / base**exponent
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 

@@ -90,7 +90,8 @@ def kept(image_valid: Tensor, token_valid: Tensor, token_causal: Tensor | None, 
 
 def everything(image_valid: Tensor, token_valid: Tensor) -> Kept:
     """The padded batch, as the reference computes it."""
-    whole = kept(torch.ones(image_valid.shape, device="cpu"), torch.ones(token_valid.shape, device="cpu"), None)
+    masks = (torch.ones(mask.shape, dtype=torch.bool, device="cpu") for mask in (image_valid, token_valid))
+    whole = kept(*masks, None)
     return dataclasses.replace(whole, one_block=False, all_valid=False)
 
 

@@ -168,7 +168,7 @@ class StaticCache(KVCache):
         return cls(slots=slots, groups=size.num_heads // size.num_kv_heads)
 
     def past(self, index: int) -> Slots:
-        return Slots(*self.slots[index], sum(one.valid.shape[1] for one in self.layouts))
+        return Slots(*self.slots[index], self.layouts[-1].end if self.layouts else 0)
 
     def keep(self, index: int, so_far: KeysValues) -> None:
         """It is there already."""
