@@ -18,13 +18,13 @@ from manipi.model import VLA, ModelInput
 from manipi.model.config import Pi0FastConfig
 from manipi.model.device import ran_out_of_memory, require_device
 from manipi.model.inference.engine import Engine, require_compiled
-from manipi.model.inference.quantize import Quantization
+from manipi.model.inference.fused import Quantization
 from manipi.model.inputs import PROMPT_MULTIPLE, blank_input
 from manipi.robots.robot import Robot
 from manipi.tokenizers import Tokenizers
 from manipi.transforms import pipeline
+from manipi.transforms.model_input import code_constraint
 from manipi.transforms.observation import read_request
-from manipi.transforms.tokenize import code_constraint
 from manipi.types import NormStats, Observation, Sample
 
 SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}

@@ -31,7 +31,7 @@ from manipi.robots.franka import droid, libero
 from manipi.train.config import OptimizerConfig
 from manipi.train.step.optimizer import learning_rate
 from manipi.transforms.actions import ActionSpace
-from manipi.transforms.layout import ModelLayout, ResizeImages, resize_with_pad
+from manipi.transforms.model_input import ModelLayout, ResizeImages, resize_with_pad
 from manipi.transforms.normalize import Normalize, normalize, read_openpi_stats, unnormalize
 from manipi.transforms.observation import ReadRobot
 from manipi.types import FieldStats, NormStats, Sample

@@ -27,7 +27,7 @@ from manipi.model.config import GemmaSize, ModelConfig, Pi0Config, Pi0FastConfig
 from manipi.model.flow import velocity_field
 from manipi.model.gemma import Block
 from manipi.model.inference.engine import Engine
-from manipi.model.inference.quantize import maker
+from manipi.model.inference.fused import maker
 from manipi.policy import Policy
 from manipi.train.watch.progress import peak_memory
 from manipi.types import Observation

@@ -34,12 +34,14 @@ from manipi.model.inference.fused import (
     FixedNorm,
     FusedExpertLayer,
     FusedVisionBlock,
+    Quantization,
     StaticCache,
     StepConditioning,
     StepNorm,
+    compute_dtype,
+    maker,
     twin,
 )
-from manipi.model.inference.quantize import Quantization, compute_dtype, maker
 from manipi.model.inputs import Kept, ModelInput
 from manipi.model.siglip import VisionBlock
 from manipi.model.vla import VLA
