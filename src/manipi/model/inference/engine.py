@@ -29,9 +29,8 @@ from manipi.errors import ConfigError
 from manipi.model.config import Pi0FastConfig
 from manipi.model.device import many_variants
 from manipi.model.flow import CLEAN, Continuation, FlowHead, Pi0Head, Pi05Head, euler_times, timestep_embedding
-from manipi.model.gemma import AdaptiveRMSNorm, Block, ExpertLayer, RMSNorm, Span
+from manipi.model.gemma import AdaptiveRMSNorm, Block, ExpertLayer, Span
 from manipi.model.inference.fused import (
-    FixedNorm,
     FusedExpertLayer,
     FusedVisionBlock,
     Quantization,
@@ -82,24 +81,14 @@ class Engine(VLA):
         make = maker(quantization, device, model.dtype)
         vision = nn.ModuleList(FusedVisionBlock(cast(VisionBlock, one), make) for one in model.vision.blocks)
         self.vision = twin(model.vision, blocks=vision)
-        blocks, norms = [], []
+        blocks, only_keys = nn.ModuleList(), (len(gemma.blocks) - 1, "vlm") if flows else None
         for index, block in enumerate(gemma.blocks):
-            experts = {}
-            for name, layer in cast(Block, block).experts.items():
-                assert isinstance(layer, ExpertLayer)
-                if isinstance(layer.attention_norm, AdaptiveRMSNorm):
-                    norms += (layer.attention_norm, layer.mlp_norm)
-                    of_layer: list[nn.Module] = [StepNorm(0), StepNorm(1)]
-                else:
-                    of_layer = [FixedNorm(cast(RMSNorm, one)) for one in (layer.attention_norm, layer.mlp_norm)]
-                attends = not (flows and name == "vlm" and index == len(gemma.blocks) - 1)
-                experts[name] = FusedExpertLayer(layer, make, of_layer, attends=attends)
-            blocks.append(Block(experts))
-        final = dict(gemma.final_norms.items())
-        if norms:
-            norms.append(final["action"])
-            final["action"] = StepNorm(0)
-        self.gemma = twin(gemma, blocks=nn.ModuleList(blocks), final_norms=nn.ModuleDict(final))
+            layers = {name: cast(ExpertLayer, layer) for name, layer in cast(Block, block).experts.items()}
+            fused = {n: FusedExpertLayer(one, make, attends=(index, n) != only_keys) for n, one in layers.items()}
+            blocks.append(Block(fused))
+        norms = [one for one in gemma.modules() if isinstance(one, AdaptiveRMSNorm)]
+        final = {name: StepNorm(0) if norm in norms else norm for name, norm in gemma.final_norms.items()}
+        self.gemma = twin(gemma, blocks=blocks, final_norms=nn.ModuleDict(final))
         if flows:
             self.head = StepHead(model.head, num_steps, config.action_horizon, norms, self.dtype)
 

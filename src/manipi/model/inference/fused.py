@@ -93,10 +93,12 @@ class FusedExpertLayer(ExpertLayer):
         attends: without, the layer makes keys and values only, as the last one of a flow policy's language model.
     """
 
-    def __init__(self, layer: ExpertLayer, make: MakeMatrix, norms: Sequence[nn.Module], *, attends: bool = True):
+    def __init__(self, layer: ExpertLayer, make: MakeMatrix, *, attends: bool = True):
         nn.Module.__init__(self)
-        self.head_dim, self.attends = layer.head_dim, attends
-        self.attention_norm, self.mlp_norm = (norm.forward for norm in norms)  # as in `ExpertLayer.finish`
+        self.head_dim = layer.head_dim
+        norms = (layer.attention_norm, layer.mlp_norm)
+        known = (FixedNorm(n) if isinstance(n, RMSNorm) else StepNorm(number) for number, n in enumerate(norms))
+        self.attention_norm, self.mlp_norm = (norm.forward for norm in known)  # as in `ExpertLayer.finish`
         self.fused = fuse(make, *(layer.q_proj, layer.k_proj, layer.v_proj)[not attends :])
         keys, queries = (one.out_features // layer.head_dim for one in (layer.k_proj, layer.q_proj))
         self.heads = [queries if attends else 0, keys]
