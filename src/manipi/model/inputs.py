@@ -75,13 +75,9 @@ def kept(image_valid: Tensor, token_valid: Tensor, token_causal: Tensor | None, 
     # π0-FAST predicts each token from the one before: of a prompt of one there is nothing to learn.
     prompt_len = min(max(-(-used // multiple) * multiple, 2), tokens_BL.shape[1])
     one_block = token_causal is None or not bool(token_causal[:, :prompt_len].any())
-    cameras, pictures, places = (
-        tuple(mask.nonzero().flatten().tolist()) for mask in (cameras_C, images_BC.flatten(), stays_BC.flatten())
-    )
+    masks = {"cameras": cameras_C, "pictures": images_BC.flatten(), "places": stays_BC.flatten()}
     return Kept(
-        cameras=cameras,
-        pictures=pictures,
-        places=places,
+        **{name: tuple(mask.nonzero().flatten().tolist()) for name, mask in masks.items()},
         prompt_len=prompt_len,
         one_block=one_block,
         all_valid=bool(stays_BC.all() and tokens_BL[:, :prompt_len].all()),

@@ -213,9 +213,7 @@ class VLA(nn.Module):
         images = images.flatten(0, 1)
         if kept is not None and len(kept.pictures) < len(images):
             # By slices: indices would come from the host, which a CUDA graph cannot wait for.
-            ends = [i + 1 for i in kept.pictures if i + 1 not in kept.pictures]
-            starts = [i for i in kept.pictures if i - 1 not in kept.pictures]
-            images = torch.cat([images[:0], *(images[a:b] for a, b in zip(starts, ends, strict=True))])
+            images = torch.cat([images[:0], *(images[i : i + 1] for i in kept.pictures)])
         if images.dtype == torch.uint8:
             images = images.float() / 255.0 * 2.0 - 1.0
         encoded_NPD = self.vision(images, self.dtype)

@@ -60,12 +60,8 @@ class ActionSpace:
         own = seen = 0
         for group in self.robot.actions:
             at = Robot.state_start(group, own)
-            yield (
-                group,
-                slice(own, own + group.size),
-                slice(seen, seen + group.model_size),
-                slice(at, at + group.size),
-            )
+            spans = (slice(own, own + group.size), slice(seen, seen + group.model_size), slice(at, at + group.size))
+            yield group, *spans
             own, seen = own + group.size, seen + group.model_size
 
 
@@ -76,7 +72,12 @@ def _base(group: ActionGroup, state: np.ndarray, at: slice) -> np.ndarray | None
 
 def _encode_group(group: ActionGroup, command: np.ndarray, base: np.ndarray | None) -> np.ndarray:
     if isinstance(group, EndEffector) and group.rotation != "none":
-        return _encode_pose(group, command, base)
+        position, rotation = command[..., :3], to_matrix(command[..., 3:], group.rotation)
+        if base is not None:
+            towards_tool = np.swapaxes(to_matrix(base[..., 3:], group.rotation), -1, -2)
+            position = (towards_tool @ (position - base[..., :3])[..., None])[..., 0]
+            rotation = towards_tool @ rotation
+        return np.concatenate([position, from_matrix(rotation, "rot6d")], axis=-1)
     if isinstance(group, LinkageGripper):
         return _between(*group.motor, command) - group.angle[0]
     if isinstance(group, Gripper):
@@ -87,7 +88,12 @@ def _encode_group(group: ActionGroup, command: np.ndarray, base: np.ndarray | No
 
 def _decode_group(group: ActionGroup, seen: np.ndarray, base: np.ndarray | None) -> np.ndarray:
     if isinstance(group, EndEffector) and group.rotation != "none":
-        return _decode_pose(group, seen, base)
+        position, rotation = seen[..., :3], to_matrix(seen[..., 3:], "rot6d")
+        if base is not None:
+            frame = to_matrix(base[..., 3:], group.rotation)
+            position = (frame @ position[..., None])[..., 0] + base[..., :3]
+            rotation = frame @ rotation
+        return np.concatenate([position, from_matrix(rotation, group.rotation)], axis=-1)
     if isinstance(group, LinkageGripper):
         return _fraction(*group.motor, seen + group.angle[0])
     if isinstance(group, Gripper):
@@ -119,31 +125,17 @@ def _between(zero: float, one: float, fraction: np.ndarray) -> np.ndarray:
     return zero + fraction * (one - zero)
 
 
-def _encode_pose(group: EndEffector, pose: np.ndarray, base: np.ndarray | None) -> np.ndarray:
-    position, rotation = pose[..., :3], to_matrix(pose[..., 3:], group.rotation)
-    if base is not None:
-        towards_tool = np.swapaxes(to_matrix(base[..., 3:], group.rotation), -1, -2)
-        position = (towards_tool @ (position - base[..., :3])[..., None])[..., 0]
-        rotation = towards_tool @ rotation
-    return np.concatenate([position, from_matrix(rotation, "rot6d")], axis=-1)
-
-
-def _decode_pose(group: EndEffector, seen: np.ndarray, base: np.ndarray | None) -> np.ndarray:
-    position, rotation = seen[..., :3], to_matrix(seen[..., 3:], "rot6d")
-    if base is not None:
-        frame = to_matrix(base[..., 3:], group.rotation)
-        position = (frame @ position[..., None])[..., 0] + base[..., :3]
-        rotation = frame @ rotation
-    return np.concatenate([position, from_matrix(rotation, group.rotation)], axis=-1)
-
-
 # Rotations of a tool pose, as the robot writes them and in the 6D form that the model sees ----------------------------
 
 
 def to_matrix(rotation: np.ndarray, form: Rotation) -> np.ndarray:
     """[..., n] in the given form -> [..., 3, 3]."""
     if form == "rot6d":
-        return _from_rot6d(rotation)
+        # Gram-Schmidt on two columns, so that any prediction is a rotation (Zhou et al., CVPR 2019, eq. 15).
+        first = rotation[..., :3] / np.linalg.norm(rotation[..., :3], axis=-1, keepdims=True)
+        second = rotation[..., 3:] - np.sum(first * rotation[..., 3:], axis=-1, keepdims=True) * first
+        second = second / np.linalg.norm(second, axis=-1, keepdims=True)
+        return np.stack([first, second, np.cross(first, second)], axis=-1)
     if form == "quat_xyzw":
         return _from_quaternion(rotation / np.linalg.norm(rotation, axis=-1, keepdims=True))
     if form == "euler_xyz":
@@ -159,15 +151,11 @@ def from_matrix(matrix: np.ndarray, form: Rotation) -> np.ndarray:
     if form == "euler_xyz":
         return _to_euler_xyz(matrix)
     quaternion = _to_quaternion(matrix)
-    return quaternion if form == "quat_xyzw" else _quaternion_to_rotvec(quaternion)
-
-
-def _from_rot6d(rotation: np.ndarray) -> np.ndarray:
-    """Gram-Schmidt on two columns, so that any prediction is a rotation (Zhou et al., CVPR 2019, eq. 15)."""
-    first = rotation[..., :3] / np.linalg.norm(rotation[..., :3], axis=-1, keepdims=True)
-    second = rotation[..., 3:] - np.sum(first * rotation[..., 3:], axis=-1, keepdims=True) * first
-    second = second / np.linalg.norm(second, axis=-1, keepdims=True)
-    return np.stack([first, second, np.cross(first, second)], axis=-1)
+    if form == "quat_xyzw":
+        return quaternion
+    sine = np.linalg.norm(quaternion[..., :3], axis=-1, keepdims=True)
+    angle = 2 * np.arctan2(sine, quaternion[..., 3:])
+    return quaternion[..., :3] * np.where(sine > 1e-12, angle / np.where(sine > 1e-12, sine, 1.0), 2.0)
 
 
 def _from_quaternion(q: np.ndarray) -> np.ndarray:
@@ -208,12 +196,6 @@ def _to_quaternion(m: np.ndarray) -> np.ndarray:
     q = np.take_along_axis(products, best, axis=-2)[..., 0, :]
     q = q / np.linalg.norm(q, axis=-1, keepdims=True)
     return np.where(q[..., 3:] < 0, -q, q)
-
-
-def _quaternion_to_rotvec(q: np.ndarray) -> np.ndarray:
-    sine = np.linalg.norm(q[..., :3], axis=-1, keepdims=True)
-    angle = 2 * np.arctan2(sine, q[..., 3:])
-    return q[..., :3] * np.where(sine > 1e-12, angle / np.where(sine > 1e-12, sine, 1.0), 2.0)
 
 
 def _to_euler_xyz(m: np.ndarray) -> np.ndarray:
