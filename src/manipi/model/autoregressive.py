@@ -68,14 +68,8 @@ def _mean_per_sample(values: Tensor, counts_BL: Tensor) -> Tensor:
 
 def prompt_output(gemma: Gemma, prefix: Span, prompt_len: int) -> Float[Tensor, "B L-1 D"]:
     """Row i predicts prompt token i+1. The last token predicts nothing and is left out."""
-    inputs = dataclasses.replace(
-        prefix,
-        tokens_BTD=prefix.tokens_BTD[:, :-1],
-        valid_BT=prefix.valid_BT[:, :-1],
-        starts_block_BT=prefix.starts_block_BT[:, :-1],
-        position_BT=None if prefix.position_BT is None else prefix.position_BT[:, :-1],
-    )
-    return gemma({"vlm": inputs}, last=prompt_len - 1)["vlm"]
+    inputs = {name: value[:, :-1] for name, value in vars(prefix).items() if isinstance(value, Tensor)}
+    return gemma({"vlm": dataclasses.replace(prefix, **inputs)}, last=prompt_len - 1)["vlm"]
 
 
 # Decoding ------------------------------------------------------------------------------------------------------------

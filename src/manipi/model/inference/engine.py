@@ -184,11 +184,9 @@ class StepHead(FlowHead):
         else:
             assert isinstance(head, Pi05Head)
             cond_TD = head.condition(embedded_TD).to(dtype)
-            tables = []
-            for norm in norms:
-                scale, shift, gate = norm.modulation(cond_TD).float().chunk(3, dim=-1)
-                tables.append(torch.stack([1 + scale, shift, gate], dim=1))
-            table = torch.stack(tables, dim=1)
+            made = [norm.modulation(cond_TD).float().unflatten(-1, (3, -1)) for norm in norms]
+            table = torch.stack(made, dim=1)
+            table[:, :, 0] += 1  # scale to factor
         self.register_buffer("table", table)
         self.register_buffer("starts", torch.arange(horizon, device=table.device) == 0)
 
