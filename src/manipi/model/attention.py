@@ -84,7 +84,7 @@ _TENSORS = ("valid", "block", "branch", "position")
 def joined(layouts: Sequence[Layout]) -> Layout:
     """Those of sequences that follow each other, as one."""
     whole = {name: torch.cat([getattr(one, name) for one in layouts], dim=1) for name in _TENSORS}
-    return Layout(**whole, end=layouts[-1].end, plain=all(one.plain for one in layouts))
+    return Layout(**whole, end=layouts[-1].end, plain=all(one.plain for one in layouts), one_block=False)
 
 
 def chosen(x: Tensor, which: int | Tensor) -> Tensor:
@@ -138,7 +138,10 @@ def _same_path(query_BT: Tensor, key_BS: Tensor) -> Tensor:
 
 def mask_for(query: Layout, key: Layout, dtype: torch.dtype) -> Mask:
     """Which keys each query sees, for `attend`."""
-    if query.valid.shape[1] >= FLEX_QUERIES and _has_flex(query.valid.device):
+    device, memory = query.valid.device, 0
+    if query.valid.shape[1] >= FLEX_QUERIES and device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if memory >= FLEX_SHARED_MEMORY:
         return flex_mask(query, key)
     return bias_for(attention_mask(query, key), dtype)
 
@@ -184,13 +187,6 @@ def attend(q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, mask: Mask, *, heads_
         k_BNSH, v_BNSH = (x[:, :, None].expand(-1, -1, n // g, -1, -1).flatten(1, 2) for x in (k_BGSH, v_BGSH))
         attended = F.scaled_dot_product_attention(q_BNTH, k_BNSH, v_BNSH, attn_mask=mask)
     return attended.transpose(1, 2).flatten(2)
-
-
-@cache
-def _has_flex(device: torch.device) -> bool:
-    return device.type == "cuda" and (
-        torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= FLEX_SHARED_MEMORY
-    )
 
 
 @cache

@@ -86,8 +86,8 @@ def kept(image_valid: Tensor, token_valid: Tensor, token_causal: Tensor | None, 
 
 def everything(image_valid: Tensor, token_valid: Tensor) -> Kept:
     """The padded batch, as the reference computes it."""
-    masks = (torch.ones(mask.shape, dtype=torch.bool, device="cpu") for mask in (image_valid, token_valid))
-    whole = kept(*masks, None)
+    slots, tokens = (torch.ones(mask.shape, dtype=torch.bool, device="cpu") for mask in (image_valid, token_valid))
+    whole = kept(slots, tokens, None)
     return dataclasses.replace(whole, one_block=False, all_valid=False)
 
 
