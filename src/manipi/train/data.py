@@ -53,9 +53,9 @@ from manipi.train.config import DatasetConfig, TrainConfig
 from manipi.train.run.folder import checkpoint_steps, claim_videos
 from manipi.transforms import pipeline
 from manipi.transforms.actions import ActionSpace
+from manipi.transforms.model_input import TokenizeActions, TokenizePrompt, TokenizeStep
 from manipi.transforms.normalize import Normalize, load_norm_stats, normalize, read_openpi_stats, save_norm_stats
 from manipi.transforms.pipeline import Pipeline, observation_of
-from manipi.transforms.tokenize import TokenizeActions, TokenizePrompt, TokenizeStep
 from manipi.types import NormStats, Sample
 from manipi.weights.layouts import open_action_tokenizer, open_text_tokenizer
 

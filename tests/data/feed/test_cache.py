@@ -14,7 +14,7 @@ from manipi.data.feed.cache import CachedDataset
 from manipi.data.lerobot.video import VideoWriter
 from manipi.data.open import open_dataset
 from manipi.errors import ConfigError, DatasetFormatError, MissingFeatureError, StorageError
-from manipi.transforms.layout import resize_with_pad
+from manipi.transforms.model_input import resize_with_pad
 
 CAMERA = "observation.images.top"
 ROWS = np.array([49, 0, 7, 7, 20])

@@ -30,7 +30,7 @@ from manipi.errors import ConfigError
 from manipi.processes import allocate
 from manipi.records import json_bytes, read_json
 from manipi.storage import atomic_write, require_room, storage_errors
-from manipi.transforms.layout import resize_with_pad
+from manipi.transforms.model_input import resize_with_pad
 
 CacheFormat: TypeAlias = Literal["raw", "jpeg"]
 _BLOCK = 4096
