@@ -304,8 +304,8 @@ class TrainConfig:
     while the policy computes (arXiv 2512.05964); 0: none."""
     ema_decay: BeforeStep1[BelowOne] = 0.99
     """Decay of the averaged weights that are saved for inference; 0 saves the raw ones."""
-    guards: GuardConfig = field(default_factory=GuardConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    guards: Anytime[GuardConfig] = field(default_factory=GuardConfig)
+    log: Anytime[LogConfig] = field(default_factory=LogConfig)
     seed: Stays[int] = 42
     log_every: Stays[Count] = 50
     save_every: Stays[Count] = 1_000

@@ -259,10 +259,17 @@ def read_config(folder: Path) -> TrainConfig:
     return from_json(_read_settings(path), (TrainConfig, *kinds), str(path))
 
 
-def _read_settings(path: Path) -> Any:
-    """A run's settings as JSON. Raises TrainingError where a later version of manipi wrote them."""
+def _read_settings(path: Path) -> dict[str, Any]:
+    """A run's settings as JSON. Raises TrainingError where they are none, or a later version of manipi wrote them."""
     stored = read_json(path)
-    number = stored.pop("format", 0) if isinstance(stored, dict) else 0
+    if not isinstance(stored, dict):
+        raise TrainingError(
+            expected="the settings of a run",
+            found=shown(stored),
+            where=str(path),
+            next="restore the file, or give the new run another folder (--run-dir)",
+        )
+    number = stored.pop("format", 0)
     if not isinstance(number, int) or number > FORMAT:
         raise TrainingError(
             expected=f"a run folder of format {FORMAT} or before, as this version of manipi writes and reads",
