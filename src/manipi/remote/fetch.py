@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from manipi.errors import FetchError, unknown_name
-from manipi.records import json_bytes, read_json
+from manipi.records import json_bytes, read_object
 from manipi.remote.stores import SCHEMES, Store, StoreFile, fetch_error
 from manipi.storage import Lock, atomic_write, home, storage_errors
 
@@ -242,7 +242,7 @@ def target_of(url: str) -> Path:
 
 def _manifest(target: Path) -> dict[str, Any]:
     path = target.with_name(f".{target.name}.manifest.json")
-    return read_json(path) if path.is_file() else {"files": {}}
+    return read_object(path) if path.is_file() else {"files": {}}
 
 
 def _write_manifest(

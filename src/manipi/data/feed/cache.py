@@ -29,7 +29,7 @@ from manipi.data.dataset import Dataset, PromptSource
 from manipi.data.lerobot.picture_files import replaced
 from manipi.errors import ConfigError
 from manipi.processes import allocate
-from manipi.records import json_bytes, read_json
+from manipi.records import json_bytes, read_object
 from manipi.storage import atomic_write, require_room, storage_errors
 from manipi.transforms.layout import resize_with_pad
 
@@ -171,7 +171,7 @@ def _cached_dataset(
 def _forget_replaced(folder: Path, now: Mapping[str, str]) -> None:
     """Of earlier releases, which did not say what they were decoded from, pictures are taken as they are."""
     said = folder / "videos.json"
-    before = read_json(said) if said.exists() else {}
+    before = read_object(said) if said.exists() else {}
     with storage_errors(folder):
         if replaced(before, now):
             (folder / "present").unlink(missing_ok=True)  # first: without it, nothing counts as there

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from manipi.data.dataset import Feature
 from manipi.data.rlds.tfrecord import broken, read_json
-from manipi.errors import ConfigError, FetchError, MissingFeatureError, unknown_name
-from manipi.records import fingerprint, from_json, to_json
+from manipi.errors import ConfigError, DatasetFormatError, FetchError, MissingFeatureError, unknown_name
+from manipi.records import fingerprint, from_json, read_object, to_json
 from manipi.remote.fetch import fetch, is_here, origin
 from manipi.remote.stores import fetch_error
 
@@ -107,7 +107,7 @@ def find_fields(root: Path, name: str) -> RldsFields:
     if path.is_file():
         defaults = to_json(RldsFields(fps=1.0))
         del defaults["fps"]
-        return from_json(defaults | read_json(path), (RldsFields,), str(path))
+        return from_json(defaults | read_object(path, DatasetFormatError), (RldsFields,), str(path))
     if name in KNOWN:
         return KNOWN[name]
     raise ConfigError(

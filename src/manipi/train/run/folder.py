@@ -37,7 +37,7 @@ from tqdm import tqdm
 from manipi.checkpoints.native import verify
 from manipi.data.lerobot.picture_files import replaced
 from manipi.errors import CheckpointError, TrainingError, shown
-from manipi.records import Change, dataclasses_in, from_json, json_bytes, may_change, read_json, to_json
+from manipi.records import Change, dataclasses_in, from_json, json_bytes, may_change, read_object, to_json
 from manipi.storage import Lock, atomic_write, remove_partial, storage_errors
 from manipi.train.config import TrainConfig
 
@@ -225,7 +225,7 @@ def claim_videos(folder: Path, now: Mapping[str, Mapping[str, str]]) -> None:
         TrainingError: the run has a checkpoint, and files are others than those that it was trained on.
     """
     path, trained = folder / "videos.json", bool(checkpoint_steps(folder))
-    before = read_json(path) if path.exists() else {}
+    before = read_object(path) if path.exists() else {}
     others = [name for data, files in now.items() for name in replaced(before.get(data, {}), files)]
     if others and trained:
         raise TrainingError(
@@ -260,15 +260,8 @@ def read_config(folder: Path) -> TrainConfig:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """A run's settings as JSON. Raises TrainingError where they are none, or a later version of manipi wrote them."""
-    stored = read_json(path)
-    if not isinstance(stored, dict):
-        raise TrainingError(
-            expected="the settings of a run",
-            found=shown(stored),
-            where=str(path),
-            next="restore the file, or give the new run another folder (--run-dir)",
-        )
+    """A run's settings as JSON. Raises TrainingError where a later version of manipi wrote them."""
+    stored = read_object(path)
     number = stored.pop("format", 0)
     if not isinstance(number, int) or number > FORMAT:
         raise TrainingError(
