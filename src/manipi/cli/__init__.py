@@ -80,9 +80,12 @@ def _told(command: str, error: RuntimeError | OSError | UnicodeEncodeError) -> M
     """
     where, next = f"manipi {command}", "give it another name"
     if isinstance(error, UnicodeEncodeError):
-        if not any("\udc80" <= letter <= "\udcff" for letter in error.object[error.start : error.end]):
+        bytes_in = [
+            line for line in error.object.splitlines() if any("\udc80" <= letter <= "\udcff" for letter in line)
+        ]
+        if not bytes_in:
             raise error
-        found = shown(error.object[max(0, error.start - 60) : error.end + 60], 200)
+        found = shown(bytes_in[0].strip(), 200)
         return ConfigError(expected="names of files in UTF-8", found=found, where=where, next=next)
     if isinstance(error, OSError):
         if error.errno == errno.ENOSPC and error.filename is None:

@@ -104,7 +104,7 @@ def open_dataset(
 
     Args:
         episodes: the numbers of those to use; none named: all of them.
-        fields, split, seed: of RLDS, as `rlds.open_rlds` takes them; `fields` names a map of `rlds_fields.BY_NAME`.
+        fields, split, seed: of RLDS, as `open_rlds` takes them; `fields` names a map of `data.rlds.fields.BY_NAME`.
 
     Raises:
         DatasetNotFoundError: no such folder, or no frames in it.

@@ -73,7 +73,7 @@ class DatasetConfig:
     """Numbers of the episodes to use; none named: all of them."""
     prompt: Literal["task", "subtask"] = "task"
     fields: str = ""
-    """RLDS only: its map in `data.rlds_fields.BY_NAME`; empty: the one beside its files, or of its name."""
+    """RLDS only: its map in `data.rlds.fields.BY_NAME`; empty: the one beside its files, or of its name."""
 
 
 @dataclass(frozen=True, kw_only=True)

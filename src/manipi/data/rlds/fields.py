@@ -60,7 +60,7 @@ class RldsFields:
 def droid_fields(
     action_space: Literal["joint_position", "joint_velocity"], *, exterior: Literal["either", "both"] = "either"
 ) -> RldsFields:
-    """DROID 1.0.1, and sets made like it, with the keys of `robots.droid`; of the episodes, the successful ones.
+    """DROID 1.0.1, and sets made like it, with the keys of `robots.franka.droid`; of the episodes, the successful ones.
 
     Args:
         action_space: which of the recorded commands are the actions; the gripper's position follows them.
