@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         _print_no_more()
     except (ManipiError, ManipiClientError, RuntimeError, OSError, UnicodeEncodeError) as error:
-        known, command = isinstance(error, (ManipiError, ManipiClientError)), (arguments or ["--help"])[0]
+        known = isinstance(error, (ManipiError, ManipiClientError))
+        command = (arguments or ["--help"])[0]
         told = error if known else _told(command, error)
         print(f"\nmanipi {command}: {type(told).__name__}\n{told}", file=sys.stderr)
         sys.exit(1)
