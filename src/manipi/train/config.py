@@ -2,7 +2,7 @@
 
 Each setting says in its type when a run that goes on may bring another value (`manipi.records`), and what it may be:
 
-    steps: Anytime[Count] = 30_000          lr: Stays[float] = 2.5e-5
+    steps: Anytime[Count] = 30_000          lr: Stays[NotNegative] = 2.5e-5
 """
 
 from collections.abc import Callable
@@ -73,7 +73,7 @@ class DatasetConfig:
     """Numbers of the episodes to use; none named: all of them."""
     prompt: Literal["task", "subtask"] = "task"
     fields: str = ""
-    """RLDS only: its map in `data.rlds_fields.BY_NAME`; empty: the one beside its files, or of its name."""
+    """RLDS only: its map in `data.rlds.fields.BY_NAME`; empty: the one beside its files, or of its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class DataConfig:
     """Leave out episodes that `manipi check` finds broken, and say which; otherwise they stop the run."""
     holdout: Stays[BelowOne] = 0.1
     """Share of each dataset's episodes kept out of training, for evaluation."""
-    num_workers: Anytime[int] = 1
+    num_workers: Anytime[CountOrNone] = 1
     """Processes that read and encode batches; 0 reads inside the training process."""
     cache: Stays[Literal["none", "raw", "jpeg"]] = "none"
     """Keep decoded pictures in the run, at the model's size. JPEG: a seventh of the room, slightly other pixels."""
@@ -163,7 +163,7 @@ class OptimizerConfig:
     kind: Stays[Literal["adamw", "sgd"]] = "adamw"
     schedule: Stays[Literal["cosine", "rsqrt"]] = "cosine"
     """How the rate decays: to `final_lr` along a cosine, or for ever with one over the square root of the step."""
-    lr: Stays[float] = 2.5e-5
+    lr: Stays[NotNegative] = 2.5e-5
     """Peak learning rate."""
     final_lr: Stays[float] = 2.5e-6
     """cosine: learning rate at the end of the decay."""
@@ -172,12 +172,12 @@ class OptimizerConfig:
     """cosine: step at which it reaches `final_lr`."""
     timescale: Stays[float] = 10_000
     """rsqrt: steps after the warm-up until the rate is down to 1/√2 of its peak."""
-    beta1: Stays[float] = 0.9
+    beta1: Stays[BelowOne] = 0.9
     """AdamW, as `beta2`, `eps` and `weight_decay`."""
-    beta2: Stays[float] = 0.95
-    eps: Stays[float] = 1e-8
-    weight_decay: Stays[float] = 1e-10
-    momentum: Stays[float] = 0.9
+    beta2: Stays[BelowOne] = 0.95
+    eps: Stays[NotNegative] = 1e-8
+    weight_decay: Stays[NotNegative] = 1e-10
+    momentum: Stays[NotNegative] = 0.9
     """SGD, as `nesterov`."""
     nesterov: Stays[bool] = False
     clip_norm: Stays[float] = 1.0
@@ -304,8 +304,8 @@ class TrainConfig:
     while the policy computes (arXiv 2512.05964); 0: none."""
     ema_decay: BeforeStep1[BelowOne] = 0.99
     """Decay of the averaged weights that are saved for inference; 0 saves the raw ones."""
-    guards: GuardConfig = field(default_factory=GuardConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    guards: Anytime[GuardConfig] = field(default_factory=GuardConfig)
+    log: Anytime[LogConfig] = field(default_factory=LogConfig)
     seed: Stays[int] = 42
     log_every: Stays[Count] = 50
     save_every: Stays[Count] = 1_000
@@ -316,7 +316,7 @@ class TrainConfig:
     async_save: Anytime[bool] = True
     """Checkpoints are written by a process of their own, from a copy of the training state in memory, while training
     goes on; otherwise training waits for them."""
-    num_threads: Anytime[int] = 0
+    num_threads: Anytime[CountOrNone] = 0
     """CPU threads of torch; 0 leaves torch's choice."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

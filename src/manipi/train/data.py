@@ -36,12 +36,12 @@ from manipi.data.norm_stats import (
     suspicious_dimensions,
 )
 from manipi.data.review.filters import read_mask
-from manipi.errors import ConfigError, NormStatsError, shown
+from manipi.errors import ConfigError, ManipiError, NormStatsError, shown
 from manipi.model.config import Pi0FastConfig
-from manipi.records import fingerprint, from_json, read_json, write_json
+from manipi.records import fingerprint, from_json, json_bytes, read_object
 from manipi.remote.fetch import fetch
 from manipi.robots.robot import Robot
-from manipi.storage import atomic_directory
+from manipi.storage import atomic_directory, atomic_write
 from manipi.tokenizers import (
     ActionTokenizer,
     ByteTokenizer,
@@ -313,10 +313,14 @@ def _longest(
     rows = [rows_fingerprint(np.concatenate([one.rows, one.held_out])) for one in sets]
     action = tokenizers.action and tokenizers.action.sha256
     of = fingerprint([config.model, config.norm_mode, read, rows, stats, tokenizers.text.reference, action])
-    if path.exists() and (kept := read_json(path)).get("of") == of:
-        return from_json(kept["longest"], (LongestPrompt,), str(path))
+    try:
+        kept = read_object(path)
+        if kept.get("of") == of:
+            return from_json(kept.get("longest"), (LongestPrompt,), str(path))
+    except ManipiError:
+        pass  # none yet, half of one that 0.1.0 was killed at, or another version's: it is found again
     longest = longest_prompt(sets)
-    write_json(path, {"of": of, "longest": longest})
+    atomic_write(path, json_bytes({"of": of, "longest": longest}))
     return longest
 
 

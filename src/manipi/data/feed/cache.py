@@ -28,7 +28,7 @@ from tqdm import tqdm
 from manipi.data.dataset import Dataset, PromptSource, replaced
 from manipi.errors import ConfigError
 from manipi.processes import allocate
-from manipi.records import json_bytes, read_json
+from manipi.records import json_bytes, read_object
 from manipi.storage import atomic_write, require_room, storage_errors
 from manipi.transforms.model_input import resize_with_pad
 
@@ -170,7 +170,7 @@ def _cached_dataset(
 def _forget_replaced(folder: Path, now: Mapping[str, str]) -> None:
     """Of earlier releases, which did not say what they were decoded from, pictures are taken as they are."""
     said = folder / "videos.json"
-    before = read_json(said) if said.exists() else {}
+    before = read_object(said) if said.exists() else {}
     with storage_errors(folder):
         if replaced(before, now):
             (folder / "present").unlink(missing_ok=True)  # first: without it, nothing counts as there

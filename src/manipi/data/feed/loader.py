@@ -60,7 +60,7 @@ class Loader:
             for step, batch, wait in loader: ...
 
     Args:
-        samples: the encoded samples at some rows, in their order (`data.source`); picklable.
+        samples: the encoded samples at some rows, in their order (`EncodedDataset.samples`); picklable.
         num_workers: 0 makes batches in the caller's process; any number gives the same batches.
         prefetch: batches that each worker makes ahead, at least 1.
 

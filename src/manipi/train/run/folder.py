@@ -37,7 +37,7 @@ from tqdm import tqdm
 from manipi.checkpoints.native import verify
 from manipi.data.dataset import replaced
 from manipi.errors import CheckpointError, TrainingError, shown
-from manipi.records import Change, dataclasses_in, from_json, json_bytes, may_change, read_json, to_json
+from manipi.records import Change, dataclasses_in, from_json, json_bytes, may_change, read_object, to_json
 from manipi.storage import Lock, atomic_write, remove_partial, storage_errors
 from manipi.train.config import TrainConfig
 
@@ -225,7 +225,7 @@ def claim_videos(folder: Path, now: Mapping[str, Mapping[str, str]]) -> None:
         TrainingError: the run has a checkpoint, and files are others than those that it was trained on.
     """
     path, trained = folder / "videos.json", bool(checkpoint_steps(folder))
-    before = read_json(path) if path.exists() else {}
+    before = read_object(path) if path.exists() else {}
     others = [name for data, files in now.items() for name in replaced(before.get(data, {}), files)]
     if others and trained:
         raise TrainingError(
@@ -259,10 +259,10 @@ def read_config(folder: Path) -> TrainConfig:
     return from_json(_read_settings(path), (TrainConfig, *kinds), str(path))
 
 
-def _read_settings(path: Path) -> Any:
+def _read_settings(path: Path) -> dict[str, Any]:
     """A run's settings as JSON. Raises TrainingError where a later version of manipi wrote them."""
-    stored = read_json(path)
-    number = stored.pop("format", 0) if isinstance(stored, dict) else 0
+    stored = read_object(path)
+    number = stored.pop("format", 0)
     if not isinstance(number, int) or number > FORMAT:
         raise TrainingError(
             expected=f"a run folder of format {FORMAT} or before, as this version of manipi writes and reads",

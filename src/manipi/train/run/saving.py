@@ -5,7 +5,7 @@
     writer                                         └── self-test, files, hashes, one rename ──┘
 
 The weights change in the optimizer's step alone, so that the copy may go on until the next one. A save waits for the
-one before it. The writer outlives a killed trainer for as long as it takes to finish the copy in hand; `train.lock`
+one before it. The writer outlives a killed trainer for as long as it takes to finish the copy in hand; `.writer.lock`
 keeps others out until then.
 """
 
