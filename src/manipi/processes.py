@@ -5,6 +5,7 @@ The memory is in files without a name, gone with the last process that holds the
 Named shared memory outlives killed processes, and in containers is often limited to 64 MB.
 """
 
+import gc
 import mmap
 import multiprocessing
 import os
@@ -120,8 +121,14 @@ class _Parcel:
 
 
 def _unpack(descriptor: Any) -> _Parcel:
-    with os.fdopen(descriptor.detach(), "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
-        return _Parcel(pickle.loads(memory))
+    # What this imports stays. To look for garbage among it takes as long as to import half of this package.
+    gc.disable()
+    try:
+        with os.fdopen(descriptor.detach(), "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
+            return _Parcel(pickle.loads(memory))
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _end_all() -> None:

@@ -11,7 +11,7 @@ import tyro
 
 from manipi.cli.arguments import NewFile, parse, recipe_name, table, write_result
 from manipi.recipes.registry import load_recipe, recipe_names
-from manipi.train.config import TrainConfig
+from manipi.train.config import STRUCTURE, TrainConfig
 
 if TYPE_CHECKING:
     from manipi.train.data import LongestPrompt
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
         print(HELP)
         return
     target = recipe_name(arguments, "plan")
-    args = parse(_Plan, arguments[1:], f"plan {target}", default=_Plan(config=load_recipe(target)))
+    args = parse(_Plan, arguments[1:], f"plan {target}", default=_Plan(config=load_recipe(target)), structure=STRUCTURE)
 
     from manipi.train.plan.fit import find_fit, fits, gpu_bytes
     from manipi.train.plan.memory import forecast, plot_memory

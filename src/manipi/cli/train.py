@@ -12,7 +12,7 @@ import tyro
 from manipi.cli.arguments import Folder, NewFile, parse, recipe_name, write_result
 from manipi.errors import quoted
 from manipi.recipes.registry import load_recipe, recipe_names
-from manipi.train.config import TrainConfig
+from manipi.train.config import STRUCTURE, TrainConfig
 from manipi.train.launch import ENVIRONMENT, Launch
 
 HELP = f"""usage: manipi train RECIPE|FILE.py:FUNCTION [--flags]
@@ -85,4 +85,4 @@ def _become(torchrun: list[str]) -> None:
 
 def parse_train(target: str, recipe: TrainConfig, arguments: Sequence[str]) -> _Train:
     """The command's own flags, and the recipe with the other flags applied to its numbers."""
-    return parse(_Train, arguments, f"train {target}", default=_Train(config=recipe))
+    return parse(_Train, arguments, f"train {target}", default=_Train(config=recipe), structure=STRUCTURE)

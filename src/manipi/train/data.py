@@ -28,6 +28,7 @@ from manipi.data.feed.cache import CachedDataset
 from manipi.data.feed.loader import Loader
 from manipi.data.feed.mixture import EncodedDataset, Mixture, Part, Share
 from manipi.data.feed.sampler import Sampler, permutation, split_episodes
+from manipi.data.lerobot.picture_files import replaced
 from manipi.data.norm_stats.compute import (
     read_state,
     rows_fingerprint,
@@ -36,12 +37,12 @@ from manipi.data.norm_stats.compute import (
 )
 from manipi.data.norm_stats.sketch import provenance
 from manipi.data.review.filters import read_mask
-from manipi.errors import ConfigError, NormStatsError, shown
+from manipi.errors import ConfigError, NormStatsError, TrainingError, shown
 from manipi.model.config import Pi0FastConfig
-from manipi.records import fingerprint, from_json, read_json, write_json
+from manipi.records import fingerprint, from_json, json_bytes, read_json, write_json
 from manipi.remote.fetch import fetch
 from manipi.robots.robot import Robot
-from manipi.storage import atomic_directory
+from manipi.storage import atomic_directory, atomic_write
 from manipi.tokenizers import (
     ActionTokenizer,
     ByteTokenizer,
@@ -50,7 +51,7 @@ from manipi.tokenizers import (
 )
 from manipi.tokenizers.actions import NUM_BINS, bin_indices
 from manipi.train.config import DatasetConfig, TrainConfig
-from manipi.train.run.folder import checkpoint_steps, claim_videos
+from manipi.train.run.folder import checkpoint_steps
 from manipi.transforms import pipeline
 from manipi.transforms.actions import ActionSpace
 from manipi.transforms.normalize import Normalize, load_norm_stats, normalize, read_openpi_stats, save_norm_stats
@@ -303,6 +304,29 @@ def prepare_to_look(config: TrainConfig) -> TrainingData:
     """As `prepare`, without leaving anything on disk, and without a cache: of pictures, few are looked at."""
     with tempfile.TemporaryDirectory() as folder:
         return prepare(replace(config, data=replace(config.data, cache="none")), Path(folder))
+
+
+def claim_videos(folder: Path, now: Mapping[str, Mapping[str, str]]) -> None:
+    """Tie a run to the files that hold its pictures: `Dataset.picture_files` by the dataset's fingerprint.
+
+    Raises:
+        TrainingError: the run has a checkpoint, and files are others than those that it was trained on.
+    """
+    path, trained = folder / "videos.json", bool(checkpoint_steps(folder))
+    before = read_json(path) if path.exists() else {}
+    others = [name for data, files in now.items() for name in replaced(before.get(data, {}), files)]
+    if others and trained:
+        raise TrainingError(
+            expected="the videos that this run was trained on",
+            found=f"{len(others)} others of the same names: {', '.join(others[:4])}" + (" …" if others[4:] else ""),
+            where=str(path),
+            next="put the videos back as they were, or train on these in a run folder of their own (--run-dir)",
+        )
+    if trained and any(now.values()) and not before:
+        tqdm.write(f"{folder} did not say yet which videos it is trained on; from now on, those that are there")
+    known = {data: {**before.get(data, {}), **files} for data, files in now.items()}
+    if known != before:
+        atomic_write(path, json_bytes(known))
 
 
 def _longest(

@@ -14,15 +14,20 @@ part     a a b a a a b a | a b …       each round deals every part its share, 
 draw     0 1 0 2 3 4 1 5 | 6 2 …       the part's own stream goes on through all rounds
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int64
 
-from manipi.data.dataset import Dataset
 from manipi.errors import ConfigError, DatasetNotFoundError
+
+if TYPE_CHECKING:
+    from manipi.data.dataset import Dataset
 
 ROUND = 1 << 14
 """Places per round of a mixture; shares of the parts are exact to one of them."""

@@ -26,7 +26,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -34,8 +34,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from manipi.checkpoints.native import verify
-from manipi.data.lerobot.picture_files import replaced
 from manipi.errors import CheckpointError, TrainingError, shown
 from manipi.records import Change, dataclasses_in, from_json, json_bytes, may_change, read_json, to_json
 from manipi.storage import Lock, atomic_write, remove_partial, storage_errors
@@ -113,7 +111,7 @@ class Run:
         self._require_sound(step)
         later = steps[steps.index(step) + 1 :]
         for one in later:
-            if self._is_sound(one):
+            if not self._damage(one):
                 raise CheckpointError(
                     expected="damaged checkpoints alone after that to resume from",
                     found=f"a sound one (step {one})",
@@ -123,19 +121,19 @@ class Run:
         for one in later:
             self._drop(one)
 
-    def _is_sound(self, step: int) -> bool:
-        try:
-            verify(self.checkpoint(step))
-        except CheckpointError:
-            return False
-        return True
+    def _damage(self, step: int) -> CheckpointError | None:
+        from manipi.checkpoints.native import verify  # and with it all that a policy consists of
 
-    def _require_sound(self, step: int) -> None:
         try:
             verify(self.checkpoint(step))
         except CheckpointError as error:
+            return error
+        return None
+
+    def _require_sound(self, step: int) -> None:
+        if error := self._damage(step):
             before = [one for one in self.steps() if one < step]
-            sound = next(filter(self._is_sound, reversed(before)), None)
+            sound = next((one for one in reversed(before) if not self._damage(one)), None)
             raise CheckpointError(
                 expected=f"a sound checkpoint of step {step}",
                 found=error.found,
@@ -216,29 +214,6 @@ def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of a run that have a checkpoint, ascending."""
     path = folder / "checkpoints"
     return sorted(int(p.name) for p in (path.iterdir() if path.is_dir() else ()) if p.name.isdigit())
-
-
-def claim_videos(folder: Path, now: Mapping[str, Mapping[str, str]]) -> None:
-    """Tie a run to the files that hold its pictures: `Dataset.picture_files` by the dataset's fingerprint.
-
-    Raises:
-        TrainingError: the run has a checkpoint, and files are others than those that it was trained on.
-    """
-    path, trained = folder / "videos.json", bool(checkpoint_steps(folder))
-    before = read_json(path) if path.exists() else {}
-    others = [name for data, files in now.items() for name in replaced(before.get(data, {}), files)]
-    if others and trained:
-        raise TrainingError(
-            expected="the videos that this run was trained on",
-            found=f"{len(others)} others of the same names: {', '.join(others[:4])}" + (" …" if others[4:] else ""),
-            where=str(path),
-            next="put the videos back as they were, or train on these in a run folder of their own (--run-dir)",
-        )
-    if trained and any(now.values()) and not before:
-        tqdm.write(f"{folder} did not say yet which videos it is trained on; from now on, those that are there")
-    known = {data: {**before.get(data, {}), **files} for data, files in now.items()}
-    if known != before:
-        atomic_write(path, json_bytes(known))
 
 
 def append_log(path: Path, record: dict[str, Any]) -> None:

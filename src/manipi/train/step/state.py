@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manipi.checkpoints.initial import load_initial_weights
 from manipi.errors import CheckpointError
 from manipi.model import VLA
 from manipi.model.config import Pi0FastConfig
@@ -154,6 +153,8 @@ class TrainState:
         model.to_empty(device=world.device)
         model.init_weights(config.seed)
         if init:
+            from manipi.checkpoints.initial import load_initial_weights  # and all that reads others' weights
+
             load_initial_weights(model, init)
         compress(model, config)
         parameters = trainable_parameters(model, config.trained)

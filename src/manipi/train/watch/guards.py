@@ -1,9 +1,10 @@
 """What a run watches itself for: numbers that are not finite, losses that leap, and steps that do not end."""
 
+from __future__ import annotations
+
 import faulthandler
 import io
 import os
-import statistics
 import sys
 import threading
 import time
@@ -14,17 +15,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
 from manipi.data.feed.loader import ASK_FOR_STACKS, Batch, Loader
-from manipi.data.feed.mixture import Mixture, Place
 from manipi.errors import NonFiniteError, StorageError
 from manipi.storage import atomic_write
 from manipi.train.config import GuardConfig
+
+if TYPE_CHECKING:
+    from manipi.data.feed.mixture import Mixture, Place
 
 FIRST_TIME, USUAL_TIMES = 6, 5
 """A stall is `stall_seconds` times the former for the first two of a kind, and never below the latter times the median
@@ -113,7 +116,7 @@ class Watchdog:
 
     def _limit(self, durations: Sequence[float]) -> float:
         seconds, usual = self._config.stall_seconds, list(durations)[1:]  # the first one starts workers, or compiles
-        return max(seconds, USUAL_TIMES * statistics.median(usual)) if usual else FIRST_TIME * seconds
+        return max(seconds, USUAL_TIMES * float(np.median(usual))) if usual else FIRST_TIME * seconds
 
     def _watch(self) -> None:
         seconds, told = self._config.stall_seconds, None

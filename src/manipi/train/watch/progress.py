@@ -18,6 +18,8 @@ are real; nothing for what is computed a second time, for padding, or for masks.
 Attention adds 4 · width · queries · keys per layer, and twice that backward.
 """
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
 import io
@@ -31,7 +33,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -39,7 +41,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from manipi.data.feed.loader import Batch
-from manipi.data.feed.mixture import Share
 from manipi.errors import ConfigError
 from manipi.model import VLA
 from manipi.model.config import Pi0Config, Pi0FastConfig
@@ -49,6 +50,9 @@ from manipi.storage import atomic_write
 from manipi.train.config import LogConfig
 from manipi.train.run.folder import Run
 from manipi.train.step.state import TrainState
+
+if TYPE_CHECKING:
+    from manipi.data.feed.mixture import Share
 
 # Where numbers and pictures go ----------------------------------------------------------------------------------------
 
@@ -152,7 +156,7 @@ class RunLog:
         if lead and config.wandb != "off":
             self._loggers.append(Wandb(run, config))
 
-    def __enter__(self) -> "RunLog":
+    def __enter__(self) -> RunLog:
         return self
 
     def __exit__(
@@ -198,7 +202,7 @@ class ProgressLog:
         self._begin_window()
         self._window.extend(window)
 
-    def __enter__(self) -> "ProgressLog":
+    def __enter__(self) -> ProgressLog:
         return self
 
     def __exit__(
