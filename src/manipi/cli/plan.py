@@ -15,8 +15,7 @@ from manipi.train.config import STRUCTURE, TrainConfig
 
 if TYPE_CHECKING:
     from manipi.train.data import LongestPrompt
-    from manipi.train.plan.fit import Fit
-    from manipi.train.plan.memory import StepMemory
+    from manipi.train.plan import Fit, StepMemory
 
 HELP = f"""usage: manipi plan RECIPE|FILE.py:FUNCTION [--gpu 24GB|rtx4090|h100|…] [--gpus N] [--flags of manipi train]
 
@@ -61,8 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     target = recipe_name(arguments, "plan")
     args = parse(_Plan, arguments[1:], f"plan {target}", default=_Plan(config=load_recipe(target)), structure=STRUCTURE)
 
-    from manipi.train.plan.fit import find_fit, fits, gpu_bytes
-    from manipi.train.plan.memory import forecast, plot_memory
+    from manipi.train.plan import find_fit, fits, forecast, gpu_bytes, plot_memory
 
     capacity = gpu_bytes(args.gpu) if args.gpu else None
     memory = forecast(args.config, gpus=args.gpus)

@@ -140,7 +140,7 @@ class ComputeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LRScale:
-    """Multipliers of the learning rate, by group of parameters (`train.step.trained`)."""
+    """Multipliers of the learning rate, by group of parameters (`train.step.state`)."""
 
     vision: Stays[Multiplier] = 1.0
     vlm: Stays[Multiplier] = 1.0
@@ -281,7 +281,7 @@ class TrainConfig:
     init: Stays[str] = ""
     """Weights to start from: folder of a checkpoint or run, a released name (`pi05_base`), a URL; empty: the seed's."""
     trained: BeforeStep1[Trained] = "full"
-    """`lora`: of experts with adapters, those alone; `qlora`: their matrices in 4 bits (`train.step.trained`)."""
+    """`lora`: of experts with adapters, those alone; `qlora`: their matrices in 4 bits (`train.step.state`)."""
     frozen_dtype: BeforeStep1[DType] = "float32"
     """How frozen weights are kept, in memory and in checkpoints."""
     steps: Anytime[Count] = 30_000

@@ -408,25 +408,18 @@ def _by_robot(opened: Sequence[Opened]) -> dict[str, list[Opened]]:
 def _training_set(
     config: TrainConfig, one: Opened, stats: NormStats, tokenizers: Tokenizers, cache: Path
 ) -> TrainingSet:
+    """With a cache, which resizes as the pipeline does: the samples are the same (`raw`: bit for bit)."""
     steps = pipeline.build(one.robot, config.model, stats, tokenizers, config.norm_mode)
-    horizon, prompt = config.model.action_horizon, one.settings.prompt
-    source = EncodedDataset(dataset=one.dataset, pipeline=steps, action_horizon=horizon, prompt=prompt)
-    cached = replace(source, dataset=_cached(config, one, cache))
+    horizon, prompt, how = config.model.action_horizon, one.settings.prompt, config.data
+    source = to_train_on = EncodedDataset(dataset=one.dataset, pipeline=steps, action_horizon=horizon, prompt=prompt)
+    if how.cache != "none":
+        size = config.model.vision.image_size
+        cached = CachedDataset(one.dataset, one.cameras, cache, size, format=how.cache, max_gb=how.cache_gb)
+        if how.cache_fill == "ahead":
+            cached.fill()
+        to_train_on = replace(source, dataset=cached)
     weight = one.settings.weight
-    return TrainingSet(source=source, to_train_on=cached, rows=one.rows, held_out=one.held_out, weight=weight)
-
-
-def _cached(config: TrainConfig, one: Opened, folder: Path) -> Dataset:
-    """The same samples after encoding (`raw`: bit for bit): the cache resizes as the pipeline does."""
-    if config.data.cache == "none":
-        return one.dataset
-    size = config.model.vision.image_size
-    cached = CachedDataset(
-        one.dataset, one.cameras, folder, size, format=config.data.cache, max_gb=config.data.cache_gb
-    )
-    if config.data.cache_fill == "ahead":
-        cached.fill()
-    return cached
+    return TrainingSet(source=source, to_train_on=to_train_on, rows=one.rows, held_out=one.held_out, weight=weight)
 
 
 def _no_demonstrations(found: str) -> ConfigError:
@@ -463,9 +456,12 @@ def _stats(config: TrainConfig, group: Sequence[Opened], folder: Path) -> NormSt
     if not path.exists():
         if config.data.norm_stats and own:
             # From now on the run is tied to its data, although the numbers are those of other demonstrations.
-            stats = replace(_released_stats(config), data=data, rows=rows)
+            released = fetch(config.data.norm_stats) / "norm_stats.json"
+            stats = read_openpi_stats(released, config.robot, config.model.action_horizon)
+            stats = replace(stats, data=data, rows=rows)
         else:
-            stats = _compute_stats(group, config.model.action_horizon)
+            sets = [(one.dataset, one.robot, one.rows) for one in group]
+            stats = sketch_norm_stats(sets, config.model.action_horizon, bins=False).stats()
             for note in suspicious_dimensions(stats):
                 tqdm.write(f"norm stats of {robot.name}: {note}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -483,38 +479,28 @@ def _stats(config: TrainConfig, group: Sequence[Opened], folder: Path) -> NormSt
     return stats
 
 
-def _compute_stats(group: Sequence[Opened], horizon: int) -> NormStats:
-    return sketch_norm_stats([(one.dataset, one.robot, one.rows) for one in group], horizon, bins=False).stats()
-
-
 def provenance_of(group: Sequence[Opened]) -> tuple[str, str]:
     """Fingerprints of the data and of the rows that a robot's statistics are of."""
     return provenance([(one.dataset.fingerprint, rows_fingerprint(one.rows)) for one in group])
 
 
-def _released_stats(config: TrainConfig) -> NormStats:
-    path = fetch(config.data.norm_stats) / "norm_stats.json"
-    return read_openpi_stats(path, config.robot, config.model.action_horizon)
-
-
 def _tokenizers(config: TrainConfig, one: Opened, stats: NormStats, folder: Path) -> Tokenizers:
     if folder.is_dir():
         return Tokenizers.load(folder)
-    action = _action_tokenizer(config, one, stats) if isinstance(config.model, Pi0FastConfig) else None
+    action: ActionTokenizer | None = None
+    if isinstance(config.model, Pi0FastConfig) and config.action_tokenizer != "fit":
+        action = open_action_tokenizer(config.action_tokenizer)
+    elif isinstance(config.model, Pi0FastConfig):
+        # The codes live behind the text's ids in the model's vocabulary.
+        room = config.model.vocab_size - ByteTokenizer.NUM_TEXT_IDS if config.tokenizer == "byte" else FIT_CODES
+        chunks = chunks_to_fit(config, one.dataset, one.rows, stats)
+        action = FastTokenizer.fit(chunks, vocab_size=min(room, FIT_CODES))
     tokenizers = Tokenizers(open_text_tokenizer(config.tokenizer, action), action)
     if config.init:
         require_tokenizer(config.init, config.model.vocab_size, tokenizers.text)
     with atomic_directory(folder) as partial:
         tokenizers.save(partial)
     return tokenizers
-
-
-def _action_tokenizer(config: TrainConfig, one: Opened, stats: NormStats) -> ActionTokenizer:
-    if config.action_tokenizer != "fit":
-        return open_action_tokenizer(config.action_tokenizer)
-    # The codes live behind the text's ids in the model's vocabulary.
-    room = config.model.vocab_size - ByteTokenizer.NUM_TEXT_IDS if config.tokenizer == "byte" else FIT_CODES
-    return FastTokenizer.fit(chunks_to_fit(config, one.dataset, one.rows, stats), vocab_size=min(room, FIT_CODES))
 
 
 def chunks_to_fit(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats) -> np.ndarray:

@@ -22,9 +22,8 @@ from manipi.storage import Lock, atomic_write
 from manipi.train.config import TrainConfig
 from manipi.train.parallel import World, open_world, require_shared
 from manipi.train.run.folder import Run, StopSignals, alone
-from manipi.train.step.state import TrainState
+from manipi.train.step.state import TrainState, format_table, parameter_table, require_packages
 from manipi.train.step.step import augment, train_step
-from manipi.train.step.trained import format_table, parameter_table, require_packages
 from manipi.train.watch.guards import Guards
 from manipi.train.watch.progress import ProgressLog, RunLog, plot_loss, require_loggers, show_mixture
 
@@ -76,7 +75,7 @@ def train(
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise
-            from manipi.train.plan.fit import out_of_memory  # fake tensors take as long to import as torch
+            from manipi.train.plan import out_of_memory  # fake tensors take as long to import as torch
 
             raise out_of_memory(error, config, world.device, gpus=world.size, show=show) from error
         return run.checkpoint(state.step)
@@ -155,7 +154,7 @@ def _train(
                 inputs = augment(inputs, config, step, first_row=world.rank * inputs.batch_size)
                 with ExitStack() as last_step:
                     if show and state.step + 1 == end:
-                        from manipi.train.plan.memory import memory_report
+                        from manipi.train.plan import memory_report
 
                         last_step.enter_context(memory_report(config, inputs, world.size))
                     metrics, sample_loss = train_step(state, inputs, config)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,7 +59,7 @@ class Stream:
         return len(self._all)
 
     def __reduce__(self) -> tuple:
-        return _stream, (self._all, self.seed, self.fingerprint, self.shuffle)
+        return partial(Stream, seed=self.seed, fingerprint=self.fingerprint, shuffle=self.shuffle), (self._all,)
 
     def at(self, places: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """The rows at some places of the stream."""
@@ -70,13 +70,8 @@ class Stream:
         return rows
 
     def _draw_epoch(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return self._all
-        return self._all[permutation(len(self._all), f"{self.seed}/{epoch}/{self.fingerprint}")]
-
-
-def _stream(rows: np.ndarray, seed: int, fingerprint: str, shuffle: bool) -> Stream:
-    return Stream(rows, seed=seed, fingerprint=fingerprint, shuffle=shuffle)
+        key = f"{self.seed}/{epoch}/{self.fingerprint}"
+        return self._all[permutation(len(self._all), key)] if self.shuffle else self._all
 
 
 class MixedStream:
@@ -95,7 +90,7 @@ class MixedStream:
         self._round = lru_cache(maxsize=2)(self._deal_round)
 
     def __reduce__(self) -> tuple:
-        return _mixed, (self.parts, self._weights, self._offsets, self.seed)
+        return partial(MixedStream, seed=self.seed), (self.parts, self._weights, self._offsets)
 
     def at(self, places: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """The rows at some places of the stream."""
@@ -119,10 +114,6 @@ class MixedStream:
         turns = np.empty(ROUND, np.int64)
         turns[order] = np.arange(ROUND) - np.repeat(np.cumsum(self._counts) - self._counts, self._counts)
         return owners, turns
-
-
-def _mixed(parts: Sequence[Stream], weights: Sequence[float], offsets: Sequence[int], seed: int) -> MixedStream:
-    return MixedStream(parts, weights, offsets, seed=seed)
 
 
 def deal(weights: Sequence[float]) -> Int64[np.ndarray, " parts"]:

@@ -27,7 +27,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -92,11 +92,10 @@ class Run:
 
     def newest(self) -> int | None:
         """The newest checkpoint's step, verified. Raises CheckpointError naming it and the one before it."""
-        steps = self.steps()
-        if not steps:
-            return None
-        self._require_sound(steps[-1])
-        return steps[-1]
+        newest = max(self.steps(), default=None)
+        if newest is not None:
+            self._require_sound(newest)
+        return newest
 
     def rewind(self, step: int) -> None:
         """Delete the damaged checkpoints after that of `step`. Raises CheckpointError where one of them is sound."""
@@ -154,9 +153,16 @@ class Run:
 
         A checkpoint between two saves, as SIGTERM leaves it, goes with the next and takes no other's place.
         """
-        every, steps, best = self.config.keep_every, self.steps(), self.best()
+        every, steps, best, number = self.config.keep_every, self.steps(), self.best(), self.config.validation.best_by
         if best:
-            self._name_best(best)
+            path = self.checkpoint(best["step"]).relative_to(self.folder)
+            described = {"step": best["step"], "by": number, "value": best[number], "path": str(path)}
+            atomic_write(self.folder / "best.json", json_bytes(described))
+            partial = self.folder / f".best.{os.getpid()}.partial"
+            with storage_errors(self.folder / "best"):
+                partial.unlink(missing_ok=True)
+                partial.symlink_to(path, target_is_directory=True)
+                partial.replace(self.folder / "best")
         planned = [step for step in steps if step % self.config.save_every == 0 or step == steps[-1]]
         for step in set(steps) - set(planned[-self.config.keep_checkpoints :]):
             protected = (step and every and step % every == 0) or (best and step == best["step"])
@@ -168,17 +174,6 @@ class Run:
         hidden = self.checkpoints / f".{step}.old.partial"
         self.checkpoint(step).rename(hidden)
         shutil.rmtree(hidden)
-
-    def _name_best(self, best: dict[str, Any]) -> None:
-        number = self.config.validation.best_by
-        path = self.checkpoint(best["step"]).relative_to(self.folder)
-        described = {"step": best["step"], "by": number, "value": best[number], "path": str(path)}
-        atomic_write(self.folder / "best.json", json_bytes(described))
-        partial = self.folder / f".best.{os.getpid()}.partial"
-        with storage_errors(self.folder / "best"):
-            partial.unlink(missing_ok=True)
-            partial.symlink_to(path, target_is_directory=True)
-            partial.replace(self.folder / "best")
 
     def log(self, record: dict[str, Any]) -> None:
         append_log(self.metrics, record)
@@ -267,35 +262,24 @@ def alone(folder: Path) -> Iterator[Lock]:
         TrainingError: another process trains here.
         StorageError: the folder cannot be written.
     """
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            trainer = Lock(folder / ".trainer.lock", wait=False)
-        except BlockingIOError as error:
-            raise TrainingError(
-                expected="a run folder in which no other process trains",
-                found="one that does",
-                where=str(folder),
-                next="wait for it or end it, or give the new run another folder (--run-dir)",
-            ) from error
-        try:
-            writer = _lock_of_writer(folder / ".writer.lock")
-        except OSError:
-            trainer.close()
-            raise
-    try:
-        yield writer
-    finally:
-        writer.close()
-        trainer.close()
-
-
-def _lock_of_writer(path: Path) -> Lock:
-    try:
-        return Lock(path, wait=False)
-    except BlockingIOError:
-        tqdm.write("the trainer before this one was killed during a save; waiting for its checkpoint")
-        return Lock(path, wait=True)
+    with ExitStack() as stack:
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(closing(Lock(folder / ".trainer.lock", wait=False)))
+            except BlockingIOError as error:
+                raise TrainingError(
+                    expected="a run folder in which no other process trains",
+                    found="one that does",
+                    where=str(folder),
+                    next="wait for it or end it, or give the new run another folder (--run-dir)",
+                ) from error
+            try:
+                writer = Lock(folder / ".writer.lock", wait=False)
+            except BlockingIOError:
+                tqdm.write("the trainer before this one was killed during a save; waiting for its checkpoint")
+                writer = Lock(folder / ".writer.lock", wait=True)
+        yield stack.enter_context(closing(writer))
 
 
 # Signals that end a run early -----------------------------------------------------------------------------------------

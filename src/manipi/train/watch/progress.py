@@ -29,7 +29,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -99,7 +99,16 @@ class Wandb:
         wandb = importlib.import_module("wandb")
         self._id, self._picture = run.folder / "wandb_id.txt", wandb.Image
         try:
-            self._run = self._init(wandb, run, config)
+            self._run = wandb.init(
+                project=config.wandb_project,
+                name=run.folder.resolve().name,
+                id=self._id.read_text().strip() if self._id.exists() else None,
+                resume="allow",
+                mode=config.wandb,
+                dir=str(run.folder),
+                config=to_json(run.config),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
         except wandb.Error as error:
             raise ConfigError(
                 expected="a run of Weights & Biases",
@@ -108,18 +117,6 @@ class Wandb:
                 next="wandb login, or --log.wandb offline",
             ) from error
         atomic_write(self._id, self._run.id.encode())
-
-    def _init(self, wandb: Any, run: Run, config: LogConfig) -> Any:
-        return wandb.init(
-            project=config.wandb_project,
-            name=run.folder.resolve().name,
-            id=self._id.read_text().strip() if self._id.exists() else None,
-            resume="allow",
-            mode=config.wandb,
-            dir=str(run.folder),
-            config=to_json(run.config),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
 
     def log(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         self._run.log({**numbers, **{name: self._picture(str(path)) for name, path in pictures.items()}}, step=step)
@@ -140,7 +137,7 @@ def require_loggers(config: LogConfig) -> None:
         )
 
 
-class RunLog:
+class RunLog(AbstractContextManager):
     """The one door for what a run has to say in numbers and pictures.
 
     Args:
@@ -155,9 +152,6 @@ class RunLog:
             self._loggers.append(TensorBoard(run.folder / "tensorboard", start))
         if lead and config.wandb != "off":
             self._loggers.append(Wandb(run, config))
-
-    def __enter__(self) -> RunLog:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -190,7 +184,7 @@ Window: TypeAlias = Sequence[Mapping[str, Tensor | float]]
 """Metrics of consecutive steps."""
 
 
-class ProgressLog:
+class ProgressLog(AbstractContextManager):
     """Averages the steps between two log lines; reads numbers off the device only when it writes one."""
 
     def __init__(
@@ -201,9 +195,6 @@ class ProgressLog:
         self._flops, self._peak, self._device = None, None, torch.device("cpu")
         self._begin_window()
         self._window.extend(window)
-
-    def __enter__(self) -> ProgressLog:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -257,7 +248,8 @@ class ProgressLog:
         speed = {"samples_per_s": here * self._batch_size / seconds, "time_per_step": seconds / here}
         use = {"mfu": self._work / seconds / self._peak} if self._peak else {}
         use["peak_memory_gb"] = peak_memory(self._device) / 1e9
-        waits = data_wait(self._waits, seconds)
+        # Share of the time that steps waited for data, and the wait in seconds that one step in twenty exceeds.
+        waits = {"data_wait": sum(self._waits) / seconds, "data_wait_p95": float(np.percentile(self._waits, 95))}
         spikes = {"spikes": self._spikes} if self._spikes else {}
         self._log.log(step, {**means, **speed, **use, **waits, **spikes, "time": time.time()})
         said = f"loss {means['loss']:.4f}, {speed['samples_per_s']:.0f} samples/s"
@@ -277,11 +269,6 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def data_wait(waits: Sequence[float], seconds: float) -> dict[str, float]:
-    """Share of the time that steps waited for data, and the wait in seconds that one step in twenty exceeds."""
-    return {"data_wait": sum(waits) / seconds, "data_wait_p95": float(np.percentile(waits, 95))}
 
 
 def show_mixture(shares: Sequence[Share]) -> None:
@@ -417,8 +404,7 @@ class ModelFlops:
 
 
 def _part(name: str) -> str:
-    expert = re.search(r"gemma\.(?:blocks\.\d+\.experts|final_norms)\.(\w+)", name)
-    if expert:
+    if expert := re.search(r"gemma\.(?:blocks\.\d+\.experts|final_norms)\.(\w+)", name):
         return expert[1]
     top = name.partition(".")[0]
     return "vlm" if top == "gemma" else top
@@ -441,9 +427,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s of matrix products: a GPU's by `PEAKS`, a processor's as measured here. None where it is not known."""
     if device.type == "cpu":
         return _measured_peak(dtype, torch.get_num_threads())
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return None
-    return listed_peak(torch.cuda.get_device_name(device))
+    is_listed = device.type == "cuda" and dtype == torch.bfloat16
+    return listed_peak(torch.cuda.get_device_name(device)) if is_listed else None
 
 
 def listed_peak(name: str) -> float | None:

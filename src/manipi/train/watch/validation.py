@@ -162,7 +162,8 @@ class HeldOutFrames:
                 del observation["actions"], observation["action_valid"]
                 question, seen = pipeline.encode(observation)
                 own.append(_tokens(question))
-                self._seen.append([_without_pictures(sample) for sample in seen])
+                # Decoding needs no pictures.
+                self._seen.append([{k: v for k, v in sample.items() if np.ndim(v) < 3} for sample in seen])
                 if len(own) - 1 in self._probed:
                     shown.append((observation, frame.prompt))
         self._training, self._held_out, self._prompts = _stack(training), _stack(held_out), sorted(prompts)
@@ -238,11 +239,6 @@ class HeldOutFrames:
 
 def _tokens(sample: Sample) -> Sample:
     return {key: value for key, value in sample.items() if key.startswith("token")}
-
-
-def _without_pictures(sample: Sample) -> Sample:
-    """Decoding needs none."""
-    return {key: value for key, value in sample.items() if np.ndim(value) < 3}
 
 
 def _stack(samples: Sequence[Sample]) -> Batch:
@@ -331,13 +327,9 @@ def summary(results: Sequence[SetResult]) -> dict[str, float]:
         "swapped_prompt": lambda r: r.probe.swapped,
         "other_noise": lambda r: r.probe.noise,
     }
-    means = {name: _mean(results, number) for name, number in numbers.items()}
-    return {name: mean for name, mean in means.items() if mean is not None}
-
-
-def _mean(results: Sequence[SetResult], number: Callable[[SetResult], float | None]) -> float | None:
-    found = [(value, r.weight) for r in results if (value := number(r)) is not None]
-    return float(np.average([v for v, _ in found], weights=[w for _, w in found])) if found else None
+    known = {name: [(v, r.weight) for r in results if (v := number(r)) is not None] for name, number in numbers.items()}
+    means = {name: list(zip(*pairs, strict=True)) for name, pairs in known.items() if pairs}
+    return {name: float(np.average(values, weights=weights)) for name, (values, weights) in means.items()}
 
 
 def _sentence(record: dict[str, Any]) -> str:
