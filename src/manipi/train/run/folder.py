@@ -27,7 +27,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -198,11 +198,10 @@ class Run:
 
 def _record(line: bytes) -> dict[str, Any] | None:
     """A log line's record; None where it is none."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    with suppress(ValueError):
+        if isinstance(record := json.loads(line), dict) and isinstance(record.get("step"), int):
+            return record
+    return None
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
