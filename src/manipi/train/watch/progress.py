@@ -248,8 +248,7 @@ class ProgressLog(AbstractContextManager):
         speed = {"samples_per_s": here * self._batch_size / seconds, "time_per_step": seconds / here}
         use = {"mfu": self._work / seconds / self._peak} if self._peak else {}
         use["peak_memory_gb"] = peak_memory(self._device) / 1e9
-        # Share of the time that steps waited for data, and the wait in seconds that one step in twenty exceeds.
-        waits = {"data_wait": sum(self._waits) / seconds, "data_wait_p95": float(np.percentile(self._waits, 95))}
+        waits = data_wait(self._waits, seconds)
         spikes = {"spikes": self._spikes} if self._spikes else {}
         self._log.log(step, {**means, **speed, **use, **waits, **spikes, "time": time.time()})
         said = f"loss {means['loss']:.4f}, {speed['samples_per_s']:.0f} samples/s"
@@ -269,6 +268,11 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def data_wait(waits: Sequence[float], seconds: float) -> dict[str, float]:
+    """Share of the time that steps waited for data, and the wait in seconds that one step in twenty exceeds."""
+    return {"data_wait": sum(waits) / seconds, "data_wait_p95": float(np.percentile(waits, 95))}
 
 
 def show_mixture(shares: Sequence[Share]) -> None:
