@@ -141,9 +141,7 @@ def _train(
         if window is None:
             with guards.phase("the start", "the first checkpoint"):
                 saver.save(progress.window)
-        for step, batch, wait in guards.batches(state.step):
-            if step >= end:
-                break
+        for step, batch, wait in guards.batches(state.step, end):
             if step == 0 and out.lead and config.guards.first_batch:
                 from manipi.train.watch.first_batch import save_first_batch
 

@@ -162,7 +162,7 @@ class Guards(Watchdog):
     """Around the loop of one run.
 
     with Guards(config.guards, folder, loader, data.mixture) as guards:
-        for step, batch, wait in guards.batches(start):
+        for step, batch, wait in guards.batches(start, end):
             with guards.step(step, batch): ...
             with guards.phase("the run", "the checkpoint"): ...
 
@@ -175,10 +175,10 @@ class Guards(Watchdog):
         self._folder, self._loader, self._mixture = folder, loader, mixture
         self._spikes = SpikeDetector(config)
 
-    def batches(self, start: int) -> Iterator[tuple[int, Batch, float]]:
-        """What the loader gives, from step `start` on."""
+    def batches(self, start: int, end: int) -> Iterator[tuple[int, Batch, float]]:
+        """What the loader gives, from step `start` on and before `end`."""
         batches, step = iter(self._loader), start
-        while True:
+        while step < end:
             with self.phase("the data loader", f"the batch of step {step}", partial(self._loader.workers, step)):
                 step, batch, wait = next(batches)
             yield step, batch, wait
