@@ -9,22 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-import tyro
-from tyro.constructors import PrimitiveConstructorSpec
-
 from manipi.errors import ConfigError, unknown_name
 from manipi.model.config import DType, ModelConfig, NormMode, Pi0FastConfig, Pi05Config
 from manipi.records import Anytime, BeforeStep1, Stays
 from manipi.robots.robot import Robot
-
-_WHOLE = PrimitiveConstructorSpec[Robot](
-    nargs=1,
-    metavar="ROBOT",
-    instance_from_str=lambda _: NotImplemented,
-    is_instance=lambda value: isinstance(value, Robot),
-    str_from_instance=lambda robot: [robot.name],
-)
-"""A robot is structure: tyro takes it as one value, which no flag changes, and does not look inside."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +64,10 @@ class DatasetConfig:
     """RLDS only: its map in `data.rlds.fields.BY_NAME`; empty: the one beside its files, or of its name."""
 
 
+STRUCTURE = (Robot, tuple[DatasetConfig, ...])
+"""Types of settings that a recipe alone says: there is no flag for them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the demonstrations are and how they are read."""
@@ -84,7 +76,7 @@ class DataConfig:
     """Folder or URL of one dataset, instead of the recipe's. Empty: the recipe's, or training has none."""
     root: Anytime[str] = ""
     """Folder or URL that holds the datasets of the recipe's mixture; empty: the current folder."""
-    mixture: Stays[Annotated[tuple[DatasetConfig, ...], tyro.conf.Fixed, tyro.conf.Suppress]] = ()
+    mixture: Stays[tuple[DatasetConfig, ...]] = ()
     """Several datasets, where there is no `path`."""
     keep: Stays[str] = ""
     """Of `path`: file or URL of the frames to keep (`manipi filter`); empty: all."""
@@ -148,7 +140,7 @@ class ComputeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LRScale:
-    """Multipliers of the learning rate, by group of parameters (`train.step.trained`)."""
+    """Multipliers of the learning rate, by group of parameters (`train.step.state`)."""
 
     vision: Stays[Multiplier] = 1.0
     vlm: Stays[Multiplier] = 1.0
@@ -274,9 +266,9 @@ class AugmentConfig:
 class TrainConfig:
     """One training run, complete: it is written into the run's folder and compared on resume."""
 
-    robot: Stays[Annotated[Robot, tyro.conf.Fixed, tyro.conf.Suppress, _WHOLE]]
+    robot: Stays[Robot]
     data: DataConfig
-    model: Stays[tyro.conf.AvoidSubcommands[ModelConfig]] = field(default_factory=Pi05Config)
+    model: Stays[ModelConfig] = field(default_factory=Pi05Config)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -289,7 +281,7 @@ class TrainConfig:
     init: Stays[str] = ""
     """Weights to start from: folder of a checkpoint or run, a released name (`pi05_base`), a URL; empty: the seed's."""
     trained: BeforeStep1[Trained] = "full"
-    """`lora`: of experts with adapters, those alone; `qlora`: their matrices in 4 bits (`train.step.trained`)."""
+    """`lora`: of experts with adapters, those alone; `qlora`: their matrices in 4 bits (`train.step.state`)."""
     frozen_dtype: BeforeStep1[DType] = "float32"
     """How frozen weights are kept, in memory and in checkpoints."""
     steps: Anytime[Count] = 30_000
