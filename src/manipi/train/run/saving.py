@@ -184,9 +184,7 @@ class AsyncSaver(Saver):
         self._copier, self._copy = ThreadPoolExecutor(1, "copier"), Future[None]()
         self._copy.set_result(None)
         self._writing = self._copies_state = False
-        self._hook = state.optimizer.register_step_pre_hook(
-            lambda *_: self._copy.result() if self._copies_state else None
-        )
+        self._hook = state.optimizer.register_step_pre_hook(lambda *_: self._before_update())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         try:
@@ -213,6 +211,10 @@ class AsyncSaver(Saver):
         rows = {name: tensor.clone() for name, tensor in growing(tensors).items()}
         self._writing, self._copies_state = True, source.tensors is fixed
         self._copy = self._copier.submit(self._hand_over, source, rows, self._state.step, window)
+
+    def _before_update(self) -> None:
+        if self._copies_state:
+            self._copy.result()
 
     def _hand_over(self, source: "StateToCopy", rows: Mapping[str, Tensor], step: int, window: Window) -> None:
         """Of the token embedding's rows there are few, and their number grows: they go with the word.
