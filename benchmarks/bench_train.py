@@ -22,9 +22,8 @@ from manipi.model.config import GEMMA_2B, GEMMA_300M, SO400M_14, Pi05Config
 from manipi.robots.tabletop import TABLETOP
 from manipi.train.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
 from manipi.train.step.optimizer import learning_rate
-from manipi.train.step.state import TrainState
+from manipi.train.step.state import TrainState, trainable_parameters
 from manipi.train.step.step import draw_noise, train_step
-from manipi.train.step.trained import trainable_parameters
 
 DEPTH, BATCH, ROUNDS = 2, 1, 3
 PROMPT = 62

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,7 @@ import pytest
 from manipi import extensions
 from manipi.cli import main
 from manipi.data.open import open_dataset
-from manipi.errors import ConfigError, ManipiError, UnknownNameError
+from manipi.errors import ConfigError, DatasetFormatError, ManipiError, UnknownNameError
 from manipi.recipes.registry import load_recipe, load_robot, recipe_names
 
 PAGE = (Path(__file__).parents[1] / "docs/extending.md").read_text(encoding="utf-8")
@@ -179,6 +180,54 @@ def test_the_help_reads_what_it_does_not_import(source, listed, package, capsys)
     main(["--help"])
     assert re.search(rf"^  broken +{re.escape(listed)}", capsys.readouterr().out, re.MULTILINE)
     assert "broken" not in sys.modules
+
+
+@pytest.mark.parametrize("value", ["no module!", "", "broken:", "::"])
+def test_the_help_has_the_other_commands_where_an_entry_is_none(value, package, capsys):
+    install(package, "broken-package", {"manipi.commands": {"broken": value}})
+    main(["--help"])
+    printed = capsys.readouterr().out
+    assert f"cannot be used: {value!r} of the package broken-package is no module:function" in printed
+    assert re.search(r"^  line-demo +Record", printed, re.MULTILINE)
+
+
+def test_the_list_of_recipes_has_the_others_where_one_cannot_be_used(package, capsys):
+    install(package, "broken-package", {"manipi.recipes": {"broken": "broken:recipe"}})
+    with pytest.raises(SystemExit) as end:
+        main(["recipes"])
+    printed = capsys.readouterr()
+    assert end.value.code == 1
+    assert "ModuleNotFoundError: No module named 'broken'" in printed.err
+    assert re.search(r"^broken +cannot be used", printed.out, re.MULTILINE)
+    assert re.search(r"^pi05_line +Pi05 ", printed.out, re.MULTILINE)
+
+
+def test_what_is_installed_meanwhile_is_found(package):
+    with pytest.raises(UnknownNameError):
+        extensions.find("manipi.commands", "later")
+    install(package, "later", {"manipi.commands": {"later": "manipi_line.demo:main"}})
+    assert callable(extensions.find("manipi.commands", "later"))
+    shutil.rmtree(package / "later-1.0.dist-info")
+    with pytest.raises(UnknownNameError):
+        extensions.find("manipi.commands", "later")
+
+
+@pytest.mark.parametrize("group", ["recipes", "environments", "commands", "datasets"])
+def test_an_object_of_another_kind_names_its_package(group, package):
+    install(package, "odd", {f"manipi.{group}": {"odd": "manipi_line.recordings:TASK"}})
+    with pytest.raises(ConfigError, match=r"which has .*\n *found 'go to the middle'\n *where the package odd, entry"):
+        extensions.find(f"manipi.{group}", "odd")
+
+
+@pytest.mark.parametrize("function", ["recognises", "open"])
+def test_a_reader_that_fails_names_its_package(function, package):
+    source = "def recognises(root): return True\ndef open(root, episodes): raise KeyError('x')\n"
+    (package / "odd.py").write_text(source + f"def {function}(*given): raise KeyError('x')\n")
+    install(package, "odd", {"manipi.datasets": {"odd": "odd"}})
+    (package / "empty").mkdir()
+    with pytest.raises(DatasetFormatError, match=r"reader odd of the package odd can read\n *found KeyError: 'x'"):
+        open_dataset(package / "empty")
+    sys.modules.pop("odd")
 
 
 def test_values_of_other_kinds(package):

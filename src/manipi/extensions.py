@@ -8,6 +8,7 @@ Names are looked up when they are asked for; nothing is imported before that. do
 
 import ast
 import functools
+import os
 import sys
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
@@ -24,6 +25,9 @@ KINDS = {
     "manipi.commands": "command",
 }
 """The groups of entry points, and what one of each is called."""
+_FUNCTIONS = {group: ["__call__"] for group in ("manipi.recipes", "manipi.environments", "manipi.commands")}
+_FUNCTIONS["manipi.datasets"] = ["recognises", "open"]
+"""What an entry's object must have to be one."""
 
 
 def entries(group: str, own: Mapping[str, str] | None = None) -> dict[str, list[EntryPoint]]:
@@ -34,15 +38,23 @@ def entries(group: str, own: Mapping[str, str] | None = None) -> dict[str, list[
     """
     found: dict[str, list[EntryPoint]] = {}
     for entry in (
-        *_installed(group, tuple(sys.path)),
+        *_installed(group, tuple((place, _changed(place)) for place in sys.path)),
         *(EntryPoint(name, value, group) for name, value in (own or {}).items()),
     ):
         found.setdefault(entry.name, []).append(entry)
     return found
 
 
-@functools.cache
-def _installed(group: str, path: tuple[str, ...]) -> list[EntryPoint]:
+def _changed(place: str) -> int:
+    """When something was last installed there, or removed; 0: there is no such place."""
+    try:
+        return os.stat(place or ".").st_mtime_ns
+    except OSError:
+        return 0
+
+
+@functools.lru_cache(len(KINDS))
+def _installed(group: str, places: tuple[tuple[str, int], ...]) -> list[EntryPoint]:
     """Those of packages on the path, ours first. All of their metadata are read, which takes milliseconds."""
     return sorted(entry_points(group=group), key=lambda entry: (package_of(entry) != "manipi", entry.name))
 
@@ -56,7 +68,8 @@ def find(group: str, name: str, own: Mapping[str, str] | None = None, *, next: s
 
     Raises:
         UnknownNameError: there is none; with the closest of all names.
-        ConfigError: two packages add this name, or what it stands for cannot be imported; names package and cause.
+        ConfigError: two packages add this name, or what it stands for cannot be imported, or is nothing of that kind;
+            names package and cause.
         ManipiError: one that the module itself raises; it keeps its type and names the package.
     """
     kind, found = KINDS[group], entries(group, own)
@@ -77,7 +90,7 @@ def find(group: str, name: str, own: Mapping[str, str] | None = None, *, next: s
         return entry.load()
     where = f"the package {package}, entry point {name} = {entry.value} of {group}"
     try:
-        return entry.load()
+        found = entry.load()
     except ManipiError as error:
         raise error.moved(f"{error.where}, from {where}") from error
     except (Exception, SystemExit) as error:
@@ -87,6 +100,15 @@ def find(group: str, name: str, own: Mapping[str, str] | None = None, *, next: s
             where=where,
             next=f"pip install --force-reinstall {quoted(package)}, or pip uninstall {quoted(package)}",
         ) from error
+    needed = _FUNCTIONS.get(group, [])
+    if not all(callable(getattr(found, function, None)) for function in needed):
+        raise ConfigError(
+            expected=f"a {kind}, which has {' and '.join(needed)}",
+            found=shown(found),
+            where=where,
+            next="correct the entry point of that package (docs/extending.md)",
+        )
+    return found
 
 
 def package_of(entry: EntryPoint) -> str:
@@ -97,7 +119,11 @@ def package_of(entry: EntryPoint) -> str:
 def summary(entry: EntryPoint) -> str:
     """What an entry's module says of itself: the first line of its docstring. The module is not imported."""
     path, spec, name = None, None, ""
-    for part in entry.module.split("."):
+    try:
+        parts = entry.module.split(".")
+    except (AttributeError, ValueError):  # as versions of Python say that the value is of another form
+        return f"cannot be used: {shown(entry.value)} of the package {package_of(entry)} is no module:function"
+    for part in parts:
         name = f"{name}.{part}".strip(".")
         spec = next((spec for finder in sys.meta_path if (spec := finder.find_spec(name, path))), None)
         if spec is None:

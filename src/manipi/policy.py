@@ -18,13 +18,13 @@ from manipi.model import VLA, ModelInput
 from manipi.model.config import Pi0FastConfig
 from manipi.model.device import ran_out_of_memory, require_device
 from manipi.model.inference.engine import Engine, require_compiled
-from manipi.model.inference.quantize import Quantization
+from manipi.model.inference.fused import Quantization
 from manipi.model.inputs import PROMPT_MULTIPLE, blank_input
 from manipi.robots.robot import Robot
 from manipi.tokenizers import Tokenizers
 from manipi.transforms import pipeline
+from manipi.transforms.model_input import code_constraint
 from manipi.transforms.observation import read_request
-from manipi.transforms.tokenize import code_constraint
 from manipi.types import NormStats, Observation, Sample
 
 SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
@@ -113,7 +113,15 @@ class Policy:
         require_device(device)
         with torch.device("meta"):
             model = VLA(checkpoint.config.model)
-        _load_weights(model, checkpoint.weights)
+        try:
+            model.load_state_dict(dict(checkpoint.weights), strict=True, assign=True)
+        except RuntimeError as error:
+            raise WeightsMismatchError(
+                expected=f"the tensors of {type(model.config).__name__} in this version of manipi",
+                found=str(error),
+                where="the checkpoint's weights",
+                next="load it with the manipi version that wrote it",
+            ) from error
         c = checkpoint
         with _room_on(device, model):
             model = model.to(device)
@@ -325,18 +333,6 @@ def _room_on(device: str, model: VLA) -> Iterator[None]:
             where=f"device {device}",
             next="end what else is on it (nvidia-smi), choose another --device, or keep matrices in 8 bits "
             "(manipi bench infer CHECKPOINT --quantize int8_weights --data DATASET)",
-        ) from error
-
-
-def _load_weights(model: VLA, weights: Mapping[str, torch.Tensor]) -> None:
-    try:
-        model.load_state_dict(dict(weights), strict=True, assign=True)
-    except RuntimeError as error:
-        raise WeightsMismatchError(
-            expected=f"the tensors of {type(model.config).__name__} in this version of manipi",
-            found=str(error),
-            where="the checkpoint's weights",
-            next="load it with the manipi version that wrote it",
         ) from error
 
 

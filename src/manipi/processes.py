@@ -5,6 +5,7 @@ The memory is in files without a name, gone with the last process that holds the
 Named shared memory outlives killed processes, and in containers is often limited to 64 MB.
 """
 
+import gc
 import mmap
 import multiprocessing
 import os
@@ -116,7 +117,13 @@ class _Parcel:
 
 
 def _unpack(pickled: SharedArray) -> _Parcel:
-    return _Parcel(pickle.loads(pickled.array.data))
+    # What this imports stays. To look for garbage among it takes as long as to import half of this package.
+    gc.disable()
+    try:
+        return _Parcel(pickle.loads(pickled.array.data))
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _end_all() -> None:

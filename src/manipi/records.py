@@ -145,6 +145,15 @@ def read_json(path: Path, error: type[ManipiError] = IntegrityError) -> Any:
         raise error(expected="a JSON file", found=str(cause), where=str(path), next=next) from cause
 
 
+def read_object(path: Path, error: type[ManipiError] = IntegrityError) -> dict[str, Any]:
+    """As `read_json`, of a file that holds a JSON object. Raises `error` where it holds anything else, too."""
+    value = read_json(path, error)
+    if not isinstance(value, dict):
+        next = "restore the file or write it again"
+        raise error(expected="a JSON object", found=shown(value), where=str(path), next=next)
+    return value
+
+
 def json_bytes(value: Any) -> bytes:
     """`value` as a file's content, for people to read too."""
     return (json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n").encode()

@@ -101,6 +101,13 @@ def test_a_missing_file_is_named(checkpoint, name):
     assert error.value.where == str(checkpoint / name)
 
 
+@pytest.mark.parametrize("manifest", ["null", "[]", '{"config.json": 3}'])
+def test_a_manifest_that_is_none_is_one_clear_error(checkpoint, manifest):
+    (checkpoint / "manifest.json").write_text(manifest)
+    with pytest.raises(IntegrityError):
+        verify(checkpoint)
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "train_state/manifest.json"])
 def test_an_extra_file_is_named(checkpoint, name):
     (checkpoint / name).write_text("{}")

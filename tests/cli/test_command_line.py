@@ -106,6 +106,45 @@ def test_a_reader_that_has_enough_is_no_error(arguments):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("arguments", [(), ("recipes",)])
+def test_printing_to_a_full_disk_is_one_error(arguments):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "manipi", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        f"\nmanipi {' '.join(arguments) or '--help'}: StorageError\nexpected room on the disk\n"
+    )
+    assert done.stderr.count("\n") == 6
+
+
+@pytest.mark.parametrize("command", ["check {}", "inspect {}", "train {recipe} --run-dir run --data.path {}"])
+def test_a_name_that_no_file_can_have(command, recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(command.format("a" * 300, recipe=recipe).split())
+    assert end.value.code == 1
+    assert "expected a name that a file can have\n   found File name too long: " in capsys.readouterr().err
+
+
+def test_a_name_in_another_encoding(recipe, toy_dataset, tmp_path, monkeypatch, capsys):
+    """It is shown with its bytes; where it has to be written into a file of ours, one error says why it cannot be."""
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"n\xff")
+    os.mkdir(name)
+    with pytest.raises(SystemExit) as end:
+        main(["check", name])
+    assert end.value.code == 1
+    assert r"n\udcff" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["train", recipe, "--run-dir", "run", "--data.path", name])
+    assert end.value.code == 1
+    printed = capsys.readouterr().err
+    assert "ConfigError\nexpected names of files in UTF-8\n" in printed
+    assert r"n\udcff" in printed
+
+
 # ---- mistyped
 
 

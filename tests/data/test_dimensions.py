@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from manipi.cli.stats import main as stats
-from manipi.data.dataset import Feature
-from manipi.data.dimensions import action_labels, command_names, command_units, state_labels
+from manipi.data.dataset import Feature, action_labels, command_names, command_units, state_labels
 from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.data.open import open_dataset
 from manipi.data.review.view import _sections

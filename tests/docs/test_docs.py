@@ -56,6 +56,19 @@ def test_files_and_names_in_the_text_exist(page, name):
         assert re.search(rf"\b{word}\b", found[0].read_text(encoding="utf-8")), f"no {word} in {path}"
 
 
+@pytest.mark.parametrize("path", _ours("src/manipi/**/*.py"), ids=_name)
+def test_modules_that_docstrings_name_exist(path):
+    """`package.module` or `package.module.NAME`, and what has a row in a package's table."""
+    root, text = SOURCES["src/manipi"], path.read_text(encoding="utf-8")
+    packages = {module.parent.name for module in root.glob("*/__init__.py")}
+    named = [name.split(".") for name in re.findall(r"`([a-z_]+\.[a-z_]+(?:\.\w+)*)`", text)]
+    rows = re.findall(r"^\| `([\w.]+)` \|", text, re.MULTILINE) if path.name == "__init__.py" else []
+    places = [root.joinpath(*parts[:3]) for parts in named if parts[0] in packages and parts[-1] != "json"]
+    for place in [*places, *(path.parent / row for row in rows)]:
+        around = (place, place.with_suffix(".py"), place.parent.with_suffix(".py"))
+        assert any(one.exists() for one in around), f"{_name(path)} names {_name(place)}"
+
+
 def test_nothing_names_a_machine_or_a_registry():
     """Read by strangers: no home folder of anyone's, no host that packages came from."""
     strange = re.compile(

@@ -56,7 +56,8 @@ def test_the_flops_are_those_that_torch_counts(engine, cameras):
     if "token" in expected:
         cache = engine.decoding_cache(prefix, 1)
         found["prefix"], _ = counted(lambda: engine.gemma({"vlm": prefix}, cache, commit=True, last=1))
-        token = next_tokens(engine.gemma, torch.zeros(1, 1, dtype=torch.long), prefix, first=0)
+        ids_B1, position_B1 = torch.zeros(1, 1, dtype=torch.long), prefix.valid_BT.sum(1, keepdim=True)
+        token = next_tokens(engine.gemma, ids_B1, position_B1, engine.dtype)
         found["token"], _ = counted(lambda: engine.gemma({"vlm": token}, cache, commit=True))
     else:
         found["prefix"], cache = counted(lambda: engine.prefill(inputs, prefix))

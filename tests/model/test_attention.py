@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from manipi.model import attention, gemma
-from manipi.model.attention import Layout, attend, attention_mask, flex_mask, lay_out, mask_for
+from manipi.model.attention import Layout, attend, attention_mask, flex_mask, joined, lay_out, mask_for
 
 B, N, G, HEAD_DIM = 3, 4, 2, 16
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -16,17 +16,17 @@ def prefix_and_suffix(name: str, num_prefix: int = 20) -> tuple[Layout, Layout]:
     """Ragged, with a hole; the suffix has two draws of five actions, or is causal (π0-FAST)."""
     torch.manual_seed(0)
     valid = torch.rand(B, num_prefix) < 0.8
-    prefix = lay_out(None, valid, torch.zeros_like(valid))
+    prefix = lay_out((), valid, torch.zeros_like(valid))
     if name == "pi0_fast":
         valid = torch.arange(10).expand(B, 10) < torch.tensor([10, 7, 3])[:, None]
-        return prefix, lay_out(prefix, valid, torch.ones_like(valid))
+        return prefix, lay_out((prefix,), valid, torch.ones_like(valid))
     starts = [1, *[0] * 4] * 2
     branch = [1] * 5 + [2] * 5
     if name == "pi0":
         starts, branch = [1, *starts], [0, *branch]
     starts_T, branch_T = torch.tensor(starts).bool(), torch.tensor(branch)
     t = len(starts)
-    return prefix, lay_out(prefix, torch.ones(B, t).bool(), starts_T.expand(B, t), branch_T.expand(B, t))
+    return prefix, lay_out((prefix,), torch.ones(B, t).bool(), starts_T.expand(B, t), branch_T.expand(B, t))
 
 
 @pytest.mark.slow
@@ -35,7 +35,7 @@ def prefix_and_suffix(name: str, num_prefix: int = 20) -> tuple[Layout, Layout]:
 @pytest.mark.parametrize("name", ["pi0", "pi05", "pi0_fast"])
 def test_flex_attention_equals_the_bias(name):
     prefix, suffix = prefix_and_suffix(name)
-    for query, key in ((prefix, prefix), (suffix, prefix.then(suffix))):
+    for query, key in ((prefix, prefix), (suffix, joined((prefix, suffix)))):
         t, s = query.valid.shape[1], key.valid.shape[1]
         q, k, v = torch.randn(B, t, N, HEAD_DIM), torch.randn(B, G, s, HEAD_DIM), torch.randn(B, G, s, HEAD_DIM)
         seen = attention_mask(query, key).any(-1)
@@ -77,7 +77,7 @@ def test_a_processor_never_uses_flex_attention(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_on_a_gpu_outputs_and_gradients_agree(dtype):
     first, second = prefix_and_suffix("pi05", num_prefix=300)
-    layout = Layout(**{name: t.cuda() for name, t in vars(first.then(second)).items() if isinstance(t, torch.Tensor)})
+    layout = joined((first, second)).map(torch.Tensor.cuda)
     t = layout.valid.shape[1]
     shapes = ((B, t, 8, 256), (B, 1, t, 256), (B, 1, t, 256))
     q, k, v = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes)

@@ -33,7 +33,7 @@ from manipi.model.config import (
     Pi05Config,
     VisionSize,
 )
-from manipi.train.step.trained import trainable_parameters
+from manipi.train.step.state import trainable_parameters
 from manipi.weights.names import openpi_arrays
 
 SHARED = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[2].parent / "shared"))

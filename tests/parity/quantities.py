@@ -13,7 +13,7 @@ from openpi_trees import to_openpi_tree
 from torch import Tensor
 
 from manipi.model import VLA, ModelInput
-from manipi.model.attention import attention_mask
+from manipi.model.attention import attention_mask, joined
 from manipi.model.autoregressive import prompt_output
 from manipi.model.config import Pi0FastConfig
 from manipi.model.flow import interpolate, timestep_embedding
@@ -97,8 +97,8 @@ def joint_forward(case: Case, model: VLA) -> Quantities:
     prefix, suffix = model.embed_prefix(batch), model.head.suffix(batch.state, x, time[:, None], model.dtype)
     # The reference's have not been cast to the compute dtype yet.
     float32 = model.head.suffix(batch.state, x, time[:, None], torch.float32)
-    first = prefix.follow(None)
-    whole = first.then(suffix.follow(first))
+    first = prefix.follow(())
+    whole = joined((first, suffix.follow((first,))))
     out = model.gemma({"vlm": prefix, "action": suffix})
     loss = model(batch, noise, time)
     found = {
@@ -163,7 +163,7 @@ def sequence(case: Case, model: VLA, masks: str) -> Quantities:
     """Training on whole sequences; `masks` names other camera masks, and what comes of them."""
     batch = case.batch(masks=masks)
     span = model.embed_prefix(batch, training=True)
-    layout = span.follow(None)
+    layout = span.follow(())
     pre_logits = prompt_output(model.gemma, span, span.tokens_BTD.shape[1])
     logits = model.gemma.logits(pre_logits[:, -(batch.tokens.shape[1] - 1) :])
     loss = model(batch)

@@ -31,7 +31,7 @@ from manipi.robots.franka import droid, libero
 from manipi.train.config import OptimizerConfig
 from manipi.train.step.optimizer import learning_rate
 from manipi.transforms.actions import ActionSpace
-from manipi.transforms.layout import ModelLayout, ResizeImages, resize_with_pad
+from manipi.transforms.model_input import ModelLayout, ResizeImages, resize_with_pad
 from manipi.transforms.normalize import Normalize, normalize, read_openpi_stats, unnormalize
 from manipi.transforms.observation import ReadRobot
 from manipi.types import FieldStats, NormStats, Sample
@@ -416,7 +416,7 @@ def check_time_features(case: Case, measure: Measure) -> None:
 def check_attention_mask(case: Case, measure: Measure) -> None:
     valid = torch.from_numpy(case.inputs["input_mask"])
     starts = torch.from_numpy(case.inputs["mask_ar"]).bool().expand(valid.shape)
-    layout = lay_out(None, valid, starts, torch.zeros_like(valid, dtype=torch.long))
+    layout = lay_out((), valid, starts, torch.zeros_like(valid, dtype=torch.long))
     measure("attention masks", gap(attention_mask(layout, layout).numpy(), case.outputs["attn_mask"]), 0)
 
 

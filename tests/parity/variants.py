@@ -26,7 +26,7 @@ from manipi.model.config import Adapters, GemmaSize, LoRA, ModelConfig, Pi0Confi
 from manipi.policy import Policy
 from manipi.robots import Joints, Robot, State
 from manipi.tokenizers import SentencePieceTokenizer, Tokenizers
-from manipi.train.step.trained import trainable_parameters
+from manipi.train.step.state import trainable_parameters
 from manipi.transforms.normalize import contract, normalize
 from manipi.types import FieldStats, NormStats
 from manipi.weights.names import openpi_arrays

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from manipi.data.lerobot.picture_files import replaced
+from manipi.data.dataset import replaced
 from manipi.data.open import open_dataset
 from manipi.errors import FetchError, TrainingError
 from manipi.remote.fetch import home
-from manipi.train.run.folder import claim_videos
+from manipi.train.data import claim_videos
 
 CAMERA = "observation.images.cam_high"
 

@@ -5,7 +5,8 @@ from typing import Any, Literal, get_origin, get_type_hints
 
 import pytest
 
-from manipi.errors import UnknownNameError
+from manipi.cli.train import parse_train
+from manipi.errors import ConfigError, UnknownNameError
 from manipi.recipes.registry import load_recipe
 from manipi.robots.robot import Robot
 from manipi.train.config import ComputeConfig, DataConfig, DatasetConfig
@@ -46,3 +47,18 @@ def test_the_datasets_of_a_mixture_are_read_too() -> None:
     bad = DatasetConfig(path="a", prompt="subtasks")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UnknownNameError, match=r"data\.mixture\.prompt"):
         replace(load_recipe("tabletop"), data=DataConfig(mixture=(bad,)))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("optimizer.lr", value) for value in ("nan", "-1")),
+        *((f"optimizer.{name}", "1") for name in ("beta1", "beta2")),
+        *((f"optimizer.{name}", "-1") for name in ("eps", "weight-decay", "momentum")),
+        *((name, "-1") for name in ("data.num-workers", "num-threads")),
+    ],
+)
+def test_what_torch_or_the_loader_would_stumble_over(flag, value):
+    with pytest.raises(ConfigError) as error:
+        parse_train("tabletop", load_recipe("tabletop"), [f"--{flag}", value])
+    assert error.value.next == f"set --{flag}"

@@ -34,9 +34,8 @@ from manipi.train.config import OptimizerConfig, ValidationConfig
 from manipi.train.data import prepare
 from manipi.train.loop import train
 from manipi.train.run.folder import Run, read_config
-from manipi.train.step.state import TrainState
+from manipi.train.step.state import TrainState, is_trained, trainable_parameters
 from manipi.train.step.step import train_step
-from manipi.train.step.trained import is_trained, trainable_parameters
 from manipi.train.watch.progress import OF_THE_MACHINE
 from manipi.transforms.normalize import load_norm_stats, save_norm_stats
 from manipi.weights.names import openpi_arrays

@@ -10,8 +10,7 @@ from manipi.robots.aloha import aloha, aloha_sim
 from manipi.robots.franka import droid, libero
 from manipi.robots.robot import ROTATION_SIZE
 from manipi.robots.ur5 import ur5
-from manipi.transforms.actions import ActionSpace
-from manipi.transforms.rotations import from_matrix, to_matrix
+from manipi.transforms.actions import ActionSpace, from_matrix, to_matrix
 
 ROBOTS = [
     aloha(),

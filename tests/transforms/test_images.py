@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from manipi.transforms.layout import ResizeImages, resize_with_pad
+from manipi.transforms.model_input import ResizeImages, resize_with_pad
 
 
 def test_a_wide_picture_keeps_its_aspect_between_black_bars():

@@ -16,8 +16,8 @@ from manipi.robots.franka import droid, libero
 from manipi.robots.ur5 import ur5
 from manipi.tokenizers import ByteTokenizer, FastTokenizer, Tokenizers
 from manipi.transforms import pipeline
+from manipi.transforms.actions import from_matrix, to_matrix
 from manipi.transforms.normalize import normalize
-from manipi.transforms.rotations import from_matrix, to_matrix
 from manipi.types import FieldStats, Frame, NormStats
 
 HORIZON = 5

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manipi.robots.robot import ROTATION_SIZE
-from manipi.transforms.rotations import from_matrix, to_matrix
+from manipi.transforms.actions import from_matrix, to_matrix
 
 FORMS = [form for form in ROTATION_SIZE if form != "none"]
 every_form = pytest.mark.parametrize("form", FORMS)

@@ -8,7 +8,7 @@ import pytest
 from manipi.errors import ConfigError, TokenizerError
 from manipi.model.config import Compat, ModelConfig, Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.tokenizers import BinningTokenizer, ByteTokenizer, Tokenizers
-from manipi.transforms.tokenize import tokenize_step
+from manipi.transforms.model_input import tokenize_step
 
 TOKENIZERS = Tokenizers(ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + 256), BinningTokenizer())
 MODELS = {

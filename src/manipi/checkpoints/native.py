@@ -33,7 +33,7 @@ from torch import Tensor
 import manipi
 from manipi.errors import CheckpointError, IntegrityError, quoted, shown
 from manipi.model.config import CONFIG_TYPES, ModelConfig, NormMode
-from manipi.records import from_json, read_json, to_json, write_json
+from manipi.records import from_json, read_json, read_object, to_json, write_json
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory
 from manipi.tokenizers import Tokenizers
@@ -134,8 +134,8 @@ def read_config(folder: Path) -> PolicyConfig:
         CheckpointError: the format is newer than this version of manipi.
         ConfigError: not such a file.
     """
-    where, data = str(folder / "config.json"), read_json(folder / "config.json")
-    number = data.pop("format", 1) if isinstance(data, dict) else 1
+    where, data = str(folder / "config.json"), read_object(folder / "config.json")
+    number = data.pop("format", 1)
     if number not in range(1, FORMAT + 1):
         raise CheckpointError(
             expected=f"a checkpoint of format 1 to {FORMAT}, which manipi {manipi.__version__} reads",
@@ -201,7 +201,7 @@ def verify(folder: Path) -> None:
             where=str(folder),
             next="name a folder such as runs/NAME/checkpoints/STEP, or runs/NAME/best",
         )
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_object(folder / MANIFEST)
     present = {str(p.relative_to(folder)) for p in _files(folder)} - {MANIFEST}
     for name in sorted(manifest.keys() | present):
         expected = manifest.get(name)
@@ -214,7 +214,7 @@ def verify(folder: Path) -> None:
         else:
             continue
         raise IntegrityError(
-            expected=f"SHA-256 {expected[:16]}…" if expected else "only the files of the manifest",
+            expected=f"SHA-256 {str(expected)[:16]}…" if expected else "only the files of the manifest",
             found=found,
             where=str(folder / name),
             next="copy the checkpoint again, or take the one before it; an altered checkpoint is never loaded",

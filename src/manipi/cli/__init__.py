@@ -1,11 +1,13 @@
 """The command line: a table of commands; only the one that runs is imported."""
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 import manipi
-from manipi.errors import ConfigError, ManipiError, shown
+from manipi.errors import ConfigError, ManipiError, StorageError, shown
 from manipi.extensions import entries, find, summary
 from manipi_client.errors import ManipiClientError
 
@@ -52,24 +54,52 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 when it did its job, 1 on a `ManipiError`, 130 on Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported, which is later
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name of no UTF-8, a terminal of another encoding
     try:
         _run(*arguments)
         sys.stdout.flush()
-    except (ManipiError, ManipiClientError, RuntimeError) as error:
+    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
+        _print_no_more()
+    except (ManipiError, ManipiClientError, RuntimeError, OSError, UnicodeEncodeError) as error:
         known = isinstance(error, (ManipiError, ManipiClientError))
-        told = error if known else _out_of_memory(arguments[0], error)
-        print(f"\nmanipi {arguments[0]}: {type(told).__name__}\n{told}", file=sys.stderr)
+        command = (arguments or ["--help"])[0]
+        told = error if known else _told(command, error)
+        print(f"\nmanipi {command}: {type(told).__name__}\n{told}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
-        # Python flushes once more when it ends, and would complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _out_of_memory(command: str, error: RuntimeError) -> ManipiError:
-    """What a GPU without memory is told as, wherever that was. Raises any other error again."""
+def _print_no_more() -> None:
+    """Python flushes once more when it ends, and would complain again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _told(command: str, error: RuntimeError | OSError | UnicodeEncodeError) -> ManipiError:
+    """What a name that no file can have, printing to a full disk, or a GPU without memory is told as, wherever it was.
+
+    Raises any other error again.
+    """
+    where, next = f"manipi {command}", "give it another name"
+    if isinstance(error, UnicodeEncodeError):
+        bytes_in = [
+            line for line in error.object.splitlines() if any("\udc80" <= letter <= "\udcff" for letter in line)
+        ]
+        if not bytes_in:
+            raise error
+        found = shown(bytes_in[0].strip(), 200)
+        return ConfigError(expected="names of files in UTF-8", found=found, where=where, next=next)
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOSPC and error.filename is None:
+            _print_no_more()
+            next = "free some space, or let it print elsewhere"
+            return StorageError(expected="room on the disk", found=str(error.strerror), where=where, next=next)
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise error
+        found = f"{error.strerror}: {shown(str(error.filename), 200)}"
+        return ConfigError(expected="a name that a file can have", found=found, where=where, next=next)
     if "torch" not in sys.modules:
         raise error
     from manipi.model.device import ran_out_of_memory
@@ -79,7 +109,7 @@ def _out_of_memory(command: str, error: RuntimeError) -> ManipiError:
     return ConfigError(
         expected="enough memory on the GPU",
         found=shown(str(error).splitlines()[0], 200),
-        where=f"manipi {command}",
+        where=where,
         next="end what else is on it (nvidia-smi), or --device cpu where the command has that flag",
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from manipi.errors import ConfigError, one_line
 from manipi.recipes.registry import recipe_names
@@ -64,20 +65,40 @@ def recipe_name(arguments: Sequence[str], command: str) -> str:
     )
 
 
-def parse(kind: type[_T], arguments: Sequence[str], command: str, *, default: _T | None = None) -> _T:
+def parse(
+    kind: type[_T],
+    arguments: Sequence[str],
+    command: str,
+    *,
+    default: _T | None = None,
+    structure: Sequence[Any] = (),
+) -> _T:
     """The arguments as a `kind`; its docstring is the help. Exits with 2, and the closest flag, on a mistyped one.
+
+    Args:
+        default: what the flags change.
+        structure: types of fields that have no flags, and stay as `default` has them.
 
     Raises:
         ConfigError: values that parse but contradict each other, as the config's own `__post_init__` says.
         StorageError: a `NewFile`, `NewFolder` or `Folder` that cannot be written.
     """
+
+    def without_flags(info: StructTypeInfo) -> StructConstructorSpec | None:
+        return StructConstructorSpec(lambda: info.default, fields=()) if info.type in structure else None
+
+    rules = ConstructorRegistry()
+    rules.struct_rule(without_flags)
     # A comment gives the reason for a field, which is no help with it.
     settings = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
+    settings = (*settings, tyro.conf.AvoidSubcommands)
     start = tyro.MISSING_NONPROP if default is None else default
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(kind, args=arguments, prog=f"manipi {command}", config=settings, default=start)
+            parsed = tyro.cli(
+                kind, args=arguments, prog=f"manipi {command}", config=settings, default=start, registry=rules
+            )
     except SystemExit as exit:
         # tyro takes the ValueErrors of nested configs for mistyped flags, and would show their first words only.
         cause: BaseException | None = exit

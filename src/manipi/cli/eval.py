@@ -104,7 +104,7 @@ def _open_loop(args: _Eval) -> None:
     device = args.start()
 
     from manipi.data.action_error import evenly_spaced
-    from manipi.data.dimensions import command_units, label
+    from manipi.data.dataset import command_units, label
     from manipi.evaluate.open_loop import new_split, open_split, plot_chunks, predict, run_folder, score
     from manipi.policy import Policy
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 import manipi
 from manipi.cli.arguments import NewFile, parse, table, write_result
+from manipi.errors import ManipiError
 from manipi.recipes.registry import load_recipe, recipe_names
 from manipi.weights.released import CHECKPOINTS
 
@@ -167,12 +168,17 @@ class _Recipes:
 
 
 def run_recipes(arguments: Sequence[str]) -> None:
-    """Print the table."""
+    """Print the table. Raises the first error of the recipes that cannot be used, which are in it too."""
     args = parse(_Recipes, arguments, "recipes")
     header = ("recipe", "model", "robot", "dataset", "init", "steps", "batch")
-    rows = []
+    rows, unusable = [], list[ManipiError]()
     for name in recipe_names():
-        config = load_recipe(name)
+        try:
+            config = load_recipe(name)
+        except ManipiError as error:
+            unusable.append(error)
+            rows.append((name, "cannot be used", *["–"] * 5))
+            continue
         model = type(config.model).__name__.removesuffix("Config")
         datasets = " + ".join(
             one.path if one.weight == 1 else f"{one.weight:g} {one.path}" for one in config.data.datasets
@@ -181,3 +187,5 @@ def run_recipes(arguments: Sequence[str]) -> None:
         rows.append((name, model, config.robot.name, datasets or "–", init, config.steps, config.batch_size))
     print(table(rows, header))
     write_result([dict(zip(header, row, strict=True)) for row in rows], args.json)
+    if unusable:
+        raise unusable[0]

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parse(_Stats, arguments, "stats")
 
     from manipi.data import norm_stats
-    from manipi.data.dimensions import action_labels, state_labels
+    from manipi.data.dataset import action_labels, state_labels
     from manipi.storage import atomic_directory
     from manipi.tokenizers import FastTokenizer
     from manipi.train.data import chunks_to_fit, open_demonstrations
@@ -154,7 +154,7 @@ def stats_table(stats: "NormStats", robot: Robot, dataset: "Dataset | None" = No
     """One row per dimension, as the model sees it; with the dataset's names where there is one."""
     import numpy as np
 
-    from manipi.data.dimensions import action_labels, state_labels
+    from manipi.data.dataset import action_labels, state_labels
 
     rows = []
     for kind, field in (("state", stats.state), ("actions", stats.actions)):

@@ -13,11 +13,11 @@ import tyro
 from manipi.cli.arguments import Folder, NewFile, parse, recipe_name, table, write_result
 from manipi.errors import quoted
 from manipi.recipes.registry import load_recipe, recipe_names
-from manipi.train.config import TrainConfig
+from manipi.train.config import STRUCTURE, TrainConfig
 from manipi.train.launch import ENVIRONMENT, Launch, without_flags
 
 if TYPE_CHECKING:
-    from manipi.train.plan.memory import StepMemory
+    from manipi.train.plan import StepMemory
 
 HELP = f"""usage: manipi train RECIPE|FILE.py:FUNCTION [--flags]
 
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def parse_train(target: str, recipe: TrainConfig, arguments: Sequence[str]) -> _Train:
     """The command's own flags, and the recipe with the other flags applied to its numbers."""
-    return parse(_Train, arguments, f"train {target}", default=_Train(config=recipe))
+    return parse(_Train, arguments, f"train {target}", default=_Train(config=recipe), structure=STRUCTURE)
 
 
 PLAN_HELP = f"""\
@@ -130,11 +130,10 @@ def run_plan(arguments: Sequence[str]) -> None:
         print(PLAN_HELP)
         return
     target = recipe_name(arguments, "plan")
-    args = parse(_Plan, arguments[1:], f"plan {target}", default=_Plan(config=load_recipe(target)))
+    args = parse(_Plan, arguments[1:], f"plan {target}", default=_Plan(config=load_recipe(target)), structure=STRUCTURE)
 
     from manipi.train.data import at_hand, prepare_to_look
-    from manipi.train.plan.fit import find_fit, gpu_bytes
-    from manipi.train.plan.memory import forecast, plot_memory
+    from manipi.train.plan import find_fit, forecast, gpu_bytes, plot_memory
 
     def numbers(memory: "StepMemory") -> dict[str, Any]:
         """What a file has of it."""

@@ -32,7 +32,7 @@ from manipi.errors import ConfigError, DataError, ManipiError, MissingFeatureErr
 from manipi.processes import start_helper
 from manipi.records import fingerprint, json_bytes, read_json, to_json
 from manipi.storage import atomic_directory, atomic_write, require_absent, storage_errors
-from manipi.transforms.layout import resize_with_pad
+from manipi.transforms.model_input import resize_with_pad
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,38 +73,40 @@ def travel_of(robot: Robot, dataset: Dataset, train_rows: Int64[np.ndarray, "T"]
 
 
 def recorded_chunks(
-    robot: Robot, dataset: Dataset, rows: Int64[np.ndarray, "n"], horizon: int
+    robot: Robot,
+    dataset: Dataset,
+    rows: Int64[np.ndarray, "n"],
+    horizon: int,
+    seen_from: Int64[np.ndarray, "n"] | None = None,
 ) -> tuple[Float[np.ndarray, "n H A"], Bool[np.ndarray, "n H"]]:
-    """The chunks that were recorded at `rows`, and which of their steps lie within the episode."""
-    space, state_nS = ActionSpace(robot), read_state(dataset, robot)[rows]
+    """The chunks that were recorded at `rows`, and which of their steps lie within the episode.
+
+    Args:
+        seen_from: rows to whose states relative groups are moved; None: they stay where they are.
+    """
+    space, state_NS = ActionSpace(robot), read_state(dataset, robot)
     chunks, valid = action_chunks(dataset, rows, action_key=robot.dataset_key(robot.action_key), horizon=horizon)
     # There and back, so that a rotation reads the same however it was written down (q and -q, for one).
-    return space.to_robot(space.to_model(chunks, state_nS), state_nS), valid
+    state_nS = state_NS[rows if seen_from is None else seen_from]
+    return space.to_robot(space.to_model(chunks, state_NS[rows]), state_nS), valid
 
 
 def baselines(
     robot: Robot, dataset: Dataset, rows: Int64[np.ndarray, "n"], train_rows: Int64[np.ndarray, "T"], horizon: int
 ) -> dict[str, Float[np.ndarray, "n H A"]]:
     """The chunks of those who know of the states and commands of `train_rows` only, and of no picture."""
-    mean_A = commands(robot, dataset)[train_rows].mean(axis=0)
-    constant = {
-        "holding position": _hold(robot, dataset, rows, mean_A),
-        "the mean action": np.broadcast_to(mean_A, (len(rows), robot.action_size)),
-    }
-    return {name: np.repeat(command_nA[:, None], horizon, axis=1) for name, command_nA in constant.items()}
-
-
-def _hold(robot: Robot, dataset: Dataset, rows: np.ndarray, mean_A: np.ndarray) -> np.ndarray:
-    """Commands [n, A] that keep the robot where it is; before an episode's first command, the mean of all."""
-    first, state_NS = np.isin(rows, dataset.starts)[:, None], read_state(dataset, robot)
-    hold = np.where(first, mean_A, commands(robot, dataset)[rows - 1])
+    command_NA, state_NS = commands(robot, dataset), read_state(dataset, robot)
+    mean_A = command_NA[train_rows].mean(axis=0)
+    # Before an episode's first command, the mean of all.
+    hold_nA = np.where(np.isin(rows, dataset.starts)[:, None], mean_A, command_NA[rows - 1])
     start = 0
     for group in robot.actions:
         if group.relative:
-            base = start if group.state_start is None else group.state_start
-            hold[:, start : start + group.size] = state_NS[rows, base : base + group.size]
+            base = robot.state_start(group, start)
+            hold_nA[:, start : start + group.size] = state_NS[rows, base : base + group.size]
         start += group.size
-    return hold
+    constant = {"holding position": hold_nA, "the mean action": np.broadcast_to(mean_A, hold_nA.shape)}
+    return {name: np.repeat(command_nA[:, None], horizon, axis=1) for name, command_nA in constant.items()}
 
 
 def nearest_neighbour(
@@ -120,6 +122,4 @@ def nearest_neighbour(
     scaled = state_NS[:, moving] / (high - low)[moving]
     known = scaled[train_rows]
     nearest = train_rows[[int(((known - query) ** 2).sum(axis=-1).argmin()) for query in scaled[rows]]]
-    action_key, space = robot.dataset_key(robot.action_key), ActionSpace(robot)
-    chunks, _ = action_chunks(dataset, nearest, action_key=action_key, horizon=horizon)
-    return space.to_robot(space.to_model(chunks, state_NS[nearest]), state_NS[rows])
+    return recorded_chunks(robot, dataset, nearest, horizon, seen_from=rows)[0]

@@ -8,6 +8,7 @@ Shape letters: N rows of the dataset, n rows asked for, d dimensions; h, w pictu
 """
 
 import abc
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +20,10 @@ from typing import Literal, SupportsIndex, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
-from manipi.errors import (
-    BadValueError,
-    ConfigError,
-    MissingFeatureError,
-    quoted,
-)
+from manipi.errors import BadValueError, ConfigError, MissingFeatureError, quoted
 from manipi.processes import SharedArray
 from manipi.records import fingerprint
+from manipi.robots.robot import EndEffector, Gripper, LinkageGripper, Robot
 from manipi.types import Frame
 
 PromptSource: TypeAlias = Literal["task", "subtask"]
@@ -61,6 +58,12 @@ class Episode:
     """What the dataset's makers call it in files of theirs, where they do."""
 
 
+def in_a_row(episodes: Sequence[Episode]) -> list[Episode]:
+    """The same episodes, each begun where the one before it ends."""
+    starts = itertools.accumulate((episode.length for episode in episodes), initial=0)
+    return [replace(episode, start=start) for episode, start in zip(episodes, starts, strict=False)]
+
+
 class Dataset(abc.ABC):
     """Base of all readers. A reader opens its metadata, and says how to read a column and some pictures.
 
@@ -88,8 +91,12 @@ class Dataset(abc.ABC):
     def _fingerprint(self) -> str: ...
 
     def picture_files(self, cameras: Sequence[str]) -> dict[str, str]:
-        """What `fingerprint` leaves out: size and a digest of each file that holds pictures of some cameras alone, by
-        its path in the dataset. Files that are not there, or whose store does not tell, are left out."""
+        """What `fingerprint` leaves out: the states of the files that hold nothing but pictures of some cameras, by
+        their paths in the dataset. Files that are not there, or whose store does not tell, are left out.
+
+            SIZE ends DIGEST        on a disk: a digest of its head and tail
+            SIZE ADDRESS VERSION    in the store of a dataset with that address
+        """
         return {}
 
     @abc.abstractmethod
@@ -162,7 +169,15 @@ class Dataset(abc.ABC):
         if key not in self._columns:
             self.require(key, "vector")
             values = self._read_column(key)
-            self._check_finite(key, values)
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                bad = np.argwhere(~np.isfinite(values))
+                row, dimension = bad[0].tolist()
+                raise BadValueError(
+                    expected=f"finite numbers in {key!r}",
+                    found=f"{values[row, dimension]} in dimension {dimension}, and {len(bad)} such values in all",
+                    where=self.place(row),
+                    next=f"manipi check {quoted(self.root)}  # lists every bad episode, to repair or leave out",
+                )
             # What a file holds already, processes share through it.
             self._columns[key] = values if isinstance(values.base, np.memmap) else SharedArray(values)
         kept = self._columns[key]
@@ -179,11 +194,8 @@ class Dataset(abc.ABC):
         rows = np.asarray(rows, dtype=np.int64)
         self._check_rows(rows)
         order = np.argsort(rows, kind="stable")
-        if np.array_equal(order, np.arange(len(rows))):
-            return self._read_images(camera, rows)
-        images = np.empty((len(rows), *self.features[camera].shape), np.uint8)
-        images[order] = self._read_images(camera, rows[order])
-        return images
+        images = self._read_images(camera, rows[order])
+        return images if np.array_equal(order, np.arange(len(rows))) else images[np.argsort(order)]
 
     def require(self, key: str, kind: Literal["image", "vector", "text"], size: int | None = None) -> None:
         """Check that there is a feature of a kind and, for vectors, of a size; else MissingFeatureError."""
@@ -212,17 +224,19 @@ class Dataset(abc.ABC):
                 next=f"manipi inspect {quoted(self.root)}  # shows the number of frames",
             )
 
-    def _check_finite(self, key: str, values: np.ndarray) -> None:
-        if values.dtype.kind != "f" or np.isfinite(values).all():
-            return
-        bad = np.argwhere(~np.isfinite(values))
-        row, dimension = bad[0].tolist()
-        raise BadValueError(
-            expected=f"finite numbers in {key!r}",
-            found=f"{values[row, dimension]} in dimension {dimension}, and {len(bad)} such values in all",
-            where=self.place(row),
-            next=f"manipi check {quoted(self.root)}  # lists every bad episode, to repair or leave out",
-        )
+
+def replaced(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The picture files that were known and are others now.
+
+    Two states of a file that one copy in a store and another one elsewhere gave have the size in common, and are
+    compared by that alone.
+    """
+    names = []
+    for name, state in now.items():
+        (size, source, *_), (size_before, source_before, *_) = state.split(" "), before.get(name, state).split(" ")
+        if size != size_before or (source == source_before and state != before.get(name, state)):
+            names.append(name)
+    return names
 
 
 def frames(
@@ -238,21 +252,20 @@ def frames(
     """The frames at some rows, each with the action chunk of `horizon` steps that begins there."""
     prompt_at = dataset.prompt if prompt == "task" else dataset.subtask
     rows = np.asarray(rows, dtype=np.int64)
-    pictures = {camera: dataset.images(camera, rows) for camera in cameras}
-    states = {key: dataset.column(key)[rows] for key in state_keys}
+    observed = {camera: dataset.images(camera, rows) for camera in cameras}
+    observed |= {key: dataset.column(key)[rows] for key in state_keys}
     actions, valid = action_chunks(dataset, rows, action_key=action_key, horizon=horizon)
-    observed = {**pictures, **states}
-    positions = dataset.episode_of(rows)
+    episodes = [dataset.episodes[position] for position in dataset.episode_of(rows).tolist()]
     return [
         Frame(
             observation={key: values[i] for key, values in observed.items()},
             actions=actions[i],
             action_valid=valid[i],
             prompt=prompt_at(row),
-            episode=dataset.episodes[position].index,
-            index=row - dataset.episodes[position].start,
+            episode=episode.index,
+            index=row - episode.start,
         )
-        for i, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True))
+        for i, (row, episode) in enumerate(zip(rows.tolist(), episodes, strict=True))
     ]
 
 
@@ -286,11 +299,8 @@ class EpisodeSubset(Dataset):
         require_episodes(by_number, numbers, dataset.root)
         chosen = [by_number[number] for number in numbers]
         self._rows = np.concatenate([np.arange(e.start, e.start + e.length) for e in chosen])
-        starts = np.cumsum([0, *(e.length for e in chosen)]).tolist()
-        episodes = [replace(e, start=start) for e, start in zip(chosen, starts, strict=False)]
-        super().__init__(
-            root=dataset.root, name=dataset.name, fps=dataset.fps, features=dataset.features, episodes=episodes
-        )
+        common = {"root": dataset.root, "name": dataset.name, "fps": dataset.fps, "features": dataset.features}
+        super().__init__(**common, episodes=in_a_row(chosen))
 
     def __reduce__(self) -> tuple:
         return EpisodeSubset, (self._dataset, self._numbers)
@@ -331,3 +341,61 @@ def require_episodes(known: Collection[int], numbers: Sequence[int], root: Path)
             where=f"--data.episodes of {root}",
             next=f"manipi inspect {quoted(root)}  # lists the episodes",
         )
+
+
+# Names of dimensions --------------------------------------------------------------------------------------------------
+#
+# What the dimensions of states and commands are called, wherever people read of them. The dataset's own names count,
+# where it has one for each dimension; else the robot's, which are all that a server and a checkpoint know. Units are
+# the robot's. Two columns that show the same number show it under the same name.
+
+
+def feature_names(dataset: Dataset, key: str, otherwise: Sequence[str] = ()) -> tuple[str, ...]:
+    """Of a vector, one per dimension; without names in the dataset `otherwise`, or else its numbers."""
+    feature = dataset.features[key]
+    size = math.prod(feature.shape)
+    complete = (names for names in (feature.names, otherwise) if len(names) == size)
+    return tuple(next(complete, map(str, range(size))))
+
+
+def command_names(robot: Robot, dataset: Dataset | None = None) -> tuple[str, ...]:
+    """Of the robot's commands."""
+    own = tuple(dimension.name for dimension in robot.action_space)
+    return own if dataset is None else feature_names(dataset, robot.dataset_key(robot.action_key), own)
+
+
+def command_units(robot: Robot) -> tuple[str, ...]:
+    """The unit of each dimension of a command; empty where there is none."""
+    return tuple(dimension.unit for dimension in robot.action_space)
+
+
+def state_labels(robot: Robot, dataset: Dataset | None = None) -> list[str]:
+    """Of the states, with their units."""
+    labels: list[str] = []
+    for state in robot.state:
+        own = state.names or tuple(f"{state.key}[{d}]" for d in range(state.size))
+        names = own if dataset is None else feature_names(dataset, robot.dataset_key(state.key), own)
+        labels += [label(name, state.unit) for name in names]
+    return labels
+
+
+def action_labels(robot: Robot, dataset: Dataset | None = None) -> list[str]:
+    """Of the commands as the model sees them, with their units: relative ones, 6D rotations, grippers from 0 to 1."""
+    names, units, labels = command_names(robot, dataset), list(command_units(robot)), list[str]()
+    start = 0
+    for group in robot.actions:
+        span = slice(start, start := start + group.size)
+        mine, of_mine = names[span], units[span]
+        if isinstance(group, EndEffector) and group.rotation != "none":
+            rotation = robot.action_space[span.start + 3].name.removesuffix(" 1")
+            mine, of_mine = (*mine[:3], *(f"{rotation} 6D {i + 1}" for i in range(6))), [*of_mine[:3], *[""] * 6]
+        if isinstance(group, Gripper | LinkageGripper):
+            of_mine = [""]
+        relative = "relative " if group.relative else ""
+        labels += [label(f"{relative}{name}", unit) for name, unit in zip(mine, of_mine, strict=True)]
+    return labels
+
+
+def label(name: str, unit: str) -> str:
+    """`left_waist [rad]`."""
+    return f"{name} [{unit}]" if unit else name

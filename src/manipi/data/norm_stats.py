@@ -45,8 +45,7 @@ from jaxtyping import Int64
 from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
-from manipi.data.dataset import Dataset
-from manipi.data.dimensions import command_names
+from manipi.data.dataset import Dataset, command_names
 from manipi.errors import ConfigError, NormStatsError, unknown_name
 from manipi.records import fingerprint
 from manipi.robots.robot import ActionGroup, EndEffector, Joints, Robot

@@ -1,6 +1,7 @@
 """Which reader opens a folder or URL."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -8,8 +9,11 @@ from manipi import extensions
 from manipi.data.dataset import Dataset, EpisodeSubset
 from manipi.errors import (
     ConfigError,
+    DatasetFormatError,
     DatasetNotFoundError,
     FetchError,
+    ManipiError,
+    one_line,
     quoted,
     shown,
     unknown_name,
@@ -31,17 +35,36 @@ class DatasetReader(Protocol):
         ...
 
 
-def find_reader(root: Path) -> DatasetReader | None:
-    """The reader of an installed package that recognises the folder; None: there is none.
+@contextmanager
+def _faults_of(name: str, root: Path) -> Iterator[None]:
+    """What a reader raises, as an error that names its package and the folder; our own errors keep their type."""
+    try:
+        yield
+    except ManipiError:
+        raise
+    except Exception as error:
+        package = extensions.package_of(extensions.entries("manipi.datasets")[name][0])
+        raise DatasetFormatError(
+            expected=f"a folder that the dataset reader {name} of the package {package} can read",
+            found=f"{type(error).__name__}: {one_line(str(error), 400)}",
+            where=str(root),
+            next=f"correct the folder, or pip install --upgrade {quoted(package)}",
+        ) from error
+
+
+def find_reader(root: Path) -> tuple[str, DatasetReader] | None:
+    """Name and reader of an installed package that recognises the folder; None: there is none.
 
     Raises:
-        ConfigError: several of them do, or one cannot be imported.
+        ConfigError: several of them do, or one cannot be imported, or is no reader.
+        DatasetFormatError: one of them fails; names its package.
     """
     readers: dict[str, DatasetReader] = {}
     for name in extensions.entries("manipi.datasets"):
         reader = extensions.find("manipi.datasets", name)
-        if reader.recognises(root):
-            readers[name] = reader
+        with _faults_of(name, root):
+            if reader.recognises(root):
+                readers[name] = reader
     if len(readers) > 1:
         raise ConfigError(
             expected="a folder in one format",
@@ -49,7 +72,7 @@ def find_reader(root: Path) -> DatasetReader | None:
             where=str(root),
             next="uninstall the package of all but one of them",
         )
-    return next(iter(readers.values()), None)
+    return next(iter(readers.items()), None)
 
 
 def fetch_tables(url: str) -> Path:
@@ -81,12 +104,12 @@ def open_dataset(
 
     Args:
         episodes: the numbers of those to use; none named: all of them.
-        fields, split, seed: of RLDS, as `rlds.open_rlds` takes them; `fields` names a map of `rlds_fields.BY_NAME`.
+        fields, split, seed: of RLDS, as `open_rlds` takes them; `fields` names a map of `data.rlds.fields.BY_NAME`.
 
     Raises:
         DatasetNotFoundError: no such folder, or no frames in it.
         FetchError: the URL cannot be read.
-        DatasetFormatError: an unknown version, or metadata that are missing or broken.
+        DatasetFormatError: an unknown version, or metadata that are missing or broken; or a package's reader fails.
         ConfigError: no episode of that number; several readers of installed packages recognise the folder; of RLDS:
             several versions, or no map of its features.
     """
@@ -106,9 +129,16 @@ def open_dataset(
             next=waiting
             or f"ls {quoted(root.parent)}  # then give the right path (--data.path, or --data.root for mixtures)",
         )
-    version = None if (root / "meta/info.json").is_file() else find_version(root)
-    if version is None and not (root / "meta/info.json").is_file() and (reader := find_reader(root)):
-        dataset = reader.open(root, tuple(episodes))
+    is_lerobot = (root / "meta/info.json").is_file()
+    if not is_lerobot and find_version(root):
+        if fields and fields not in BY_NAME:
+            raise unknown_name("map of RLDS features", fields, BY_NAME, next="name one of them (DatasetConfig.fields)")
+        dataset = open_rlds(root, fields=BY_NAME[fields] if fields else None, split=split, seed=seed)
+        return EpisodeSubset(dataset, episodes) if episodes else dataset
+    if not is_lerobot and (found := find_reader(root)):
+        name, reader = found
+        with _faults_of(name, root):
+            dataset = reader.open(root, tuple(episodes))
         if not isinstance(dataset, Dataset):
             raise ConfigError(
                 expected="a manipi.Dataset, which a dataset reader opens",
@@ -116,19 +146,14 @@ def open_dataset(
                 where=str(root),
                 next="correct `open` of that reader",
             )
-        chosen = not episodes or [episode.index for episode in dataset.episodes] == list(episodes)
-        return dataset if chosen else EpisodeSubset(dataset, episodes)
-    if version is None and not any((root / name).is_dir() for name in ("meta", "data", "videos")):
+    elif is_lerobot or any((root / name).is_dir() for name in ("meta", "data", "videos")):
+        dataset = LeRobotDataset(root, sorted(episodes))
+    else:
         raise DatasetNotFoundError(
             expected=_FOLDER,
             found=shown(sorted(path.name for path in root.iterdir()), 300),
             where=str(root),
             next=f"give the folder of one dataset; recordings of other formats: manipi convert {quoted(root)} TARGET",
         )
-    if version is None:
-        dataset = LeRobotDataset(root, sorted(episodes))
-        return dataset if list(episodes) == sorted(episodes) else EpisodeSubset(dataset, episodes)
-    if fields and fields not in BY_NAME:
-        raise unknown_name("map of RLDS features", fields, BY_NAME, next="name one of them (DatasetConfig.fields)")
-    dataset = open_rlds(root, fields=BY_NAME[fields] if fields else None, split=split, seed=seed)
-    return EpisodeSubset(dataset, episodes) if episodes else dataset
+    chosen = not episodes or [episode.index for episode in dataset.episodes] == list(episodes)
+    return dataset if chosen else EpisodeSubset(dataset, episodes)

@@ -23,7 +23,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Self
@@ -89,28 +88,26 @@ class Recorder(Subscriber):
         self._read = ReadRobot(robot)
         self._stack = ExitStack()
         self._policy: Policy | None = None
-        self._begun: _Recording | None = None
+        self._begun: dict[str, Any] = {}
+        """What all episodes have in common, beside them from the first one on: encoder, its version, description."""
         self._number = self._num_kept = self._questions = 0
         self._pictures: dict[str, _Pictures] = {}
-        self._begin()
+        self.on_episode_start()
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(self._parts.claimed())
-            if kept := self._parts.episodes():
-                self._go_on(kept)
+            if kept := self._parts.episodes():  # go on behind them
+                self._begun = _read_begun(self._parts)
+                self._require_begun("robot", self._begun["description"]["robot"], self._robot.to_json())
+                self._require_begun("video encoder", self._begun["video_encoder"], av.__version__)
+                self._number = self._num_kept = int(kept[-1].name.removeprefix("episode-")) + 1
+                if (seeds := read_episode(kept[-1]).columns.get(SEEDED)) is not None:
+                    self._questions = max(0, int(seeds.max()) + 1 - self._seed)
+                begun = "going on with the recording that was begun in %s: %d episodes"
+                logger.warning(begun, self._parts.folder, len(kept))
             self._stack = stack.pop_all()
         return self
-
-    def _go_on(self, kept: list[Path]) -> None:
-        """Behind the episodes of a recording that was begun and not finished."""
-        self._begun = _read_begun(self._parts)
-        self._require_begun("robot", self._begun.description["robot"], self._robot.to_json())
-        self._require_begun("video encoder", self._begun.video_encoder, av.__version__)
-        self._number = self._num_kept = int(kept[-1].name.removeprefix("episode-")) + 1
-        if (seeds := read_episode(kept[-1]).columns.get(SEEDED)) is not None:
-            self._questions = max(0, int(seeds.max()) + 1 - self._seed)
-        logger.warning("going on with the recording that was begun in %s: %d episodes", self._parts.folder, len(kept))
 
     def _require_begun(self, name: str, begun: Any, now: Any) -> None:
         """Episodes of one dataset have one robot, one policy and one layout. Compares as a file keeps it."""
@@ -123,14 +120,6 @@ class Recorder(Subscriber):
             next=f"manipi record --finish {quoted(self._parts.target)}  # then record to another folder",
         )
 
-    def _begin(self) -> None:
-        self._ended = False
-        self._rows: list[dict[str, Any]] = []
-        self._prompts: list[str] = []
-        self._answers: dict[int, _Answer] = {}
-        self._close_pictures()
-        self._started = time.monotonic()
-
     def watch(self, policy: Policy) -> "WatchedPolicy":
         """The policy, whose questions and answers are recorded; put it behind the broker.
 
@@ -138,22 +127,33 @@ class Recorder(Subscriber):
             ConfigError: the episodes that are there already are of another policy.
         """
         if self._begun:
-            self._require_begun("policy", self._begun.description["policy"], dict(policy.metadata))
+            self._require_begun("policy", self._begun["description"]["policy"], dict(policy.metadata))
         self._policy = policy
         return WatchedPolicy(self, policy)
 
     def on_episode_start(self) -> None:
-        self._begin()
+        self._ended = False
+        self._rows: list[dict[str, Any]] = []
+        self._prompts: list[str] = []
+        self._answers: dict[int, dict[str, np.ndarray | np.generic]] = {}
+        """By the frame that they belong to, the columns of questions and answers."""
+        self._close_pictures()
+        self._started = time.monotonic()
 
     def on_step(self, observation: Mapping[str, Any], action: Mapping[str, Any]) -> None:
         sample = self._read.encode(observation)
         for slot, key in self._robot.cameras.items():
             if (picture := sample.get(f"image/{slot}")) is not None:
-                self._pictures_of(self._robot.dataset_key(key), picture.shape).add(picture)
+                feature = self._robot.dataset_key(key)
+                if feature not in self._pictures:
+                    self._pictures[feature] = _Pictures(picture.shape)
+                self._pictures[feature].add(picture)
         self._prompts.append(str(sample["prompt"]))
+        ends = np.cumsum([state.size for state in self._robot.state], dtype=int)
+        states = zip(self._robot.state, np.split(sample["state"], ends[:-1]))
         self._rows.append(
             {
-                **self._states(sample["state"]),
+                **{self._robot.dataset_key(state.key): values for state, values in states},
                 self._robot.dataset_key(self._robot.action_key): np.asarray(action["actions"], np.float32),
                 TIME: np.float32(time.monotonic() - self._started),
                 STARVED: np.int64(action.get("starved", False)),
@@ -169,16 +169,31 @@ class Recorder(Subscriber):
         if not folder.exists():  # it does where Ctrl-C came after it was named
             self._encode(folder)
         self._number += 1
-        self._begin()
+        self.on_episode_start()
 
     def _encode(self, folder: Path) -> None:
         answers = dict(self._answers)  # an answer may still come
         rows = self._rows
         if answers:
-            none = next(iter(answers.values())).nothing()
-            rows = [row | answers.get(i, none).columns() for i, row in enumerate(rows)]
+            nothing = {key: np.zeros_like(value) for key, value in next(iter(answers.values())).items()}
+            rows = [row | answers.get(i, nothing) for i, row in enumerate(rows)]
         columns = {key: np.stack([np.atleast_1d(row[key]) for row in rows]) for key in rows[0]}
-        encoder, where = self._encoder(columns), f"{self._parts.target}, episode {self._number}"
+        vectors = {k: Feature(kind="vector", shape=v.shape[1:], dtype=str(v.dtype)) for k, v in columns.items()}
+        cameras = {k: Feature(kind="image", shape=p.shape, dtype="video") for k, p in self._pictures.items()}
+        rate = round(self._robot.control_hz)
+        encoder = EpisodeEncoder(features={**cameras, **vectors}, fps=rate, pix_fmt="yuv444p", crf=0)
+        if not self._begun:  # the first episode's layout is that of all
+            versions = {"manipi": manipi.__version__, "manipi_client": manipi_client.__version__}
+            description = {
+                "robot": self._robot.to_json(),
+                "policy": {} if self._policy is None else dict(self._policy.metadata),
+                "versions": versions | {"python": platform.python_version(), "numpy": np.__version__},
+            }
+            begun = {"encoder": encoder, "video_encoder": av.__version__, "description": description}
+            atomic_write(self._parts.begun, json_bytes(begun))
+            self._begun = _read_begun(self._parts)
+        self._require_begun("layout", self._begun["encoder"], encoder)
+        where = f"{self._parts.target}, episode {self._number}"
         next_ = "make room; the episodes before this one are kept"
         with atomic_directory(folder, next_) as partial:
             data = columns | {key: pictures.blocks() for key, pictures in self._pictures.items()}
@@ -207,65 +222,27 @@ class Recorder(Subscriber):
         self._questions += 1
         started = time.monotonic()
         answer = policy.infer(observation)
-        answers[frame] = _Answer(
-            chunk_HA=np.asarray(answer["actions"], np.float32),
-            left_nA=np.asarray(observation.get(PREVIOUS, np.zeros((0, self._robot.action_size))), np.float32),
-            delay=int(observation.get(DELAY, 0)),
-            seed=int(observation[SEED]),
-            answer_ms=(time.monotonic() - started) * 1000,
-            infer_ms=answer.get("server_timing", {}).get("infer_ms", 0.0),
-        )
+        chunk_HA = np.asarray(answer["actions"], np.float32)
+        left_nA = np.asarray(observation.get(PREVIOUS, np.zeros_like(chunk_HA[:0])), np.float32)
+        answers[frame] = {
+            ASKED: np.int64(True),
+            CHUNK: chunk_HA.ravel(),
+            LEFT: np.pad(left_nA, ((0, len(chunk_HA) - len(left_nA)), (0, 0))).ravel(),
+            NUM_LEFT: np.int64(len(left_nA)),
+            DELAYED: np.int64(observation.get(DELAY, 0)),
+            SEEDED: np.int64(observation[SEED]),
+            ANSWER_MS: np.float32((time.monotonic() - started) * 1000),
+            INFER_MS: np.float32(answer.get("server_timing", {}).get("infer_ms", 0.0)),
+        }
         return answer
-
-    # ---- columns
-
-    def _pictures_of(self, feature: str, shape: tuple[int, ...]) -> "_Pictures":
-        if feature not in self._pictures:
-            self._pictures[feature] = _Pictures(shape)
-        return self._pictures[feature]
 
     def _close_pictures(self) -> None:
         for pictures in self._pictures.values():
             pictures.close()
         self._pictures = {}
 
-    def _states(self, state: np.ndarray) -> dict[str, np.ndarray]:
-        ends = np.cumsum([part.size for part in self._robot.state])
-        parts = np.split(state, ends[:-1]) if self._robot.state else []
-        return {self._robot.dataset_key(s.key): part for s, part in zip(self._robot.state, parts, strict=True)}
-
-    def _encoder(self, columns: Mapping[str, np.ndarray]) -> EpisodeEncoder:
-        """As the first episode has it, whose layout is that of all."""
-        vectors = {k: Feature(kind="vector", shape=v.shape[1:], dtype=str(v.dtype)) for k, v in columns.items()}
-        cameras = {k: Feature(kind="image", shape=p.shape, dtype="video") for k, p in self._pictures.items()}
-        rate = round(self._robot.control_hz)
-        encoder = EpisodeEncoder(features={**cameras, **vectors}, fps=rate, pix_fmt="yuv444p", crf=0)
-        if self._begun is None:
-            begun = _Recording(encoder=encoder, video_encoder=av.__version__, description=self._description())
-            atomic_write(self._parts.begun, json_bytes(begun))
-            self._begun = _read_begun(self._parts)
-        self._require_begun("layout", json.loads(json_bytes(self._begun.encoder)), encoder)
-        return encoder
-
-    def _description(self) -> dict[str, Any]:
-        versions = {"manipi": manipi.__version__, "manipi_client": manipi_client.__version__}
-        return {
-            "robot": self._robot.to_json(),
-            "policy": {} if self._policy is None else dict(self._policy.metadata),
-            "versions": versions | {"python": platform.python_version(), "numpy": np.__version__},
-        }
-
 
 # What was begun -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Recording:
-    """What all episodes of a recording have in common, beside them from the first one on."""
-
-    encoder: EpisodeEncoder
-    video_encoder: str
-    description: dict[str, Any]
 
 
 def finish_recording(root: Path, *, show: bool = True) -> dict[str, int]:
@@ -304,54 +281,22 @@ def _other_recording(target: Path) -> str:
 
 def _finish(parts: Parts, *, show: bool) -> dict[str, int]:
     begun = _read_begun(parts)
-    described = begun.description | {"written": datetime.now(UTC).isoformat(timespec="seconds")}
-    files, robot_type = {DESCRIPTION: json_bytes(described)}, begun.description["robot"]["name"]
+    # The description stays as it is in the file: its robot is of types of its own.
+    described = begun["description"] | {"written": datetime.now(UTC).isoformat(timespec="seconds")}
+    files, robot_type = {DESCRIPTION: json_bytes(described)}, begun["description"]["robot"]["name"]
+    encoder = from_json(begun["encoder"], (EpisodeEncoder, Feature), str(parts.begun))
     again = f"manipi record --finish {quoted(parts.target)}  # the episodes wait in {parts.folder}"
     try:
         require_absent(parts.target)
-        return parts.finish(parts.episodes(), begun.encoder, robot_type, {}, files=files, show=show)
+        return parts.finish(parts.episodes(), encoder, robot_type, {}, files=files, show=show)
     except StorageError as error:
         next_ = f"{'move it away' if parts.target.exists() else 'make room'}, then: {again}"
         raise StorageError(expected=error.expected, found=error.found, where=error.where, next=next_) from error
 
 
-def _read_begun(parts: Parts) -> _Recording:
+def _read_begun(parts: Parts) -> dict[str, Any]:
     parts.require_own()
-    stored = read_json(parts.begun, DatasetFormatError)
-    # The description stays as it is in the file: its robot is of types of its own.
-    encoder = from_json(stored["encoder"], (EpisodeEncoder, Feature), str(parts.begun))
-    return _Recording(encoder=encoder, video_encoder=stored["video_encoder"], description=stored["description"])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Answer:
-    """A question of one frame, and what the policy said."""
-
-    chunk_HA: np.ndarray
-    left_nA: np.ndarray
-    delay: int
-    seed: int
-    answer_ms: float
-    infer_ms: float
-    asked: bool = True
-
-    def nothing(self) -> "_Answer":
-        """What stands where nothing was asked."""
-        left, none = self.left_nA[:0], np.zeros_like(self.chunk_HA)
-        return _Answer(chunk_HA=none, left_nA=left, delay=0, seed=0, answer_ms=0.0, infer_ms=0.0, asked=False)
-
-    def columns(self) -> dict[str, np.ndarray | np.generic]:
-        padding = ((0, len(self.chunk_HA) - len(self.left_nA)), (0, 0))
-        return {
-            ASKED: np.int64(self.asked),
-            CHUNK: self.chunk_HA.ravel(),
-            LEFT: np.pad(self.left_nA, padding).ravel(),
-            NUM_LEFT: np.int64(len(self.left_nA)),
-            DELAYED: np.int64(self.delay),
-            SEEDED: np.int64(self.seed),
-            ANSWER_MS: np.float32(self.answer_ms),
-            INFER_MS: np.float32(self.infer_ms),
-        }
+    return read_json(parts.begun, DatasetFormatError)
 
 
 class WatchedPolicy:

@@ -27,7 +27,7 @@ from manipi.model.config import GemmaSize, ModelConfig, Pi0Config, Pi0FastConfig
 from manipi.model.flow import velocity_field
 from manipi.model.gemma import Block
 from manipi.model.inference.engine import Engine
-from manipi.model.inference.quantize import maker
+from manipi.model.inference.fused import maker
 from manipi.policy import Policy
 from manipi.train.watch.progress import peak_memory
 from manipi.types import Observation
@@ -155,7 +155,8 @@ def _one_round(engine: Engine, inputs: ModelInput, clock: _Clock, host: Host | N
             cache = engine.decoding_cache(prefix, 1)
             engine.gemma({"vlm": prefix}, cache, commit=True, last=1)
         with clock.stage("token"):
-            token = next_tokens(engine.gemma, torch.zeros_like(inputs.tokens[:, :1]), prefix, first=0)
+            position_B1, ids_B1 = prefix.valid_BT.sum(1, keepdim=True), torch.zeros_like(inputs.tokens[:, :1])
+            token = next_tokens(engine.gemma, ids_B1, position_B1, engine.dtype)
             engine.gemma({"vlm": token}, cache, commit=True)
         return
     with clock.stage("prefix"):

@@ -32,13 +32,12 @@ from manipi.data.action_error import (
     recorded_chunks,
     travel_of,
 )
-from manipi.data.dataset import Dataset
-from manipi.data.dimensions import command_names
+from manipi.data.dataset import Dataset, command_names
 from manipi.data.feed.mixture import frames_of
 from manipi.data.feed.sampler import split_episodes
 from manipi.data.open import open_dataset
 from manipi.errors import ConfigError, MissingFeatureError
-from manipi.model.inference.quantize import Quantization
+from manipi.model.inference.fused import Quantization
 from manipi.policy import Policy
 from manipi.robots.robot import Robot
 from manipi.train.data import check_features, open_demonstrations, provenance_of

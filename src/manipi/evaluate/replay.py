@@ -19,12 +19,11 @@ from jaxtyping import Float, Int64
 from tqdm import tqdm
 
 from manipi.data.action_error import evenly_spaced
-from manipi.data.dataset import Dataset
-from manipi.data.dimensions import command_names
+from manipi.data.dataset import Dataset, command_names
 from manipi.data.norm_stats import NEAR_CONSTANT
 from manipi.data.recorder import ANSWER_MS, ASKED, CHUNK, DELAYED, DESCRIPTION, LEFT, NUM_LEFT, SEEDED
 from manipi.errors import ConfigError, MissingFeatureError
-from manipi.records import read_json
+from manipi.records import read_object
 from manipi.robots.robot import Robot
 from manipi_client.keys import DELAY, PREVIOUS, SEED
 
@@ -74,7 +73,7 @@ def recorded_robot(dataset: Dataset) -> Robot:
             where=str(dataset.root),
             next="record with manipi.data.recorder.Recorder and its `watch`; for demonstrations use manipi eval",
         )
-    return Robot.from_json(read_json(dataset.root / DESCRIPTION)["robot"], DESCRIPTION)
+    return Robot.from_json(read_object(dataset.root / DESCRIPTION).get("robot"), DESCRIPTION)
 
 
 def replay(dataset: Dataset, target: Answering, *, max_questions: int = 256, show: bool = True) -> Replay:

@@ -3,6 +3,7 @@
 Importing `manipi.model.config` does not import torch; `VLA` and `ModelInput` do, at their first use.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,12 +14,7 @@ __all__ = ["VLA", "ModelInput"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "VLA":
-        from manipi.model.vla import VLA
-
-        return VLA
-    if name == "ModelInput":
-        from manipi.model.inputs import ModelInput
-
-        return ModelInput
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    modules = {"VLA": "vla", "ModelInput": "inputs"}
+    if name not in modules:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{modules[name]}"), name)

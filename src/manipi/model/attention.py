@@ -27,9 +27,10 @@ Attention under it has four forms:
 Shape suffixes: B batch, T query tokens, S key tokens, N query heads, G key/value heads, H head dim.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -65,25 +66,25 @@ class Layout:
     """long, 0 for the trunk."""
     position: Tensor
     """long, the index on the token's own path."""
+    end: int
+    """How many tokens the sequence has up to the last of these."""
     plain: bool = False
     """Known without a look at the tensors: every token is valid and on the trunk, so that all that follow see it."""
     one_block: bool = False
     """Known likewise: all are one block on one branch, so that its valid tokens all see the same."""
 
-    def then(self, later: Self) -> "Layout":
-        """This sequence followed by a later one."""
-        return Layout(
-            valid=torch.cat([self.valid, later.valid], dim=1),
-            block=torch.cat([self.block, later.block], dim=1),
-            branch=torch.cat([self.branch, later.branch], dim=1),
-            position=torch.cat([self.position, later.position], dim=1),
-            plain=self.plain and later.plain,
-        )
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Layout":
+        """Each of its tensors changed alike."""
+        return replace(self, **{name: change(getattr(self, name)) for name in _TENSORS})
 
-    def chosen(self, which: int | Tensor) -> "Layout":
-        """Some of its tokens alone, as `chosen` has it."""
-        tensors = {name: chosen(getattr(self, name), which) for name in ("valid", "block", "branch", "position")}
-        return replace(self, **tensors)
+
+_TENSORS = ("valid", "block", "branch", "position")
+
+
+def joined(layouts: Sequence[Layout]) -> Layout:
+    """Those of sequences that follow each other, as one."""
+    whole = {name: torch.cat([getattr(one, name) for one in layouts], dim=1) for name in _TENSORS}
+    return Layout(**whole, end=layouts[-1].end, plain=all(one.plain for one in layouts), one_block=False)
 
 
 def chosen(x: Tensor, which: int | Tensor) -> Tensor:
@@ -94,7 +95,7 @@ def chosen(x: Tensor, which: int | Tensor) -> Tensor:
 
 
 def lay_out(
-    past: Layout | None,
+    past: Sequence[Layout],
     valid_BT: Tensor,
     starts_block_BT: Tensor,
     branch_BT: Tensor | None = None,
@@ -106,22 +107,22 @@ def lay_out(
     """The layout of tokens that continue `past`; all on the trunk without branches. Positions are counted unless they
     are given."""
     block_BT, on_trunk = starts_block_BT.long().cumsum(dim=1), branch_BT is None
+    block_BT = block_BT + past[-1].block[:, -1:] if past else block_BT
     branch_BT = torch.zeros_like(block_BT) if branch_BT is None else branch_BT
-    valid_BS, branch_BS = valid_BT, branch_BT
-    if past is not None:
-        block_BT = block_BT + past.block[:, -1:]
-    if past is not None and position_BT is None:
-        valid_BS, branch_BS = torch.cat([past.valid, valid_BT], dim=1), torch.cat([past.branch, branch_BT], dim=1)
-    if position_BT is None and on_trunk:
-        position_BT = (valid_BS & (branch_BS == 0)).cumsum(dim=1)[:, -valid_BT.shape[1] :] - 1
     if position_BT is None:
-        # Index of each token among the valid ones of its own path, up to and including itself.
-        index_S = torch.arange(valid_BS.shape[1], device=valid_BS.device)
-        not_after_TS = index_S[None, :] <= index_S[-valid_BT.shape[1] :, None]
-        seen_BTS = _same_path(branch_BT, branch_BS) & valid_BS[:, None, :] & not_after_TS
-        position_BT = seen_BTS.sum(dim=-1) - 1
-    known = {"plain": all_valid and on_trunk, "one_block": one_block}
-    return Layout(valid=valid_BT, block=block_BT, branch=branch_BT, position=position_BT, **known)
+        valid_BS = torch.cat([*(one.valid for one in past), valid_BT], dim=1)
+        branch_BS = torch.cat([*(one.branch for one in past), branch_BT], dim=1)
+        if on_trunk:
+            position_BT = (valid_BS & (branch_BS == 0)).cumsum(dim=1)[:, -valid_BT.shape[1] :] - 1
+        else:
+            # Index of each token among the valid ones of its own path, up to and including itself.
+            index_S = torch.arange(valid_BS.shape[1], device=valid_BS.device)
+            not_after_TS = index_S[None, :] <= index_S[-valid_BT.shape[1] :, None]
+            seen_BTS = _same_path(branch_BT, branch_BS) & valid_BS[:, None, :] & not_after_TS
+            position_BT = seen_BTS.sum(dim=-1) - 1
+    tensors = {"valid": valid_BT, "block": block_BT, "branch": branch_BT, "position": position_BT}
+    end = valid_BT.shape[1] + (past[-1].end if past else 0)
+    return Layout(**tensors, end=end, plain=all_valid and on_trunk, one_block=one_block)
 
 
 def attention_mask(query: Layout, key: Layout) -> Tensor:
@@ -137,7 +138,10 @@ def _same_path(query_BT: Tensor, key_BS: Tensor) -> Tensor:
 
 def mask_for(query: Layout, key: Layout, dtype: torch.dtype) -> Mask:
     """Which keys each query sees, for `attend`."""
-    if query.valid.shape[1] >= FLEX_QUERIES and _has_flex(query.valid.device):
+    device, memory = query.valid.device, 0
+    if query.valid.shape[1] >= FLEX_QUERIES and device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if memory >= FLEX_SHARED_MEMORY:
         return flex_mask(query, key)
     return bias_for(attention_mask(query, key), dtype)
 
@@ -183,13 +187,6 @@ def attend(q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, mask: Mask, *, heads_
         k_BNSH, v_BNSH = (x[:, :, None].expand(-1, -1, n // g, -1, -1).flatten(1, 2) for x in (k_BGSH, v_BGSH))
         attended = F.scaled_dot_product_attention(q_BNTH, k_BNSH, v_BNSH, attn_mask=mask)
     return attended.transpose(1, 2).flatten(2)
-
-
-@cache
-def _has_flex(device: torch.device) -> bool:
-    return device.type == "cuda" and (
-        torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= FLEX_SHARED_MEMORY
-    )
 
 
 @cache

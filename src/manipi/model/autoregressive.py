@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from manipi.model.attention import Layout
+from manipi.model.attention import Layout, joined
 from manipi.model.config import Compat
 from manipi.model.gemma import Gemma, KeysValues, KVCache, Span
 
@@ -68,14 +68,8 @@ def _mean_per_sample(values: Tensor, counts_BL: Tensor) -> Tensor:
 
 def prompt_output(gemma: Gemma, prefix: Span, prompt_len: int) -> Float[Tensor, "B L-1 D"]:
     """Row i predicts prompt token i+1. The last token predicts nothing and is left out."""
-    inputs = dataclasses.replace(
-        prefix,
-        tokens_BTD=prefix.tokens_BTD[:, :-1],
-        valid_BT=prefix.valid_BT[:, :-1],
-        starts_block_BT=prefix.starts_block_BT[:, :-1],
-        position_BT=None if prefix.position_BT is None else prefix.position_BT[:, :-1],
-    )
-    return gemma({"vlm": inputs}, last=prompt_len - 1)["vlm"]
+    inputs = {name: value[:, :-1] for name, value in vars(prefix).items() if isinstance(value, Tensor)}
+    return gemma({"vlm": dataclasses.replace(prefix, **inputs)}, last=prompt_len - 1)["vlm"]
 
 
 # Decoding ------------------------------------------------------------------------------------------------------------
@@ -99,12 +93,16 @@ def greedy_decode(
     something is to be chosen after it, so that forced tokens wait and go together, and those at the end never go. Of
     the vocabulary only the ids that are allowed meet the output.
     """
-    device = prefix.valid_BT.device
-    last_B = last_valid(prefix.valid_BT)
+    device, dtype = prefix.valid_BT.device, prefix.tokens_BTD.dtype
+    last_B, after_B1 = last_valid(prefix.valid_BT), prefix.valid_BT.sum(1, keepdim=True)
     # Known to be the last token, it needs no index.
     out_B1D = gemma({"vlm": prefix}, cache, commit=True, last=1 if prefix.all_valid else last_B)["vlm"]
     if compat.fast_contiguous_cache:
-        _see_last_slots(cache, prefix.valid_BT.sum(1, keepdim=True), max_tokens + last_B[:, None])
+        # The reference takes the last slots for the valid ones, as many as are valid.
+        whole, last_slot_B1 = joined(cache.layouts), max_tokens + last_B[:, None]
+        slot_T = torch.arange(whole.valid.shape[1], device=device)
+        seen_BT = (slot_T <= last_slot_B1) & (slot_T > last_slot_B1 - after_B1)
+        cache.layouts = (dataclasses.replace(whole, valid=seen_BT),)
     ids: list[list[int]] = [[] for _ in last_B]
     ran = 0
 
@@ -119,7 +117,9 @@ def greedy_decode(
         ]
         if ran < len(ids[0]) and any(choice is None or len(choice) > 1 for choice in choices):
             waiting_BT = torch.tensor([row[ran:] for row in ids], device=device)
-            tokens = next_tokens(gemma, waiting_BT, prefix, first=ran + compat.fast_position_offset)
+            first = ran + compat.fast_position_offset
+            step_T = torch.arange(first, first + waiting_BT.shape[1], device=device)
+            tokens = next_tokens(gemma, waiting_BT, after_B1 + step_T, dtype)
             out_B1D, ran = gemma({"vlm": tokens}, cache, commit=True, last=1)["vlm"], len(ids[0])
         best = gemma.logits(out_B1D[:, 0]).argmax(-1).tolist() if any(choice is None for choice in choices) else []
         for index, choice in enumerate(choices):
@@ -133,15 +133,14 @@ def greedy_decode(
     return torch.tensor([row + [0] * (max_tokens - len(row)) for row in ids], dtype=torch.long, device=device)
 
 
-def next_tokens(gemma: Gemma, ids_BT: Int64[Tensor, "B T"], prefix: Span, first: int) -> Span:
-    """Tokens each of which sees those before it, at that many valid tokens behind the prefix's last one."""
+def next_tokens(gemma: Gemma, ids_BT: Tensor, position_BT: Int64[Tensor, "B T"], dtype: torch.dtype) -> Span:
+    """Tokens each of which sees those before it."""
     real_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-    step_T = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device)
     return Span(
-        tokens_BTD=gemma.embed(ids_BT, prefix.tokens_BTD.dtype),
+        tokens_BTD=gemma.embed(ids_BT, dtype),
         valid_BT=real_BT,
         starts_block_BT=real_BT,
-        position_BT=prefix.valid_BT.sum(1, keepdim=True) + step_T,
+        position_BT=position_BT,
         all_valid=True,
         one_block=ids_BT.shape[1] == 1,
     )
@@ -158,13 +157,5 @@ def reference_cache(gemma: Gemma, prefix: Span, num_slots: int) -> KVCache:
     nothing = torch.zeros(b, num_slots, dtype=torch.long, device=device)
     shape = (b, gemma.size.num_kv_heads, num_slots, gemma.size.head_dim)
     zeros = torch.zeros(shape, dtype=prefix.tokens_BTD.dtype, device=device)
-    layout = Layout(valid=nothing.bool(), block=nothing, branch=nothing, position=nothing)
-    return KVCache(layout=layout, layers=dict.fromkeys(range(len(gemma.blocks)), KeysValues(zeros, zeros)))
-
-
-def _see_last_slots(cache: KVCache, prompt_len_B1: Tensor, last_slot_B1: Tensor) -> None:
-    """The reference takes the last slots for the valid ones, as many as are valid."""
-    assert cache.layout is not None
-    slot_T = torch.arange(cache.layout.valid.shape[1], device=last_slot_B1.device)
-    seen_BT = (slot_T <= last_slot_B1) & (slot_T > last_slot_B1 - prompt_len_B1)
-    cache.layout = dataclasses.replace(cache.layout, valid=seen_BT)
+    layout = Layout(valid=nothing.bool(), block=nothing, branch=nothing, position=nothing, end=num_slots)
+    return KVCache(layouts=(layout,), layers=dict.fromkeys(range(len(gemma.blocks)), KeysValues(zeros, zeros)))

@@ -32,7 +32,7 @@ Shape suffixes: B batch, K noise draws, H action horizon, A action dimensions, T
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -247,38 +247,15 @@ def given_steps(delay_B: Int64[Tensor, "B"], horizon: int) -> Tensor:
 # Sampling ------------------------------------------------------------------------------------------------------------
 
 
-class SuffixHead(Protocol):
-    """What sampling needs of a head: a `FlowHead`, or an engine's."""
-
-    def suffix_at(
-        self, state_BA: Tensor, x_BKHA: Tensor, timestep: float, dtype: torch.dtype, given_BH: Tensor | None
-    ) -> Span: ...
-    def velocity(self, out_BTD: Tensor, num_draws: int, action_horizon: int) -> Tensor: ...
-
-
 def sample(
-    gemma: Gemma,
-    head: SuffixHead,
-    cache: KVCache,
-    inputs: ModelInput,
-    noise_BKHA: Tensor,
-    num_steps: int,
-    dim_valid_BA: Tensor,
-    dtype: torch.dtype,
-    continuation: Continuation,
+    velocity: Velocity, inputs: ModelInput, noise_BKHA: Tensor, num_steps: int, continuation: Continuation
 ) -> Float[Tensor, "B K H A"]:
     """Action chunks by `num_steps` Euler steps from timestep 1 to 0.
 
-    Padded dimensions follow their true velocity, which is their noise because their action is zero: the model sees
-    there what it saw in training, although the loss never taught it to predict them.
-
     Args:
-        cache: of the prefix.
-        dim_valid_BA: dimensions that the robot has.
-        dtype: of the suffix's tokens.
+        velocity: `velocity_field`.
         continuation: with `delay`, `actions` and `action_valid` among the inputs.
     """
-    velocity = velocity_field(gemma, head, cache, inputs, noise_BKHA, dim_valid_BA, dtype)
     if continuation is None:
         return integrate(lambda x, t: velocity(x, t, None), noise_BKHA, euler_times(num_steps))
     assert inputs.actions is not None, "a delay needs the previous chunk"
@@ -292,14 +269,23 @@ def sample(
 
 def velocity_field(
     gemma: Gemma,
-    head: SuffixHead,
+    head: FlowHead,
     cache: KVCache,
     inputs: ModelInput,
     noise_BKHA: Tensor,
     dim_valid_BA: Tensor,
     dtype: torch.dtype,
 ) -> Velocity:
-    """The velocity at any noisy actions, after the prefix that is in the cache; see `sample`."""
+    """The velocity at any noisy actions, after the prefix that is in the cache.
+
+    Padded dimensions follow their true velocity, which is their noise because their action is zero: the model sees
+    there what it saw in training, although the loss never taught it to predict them.
+
+    Args:
+        cache: of the prefix.
+        dim_valid_BA: dimensions that the robot has.
+        dtype: of the suffix's tokens.
+    """
     placed: Placed | None = None
 
     def velocity(x_BKHA: Tensor, timestep: float, given_BH: Tensor | None) -> Tensor:

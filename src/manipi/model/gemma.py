@@ -21,6 +21,7 @@ G key/value heads, H head dim.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -28,7 +29,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from manipi.model.attention import Layout, Mask, attend, chosen, lay_out, mask_for
+from manipi.model.attention import Layout, Mask, attend, chosen, joined, lay_out, mask_for
 from manipi.model.config import NO_ADAPTERS, Adapters, GemmaSize, LoRA
 from manipi.model.layers import ZeroLinear, linear
 
@@ -61,14 +62,14 @@ class Span:
     one_block: bool = False
     """Known likewise: all are one block on one branch."""
 
-    def follow(self, past: Layout | None) -> Layout:
+    def follow(self, past: Sequence[Layout]) -> Layout:
         """Where these tokens stand when they continue `past`."""
         known = {"all_valid": self.all_valid, "one_block": self.one_block}
         return lay_out(past, self.valid_BT, self.starts_block_BT, self.branch_BT, self.position_BT, **known)
 
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]
-"""Cosines and sines of the tokens' rotary angles, each [B, T, 1, H/2]."""
+"""Of the tokens' rotary angles, for both halves of a head, [B, T, 1, H]: cosines, and sines with the sign of each."""
 
 
 class KeysValues(NamedTuple):
@@ -91,12 +92,13 @@ class Past(Protocol):
 
 @dataclass(kw_only=True)
 class KVCache:
-    """Keys and values of every layer, and the layout of their tokens, so that no caller ever builds a mask.
+    """Keys and values of every layer, and the layouts of their tokens, so that no caller ever builds a mask.
 
     It grows by concatenation. An engine has one of fixed size with the same methods (`StaticCache`).
     """
 
-    layout: Layout | None = None
+    layouts: tuple[Layout, ...] = ()
+    """Of one span after the other."""
     layers: dict[int, KeysValues] = field(default_factory=dict)
     heads_as_rows: ClassVar[bool] = False
     """Which form of `attend` reads it."""
@@ -292,7 +294,7 @@ class Placed(NamedTuple):
     geometries: dict[str, Geometry]
     of_last: dict[str, Geometry]
     """In the last layer, where less may be wanted."""
-    layout: Layout | None
+    layouts: tuple[Layout, ...]
     """Of the sequence with them."""
 
 
@@ -365,7 +367,7 @@ class Gemma(nn.Module):
         """
         lengths: dict[str, int | Tensor] = {name: span.tokens_BTD.shape[1] for name, span in spans.items()}
         wanted = {name: lengths[name] if last is None else last for name in (lengths if outputs is None else outputs)}
-        geometries, of_last, layout = placed or self.place(spans, cache, wanted)
+        geometries, of_last, layouts = placed or self.place(spans, cache, wanted)
         xs = {name: span.tokens_BTD.float() for name, span in spans.items()}
         final = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
@@ -377,7 +379,7 @@ class Gemma(nn.Module):
                 assert cache is not None, "nothing to commit to"
                 cache.keep(index, keys_values)
         if cache is not None and commit:
-            cache.layout = layout
+            cache.layouts = layouts
         conds = {name: None if s.cond is None else s.cond.of_layer(final + 1) for name, s in spans.items()}
         return {name: self.final_norms[name](x, conds[name])[0] for name, x in xs.items()}
 
@@ -387,30 +389,31 @@ class Gemma(nn.Module):
         Args:
             wanted: which tokens of each span, as `chosen` has it.
         """
-        geometries, of_last, seen = {}, {}, None if cache is None else cache.layout
+        geometries, of_last, seen = {}, {}, () if cache is None else cache.layouts
         make_mask, as_rows = (mask_for, False) if cache is None else (cache.mask, cache.heads_as_rows)
         for name, span in spans.items():
             own, dtype = span.follow(seen), span.tokens_BTD.dtype
-            sees_all = span.all_valid and span.one_block and (seen is None or seen.plain)
-            seen = own if seen is None else seen.then(own)
-            mask = None if sees_all else make_mask(own, seen, dtype)
+            sees_all = span.all_valid and span.one_block and all(one.plain for one in seen)
+            seen = (*seen, own)
+            mask = None if sees_all else make_mask(own, joined(seen), dtype)
             geometry = Geometry(rope(own.position, self.size.head_dim), mask, as_rows, dtype)
             geometries[name] = of_last[name] = geometry
             some = wanted.get(name, 0)
             if mask is not None and (isinstance(some, Tensor) or 0 < some < own.valid.shape[1]):
-                of_last[name] = geometry._replace(mask=make_mask(own.chosen(some), seen, dtype))
+                last = own.map(partial(chosen, which=some))
+                of_last[name] = geometry._replace(mask=make_mask(last, joined(seen), dtype))
         return Placed(geometries, of_last, seen)
 
 
 def rope(position: Int[Tensor, "B T"], head_dim: int, base: float = 10_000.0) -> Rotation:
-    """Cosine and sine of the rotary angles `position · base^(−2i/head_dim)` (Su et al. 2021), each [B, T, 1, H/2]."""
+    """By angles `position · base^(−2i/head_dim)` (Su et al. 2021), the same for both halves of a head."""
     exponent = torch.arange(head_dim // 2, device=position.device, dtype=torch.float32) * (2.0 / head_dim)
-    angle = position[..., None, None].float() / base**exponent
-    return angle.cos(), angle.sin()
+    angle = position[..., None, None] / base**exponent
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x_BTNH: Tensor, rope: Rotation) -> Tensor:
     """Rotate the two halves of each head against each other, in float32: `(a, b) → (a cos − b sin, b cos + a sin)`."""
-    cos, sin = rope
-    a, b = x_BTNH.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BTNH.dtype)
+    (cos, sin), x32 = rope, x_BTNH.float()
+    return (x32 * cos + x32.roll(x32.shape[-1] // 2, -1) * sin).to(x_BTNH.dtype)

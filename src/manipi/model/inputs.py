@@ -75,13 +75,9 @@ def kept(image_valid: Tensor, token_valid: Tensor, token_causal: Tensor | None, 
     # π0-FAST predicts each token from the one before: of a prompt of one there is nothing to learn.
     prompt_len = min(max(-(-used // multiple) * multiple, 2), tokens_BL.shape[1])
     one_block = token_causal is None or not bool(token_causal[:, :prompt_len].any())
-    cameras, pictures, places = (
-        tuple(mask.nonzero().flatten().tolist()) for mask in (cameras_C, images_BC.flatten(), stays_BC.flatten())
-    )
+    masks = {"cameras": cameras_C, "pictures": images_BC.flatten(), "places": stays_BC.flatten()}
     return Kept(
-        cameras=cameras,
-        pictures=pictures,
-        places=places,
+        **{name: tuple(mask.nonzero().flatten().tolist()) for name, mask in masks.items()},
         prompt_len=prompt_len,
         one_block=one_block,
         all_valid=bool(stays_BC.all() and tokens_BL[:, :prompt_len].all()),
@@ -90,24 +86,9 @@ def kept(image_valid: Tensor, token_valid: Tensor, token_causal: Tensor | None, 
 
 def everything(image_valid: Tensor, token_valid: Tensor) -> Kept:
     """The padded batch, as the reference computes it."""
-    all_pictures = tuple(range(image_valid.numel()))
-    return Kept(
-        cameras=tuple(range(image_valid.shape[1])),
-        pictures=all_pictures,
-        places=all_pictures,
-        prompt_len=token_valid.shape[1],
-        one_block=False,
-        all_valid=False,
-    )
-
-
-@dataclass(frozen=True)
-class HostMasks:
-    """Masks in the host's memory, which can be read without waiting for a device."""
-
-    copies: Masks
-    of: Masks
-    """What they are copies of; of other masks they say nothing."""
+    slots, tokens = (torch.ones(mask.shape, dtype=torch.bool, device="cpu") for mask in (image_valid, token_valid))
+    whole = kept(slots, tokens, None)
+    return dataclasses.replace(whole, one_block=False, all_valid=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +116,9 @@ class ModelInput:
     """π0-FAST training: tokens that see only what comes before them."""
     token_loss: Bool[Tensor, "B L"] | None = None
     """π0-FAST training: tokens to predict."""
-    host_masks: HostMasks | None = field(default=None, repr=False, compare=False)
-    """Of a batch that came to a device by `to`; it goes along when other fields are replaced."""
+    on_host: tuple[Masks, Masks] | None = field(default=None, repr=False, compare=False)
+    """Masks on a device to which they came by `to`, and their copies in the host's memory, which can be read without
+    waiting. They go along when other fields are replaced; of other masks they say nothing."""
 
     @property
     def batch_size(self) -> int:
@@ -157,9 +139,8 @@ class ModelInput:
         """The masks in the host's memory, where they are known there."""
         if self.tokens.device.type == "cpu":
             return self._masks
-        host = self.host_masks
-        same = host is not None and all(a is b for a, b in zip(host.of, self._masks, strict=True))
-        return host.copies if host is not None and same else None
+        masks, copies = self.on_host or (None, None)
+        return copies if masks and all(a is b for a, b in zip(masks, self._masks, strict=True)) else None
 
     @classmethod
     def from_numpy(cls, batch: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> "ModelInput":
@@ -168,7 +149,7 @@ class ModelInput:
         Raises:
             ConfigError: a key that is no field, or a required field that is absent.
         """
-        fields = {one.name: one for one in dataclasses.fields(cls) if one.name != "host_masks"}
+        fields = {one.name: one for one in dataclasses.fields(cls) if one.name != "on_host"}
         for key in batch:
             if key not in fields:
                 raise unknown_name("model input", key, fields, next="drop it from the batch")
@@ -194,7 +175,7 @@ class ModelInput:
             name: t.to(target, non_blocking=t.device.type == "cpu" and target.type == "cuda")
             for name, t in self.tensors.items()
         }
-        return dataclasses.replace(self, **moved)._with_host_masks(self._copies)
+        return dataclasses.replace(self, **moved)._with_copies(self._copies)
 
     def split(self, parts: int) -> list[Self]:
         """The batch in equal parts, in order."""
@@ -203,19 +184,18 @@ class ModelInput:
             del per_sample["action_dim_valid"]
         chunks = zip(*(value.chunk(parts) for value in per_sample.values()), strict=True)
         split = [dataclasses.replace(self, **dict(zip(per_sample, chunk, strict=True))) for chunk in chunks]
-        if (copies := self._copies) is None:
-            return split
-        own = zip(*([None] * parts if one is None else one.chunk(parts) for one in copies), strict=True)
-        return [part._with_host_masks(masks) for part, masks in zip(split, own, strict=True)]
+        copies = [[None] * parts if one is None else one.chunk(parts) for one in self._copies or ()]
+        own = zip(*copies, strict=True) if copies else [None] * parts
+        return [part._with_copies(masks) for part, masks in zip(split, own, strict=True)]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are there, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
-    def _with_host_masks(self, copies: Masks | None) -> Self:
-        host = None if copies is None or self.tokens.device.type == "cpu" else HostMasks(copies, self._masks)
-        return dataclasses.replace(self, host_masks=host)
+    def _with_copies(self, copies: Masks | None) -> Self:
+        needed = copies is not None and self.tokens.device.type != "cpu"
+        return dataclasses.replace(self, on_host=(self._masks, copies) if needed else None)
 
     def check(self, config: ModelConfig) -> None:
         """Compare shapes with the model's.
@@ -253,17 +233,11 @@ def blank_input(config: ModelConfig, cameras: Sequence[bool], prompt_len: int, d
         delay: with a previous chunk of zeros, of which so many steps are committed.
     """
     size, longest, horizon = config.vision.image_size, config.max_token_len, config.action_horizon
-    previous: dict[str, Any] = (
-        {}
-        if delay is None
-        else {
-            "actions": torch.zeros(1, horizon, config.action_dim),
-            "action_valid": torch.ones(1, horizon, dtype=torch.bool),
-            "delay": torch.tensor([delay]),
-        }
-    )
+    goes_on = delay is not None
     return ModelInput(
-        **previous,
+        actions=torch.zeros(1, horizon, config.action_dim) if goes_on else None,
+        action_valid=torch.ones(1, horizon, dtype=torch.bool) if goes_on else None,
+        delay=torch.tensor([delay]) if goes_on else None,
         images=torch.zeros(1, len(cameras), size, size, 3, dtype=torch.uint8),
         image_valid=torch.tensor([cameras]) | isinstance(config, Pi0FastConfig),
         tokens=torch.zeros(1, longest, dtype=torch.long),

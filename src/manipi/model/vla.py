@@ -140,8 +140,8 @@ class VLA(nn.Module):
         assert not isinstance(self.config, Pi0FastConfig), "π0-FAST samples no actions"
         cache = self.prefill(inputs, self.embed_prefix(inputs, kept), noise_BKHA.shape[1])
         _, dim_valid_BA = flow.action_masks(inputs, self.config)
-        where = (dim_valid_BA, self.dtype, continuation)
-        return flow.sample(self.gemma, self.head, cache, inputs, noise_BKHA, num_steps, *where)
+        velocity = flow.velocity_field(self.gemma, self.head, cache, inputs, noise_BKHA, dim_valid_BA, self.dtype)
+        return flow.sample(velocity, inputs, noise_BKHA, num_steps, continuation)
 
     def prefill(self, inputs: ModelInput, prefix: Span, num_draws: int = 1) -> KVCache:
         """What the suffixes of so many noise draws continue."""
@@ -213,9 +213,7 @@ class VLA(nn.Module):
         images = images.flatten(0, 1)
         if kept is not None and len(kept.pictures) < len(images):
             # By slices: indices would come from the host, which a CUDA graph cannot wait for.
-            ends = [i + 1 for i in kept.pictures if i + 1 not in kept.pictures]
-            starts = [i for i in kept.pictures if i - 1 not in kept.pictures]
-            images = torch.cat([images[:0], *(images[a:b] for a, b in zip(starts, ends, strict=True))])
+            images = torch.cat([images[:0], *(images[i : i + 1] for i in kept.pictures)])
         if images.dtype == torch.uint8:
             images = images.float() / 255.0 * 2.0 - 1.0
         encoded_NPD = self.vision(images, self.dtype)

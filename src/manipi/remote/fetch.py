@@ -34,7 +34,7 @@ from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from manipi.errors import FetchError, unknown_name
-from manipi.records import json_bytes, read_json
+from manipi.records import json_bytes, read_object
 from manipi.storage import Lock, atomic_write, home, storage_errors
 
 _T = TypeVar("_T")
@@ -508,7 +508,7 @@ def _beside(target: Path, kind: str) -> Path:
 
 def _manifest(target: Path) -> dict[str, Any]:
     path = _beside(target, "manifest.json")
-    return read_json(path) if path.is_file() else {"files": {}}
+    return read_object(path) if path.is_file() else {"files": {}}
 
 
 def _size(path: Path) -> int:

@@ -2,29 +2,17 @@
 
 Each setting says in its type when a run that goes on may bring another value (`manipi.records`), and what it may be:
 
-    steps: Anytime[Count] = 30_000          lr: Stays[float] = 2.5e-5
+    steps: Anytime[Count] = 30_000          lr: Stays[NotNegative] = 2.5e-5
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-import tyro
-from tyro.constructors import PrimitiveConstructorSpec
-
 from manipi.errors import ConfigError, unknown_name
 from manipi.model.config import DType, ModelConfig, NormMode, Pi0FastConfig, Pi05Config
 from manipi.records import Anytime, BeforeStep1, Stays
 from manipi.robots.robot import Robot
-
-_WHOLE = PrimitiveConstructorSpec[Robot](
-    nargs=1,
-    metavar="ROBOT",
-    instance_from_str=lambda _: NotImplemented,
-    is_instance=lambda value: isinstance(value, Robot),
-    str_from_instance=lambda robot: [robot.name],
-)
-"""A robot is structure: tyro takes it as one value, which no flag changes, and does not look inside."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +61,11 @@ class DatasetConfig:
     """Numbers of the episodes to use; none named: all of them."""
     prompt: Literal["task", "subtask"] = "task"
     fields: str = ""
-    """RLDS only: its map in `data.rlds_fields.BY_NAME`; empty: the one beside its files, or of its name."""
+    """RLDS only: its map in `data.rlds.fields.BY_NAME`; empty: the one beside its files, or of its name."""
+
+
+STRUCTURE = (Robot, tuple[DatasetConfig, ...])
+"""Types of settings that a recipe alone says: there is no flag for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +76,7 @@ class DataConfig:
     """Folder or URL of one dataset, instead of the recipe's. Empty: the recipe's, or training has none."""
     root: Anytime[str] = ""
     """Folder or URL that holds the datasets of the recipe's mixture; empty: the current folder."""
-    mixture: Stays[Annotated[tuple[DatasetConfig, ...], tyro.conf.Fixed, tyro.conf.Suppress]] = ()
+    mixture: Stays[tuple[DatasetConfig, ...]] = ()
     """Several datasets, where there is no `path`."""
     keep: Stays[str] = ""
     """Of `path`: file or URL of the frames to keep (`manipi filter`); empty: all."""
@@ -98,7 +90,7 @@ class DataConfig:
     """Leave out episodes that `manipi check` finds broken, and say which; otherwise they stop the run."""
     holdout: Stays[BelowOne] = 0.1
     """Share of each dataset's episodes kept out of training, for evaluation."""
-    num_workers: Anytime[int] = 1
+    num_workers: Anytime[CountOrNone] = 1
     """Processes that read and encode batches; 0 reads inside the training process."""
     cache: Stays[Literal["none", "raw", "jpeg"]] = "none"
     """Keep decoded pictures in the run, at the model's size. JPEG: a seventh of the room, slightly other pixels."""
@@ -148,7 +140,7 @@ class ComputeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LRScale:
-    """Multipliers of the learning rate, by group of parameters (`train.step.trained`)."""
+    """Multipliers of the learning rate, by group of parameters (`train.step.state`)."""
 
     vision: Stays[Multiplier] = 1.0
     vlm: Stays[Multiplier] = 1.0
@@ -163,7 +155,7 @@ class OptimizerConfig:
     kind: Stays[Literal["adamw", "sgd"]] = "adamw"
     schedule: Stays[Literal["cosine", "rsqrt"]] = "cosine"
     """How the rate decays: to `final_lr` along a cosine, or for ever with one over the square root of the step."""
-    lr: Stays[float] = 2.5e-5
+    lr: Stays[NotNegative] = 2.5e-5
     """Peak learning rate."""
     final_lr: Stays[float] = 2.5e-6
     """cosine: learning rate at the end of the decay."""
@@ -172,12 +164,12 @@ class OptimizerConfig:
     """cosine: step at which it reaches `final_lr`."""
     timescale: Stays[float] = 10_000
     """rsqrt: steps after the warm-up until the rate is down to 1/√2 of its peak."""
-    beta1: Stays[float] = 0.9
+    beta1: Stays[BelowOne] = 0.9
     """AdamW, as `beta2`, `eps` and `weight_decay`."""
-    beta2: Stays[float] = 0.95
-    eps: Stays[float] = 1e-8
-    weight_decay: Stays[float] = 1e-10
-    momentum: Stays[float] = 0.9
+    beta2: Stays[BelowOne] = 0.95
+    eps: Stays[NotNegative] = 1e-8
+    weight_decay: Stays[NotNegative] = 1e-10
+    momentum: Stays[NotNegative] = 0.9
     """SGD, as `nesterov`."""
     nesterov: Stays[bool] = False
     clip_norm: Stays[float] = 1.0
@@ -274,9 +266,9 @@ class AugmentConfig:
 class TrainConfig:
     """One training run, complete: it is written into the run's folder and compared on resume."""
 
-    robot: Stays[Annotated[Robot, tyro.conf.Fixed, tyro.conf.Suppress, _WHOLE]]
+    robot: Stays[Robot]
     data: DataConfig
-    model: Stays[tyro.conf.AvoidSubcommands[ModelConfig]] = field(default_factory=Pi05Config)
+    model: Stays[ModelConfig] = field(default_factory=Pi05Config)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -289,7 +281,7 @@ class TrainConfig:
     init: Stays[str] = ""
     """Weights to start from: folder of a checkpoint or run, a released name (`pi05_base`), a URL; empty: the seed's."""
     trained: BeforeStep1[Trained] = "full"
-    """`lora`: of experts with adapters, those alone; `qlora`: their matrices in 4 bits (`train.step.trained`)."""
+    """`lora`: of experts with adapters, those alone; `qlora`: their matrices in 4 bits (`train.step.state`)."""
     frozen_dtype: BeforeStep1[DType] = "float32"
     """How frozen weights are kept, in memory and in checkpoints."""
     steps: Anytime[Count] = 30_000
@@ -304,8 +296,8 @@ class TrainConfig:
     while the policy computes (arXiv 2512.05964); 0: none."""
     ema_decay: BeforeStep1[BelowOne] = 0.99
     """Decay of the averaged weights that are saved for inference; 0 saves the raw ones."""
-    guards: GuardConfig = field(default_factory=GuardConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    guards: Anytime[GuardConfig] = field(default_factory=GuardConfig)
+    log: Anytime[LogConfig] = field(default_factory=LogConfig)
     seed: Stays[int] = 42
     log_every: Stays[Count] = 50
     save_every: Stays[Count] = 1_000
@@ -316,7 +308,7 @@ class TrainConfig:
     async_save: Anytime[bool] = True
     """Checkpoints are written by a process of their own, from a copy of the training state in memory, while training
     goes on; otherwise training waits for them."""
-    num_threads: Anytime[int] = 0
+    num_threads: Anytime[CountOrNone] = 0
     """CPU threads of torch; 0 leaves torch's choice."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

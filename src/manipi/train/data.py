@@ -23,7 +23,7 @@ from jaxtyping import Float32, Int64
 from tqdm import tqdm
 
 from manipi.checkpoints.initial import require_tokenizer
-from manipi.data.dataset import Dataset, action_chunks
+from manipi.data.dataset import Dataset, action_chunks, replaced
 from manipi.data.feed.cache import CachedDataset
 from manipi.data.feed.loader import Loader
 from manipi.data.feed.mixture import EncodedDataset, Mixture, Part, Share
@@ -36,12 +36,12 @@ from manipi.data.norm_stats import (
     suspicious_dimensions,
 )
 from manipi.data.review.filters import read_mask
-from manipi.errors import ConfigError, NormStatsError, shown
+from manipi.errors import ConfigError, ManipiError, NormStatsError, TrainingError, shown
 from manipi.model.config import Pi0FastConfig
-from manipi.records import fingerprint, from_json, read_json, write_json
+from manipi.records import fingerprint, from_json, json_bytes, read_object
 from manipi.remote.fetch import fetch
 from manipi.robots.robot import Robot
-from manipi.storage import atomic_directory
+from manipi.storage import atomic_directory, atomic_write
 from manipi.tokenizers import (
     ActionTokenizer,
     ByteTokenizer,
@@ -50,12 +50,12 @@ from manipi.tokenizers import (
 )
 from manipi.tokenizers.actions import NUM_BINS, bin_indices
 from manipi.train.config import DatasetConfig, TrainConfig
-from manipi.train.run.folder import checkpoint_steps, claim_videos
+from manipi.train.run.folder import checkpoint_steps
 from manipi.transforms import pipeline
 from manipi.transforms.actions import ActionSpace
+from manipi.transforms.model_input import TokenizeActions, TokenizePrompt, TokenizeStep
 from manipi.transforms.normalize import Normalize, load_norm_stats, normalize, read_openpi_stats, save_norm_stats
 from manipi.transforms.pipeline import Pipeline, observation_of
-from manipi.transforms.tokenize import TokenizeActions, TokenizePrompt, TokenizeStep
 from manipi.types import NormStats, Sample
 from manipi.weights.layouts import open_action_tokenizer, open_text_tokenizer
 
@@ -305,6 +305,29 @@ def prepare_to_look(config: TrainConfig) -> TrainingData:
         return prepare(replace(config, data=replace(config.data, cache="none")), Path(folder))
 
 
+def claim_videos(folder: Path, now: Mapping[str, Mapping[str, str]]) -> None:
+    """Tie a run to the files that hold its pictures: `Dataset.picture_files` by the dataset's fingerprint.
+
+    Raises:
+        TrainingError: the run has a checkpoint, and files are others than those that it was trained on.
+    """
+    path, trained = folder / "videos.json", bool(checkpoint_steps(folder))
+    before = read_object(path) if path.exists() else {}
+    others = [name for data, files in now.items() for name in replaced(before.get(data, {}), files)]
+    if others and trained:
+        raise TrainingError(
+            expected="the videos that this run was trained on",
+            found=f"{len(others)} others of the same names: {', '.join(others[:4])}" + (" …" if others[4:] else ""),
+            where=str(path),
+            next="put the videos back as they were, or train on these in a run folder of their own (--run-dir)",
+        )
+    if trained and any(now.values()) and not before:
+        tqdm.write(f"{folder} did not say yet which videos it is trained on; from now on, those that are there")
+    known = {data: {**before.get(data, {}), **files} for data, files in now.items()}
+    if known != before:
+        atomic_write(path, json_bytes(known))
+
+
 def _longest(
     config: TrainConfig, sets: Sequence[TrainingSet], stats: Mapping[str, NormStats], tokenizers: Tokenizers, path: Path
 ) -> LongestPrompt:
@@ -313,10 +336,14 @@ def _longest(
     rows = [rows_fingerprint(np.concatenate([one.rows, one.held_out])) for one in sets]
     action = tokenizers.action and tokenizers.action.sha256
     of = fingerprint([config.model, config.norm_mode, read, rows, stats, tokenizers.text.reference, action])
-    if path.exists() and (kept := read_json(path)).get("of") == of:
-        return from_json(kept["longest"], (LongestPrompt,), str(path))
+    try:
+        kept = read_object(path)
+        if kept.get("of") == of:
+            return from_json(kept.get("longest"), (LongestPrompt,), str(path))
+    except ManipiError:
+        pass  # none yet, half of one that 0.1.0 was killed at, or another version's: it is found again
     longest = longest_prompt(sets)
-    write_json(path, {"of": of, "longest": longest})
+    atomic_write(path, json_bytes({"of": of, "longest": longest}))
     return longest
 
 
@@ -384,25 +411,18 @@ def _by_robot(opened: Sequence[Opened]) -> dict[str, list[Opened]]:
 def _training_set(
     config: TrainConfig, one: Opened, stats: NormStats, tokenizers: Tokenizers, cache: Path
 ) -> TrainingSet:
+    """With a cache, which resizes as the pipeline does: the samples are the same (`raw`: bit for bit)."""
     steps = pipeline.build(one.robot, config.model, stats, tokenizers, config.norm_mode)
-    horizon, prompt = config.model.action_horizon, one.settings.prompt
-    source = EncodedDataset(dataset=one.dataset, pipeline=steps, action_horizon=horizon, prompt=prompt)
-    cached = replace(source, dataset=_cached(config, one, cache))
+    horizon, prompt, how = config.model.action_horizon, one.settings.prompt, config.data
+    source = to_train_on = EncodedDataset(dataset=one.dataset, pipeline=steps, action_horizon=horizon, prompt=prompt)
+    if how.cache != "none":
+        size = config.model.vision.image_size
+        cached = CachedDataset(one.dataset, one.cameras, cache, size, format=how.cache, max_gb=how.cache_gb)
+        if how.cache_fill == "ahead":
+            cached.fill()
+        to_train_on = replace(source, dataset=cached)
     weight = one.settings.weight
-    return TrainingSet(source=source, to_train_on=cached, rows=one.rows, held_out=one.held_out, weight=weight)
-
-
-def _cached(config: TrainConfig, one: Opened, folder: Path) -> Dataset:
-    """The same samples after encoding (`raw`: bit for bit): the cache resizes as the pipeline does."""
-    if config.data.cache == "none":
-        return one.dataset
-    size = config.model.vision.image_size
-    cached = CachedDataset(
-        one.dataset, one.cameras, folder, size, format=config.data.cache, max_gb=config.data.cache_gb
-    )
-    if config.data.cache_fill == "ahead":
-        cached.fill()
-    return cached
+    return TrainingSet(source=source, to_train_on=to_train_on, rows=one.rows, held_out=one.held_out, weight=weight)
 
 
 def _no_demonstrations(found: str) -> ConfigError:
@@ -439,9 +459,12 @@ def _stats(config: TrainConfig, group: Sequence[Opened], folder: Path) -> NormSt
     if not path.exists():
         if config.data.norm_stats and own:
             # From now on the run is tied to its data, although the numbers are those of other demonstrations.
-            stats = replace(_released_stats(config), data=data, rows=rows)
+            released = fetch(config.data.norm_stats) / "norm_stats.json"
+            stats = read_openpi_stats(released, config.robot, config.model.action_horizon)
+            stats = replace(stats, data=data, rows=rows)
         else:
-            stats = _compute_stats(group, config.model.action_horizon)
+            sets = [(one.dataset, one.robot, one.rows) for one in group]
+            stats = sketch_norm_stats(sets, config.model.action_horizon, bins=False).stats()
             for note in suspicious_dimensions(stats):
                 tqdm.write(f"norm stats of {robot.name}: {note}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -459,38 +482,28 @@ def _stats(config: TrainConfig, group: Sequence[Opened], folder: Path) -> NormSt
     return stats
 
 
-def _compute_stats(group: Sequence[Opened], horizon: int) -> NormStats:
-    return sketch_norm_stats([(one.dataset, one.robot, one.rows) for one in group], horizon, bins=False).stats()
-
-
 def provenance_of(group: Sequence[Opened]) -> tuple[str, str]:
     """Fingerprints of the data and of the rows that a robot's statistics are of."""
     return provenance([(one.dataset.fingerprint, rows_fingerprint(one.rows)) for one in group])
 
 
-def _released_stats(config: TrainConfig) -> NormStats:
-    path = fetch(config.data.norm_stats) / "norm_stats.json"
-    return read_openpi_stats(path, config.robot, config.model.action_horizon)
-
-
 def _tokenizers(config: TrainConfig, one: Opened, stats: NormStats, folder: Path) -> Tokenizers:
     if folder.is_dir():
         return Tokenizers.load(folder)
-    action = _action_tokenizer(config, one, stats) if isinstance(config.model, Pi0FastConfig) else None
+    action: ActionTokenizer | None = None
+    if isinstance(config.model, Pi0FastConfig) and config.action_tokenizer != "fit":
+        action = open_action_tokenizer(config.action_tokenizer)
+    elif isinstance(config.model, Pi0FastConfig):
+        # The codes live behind the text's ids in the model's vocabulary.
+        room = config.model.vocab_size - ByteTokenizer.NUM_TEXT_IDS if config.tokenizer == "byte" else FIT_CODES
+        chunks = chunks_to_fit(config, one.dataset, one.rows, stats)
+        action = FastTokenizer.fit(chunks, vocab_size=min(room, FIT_CODES))
     tokenizers = Tokenizers(open_text_tokenizer(config.tokenizer, action), action)
     if config.init:
         require_tokenizer(config.init, config.model.vocab_size, tokenizers.text)
     with atomic_directory(folder) as partial:
         tokenizers.save(partial)
     return tokenizers
-
-
-def _action_tokenizer(config: TrainConfig, one: Opened, stats: NormStats) -> ActionTokenizer:
-    if config.action_tokenizer != "fit":
-        return open_action_tokenizer(config.action_tokenizer)
-    # The codes live behind the text's ids in the model's vocabulary.
-    room = config.model.vocab_size - ByteTokenizer.NUM_TEXT_IDS if config.tokenizer == "byte" else FIT_CODES
-    return FastTokenizer.fit(chunks_to_fit(config, one.dataset, one.rows, stats), vocab_size=min(room, FIT_CODES))
 
 
 def chunks_to_fit(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats) -> np.ndarray:

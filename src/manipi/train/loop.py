@@ -2,30 +2,34 @@
 
 Everything random is a pure function of (seed, step): the sampler's rows, the noise, the timesteps. A resumed run
 therefore needs weights, average and optimizer alone, and equals an undisturbed one.
+
+At the top of this module is what every step needs: torch, the model, the update. What prepares data, writes checkpoints
+or looks at pictures is imported by the function that does so; tests/train/test_imports.py names what may not be here.
 """
+
+from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
-from manipi.checkpoints.native import Checkpoint, PolicyConfig
 from manipi.model import ModelInput
 from manipi.model.device import ran_out_of_memory
 from manipi.storage import Lock, atomic_write
 from manipi.train.config import TrainConfig
-from manipi.train.data import TrainingData, prepare
 from manipi.train.parallel import World, open_world, require_shared
 from manipi.train.run.folder import Run, StopSignals, alone
-from manipi.train.run.saving import CheckpointWriter, Saver, make_saver, read_window
-from manipi.train.step.state import TrainState
+from manipi.train.step.state import TrainState, format_table, parameter_table, require_packages
 from manipi.train.step.step import augment, train_step
-from manipi.train.step.trained import format_table, parameter_table, require_packages
-from manipi.train.watch.first_batch import save_first_batch
 from manipi.train.watch.guards import Guards
 from manipi.train.watch.progress import ProgressLog, RunLog, plot_loss, require_loggers, show_mixture
-from manipi.train.watch.validation import Validation
+
+if TYPE_CHECKING:
+    from manipi.train.data import TrainingData
+    from manipi.train.run.saving import CheckpointWriter
 
 
 def train(
@@ -48,6 +52,8 @@ def train(
         DataError, ConfigError: see `manipi.train.data.prepare`; ConfigError also where a package is missing.
         StorageError: a checkpoint could not be written; the ones before it are untouched.
     """
+    from manipi.train.data import prepare
+
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     require_packages(config)
@@ -69,7 +75,7 @@ def train(
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise
-            from manipi.train.plan.fit import out_of_memory  # fake tensors take as long to import as torch
+            from manipi.train.plan import out_of_memory  # fake tensors take as long to import as torch
 
             raise out_of_memory(error, config, world.device, gpus=world.size, show=show) from error
         return run.checkpoint(state.step)
@@ -88,6 +94,8 @@ def _open_state(run: Run, world: World, *, show: bool) -> tuple[TrainState, list
 
     With it the steps since the checkpoint's last log line; None where there is no checkpoint yet.
     """
+    from manipi.train.run.saving import read_window
+
     config, newest = run.config, world.once(run.newest)
     state = TrainState.initial(config, config.init if newest is None else "", world)
     if newest is not None:
@@ -113,6 +121,9 @@ def _train(
     *,
     show: bool,
 ) -> None:
+    from manipi.train.run.saving import make_saver
+    from manipi.train.watch.validation import Validation
+
     config, world = run.config, state.world
     writer, validation = checkpoint_writer(run, data), Validation(run, data, show=show)
     lines = {"batch_size": config.batch_size, "every": config.log_every, "show": show, "window": window or ()}
@@ -122,16 +133,18 @@ def _train(
         ProgressLog(out, state.step, end, **lines) as progress,
         data.loader(state.step, world.rank, world.size) as loader,
         Guards(config.guards, run.folder, loader, data.mixture) as guards,
-        _saver(guards, writer, state, lock) as saver,
+        ExitStack() as stack,
     ):
+        with guards.phase("the start", "the process that writes checkpoints"):
+            saver = stack.enter_context(make_saver(writer, state, lock))
         progress.measure(state, config.noise_draws)
         if window is None:
             with guards.phase("the start", "the first checkpoint"):
                 saver.save(progress.window)
-        for step, batch, wait in guards.batches(state.step):
-            if step >= end:
-                break
+        for step, batch, wait in guards.batches(state.step, end):
             if step == 0 and out.lead and config.guards.first_batch:
+                from manipi.train.watch.first_batch import save_first_batch
+
                 pictures = save_first_batch(run.folder / "first_batch", batch, loader.rows(0), data)
                 out.show(0, {}, {"camera_views": pictures})
             with guards.step(step, batch):
@@ -139,7 +152,7 @@ def _train(
                 inputs = augment(inputs, config, step, first_row=world.rank * inputs.batch_size)
                 with ExitStack() as last_step:
                     if show and state.step + 1 == end:
-                        from manipi.train.plan.memory import memory_report
+                        from manipi.train.plan import memory_report
 
                         last_step.enter_context(memory_report(config, inputs, world.size))
                     metrics, sample_loss = train_step(state, inputs, config)
@@ -168,13 +181,11 @@ def _train(
         tqdm.write(f"{signal}: stopped at step {step} of {end}, with a checkpoint; the same command goes on")
 
 
-def _saver(guards: Guards, writer: CheckpointWriter, state: TrainState, lock: Lock | None) -> Saver:
-    with guards.phase("the start", "the process that writes checkpoints"):
-        return make_saver(writer, state, lock)
-
-
 def checkpoint_writer(run: Run, data: TrainingData) -> CheckpointWriter:
     """Writes the checkpoints of a run, as all of them have it but for weights, self-test and step."""
+    from manipi.checkpoints.native import Checkpoint, PolicyConfig
+    from manipi.train.run.saving import CheckpointWriter
+
     bare = Checkpoint(
         weights={},
         config=PolicyConfig(

@@ -14,6 +14,8 @@ reads its slice of the same batch and of the same noise, and losses are weighted
 the run does not depend on the number of processes beyond the rounding of sums.
 """
 
+from __future__ import annotations
+
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -48,7 +50,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    mesh: "DeviceMesh | None" = None
+    mesh: DeviceMesh | None = None
     """None: one process, plain tensors."""
 
     @property
@@ -147,7 +149,7 @@ class Companions:
     timeout: timedelta
 
     @staticmethod
-    def of(world: World, config: TrainConfig) -> "Companions":
+    def of(world: World, config: TrainConfig) -> Companions:
         timeout = timedelta(minutes=config.parallel.timeout_minutes)
         return Companions(world.rank, world.size, mesh_shape(config, world.size), timeout)
 
@@ -172,7 +174,7 @@ class Companions:
             yield World(self.rank, self.size, mesh=_mesh("cpu", *self.shape))
 
 
-def _mesh(device: str, replicate: int, shard: int) -> "DeviceMesh":
+def _mesh(device: str, replicate: int, shard: int) -> DeviceMesh:
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh(device, (replicate, shard), mesh_dim_names=("replicate", "shard"))

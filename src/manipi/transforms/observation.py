@@ -19,7 +19,7 @@ The previous chunk takes the way of a training chunk: the pipeline makes it rela
 and normalises it, so that the model sees it as it would have predicted it now.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -44,6 +44,9 @@ _MAX_KEY = 256
 """Characters of a key, those of the maps around it included."""
 
 _MAX_KEYS_SHOWN, _MAX_DEPTH = 40, 64
+
+_SPEC = "send what the robot's spec says (server metadata, `robot`)"
+_METADATA = "send what the server's metadata allow (`action_horizon`, `real_time`); manipi_client.RealTimeBroker does"
 
 
 @dataclass(frozen=True)
@@ -132,21 +135,15 @@ class ReadRobot:
 
     def _vector(self, sample: Mapping, key: str, size: int) -> np.ndarray:
         expected = f"{size} finite numbers"
-        value = np.atleast_1d(self._array(sample, key, expected, size))
+        found = self._get(sample, key, expected)
+        value = np.atleast_1d(_array(found, size, lambda why: self._mismatch(expected, why, key)))
         if value.shape != (size,) or value.dtype.kind not in "fiu":
             raise self._mismatch(expected, _describe(value), key)
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
-            numbers = value.astype(np.float32)
+        numbers = _float32(value)
         finite = np.isfinite(numbers)
         if not finite.all():
             raise self._mismatch(expected, f"{value[~finite][0]} at index {np.argmin(finite)}", key)
         return numbers
-
-    def _array(self, sample: Mapping, key: str, expected: str, most: int) -> np.ndarray:
-        try:
-            return as_array(self._get(sample, key, expected), most)
-        except ValueError as error:
-            raise self._mismatch(expected, one_line(str(error), 200), key) from error
 
     def _prompt(self, sample: Mapping) -> str:
         value = sample.get("prompt", self.robot.default_prompt)
@@ -164,12 +161,7 @@ class ReadRobot:
         return sample[key]
 
     def _mismatch(self, expected: str, found: str, key: str) -> ObservationError:
-        return ObservationError(
-            expected=expected,
-            found=found,
-            where=f"observation key {shown(key)} of robot {self.robot.name!r}",
-            next="send what the robot's spec says (server metadata, `robot`), or correct the Robot(...)",
-        )
+        return _refusal(expected, found, key, f" of robot {self.robot.name!r}", f"{_SPEC}, or correct the Robot(...)")
 
 
 def read_request(
@@ -187,27 +179,21 @@ def read_request(
     asked = {key: value for key, value in observation.items() if key not in (*_CHUNK_KEYS, PREVIOUS, DELAY, SEED)}
     if PREVIOUS in observation or DELAY in observation:
         if not real_time:
-            raise _bad_request(PREVIOUS, "no previous chunk, which this policy cannot go on from (`real_time`)", "one")
-        asked |= _previous_chunk(observation, action_size, horizon)
+            expected = "no previous chunk, which this policy cannot go on from (`real_time`)"
+            raise _refusal(expected, "one", PREVIOUS, next=_METADATA)
+        expected = f"1 to {horizon} commands of {action_size} finite numbers"
+        left = _request_array(observation, PREVIOUS, expected, horizon * action_size)
+        fits = left.shape[1:] == (action_size,) and 1 <= len(left) <= horizon and left.dtype.kind in "fiu"
+        if not fits or not np.isfinite(_float32(left)).all():
+            found = _describe(left) + (", NaN or infinity" if fits else "")
+            raise _refusal(expected, found, PREVIOUS, next=_METADATA)
+        steps = np.arange(horizon)
+        asked |= {
+            "actions": _float32(left)[np.minimum(steps, len(left) - 1)],
+            "action_valid": steps < len(left),
+            "delay": np.int64(_count(observation, DELAY, horizon)),
+        }
     return asked, _count(observation, SEED, 2**63 - 1) if SEED in observation else None
-
-
-def _previous_chunk(observation: Mapping[str, Any], action_size: int, horizon: int) -> dict[str, Any]:
-    expected = f"1 to {horizon} commands of {action_size} finite numbers"
-    left = _request_array(observation, PREVIOUS, expected, horizon * action_size)
-    fits = left.ndim == 2 and left.shape[1] == action_size and 1 <= len(left) <= horizon and left.dtype.kind in "fiu"
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
-        numbers = left.astype(np.float32) if fits else None
-    if numbers is None or not np.isfinite(numbers).all():
-        raise _bad_request(
-            PREVIOUS, expected, f"{left.dtype} {list(left.shape)}" + (", NaN or infinity" if fits else "")
-        )
-    steps = np.minimum(np.arange(horizon), len(left) - 1)
-    return {
-        "actions": numbers[steps],
-        "action_valid": np.arange(horizon) < len(left),
-        "delay": np.int64(_count(observation, DELAY, horizon)),
-    }
 
 
 def _count(observation: Mapping[str, Any], key: str, most: int) -> int:
@@ -215,26 +201,31 @@ def _count(observation: Mapping[str, Any], key: str, most: int) -> int:
     value = _request_array(observation, key, expected, 1)
     if value.size != 1 or value.dtype.kind not in "iu" or not 0 <= value.item() <= most:
         numbers = value.tolist() if value.size == 1 and value.dtype.kind in "biuf" else list(value.shape)
-        raise _bad_request(key, expected, f"{value.dtype} {shown(numbers)}")
+        raise _refusal(expected, f"{value.dtype} {shown(numbers)}", key, next=_METADATA)
     return int(value.item())
 
 
 def _request_array(observation: Mapping[str, Any], key: str, expected: str, most: int) -> np.ndarray:
     if key not in observation:
-        raise _bad_request(key, expected, "nothing")
+        raise _refusal(expected, "nothing", key, next=_METADATA)
+    return _array(observation[key], most, lambda why: _refusal(expected, why, key, next=_METADATA))
+
+
+def _array(value: object, most: int, refusal: Callable[[str], ObservationError]) -> np.ndarray:
     try:
-        return as_array(observation[key], most)
+        return as_array(value, most)
     except ValueError as error:
-        raise _bad_request(key, expected, one_line(str(error), 200)) from error
+        raise refusal(one_line(str(error), 200)) from error
 
 
-def _bad_request(key: str, expected: str, found: str) -> ObservationError:
-    return ObservationError(
-        expected=expected,
-        found=found,
-        where=f"observation key {key!r}",
-        next="send what the server's metadata allow (`action_horizon`, `real_time`); manipi_client.RealTimeBroker does",
-    )
+def _float32(numbers: np.ndarray) -> np.ndarray:
+    """What float32 cannot hold becomes infinite, and is refused as such."""
+    with np.errstate(over="ignore"):
+        return numbers.astype(np.float32)
+
+
+def _refusal(expected: str, found: str, key: object, of: str = "", next: str = _SPEC) -> ObservationError:
+    return ObservationError(expected=expected, found=found, where=f"observation key {shown(key)}{of}", next=next)
 
 
 def as_array(value: object, most: int) -> np.ndarray:
@@ -303,8 +294,7 @@ def check_content(observation: Mapping) -> None:
             found, expected = f"{point:#x} in {_describe(value)}", "characters of Unicode"
         else:
             continue
-        where, next = f"observation key {shown(key)}", "send what the robot's spec says (server metadata, `robot`)"
-        raise ObservationError(expected=expected, found=found, where=where, next=next)
+        raise _refusal(expected, found, key)
 
 
 def _no_character(value: object) -> int | None:

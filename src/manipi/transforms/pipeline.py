@@ -14,7 +14,7 @@ The keys of a sample on its way:
 and at the end those of `manipi.model.ModelInput`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,10 +25,9 @@ from manipi.model.config import ModelConfig, NormMode, Pi0Config, Pi0FastConfig
 from manipi.robots.robot import Robot
 from manipi.tokenizers import Tokenizers
 from manipi.transforms.actions import ActionSpace
-from manipi.transforms.layout import ModelLayout, ResizeImages
+from manipi.transforms.model_input import ModelLayout, ResizeImages, tokenize_step
 from manipi.transforms.normalize import Normalize, contract
 from manipi.transforms.observation import ReadRobot
-from manipi.transforms.tokenize import tokenize_step
 from manipi.types import Frame, NormStats, Observation, Sample
 
 
@@ -183,16 +182,11 @@ def _value(value: "np.ndarray | str") -> Value:
 
 def token_layout(model: ModelConfig) -> list[TokenRun]:
     """The model's sequence in training, in order."""
-    return list(_spans(model))
-
-
-def _spans(model: ModelConfig) -> Iterator[TokenRun]:
-    for camera in model.cameras:
-        yield TokenRun(part="prefix", name=camera, tokens=model.vision.num_tokens)
-    if isinstance(model, Pi0FastConfig):
-        yield TokenRun(part="prefix", name="prompt and action codes", tokens=model.max_token_len)
-        return
-    yield TokenRun(part="prefix", name="prompt", tokens=model.max_token_len)
-    if isinstance(model, Pi0Config):
-        yield TokenRun(part="suffix", name="state", tokens=1)
-    yield TokenRun(part="suffix", name="actions", tokens=model.action_horizon)
+    fast = isinstance(model, Pi0FastConfig)
+    prefix = dict.fromkeys(model.cameras, model.vision.num_tokens)
+    prefix["prompt and action codes" if fast else "prompt"] = model.max_token_len
+    suffix = {"state": 1} if isinstance(model, Pi0Config) else {}
+    if not fast:
+        suffix["actions"] = model.action_horizon
+    parts = {"prefix": prefix, "suffix": suffix}
+    return [TokenRun(part=part, name=name, tokens=n) for part, runs in parts.items() for name, n in runs.items()]

@@ -3,7 +3,9 @@
 import multiprocessing
 import pickle
 import shutil
+import tarfile
 import time
+from pathlib import Path
 
 import av
 import numpy as np
@@ -14,9 +16,12 @@ from manipi.data.feed.cache import CachedDataset
 from manipi.data.lerobot.video import VideoWriter
 from manipi.data.open import open_dataset
 from manipi.errors import ConfigError, DatasetFormatError, MissingFeatureError, StorageError
-from manipi.transforms.layout import resize_with_pad
+from manipi.transforms.model_input import resize_with_pad
 
 CAMERA = "observation.images.top"
+TESTS = Path(__file__).parents[2]
+OF_0_1_0 = TESTS / "train/run/run_of_0.1.0.tar.xz", TESTS / "data/feed/pictures_of_0.1.0.tar.xz"
+"""A dataset, and what the cache of manipi 0.1.0 kept of it at 8 x 8."""
 ROWS = np.array([49, 0, 7, 7, 20])
 
 
@@ -41,6 +46,25 @@ def test_filled_ahead(written, tmp_path, format):
     shutil.rmtree(root / "videos")
     np.testing.assert_array_equal(cached.images(CAMERA, ROWS), expected)
     cached.fill(show=False)  # nothing is left to do
+
+
+@pytest.mark.parametrize("format", ["raw", "jpeg"])
+def test_pictures_that_0_1_0_kept_are_served(tmp_path, format):
+    for recorded in OF_0_1_0:
+        with tarfile.open(recorded) as archive:
+            archive.extractall(tmp_path, filter="data")
+    files = [path for path in (tmp_path / "pictures").rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    assert len(before) == 4
+    dataset = open_dataset(tmp_path / "dataset")
+    rows = np.arange(dataset.num_frames)
+    decoded = np.stack([resize_with_pad(image, 8, 8) for image in dataset.images("observation/image", rows)])
+    cached = CachedDataset(dataset, ["observation/image"], tmp_path / "pictures", 8, format=format)
+    shutil.rmtree(tmp_path / "dataset/videos")
+    served = cached.images("observation/image", rows)
+    # Other versions of FFmpeg may round the colours otherwise; JPEG loses some.
+    assert np.abs(served.astype(int) - decoded).max() <= (1 if format == "raw" else 8)
+    assert {path: path.read_bytes() for path in files} == before
 
 
 def test_the_rest_is_the_dataset(dataset, tmp_path):

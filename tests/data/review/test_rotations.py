@@ -9,7 +9,7 @@ from manipi.data.dataset import Feature
 from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.data.review.check import check_dataset
 from manipi.robots import EndEffector, Joints, Robot, State
-from manipi.transforms.rotations import from_matrix, to_matrix
+from manipi.transforms.actions import from_matrix, to_matrix
 
 T = np.arange(80) / 10
 

@@ -327,6 +327,9 @@ def test_a_map_beside_the_files_is_found(make):
     dataset = open_dataset(made.root.parent)
     assert dataset.fps == 7
     assert dataset.column("both").tolist() == [[0.5, 0.5, 0], [0.5, 0.5, -1]]
+    (made.root / "rlds_fields.json").write_text("[15]")
+    with pytest.raises(DatasetFormatError, match="expected a JSON object"):
+        open_dataset(made.root)
     (made.root / "rlds_fields.json").write_text('{"fps": 7, "vector": {}}')
     with pytest.raises(ConfigError, match="unexpected"):
         open_dataset(made.root)

@@ -12,7 +12,7 @@ from manipi.errors import ConfigError, UnknownNameError
 from manipi.model import VLA, ModelInput
 from manipi.model.config import Adapters, Compat, GemmaSize, LoRA, Pi0FastConfig
 from manipi.model.inference.engine import Engine, compile_layers
-from manipi.model.inference.quantize import Float8, Int8Rows, Int8Weights, PackedInt8, compute_dtype
+from manipi.model.inference.fused import Float8, Int8Rows, Int8Weights, PackedInt8, compute_dtype
 
 B, C, L, H, A = 3, 2, 7, 5, 6
 NATIVE = compute_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from manipi.errors import TrainingError
-from manipi.records import Change, may_change
+from manipi.errors import IntegrityError, TrainingError
+from manipi.records import Change, may_change, to_json, write_json
 from manipi.robots.robot import Robot
 from manipi.train.loop import train
-from manipi.train.run.folder import FORMAT, Run, read_config
+from manipi.train.run.folder import FORMAT, Run, claim_videos, read_config
 
 RECORDED = Path(__file__).parent / "run_of_0.1.0.tar.xz"
 """A dataset, a run of manipi 0.1.0 on it that was stopped at step 2 of 4, and the weights that it reached at step 4."""
@@ -44,6 +44,35 @@ def test_every_setting_says_whether_it_may_change(tiny, kind):
         "robot": Change.STAYS,
     }.items():
         assert marks[name] == change, name
+
+
+@pytest.mark.parametrize("group", ["guards", "log"])
+def test_a_setting_that_another_version_had_in_a_group_for_any_time_is_no_other_run(tiny, group, tmp_path):
+    config = tiny()
+    run = Run(tmp_path, config)
+    run.checkpoint(2).mkdir(parents=True)
+    for settings in ({**to_json(getattr(config, group)), "surplus": 1}, None):
+        write_json(tmp_path / "config.json", {**to_json(config), group: settings})
+        Run(tmp_path, config)
+        assert read_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("damaged", [None, [], "settings", 3])
+def test_what_are_no_settings_are_not_written_over(tiny, damaged, tmp_path):
+    stored = tmp_path / "config.json"
+    write_json(stored, damaged)
+    before = stored.read_bytes()
+    for read in (lambda: Run(tmp_path, tiny()), lambda: read_config(tmp_path)):
+        with pytest.raises(IntegrityError, match="expected a JSON object"):
+            read()
+    assert stored.read_bytes() == before
+
+
+@pytest.mark.parametrize("damaged", ["null", "[]", '"video"'])
+def test_a_list_of_videos_that_is_none_is_one_clear_error(tmp_path, damaged):
+    (tmp_path / "videos.json").write_text(damaged)
+    with pytest.raises(IntegrityError, match="expected a JSON object"):
+        claim_videos(tmp_path, {"data": {"video.mp4": "3 ends 0123"}})
 
 
 def test_a_setting_that_says_nothing_is_told_from_one_that_stays(tiny):

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from manipi.model import VLA, ModelInput
 from manipi.model.config import GemmaSize, ModelConfig, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
 from manipi.train.config import ComputeConfig
-from manipi.train.step.trained import apply_compute
+from manipi.train.step.state import apply_compute
 
 SIZES = {
     "vision": VisionSize(width=32, depth=2, mlp_dim=64, num_heads=2, patch_size=4, image_size=16),

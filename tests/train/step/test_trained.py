@@ -16,9 +16,8 @@ from manipi.recipes.registry import load_recipe
 from manipi.train.config import ComputeConfig, OptimizerConfig
 from manipi.train.loop import train
 from manipi.train.step import state as state_module
-from manipi.train.step.state import NAME, TrainState
+from manipi.train.step.state import NAME, TrainState, format_table, parameter_table, trainable_parameters
 from manipi.train.step.step import accumulate_gradients, train_step
-from manipi.train.step.trained import format_table, parameter_table, trainable_parameters
 
 RANK = 2
 ADAPTERS = Adapters(attention=LoRA(rank=RANK, alpha=2.0), feed_forward=LoRA(rank=RANK, alpha=2.0))

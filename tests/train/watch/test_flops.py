@@ -19,7 +19,7 @@ from manipi.model.config import (
     Pi05Config,
     VisionSize,
 )
-from manipi.train.step.trained import is_trained
+from manipi.train.step.state import is_trained
 from manipi.train.watch.progress import ModelFlops, listed_peak, peak_flops
 
 SIZE = GemmaSize(width=32, depth=8, mlp_dim=128, num_heads=2, num_kv_heads=1, head_dim=16)

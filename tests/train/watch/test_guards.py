@@ -166,7 +166,7 @@ def test_a_worker_that_is_stopped(tiny, tmp_path, capfd):
         os.kill(late, signal.SIGCONT)
 
     with watched(config, tmp_path, num_workers=2) as (loader, guards):
-        batches = guards.batches(0)
+        batches = guards.batches(0, 99)
         for _ in range(2):
             step, _, _ = next(batches)
         capfd.readouterr()  # on a busy machine the first batch may have been late itself

@@ -1,5 +1,6 @@
 """The longest prompt of a run's data: as long as the longest that is written out, and known before the first step."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -149,3 +150,13 @@ def test_it_is_looked_for_once(tiny, tmp_path, monkeypatch):
     assert (prepare(config, tmp_path / "run").longest, len(calls)) == (first, 1)
     other = replace(config, model=replace(config.model, max_token_len=config.model.max_token_len + 1))
     assert (prepare(other, tmp_path / "run").longest.limit, len(calls)) == (first.limit + 1, 2)
+
+
+@pytest.mark.parametrize("damage", ["", "null", "{}", '{"of": ', '{"of": OF, "longest": {"type": "LongestPrompt"}}'])
+def test_what_is_kept_of_it_is_found_again_where_it_is_damaged(tiny, damage, tmp_path):
+    longest = prepare(tiny(), tmp_path).longest
+    kept = tmp_path / "longest_prompt.json"
+    whole = kept.read_text()
+    kept.write_text(damage.replace("OF", json.dumps(json.loads(whole)["of"])))
+    assert prepare(tiny(), tmp_path).longest == longest
+    assert kept.read_text() == whole

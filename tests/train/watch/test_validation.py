@@ -11,7 +11,7 @@ import torch
 
 from manipi.checkpoints.native import seal, verify
 from manipi.cli import main
-from manipi.data.dimensions import command_units
+from manipi.data.dataset import command_units
 from manipi.data.feed.mixture import frames_of
 from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.errors import ConfigError

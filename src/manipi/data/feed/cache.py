@@ -15,6 +15,7 @@ import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -25,13 +26,12 @@ import simplejpeg
 from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
-from manipi.data.dataset import Dataset, PromptSource
-from manipi.data.lerobot.picture_files import replaced
+from manipi.data.dataset import Dataset, PromptSource, replaced
 from manipi.errors import ConfigError
 from manipi.processes import allocate
-from manipi.records import json_bytes, read_json
+from manipi.records import json_bytes, read_object
 from manipi.storage import atomic_write, require_room, storage_errors
-from manipi.transforms.layout import resize_with_pad
+from manipi.transforms.model_input import resize_with_pad
 
 CacheFormat: TypeAlias = Literal["raw", "jpeg"]
 _BLOCK = 4096
@@ -81,7 +81,10 @@ class CachedDataset(Dataset):
             features={**dataset.features, **resized},
             episodes=dataset.episodes,
         )
-        self._dataset, self._arguments = dataset, (tuple(cameras), Path(folder), size, format, max_gb)
+        self._dataset = dataset
+        self._again = partial(
+            CachedDataset, dataset, tuple(cameras), Path(folder), size, format=format, max_gb=max_gb, _in_worker=True
+        )
         name = f"{size}x{size}-{format}" if size else f"full-{format}"
         place = Path(folder) / dataset.fingerprint[:16] / name
         folders = {camera: place / re.sub(r"[^\w.-]", "_", camera) for camera in cameras}
@@ -89,9 +92,8 @@ class CachedDataset(Dataset):
             for camera, path in folders.items():
                 _forget_replaced(path, dataset.picture_files([camera]))
         if format == "raw":
-            self._check_size(
-                [camera for camera, path in folders.items() if not (path / "present").exists()], place, max_gb
-            )
+            new = [camera for camera, path in folders.items() if not (path / "present").exists()]
+            self._check_size(new, place, max_gb)
         limit = int(max_gb * 1e9 / max(1, len(cameras)))
         self._pictures = {
             camera: _Pictures(path, self.num_frames, self.features[camera].shape, format, limit)
@@ -99,7 +101,7 @@ class CachedDataset(Dataset):
         }
 
     def __reduce__(self) -> tuple:
-        return _cached_dataset, (self._dataset, *self._arguments)
+        return self._again, ()
 
     def column(self, key: str) -> np.ndarray:
         return self._dataset.column(key)
@@ -162,16 +164,10 @@ class CachedDataset(Dataset):
         require_room(place, needed, next, what=f"decoded pictures of {', '.join(cameras)}")
 
 
-def _cached_dataset(
-    dataset: Dataset, cameras: Sequence[str], folder: Path, size: int | None, format: CacheFormat, max_gb: float
-) -> CachedDataset:
-    return CachedDataset(dataset, cameras, folder, size, format=format, max_gb=max_gb, _in_worker=True)
-
-
 def _forget_replaced(folder: Path, now: Mapping[str, str]) -> None:
     """Of earlier releases, which did not say what they were decoded from, pictures are taken as they are."""
     said = folder / "videos.json"
-    before = read_json(said) if said.exists() else {}
+    before = read_object(said) if said.exists() else {}
     with storage_errors(folder):
         if replaced(before, now):
             (folder / "present").unlink(missing_ok=True)  # first: without it, nothing counts as there
@@ -219,11 +215,8 @@ class _Pictures:
 
     def write(self, row: int, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
         """Keep a picture. Returns it as `read` will."""
-        data = (
-            image.tobytes()
-            if self._format == "raw"
-            else simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=_QUALITY)
-        )
+        image = np.ascontiguousarray(image)
+        data = image.tobytes() if self._format == "raw" else simplejpeg.encode_jpeg(image, quality=_QUALITY)
         if self._format == "raw" or os.fstat(self._frames).st_blocks * 512 + len(data) <= self._limit:
             with storage_errors(self._folder, next="--data.cache none  # decode every time; or free some space"):
                 _write(self._frames, data, row * self._slot)

@@ -14,11 +14,12 @@ import signal
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -53,14 +54,14 @@ class _Task:
         return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
 
 
-class Loader:
+class Loader(AbstractContextManager):
     """Endless `(step, batch, wait_seconds)` from `start_step` on.
 
         with Loader(source.samples, sampler, num_workers=2) as loader:
             for step, batch, wait in loader: ...
 
     Args:
-        samples: the encoded samples at some rows, in their order (`data.source`); picklable.
+        samples: the encoded samples at some rows, in their order (`EncodedDataset.samples`); picklable.
         num_workers: 0 makes batches in the caller's process; any number gives the same batches.
         prefetch: batches that each worker makes ahead, at least 1.
 
@@ -84,9 +85,6 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self._num_workers, self._start_step, self._prefetch = num_workers, start_step, prefetch
         self._workers: list[_Worker] = []
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
@@ -137,7 +135,9 @@ class _Worker:
                 raise result
             number, layout, is_new = result
             if is_new:
-                self._buffers[number] = _map(recv_handle(self._worker))
+                descriptor = recv_handle(self._worker)
+                with open(descriptor, "r+b") as file:  # its map keeps it alive by itself
+                    self._buffers[number] = mmap.mmap(file.fileno(), 0)
             # Arrays may end in any thread, and this while.
             self._worker.send([self._left.pop() for _ in range(len(self._left))])
         except (EOFError, OSError):  # before or in the middle of a batch
@@ -150,11 +150,8 @@ class _Worker:
             ) from None
         # The arrays keep the whole alive, and its end says that the room behind it may be used again.
         whole = np.frombuffer(self._buffers[number], np.uint8)
-        weakref.finalize(whole, self._leave, number).atexit = False
+        weakref.finalize(whole, self._left.append, number).atexit = False
         return _arrays(whole, layout)
-
-    def _leave(self, number: int) -> None:
-        self._left.append(number)
 
     @property
     def process_id(self) -> int:
@@ -205,30 +202,18 @@ class _Buffers:
         for key, value in samples[0].items():
             layout[key] = (value.dtype, (len(samples), *value.shape), size)
             size += -(-value.nbytes * len(samples) // _ALIGNMENT) * _ALIGNMENT
-        number = next((i for i in self.free if len(self._buffers[i]) >= size), None)
+        number, descriptor = next((i for i in self.free if len(self._buffers[i]) >= size), None), None
         if number is not None:
             self.free.remove(number)
-            self._fill(number, samples, layout)
-            self._caller.send((number, layout, False))
-            return
-        descriptor = nameless_file(size)
-        self._buffers.append(mmap.mmap(descriptor, 0))
-        self._fill(-1, samples, layout)
-        self._caller.send((len(self._buffers) - 1, layout, True))
-        send_handle(self._caller, descriptor, 0)
-        os.close(descriptor)
-
-    def _fill(self, number: int, samples: Sequence[Sample], layout: _Layout) -> None:
+        else:
+            number, descriptor = len(self._buffers), nameless_file(size)
+            self._buffers.append(mmap.mmap(descriptor, 0))
         for key, array in _arrays(np.frombuffer(self._buffers[number], np.uint8), layout).items():
             np.stack([sample[key] for sample in samples], out=array)
-
-
-def _map(descriptor: int) -> mmap.mmap:
-    """A map, which keeps the file alive by itself."""
-    try:
-        return mmap.mmap(descriptor, 0)
-    finally:
-        os.close(descriptor)
+        self._caller.send((number, layout, descriptor is not None))
+        if descriptor is not None:
+            send_handle(self._caller, descriptor, 0)
+            os.close(descriptor)
 
 
 def _arrays(whole: np.ndarray, layout: _Layout) -> Batch:

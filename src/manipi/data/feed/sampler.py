@@ -14,15 +14,20 @@ part     a a b a a a b a | a b …       each round deals every part its share, 
 draw     0 1 0 2 3 4 1 5 | 6 2 …       the part's own stream goes on through all rounds
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int64
 
-from manipi.data.dataset import Dataset
 from manipi.errors import ConfigError, DatasetNotFoundError
+
+if TYPE_CHECKING:
+    from manipi.data.dataset import Dataset
 
 ROUND = 1 << 14
 """Places per round of a mixture; shares of the parts are exact to one of them."""
@@ -54,7 +59,7 @@ class Stream:
         return len(self._all)
 
     def __reduce__(self) -> tuple:
-        return _stream, (self._all, self.seed, self.fingerprint, self.shuffle)
+        return partial(Stream, seed=self.seed, fingerprint=self.fingerprint, shuffle=self.shuffle), (self._all,)
 
     def at(self, places: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """The rows at some places of the stream."""
@@ -65,13 +70,8 @@ class Stream:
         return rows
 
     def _draw_epoch(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return self._all
-        return self._all[permutation(len(self._all), f"{self.seed}/{epoch}/{self.fingerprint}")]
-
-
-def _stream(rows: np.ndarray, seed: int, fingerprint: str, shuffle: bool) -> Stream:
-    return Stream(rows, seed=seed, fingerprint=fingerprint, shuffle=shuffle)
+        key = f"{self.seed}/{epoch}/{self.fingerprint}"
+        return self._all[permutation(len(self._all), key)] if self.shuffle else self._all
 
 
 class MixedStream:
@@ -90,7 +90,7 @@ class MixedStream:
         self._round = lru_cache(maxsize=2)(self._deal_round)
 
     def __reduce__(self) -> tuple:
-        return _mixed, (self.parts, self._weights, self._offsets, self.seed)
+        return partial(MixedStream, seed=self.seed), (self.parts, self._weights, self._offsets)
 
     def at(self, places: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """The rows at some places of the stream."""
@@ -114,10 +114,6 @@ class MixedStream:
         turns = np.empty(ROUND, np.int64)
         turns[order] = np.arange(ROUND) - np.repeat(np.cumsum(self._counts) - self._counts, self._counts)
         return owners, turns
-
-
-def _mixed(parts: Sequence[Stream], weights: Sequence[float], offsets: Sequence[int], seed: int) -> MixedStream:
-    return MixedStream(parts, weights, offsets, seed=seed)
 
 
 def deal(weights: Sequence[float]) -> Int64[np.ndarray, " parts"]:

@@ -56,9 +56,8 @@ class EpisodeEncoder:
     crf: int = 23
 
     def __post_init__(self) -> None:
-        kinds = {key: (feature.kind, len(feature.shape)) for key, feature in self.features.items()}
-        bad = [key for key, kind in kinds.items() if kind not in (("image", 3), ("vector", 1))]
-        bad += [key for key in self.cameras if key not in bad and self.features[key].shape[2] != 3]
+        kinds = {key: (one.kind, len(one.shape), *one.shape[2:]) for key, one in self.features.items()}
+        bad = [key for key, kind in kinds.items() if kind not in (("image", 3, 3), ("vector", 1))]
         if bad or len(self.cameras) == len(self.features):
             feature = self.features[bad[0]] if bad else None
             raise ConfigError(
@@ -122,11 +121,11 @@ class EpisodeEncoder:
         if len(tasks) != length:
             raise wrong(f"{len(tasks)} tasks")
         texts, stats = list(dict.fromkeys(tasks)), {}
+        wanted = set(np.linspace(0, length - 1, min(length, _PICTURES)).astype(int).tolist())
         for key in self.cameras:
             height, width, _ = shape = self.features[key].shape
-            pictures = data[key]
-            wanted = set(np.linspace(0, length - 1, min(length, _PICTURES)).astype(int).tolist())
-            chosen, settings = [], {"fps": self.fps, "pix_fmt": self.pix_fmt, "crf": self.crf}
+            pictures, chosen = data[key], []
+            settings = {"fps": self.fps, "pix_fmt": self.pix_fmt, "crf": self.crf}
             with closing(VideoWriter(video_file(folder, key), height=height, width=width, **settings)) as video:
                 for block in [pictures] if isinstance(pictures, np.ndarray) else pictures:
                     if block.dtype != np.uint8 or block.shape[1:] != shape:
@@ -147,7 +146,6 @@ class EpisodeEncoder:
 class EncodedEpisode:
     """What `EpisodeEncoder.encode` wrote."""
 
-    folder: Path
     length: int
     tasks: list[str]
     columns: dict[str, np.ndarray]
@@ -164,7 +162,7 @@ def read_episode(folder: Path) -> EncodedEpisode:
         with (folder / _COLUMNS).open("rb") as content, np.load(content) as file:
             columns = {key: file[key] for key in file.files}
         task_index_T = columns.pop("task_index")
-        return EncodedEpisode(folder=folder, columns=columns, task_index_T=task_index_T, stats=stats, **record)
+        return EncodedEpisode(columns=columns, task_index_T=task_index_T, stats=stats, **record)
 
 
 @contextmanager

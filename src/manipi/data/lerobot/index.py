@@ -5,14 +5,13 @@ v2   meta/episodes.jsonl, meta/tasks.jsonl      one table and one video file per
 v3   meta/episodes/**, meta/tasks.parquet       many episodes per table and per video file
 """
 
-import itertools
 import math
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 from av.error import FFmpegError
 from jaxtyping import Bool, Float64, Int64
 
-from manipi.data.dataset import Episode, Feature, require_episodes
+from manipi.data.dataset import Episode, Feature, in_a_row, require_episodes
 from manipi.data.lerobot.tables import (
     Entry,
     Fault,
@@ -33,7 +32,7 @@ from manipi.data.lerobot.tables import (
     read_entries,
     read_entry,
     read_texts,
-    see_check,
+    to_check,
 )
 from manipi.data.lerobot.video import is_deep
 from manipi.errors import DatasetFormatError, DatasetNotFoundError, shown
@@ -83,11 +82,11 @@ class LeRobotIndex:
     def only(self, numbers: Sequence[int], root: Path) -> "LeRobotIndex":
         """The index of some episodes, in ascending order; ConfigError where there is no episode of a number."""
         require_episodes([e.index for e in self.episodes], numbers, root)
-        kept = [i for i, episode in enumerate(self.episodes) if episode.index in set(numbers)]
-        starts = itertools.accumulate((self.episodes[i].length for i in kept), initial=0)
+        wanted = set(numbers)
+        kept = [i for i, episode in enumerate(self.episodes) if episode.index in wanted]
         return replace(
             self,
-            episodes=[replace(self.episodes[i], start=start) for i, start in zip(kept, starts)],
+            episodes=in_a_row([self.episodes[i] for i in kept]),
             tables=[self.tables[i] for i in kept],
             clips={key: [clips[i] for i in kept] for key, clips in self.clips.items()},
         )
@@ -110,28 +109,26 @@ def open_index(root: Path, numbers: Sequence[int]) -> LeRobotIndex:
 
 def metadata_faults(index: LeRobotIndex, root: Path) -> Iterator[Fault]:
     """What the metadata say that cannot be."""
-    meta, next, listed = root / "meta", see_check(root), Counter(episode.index for episode in index.episodes)
+    meta, listed = root / "meta", Counter(episode.index for episode in index.episodes)
     # Of metadata that count too many, some are enough.
     lost = tuple(sorted(set(range(min(index.promised[0], 2 * len(listed) + 1000))) - listed.keys()))
     yield from (Fault(error, lost) for error in index.unreadable)
     for number, count in listed.items():
         if count > 1:
-            error = format_error(root, f"episode {number} once", f"{count} entries of it", meta, next)
-            yield Fault(error, (number,), advice=f"take out all of its entries in {meta} but one")
+            advice = f"take out all of its entries in {meta} but one"
+            error = to_check(root, f"episode {number} once", f"{count} entries of it", meta)
+            yield Fault(error, (number,), advice=advice)
     for e in index.episodes:
         if e.length < 1:
-            where = f"{meta}, episode {e.index}"
             advice = f"take its entry out of {meta}, or correct the length that it states"
-            error = format_error(root, "at least one frame", f"{e.length} frames", where, next)
+            error = to_check(root, "at least one frame", f"{e.length} frames", f"{meta}, episode {e.index}")
             yield Fault(error, (e.index,), advice=advice)
-    for what, counted, promised in zip(
-        ("episodes", "frames"), (len(index.episodes), sum(e.length for e in index.episodes)), index.promised
-    ):
-        if counted != promised and not index.unreadable:
-            expected = f"{promised} {what} in all, as meta/info.json says"
+    counted = len(index.episodes), sum(e.length for e in index.episodes)
+    for what, found, promised, numbers in zip(("episodes", "frames"), counted, index.promised, (lost, ())):
+        if found != promised and not index.unreadable:
             advice = f"correct total_{what} in {meta / 'info.json'}, or put back the entries that are lost"
-            error = format_error(root, expected, str(counted), meta, next)
-            yield Fault(error, lost if what == "episodes" else (), advice=advice)
+            error = to_check(root, f"{promised} {what} in all, as meta/info.json says", str(found), meta)
+            yield Fault(error, numbers, advice=advice)
 
 
 def read_index(root: Path) -> LeRobotIndex:
@@ -140,19 +137,15 @@ def read_index(root: Path) -> LeRobotIndex:
     readers = {"v2.0": _read_v2, "v2.1": _read_v2, "v3.0": _read_v3}
     version = info.values.get("codebase_version")
     if not isinstance(version, str) or version not in readers:
-        raise DatasetFormatError(
-            expected=f"codebase_version among {', '.join(readers)}",
-            found=shown(version),
-            where=info.where,
-            next=f"python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 --root={root}  # or another converter",
-        )
+        next = f"python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 --root={root}  # or another converter"
+        broken(root, f"codebase_version among {', '.join(readers)}", shown(version), info.where, next)
     empty = DatasetNotFoundError(
         expected="at least one episode with at least one frame",
         found="none",
         where=str(root / "meta"),
         next="record or convert episodes into this dataset, or give another path",
     )
-    if info.count("total_episodes") == 0:
+    if info.count("total_episodes", 1) == 0:
         raise empty
     videos = [key for key, entry in info.entries("features").items() if entry.values.get("dtype") == "video"]
     index = readers[version](info, root, videos)
@@ -162,31 +155,21 @@ def read_index(root: Path) -> LeRobotIndex:
 
 
 def _read_v2(info: Entry, root: Path, videos: list[str]) -> LeRobotIndex:
-    meta, unreadable = root / "meta", list[DatasetFormatError]()
+    meta, unreadable, chunks_size = root / "meta", list[DatasetFormatError](), info.whole("chunks_size", 1)
 
-    def episode(entry: Entry) -> tuple[int, int, list[str]]:
-        return entry.whole("episode_index"), entry.whole("length"), entry.instructions("tasks")
+    def episode(entry: Entry) -> dict[str, Any]:
+        number, length, texts = entry.whole("episode_index"), entry.whole("length"), entry.instructions("tasks")
+        return {"episode_index": number, "episode_chunk": number // chunks_size, "length": length, "tasks": texts}
 
     def task(entry: Entry) -> tuple[int, str]:
         return entry.whole("task_index"), entry.instruction("task")
 
-    rows = sorted(read_entries(meta / "episodes.jsonl", root, episode, unreadable), key=lambda row: row[0])
-    chunks = [number // info.whole("chunks_size", 1) for number, _, _ in rows]
-
-    def paths(template: str, **names: str) -> list[Path]:
-        path = info.paths(template, episode_chunk=0, episode_index=0, **names)
-        return [path(episode_chunk=c, episode_index=n, **names) for c, (n, _, _) in zip(chunks, rows, strict=True)]
-
-    return _index(
-        info,
-        root,
-        rows,
-        tasks=dict(read_entries(meta / "tasks.jsonl", root, task)),
-        tables=paths("data_path"),
-        clips={key: [Clip(path, 0.0) for path in paths("video_path", video_key=key)] for key in videos},
-        metadata=[meta / "info.json", meta / "episodes.jsonl", meta / "tasks.jsonl"],
-        unreadable=unreadable,
-    )
+    rows = read_entries(meta / "episodes.jsonl", root, episode, unreadable)
+    names = ("episode_index", "episode_chunk", "length", "tasks")
+    columns = {name: [row[name] for row in rows] for name in names}
+    tasks, files = dict(read_entries(meta / "tasks.jsonl", root, task)), ("info.json", "episodes.jsonl", "tasks.jsonl")
+    common = {"tasks": tasks, "metadata": [meta / name for name in files], "unreadable": unreadable}
+    return _index(info, root, columns, ("episode_chunk", "episode_index"), "", dict.fromkeys(videos, ""), **common)
 
 
 def _read_v3(info: Entry, root: Path, videos: list[str]) -> LeRobotIndex:
@@ -198,11 +181,11 @@ def _read_v3(info: Entry, root: Path, videos: list[str]) -> LeRobotIndex:
         with suppress(DatasetFormatError):  # reading it tells
             stated.append(set(column_names(path, root)))
     # The cameras that any episode has a place for. One that was never recorded is missed where it is asked for.
-    place = ("chunk_index", "file_index")
-    places = {key: [f"videos/{key}/{name}" for name in place] for key in videos}
-    places = {key: names for key, names in places.items() if any(c.issuperset(names) for c in stated) or not stated}
-    whole = ["episode_index", "length", *(f"data/{name}" for name in place), *itertools.chain(*places.values())]
-    starts, ends = ([f"videos/{key}/{edge}_timestamp" for key in places] for edge in ("from", "to"))
+    place, clips = ("chunk_index", "file_index"), {key: f"videos/{key}/" for key in videos}
+    if stated:
+        clips = {key: of for key, of in clips.items() if any(c.issuperset(of + name for name in place) for c in stated)}
+    whole = ["episode_index", "length", *(prefix + name for prefix in ("data/", *clips.values()) for name in place)]
+    starts, ends = ([f"{prefix}{edge}_timestamp" for prefix in clips.values()] for edge in ("from", "to"))
     columns, tables, unreadable = dict[str, list](), list[Path](), list[DatasetFormatError]()
     for path in episode_files:
         try:
@@ -217,70 +200,67 @@ def _read_v3(info: Entry, root: Path, videos: list[str]) -> LeRobotIndex:
             columns.setdefault(name, []).extend(values)
     if not tables:
         raise unreadable[0]
-    order = np.argsort(np.array(columns["episode_index"], np.int64), kind="stable").tolist()
-    columns = {name: [values[i] for i in order] for name, values in columns.items()}
-
-    def paths(template: str, of: str, **names: str) -> list[Path]:
-        path = info.paths(template, chunk_index=0, file_index=0, **names)
-        numbers = zip(columns[f"{of}/chunk_index"], columns[f"{of}/file_index"], strict=True)
-        return [path(chunk_index=chunk, file_index=file, **names) for chunk, file in numbers]
-
-    clips = {
-        key: _clips(paths("video_path", f"videos/{key}", video_key=key), columns[start], columns[end], info.rate("fps"))
-        for key, start, end in zip(places, starts, ends)
-    }
-    return _index(
-        info,
-        root,
-        list(zip(columns["episode_index"], columns["length"], columns["tasks"])),
-        tasks=read_texts(root, "task"),
-        tables=paths("data_path", "data"),
-        clips=clips,
-        metadata=[root / "meta/info.json", root / "meta/tasks.parquet", *tables],
-        unreadable=unreadable,
-    )
+    metadata = [root / "meta/info.json", root / "meta/tasks.parquet", *tables]
+    common = {"tasks": read_texts(root, "task"), "metadata": metadata, "unreadable": unreadable}
+    return _index(info, root, columns, place, "data/", clips, **common)
 
 
-def _index(info: Entry, root: Path, rows: list[tuple[int, int, list[str]]], **of_version: Any) -> LeRobotIndex:
-    """The index of episodes with these numbers, lengths and instructions."""
+def _index(
+    info: Entry,
+    root: Path,
+    columns: Mapping[str, list],
+    place: tuple[str, ...],
+    data: str,
+    clips: Mapping[str, str],
+    **common: Any,
+) -> LeRobotIndex:
+    """The index of some episodes, whose numbers, lengths, instructions and places are the `columns`.
+
+    Args:
+        place: the numbers that stand in path templates.
+        data, clips: the prefixes of their names in `columns`, for the tables and for the videos of each camera.
+    """
     features = {key: _feature(key, entry) for key, entry in info.entries("features").items()}
-    starts = itertools.accumulate((length for _, length, _ in rows), initial=0)
-    episodes, frames = info.count("total_episodes"), info.count("total_frames")
+    order = sorted(range(len(columns["length"])), key=columns["episode_index"].__getitem__)
+    columns = {name: [values[i] for i in order] for name, values in columns.items()}
+    lengths, fps = columns["length"], info.rate("fps")
+    starts = accumulate(lengths, initial=0)
+
+    def paths(template: str, prefix: str, **texts: str) -> list[Path]:
+        return list(map(info.paths(template, place, **texts), *(columns[prefix + name] for name in place)))
+
     return LeRobotIndex(
-        fps=info.rate("fps"),
+        fps=fps,
         # Without those of no dimension, such as shape (0,), which hold nothing.
         features={key: feature for key, feature in features.items() if 0 not in feature.shape},
         episodes=[
             Episode(index=number, start=start, length=length, task=texts[0] if texts else "")
-            for (number, length, texts), start in zip(rows, starts)
+            for number, start, length, texts in zip(columns["episode_index"], starts, lengths, columns["tasks"])
         ],
         subtasks=read_texts(root, "subtask") if (root / "meta/subtasks.parquet").exists() else {},
-        promised=(
-            len(rows) if episodes is None else episodes,
-            sum(length for _, length, _ in rows) if frames is None else frames,
-        ),
-        **of_version,
+        tables=paths("data_path", data),
+        clips={
+            key: _clips(paths("video_path", prefix, video_key=key), columns, prefix, fps)
+            for key, prefix in clips.items()
+        },
+        promised=(info.count("total_episodes", len(lengths)), info.count("total_frames", sum(lengths))),
+        **common,
     )
 
 
-def _clips(paths: list[Path], starts: list[float], ends: list[float], fps: float) -> list[Clip]:
+def _clips(paths: list[Path], columns: Mapping[str, list], prefix: str, fps: float) -> list[Clip]:
     """The episodes' parts of video files, each up to where the metadata say, or the next one in the file begins.
 
     A `to_timestamp` is the end of an episode's last picture, or (of writers other than LeRobot) its beginning. A frame
     is added for the latter; the next episode bounds both.
     """
-    following: dict[Path, list[float]] = {}
-    for path, start in zip(paths, starts, strict=True):
-        following.setdefault(path, []).append(start)
-    for later in following.values():
-        later.sort()
-    clips = []
-    for path, start, end in zip(paths, starts, ends, strict=True):
-        later = following[path]
-        after = bisect_right(later, start)
-        stated = end + 1 / fps if end > start else math.inf
-        clips.append(Clip(path, start, min(stated, later[after]) if after < len(later) else stated))
-    return clips
+    starts = columns.get(f"{prefix}from_timestamp", [0.0] * len(paths))
+    ends = columns.get(f"{prefix}to_timestamp", [math.inf] * len(paths))
+    places = list(zip(map(str, paths), starts, strict=True))
+    following = {one: next[1] for one, next in pairwise(sorted(set(places))) if one[0] == next[0]}
+    stated = (end + 1 / fps if end > start else math.inf for start, end in zip(starts, ends, strict=True))
+    bounds = (min(end, following.get(place, math.inf)) for end, place in zip(stated, places, strict=True))
+    return [Clip(*clip) for clip in zip(paths, starts, bounds, strict=True)]
 
 
 def _feature(key: str, entry: Entry) -> Feature:

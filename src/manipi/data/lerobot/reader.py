@@ -1,12 +1,14 @@
 """LeRobot datasets: parquet tables, and pictures from MP4 files or from the tables. Metadata: `index`."""
 
 import hashlib
+import logging
 import math
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property, lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,7 +16,6 @@ from jaxtyping import Float64
 
 from manipi.data.dataset import Dataset, PromptSource
 from manipi.data.lerobot.index import off_grid, open_index, time_fault
-from manipi.data.lerobot.picture_files import states_in_store, states_on_disk
 from manipi.data.lerobot.tables import (
     ROW_COLUMNS,
     Table,
@@ -27,10 +28,14 @@ from manipi.data.lerobot.tables import (
     runs,
 )
 from manipi.data.lerobot.video import DeepPicture, VideoFrames, decode_picture, decoders_for, without_camera
-from manipi.errors import shown
-from manipi.remote.fetch import fetch, origin
+from manipi.errors import FetchError, shown
+from manipi.remote.fetch import StoreFile, fetch, listing, origin
+
+logger = logging.getLogger(__name__)
 
 _FOOTER_BYTES = 1 << 20
+_ENDS = 4096
+"""Bytes that are read at each end of a video."""
 _ROW_GROUPS = 8
 """Row groups of encoded pictures kept in RAM; LeRobot writes one per episode."""
 
@@ -133,17 +138,15 @@ class LeRobotDataset(Dataset):
         """Which row of the tables each row is, and `_times`. The tables must hold what the metadata promise."""
         found = self._concatenate(ROW_COLUMNS)
         numbers, seconds, tasks = (found[key][:, 0] for key in ROW_COLUMNS)
-        spans: dict[int, list[tuple[int, int]]] = {}
-        for number, start, end in runs(numbers):
-            spans.setdefault(number, []).append((start, end))
-        wanted = [(e, spans.get(e.index, [])) for e in self.episodes]
-        if all(len(found) == 1 and found[0][1] - found[0][0] == e.length for e, found in wanted):
-            rows = np.concatenate([np.arange(*found[0]) for _, found in wanted])
+        lengths = {e.index: e.length for e in self.episodes}
+        pieces = [piece for piece in runs(numbers) if not self._numbers or piece[0] in lengths]
+        whole = {number: np.arange(start, end) for number, start, end in pieces if lengths.get(number) == end - start}
+        if len(pieces) == len(whole) == len(lengths):
+            rows = np.concatenate([whole[e.index] for e in self.episodes])
             seconds, known = seconds[rows], np.isin(tasks[rows], list(self._index.tasks)).all()
             ascends = np.diff(seconds) > 0
             ascends[self.starts[1:] - 1] = True  # from one episode to the next
-            complete = bool(self._numbers) or len(rows) == len(numbers)
-            if complete and known and ascends.all() and np.isfinite(seconds).all():
+            if known and ascends.all() and np.isfinite(seconds).all():
                 frames = np.arange(len(rows)) - np.repeat(self.starts, self.ends - self.starts)
                 off = self.episode_of(np.flatnonzero(off_grid(seconds, frames, self.fps)))
                 chosen = [self.episodes[position] for position in np.unique(off).tolist()]
@@ -209,28 +212,32 @@ class LeRobotDataset(Dataset):
 
     def picture_files(self, cameras: Sequence[str]) -> dict[str, str]:
         clips = [clip.path for camera in cameras for clip in self._index.clips.get(camera, ())]
-        names = sorted({str(path.relative_to(self.root)) for path in clips})
-        return states_in_store(self._origin, names) if self._origin else states_on_disk(self.root, names)
+        paths = sorted(set(clips), key=str)
+        names = [str(path.relative_to(self.root)) for path in paths]
+        if not self._origin:
+            with ThreadPoolExecutor(8) as pool:  # on a disk over the network, opening is what takes time
+                return {name: state for name, state in zip(names, pool.map(_state, paths)) if state}
+        # Of a web server, each file would have to be asked for.
+        files = _videos(self._origin) if names and not self._origin.startswith("http") else {}
+        known = {name: files.get(name.removeprefix("videos/")) for name in names}
+        return {name: f"{file.size} {self._origin} {file.version}" for name, file in known.items() if file}
 
     def _read_picture(self, camera: str, row: int) -> np.ndarray:
         stored = int(self._rows[0][row])
         start, path, group = self._row_groups[bisect_right(self._row_groups, stored, key=lambda entry: entry[0]) - 1]
         entry = self._pictures(self.root, path, group, camera)[stored - start]
         encoded = entry.get("bytes") if isinstance(entry, dict) else entry
-
-        def refuse(found: str, next: str = "") -> NoReturn:
-            where = f"{path}, {self.locate(row)}"
-            raise format_error(self.root, f"an encoded picture of 8 bits per channel in {camera!r}", found, where, next)
-
-        if not isinstance(encoded, bytes):
-            next = f"{leave_out(self.root, camera)}  # leaves this camera out"
-            refuse(shown(entry) if encoded is None else f"a {type(encoded).__name__}", next)
         try:
-            return decode_picture(encoded)
+            if isinstance(encoded, bytes):
+                return decode_picture(encoded)
+            found = shown(entry) if encoded is None else f"a {type(encoded).__name__}"
+            next = f"{leave_out(self.root, camera)}  # leaves this camera out"
         except DeepPicture as error:
-            refuse(str(error), f"store it with 8 bits, or: {leave_out(self.root, camera)}")
+            found, next = str(error), f"store it with 8 bits, or: {leave_out(self.root, camera)}"
         except ValueError as error:
-            refuse(shown(str(error), 200))
+            found, next = shown(str(error), 200), ""
+        expected = f"an encoded picture of 8 bits per channel in {camera!r}"
+        raise format_error(self.root, expected, found, f"{path}, {self.locate(row)}", next)
 
     @cached_property
     def _row_groups(self) -> list[tuple[int, Path, int]]:
@@ -248,3 +255,25 @@ class LeRobotDataset(Dataset):
 def _read_pictures(root: Path, path: Path, group: int, camera: str) -> list[dict[str, Any] | bytes]:
     with parquet_errors(path, root):
         return Table(path, root, [camera], row_group=group).objects(camera)
+
+
+def _state(video: Path) -> str:
+    """What a file is known by without being read: its size, its head and its tail, at one of which an MP4 file has the
+    sizes of all its frames. Empty where there is none."""
+    try:
+        with video.open("rb") as file:
+            head, size = file.read(_ENDS), file.seek(0, 2)
+            file.seek(max(0, size - _ENDS))
+            return f"{size} ends {hashlib.sha256(head + file.read(_ENDS)).hexdigest()[:32]}"
+    except FileNotFoundError:  # what needs it says so
+        return ""
+
+
+@cache
+def _videos(url: str) -> dict[str, StoreFile]:
+    """What a store has there now. One that cannot be reached is said in the log, and leaves the files unknown."""
+    try:
+        return listing(f"{url}/videos")
+    except FetchError as error:
+        logger.warning("whether the videos of %s were replaced is not known: %s", url, error.found)
+        return {}

@@ -59,8 +59,10 @@ def broken(root: Path, expected: str, found: str, where: str | Path, next: str =
     raise format_error(root, expected, found, where, next)
 
 
-def see_check(root: Path) -> str:
-    return f"manipi check {quoted(root)}  # lists every bad episode, to repair or leave out"
+def to_check(root: Path, expected: str, found: str, where: str | Path) -> DatasetFormatError:
+    """An error that sends its reader to `manipi check`, which has the advice of its `Fault`."""
+    next = f"manipi check {quoted(root)}  # lists every bad episode, to repair or leave out"
+    return format_error(root, expected, found, where, next)
 
 
 def leave_out(root: Path, *keys: str) -> str:
@@ -87,35 +89,32 @@ def _unreadable(root: Path, what: str, error: Exception, path: Path) -> NoReturn
 class Entry:
     """One JSON object of the metadata.
 
-    All methods raise DatasetFormatError, which names file and key.
+    It and all methods raise DatasetFormatError, which names file and key.
     """
 
     values: Mapping[str, Any]
     where: str
     root: Path
 
-    @classmethod
-    def of(cls, value: Any, where: str, root: Path) -> "Entry":
-        if not isinstance(value, dict):
-            broken(root, "a JSON object", shown(value), where, f"correct it: {where}")
-        return cls(value, where, root)
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, dict):
+            broken(self.root, "a JSON object", shown(self.values), self.where, f"correct it: {self.where}")
 
-    def value(self, key: str) -> Any:
+    def value(self, key: str, kind: type = object, expected: str = "") -> Any:
         if key not in self.values:
             found = f"only {shown(list(self.values), 300)}"
             broken(self.root, f"an entry {key!r}", found, self.where, f"correct it: {self.where}")
-        return self.values[key]
+        return self.values[key] if isinstance(self.values[key], kind) else self.refuse(key, expected)
 
     def text(self, key: str) -> str:
-        value = self.value(key)
-        return value if isinstance(value, str) else self.refuse(key, "a text")
+        return self.value(key, str, "a text")
 
     def whole(self, key: str, least: int = 0) -> int:
         return self._whole(key, self.value(key), least)
 
-    def count(self, key: str) -> int | None:
+    def count(self, key: str, otherwise: int) -> int:
         """A number that may be absent or null."""
-        return None if self.values.get(key) is None else self.whole(key)
+        return otherwise if self.values.get(key) is None else self.whole(key)
 
     def rate(self, key: str) -> float:
         """A finite number above 0."""
@@ -126,38 +125,33 @@ class Entry:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """A list of whole numbers; a scalar, (), has one dimension of one."""
-        value = self.value(key)
-        if not isinstance(value, list):
-            self.refuse(key, "a list of whole numbers")
-        return tuple(self._whole(key, size, 0) for size in value) or (1,)
+        return tuple(self._whole(key, size) for size in self.value(key, list, "a list of whole numbers")) or (1,)
 
     def instruction(self, key: str) -> str:
         """A text; "" where it is null, which means that there is none."""
-        value = self.value(key)
-        return "" if value is None else self.text(key)
+        return "" if self.value(key) is None else self.text(key)
 
     def instructions(self, key: str) -> list[str]:
         """A list of texts, one text, or null."""
         value = self.value(key)
-        values = [value] if value is None or isinstance(value, str) else value
-        if not isinstance(values, list) or not all(text is None or isinstance(text, str) for text in values):
+        values = value if isinstance(value, list) else [value]
+        if not all(text is None or isinstance(text, str) for text in values):
             self.refuse(key, "a list of texts")
         return [text or "" for text in values]
 
     def entries(self, key: str) -> dict[str, "Entry"]:
         """An object of objects."""
-        value = self.value(key)
-        if not isinstance(value, dict):
-            self.refuse(key, "an object")
-        return {name: Entry.of(inner, f"{self.where}, {key} {shown(name)}", self.root) for name, inner in value.items()}
+        inside = self.value(key, dict, "an object").items()
+        return {name: Entry(value, f"{self.where}, {key} {shown(name)}", self.root) for name, value in inside}
 
-    def paths(self, key: str, **example: str | int) -> Callable[..., Path]:
+    def paths(self, key: str, numbers: Sequence[str], **texts: str) -> Callable[..., Path]:
         """What a path template such as "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet" names.
 
         Args:
-            example: every name that may stand in it, with a value. Numbers may be others in the calls; texts not.
+            numbers: the names of numbers that may stand in it; their values are given in this order in the calls.
+            texts: the other names that may, and what they stand for.
         """
-        template = self.text(key)
+        template, example = self.text(key), dict.fromkeys(numbers, 0) | texts
         try:
             fields = list(string.Formatter().parse(template))
             # A width of a thousand digits would be a path of a gigabyte.
@@ -169,13 +163,14 @@ class Entry:
             inside = False
         if not inside:
             self.refuse(key, f"the path of a file in the dataset's folder, made of {{{'}, {'.join(example)}}}")
-        return cache(lambda **names: self.root / template.format(**names))  # many episodes share a file
+        # Many episodes share a file.
+        return cache(lambda *values: self.root / template.format(**dict(zip(numbers, values)), **texts))
 
     def refuse(self, key: str, expected: str) -> Any:
         where = self.where
         broken(self.root, f"{expected} as {key!r}", shown(self.values[key]), where, f"correct it: {where}")
 
-    def _whole(self, key: str, value: Any, least: int) -> int:
+    def _whole(self, key: str, value: Any, least: int = 0) -> int:
         whole = not isinstance(value, bool) and isinstance(value, (int, float)) and least <= value < _MOST
         if not whole or value != int(value):
             self.refuse(key, f"whole numbers of at least {least}")
@@ -238,7 +233,7 @@ def _parse(text: str, where: str, root: Path) -> Entry:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits
         broken(root, "JSON", shown(str(error), 200), where)
-    return Entry.of(value, where, root)
+    return Entry(value, where, root)
 
 
 # Parquet ------------------------------------------------------------------------------------------------------------
@@ -281,10 +276,9 @@ class Table:
         broken(self.root, expected, found, self.path, next)
 
     def _plain(self, key: str) -> pa.Array:
-        """A column in one piece, its values themselves where it has numbers of a dictionary."""
+        """A column in one piece."""
         column = self._table.column(key)
-        values = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-        return values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
+        return _decoded(column.chunk(0) if column.num_chunks == 1 else column.combine_chunks())
 
     def numbers(self, key: str, width: int) -> np.ndarray:
         """All numbers of a column of numbers or of (nested) lists of `width` numbers: [rows, width].
@@ -301,8 +295,7 @@ class Table:
                 unequal = f"{lengths[0]:g} in row 0 and {lengths[at]:g} in row {row}".replace("nan", "none")
                 self.refuse(expected, f"rows of unequal length: {unequal} of the table")
             found *= int(lengths[0]) if len(lengths) else width
-            inner = flat.flatten()
-            flat = inner.dictionary_decode() if isinstance(inner, pa.DictionaryArray) else inner
+            flat = _decoded(flat.flatten())
         if pa.types.is_boolean(flat.type):
             flat = flat.cast(pa.int64())
         self._require_numbers(f"numbers in {key!r}", flat)
@@ -374,6 +367,11 @@ class Table:
     def instructions(self, key: str) -> list[list[str]]:
         """Lists of texts."""
         return [Entry({key: row}, str(self.path), self.root).instructions(key) for row in self.objects(key)]
+
+
+def _decoded(values: pa.Array) -> pa.Array:
+    """The values themselves where an array has numbers of a dictionary."""
+    return values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
 
 
 def read_texts(root: Path, kind: str) -> dict[int, str]:
@@ -463,13 +461,12 @@ def row_faults(
         if fault := wrong(number, start, end):
             expected, found, frame, advice = fault
             where = f"{path}, episode {number}" + (f", frame {frame}" if frame is not None else "")
-            error = format_error(root, expected, found, where, see_check(root))
-            yield Fault(error, (number,), frame, f"{advice}, in {path}; or leave the episode out")
+            advice = f"{advice}, in {path}; or leave the episode out"
+            yield Fault(to_check(root, expected, found, where), (number,), frame, advice)
         seen.add(number)
     for number in sorted(lengths.keys() - set(numbers.tolist())):
         where, advice = f"{path}, episode {number}", f"take its entry out of {root / 'meta'}, or leave the episode out"
-        error = format_error(root, f"{lengths[number]} rows", "none", where, see_check(root))
-        yield Fault(error, (number,), advice=advice)
+        yield Fault(to_check(root, f"{lengths[number]} rows", "none", where), (number,), advice=advice)
 
 
 def runs(numbers: np.ndarray) -> list[tuple[int, int, int]]:

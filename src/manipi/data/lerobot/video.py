@@ -70,7 +70,7 @@ class VideoFrames:
     def _close(self, path: Path) -> None:
         # FFmpeg's objects refer to each other; left to the garbage collector, they would stay open for long.
         if decoder := self._decoders.pop(path, None):
-            decoder.close()
+            decoder.container.close()
 
 
 def _broken(expected: str, found: str, where: str, next: str = "") -> DatasetFormatError:
@@ -121,8 +121,8 @@ class _Decoder:
     """One open file, and the frame that it decoded last."""
 
     def __init__(self, path: Path):
-        self._container = av.open(str(path))
-        self._stream = self._container.streams.video[0]
+        self.container = av.open(str(path))
+        self._stream = self.container.streams.video[0]
         codec = self._stream.codec_context
         codec.thread_type = "NONE"
         # dav1d has threads of its own, which decode frames that a seek then throws away.
@@ -141,49 +141,40 @@ class _Decoder:
         """Most frames decoded from a keyframe on to reach another: what a seek can cost."""
 
     def frame(self, seconds: float) -> np.ndarray:
-        run = 0
-        if self._last is None or not -_EXACT < self._frames_from_last(seconds) < self._longest_run + _SLACK:
+        """The picture there, whole and the one asked for, or _NoFrame."""
+
+        def to_go(frame: av.VideoFrame) -> float:
+            """How many frames it is before the time."""
+            return (seconds - (frame.pts or 0) * self._tick) / self._period
+
+        last, run = self._last, 0
+        if last is None or not -_EXACT < to_go(last) < self._longest_run + _SLACK:
             # To the keyframe before it, and a little later, so that rounding to the file's time base cannot fall into
             # the frame before.
             target = int((seconds + _EXACT * self._period) / self._tick)
-            self._container.seek(target, stream=self._stream, backward=True)
-            self._ahead, self._seen = _decode(self._container, self._stream), None
-            self._last = self._next()
-            run = 0 if self._last is None else round(self._frames_from_last(seconds))
-        found = self._scan(seconds)
-        self._longest_run = max(self._longest_run, run)
-        return self._reformatter.reformat(found, format="rgb24").to_ndarray()
-
-    def close(self) -> None:
-        self._container.close()
-
-    def _scan(self, seconds: float) -> av.VideoFrame:
-        """Decode on until a time; the frame there must be the one asked for, and whole."""
-        while self._last is not None and self._frames_from_last(seconds) > _SLACK:
-            self._last = self._next()
-        if self._last is None:
+            self.container.seek(target, stream=self._stream, backward=True)
+            self._ahead, self._seen = _decode(self.container, self._stream), None
+            last = self._next()
+            run = 0 if last is None else round(to_go(last))
+        while last is not None and to_go(last) > _SLACK:
+            last = self._next()
+        if last is None:
             raise _NoFrame("the end of the file: it is truncated, or shorter than its metadata say")
-        while (distance := self._frames_from_last(seconds)) > _EXACT and (after := self._next()):
-            if abs(seconds - self._time(after)) >= distance * self._period:
+        while to_go(last) > _EXACT and (after := self._next()):
+            if abs(to_go(after)) >= to_go(last):
                 self._seen = after
                 break
-            self._last = after
-        if self._frames_from_last(seconds) < -_SLACK:
-            raise _NoFrame(f"the next frame at {self._time(self._last):.3f} s")
-        if self._last.is_corrupt:
+            last = after
+        if to_go(last) < -_SLACK:
+            raise _NoFrame(f"the next frame at {(last.pts or 0) * self._tick:.3f} s")
+        if last.is_corrupt:
             raise _NoFrame("a damaged frame")
-        return self._last
+        self._last, self._longest_run = last, max(self._longest_run, run)
+        return self._reformatter.reformat(last, format="rgb24").to_ndarray()
 
     def _next(self) -> av.VideoFrame | None:
         frame, self._seen = self._seen or next(self._ahead, None), None
         return frame
-
-    def _frames_from_last(self, seconds: float) -> float:
-        assert self._last is not None
-        return (seconds - self._time(self._last)) / self._period
-
-    def _time(self, frame: av.VideoFrame) -> float:
-        return (frame.pts or 0) * self._tick
 
 
 def _decode(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
@@ -225,7 +216,6 @@ class VideoWriter:
         self._stream.codec_context.time_base = Fraction(1, fps)
         self._reformatter = VideoReformatter()
         self.num_frames = 0
-        self.num_bytes = 0
 
     def add(self, images: UInt8[np.ndarray, "n h w 3"]) -> None:
         for image in images:
@@ -233,14 +223,9 @@ class VideoWriter:
             frame = self._reformatter.reformat(rgb, format=self._stream.pix_fmt)
             frame.pts = self.num_frames
             self.num_frames += 1
-            self._mux(frame)
+            self._container.mux(self._stream.encode(frame))
 
     def close(self) -> None:
         """Flush the encoder, and write the file's index."""
-        self._mux(None)
+        self._container.mux(self._stream.encode(None))
         self._container.close()
-
-    def _mux(self, frame: av.VideoFrame | None) -> None:
-        for packet in self._stream.encode(frame):
-            self.num_bytes += packet.size
-            self._container.mux(packet)

@@ -4,14 +4,14 @@ The folder, schemas and statistics are those of lerobot 0.4, which opens the res
 """
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self
 
 import av
 import numpy as np
@@ -44,13 +44,11 @@ from manipi.storage import (
 
 _DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-_EPISODES = "meta/episodes/chunk-000/file-000.parquet"
+_EPISODES = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _CHUNK_FILES = 1000
 _ROWS_PER_GROUP = 16_384
 _EPISODES_PER_GROUP = 1_000
 _DEFAULTS = {"timestamp": "float32"} | dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), "int64")
-
-_File = TypeVar("_File", "_TableFile", "_VideoFile")
 
 
 class LeRobotWriter:
@@ -83,41 +81,28 @@ class LeRobotWriter:
         self.root, self.fps, self.features, self.robot_type = Path(root), fps, dict(features), robot_type
         self.num_episodes = self.num_frames = 0
         self._encoder = EpisodeEncoder(features=self.features, fps=fps, pix_fmt=pix_fmt, crf=crf)
-        self._closed = False
         self._tasks: dict[str, int] = {}
         self._totals: dict[str, EpisodeStats] = {}
         self._limits = {"data_files_size_in_mb": data_mb, "video_files_size_in_mb": video_mb}
         self._stack = ExitStack()
         self._folder = self._stack.enter_context(atomic_directory(self.root))
-        self._tables = _Files(
-            self._folder, _DATA, partial(_TableFile, rows_per_group=_ROWS_PER_GROUP), limit_mb=data_mb
-        )
-        begin = partial(_VideoFile, fps=fps)
-        self._videos = {
-            key: _Files(self._folder, _VIDEO.replace("{video_key}", key), begin, limit_mb=video_mb)
-            for key in self._encoder.cameras
-        }
-        self._episodes = _TableFile(self._folder / _EPISODES, rows_per_group=_EPISODES_PER_GROUP)
+        self._tables = _Tables(self._folder, _DATA, data_mb, _ROWS_PER_GROUP)
+        self._episodes = _Tables(self._folder, _EPISODES, math.inf, _EPISODES_PER_GROUP)
+        videos = {key: _VIDEO.replace("{video_key}", key) for key in self._encoder.cameras}
+        self._videos = {key: _Videos(self._folder, video, video_mb, fps) for key, video in videos.items()}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if error is None:
-            self.close()
-        else:
-            self._stack.__exit__(kind, error, tb)
-
-    def close(self) -> None:
         """Write what is still in memory and the metadata, and let the folder appear at `root`."""
-        if self._closed:
+        if error is not None:
+            self._stack.__exit__(kind, error, tb)
             return
-        self._closed = True
         with self._stack:
             if not self.num_episodes:
-                raise ConfigError(
-                    expected="at least one episode", found="none", where=str(self.root), next="call add_episode first"
-                )
+                next = "call add_episode first"
+                raise ConfigError(expected="at least one episode", found="none", where=str(self.root), next=next)
             for files in (self._tables, self._episodes, *self._videos.values()):
                 files.close()
             self._write_metadata()
@@ -158,15 +143,12 @@ class LeRobotWriter:
             arrays[key] = flat if width == 1 else pa.FixedSizeListArray.from_arrays(flat, width)
             described[key] = value if width == 1 else {"feature": value, "length": width, "_type": "List"}
         rows = pa.table(arrays).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": described}})})
-        self._tables.current().add(rows)
+        self._tables.add(rows)
         row = {"episode_index": self.num_episodes, "tasks": episode.tasks, "length": episode.length}
         row |= {f"data/{name}": value for name, value in self._tables.place.items()}
         row |= {"dataset_from_index": self.num_frames, "dataset_to_index": self.num_frames + episode.length}
         for key, files in self._videos.items():
-            video = files.current()
-            start = video.num_frames / self.fps
-            video.append(video_file(folder, key))
-            times = {"from_timestamp": start, "to_timestamp": video.num_frames / self.fps}
+            times = files.append(video_file(folder, key))
             row |= {f"videos/{key}/{name}": value for name, value in (files.place | times).items()}
         stats = episode.stats | vector_stats(numbering)
         row |= {f"stats/{key}/{name}": values.tolist() for key, part in stats.items() for name, values in part.items()}
@@ -184,15 +166,15 @@ class LeRobotWriter:
 
     def _write_metadata(self) -> None:
         described = {}
-        for key, feature in self.features.items():
+        numbering = {key: Feature(kind="vector", shape=(1,), dtype=dtype) for key, dtype in _DEFAULTS.items()}
+        for key, feature in (self.features | numbering).items():
             shape = list(feature.shape)
             described[key] = {"dtype": feature.dtype, "shape": shape, "names": list(feature.names) or None}
             if key in self._videos:
                 video = {"height": shape[0], "width": shape[1], "codec": "h264", "pix_fmt": self._encoder.pix_fmt}
                 video |= {"is_depth_map": False, "fps": self.fps, "channels": shape[2]}
                 about = {f"video.{name}": value for name, value in video.items()} | {"has_audio": False}
-                names = ["height", "width", "channels"]
-                described[key] = {"dtype": "video", "shape": shape, "names": names, "info": about}
+                described[key] |= {"dtype": "video", "names": ["height", "width", "channels"], "info": about}
         info = {
             "codebase_version": "v3.0",
             "robot_type": self.robot_type,
@@ -205,8 +187,7 @@ class LeRobotWriter:
             "splits": {"train": f"0:{self.num_episodes}"},
             "data_path": _DATA,
             "video_path": _VIDEO if self._videos else None,
-            "features": described
-            | {key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in _DEFAULTS.items()},
+            "features": described,
         }
         stats = {key: {name: value.tolist() for name, value in part.items()} for key, part in self._totals.items()}
         meta = self._folder / "meta"
@@ -231,91 +212,93 @@ class LeRobotWriter:
 # Files --------------------------------------------------------------------------------------------------------------
 
 
-class _TableFile:
-    """One parquet file, whose rows wait in RAM until they fill a row group."""
+class _Files:
+    """Numbered files of one kind, each begun when the one before has reached its size; an episode lies in one file."""
 
-    def __init__(self, path: Path, *, rows_per_group: int):
+    def __init__(self, folder: Path, template: str, limit_mb: float):
+        self._folder, self._template, self._limit = folder, template, limit_mb * 2**20
+        self._number, self._num_bytes = -1, math.inf
+
+    def _next_path(self) -> Path | None:
+        """The path of a new file, where the next episode is to begin one."""
+        if self._num_bytes < self._limit:
+            return None
+        self.close()
+        self._number, self._num_bytes = self._number + 1, 0
+        path = self._folder / self._template.format(**self.place)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path, self._rows_per_group = path, rows_per_group
+        return path
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where the last episode is."""
+        return {"chunk_index": self._number // _CHUNK_FILES, "file_index": self._number % _CHUNK_FILES}
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class _Tables(_Files):
+    """Parquet files, whose rows wait in RAM until they fill a row group."""
+
+    def __init__(self, folder: Path, template: str, limit_mb: float, rows_per_group: int):
+        super().__init__(folder, template, limit_mb)
+        self._rows_per_group, self._num_waiting = rows_per_group, 0
         self._waiting: list[pa.Table] = []
-        self._num_waiting = self.num_bytes = 0
         self._file: pq.ParquetWriter | None = None
 
     def add(self, table: pa.Table) -> None:
+        if path := self._next_path():
+            # Dictionaries of numbers that hardly repeat are larger than the numbers, and slower to read.
+            repeat: Any = [field.name for field in table.schema if pa.types.is_integer(field.type)]
+            self._file = pq.ParquetWriter(path, table.schema, use_dictionary=repeat)
         self._waiting.append(table)
         self._num_waiting += table.num_rows
-        self.num_bytes += table.nbytes
+        self._num_bytes += table.nbytes
         if self._num_waiting >= self._rows_per_group:
             self._flush()
 
     def close(self) -> None:
-        if self._waiting:
-            self._flush()
         if self._file:
+            self._flush()
             self._file.close()
 
     def _flush(self) -> None:
-        table = pa.concat_tables(self._waiting).combine_chunks()
-        # Dictionaries of numbers that hardly repeat are larger than the numbers, and slower to read.
-        repeat = [field.name for field in table.schema if pa.types.is_integer(field.type)]
-        options: dict[str, Any] = {"use_dictionary": repeat}
-        self._file = self._file or pq.ParquetWriter(self._path, table.schema, **options)
-        self._file.write_table(table)
+        if self._file and self._waiting:
+            self._file.write_table(pa.concat_tables(self._waiting).combine_chunks())
         self._waiting, self._num_waiting = [], 0
 
 
-class _VideoFile:
-    """One MP4 file, put together from the packets of episodes that all begin with a keyframe."""
+class _Videos(_Files):
+    """MP4 files, put together from the packets of episodes that all begin with a keyframe."""
 
-    def __init__(self, path: Path, *, fps: int):
-        self._container, self._fps = av.open(str(path), "w"), fps
-        self._stream: av.VideoStream | None = None
-        self.num_frames = self.num_bytes = 0
+    def __init__(self, folder: Path, template: str, limit_mb: float, fps: int):
+        super().__init__(folder, template, limit_mb)
+        self._fps, self._num_frames = fps, 0
 
-    def append(self, episode: Path) -> None:
+    def append(self, episode: Path) -> dict[str, float]:
+        """Returns the seconds of the file that are the episode's."""
         with ExitStack() as stack:
             with encoded_errors(episode.parent):
                 source = stack.enter_context(av.open(str(episode)))
                 stream = source.streams.video[0]
-            self._stream = self._stream or self._container.add_stream_from_template(stream)
-            start = round(self.num_frames / self._fps / (stream.time_base or 1))
+            if path := self._next_path():
+                self._container, self._num_frames = av.open(str(path), "w"), 0
+                self._stream = self._container.add_stream_from_template(stream)
+            first = self._num_frames / self._fps
+            start = round(first / (stream.time_base or 1))
             for packet in source.demux(stream):
                 if packet.pts is None or packet.dts is None:  # the empty packet that ends a stream
                     continue
                 packet.pts, packet.dts, packet.stream = packet.pts + start, packet.dts + start, self._stream
-                self.num_frames += 1
-                self.num_bytes += packet.size
+                self._num_frames += 1
+                self._num_bytes += packet.size
                 self._container.mux(packet)
+        return {"from_timestamp": first, "to_timestamp": self._num_frames / self._fps}
 
     def close(self) -> None:
-        self._container.close()
-
-
-class _Files(Generic[_File]):
-    """A row of files, each begun when the one before has reached its size; an episode lies in one file."""
-
-    def __init__(self, folder: Path, template: str, begin: Callable[[Path], _File], *, limit_mb: int):
-        self._folder, self._template, self._begin, self._limit = folder, template, begin, limit_mb * 2**20
-        self._number = -1
-        self._current: _File | None = None
-
-    def current(self) -> _File:
-        """The file that takes the next episode."""
-        if self._current is None or self._current.num_bytes >= self._limit:
-            self.close()
-            self._number += 1
-            path = self._folder / self._template.format(**self.place)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._current = self._begin(path)
-        return self._current
-
-    @property
-    def place(self) -> dict[str, int]:
-        return {"chunk_index": self._number // _CHUNK_FILES, "file_index": self._number % _CHUNK_FILES}
-
-    def close(self) -> None:
-        if self._current is not None:
-            self._current.close()
+        if self._number >= 0:
+            self._container.close()
 
 
 # Parts --------------------------------------------------------------------------------------------------------------
@@ -373,6 +356,8 @@ class Parts:
             with storage_errors(self.target):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 lock = Lock(self.folder / "lock", wait=False)
+                remove_partial(self.folder)
+                remove_partial(self.target.parent, self.target.name)
         except BlockingIOError:
             raise ConfigError(
                 expected=f"one {self._activity} at a time to a folder",
@@ -381,9 +366,6 @@ class Parts:
                 next="wait for it, or choose another folder",
             ) from None
         with lock:
-            with storage_errors(self.target):
-                remove_partial(self.folder)
-                remove_partial(self.target.parent, self.target.name)
             yield
 
     def episode(self, number: int) -> Path:
@@ -431,8 +413,7 @@ class Parts:
             DatasetFormatError: an episode's files are damaged.
         """
         shutil.rmtree(self._dataset, ignore_errors=True)  # one of which it is not known whether it is whole
-        settings = {"features": encoder.features, "fps": encoder.fps, "pix_fmt": encoder.pix_fmt, "crf": encoder.crf}
-        with LeRobotWriter(self._dataset, robot_type=robot_type, **settings) as writer:
+        with LeRobotWriter(self._dataset, robot_type=robot_type, **vars(encoder)) as writer:
             for folder in tqdm(folders, desc="assemble", unit="episode", disable=not show):
                 writer.add_encoded(folder)
             for path, content in (files or {}).items():

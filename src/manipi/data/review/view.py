@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from manipi.data.dataset import Dataset
-from manipi.data.dimensions import feature_names
+from manipi.data.dataset import Dataset, feature_names
 from manipi.data.review.describe import is_action, is_state
 from manipi.errors import ConfigError, MissingFeatureError, shown
 from manipi.page import data_uri, encode_mp4, polyline, render

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from manipi.data.dataset import Feature
 from manipi.data.rlds.tfrecord import broken, read_json
-from manipi.errors import ConfigError, FetchError, MissingFeatureError, unknown_name
-from manipi.records import fingerprint, from_json, to_json
+from manipi.errors import ConfigError, DatasetFormatError, FetchError, MissingFeatureError, unknown_name
+from manipi.records import fingerprint, from_json, read_object, to_json
 from manipi.remote.fetch import fetch, fetch_error, is_here, origin
 
 FIELDS_FILE = "rlds_fields.json"
@@ -59,7 +59,7 @@ class RldsFields:
 def droid_fields(
     action_space: Literal["joint_position", "joint_velocity"], *, exterior: Literal["either", "both"] = "either"
 ) -> RldsFields:
-    """DROID 1.0.1, and sets made like it, with the keys of `robots.droid`; of the episodes, the successful ones.
+    """DROID 1.0.1, and sets made like it, with the keys of `robots.franka.droid`; of the episodes, the successful ones.
 
     Args:
         action_space: which of the recorded commands are the actions; the gripper's position follows them.
@@ -106,7 +106,7 @@ def find_fields(root: Path, name: str) -> RldsFields:
     if path.is_file():
         defaults = to_json(RldsFields(fps=1.0))
         del defaults["fps"]
-        return from_json(defaults | read_json(path), (RldsFields,), str(path))
+        return from_json(defaults | read_object(path, DatasetFormatError), (RldsFields,), str(path))
     if name in KNOWN:
         return KNOWN[name]
     raise ConfigError(

@@ -29,17 +29,18 @@ from manipi.errors import ConfigError
 from manipi.model.config import Pi0FastConfig
 from manipi.model.device import many_variants
 from manipi.model.flow import CLEAN, Continuation, FlowHead, Pi0Head, Pi05Head, euler_times, timestep_embedding
-from manipi.model.gemma import AdaptiveRMSNorm, Block, ExpertLayer, RMSNorm, Span
+from manipi.model.gemma import AdaptiveRMSNorm, Block, ExpertLayer, Span
 from manipi.model.inference.fused import (
-    FixedNorm,
     FusedExpertLayer,
     FusedVisionBlock,
+    Quantization,
     StaticCache,
     StepConditioning,
     StepNorm,
+    compute_dtype,
+    maker,
     twin,
 )
-from manipi.model.inference.quantize import Quantization, compute_dtype, maker
 from manipi.model.inputs import Kept, ModelInput
 from manipi.model.siglip import VisionBlock
 from manipi.model.vla import VLA
@@ -80,24 +81,14 @@ class Engine(VLA):
         make = maker(quantization, device, model.dtype)
         vision = nn.ModuleList(FusedVisionBlock(cast(VisionBlock, one), make) for one in model.vision.blocks)
         self.vision = twin(model.vision, blocks=vision)
-        blocks, norms = [], []
+        blocks, only_keys = nn.ModuleList(), (len(gemma.blocks) - 1, "vlm") if flows else None
         for index, block in enumerate(gemma.blocks):
-            experts = {}
-            for name, layer in cast(Block, block).experts.items():
-                assert isinstance(layer, ExpertLayer)
-                if isinstance(layer.attention_norm, AdaptiveRMSNorm):
-                    norms += (layer.attention_norm, layer.mlp_norm)
-                    of_layer: list[nn.Module] = [StepNorm(0), StepNorm(1)]
-                else:
-                    of_layer = [FixedNorm(cast(RMSNorm, one)) for one in (layer.attention_norm, layer.mlp_norm)]
-                attends = not (flows and name == "vlm" and index == len(gemma.blocks) - 1)
-                experts[name] = FusedExpertLayer(layer, make, of_layer, attends=attends)
-            blocks.append(Block(experts))
-        final = dict(gemma.final_norms.items())
-        if norms:
-            norms.append(final["action"])
-            final["action"] = StepNorm(0)
-        self.gemma = twin(gemma, blocks=nn.ModuleList(blocks), final_norms=nn.ModuleDict(final))
+            layers = {name: cast(ExpertLayer, layer) for name, layer in cast(Block, block).experts.items()}
+            fused = {n: FusedExpertLayer(one, make, attends=(index, n) != only_keys) for n, one in layers.items()}
+            blocks.append(Block(fused))
+        norms = [one for one in gemma.modules() if isinstance(one, AdaptiveRMSNorm)]
+        final = {name: StepNorm(0) if norm in norms else norm for name, norm in gemma.final_norms.items()}
+        self.gemma = twin(gemma, blocks=blocks, final_norms=nn.ModuleDict(final))
         if flows:
             self.head = StepHead(model.head, num_steps, config.action_horizon, norms, self.dtype)
 
@@ -168,8 +159,8 @@ class Engine(VLA):
         return StaticCache.of_size(self.gemma.size, b, t + max_tokens, prefix.tokens_BTD)
 
 
-class StepHead(nn.Module):
-    """A `FlowHead` with tables of what depends on timesteps and weights alone: each step's, and last for given actions.
+class StepHead(FlowHead):
+    """A head with tables of what depends on timesteps and weights alone: each step's, and last for given actions.
 
     Args:
         norms: those that timesteps modulate, layer by layer and last the final one.
@@ -181,7 +172,8 @@ class StepHead(nn.Module):
     """[T, D], or of norms [T, N, 3, D]."""
 
     def __init__(self, head: FlowHead, num_steps: int, horizon: int, norms: list[AdaptiveRMSNorm], dtype: torch.dtype):
-        super().__init__()
+        nn.Module.__init__(self)
+        self.action_in, self.action_out = head.action_in, head.action_out
         self.head, self.num_steps, self.has_state = head, num_steps, isinstance(head, Pi0Head)
         time_T = torch.tensor([*euler_times(num_steps), CLEAN], device=head.action_in.weight.device)
         embedded_TD = timestep_embedding(time_T, head.action_in.out_features)
@@ -192,11 +184,9 @@ class StepHead(nn.Module):
         else:
             assert isinstance(head, Pi05Head)
             cond_TD = head.condition(embedded_TD).to(dtype)
-            tables = []
-            for norm in norms:
-                scale, shift, gate = norm.modulation(cond_TD).float().chunk(3, dim=-1)
-                tables.append(torch.stack([1 + scale, shift, gate], dim=1))
-            table = torch.stack(tables, dim=1)
+            made = [norm.modulation(cond_TD).float().unflatten(-1, (3, -1)) for norm in norms]
+            table = torch.stack(made, dim=1)
+            table[:, :, 0] += 1  # scale to factor
         self.register_buffer("table", table)
         self.register_buffer("starts", torch.arange(horizon, device=table.device) == 0)
 
@@ -208,13 +198,13 @@ class StepHead(nn.Module):
         if given_BH is not None:
             given_BH1 = given_BH.repeat_interleave(x_BKHA.shape[1], dim=0)[..., None]
             row = torch.where(given_BH1, clean[..., None, None, :], row[..., None, None, :])
-        tokens_BTD, cond = self.head.action_in(x_BKHA.flatten(0, 1)), None
+        tokens_BTD, cond = self.action_in(x_BKHA.flatten(0, 1)), None
         if isinstance(self.head, Pi0Head):
             weight = self.head.time_mlp_in.weight
             mixed_BTD = F.linear(tokens_BTD, weight[:, : len(weight)].float()) + row
             tokens_BTD = self.head.time_mlp_out(F.silu(mixed_BTD))
         else:
-            cond = StepConditioning(row.unbind(0))
+            cond = StepConditioning(row.flatten(0, 1).unbind(0))
         return self._span(tokens_BTD.to(dtype), cond)
 
     def state_token(self, state_BA: Tensor, dtype: torch.dtype) -> Span:
@@ -232,9 +222,6 @@ class StepHead(nn.Module):
             all_valid=True,
             one_block=True,
         )
-
-    def velocity(self, out_BTD: Tensor, num_draws: int, action_horizon: int) -> Tensor:
-        return self.head.velocity(out_BTD, num_draws, action_horizon)
 
 
 def compile_layers(layers: Iterable[nn.Module], device: torch.device, **options: Any) -> None:

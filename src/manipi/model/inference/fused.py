@@ -1,4 +1,4 @@
-"""The network's layers with fused or quantised matrices, and a cache of fixed size.
+"""Layers with fused or quantised matrices, and a cache of fixed size.
 
     q_proj  k_proj  v_proj   ──▶  one product, and one pass over the input
     gate_proj  up_proj       ──▶  likewise
@@ -10,23 +10,44 @@
 
 Nothing is copied where a matrix keeps its dtype: the model's own parameters become views of the fused ones.
 
-Shape suffixes: B batch, T query tokens, S key tokens, P patches, D width, N query heads, G key/value heads, H head dim.
+Matrices are kept as they are, or in 8 bits:
+
+    kind           weights                      activations                    products
+    none           the model's dtype            the compute dtype              torch's own
+    int8_weights   int8, one scale per output   the compute dtype              expanded before each product: less memory
+    int8           int8, one scale per output   int8, scaled at each product   int8 with int32 sums
+    fp8            e4m3, one scale per output   e4m3, one scale per row        a GPU's, compute capability 8.9 or later
+
+Activations of `int8` have a scale per row on a GPU; on a processor one per call, as its kernels take them.
+
+Shape suffixes: B batch, T query tokens, S key tokens, P patches, D width, N query heads, G key/value heads, H head dim;
+of matrices R rows, I input features, O output features.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, TypeVar
+from functools import partial
+from typing import ClassVar, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from manipi.errors import ConfigError, unknown_name
 from manipi.model.attention import Layout, attention_mask, bias_for, chosen
 from manipi.model.config import GemmaSize
 from manipi.model.gemma import MLP, ExpertLayer, KeysValues, KVCache, RMSNorm, Rotation, rms_norm, rotate
-from manipi.model.inference.quantize import MakeMatrix, Plain
 from manipi.model.layers import AdaptedLinear, Linear
 from manipi.model.siglip import VisionBlock
+
+Quantization: TypeAlias = Literal["none", "int8_weights", "int8", "fp8"]
+
+MakeMatrix: TypeAlias = Callable[[Tensor, Tensor | None], nn.Module]
+"""A weight [O, I] and a bias [O] or None to a module that computes `x Wᵀ + b` in the dtype of x."""
+
+FEWEST_ROWS = 32
+"""`torch._int_mm` on a GPU refuses 16 rows and fewer; missing ones are added as zeros."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -72,31 +93,33 @@ class FusedExpertLayer(ExpertLayer):
         attends: without, the layer makes keys and values only, as the last one of a flow policy's language model.
     """
 
-    def __init__(self, layer: ExpertLayer, make: MakeMatrix, norms: Sequence[nn.Module], *, attends: bool = True):
+    def __init__(self, layer: ExpertLayer, make: MakeMatrix, *, attends: bool = True):
         nn.Module.__init__(self)
-        self.head_dim, self.attends = layer.head_dim, attends
-        self.attention_norm, self.mlp_norm = (norm.forward for norm in norms)  # as in `ExpertLayer.finish`
-        projections = (layer.q_proj, layer.k_proj, layer.v_proj)[not attends :]
-        self.fused = fuse(make, *projections)
-        self.heads = [one.out_features // layer.head_dim for one in projections]
+        self.head_dim = layer.head_dim
+        norms = (layer.attention_norm, layer.mlp_norm)
+        known = (FixedNorm(n) if isinstance(n, RMSNorm) else StepNorm(number) for number, n in enumerate(norms))
+        self.attention_norm, self.mlp_norm = (norm.forward for norm in known)  # as in `ExpertLayer.finish`
+        self.fused = fuse(make, *(layer.q_proj, layer.k_proj, layer.v_proj)[not attends :])
+        keys, queries = (one.out_features // layer.head_dim for one in (layer.k_proj, layer.q_proj))
+        self.heads = [queries if attends else 0, keys]
         if attends:
             self.out_proj, self.mlp = fuse(make, layer.out_proj), FusedMLP(layer.mlp, make)
 
     def qkv(self, x_BTD: Tensor, wanted: int | Tensor, rope: Rotation) -> tuple[Tensor | None, Tensor, Tensor]:
-        made_BTXH = self.fused(x_BTD).unflatten(-1, (-1, self.head_dim))
-        *q, k = rotate(made_BTXH[:, :, : -self.heads[-1]], rope).split(self.heads[:-1], dim=2)
-        v = made_BTXH[:, :, -self.heads[-1] :]
-        return chosen(q[0], wanted) if isinstance(wanted, Tensor) or wanted else None, k, v
+        made_BTXH = self.fused(x_BTD).view(*x_BTD.shape[:2], -1, self.head_dim)
+        turned, v = made_BTXH.split_with_sizes([sum(self.heads), self.heads[1]], dim=2)
+        q, k = rotate(turned, rope).split_with_sizes(self.heads, dim=2)
+        return chosen(q, wanted) if isinstance(wanted, Tensor) or wanted else None, k, v
 
 
 class StepConditioning(NamedTuple):
     """Of one denoising step: what modulates each norm, from a table."""
 
     rows: Sequence[Tensor]
-    """Of each norm factor, shift and gate [3, D], or [3, B, T, D] where tokens differ."""
+    """Factor, shift and gate of one norm after the other: [D], or [B, T, D] where tokens differ."""
 
-    def of_layer(self, index: int) -> "StepConditioning":
-        return StepConditioning(self.rows[2 * index : 2 * index + 2])
+    def of_layer(self, index: int) -> Sequence[Tensor]:
+        return self.rows[6 * index : 6 * index + 6]
 
 
 class FixedNorm(nn.Module):
@@ -117,10 +140,10 @@ class StepNorm(nn.Module):
 
     def __init__(self, number: int):
         super().__init__()
-        self.number = number
+        self.first = 3 * number
 
-    def forward(self, x_BTD: Tensor, cond: StepConditioning) -> tuple[Tensor, Tensor]:
-        factor, shift, gate = cond.rows[self.number].unbind(0)
+    def forward(self, x_BTD: Tensor, cond: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        factor, shift, gate = cond[self.first : self.first + 3]
         return rms_norm(x_BTD, factor, shift), gate
 
 
@@ -134,8 +157,10 @@ class Slots(NamedTuple):
 
     def then(self, k_BGTH: Tensor, v_BGTH: Tensor, *, insulate: bool) -> KeysValues:
         """Writes them behind what is there, and returns all of it without a copy."""
-        keys, values, filled = self
-        added = k_BGTH.shape[2]
+        (keys, values, filled), added = self, k_BGTH.shape[2]
+        if torch.is_grad_enabled():  # the gradients of a step must not reach into the step before
+            before = KeysValues(keys.narrow(2, 0, filled), values.narrow(2, 0, filled))
+            return before.then(k_BGTH, v_BGTH, insulate=insulate)
         keys.narrow(2, filled, added).copy_(k_BGTH)
         values.narrow(2, filled, added).copy_(v_BGTH)
         if filled + added == keys.shape[2]:
@@ -165,11 +190,7 @@ class StaticCache(KVCache):
         return cls(slots=slots, groups=size.num_heads // size.num_kv_heads)
 
     def past(self, index: int) -> Slots:
-        keys, values = self.slots[index]
-        if torch.is_grad_enabled():
-            # The gradients of a step must not reach into the step before, whose slots it fills anew.
-            keys, values = keys.detach(), values.detach()
-        return Slots(keys, values, 0 if self.layout is None else self.layout.valid.shape[1])
+        return Slots(*self.slots[index], self.layouts[-1].end if self.layouts else 0)
 
     def keep(self, index: int, so_far: KeysValues) -> None:
         """It is there already."""
@@ -183,11 +204,12 @@ class StaticCache(KVCache):
         """Each row so many times, behind each other."""
         if times == 1:
             return self
-        assert self.layout is not None, "nothing to repeat"
-        slots = [(k.repeat_interleave(times, dim=0), v.repeat_interleave(times, dim=0)) for k, v in self.slots]
-        names = ("valid", "block", "branch", "position")
-        tensors = {name: getattr(self.layout, name).repeat_interleave(times, dim=0) for name in names}
-        return replace(self, slots=slots, layout=replace(self.layout, **tensors))
+        repeat = partial(torch.repeat_interleave, repeats=times, dim=0)
+        slots = [(repeat(keys), repeat(values)) for keys, values in self.slots]
+        return replace(self, slots=slots, layouts=tuple(one.map(repeat) for one in self.layouts))
+
+
+# Matrices -------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -202,3 +224,133 @@ def fuse(make: MakeMatrix, *layers: Linear) -> nn.Module:
             if not isinstance(layer, AdaptedLinear):
                 layer.weight.data = part
     return fused
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What to compute in for a model of that dtype: float32 on processors that emulate bfloat16, a sixth as fast."""
+    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype if device.type != "cpu" or native else torch.float32
+
+
+def maker(kind: Quantization, device: torch.device, dtype: torch.dtype) -> MakeMatrix:
+    """What makes matrices of that kind on that device.
+
+    Raises:
+        ConfigError: an unknown kind, or fp8 on a device that has none.
+    """
+    if kind not in get_args(Quantization):
+        raise unknown_name("quantization", kind, get_args(Quantization), next="choose one of them")
+    if kind == "none":
+        return lambda weight, bias: Plain(weight, bias, dtype)
+    if kind == "int8_weights":
+        return Int8Weights
+    if kind == "int8":
+        return PackedInt8 if device.type == "cpu" else Int8Rows
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(
+            expected="a GPU with fp8 products: compute capability 8.9 or later (Ada, Hopper, Blackwell)",
+            found=torch.cuda.get_device_name(device) if device.type == "cuda" else f"device {device.type}",
+            where="quantization fp8",
+            next="choose int8, which every device has",
+        )
+    return Float8
+
+
+class Plain(nn.Module):
+    """The matrix in the model's dtype, cast once instead of at every call where that is the dtype of x."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype):
+        super().__init__()
+        self.register_buffer("weight", weight_OI.to(dtype))
+        self.register_buffer("bias", None if bias_O is None else bias_O.to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    __call__ = forward  # without the hooks of a module, which cost microseconds: a chunk takes hundreds of products
+
+
+class Coded(nn.Module):
+    """A weight in 8 bits, with one scale for each output."""
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    dtype: ClassVar[torch.dtype] = torch.int8
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None):
+        super().__init__()
+        codes_OI, scale_O1 = encode(weight_OI, self.dtype)
+        self.register_buffer("codes", codes_OI)
+        self.register_buffer("scale", scale_O1[:, 0])
+        self.register_buffer("bias", None if bias_O is None else bias_O.float())
+
+
+class Int8Weights(Coded):
+    """Half the memory of bfloat16, in the arithmetic of the activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.codes.to(x.dtype) * self.scale[:, None].to(x.dtype), bias)
+
+
+class Int8Rows(Coded):
+    """`torch._int_mm` between rows of activations and outputs of the weight, each with a scale of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes_RI, scale_R1 = encode(x.flatten(0, -2), self.dtype)
+        rows = len(codes_RI)
+        codes_RI = F.pad(codes_RI, (0, 0, 0, max(FEWEST_ROWS - rows, 0)))
+        sums_RO = torch.ops.aten._int_mm(codes_RI, self.codes.t())[:rows]
+        y_RO = sums_RO * scale_R1 * self.scale
+        return (y_RO if self.bias is None else y_RO + self.bias).to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class PackedInt8(nn.Module):
+    """oneDNN's int8 product for processors, with one scale and zero point for all activations of a call.
+
+    Without VNNI pairs of products are summed in 16 bits, which hold 7 bits of an activation times 8 of a weight.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None):
+        super().__init__()
+        codes_OI, scale_O1 = encode(weight_OI, torch.int8)
+        self.register_buffer("codes", torch.ops.onednn.qlinear_prepack(codes_OI, None), persistent=False)
+        self._scale, self._bias = scale_O1[:, 0].contiguous(), None if bias_O is None else bias_O.float()
+        self._zero = torch.zeros_like(self._scale, dtype=torch.int32)
+        self._levels = 255 if torch.cpu._is_vnni_supported() else 127
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        low, high = (float(edge) for edge in x32.aminmax())
+        low, high = min(low, 0.0), max(high, 1e-12)
+        scale = (high - low) / self._levels
+        zero = round(-low / scale)
+        codes = (x32 / scale).add_(zero).round_().clamp_(0, self._levels).to(torch.uint8)
+        # Sums in float32 out of the kernel: its bfloat16 output is a thousand times slower without AVX-512.
+        weights, output = (self.codes, self._scale, self._zero), (1.0, 0, torch.float32, "none", [], "")
+        return torch.ops.onednn.qlinear_pointwise(codes, scale, zero, *weights, self._bias, *output).to(x.dtype)
+
+
+class Float8(Coded):
+    """`torch._scaled_mm` in e4m3, with scales per row and per output."""
+
+    dtype = torch.float8_e4m3fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes_RI, scale_R1 = encode(x.flatten(0, -2), self.dtype)
+        y_RO = torch.ops.aten._scaled_mm(codes_RI, self.codes.t(), scale_R1, self.scale[None], out_dtype=torch.bfloat16)
+        y_RO = y_RO if self.bias is None else y_RO + self.bias.to(y_RO.dtype)
+        return y_RO.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def encode(x_RI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes [R, I] in int8 or e4m3 and scales float32 [R, 1], symmetric around zero: `x ≈ codes · scale`."""
+    largest = torch.finfo(dtype).max if dtype.is_floating_point else 127.0
+    scale_R1 = x_RI.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / largest
+    scaled_RI = x_RI.float() / scale_R1
+    return (scaled_RI if dtype.is_floating_point else scaled_RI.round()).to(dtype), scale_R1

@@ -26,18 +26,16 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
-from manipi.checkpoints.native import verify
-from manipi.data.lerobot.picture_files import replaced
 from manipi.errors import CheckpointError, TrainingError, shown
-from manipi.records import Change, dataclasses_in, from_json, json_bytes, may_change, read_json, to_json
+from manipi.records import Change, dataclasses_in, from_json, json_bytes, may_change, read_object, to_json
 from manipi.storage import Lock, atomic_write, remove_partial, storage_errors
 from manipi.train.config import TrainConfig
 
@@ -94,11 +92,10 @@ class Run:
 
     def newest(self) -> int | None:
         """The newest checkpoint's step, verified. Raises CheckpointError naming it and the one before it."""
-        steps = self.steps()
-        if not steps:
-            return None
-        self._require_sound(steps[-1])
-        return steps[-1]
+        newest = max(self.steps(), default=None)
+        if newest is not None:
+            self._require_sound(newest)
+        return newest
 
     def rewind(self, step: int) -> None:
         """Delete the damaged checkpoints after that of `step`. Raises CheckpointError where one of them is sound."""
@@ -113,7 +110,7 @@ class Run:
         self._require_sound(step)
         later = steps[steps.index(step) + 1 :]
         for one in later:
-            if self._is_sound(one):
+            if not self._damage(one):
                 raise CheckpointError(
                     expected="damaged checkpoints alone after that to resume from",
                     found=f"a sound one (step {one})",
@@ -123,19 +120,19 @@ class Run:
         for one in later:
             self._drop(one)
 
-    def _is_sound(self, step: int) -> bool:
-        try:
-            verify(self.checkpoint(step))
-        except CheckpointError:
-            return False
-        return True
+    def _damage(self, step: int) -> CheckpointError | None:
+        from manipi.checkpoints.native import verify  # and with it all that a policy consists of
 
-    def _require_sound(self, step: int) -> None:
         try:
             verify(self.checkpoint(step))
         except CheckpointError as error:
+            return error
+        return None
+
+    def _require_sound(self, step: int) -> None:
+        if error := self._damage(step):
             before = [one for one in self.steps() if one < step]
-            sound = next(filter(self._is_sound, reversed(before)), None)
+            sound = next((one for one in reversed(before) if not self._damage(one)), None)
             raise CheckpointError(
                 expected=f"a sound checkpoint of step {step}",
                 found=error.found,
@@ -156,9 +153,16 @@ class Run:
 
         A checkpoint between two saves, as SIGTERM leaves it, goes with the next and takes no other's place.
         """
-        every, steps, best = self.config.keep_every, self.steps(), self.best()
+        every, steps, best, number = self.config.keep_every, self.steps(), self.best(), self.config.validation.best_by
         if best:
-            self._name_best(best)
+            path = self.checkpoint(best["step"]).relative_to(self.folder)
+            described = {"step": best["step"], "by": number, "value": best[number], "path": str(path)}
+            atomic_write(self.folder / "best.json", json_bytes(described))
+            partial = self.folder / f".best.{os.getpid()}.partial"
+            with storage_errors(self.folder / "best"):
+                partial.unlink(missing_ok=True)
+                partial.symlink_to(path, target_is_directory=True)
+                partial.replace(self.folder / "best")
         planned = [step for step in steps if step % self.config.save_every == 0 or step == steps[-1]]
         for step in set(steps) - set(planned[-self.config.keep_checkpoints :]):
             protected = (step and every and step % every == 0) or (best and step == best["step"])
@@ -170,17 +174,6 @@ class Run:
         hidden = self.checkpoints / f".{step}.old.partial"
         self.checkpoint(step).rename(hidden)
         shutil.rmtree(hidden)
-
-    def _name_best(self, best: dict[str, Any]) -> None:
-        number = self.config.validation.best_by
-        path = self.checkpoint(best["step"]).relative_to(self.folder)
-        described = {"step": best["step"], "by": number, "value": best[number], "path": str(path)}
-        atomic_write(self.folder / "best.json", json_bytes(described))
-        partial = self.folder / f".best.{os.getpid()}.partial"
-        with storage_errors(self.folder / "best"):
-            partial.unlink(missing_ok=True)
-            partial.symlink_to(path, target_is_directory=True)
-            partial.replace(self.folder / "best")
 
     def log(self, record: dict[str, Any]) -> None:
         append_log(self.metrics, record)
@@ -205,40 +198,16 @@ class Run:
 
 def _record(line: bytes) -> dict[str, Any] | None:
     """A log line's record; None where it is none."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    with suppress(ValueError):
+        if isinstance(record := json.loads(line), dict) and isinstance(record.get("step"), int):
+            return record
+    return None
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of a run that have a checkpoint, ascending."""
     path = folder / "checkpoints"
     return sorted(int(p.name) for p in (path.iterdir() if path.is_dir() else ()) if p.name.isdigit())
-
-
-def claim_videos(folder: Path, now: Mapping[str, Mapping[str, str]]) -> None:
-    """Tie a run to the files that hold its pictures: `Dataset.picture_files` by the dataset's fingerprint.
-
-    Raises:
-        TrainingError: the run has a checkpoint, and files are others than those that it was trained on.
-    """
-    path, trained = folder / "videos.json", bool(checkpoint_steps(folder))
-    before = read_json(path) if path.exists() else {}
-    others = [name for data, files in now.items() for name in replaced(before.get(data, {}), files)]
-    if others and trained:
-        raise TrainingError(
-            expected="the videos that this run was trained on",
-            found=f"{len(others)} others of the same names: {', '.join(others[:4])}" + (" …" if others[4:] else ""),
-            where=str(path),
-            next="put the videos back as they were, or train on these in a run folder of their own (--run-dir)",
-        )
-    if trained and any(now.values()) and not before:
-        tqdm.write(f"{folder} did not say yet which videos it is trained on; from now on, those that are there")
-    known = {data: {**before.get(data, {}), **files} for data, files in now.items()}
-    if known != before:
-        atomic_write(path, json_bytes(known))
 
 
 def append_log(path: Path, record: dict[str, Any]) -> None:
@@ -259,10 +228,10 @@ def read_config(folder: Path) -> TrainConfig:
     return from_json(_read_settings(path), (TrainConfig, *kinds), str(path))
 
 
-def _read_settings(path: Path) -> Any:
+def _read_settings(path: Path) -> dict[str, Any]:
     """A run's settings as JSON. Raises TrainingError where a later version of manipi wrote them."""
-    stored = read_json(path)
-    number = stored.pop("format", 0) if isinstance(stored, dict) else 0
+    stored = read_object(path)
+    number = stored.pop("format", 0)
     if not isinstance(number, int) or number > FORMAT:
         raise TrainingError(
             expected=f"a run folder of format {FORMAT} or before, as this version of manipi writes and reads",
@@ -292,35 +261,24 @@ def alone(folder: Path) -> Iterator[Lock]:
         TrainingError: another process trains here.
         StorageError: the folder cannot be written.
     """
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            trainer = Lock(folder / ".trainer.lock", wait=False)
-        except BlockingIOError as error:
-            raise TrainingError(
-                expected="a run folder in which no other process trains",
-                found="one that does",
-                where=str(folder),
-                next="wait for it or end it, or give the new run another folder (--run-dir)",
-            ) from error
-        try:
-            writer = _lock_of_writer(folder / ".writer.lock")
-        except OSError:
-            trainer.close()
-            raise
-    try:
-        yield writer
-    finally:
-        writer.close()
-        trainer.close()
-
-
-def _lock_of_writer(path: Path) -> Lock:
-    try:
-        return Lock(path, wait=False)
-    except BlockingIOError:
-        tqdm.write("the trainer before this one was killed during a save; waiting for its checkpoint")
-        return Lock(path, wait=True)
+    with ExitStack() as stack:
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(closing(Lock(folder / ".trainer.lock", wait=False)))
+            except BlockingIOError as error:
+                raise TrainingError(
+                    expected="a run folder in which no other process trains",
+                    found="one that does",
+                    where=str(folder),
+                    next="wait for it or end it, or give the new run another folder (--run-dir)",
+                ) from error
+            try:
+                writer = Lock(folder / ".writer.lock", wait=False)
+            except BlockingIOError:
+                tqdm.write("the trainer before this one was killed during a save; waiting for its checkpoint")
+                writer = Lock(folder / ".writer.lock", wait=True)
+        yield stack.enter_context(closing(writer))
 
 
 # Signals that end a run early -----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
     writer                                         └── self-test, files, hashes, one rename ──┘
 
 The weights change in the optimizer's step alone, so that the copy may go on until the next one. A save waits for the
-one before it. The writer outlives a killed trainer for as long as it takes to finish the copy in hand; `train.lock`
+one before it. The writer outlives a killed trainer for as long as it takes to finish the copy in hand; `.writer.lock`
 keeps others out until then.
 """
 
@@ -16,14 +16,14 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ def read_window(checkpoint: Path) -> list[dict[str, float]]:
     return read_json(path) if path.exists() else []  # older runs have none
 
 
-class Saver:
+class Saver(AbstractContextManager):
     """Writes checkpoints while training waits; `AsyncSaver` while it goes on.
 
     with make_saver(writer, state, lock) as saver:
@@ -136,9 +136,6 @@ class Saver:
 
     def __init__(self, writer: CheckpointWriter, state: TrainState):
         self._writer, self._state = writer, state
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         pass
@@ -294,21 +291,14 @@ def _serve(
         state = {name: shard_from(part, shardings[name], world.mesh) for name, part in snapshot.tensors.items()}
         while True:
             step, window, apart = trainer.recv()
-            rows = {name: torch.from_numpy(raw).view(dtype) for name, (dtype, raw) in apart.items()}
-            tensors = state | rows
-            trainer.send(_error_of(writer, world, tensors, step, window))
-
-
-def _error_of(
-    writer: CheckpointWriter, world: World, tensors: Mapping[str, Tensor], step: int, window: Window
-) -> ManipiError | None:
-    save_state = partial(save_tensors, tensors, no_dist=world.size == 1)
-    try:
-        with peer_errors():
-            writer.write_together(world, inference_weights(tensors, world), save_state, step, window)
-    except ManipiError as error:
-        return error
-    return None
+            tensors = state | {name: torch.from_numpy(raw).view(dtype) for name, (dtype, raw) in apart.items()}
+            save_state, failed = partial(save_tensors, tensors, no_dist=world.size == 1), None
+            try:
+                with peer_errors():
+                    writer.write_together(world, inference_weights(tensors, world), save_state, step, window)
+            except ManipiError as error:
+                failed = error
+            trainer.send(failed)
 
 
 # The copy ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ probability of the fraction that is cut off, it survives on average:
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -188,7 +188,9 @@ class StochasticAdamW(torch.optim.Optimizer):
                 if device not in generators:
                     generators[device] = Generator(device).manual_seed(step_seed(self._seed, step))
                 state["step"] += 1
-                for part in _chunks(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]):
+                tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                # Flat; of sharded ones, the part that is here.
+                for part in zip(*(local(t).view(-1).split(CHUNK) for t in tensors), strict=True):
                     self._update(part, group, step + 1, generators[device])
 
     def _update(self, part: tuple[Tensor, ...], group: dict[str, Any], step: int, generator: Generator) -> None:
@@ -200,8 +202,3 @@ class StochasticAdamW(torch.optim.Optimizer):
         w.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
         for stored, value in ((weight, w), (mean, m), (square, v)):
             stored.copy_(round_stochastically(value, generator))
-
-
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Equal parts of the tensors, flat; of sharded ones, the part that is here."""
-    yield from zip(*(local(t).view(-1).split(CHUNK) for t in tensors), strict=True)

@@ -1,4 +1,25 @@
-"""What one training step changes, and how it goes to disk and back.
+"""What is trained of a model and how its layers compute it; the state of training, to disk and back.
+
+vision          the image encoder
+vlm             the language model, its token embedding included
+action_expert   the transformer that reads noisy actions (flow policies)
+heads           the projections around the action expert (flow policies)
+
+                full    lora, qlora                        expert_only   vision_frozen
+vision          yes     yes                                no            no
+vlm             yes     adapters alone, where it has any   no            yes
+action_expert   yes     adapters alone, where it has any   yes           yes
+heads           yes     yes                                yes           yes
+
+What backward recomputes, and what is compiled, is applied from outside to the same model:
+
+                        forward keeps for backward          backward computes once more
+    none                everything                          nothing
+    elementwise         results of matrices and attention   norms, GELU and gating, rotations, casts
+    full                the input of each layer             each layer
+
+The unit is one Gemma block with all its experts, or one SigLIP layer. Names and values of parameters stay, and so does
+every number (Chen et al. 2016; which results to keep, Korthikanti et al. 2022).
 
 Of a flow policy's token embedding, moments, gradient and average are kept for the rows that were ever read: training
 reads a few hundred of its 257 152 rows, and no loss writes with it. Of a row without a gradient since the beginning the
@@ -11,26 +32,180 @@ nothing while `1 - lr · weight_decay` rounds to 1. Under that condition this is
 """
 
 import errno
+import importlib.util
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from manipi.checkpoints.initial import load_initial_weights
-from manipi.errors import CheckpointError
+from manipi.errors import CheckpointError, ConfigError
 from manipi.model import VLA
-from manipi.model.config import Pi0FastConfig
-from manipi.model.device import fill, whole
-from manipi.model.layers import plain_weights
-from manipi.train.config import TrainConfig
+from manipi.model.config import NO_ADAPTERS, ModelConfig, Pi0FastConfig
+from manipi.model.device import fill, many_variants, whole
+from manipi.model.layers import AdaptedLinear, NF4Matrix, plain_weights
+from manipi.train.config import ComputeConfig, OptimizerConfig, TrainConfig, Trained
 from manipi.train.parallel import ALONE, World, shard_model
 from manipi.train.step.optimizer import make_optimizer, set_rate
-from manipi.train.step.trained import apply_compute, by_rate, compress, keep, trainable_parameters
+
+# What is trained, and how a step computes it --------------------------------------------------------------------------
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter, by its name."""
+    if name.startswith("vision."):
+        return "vision"
+    if name.startswith("head."):
+        return "heads"
+    return "action_expert" if ".action." in name else "vlm"
+
+
+def is_trained(name: str, model: ModelConfig, trained: Trained) -> bool:
+    """Whether the mode trains this parameter, if a loss reaches it.
+
+    With `lora`, as in openpi, an expert with adapters keeps everything else, and vision and heads are trained. `qlora`
+    trains the same, with the adapted matrices in 4 bits.
+    """
+    group = group_of(name)
+    if trained == "expert_only":
+        return group in ("action_expert", "heads")
+    if trained == "vision_frozen":
+        return group != "vision"
+    if trained == "full":
+        return True
+    adapters = {"vlm": model.vlm_adapters, "action_expert": getattr(model, "action_adapters", NO_ADAPTERS)}
+    return not adapters.get(group) or name.rpartition(".")[2].startswith("lora_")
+
+
+def trainable_parameters(model: VLA, trained: Trained) -> dict[str, nn.Parameter]:
+    """The parameters that the mode trains and the loss can reach, by name.
+
+    A flow loss reads the language model's last layer through its keys and values alone, so that layer's queries, output
+    projection and MLP, and the norm behind it, never get a gradient.
+    """
+    dead: tuple[str, ...] = ()
+    if not isinstance(model.config, Pi0FastConfig):
+        last = f"gemma.blocks.{len(model.gemma.blocks) - 1}.experts.vlm."
+        dead = (f"{last}q_proj.", f"{last}out_proj.", f"{last}mlp_norm.", f"{last}mlp.", "gemma.final_norms.vlm.")
+    reached = {name: p for name, p in model.named_parameters() if not (dead and name.startswith(dead))}
+    return {name: p for name, p in reached.items() if is_trained(name, model.config, trained)}
+
+
+def keep(model: VLA, config: TrainConfig) -> None:
+    """Keep what is not trained as `frozen_dtype` and the rest as the precision says; ask gradients of what is."""
+    frozen, kept = getattr(torch, config.frozen_dtype), getattr(torch, config.compute.master_dtype)
+    parameters = trainable_parameters(model, config.trained)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in parameters)
+        parameter.data = parameter.data.to(kept if is_trained(name, model.config, config.trained) else frozen)
+
+
+def compress(model: VLA, config: TrainConfig) -> None:
+    """With `qlora`, what adapters adapt goes to 4 bits."""
+    for module in model.modules() if config.trained == "qlora" else ():
+        if isinstance(module, AdaptedLinear):
+            module.compress(getattr(torch, config.frozen_dtype))
+
+
+def by_rate(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The parameters as an optimizer's groups, one for each multiplier of the learning rate."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(asdict(config.lr_scale)[group_of(name)], []).append(parameter)
+    return [{"params": members, "lr_scale": scale} for scale, members in groups.items()]
+
+
+class ParameterRow(NamedTuple):
+    """One line of the table: the parameters of a group that are kept alike."""
+
+    group: str
+    parameters: int
+    """How many numbers."""
+    trained: bool
+    dtype: str
+    peak_lr: float
+    """0 where nothing is trained."""
+
+
+def parameter_table(model: VLA, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[ParameterRow]:
+    """Every parameter of the model, summed by group, dtype, and whether it is trained."""
+    counts: dict[tuple[str, bool, str], int] = {}
+    for name, parameter in model.named_parameters():
+        key = group_of(name), name in parameters, str(parameter.dtype).removeprefix("torch.")
+        counts[key] = counts.get(key, 0) + parameter.numel()
+    for name, module in model.named_modules():
+        if isinstance(module, NF4Matrix):
+            key = group_of(name), False, "nf4"
+            counts[key] = counts.get(key, 0) + module.shape.numel()
+    rates = {group: config.lr * scale for group, scale in asdict(config.lr_scale).items()}
+    return [
+        ParameterRow(group, count, trained, dtype, rates[group] * trained)
+        for (group, trained, dtype), count in sorted(counts.items(), key=lambda row: (row[0][0], not row[0][1]))
+    ]
+
+
+def format_table(rows: Iterable[ParameterRow]) -> str:
+    """The table as text, one line per row, and the sum of what is trained."""
+    rows = list(rows)
+    lines = [f"{'group':<14} {'parameters':>14}  {'trained':<7}  {'kept as':<8}  peak lr"]
+    for row in rows:
+        rate = f"{row.peak_lr:.3g}" if row.trained else "–"
+        said = "yes" if row.trained else "no"
+        lines.append(f"{row.group:<14} {row.parameters:>14,}  {said:<7}  {row.dtype:<8}  {rate}")
+    trained, whole = sum(row.parameters for row in rows if row.trained), sum(row.parameters for row in rows)
+    return "\n".join([*lines, f"{'trained':<14} {trained:>14,}  of {whole:,}"])
+
+
+def require_packages(config: TrainConfig) -> None:
+    """Raises ConfigError where a setting needs a package that is not installed."""
+    needed = {"optimizer.state_bits": "torchao"} if config.optimizer.state_bits == 8 else {}
+    needed |= {"trained": "bitsandbytes"} if config.trained == "qlora" else {}
+    for setting, package in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                expected=f"the package {package}, which this setting needs",
+                found="no such package",
+                where=f"TrainConfig.{setting}",
+                next=f"pip install 'manipi[low-bit]', or choose another --{setting.replace('_', '-')}",
+            )
+
+
+_KEPT_OPS = (
+    *("mm", "addmm", "bmm", "baddbmm"),
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+
+
+def apply_compute(model: VLA, config: ComputeConfig) -> None:
+    """Give the layers of `model` another `forward`; once, before training."""
+    for layer in [*model.vision.blocks, *model.gemma.blocks]:
+        if config.recompute != "none":
+            layer.forward = _recomputing(layer.forward, config.recompute)
+        if config.compile:
+            layer.forward = torch.compile(layer.forward, **many_variants())
+
+
+def _recomputing(forward: Callable[..., Any], recompute: str) -> Callable[..., Any]:
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # the layers draw nothing
+    if recompute == "elementwise":
+        kept: list[Any] = [getattr(torch.ops.aten, name).default for name in _KEPT_OPS if hasattr(torch.ops.aten, name)]
+        kept += [torch.ops.higher_order.flex_attention]
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return recomputed
+
 
 # The rows of the token embedding --------------------------------------------------------------------------------------
 
@@ -103,10 +278,13 @@ class TouchedRows:
 
 def room_for_rows(tensors: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     """What a state that kept `count` rows apart has in the place of the dense tensors, to load them into."""
-    names = [name for name in tensors if name.endswith(f".{NAME}") and not name.startswith("weights.")]
-    dense = {name: tensors[name] for name in names if tensors[name].ndim}
-    apart = {name: torch.empty(count, t.shape[1], dtype=t.dtype, device=t.device) for name, t in dense.items()}
+    apart = {n: torch.empty(count, t.shape[1], dtype=t.dtype, device=t.device) for n, t in _per_row(tensors).items()}
     return {"rows": torch.empty(count, dtype=torch.long), **apart}
+
+
+def _per_row(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Moments and averages of the token embedding, which have a row for each of its rows that they are of."""
+    return {n: t for n, t in tensors.items() if n.endswith(f".{NAME}") and not n.startswith("weights.") and t.ndim}
 
 
 @torch.no_grad()
@@ -142,7 +320,7 @@ class TrainState:
 
     @staticmethod
     def initial(config: TrainConfig, init: str = "", world: World = ALONE) -> "TrainState":
-        """Weights from the seed, then those that `init` names, kept as `manipi.train.step.trained.keep` says.
+        """Weights from the seed, then those that `init` names, kept as `keep` says.
 
         No process ever has memory for more than its part of them.
         """
@@ -154,6 +332,8 @@ class TrainState:
         model.to_empty(device=world.device)
         model.init_weights(config.seed)
         if init:
+            from manipi.checkpoints.initial import load_initial_weights  # and all that reads others' weights
+
             load_initial_weights(model, init)
         compress(model, config)
         parameters = trainable_parameters(model, config.trained)
@@ -235,7 +415,11 @@ class TrainState:
         tensors |= {} if self.rows is None else {"rows": self.rows.index}
         for name, parameter in self.optimized.items():
             for kind, value in self.optimizer.state[parameter].items():
-                tensors |= {f"{kind}{part}.{name}": one for part, one in _plain(value).items()}
+                # torchao's of 8 bits consist of codes and their scales.
+                parts = ("codes", "scale") if hasattr(value, "codes") else ()
+                tensors |= {f"{kind}.{part}.{name}": getattr(value, part) for part in parts} or {
+                    f"{kind}.{name}": value
+                }
         return tensors | {f"average.{name}": value for name, value in self.average.items()}
 
 
@@ -247,11 +431,6 @@ def unallocated_model(config: TrainConfig, world: World = ALONE) -> VLA:
     apply_compute(model, config.compute)
     shard_model(model, world)
     return model
-
-
-def _plain(moment: Tensor) -> dict[str, Tensor]:
-    """A moment as plain tensors: torchao's of 8 bits consists of codes and their scales."""
-    return {f".{k}": getattr(moment, k) for k in ("codes", "scale")} if hasattr(moment, "codes") else {"": moment}
 
 
 def inference_weights(tensors: Mapping[str, Tensor], world: World = ALONE) -> dict[str, Tensor]:
@@ -274,8 +453,7 @@ def _average(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def growing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those that have a row for each one of the token embedding that has been read."""
-    apart = {n: t for n, t in tensors.items() if n.endswith(f".{NAME}") and not n.startswith("weights.") and t.ndim}
-    return {"rows": tensors["rows"], **apart} if "rows" in tensors else {}
+    return {"rows": tensors["rows"], **_per_row(tensors)} if "rows" in tensors else {}
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

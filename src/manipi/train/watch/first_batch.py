@@ -40,7 +40,11 @@ def save_first_batch(folder: Path, batch: Batch, rows: np.ndarray, data: Trainin
     with atomic_directory(folder) as partial:
         draw_cameras(batch, data.config.model.cameras, captions).save(partial / "cameras.png")
         (partial / "batch.txt").write_text("\n".join(_describe(batch, captions, data)) + "\n", encoding="utf-8")
-        (partial / "pipeline.json").write_bytes(json_bytes(_first_sample(data.mixture, int(rows[0]))))
+        part, row = data.mixture.part_of(int(rows[0]))
+        pipeline, (frame,) = part.source.pipeline, part.source.frames(np.array([row]))
+        stages = trace(pipeline, observation_of(frame, pipeline.robot))
+        described = {"sample": captions[0][0], "robot": pipeline.robot, "stages": stages}
+        (partial / "pipeline.json").write_bytes(json_bytes(described))
     return folder / "cameras.png"
 
 
@@ -50,14 +54,6 @@ def _caption(mixture: Mixture, row: int) -> tuple[str, str]:
     source = part.source
     prompt = source.dataset.subtask(own) if source.prompt == "subtask" else source.dataset.prompt(own)
     return str(mixture.places(np.array([row]))[0]), prompt
-
-
-def _first_sample(mixture: Mixture, row: int) -> dict:
-    part, own = mixture.part_of(row)
-    (frame,) = part.source.frames(np.array([own]))
-    pipeline = part.source.pipeline
-    stages = trace(pipeline, observation_of(frame, pipeline.robot))
-    return {"sample": str(mixture.places(np.array([row]))[0]), "robot": pipeline.robot, "stages": stages}
 
 
 # The picture ---------------------------------------------------------------------------------------------------------

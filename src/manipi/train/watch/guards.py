@@ -1,30 +1,32 @@
 """What a run watches itself for: numbers that are not finite, losses that leap, and steps that do not end."""
 
+from __future__ import annotations
+
 import faulthandler
 import io
 import os
-import statistics
 import sys
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
 from manipi.data.feed.loader import ASK_FOR_STACKS, Batch, Loader
-from manipi.data.feed.mixture import Mixture, Place
 from manipi.errors import NonFiniteError, StorageError
 from manipi.storage import atomic_write
 from manipi.train.config import GuardConfig
+
+if TYPE_CHECKING:
+    from manipi.data.feed.mixture import Mixture, Place
 
 FIRST_TIME, USUAL_TIMES = 6, 5
 """A stall is `stall_seconds` times the former for the first two of a kind, and never below the latter times the median
@@ -64,8 +66,7 @@ class SpikeDetector:
 # Time ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Phase:
+class _Phase(NamedTuple):
     name: str
     waits_for: str
     began: float
@@ -73,7 +74,7 @@ class _Phase:
     workers: Callable[[], list[int]]
 
 
-class Watchdog:
+class Watchdog(AbstractContextManager):
     """A thread that prints all stacks, once, when a phase takes too long. It needs a process that can print.
 
     Should something hold the interpreter for good, not even this thread runs; faulthandler's own timer then speaks.
@@ -103,17 +104,17 @@ class Watchdog:
     def phase(self, name: str, waits_for: str, workers: Callable[[], list[int]] = list) -> Iterator[None]:
         """Watch the block. Phases of one name are expected to take about as long."""
         before, began = self._phase, time.monotonic()
-        limit = self._limit(self._durations[name])
-        self._phase = _Phase(name=name, waits_for=waits_for, began=began, limit=limit, workers=workers)
+        seconds, usual = (
+            self._config.stall_seconds,
+            list(self._durations[name])[1:],
+        )  # the first starts workers, or compiles
+        limit = max(seconds, USUAL_TIMES * float(np.median(usual))) if usual else FIRST_TIME * seconds
+        self._phase = _Phase(name, waits_for, began, limit, workers)
         try:
             yield
             self._durations[name].append(time.monotonic() - began)
         finally:
             self._phase = before
-
-    def _limit(self, durations: Sequence[float]) -> float:
-        seconds, usual = self._config.stall_seconds, list(durations)[1:]  # the first one starts workers, or compiles
-        return max(seconds, USUAL_TIMES * statistics.median(usual)) if usual else FIRST_TIME * seconds
 
     def _watch(self) -> None:
         seconds, told = self._config.stall_seconds, None
@@ -129,13 +130,17 @@ class Watchdog:
         taken = time.monotonic() - phase.began
         lines = [f"stalled: {phase.name} has been waiting for {phase.waits_for} for {taken:.1f} s"]
         lines += [
-            f"  data worker, process {pid}: {_process_state(pid)}{', whose turn it is' if pid == workers[0] else ''}"
+            f"  data worker, process {pid}: {_process_status(pid).get('State', 'state unknown')}"
+            f"{', whose turn it is' if pid == workers[0] else ''}"
             for pid in workers
         ]
         tqdm.write("\n".join([*lines, "all stacks:"]), file=sys.stderr)
         faulthandler.dump_traceback(file=STDERR)
         for pid in workers:
-            _ask_for_stacks(pid)
+            # The signal would end a process that is not ready for it yet.
+            caught = int(_process_status(pid).get("SigCgt", "0"), 16)
+            if ASK_FOR_STACKS and caught >> (ASK_FOR_STACKS - 1) & 1:
+                os.kill(pid, ASK_FOR_STACKS)
         if self._config.on_stall == "exit":
             time.sleep(1.0)  # for the workers' stacks
             os._exit(EXIT_CODE)
@@ -150,17 +155,6 @@ def _process_status(pid: int) -> dict[str, str]:
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
-def _process_state(pid: int) -> str:
-    return _process_status(pid).get("State", "state unknown")
-
-
-def _ask_for_stacks(pid: int) -> None:
-    """The signal would end a process that is not ready for it yet."""
-    caught = int(_process_status(pid).get("SigCgt", "0"), 16)
-    if ASK_FOR_STACKS and caught >> (ASK_FOR_STACKS - 1) & 1:
-        os.kill(pid, ASK_FOR_STACKS)
-
-
 # Both, around a run --------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +162,7 @@ class Guards(Watchdog):
     """Around the loop of one run.
 
     with Guards(config.guards, folder, loader, data.mixture) as guards:
-        for step, batch, wait in guards.batches(start):
+        for step, batch, wait in guards.batches(start, end):
             with guards.step(step, batch): ...
             with guards.phase("the run", "the checkpoint"): ...
 
@@ -181,10 +175,10 @@ class Guards(Watchdog):
         self._folder, self._loader, self._mixture = folder, loader, mixture
         self._spikes = SpikeDetector(config)
 
-    def batches(self, start: int) -> Iterator[tuple[int, Batch, float]]:
-        """What the loader gives, from step `start` on."""
+    def batches(self, start: int, end: int) -> Iterator[tuple[int, Batch, float]]:
+        """What the loader gives, from step `start` on and before `end`."""
         batches, step = iter(self._loader), start
-        while True:
+        while step < end:
             with self.phase("the data loader", f"the batch of step {step}", partial(self._loader.workers, step)):
                 step, batch, wait = next(batches)
             yield step, batch, wait

@@ -18,6 +18,8 @@ are real; nothing for what is computed a second time, for padding, or for masks.
 Attention adds 4 · width · queries · keys per layer, and twice that backward.
 """
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
 import io
@@ -27,11 +29,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -39,7 +41,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from manipi.data.feed.loader import Batch
-from manipi.data.feed.mixture import Share
 from manipi.errors import ConfigError
 from manipi.model import VLA
 from manipi.model.config import Pi0Config, Pi0FastConfig
@@ -49,6 +50,9 @@ from manipi.storage import atomic_write
 from manipi.train.config import LogConfig
 from manipi.train.run.folder import Run
 from manipi.train.step.state import TrainState
+
+if TYPE_CHECKING:
+    from manipi.data.feed.mixture import Share
 
 # Where numbers and pictures go ----------------------------------------------------------------------------------------
 
@@ -95,7 +99,16 @@ class Wandb:
         wandb = importlib.import_module("wandb")
         self._id, self._picture = run.folder / "wandb_id.txt", wandb.Image
         try:
-            self._run = self._init(wandb, run, config)
+            self._run = wandb.init(
+                project=config.wandb_project,
+                name=run.folder.resolve().name,
+                id=self._id.read_text().strip() if self._id.exists() else None,
+                resume="allow",
+                mode=config.wandb,
+                dir=str(run.folder),
+                config=to_json(run.config),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
         except wandb.Error as error:
             raise ConfigError(
                 expected="a run of Weights & Biases",
@@ -104,18 +117,6 @@ class Wandb:
                 next="wandb login, or --log.wandb offline",
             ) from error
         atomic_write(self._id, self._run.id.encode())
-
-    def _init(self, wandb: Any, run: Run, config: LogConfig) -> Any:
-        return wandb.init(
-            project=config.wandb_project,
-            name=run.folder.resolve().name,
-            id=self._id.read_text().strip() if self._id.exists() else None,
-            resume="allow",
-            mode=config.wandb,
-            dir=str(run.folder),
-            config=to_json(run.config),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
 
     def log(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         self._run.log({**numbers, **{name: self._picture(str(path)) for name, path in pictures.items()}}, step=step)
@@ -136,7 +137,7 @@ def require_loggers(config: LogConfig) -> None:
         )
 
 
-class RunLog:
+class RunLog(AbstractContextManager):
     """The one door for what a run has to say in numbers and pictures.
 
     Args:
@@ -151,9 +152,6 @@ class RunLog:
             self._loggers.append(TensorBoard(run.folder / "tensorboard", start))
         if lead and config.wandb != "off":
             self._loggers.append(Wandb(run, config))
-
-    def __enter__(self) -> "RunLog":
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -186,7 +184,7 @@ Window: TypeAlias = Sequence[Mapping[str, Tensor | float]]
 """Metrics of consecutive steps."""
 
 
-class ProgressLog:
+class ProgressLog(AbstractContextManager):
     """Averages the steps between two log lines; reads numbers off the device only when it writes one."""
 
     def __init__(
@@ -197,9 +195,6 @@ class ProgressLog:
         self._flops, self._peak, self._device = None, None, torch.device("cpu")
         self._begin_window()
         self._window.extend(window)
-
-    def __enter__(self) -> "ProgressLog":
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -413,8 +408,7 @@ class ModelFlops:
 
 
 def _part(name: str) -> str:
-    expert = re.search(r"gemma\.(?:blocks\.\d+\.experts|final_norms)\.(\w+)", name)
-    if expert:
+    if expert := re.search(r"gemma\.(?:blocks\.\d+\.experts|final_norms)\.(\w+)", name):
         return expert[1]
     top = name.partition(".")[0]
     return "vlm" if top == "gemma" else top
@@ -437,9 +431,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s of matrix products: a GPU's by `PEAKS`, a processor's as measured here. None where it is not known."""
     if device.type == "cpu":
         return _measured_peak(dtype, torch.get_num_threads())
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return None
-    return listed_peak(torch.cuda.get_device_name(device))
+    is_listed = device.type == "cuda" and dtype == torch.bfloat16
+    return listed_peak(torch.cuda.get_device_name(device)) if is_listed else None
 
 
 def listed_peak(name: str) -> float | None:

@@ -17,7 +17,7 @@ Shape letters: n frames, K noise draws; H action horizon, A dimensions of the ro
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +36,7 @@ from manipi.data.action_error import (
     recorded_chunks,
     travel_of,
 )
-from manipi.data.dimensions import command_names, command_units, label
+from manipi.data.dataset import command_names, command_units, label
 from manipi.data.feed.loader import Batch
 from manipi.model import VLA, ModelInput
 from manipi.model.autoregressive import TokenLoss
@@ -162,7 +162,8 @@ class HeldOutFrames:
                 del observation["actions"], observation["action_valid"]
                 question, seen = pipeline.encode(observation)
                 own.append(_tokens(question))
-                self._seen.append([_without_pictures(sample) for sample in seen])
+                # Decoding needs no pictures.
+                self._seen.append([{k: v for k, v in sample.items() if np.ndim(v) < 3} for sample in seen])
                 if len(own) - 1 in self._probed:
                     shown.append((observation, frame.prompt))
         self._training, self._held_out, self._prompts = _stack(training), _stack(held_out), sorted(prompts)
@@ -240,11 +241,6 @@ def _tokens(sample: Sample) -> Sample:
     return {key: value for key, value in sample.items() if key.startswith("token")}
 
 
-def _without_pictures(sample: Sample) -> Sample:
-    """Decoding needs none."""
-    return {key: value for key, value in sample.items() if np.ndim(value) < 3}
-
-
 def _stack(samples: Sequence[Sample]) -> Batch:
     return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
 
@@ -266,12 +262,10 @@ class Validation:
     def __init__(self, run: Run, data: TrainingData, *, show: bool):
         self._run, self._data, self._show = run, data, show
         self._held_out = [one for one in data.sets if len(one.held_out)]
-        if show and run.config.validation.every:
-            self._say_what_is_missing()
-
-    def _say_what_is_missing(self) -> None:
-        config = self._run.config
-        if without := [one.source.dataset.name for one in self._data.sets if not len(one.held_out)]:
+        config = run.config
+        if not show or not config.validation.every:
+            return
+        if without := [one.source.dataset.name for one in data.sets if not len(one.held_out)]:
             tqdm.write(
                 f"no validation on {', '.join(without)}: no episode is held out (--data.holdout 0.1: a tenth is)"
             )
@@ -316,28 +310,20 @@ class Validation:
 def summary(results: Sequence[SetResult]) -> dict[str, float]:
     """The numbers of a validation: means over its datasets, by their weights in the mixture, of those that have one."""
 
-    def error(name: str) -> Callable[[SetResult], float]:
-        return lambda r: r.errors[name].share_of_travel
-
-    numbers: dict[str, Callable[[SetResult], float | None]] = {
-        "loss": lambda r: r.loss,
-        "train_loss": lambda r: r.train_loss,
-        "raw_loss": lambda r: r.raw_loss,
-        "token_accuracy": lambda r: r.token_accuracy,
-        "action_error": error("policy"),
-        "hold_error": error("holding position"),
-        "mean_error": error("the mean action"),
-        "blank_prompt": lambda r: r.probe.blank,
-        "swapped_prompt": lambda r: r.probe.swapped,
-        "other_noise": lambda r: r.probe.noise,
+    means: dict[str, float] = {}
+    columns = {
+        **{name: [getattr(r, name) for r in results] for name in ("loss", "train_loss", "raw_loss", "token_accuracy")},
+        "action_error": [r.errors["policy"].share_of_travel for r in results],
+        "hold_error": [r.errors["holding position"].share_of_travel for r in results],
+        "mean_error": [r.errors["the mean action"].share_of_travel for r in results],
+        "blank_prompt": [r.probe.blank for r in results],
+        "swapped_prompt": [r.probe.swapped for r in results],
+        "other_noise": [r.probe.noise for r in results],
     }
-    means = {name: _mean(results, number) for name, number in numbers.items()}
-    return {name: mean for name, mean in means.items() if mean is not None}
-
-
-def _mean(results: Sequence[SetResult], number: Callable[[SetResult], float | None]) -> float | None:
-    found = [(value, r.weight) for r in results if (value := number(r)) is not None]
-    return float(np.average([v for v, _ in found], weights=[w for _, w in found])) if found else None
+    for name, values in columns.items():
+        if known := [(value, r.weight) for value, r in zip(values, results, strict=True) if value is not None]:
+            means[name] = float(np.average([v for v, _ in known], weights=[w for _, w in known]))
+    return means
 
 
 def _sentence(record: dict[str, Any]) -> str:

@@ -1,4 +1,6 @@
-"""The memory of a training step by part, forecast before anything is loaded, or counted in a real step.
+"""The memory of a training step by part, and which settings let it fit a GPU, cheapest first.
+
+It is forecast before anything is loaded, or counted in a real step.
 
 Nothing here knows how the model works. `forecast` makes the trainer's own state out of *fake tensors*, which have a
 shape, a dtype and a storage but no contents, and takes one real `train_step` with it, while `MemoryLog` writes down
@@ -16,13 +18,16 @@ Not counted: what kernels allocate within themselves, the CUDA context, and the 
 for these. Kernels are those of the CPU, whose RMS norm saves one float32 tensor more than the fused one of CUDA.
 """
 
+import importlib.util
+import os
+import re
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -32,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from manipi.errors import ConfigError, TrainingError, shown, unknown_name
 from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
 from manipi.train.config import TrainConfig
@@ -121,7 +127,7 @@ def fake_state(config: TrainConfig, fake: FakeTensorMode, bar: tqdm | None = Non
     """The trainer's state, of tensors without contents, which do without compiled layers."""
     config = replace(config, compute=replace(config.compute, compile=False))
     model = unallocated_model(config)  # outside of the mode, where a fake parameter cannot be swapped for another
-    with fake, MemoryLog([], bar):
+    with fake, MemoryLog({}, bar):
         return TrainState.of(model, config)
 
 
@@ -166,31 +172,23 @@ def gathered_bytes(state: TrainState) -> int:
 
 def step_memory(state: TrainState, batch: ModelInput, config: TrainConfig, bar: tqdm | None = None) -> StepMemory:
     """Take one training step, with real tensors or with fake ones, and say what it had in memory."""
-    log = MemoryLog(known_storages(state, vars(batch).values()), bar)
+    parts = {
+        "weights": [*state.model.parameters(), *state.model.buffers()],
+        "average": state.average,
+        "optimizer": list(state.optimizer.state.values()),
+        "batch": list(vars(batch).values()),
+    }
+    known: dict[torch.UntypedStorage, str] = {}  # each storage that is there before the step, once
+    for part, tensors in parts.items():
+        for storage in storages(tensors):
+            known.setdefault(storage, part)
+    log = MemoryLog(known, bar)
     watched = [p.register_post_accumulate_grad_hook(log.mark_gradient) for p in state.parameters.values()]
     with log:
         train_step(state, batch, config)
     for hook in watched:
         hook.remove()
     return log.read()
-
-
-Known: TypeAlias = list[tuple[torch.UntypedStorage, str]]
-
-
-def known_storages(state: TrainState, batch: Iterable[Any]) -> Known:
-    """Each storage that is there before the step, once, with its part."""
-    parts = {
-        "weights": [*state.model.parameters(), *state.model.buffers()],
-        "average": state.average,
-        "optimizer": list(state.optimizer.state.values()),
-        "batch": list(batch),
-    }
-    found: dict[torch.UntypedStorage, str] = {}
-    for part, tensors in parts.items():
-        for storage in storages(tensors):
-            found.setdefault(storage, part)
-    return list(found.items())
 
 
 @dataclass
@@ -207,18 +205,18 @@ class MemoryLog(TorchDispatchMode):
     """Within it, every storage that an operation returns is written down, and when it disappears.
 
     Args:
-        known: storages that are there before.
+        known: storages that are there before, with their parts.
         bar: counts operations.
     """
 
-    def __init__(self, known: Known, bar: tqdm | None = None):
+    def __init__(self, known: Mapping[torch.UntypedStorage, str], bar: tqdm | None = None):
         super().__init__()
         self._bar = bar
         self._lives: list[_Life] = []
         self._alive: dict[int, tuple[weakref.ref, _Life]] = {}
         self._backwards: list[int] = []
         self._in_backward, self._event = False, 0
-        for storage, part in known:
+        for storage, part in known.items():
             self._add(storage, part)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -321,9 +319,8 @@ def memory_report(config: TrainConfig, batch: ModelInput, gpus: int = 1) -> Iter
     yield
     measured = peak_memory(device)
     what = "measured" if is_gpu else "of tensors in a step; the process, libraries and data included, peaked at"
-    peak = forecast(config, batch.to("cpu"), gpus=gpus).peak
-    small = f"{peak / 2**20:.1f} MiB" if peak < GIB / 10 else f"{peak / GIB:.2f} GiB"
-    tqdm.write(f"memory  forecast {small}{',' if is_gpu else ''} {what} {measured / GIB:.2f} GiB")
+    peak = _gib(forecast(config, batch.to("cpu"), gpus=gpus).peak)
+    tqdm.write(f"memory  forecast {peak}{',' if is_gpu else ''} {what} {measured / GIB:.2f} GiB")
 
 
 def plot_memory(memory: StepMemory, path: Path, capacity: int | None = None) -> None:
@@ -341,3 +338,263 @@ def plot_memory(memory: StepMemory, path: Path, capacity: int | None = None) -> 
         axis.set(xlabel="storages that appeared or disappeared", ylabel="GiB", xlim=(shown[0], shown[-1]))
         handles, labels = axis.get_legend_handles_labels()
         axis.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+# Settings that fit ----------------------------------------------------------------------------------------------------
+
+
+GPUS = {
+    "a10": 23_028,
+    "a40": 46_068,
+    "a100": 81_920,
+    "a6000": 49_140,
+    "b200": 183_359,
+    "h100": 81_559,
+    "h200": 143_771,
+    "l4": 23_034,
+    "l40s": 46_068,
+    "rtx3090": 24_576,
+    "rtx4090": 24_564,
+    "rtx5090": 32_607,
+    "t4": 15_360,
+    "v100": 32_768,
+}
+"""MiB of memory as `nvidia-smi` reports them, in the largest version of each."""
+
+
+def gpu_bytes(name: str) -> int:
+    """The memory that `24GB`, `rtx4090` or `H100` stands for. As makers of GPUs count, 1 GB is 2^30 bytes.
+
+    Raises:
+        ConfigError: a size that cannot be read, or the name of an unknown GPU.
+    """
+    if size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)", name.strip(), re.IGNORECASE):
+        return int(float(size[1]) * GIB)
+    if name[:1].isdigit():
+        raise ConfigError(
+            expected="a size in GB, such as 24GB or 79.6GB", found=repr(name), where="--gpu", next="--gpu 24GB"
+        )
+    short = re.sub(r"nvidia|geforce|[\s_-]", "", name.lower())
+    if short not in GPUS:
+        raise unknown_name("GPU", short, GPUS, next="give its memory instead: --gpu 24GB")
+    return GPUS[short] * 2**20
+
+
+class Saving(NamedTuple):
+    """A setting that needs less memory."""
+
+    flags: str
+    cost: str
+    """What is paid for it."""
+    where: Callable[[TrainConfig], object] = lambda config: True
+    """Whether there is anything to save, and it can be trained so."""
+
+    def change(self, config: TrainConfig) -> TrainConfig:
+        """The config with the flags; as it is where there is nothing to save."""
+        flag, value = self.flags.split()
+        return with_setting(config, flag.lstrip("-").replace("-", "_"), value) if self.where(config) else config
+
+
+def with_setting(settings: Any, name: str, value: str) -> Any:
+    """The settings with another value of NAME.NAME…, of the kind that it has there now."""
+    first, _, rest = name.partition(".")
+    now = getattr(settings, first)
+    return replace(settings, **{first: with_setting(now, rest, value) if rest else type(now)(value)})
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+SAVINGS = (
+    Saving("--compute.recompute elementwise", "norms, GELU and casts are computed twice; no number changes"),
+    Saving("--compute.recompute full", "every layer is computed twice, a third more work; no number changes"),
+    Saving(
+        "--optimizer.state-bits 8",
+        "moments in 8 bits, as in Dettmers et al. 2022",
+        lambda c: c.optimizer.kind != "sgd" and _installed("torchao"),
+    ),
+    Saving(
+        "--compute.precision bf16",
+        "activations with 8 bits of mantissa, as the released weights were trained",
+        lambda c: c.compute.precision == "fp32",
+    ),
+    Saving(
+        "--frozen-dtype bfloat16",
+        "frozen weights are rounded once, as in the reference",
+        lambda c: c.trained != "full",
+    ),
+    Saving("--noise-draws 1", "a noisier loss per observation"),
+    Saving("--ema-decay 0", "what is served is the last step's weights, not their average"),
+    Saving(
+        "--compute.precision pure_bf16",
+        "weights and moments with 8 bits of mantissa, rounded at random",
+        lambda c: c.optimizer.kind == "adamw",  # SGD does not round so
+    ),
+    Saving("--trained vision_frozen", "the image encoder keeps its weights", lambda c: c.trained == "full"),
+    Saving(
+        "--trained lora",
+        "of experts with adapters, only those are trained",
+        lambda c: c.trained != "qlora" and (c.model.vlm_adapters or getattr(c.model, "action_adapters", None)),
+    ),
+    Saving(
+        "--trained qlora",
+        "frozen matrices in 4 bits, expanded whenever they are used",
+        lambda c: c.trained == "lora" and _installed("bitsandbytes"),
+    ),
+)
+"""In the order in which they are tried, after parts of the batch; each goes on from the ones before it.
+
+Of packages that are not installed nothing can be forecast, and so nothing is proposed.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Settings that fit, and what they need."""
+
+    config: TrainConfig
+    gpus: int
+    memory: StepMemory
+    savings: tuple[Saving, ...]
+
+
+def fits(memory: StepMemory, capacity: int) -> bool:
+    return memory.peak + memory.reserve <= capacity
+
+
+def find_fit(
+    config: TrainConfig, memory: StepMemory, capacity: int, *, gpus: int = 1, show: bool = False
+) -> Fit | None:
+    """The first settings that fit: a batch in parts, then more and more of `SAVINGS`, then more GPUs.
+
+    Savings that turn out not to be needed are taken back.
+
+    Args:
+        memory: the forecast of `config`.
+        capacity: bytes of each GPU.
+        show: draw a progress bar, where stderr is a terminal.
+    """
+    hidden = None if show else True
+    with tqdm(desc="looking for settings that fit", unit=" forecasts", disable=hidden, leave=False) as bar:
+        search = _Search(capacity, gpus, bar, {f"{gpus} {config}": memory})
+        chosen: list[Saving] = []
+        for saving in (None, *SAVINGS):
+            if saving is not None:
+                before, after = _apply(config, chosen), _apply(config, [*chosen, saving])
+                # 8-bit moments are dense, and may take more than those of the rows that are read.
+                if before == after or search.left(after, gpus) < search.left(before, gpus):
+                    continue
+                chosen.append(saving)
+            if found := search.with_savings(config, chosen):
+                return search.without_needless(config, found)
+        grows = not config.parallel.shard  # with the number of GPUs
+        for more in (gpus * 2, gpus * 4, gpus * 8) if grows else ():
+            search.gpus = more
+            if config.batch_size % more == 0 and (found := search.with_savings(config, [])):
+                return found
+    return None
+
+
+def out_of_memory(
+    error: BaseException, config: TrainConfig, device: torch.device, *, gpus: int = 1, show: bool = False
+) -> TrainingError:
+    """What to raise where a run ran out of memory: with the forecast of its step, and the first settings that fit.
+
+    Args:
+        device: what this process computes on.
+        gpus: as for `forecast`.
+    """
+    memory, available = forecast(config, gpus=gpus), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    needed = memory.peak + memory.reserve
+    # Where the forecast fits, it was too low, or not of a step: look for settings that need less than it says.
+    found = find_fit(config, memory, min(available, int(0.9 * needed)), gpus=gpus, show=show)
+    what_next = "no settings that are known fit: a GPU with more memory, or more of them (--gpus N)"
+    if found is not None:
+        flags = [saving.flags for saving in found.savings] + ([f"--gpus {found.gpus}"] if found.gpus > gpus else [])
+        what_next = f"{' '.join(flags)} needs {_gib(found.memory.peak + found.memory.reserve)}"
+        what_next += ", in another folder (--run-dir) where steps were taken in this one"
+    if needed <= available:
+        what_next += "; a step should have fitted: see what else has memory there (nvidia-smi)"
+    return TrainingError(
+        expected=f"a run that does with the {_gib(available)} that this process can have of {device}",
+        found=f"{shown(str(error).splitlines()[0], 200)}; forecast of a step: {_gib(memory.peak)}, and "
+        f"{_gib(memory.reserve)} for what is not counted",
+        where=f"batch size {config.batch_size}, {gpus} process{'es'[: 2 * (gpus > 1)]}",
+        next=f"{what_next}; manipi plan RECIPE --gpu {available / GIB:.0f}GB says what each setting costs",
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def _apply(config: TrainConfig, savings: list[Saving]) -> TrainConfig:
+    return reduce(lambda changed, saving: saving.change(changed), savings, config)
+
+
+@dataclass
+class _Search:
+    capacity: int
+    gpus: int
+    bar: tqdm
+    known: dict[str, StepMemory]
+
+    def with_savings(self, config: TrainConfig, savings: list[Saving]) -> Fit | None:
+        """The largest part of a batch that fits with these settings."""
+        changed = _apply(config, savings)
+        part = self._largest_part(changed)
+        if part is None:
+            return None
+        count = config.batch_size // part
+        cut = [] if count == config.accumulate else [in_parts(count)]
+        changed = _apply(changed, cut)
+        return Fit(config=changed, gpus=self.gpus, memory=self.forecast(changed), savings=(*cut, *savings))
+
+    def without_needless(self, config: TrainConfig, found: Fit) -> Fit:
+        """The same without each saving that it fits without as well, the batch aside."""
+        savings = [saving for saving in found.savings if saving in SAVINGS]
+        for saving in savings[:-1]:
+            fewer = [one for one in savings if one is not saving]
+            if better := self.with_savings(config, fewer):
+                found, savings = better, fewer
+        return found
+
+    def _largest_part(self, config: TrainConfig) -> int | None:
+        """Of the equal parts in which a batch can be taken and shared, in observations."""
+        wanted = config.batch_size
+        sizes = [b for b in range(self.gpus, wanted + 1) if wanted % b == 0 and b % self.gpus == 0]
+        if (least := self.left(config, self.gpus)) < 0:
+            return None
+        if (most := self.left(config, wanted)) >= 0:
+            return wanted
+        # About linear; several parts keep gradients from one to the next, which a single one does not.
+        guess = sizes[0] + least * (wanted - sizes[0]) / (least - most)
+        best = max(size for size in sizes if size <= guess)
+        while self.left(config, best) < 0:
+            best = sizes[sizes.index(best) - 1]
+        while (larger := sizes[sizes.index(best) + 1]) < wanted and self.left(config, larger) >= 0:
+            best = larger
+        return best
+
+    def left(self, config: TrainConfig, part: int) -> int:
+        """Bytes to spare, or below zero that lack, with so many observations at a time."""
+        memory = self.forecast(replace(config, accumulate=config.batch_size // part))
+        return self.capacity - memory.peak - memory.reserve
+
+    def forecast(self, config: TrainConfig) -> StepMemory:
+        key = f"{self.gpus} {config}"
+        if key not in self.known:
+            self.known[key] = forecast(config, gpus=self.gpus)
+            self.bar.update()
+        return self.known[key]
+
+
+def in_parts(count: int) -> Saving:
+    """A batch that is computed in so many parts."""
+    return Saving(
+        f"--accumulate {count}",
+        f"a step takes {count} passes of smaller matrices; the update is the same up to rounding",
+    )

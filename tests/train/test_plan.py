@@ -15,12 +15,21 @@ from manipi.errors import ConfigError, TrainingError, UnknownNameError
 from manipi.model import VLA
 from manipi.model.config import Adapters, LoRA, Pi0FastConfig
 from manipi.records import Change, may_change, to_json
-from manipi.train import loop
+from manipi.train import loop, plan
 from manipi.train.config import ComputeConfig, OptimizerConfig
 from manipi.train.loop import train
-from manipi.train.plan import fit as plan
-from manipi.train.plan.fit import SAVINGS, find_fit, fits, gpu_bytes, in_parts
-from manipi.train.plan.memory import GIB, SHARDED, forecast, largest_batch, step_memory
+from manipi.train.plan import (
+    GIB,
+    SAVINGS,
+    SHARDED,
+    find_fit,
+    fits,
+    forecast,
+    gpu_bytes,
+    in_parts,
+    largest_batch,
+    step_memory,
+)
 from manipi.train.run.folder import Run, differences
 from manipi.train.step.state import TrainState
 from manipi.train.step.step import draw_noise, train_step
