@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from manipi.checkpoints.native import Checkpoint, PolicyConfig, SelfTest, read_checkpoint
-from manipi.errors import ConfigError, SelfTestError, WeightsMismatchError, shown, unknown_name
+from manipi.errors import ConfigError, ObservationError, SelfTestError, WeightsMismatchError, shown, unknown_name
 from manipi.model import VLA, ModelInput
+from manipi.model.autoregressive import TokenDraws
 from manipi.model.config import Pi0FastConfig
 from manipi.model.device import ran_out_of_memory, require_device
 from manipi.model.inference.engine import Engine, require_compiled
@@ -24,8 +25,9 @@ from manipi.robots.robot import Robot
 from manipi.tokenizers import Tokenizers
 from manipi.transforms import pipeline
 from manipi.transforms.model_input import code_constraint
-from manipi.transforms.observation import read_request
+from manipi.transforms.observation import MAX_NUM_STEPS, Request, read_request
 from manipi.types import NormStats, Observation, Sample
+from manipi_client.keys import NUM_STEPS
 
 SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """Largest difference in normalised units between the trainer's actions and the loaded policy's."""
@@ -39,8 +41,8 @@ class Encoded:
     """What the model reads, without the batch's axis."""
     seen: list[Sample]
     """What each step of the pipeline saw, to decode by."""
-    seed: int | None
-    """What the client wants its noise to be drawn from."""
+    request: Request
+    """What the client asked for beside it: seed, integration steps, temperature."""
 
 
 class Policy:
@@ -70,6 +72,7 @@ class Policy:
         )
         self._device = next(model.parameters()).device
         self._engine: Engine | None = None
+        self.temperature = 0.0
         self._seed = seed
         self.reset()
 
@@ -232,8 +235,16 @@ class Policy:
     def encode(self, observation: Observation) -> Encoded:
         """The model's input for one observation. Raises ObservationError where it does not match the robot."""
         size = {"action_size": self.robot.action_size, "horizon": self.config.model.action_horizon}
-        asked, seed = read_request(observation, **size, real_time=self._real_time)
-        return Encoded(*self.pipeline.encode(asked), seed)
+        writes_tokens = self._constraint is not None
+        request = read_request(observation, **size, real_time=self._real_time, writes_tokens=writes_tokens)
+        if self._engine is not None and request.num_steps not in (None, self.config.num_steps):
+            raise ObservationError(
+                expected=f"{self.config.num_steps} integration steps, for which the engine was made",
+                found=str(request.num_steps),
+                where=f"observation key {NUM_STEPS!r}",
+                next="serve without --compile, or with that --num-steps",
+            )
+        return Encoded(*self.pipeline.encode(request.asked), request)
 
     def answer(
         self,
@@ -253,13 +264,15 @@ class Policy:
         started = time.perf_counter() if started is None else started
         noise = self._stack_noises(encoded, noises or [None] * len(encoded))
         chunks: dict[int, np.ndarray] = {}
-        # Those that the model reads in the same fields are one batch.
-        alike: dict[frozenset[str], list[int]] = {}
+        # Those that the model reads in the same fields, and integrates in as many steps, are one batch.
+        alike: dict[tuple[frozenset[str], int | None], list[int]] = {}
         for number, one in enumerate(encoded):
-            alike.setdefault(frozenset(one.sample), []).append(number)
-        for members in alike.values():
-            inputs = self.model_input([encoded[i] for i in members])
-            outputs = self.run_model(inputs, None if noise is None else noise[members])
+            alike.setdefault((frozenset(one.sample), one.request.num_steps), []).append(number)
+        for (_, num_steps), members in alike.items():
+            inputs, draws = self.model_input([encoded[i] for i in members]), None
+            if self._constraint is not None:
+                draws = [self._draws(encoded[i].request) for i in members]
+            outputs = self.run_model(inputs, None if noise is None else noise[members], num_steps, draws)
             for i, output in zip(members, outputs, strict=True):
                 decode = partial(self.pipeline.decode, seen=encoded[i].seen)
                 several = output.ndim == 3  # chunks of as many noises
@@ -276,7 +289,7 @@ class Policy:
         if self._constraint is not None:
             return None
         drawn = [
-            self.draw_noise(one.seed) if noise is None else np.asarray(noise, np.float32)
+            self.draw_noise(one.request.seed) if noise is None else np.asarray(noise, np.float32)
             for one, noise in zip(encoded, noises, strict=True)
         ]
         shape, shapes = self._noise_shape, {n.shape for n in drawn}
@@ -289,19 +302,57 @@ class Policy:
             )
         return np.stack(drawn)
 
+    def _draws(self, request: Request) -> TokenDraws | None:
+        """How an answer of π0-FAST is drawn; None where it is the likeliest."""
+        temperature = self.temperature if request.temperature is None else request.temperature
+        if not temperature:
+            return None
+        seed = request.seed
+        if seed is None:
+            seed = int(torch.randint(2**31, (), generator=self._generator))
+        return TokenDraws(temperature, seed)
+
     @torch.no_grad()
-    def run_model(self, inputs: ModelInput, noise: np.ndarray | None) -> np.ndarray:
+    def run_model(
+        self,
+        inputs: ModelInput,
+        noise: np.ndarray | None,
+        num_steps: int | None = None,
+        draws: Sequence[TokenDraws | None] | None = None,
+    ) -> np.ndarray:
         """What the model answers to a batch, for `pipeline.decode`: chunks [B, (K,) H, A], or π0-FAST's ids [B, T].
 
         Args:
             noise: [B, (K,) H, A of the model]; π0-FAST uses none.
+            num_steps: of the integration; None: the policy's own number.
+            draws: of each row of π0-FAST; None: the likeliest tokens.
         """
         if self._constraint is not None:
             longest, allowed = self.config.model.max_token_len, self._constraint.allowed
-            return self.model.decode_tokens(inputs, longest, allowed).cpu().numpy()
+            return self.model.decode_tokens(inputs, longest, allowed, draws).cpu().numpy()
         noise_BKHA = torch.from_numpy(noise).to(self._device)
-        answer = self.model.sample(inputs, noise_BKHA, self.config.num_steps, self.config.max_delay)
+        answer = self.model.sample(inputs, noise_BKHA, num_steps or self.config.num_steps, self.config.max_delay)
         return answer.float().cpu().numpy()
+
+    def set_sampling(self, *, num_steps: int | None = None, temperature: float | None = None) -> None:
+        """Answer so from now on, where a request says nothing else. Call it before `compile` or `fuse`.
+
+        Raises:
+            ConfigError: integration steps of a policy that writes tokens, a temperature of one that does not, or a
+                value beyond what a request may ask for.
+        """
+        writes_tokens, expected, found = self._constraint is not None, "", f"{num_steps}, {temperature}"
+        if num_steps is not None and (writes_tokens or not 1 <= num_steps <= MAX_NUM_STEPS):
+            expected = f"a flow policy, and from 1 to {MAX_NUM_STEPS} integration steps"
+        elif temperature is not None and not (writes_tokens and 0 <= temperature <= 100):
+            expected = "a policy that writes tokens, and a temperature from 0 to 100"
+        elif self._engine is not None:
+            expected, found = "a policy without an engine, which is made for one number of steps", "one with an engine"
+        if expected:
+            where = f"the sampling of {type(self.config.model).__name__}"
+            raise ConfigError(expected=expected, found=found, where=where, next="leave the flag out")
+        self.config = replace(self.config, num_steps=num_steps or self.config.num_steps)
+        self.temperature = self.temperature if temperature is None else temperature
 
     def check(self, test: SelfTest, *, where: str) -> None:
         """Replay a recorded observation. Raises SelfTestError where other actions come out."""

@@ -17,7 +17,8 @@ def read(observation):
 @pytest.mark.parametrize("rows", [ROWS, ROWS.tolist(), list(ROWS), ROWS.astype("<i2")])
 @pytest.mark.parametrize("delay", [1, np.int8(1), np.array([1]), [1]])
 def test_every_shape_that_the_wire_gives_it(rows, delay):
-    asked, seed = read({PREVIOUS: rows, DELAY: delay, SEED: [7]})
+    request = read({PREVIOUS: rows, DELAY: delay, SEED: [7]})
+    asked, seed = request.asked, request.seed
     assert asked["actions"].shape == (4, 3)
     assert asked["actions"].dtype == np.float32
     assert asked["action_valid"].tolist() == [True, True, False, False]

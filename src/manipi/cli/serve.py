@@ -45,6 +45,10 @@ class _Serve(OnDevice):
     limits: Limits = field(default_factory=Limits)
     seed: int = 0
     """Of the noise that actions are sampled from."""
+    num_steps: int | None = None
+    """Integration steps of a flow policy; a request may name others. Default: the checkpoint's own number."""
+    temperature: float | None = None
+    """Of π0-FAST's tokens; a request may name another. Default: the likeliest are taken."""
     compile: bool = False
     """Fuse and compile the model, and call it once for each shape to come, before the port opens."""
     quantize: Literal["none", "int8_weights", "int8", "fp8"] = "none"
@@ -69,12 +73,16 @@ def main(arguments: Sequence[str]) -> None:
     if not plain:
         require_report(args.checkpoint, args.quantize)
     # The self-test is of the exact weights, in the engine where there is one; what 8 bits change, the report says.
-    compile = args.compile and plain
+    sampling = {"num_steps": args.num_steps, "temperature": args.temperature}
+    as_trained = not any(value is not None for value in sampling.values())
+    compile = args.compile and plain and as_trained
     policy = Policy.load(args.checkpoint, robot=args.robot, device=device, seed=args.seed, compile=compile)
+    if not as_trained:
+        policy.set_sampling(**sampling)
     if not plain:
         policy.fuse(args.quantize)
-        if args.compile:
-            policy.compile()
+    if args.compile and not compile:
+        policy.compile()
     # Clients are told every number of a command, and the checkpoint's hash (its manifest has all).
     digest = hashlib.sha256((args.checkpoint / "manifest.json").read_bytes()).hexdigest()
     told = {"action_space": to_json(policy.robot.action_space), "checkpoint": digest}

@@ -298,4 +298,4 @@ def compare_policies(
             rate = success_rate(sum(outcomes), len(outcomes))
             sides.append(Side(name=one.policy, success=rate, outcomes=outcomes, suite=suite.name))
             one.finish()
-    return _paired(*sides, test, margin)
+    return _paired(sides[0], sides[1], test, margin)

@@ -332,14 +332,17 @@ class Worker:
         # One thread each: many simulators side by side would otherwise wait for each other.
         environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
-        self._process = subprocess.Popen(command, **pipes, env=environment, text=True)  # type: ignore[call-overload]
+        process: subprocess.Popen[str] = subprocess.Popen(command, **pipes, env=environment, text=True)  # type: ignore[call-overload]
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process, self._input, self._output = process, process.stdin, process.stdout
         self._events: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self._ready: dict[str, Any] | None = None
 
     def _read(self) -> None:
-        for line in self._process.stdout:
+        for line in self._output:
             self._events.put(line)
         self._events.put(None)
 
@@ -356,8 +359,8 @@ class Worker:
             SimulatorError: it died, made no step for two minutes, or said an error.
         """
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
+            self._input.write(json.dumps(request) + "\n")
+            self._input.flush()
         except BrokenPipeError:
             pass  # it is dead, and its last words are read below
         return self._wait(kind, what)
@@ -392,12 +395,12 @@ class Worker:
     def close(self) -> None:
         """Ends the process: by the end of its input, or where it hangs, or is in a trial, by a signal."""
         with contextlib.suppress(BrokenPipeError):  # it is dead
-            self._process.stdin.close()
+            self._input.close()
         try:
             self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         self._reader.join()
-        self._process.stdout.close()
+        self._output.close()
         self._log.close()

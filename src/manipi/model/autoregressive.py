@@ -72,11 +72,20 @@ def prompt_output(gemma: Gemma, prefix: Span, prompt_len: int) -> Float[Tensor, 
     return gemma({"vlm": dataclasses.replace(prefix, **inputs)}, last=prompt_len - 1)["vlm"]
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenDraws:
+    """How a row's tokens are drawn."""
+
+    temperature: float
+    seed: int
+    """Token n is drawn by this and n alone, whatever else is in the batch."""
+
+
 # Decoding ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def greedy_decode(
+def decode(
     gemma: Gemma,
     prefix: Span,
     cache: KVCache,
@@ -85,9 +94,10 @@ def greedy_decode(
     eos_token: int,
     compat: Compat,
     allowed: Allowed | None = None,
+    draws: Sequence[TokenDraws | None] | None = None,
 ) -> Int64[Tensor, "B max_tokens"]:
-    """The most likely next token of those that are allowed, again and again. A row is complete at its first EOS; zeros
-    follow it.
+    """The most likely next token of those that are allowed, or one that is drawn, again and again. A row is complete at
+    its first EOS; zeros follow it.
 
     Prompts may be ragged and cameras missing: the cache knows what is valid. A token runs through the layers only once
     something is to be chosen after it, so that forced tokens wait and go together, and those at the end never go. Of
@@ -121,16 +131,25 @@ def greedy_decode(
             step_T = torch.arange(first, first + waiting_BT.shape[1], device=device)
             tokens = next_tokens(gemma, waiting_BT, after_B1 + step_T, dtype)
             out_B1D, ran = gemma({"vlm": tokens}, cache, commit=True, last=1)["vlm"], len(ids[0])
-        best = gemma.logits(out_B1D[:, 0]).argmax(-1).tolist() if any(choice is None for choice in choices) else []
+        logits = gemma.logits(out_B1D[:, 0]) if any(choice is None for choice in choices) else out_B1D
         for index, choice in enumerate(choices):
+            draw = draws[index] if draws is not None else None
             if choice is None:
-                ids[index].append(best[index])
+                ids[index].append(_choose(logits[index], draw, len(ids[index])))
             elif len(choice) == 1:
                 ids[index].append(int(choice[0]))
             else:
-                among = torch.from_numpy(choice).to(device)
-                ids[index].append(int(choice[int(gemma.logits(out_B1D[index, 0], among).argmax())]))
+                among = gemma.logits(out_B1D[index, 0], torch.from_numpy(choice).to(device))
+                ids[index].append(int(choice[_choose(among, draw, len(ids[index]))]))
     return torch.tensor([row + [0] * (max_tokens - len(row)) for row in ids], dtype=torch.long, device=device)
+
+
+def _choose(logits_V: Tensor, draw: TokenDraws | None, position: int) -> int:
+    """The likeliest, or one by its probability: the largest of logits / temperature with Gumbel noise (Gumbel 1954)."""
+    if draw is None:
+        return int(logits_V.argmax())
+    noise = np.random.default_rng((draw.seed, position)).gumbel(size=len(logits_V))
+    return int((logits_V.float().cpu().numpy() / draw.temperature + noise).argmax())
 
 
 def next_tokens(gemma: Gemma, ids_BT: Tensor, position_BT: Int64[Tensor, "B T"], dtype: torch.dtype) -> Span:

@@ -11,13 +11,15 @@ Shape suffixes: B batch, C camera slots, P image tokens, L prompt tokens, T all 
 H action horizon, A action dimensions, D width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Generator, Tensor, nn
 
 from manipi.errors import ConfigError
 from manipi.model import autoregressive, flow
-from manipi.model.autoregressive import Allowed, TokenLoss
+from manipi.model.autoregressive import Allowed, TokenDraws, TokenLoss
 from manipi.model.config import Adapters, ModelConfig, Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.model.device import fill
 from manipi.model.flow import Continuation, FlowLoss, Pi0Head, Pi05Head
@@ -151,12 +153,17 @@ class VLA(nn.Module):
 
     @torch.no_grad()
     def decode_tokens(
-        self, inputs: ModelInput, max_tokens: int = 256, allowed: Allowed | None = None
+        self,
+        inputs: ModelInput,
+        max_tokens: int = 256,
+        allowed: Allowed | None = None,
+        draws: Sequence[TokenDraws | None] | None = None,
     ) -> Int64[Tensor, "B max_tokens"]:
-        """Greedily decoded token ids after the prompt; zeros follow a row's EOS.
+        """Decoded token ids after the prompt, the likeliest unless drawn; zeros follow a row's EOS.
 
         Args:
             allowed: restricts a row's next token by its ids so far.
+            draws: how each row's tokens are drawn; None: they are the likeliest.
 
         Raises:
             ConfigError: the policy does not write tokens.
@@ -166,10 +173,8 @@ class VLA(nn.Module):
         # With that quirk, masked pictures and padding are read after all.
         kept = None if self.config.compat.fast_contiguous_cache else self._kept(inputs)
         prefix = self.embed_prefix(inputs, kept)
-        ends = {"eos_token": self.config.eos_token, "compat": self.config.compat, "allowed": allowed}
-        return autoregressive.greedy_decode(
-            self.gemma, prefix, self.decoding_cache(prefix, max_tokens), max_tokens, **ends
-        )
+        ends = {"eos_token": self.config.eos_token, "compat": self.config.compat, "allowed": allowed, "draws": draws}
+        return autoregressive.decode(self.gemma, prefix, self.decoding_cache(prefix, max_tokens), max_tokens, **ends)
 
     def decoding_cache(self, prefix: Span, max_tokens: int) -> KVCache:
         """An empty one, for the prefix and so many tokens after it."""

@@ -102,7 +102,8 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
                     evaluation.run()
                     if name == "trained":
                         films = evaluation.films(config.films)
-                        np.savez_compressed(paths[name] / "films.npz", **{str(i): film for i, film in films.items()})
+                        named_films = {str(index): film for index, film in films.items()}
+                        np.savez_compressed(paths[name] / "films.npz", **named_films)  # type: ignore[arg-type]
                     evaluation.finish()
 
     def untrained() -> Path:

@@ -14,6 +14,8 @@ What a client may add beside the robot's own keys (`read_request`):
                                    commands, absolute and in its own units, as they were sent; n up to H
     manipi/delay          int      how many of them it will have executed when the answer comes
     manipi/seed           int      what the noise is drawn from, so that the same question has the same answer
+    manipi/num_steps      int      of a flow policy: integration steps of this answer, instead of the policy's own
+    manipi/temperature    number   of π0-FAST: 0 takes the likeliest token, 1 draws as the model says, by the seed
 
 The previous chunk takes the way of a training chunk: the pipeline makes it relative to the state of *this* observation
 and normalises it, so that the model sees it as it would have predicted it now.
@@ -29,10 +31,13 @@ import numpy as np
 from manipi.errors import BadValueError, ObservationError, one_line, shown
 from manipi.robots.robot import Robot
 from manipi.types import Observation, Sample
-from manipi_client.keys import DELAY, PREVIOUS, SEED
+from manipi_client.keys import DELAY, NUM_STEPS, PREVIOUS, SEED, TEMPERATURE
 
 _CHUNK_KEYS = ("actions", "action_valid", "delay")
 _OTHER_KEYS = ("prompt", *_CHUNK_KEYS)
+
+MAX_NUM_STEPS = 1_000
+"""Integration steps that a client may ask for; a policy is trained for ten or so."""
 
 MAX_PROMPT = 2_048
 """Characters of a prompt, several times what any model reads; as bytes four times as many, as UTF-8 has it."""
@@ -164,19 +169,35 @@ class ReadRobot:
         return _refusal(expected, found, key, f" of robot {self.robot.name!r}", f"{_SPEC}, or correct the Robot(...)")
 
 
+@dataclass(frozen=True)
+class Request:
+    """An observation and how it shall be answered."""
+
+    asked: dict[str, Any]
+    """The observation for the pipeline, with `actions`, `action_valid` and `delay` of a previous chunk."""
+    seed: int | None
+    num_steps: int | None
+    temperature: float | None
+
+
 def read_request(
-    observation: Observation, *, action_size: int, horizon: int, real_time: bool
-) -> tuple[dict[str, Any], int | None]:
-    """The observation for the pipeline, with `actions`, `action_valid` and `delay` of a previous chunk, and the seed.
+    observation: Observation, *, action_size: int, horizon: int, real_time: bool, writes_tokens: bool = False
+) -> Request:
+    """What a client sent, its own keys apart.
 
     Args:
         real_time: whether the policy goes on from a previous chunk; π0-FAST does not, since it writes chunks whole.
+        writes_tokens: whether it is π0-FAST, which has a temperature and no integration steps.
 
     Raises:
         ObservationError: one of the keys has another type, shape or range.
     """
     # A recorded frame may bring its actions along; the policy must not see them.
-    asked = {key: value for key, value in observation.items() if key not in (*_CHUNK_KEYS, PREVIOUS, DELAY, SEED)}
+    own = (*_CHUNK_KEYS, PREVIOUS, DELAY, SEED, NUM_STEPS, TEMPERATURE)
+    asked = {key: value for key, value in observation.items() if key not in own}
+    for key, fits, kind in ((NUM_STEPS, not writes_tokens, "flow"), (TEMPERATURE, writes_tokens, "token")):
+        if key in observation and not fits:
+            raise _refusal(f"no such key, which is for {kind} policies", "one", key, next="leave it out")
     if PREVIOUS in observation or DELAY in observation:
         if not real_time:
             expected = "no previous chunk, which this policy cannot go on from (`real_time`)"
@@ -193,16 +214,26 @@ def read_request(
             "action_valid": steps < len(left),
             "delay": np.int64(_count(observation, DELAY, horizon)),
         }
-    return asked, _count(observation, SEED, 2**63 - 1) if SEED in observation else None
+    return Request(
+        asked,
+        _count(observation, SEED, 2**63 - 1) if SEED in observation else None,
+        _count(observation, NUM_STEPS, MAX_NUM_STEPS, least=1) if NUM_STEPS in observation else None,
+        float(_number(observation, TEMPERATURE, "a number from 0 to 100", "iuf", 0, 100))
+        if TEMPERATURE in observation
+        else None,
+    )
 
 
-def _count(observation: Mapping[str, Any], key: str, most: int) -> int:
-    expected = f"a whole number from 0 to {most}"
+def _count(observation: Mapping[str, Any], key: str, most: int, *, least: int = 0) -> int:
+    return int(_number(observation, key, f"a whole number from {least} to {most}", "iu", least, most))
+
+
+def _number(observation: Mapping[str, Any], key: str, expected: str, kinds: str, least: int, most: int) -> float:
     value = _request_array(observation, key, expected, 1)
-    if value.size != 1 or value.dtype.kind not in "iu" or not 0 <= value.item() <= most:
+    if value.size != 1 or value.dtype.kind not in kinds or not least <= value.item() <= most:
         numbers = value.tolist() if value.size == 1 and value.dtype.kind in "biuf" else list(value.shape)
         raise _refusal(expected, f"{value.dtype} {shown(numbers)}", key, next=_METADATA)
-    return int(value.item())
+    return value.item()
 
 
 def _request_array(observation: Mapping[str, Any], key: str, expected: str, most: int) -> np.ndarray:

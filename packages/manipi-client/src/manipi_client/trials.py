@@ -453,7 +453,7 @@ def load_factory(name: str) -> Callable[..., Simulator]:
 
 def main() -> None:
     """What a worker process does, until its standard input ends."""
-    parser = argparse.ArgumentParser(prog="python -m manipi_client.trials", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m manipi_client.trials", description="Run trials of a simulator.")
     parser.add_argument("factory", help="FILE.py:FACTORY or MODULE:FACTORY")
     parser.add_argument("--url", required=True, help="address of the policy server")
     parser.add_argument("--options", default="{}", help="what the factory is called with, as JSON")
@@ -516,7 +516,8 @@ def _save_episode(path: Path, made: Mapping[str, Any]) -> None:
     rows = [flat(observation) for observation in made["observations"]]
     columns = {key: np.stack([row[key] for row in rows]) for key in rows[0] if key != "prompt"}
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **columns, actions=made["actions"], prompt=made["prompt"], success=made["success"])
+    rest = {key: np.asarray(made[key]) for key in ("actions", "prompt", "success")}
+    np.savez(partial, **columns, **rest)  # type: ignore[arg-type]
     partial.replace(path)
 
 
