@@ -56,7 +56,7 @@ def test_warm_up_calls_what_real_time_chunking_will(prefix_trained):
     def look(_, inputs, results):
         _, conds, *_ = inputs
         if "action" in results[0]:
-            per_token = conds["action"] is not None and conds["action"].rows[0].ndim > 2
+            per_token = conds["action"] is not None and conds["action"][0].ndim > 1
             seen.add((results[0]["action"].requires_grad, 3 if per_token else 1))
 
     policy.model.gemma.blocks[-1].register_forward_hook(look)

@@ -19,7 +19,8 @@ SLOW_PARTS = {"scipy", "numpy.random", "torch._dynamo", "torch.distributed.tenso
 
 FOR_BATCHES = {*OF_THE_COMMAND_LINE, *OF_SERVING, "torch", "scipy", "matplotlib", "manipi.policy", "manipi.train"}
 FOR_CHECKPOINTS = {*OF_THE_COMMAND_LINE, *OF_SERVING, *SLOW_PARTS, *OF_DATA - {"manipi.data.dataset"}} | {
-    *("manipi.train.data", "manipi.train.watch.validation", "manipi.train.plan", "manipi.remote", "manipi.weights")
+    *("manipi.train.data", "manipi.train.watch.validation", "manipi.train.plan", "manipi.remote"),
+    *("manipi.weights.layouts", "manipi.weights.names"),
 }
 FOR_STEPS = {*FOR_CHECKPOINTS, *OF_DATA, *OF_PICTURES, *OF_FILES} | {
     *("manipi.policy", "manipi.transforms", "manipi.train.run.saving")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import ClassVar
@@ -49,7 +49,7 @@ class FastTokenizer(ActionTokenizer):
     """
 
     kind: ClassVar[str] = "FAST"
-    bpe_json: str
+    bpe_json: str = field(repr=False)
     """The byte-pair encoding as the `tokenizers` library writes it (`tokenizer.json`)."""
     scale: float
     min_token: int

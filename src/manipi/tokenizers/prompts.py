@@ -213,7 +213,7 @@ class CodeConstraint:
                 where=f"{type(tokenizer).__name__} of {tokenizer.vocab_size} ids",
                 next=f"use a larger text vocabulary, or a {action.kind} tokenizer with fewer codes",
             )
-        self._require_budget(self._num_units, len(self._head))
+        self._require_budget(self._num_units, 0, len(self._head))
 
     def mask(self, emitted_ids: Sequence[int]) -> Bool[np.ndarray, "vocab_size"]:
         """True for every token that may follow `emitted_ids`, which are all tokens emitted since the prompt's end.
@@ -243,7 +243,7 @@ class CodeConstraint:
             remaining, inside = remaining - begins, opens
         if remaining == 0 and not inside:
             return self._forced(self._tail, [], len(ids))
-        self._require_budget(remaining, len(ids))
+        self._require_budget(remaining, inside, len(ids))
         return self._tokens[self._codes[inside][: self._num_fitting[inside][remaining]]]
 
     def _forced(self, wanted: list[int], emitted: list[int], start: int) -> Int[np.ndarray, "1"]:
@@ -254,9 +254,9 @@ class CodeConstraint:
                 raise _broken(f"the forced token {expected}", found, start + position)
         return np.array(padded[len(emitted) : len(emitted) + 1])
 
-    def _require_budget(self, remaining: int, num_emitted: int) -> None:
+    def _require_budget(self, remaining: int, inside: int, num_emitted: int) -> None:
         """Raises where `max_tokens` come before the end even if only the longest codes follow."""
-        fewest = math.ceil(remaining / self._longest) + len(self._tail)
+        fewest = max(math.ceil(remaining / self._longest), inside) + len(self._tail)
         if num_emitted + fewest > self._max_tokens:
             always_enough = len(self._head) + self._codes_per_unit * self._num_units + len(self._tail)
             raise TokenizerError(

@@ -105,9 +105,11 @@ def test_wandb_offline_goes_on_with_its_id(tiny, tmp_path):
     for folder in folders:
         (file,) = folder.glob("*.wandb")
         assert re.fullmatch(rf"run-{name}\.wandb", file.name)
-        found = list(history(file))
+        deadline = time.monotonic() + 30
+        while not (found := list(history(file))) or not found[-1].keys() >= OPENPI:
+            assert time.monotonic() < deadline, "wandb's own process writes the file, and ends after `finish`"
+            time.sleep(0.1)
         steps += [int(record["_step"]) for record in found if "loss" in record]
-        assert found[-1].keys() >= OPENPI
     assert steps == [1, 2, 3, 4]
 
 

@@ -158,7 +158,7 @@ class Slots(NamedTuple):
     def then(self, k_BGTH: Tensor, v_BGTH: Tensor, *, insulate: bool) -> KeysValues:
         """Writes them behind what is there, and returns all of it without a copy."""
         (keys, values, filled), added = self, k_BGTH.shape[2]
-        if torch.is_grad_enabled():  # the gradients of a step must not reach into the step before
+        if k_BGTH.requires_grad:  # the gradients of a step must not reach into the step before
             before = KeysValues(keys.narrow(2, 0, filled), values.narrow(2, 0, filled))
             return before.then(k_BGTH, v_BGTH, insulate=insulate)
         keys.narrow(2, filled, added).copy_(k_BGTH)
