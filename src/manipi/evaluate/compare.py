@@ -120,8 +120,9 @@ def read_side_of(result: Mapping[str, Any]) -> Side:
     """What `Evaluation.result` holds."""
     outcomes = tuple(row["success"] for row in result["trials"])
     scenes = {key: result.get(key) for key in ("suite", "seed", "options", "simulator")}
-    rate = success_rate(sum(outcomes), len(outcomes))
-    return Side(name=result["policy"], success=rate, outcomes=outcomes, suite=result["suite"], scenes=scenes)
+    rate, control = success_rate(sum(outcomes), len(outcomes)), result.get("settings", {}).get("control")
+    name = result["policy"] + (f" ({control})" if control else "")
+    return Side(name=name, success=rate, outcomes=outcomes, suite=result["suite"], scenes=scenes)
 
 
 def _lerobot_outcomes(data: Any) -> list[bool] | None:

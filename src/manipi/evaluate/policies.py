@@ -71,12 +71,12 @@ class OpenPolicy:
         """Where results go unless told otherwise: one folder for all that may not change."""
         defaults = {f.name: f.default for f in fields(Settings)} | {"execute_steps": suite.execute_steps}
         changed = {k: v for k, v in asdict(settings).items() if k not in ("trials", "seed") and v != defaults[k]}
-        step = "" if self.checkpoint is None else f"step_{self.checkpoint.name}"
+        step = "" if self.checkpoint is None else f"step_{self.checkpoint.resolve().name}"  # not `best`, which moves
         parts = [suite.name.replace("/", "_"), step, f"seed_{settings.seed}", *(f"{k}_{v}" for k, v in changed.items())]
         name = "_".join(part for part in parts if part)
         if self.checkpoint is not None:
             run = self.checkpoint.resolve().parent.parent
-            return (run if (run / "config.json").is_file() else Path("evaluations") / self.name) / "evaluations" / name
+            return (run if (run / "config.json").is_file() else Path()) / "evaluations" / name
         return Path("evaluations") / re.sub(r"\W+", "_", self.url) / name
 
     def require_unchanged(self) -> None:
@@ -127,9 +127,8 @@ def open_policy(
             write_untrained(served, checkpoint)
         flags = ("--device", device, "--limits.max-batch", str(max_batch))
         port = stack.enter_context(policy_server(served, threads=threads, flags=flags))
-        name = f"{checkpoint.resolve().parent.parent.name}, step {checkpoint.name}"
         address = f"ws://127.0.0.1:{port}"
-        yield OpenPolicy(name=name, url=address, server=server, checkpoint=checkpoint, digest=digest)
+        yield OpenPolicy(name=source, url=address, server=server, checkpoint=checkpoint, digest=digest)
 
 
 def checkpoint_hash(checkpoint: Path) -> str:
