@@ -105,7 +105,7 @@ _SUITES = (
     ),
     _suite(
         "memory",
-        "reach; the arm starts within two seconds, and after the first nobody sees the target any more",
+        "reach; the arm starts within two seconds, and after the first the target is out of sight",
         hide_after=10,
         lock=20,
         max_steps=50,
