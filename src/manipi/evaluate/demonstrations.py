@@ -4,7 +4,6 @@ TARGET              when all are there
 .TARGET.episodes/   until then: NUMBER.npz for each, which the same command goes on with
 """
 
-import io
 import queue
 import shutil
 import threading
@@ -12,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from manipi.data.dataset import Feature
@@ -71,10 +68,8 @@ def record_demonstrations(
                     rows[SUBTASK] = np.array(words)[:, None]
                 writer.add_episode(rows, task=str(episode["prompt"]))
             kept += 1
-        if subtasks:  # as lerobot has them, like tasks
-            table = io.BytesIO()
-            pq.write_table(pa.table({SUBTASK: [*subtasks.values()], "subtask": [*subtasks]}), table)
-            writer.add_file("meta/subtasks.parquet", table.getvalue())
+        if subtasks:
+            writer.add_texts("subtask", list(subtasks))
         if not kept:
             raise SimulatorError(
                 expected="an expert that succeeds at least once",

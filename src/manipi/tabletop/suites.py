@@ -105,9 +105,9 @@ _SUITES = (
     ),
     _suite(
         "memory",
-        "reach; the arm starts within two seconds, and after the first the target is out of sight",
+        "reach; the arm starts within 1.5 seconds, and after the first the target is out of sight",
         hide_after=10,
-        lock=20,
+        lock=15,
         max_steps=50,
     ),
     _suite(

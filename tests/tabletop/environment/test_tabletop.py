@@ -156,7 +156,7 @@ def test_push_succeeds_when_the_target_and_no_other_is_in_the_tray():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"cameras": ("wrist",)}, {"tasks": ("lift",)}, {"colors": ("red", "grean")}],
+    [{"cameras": ("wrist",)}, {"tasks": ("lift",)}, {"colors": ("red", "grean")}, {"pairs": "all"}, {"perturb": "fog"}],
     ids=lambda s: next(iter(s)),
 )
 def test_an_unknown_name_is_an_error(settings):
