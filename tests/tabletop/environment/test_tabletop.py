@@ -170,6 +170,14 @@ def test_block_colours_must_differ_and_fit(colors):
         Tabletop(colors=colors)
 
 
+@pytest.mark.parametrize("settings", [{"tray": False}, {"pairs": "seen"}, {"perturb": "wording"}])
+def test_what_goes_with_reach_alone(settings):
+    with pytest.raises(ConfigError, match="reach alone"):
+        Tabletop(tasks=("push",), **settings)
+    with pytest.raises(ConfigError, match="2 to 4 different block colours"):
+        Tabletop(tasks=("two_step",), colors=("red",))
+
+
 def test_bad_options_and_actions_are_errors():
     env = Tabletop(cameras=())
     for options in ({"goal": "red"}, {"target": "pink"}, {"instruct": "pink"}, {"blocks": {"pink": (0.3, 0)}}):

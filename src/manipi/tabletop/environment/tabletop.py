@@ -236,10 +236,17 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         _check_names("block colour", colors, COLORS)
         _check_names("pairs", () if pairs is None else (pairs,), ("seen", "unseen"))
         _check_names("perturbation", () if perturb is None else (perturb,), PERTURBATIONS)
-        most = MAX_BLOCKS if tray else len(COLORS)
-        if not 1 <= len(colors) == len(set(colors)) <= most:
+        most, fewest = MAX_BLOCKS if tray else len(COLORS), 2 if "two_step" in tasks else 1
+        if tuple(tasks) != ("reach",) and (not tray or pairs or perturb == "wording"):
             raise ConfigError(
-                expected=f"1 to {most} different block colours, as many as fit on the table",
+                expected="the task reach alone, without a tray, with pairs, or in other words",
+                found=f"{tuple(tasks)}",
+                where="Tabletop(tasks=...)",
+                next='tasks=("reach",)',
+            )
+        if not fewest <= len(colors) == len(set(colors)) <= most:
+            raise ConfigError(
+                expected=f"{fewest} to {most} different block colours, as many as fit on the table",
                 found=f"{tuple(colors)}",
                 where="Tabletop(colors=...)",
                 next="name each colour once, and fewer of them",
