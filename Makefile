@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1
 SHARED := $(if $(MANIPI_SHARED),$(MANIPI_SHARED),../shared)
 
-.PHONY: install check demo test test-long lint types layers size parity bench bench-cli bench-serve fuzz soak bench-data bench-train bench-infer bench-realtime test-lerobot test-client docs clean help
+.PHONY: install check demo suites test test-long lint types layers size parity bench bench-cli bench-serve fuzz soak bench-data bench-train bench-infer bench-realtime test-lerobot test-client docs clean help
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -21,6 +21,9 @@ $(READY): pyproject.toml constraints.txt packages/manipi-client/pyproject.toml
 
 demo: $(READY)  ## record, train, serve, drive, report (ten to twenty minutes on two cores)
 	$(BIN)/manipi demo
+
+suites: $(READY)  ## the demo's policy in every suite of the tabletop: record, train, evaluate (about an hour on two cores; MODEL=pi0: that one)
+	$(BIN)/python benchmarks/suites.py $(if $(MODEL),--model $(MODEL))
 
 # Beside pytest, with their output after it; the exit code of either counts.
 CHECKS := $(VENV)/.checks

@@ -14,6 +14,7 @@ from manipi.recipes.registry import load_robot
 class _Demonstrate:
     """Record the scripted expert of a suite as a LeRobot dataset, on scenes that no evaluation uses.
 
+    manipi demonstrate tabletop/crowd runs/crowd/dataset --episodes 8000
     manipi demonstrate metaworld/four runs/metaworld/dataset --robot simulators/metaworld/recipe.py:METAWORLD
     """
 
@@ -21,8 +22,8 @@ class _Demonstrate:
     """FAMILY/NAME; a name that is unknown lists all."""
     target: tyro.conf.Positional[NewFolder]
     """Folder of the dataset; it must not exist."""
-    robot: str
-    """The robot: FILE.py:NAME, or a recipe."""
+    robot: str | None = None
+    """The robot: FILE.py:NAME, or a recipe. Default: the suite's, where it is one that manipi knows."""
     episodes: int = 400
     """How many to make; those that fail are left out."""
     noise: tuple[float, ...] = (0.0, 0.3, 0.6)
@@ -38,8 +39,9 @@ def main(arguments: Sequence[str]) -> None:
     from manipi.evaluate.demonstrations import record_demonstrations
     from manipi.evaluate.suites import find_suite
 
+    suite = find_suite(args.suite)
     settings = {"episodes": args.episodes, "noise": args.noise, "workers": args.workers}
-    kept, made = record_demonstrations(find_suite(args.suite), load_robot(args.robot), args.target, **settings)
+    kept, made = record_demonstrations(suite, load_robot(args.robot or suite.robot), args.target, **settings)
     print(
         f"{args.target}: {kept} of {made} episodes succeeded and are in it\nnext    manipi check {quoted(args.target)}"
     )

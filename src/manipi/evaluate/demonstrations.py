@@ -21,6 +21,9 @@ from manipi.evaluate.suites import FIRST_SCENE, Suite
 from manipi.robots.robot import Robot
 from manipi.storage import require_absent, storage_errors
 
+SUBTASK = "subtask_index"
+"""The column with the number of each step's subtask, whose words are in meta/subtasks.parquet."""
+
 
 def record_demonstrations(
     suite: Suite, robot: Robot, target: Path, *, episodes: int, noise: Sequence[float] = (0.0,), workers: int = 1
@@ -46,9 +49,11 @@ def record_demonstrations(
         folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:06d}.npz" for number in range(episodes)]
     _make(suite, [number for number, path in enumerate(paths) if not path.exists()], paths, noise, workers)
-    kept = 0
+    kept, subtasks = 0, dict[str, int]()
     with np.load(paths[0]) as first:
         features = _features(robot, {key: first[key] for key in first.files})
+        if "subtasks" in first:
+            features[SUBTASK] = Feature(kind="vector", shape=(1,), dtype="int64")
     keys = {robot.dataset_key(key): key for key in (*robot.cameras.values(), *(s.key for s in robot.state))}
     settings = {"robot_type": robot.name, "pix_fmt": "yuv444p", "crf": 18}
     with LeRobotWriter(target, fps=round(robot.control_hz), features=features, **settings) as writer:
@@ -57,9 +62,14 @@ def record_demonstrations(
                 if not episode["success"]:
                     continue
                 rows = {name: _upright(episode[key]) for name, key in keys.items()}
-                actions = episode["actions"].astype(np.float32)
-                writer.add_episode(rows | {robot.dataset_key(robot.action_key): actions}, task=str(episode["prompt"]))
+                rows[robot.dataset_key(robot.action_key)] = episode["actions"].astype(np.float32)
+                if "subtasks" in episode:
+                    words = [subtasks.setdefault(text, len(subtasks)) for text in episode["subtasks"].tolist()]
+                    rows[SUBTASK] = np.array(words)[:, None]
+                writer.add_episode(rows, task=str(episode["prompt"]))
             kept += 1
+        if subtasks:
+            writer.add_texts("subtask", list(subtasks))
         if not kept:
             raise SimulatorError(
                 expected="an expert that succeeds at least once",
@@ -75,7 +85,10 @@ def _make(suite: Suite, missing: Sequence[int], paths: Sequence[Path], noise: Se
     pending, ended = queue.SimpleQueue[int](), queue.SimpleQueue[BaseException | None]()
     for number in missing:
         pending.put(number)
-    processes = [Worker(suite, "ws://127.0.0.1:1", suite.options) for _ in range(min(workers, len(missing)))]
+    processes = [
+        Worker(suite, "ws://127.0.0.1:1", {**suite.options, **suite.demonstrated})
+        for _ in range(min(workers, len(missing)))
+    ]
 
     def drive(worker: Worker) -> None:
         try:

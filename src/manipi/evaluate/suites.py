@@ -38,6 +38,8 @@ class Suite:
     """Trial i has task i mod their number."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the factory is called with."""
+    demonstrated: Mapping[str, Any] = field(default_factory=dict)
+    """What it is called with beside or instead of these, where demonstrations are recorded."""
     policy_image_size: bool = False
     """Whether the simulator renders in the size that the policy reads, given as `image_size`."""
     execute_steps: int = 8

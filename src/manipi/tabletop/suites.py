@@ -1,12 +1,15 @@
 """The tabletop as a simulator of suites, and its suites."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from manipi.evaluate.suites import Suite
 from manipi.tabletop.environment import Expert, Tabletop
-from manipi.tabletop.environment.tabletop import Goal
+from manipi.tabletop.environment.expert import disturbed
+from manipi.tabletop.environment.tabletop import COLORS, PERTURBATIONS
 
 MAX_STEPS = 30
 """Longest trial. The expert needs about 8 steps; a policy that wanders for long touches everything."""
@@ -17,6 +20,8 @@ class TabletopSimulator:
 
     Args:
         options: of `Tabletop`.
+
+    `collisions` is 1 once another block than the present target was the first to be touched.
     """
 
     def __init__(self, *, cameras: tuple[str, ...] = ("image",), max_steps: int = MAX_STEPS, **options: Any):
@@ -28,11 +33,13 @@ class TabletopSimulator:
 
     def reset(self, seed: int, task: str) -> dict[str, Any]:
         _, self._info = self._env.reset(seed=seed, options={"task": task} if task else None)
-        self._expert, self._seed = Expert(self._env, np.random.default_rng(seed)), seed
+        self._expert, self._seed, self.collisions = Expert(self._env, np.random.default_rng(seed)), seed, 0
         return self.observe()
 
     def step(self, action: np.ndarray) -> None:
+        target = self._info["target"]
         *_, self._info = self._env.step(action)
+        self.collisions |= self._info["touched"] not in (None, target)
 
     def observe(self) -> dict[str, Any]:
         pictures = {f"observation/{camera}": self._env.render_camera(camera) for camera in self._cameras}
@@ -40,6 +47,9 @@ class TabletopSimulator:
 
     def expert(self) -> np.ndarray:
         return self._expert.act()[0]
+
+    def disturb(self, action: np.ndarray, rng: np.random.Generator, noise: float) -> np.ndarray:
+        return disturbed(action, rng, noise)
 
     def picture(self) -> np.ndarray:
         return self._env.render(size=160)
@@ -50,7 +60,12 @@ class TabletopSimulator:
 
     @property
     def wrong_prompt(self) -> str:
-        return Goal(**self._env.another_instruction(self._seed)).prompt  # type: ignore[arg-type]
+        return self._env.another_instruction(self._seed).prompt
+
+    @property
+    def subtask(self) -> str | None:
+        """What is to be done at present, where the instruction has several steps."""
+        return self._env.subtask if self._env.goal.then else None
 
     @property
     def success(self) -> bool:
@@ -61,23 +76,50 @@ class TabletopSimulator:
         return self._info["failure"]
 
     @property
-    def collisions(self) -> int:
-        """1 once another block than the target was touched."""
-        touched = self._info["touched"]
-        return int(touched is not None and touched != self._info["target"])
-
-    @property
     def position(self) -> np.ndarray:
         return self._env.tip
 
 
-def _suite(name: str, about: str, **fields: Any) -> Suite:
-    factory = "manipi.tabletop.suites:TabletopSimulator"
+def _suite(name: str, about: str, *, demonstrated: Mapping[str, Any] | None = None, **options: Any) -> Suite:
     return Suite(
-        name=f"tabletop/{name}", about=about, robot="tabletop", factory=factory, policy_image_size=True, **fields
+        name=f"tabletop/{name}",
+        about=about,
+        robot="tabletop",
+        factory="manipi.tabletop.suites:TabletopSimulator",
+        options=options,
+        demonstrated=DEMONSTRATED | dict(demonstrated or {}),
+        policy_image_size=True,
     )
 
 
-SUITES = {
-    "reach": _suite("reach", "touch the block of the named colour first, of three; the demo's task", tasks=("reach",)),
-}
+DEMONSTRATED = {"image_size": 56, "start_noise": 1.0, "max_steps": 100}
+"""As the demo's: pictures of its recipes' size, and the tip starts anywhere over the table, between the blocks too."""
+
+_SUITES = (
+    replace(_suite("reach", "touch the block of the named colour first, of three; the demo's task"), tasks=("reach",)),
+    _suite(
+        "two-step",
+        "push one block to the tray, then touch another; each step has its words as a label",
+        tasks=("two_step",),
+        max_steps=80,
+    ),
+    _suite(
+        "memory",
+        "reach; the arm starts within 1.5 seconds, and after the first the target is out of sight",
+        hide_after=10,
+        lock=15,
+        max_steps=50,
+    ),
+    _suite(
+        "pairs",
+        "reach the named shape of the named colour; no demonstration shows this pair of them",
+        pairs="unseen",
+        demonstrated={"pairs": "seen"},
+    ),
+    _suite("crowd", "reach, of six blocks that lie close and everywhere", colors=tuple(COLORS), tray=False),
+    *(
+        _suite(f"reach-{name}", f"reach as demonstrated for tabletop/reach, but {what}", perturb=name)
+        for name, what in PERTURBATIONS.items()
+    ),
+)
+SUITES = {suite.name.partition("/")[2]: suite for suite in _SUITES}

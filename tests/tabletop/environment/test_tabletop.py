@@ -156,7 +156,7 @@ def test_push_succeeds_when_the_target_and_no_other_is_in_the_tray():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"cameras": ("wrist",)}, {"tasks": ("lift",)}, {"colors": ("red", "grean")}],
+    [{"cameras": ("wrist",)}, {"tasks": ("lift",)}, {"colors": ("red", "grean")}, {"pairs": "all"}, {"perturb": "fog"}],
     ids=lambda s: next(iter(s)),
 )
 def test_an_unknown_name_is_an_error(settings):
@@ -168,6 +168,14 @@ def test_an_unknown_name_is_an_error(settings):
 def test_block_colours_must_differ_and_fit(colors):
     with pytest.raises(ConfigError, match="different block colours"):
         Tabletop(colors=colors)
+
+
+@pytest.mark.parametrize("settings", [{"tray": False}, {"pairs": "seen"}, {"perturb": "wording"}])
+def test_what_goes_with_reach_alone(settings):
+    with pytest.raises(ConfigError, match="reach alone"):
+        Tabletop(tasks=("push",), **settings)
+    with pytest.raises(ConfigError, match="2 to 4 different block colours"):
+        Tabletop(tasks=("two_step",), colors=("red",))
 
 
 def test_bad_options_and_actions_are_errors():

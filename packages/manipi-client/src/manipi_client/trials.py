@@ -59,6 +59,7 @@ class Simulator(Protocol):
     wrong_prompt     str: an instruction that names another object or task
     collisions       int: contacts since the reset that should not be
     position         [3] metres: where the tool is, for the length of its path
+    subtask          str or None: what is to be done at present, where the instruction has several steps
     expert()         the command [A] of a scripted demonstrator for the present moment
     picture()        uint8 [h, w, 3] for people
     description      dict of what the result should say: how it renders, which versions
@@ -345,12 +346,12 @@ def demonstrate(
 
     Returns:
         `observations`, a list of T; `actions` float32 [T, A], what the expert wanted, without the disturbance;
-        `success`; `prompt`.
+        `success`; `prompt`; `subtasks`, the words of each of the T steps, where the simulator has them.
     """
     expert, rng = _needed(simulator, "expert", "a demonstration"), np.random.default_rng((scene, 1))
     observation: Optional[Mapping[str, Any]] = simulator.reset(scene, task)
     _require_pictures(observation, simulator)
-    observations, actions = [], []
+    observations, actions, subtasks = [], [], []
     offset: Any = 0.0
     while not simulator.success and getattr(simulator, "failure", None) is None and len(actions) < simulator.max_steps:
         observations.append(simulator.observe() if observation is None else observation)
@@ -359,11 +360,13 @@ def demonstrate(
         if len(actions) % HELD_STEPS == 0:
             offset = noise * rng.standard_normal(action.shape)
         actions.append(action)
+        subtasks.append(getattr(simulator, "subtask", None))
         disturb = getattr(simulator, "disturb", None)
         simulator.step(disturb(action, rng, noise) if disturb else np.clip(action + offset, -1, 1).astype(np.float32))
         on_step(len(actions))
     success = bool(simulator.success)
-    return {"observations": observations, "actions": np.array(actions), "success": success, "prompt": simulator.prompt}
+    made = {"observations": observations, "actions": np.array(actions), "success": success, "prompt": simulator.prompt}
+    return made if None in subtasks else {**made, "subtasks": subtasks}
 
 
 def _expert_actions(simulator: Simulator, spec: TrialSpec, on_step: Callable[[int], None]) -> List[np.ndarray]:
@@ -516,7 +519,7 @@ def _save_episode(path: Path, made: Mapping[str, Any]) -> None:
     rows = [flat(observation) for observation in made["observations"]]
     columns = {key: np.stack([row[key] for row in rows]) for key in rows[0] if key != "prompt"}
     partial = path.with_suffix(".partial.npz")
-    rest = {key: np.asarray(made[key]) for key in ("actions", "prompt", "success")}
+    rest = {key: np.asarray(value) for key, value in made.items() if key != "observations"}
     np.savez(partial, **columns, **rest)  # type: ignore[arg-type]
     partial.replace(path)
 

@@ -164,6 +164,19 @@ class LeRobotWriter:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
 
+    def add_texts(self, kind: str, texts: Sequence[str]) -> None:
+        """Write meta/KINDs.parquet: numbers and texts, as pandas stores a frame whose index holds the texts."""
+        key, index, number = f"{kind}_index", "__index_level_0__", {"pandas_type": "int64", "numpy_type": "int64"}
+        columns = [
+            {"name": key, "field_name": key, **number, "metadata": None},
+            {"name": None, "field_name": index, "pandas_type": "unicode", "numpy_type": "object", "metadata": None},
+        ]
+        pandas = {"index_columns": [index], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
+        table = pa.table({key: pa.array(range(len(texts)), pa.int64()), index: pa.array(list(texts), pa.string())})
+        path = self._folder / f"meta/{kind}s.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(pandas)}), path)
+
     def _write_metadata(self) -> None:
         described = {}
         numbering = {key: Feature(kind="vector", shape=(1,), dtype=dtype) for key, dtype in _DEFAULTS.items()}
@@ -194,19 +207,7 @@ class LeRobotWriter:
         meta.mkdir(exist_ok=True)
         (meta / "info.json").write_text(json.dumps(info, indent=4))
         (meta / "stats.json").write_text(json.dumps(stats, indent=4))
-        # Numbers and texts of the tasks, as pandas stores a frame whose index holds the texts.
-        texts, number = "__index_level_0__", {"pandas_type": "int64", "numpy_type": "int64"}
-        columns = [
-            {"name": "task_index", "field_name": "task_index", **number, "metadata": None},
-            {"name": None, "field_name": texts, "pandas_type": "unicode", "numpy_type": "object", "metadata": None},
-        ]
-        pandas = {"index_columns": [texts], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
-        tasks = {
-            "task_index": pa.array(range(len(self._tasks)), pa.int64()),
-            texts: pa.array(list(self._tasks), pa.string()),
-        }
-        table = pa.table(tasks).replace_schema_metadata({"pandas": json.dumps(pandas)})
-        pq.write_table(table, meta / "tasks.parquet")
+        self.add_texts("task", list(self._tasks))
 
 
 # Files --------------------------------------------------------------------------------------------------------------

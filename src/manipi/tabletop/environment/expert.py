@@ -62,16 +62,19 @@ class Expert:
 
     def act(self) -> tuple[Float32[np.ndarray, "4"], Float32[np.ndarray, "4"]]:
         """The action to learn, and the perturbed one to execute, so that demonstrations show how to recover."""
-        tip, block = self._env.tip, self._env.block(self._env.goal.target)[:2]
-        if self._env.goal.task == "reach":
-            way = _approach(tip, block, REACH_HEIGHT)
-        else:
-            way = _push(tip, block, np.array(TRAY_CENTER))
+        task, target = self._env.goal.steps[self._env.stage]
+        tip, block = self._env.tip, self._env.block(target)[:2]
+        way = _approach(tip, block, REACH_HEIGHT) if task == "reach" else _push(tip, block, np.array(TRAY_CENTER))
         goal = tip + way * min(1.0, MAX_STEP / max(float(np.linalg.norm(way)), 1e-9))
         label = np.append(np.clip(goal, WORKSPACE_LOW, WORKSPACE_HIGH), min(1.0, tip[2] / OPEN_HEIGHT))
-        executed = label.copy()
-        executed[:3] += self._noise * MAX_STEP * self._rng.standard_normal(3)
-        return label.astype(np.float32), executed.astype(np.float32)
+        return label.astype(np.float32), disturbed(label, self._rng, self._noise)
+
+
+def disturbed(action: np.ndarray, rng: np.random.Generator, noise: float) -> Float32[np.ndarray, "4"]:
+    """An action that leads beside where it should, by `noise` of the largest step."""
+    executed = np.array(action, np.float64)
+    executed[:3] += noise * MAX_STEP * rng.standard_normal(3)
+    return executed.astype(np.float32)
 
 
 def _approach(tip: np.ndarray, goal: np.ndarray, height: float) -> np.ndarray:

@@ -2,7 +2,7 @@
 
            camera                     lamp
              *─────── ray ──┐          o
-                            │         ╱   color = rgba · (ambient + (1 - ambient) · max(0, normal · to_lamp))
+                            │         ╱   color = rgba · tint · (ambient + (1 - ambient) · max(0, normal · to_lamp))
                             ▼  ↑    ╱
                 ────────────●──┴─────     a ray that hits nothing takes the background's colour
 
@@ -32,6 +32,8 @@ class Look:
     """Position, metres in the world frame."""
     ambient: float = 0.45
     """Brightness of a surface that the lamp does not reach."""
+    tint: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Colour of all light."""
     horizon: tuple[float, float, float] = (0.56, 0.62, 0.70)
     """Background straight down, and half way to the zenith's colour at the horizon."""
     zenith: tuple[float, float, float] = (0.86, 0.90, 0.95)
@@ -73,7 +75,7 @@ class Renderer:
             length_N = np.linalg.norm(to_lamp_N3, axis=1)
             self._cast(data, np.asarray(look.lamp), -to_lamp_N3 / length_N[:, None])
             light_N *= self._distance_N > length_N - _SURFACE_OFFSET
-        color_N3 *= (look.ambient + (1 - look.ambient) * light_N)[:, None]
+        color_N3 *= (look.ambient + (1 - look.ambient) * light_N)[:, None] * np.array(look.tint)
         upward_N1 = (ray_N3[miss_N, 2:] + 1) / 2
         color_N3[miss_N] = (1 - upward_N1) * np.array(look.horizon) + upward_N1 * np.array(look.zenith)
         return (255 * color_N3 + 0.5).astype(np.uint8).reshape(self._height, self._width, 3)

@@ -30,7 +30,7 @@ forward, y to the left, z up; metres. There are no asset files: the scene is MJC
 
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import gymnasium
@@ -59,6 +59,14 @@ COLORS: dict[str, tuple[float, float, float]] = {
 
 BLOCK_HALF = 0.0225
 """Half the side of a block, metres."""
+SHAPES: dict[str, tuple[str, tuple[float, ...], str]] = {
+    "cube": ("box", (BLOCK_HALF,) * 3, 'friction="0.4 0.005 0.0001"'),
+    "cylinder": ("cylinder", (0.016, 0.025), 'friction="0.4 0.005 0.0001"'),
+    "ball": ("sphere", (BLOCK_HALF,), 'friction="0.4 0.005 0.002" condim="6"'),  # it rolls, but not by itself
+}
+"""What a block can be: MuJoCo's name of it, its half sizes in metres (the last is half its height), its friction."""
+UNSEEN_PAIRS = ("red ball", "green cylinder", "blue cube")
+"""Pairs of colour and shape that no demonstration of `pairs` shows, though it shows every colour and every shape."""
 TRAY_CENTER = (0.34, 0.0)
 TRAY_HALF = 0.05
 """The tray is a flat square pad of this half side, metres."""
@@ -69,9 +77,42 @@ TIMESTEP = 0.01
 
 _FINGER_HALF = 0.008
 
-Task: TypeAlias = Literal["reach", "push"]
+Task: TypeAlias = Literal["reach", "push", "two_step"]
 
-INSTRUCTIONS: dict[Task, str] = {"reach": "reach the {} block", "push": "push the {} block to the tray"}
+INSTRUCTIONS: dict[Task, str] = {
+    "reach": "reach the {}",
+    "push": "push the {} to the tray",
+    "two_step": "push the {} to the tray, then touch the {} one",
+}
+SUBTASKS: dict[Task, str] = {"reach": "touch the {}", "push": "push the {} to the tray"}
+"""What the steps of `two_step` are called."""
+WORDINGS = (
+    "touch the {}",
+    "move to the {}",
+    "go to the {}",
+    "find the {}",
+    "move the gripper to the {}",
+    "put the gripper on the {}",
+    "reach out and touch the {}",
+    "place the arm on top of the {}",
+    "move over to the {} and touch it",
+    "the {}, touch that",
+)
+"""Other instructions for `reach`, each within the 20 tokens that the demo's policy reads."""
+
+Perturbation: TypeAlias = Literal["light", "camera", "background", "start", "noise", "distractors", "wording"]
+PERTURBATIONS: dict[Perturbation, str] = {
+    "light": "the lamp stands elsewhere, is dimmer or coloured, and throws shadows",
+    "camera": "the outside camera stands elsewhere, nearer or farther, and looks a little beside",
+    "background": "table, tray and floor have other colours",
+    "start": "the arm starts outside the space that it works in",
+    "noise": "pictures and measured position are noisy",
+    "distractors": "three more objects of other colours and shapes",
+    "wording": "the instruction is said in other words",
+}
+"""What may differ from the demonstrations; the families of LIBERO-Plus (arXiv 2510.13626)."""
+PICTURE_NOISE, STATE_NOISE = 25.0, 0.01
+"""Standard deviations of `noise`: of a pixel's values in [0, 255], and of the measured position, metres."""
 
 WORKSPACE_LOW = np.array([0.16, -0.20, 0.02])
 WORKSPACE_HIGH = np.array([0.50, 0.20, 0.20])
@@ -90,6 +131,8 @@ BLOCK_SPACING = 0.10
 """The least distance between the centres of two blocks at the start, metres."""
 
 MAX_BLOCKS = 4
+CROWD_SPACING = 0.085
+"""The same on a table without a tray, where blocks may lie closer and everywhere: all of `COLORS` fit."""
 
 _BLOCK_LOW, _BLOCK_HIGH = np.array([0.22, -0.14]), np.array([0.44, 0.14])
 _START_LOW = np.array([0.18, -0.18, 0.03])
@@ -101,6 +144,11 @@ _RAMP = 0.6
 """The joint targets reach their goal after this part of a control step; the rest lets the arm settle."""
 
 
+def noun(block: str) -> str:
+    """What an instruction calls a block: `red` is the red block, `red ball` the red ball."""
+    return block if " " in block else f"{block} block"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Goal:
     """What an episode is judged by, and what the prompt says; they differ only when a test of the prompt wants it."""
@@ -108,10 +156,20 @@ class Goal:
     task: Task
     target: str
     instruct: str
+    then: str = ""
+    """Of `two_step`: the block to touch after the push."""
+    instruct_then: str = ""
+    wording: str = ""
+    """Instruction, with a {} for the block; empty: the task's."""
 
     @property
     def prompt(self) -> str:
-        return INSTRUCTIONS[self.task].format(self.instruct)
+        return (self.wording or INSTRUCTIONS[self.task]).format(noun(self.instruct), self.instruct_then)
+
+    @property
+    def steps(self) -> tuple[tuple[Task, str], ...]:
+        """A task and its block for each step, in order."""
+        return (("push", self.target), ("reach", self.then)) if self.then else ((self.task, self.target),)
 
 
 class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
@@ -126,10 +184,13 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
     Tasks:
         reach: succeeds when the first block that the tip touches is the target, fails at once when it is another.
         push: succeeds when the target's centre is inside the tray.
-    Both fail after `max_steps`. The reward is 1 in the step that succeeds, else 0.
+        two_step: a push, and then the first other block that the tip touches must be the one named second.
+    All fail after `max_steps`. The reward is 1 in the step that succeeds, else 0.
 
-    `info` holds: success; failure (`None`, `"wrong_block"` or `"max_steps"`); task, target; touched (the colour of the
-    first block that the tip touched, or `None`); joints float32 [4], radians; blocks (colour -> its centre, [3]).
+    `info` holds: success; failure (`None`, `"wrong_block"` or `"max_steps"`); task; target and subtask, the block and
+    the words of the present step; touched (the first block that the tip touched in this step, or `None`); joints
+    float32 [4], radians; blocks (name -> its centre, [3]). A block's name is its colour, and its shape where shapes
+    differ: "red", "red ball".
 
     Args:
         image_size: side of the square pictures, pixels.
@@ -140,6 +201,12 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         start_noise: 0 starts the tip at home, 1 anywhere over the table, in between that part of the way.
         randomize: draws lamp, brightness, table colour and a small camera displacement for each episode.
         shadows: pictures with shadows, which double the cost of rendering.
+        tray: False: there is none, blocks lie everywhere and closer, and up to 6 fit.
+        pairs: `seen` or `unseen`: instead of `colors`, the target is one of these pairs of colour and shape; one other
+            block has its colour and one its shape, both seen.
+        hide_after: the target cannot be seen any more after this many steps; it still is where it is.
+        lock: the arm does not move for a number of steps that is drawn for each episode, at most this.
+        perturb: what differs from the demonstrations, one of `PERTURBATIONS`.
         render_mode: `"rgb_array"` for `render()`.
     """
 
@@ -157,34 +224,57 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         start_noise: float = 0.3,
         randomize: bool = False,
         shadows: bool = False,
+        tray: bool = True,
+        pairs: Literal["seen", "unseen"] | None = None,
+        hide_after: int | None = None,
+        lock: int = 0,
+        perturb: Perturbation | None = None,
         render_mode: str | None = None,
     ):
         _check_names("camera", cameras, ("image", "wrist_image"))
         _check_names("task", tasks, INSTRUCTIONS)
         _check_names("block colour", colors, COLORS)
-        if not 1 <= len(colors) == len(set(colors)) <= MAX_BLOCKS:
+        _check_names("pairs", () if pairs is None else (pairs,), ("seen", "unseen"))
+        _check_names("perturbation", () if perturb is None else (perturb,), PERTURBATIONS)
+        most, fewest = MAX_BLOCKS if tray else len(COLORS), 2 if "two_step" in tasks else 1
+        if tuple(tasks) != ("reach",) and (not tray or pairs or perturb == "wording"):
             raise ConfigError(
-                expected=f"1 to {MAX_BLOCKS} different block colours, as many as fit on the table",
+                expected="the task reach alone, without a tray, with pairs, or in other words",
+                found=f"{tuple(tasks)}",
+                where="Tabletop(tasks=...)",
+                next='tasks=("reach",)',
+            )
+        if not fewest <= len(colors) == len(set(colors)) <= most:
+            raise ConfigError(
+                expected=f"{fewest} to {most} different block colours, as many as fit on the table",
                 found=f"{tuple(colors)}",
                 where="Tabletop(colors=...)",
                 next="name each colour once, and fewer of them",
             )
         self.image_size, self.cameras, self.tasks, self.colors = image_size, tuple(cameras), tuple(tasks), tuple(colors)
         self.max_steps, self.start_noise, self.randomize, self.shadows = max_steps, start_noise, randomize, shadows
+        self.tray, self.pairs, self.hide_after, self.lock, self.perturb = tray, pairs, hide_after, lock, perturb
         self.render_mode = render_mode
-        self.model = build_scene(self.colors)
-        self.data = mujoco.MjData(self.model)
+        self._renderers: dict[int, Renderer] = {}
+        self._put(self.colors)
         low, high = np.append(WORKSPACE_LOW, 0).astype(np.float32), np.append(WORKSPACE_HIGH, 1).astype(np.float32)
         picture = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         observations: dict[str, gymnasium.Space[Any]] = {f"observation/{camera}": picture for camera in self.cameras}
         # The measured tip may overshoot the workspace by the servo's error, hence the wider bounds.
         observations["observation/state"] = gymnasium.spaces.Box(low - 0.1, high + 0.1, dtype=np.float32)
-        observations["prompt"] = gymnasium.spaces.Text(64, charset=f"{string.ascii_lowercase} ")
+        observations["prompt"] = gymnasium.spaces.Text(64, charset=f"{string.ascii_lowercase} ,")
         self.observation_space = gymnasium.spaces.Dict(observations)
         self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
-        self._pristine = self.model.geom_rgba.copy(), self.model.cam_pos.copy()
-        self._renderers: dict[int, Renderer] = {}
         self._look = Look()
+
+    def _put(self, names: Sequence[str]) -> None:
+        """Builds the scene with these blocks."""
+        self.names = tuple(names)
+        self.model = build_scene(self.names)
+        self.data = mujoco.MjData(self.model)
+        self.model.geom("tray").rgba[3] = float(self.tray)  # rays pass through what is transparent
+        self._pristine = self.model.geom_rgba.copy(), self.model.cam_pos.copy(), self.model.cam_quat.copy()
+        self._renderers.clear()
 
     # ---- the episode
 
@@ -198,43 +288,99 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         super().reset(seed=seed)
         options = dict(options or {})
         _check_names("reset option", options, ("task", "target", "instruct", "blocks", "tip"))
-        # Every draw happens whatever the options say, so that an option changes nothing but what it names.
+        # Every draw happens whatever the options say, so that an option changes nothing but what it names; and those of
+        # the harder scenes have a generator of their own, so that they change nothing of what all scenes have.
         rng = self.np_random
+        more = rng.spawn(1)[0]
+        names = self._draw_blocks(more)
+        if names != self.names:
+            self._put(names)
+        self.model.geom_rgba[:], self.model.cam_pos[:], self.model.cam_quat[:] = self._pristine
         task = options.get("task", self.tasks[rng.integers(len(self.tasks))])
-        target = options.get("target", self.colors[rng.integers(len(self.colors))])
-        self.goal = Goal(task=task, target=target, instruct=options.get("instruct", target))
+        drawn = self.colors[rng.integers(len(self.colors))]
+        target = options.get("target", self.names[0] if self.pairs else drawn)
         _check_names("task", (task,), INSTRUCTIONS)
-        _check_names("block colour", (target, self.goal.instruct, *options.get("blocks", ())), self.colors)
+        then = str(more.choice([name for name in self.names if name != target])) if task == "two_step" else ""
+        wording = str(more.choice(WORDINGS)) if self.perturb == "wording" else ""
+        instruct = options.get("instruct", target)
+        self.goal = Goal(task=task, target=target, instruct=instruct, then=then, instruct_then=then, wording=wording)
+        _check_names("block colour", (target, self.goal.instruct, *options.get("blocks", ())), self.names)
         start = rng.uniform(_START_LOW, WORKSPACE_HIGH - 0.02)
         tip = np.asarray(options.get("tip", _HOME + self.start_noise * (start - _HOME)), np.float64)
+        spacing = BLOCK_SPACING if self.tray else CROWD_SPACING
         while True:  # until the blocks are off the tray and apart from each other
-            positions = rng.uniform(_BLOCK_LOW, _BLOCK_HIGH, (len(self.colors), 2))
+            positions = rng.uniform(_BLOCK_LOW, _BLOCK_HIGH, (3 if self.pairs else len(self.colors), 2))
             gaps = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
-            apart = gaps[np.triu_indices(len(positions), 1)] >= BLOCK_SPACING
+            apart = gaps[np.triu_indices(len(positions), 1)] >= spacing
             clear = np.abs(positions - TRAY_CENTER).max(axis=1) >= TRAY_HALF + 1.5 * BLOCK_HALF
-            if apart.all() and clear.all():
+            if apart.all() and (clear.all() or not self.tray):
                 break
+        while len(positions) < len(self.names):
+            place = more.uniform(_BLOCK_LOW - 0.03, _BLOCK_HIGH + 0.03)
+            if np.linalg.norm(positions - place, axis=1).min() >= CROWD_SPACING:
+                positions = np.vstack([positions, place])
         if "tip" not in options and np.linalg.norm(positions - tip[:2], axis=1).min() < _CLEARANCE:
             tip[2] = max(tip[2], _CLEAR_HEIGHT)
         if self.randomize:
-            (colors, cameras), table = self._pristine, self.model.geom("table").id
+            (colors, cameras, _), table = self._pristine, self.model.geom("table").id
             self._look = Look(lamp=tuple(Look.lamp + rng.uniform(-0.4, 0.4, 3)), ambient=rng.uniform(0.35, 0.55))
             self.model.geom_rgba[table, :3] = np.clip(colors[table, :3] * rng.uniform(0.75, 1.2), 0, 1)
             self.model.cam_pos[:] = cameras + rng.uniform(-0.01, 0.01, cameras.shape)
         mujoco.mj_resetData(self.model, self.data)
-        joints = inverse(np.clip(tip, WORKSPACE_LOW, WORKSPACE_HIGH))
+        tip = np.clip(tip, WORKSPACE_LOW, WORKSPACE_HIGH)
+        if self.perturb == "start" and "tip" not in options:
+            tip = _draw_outside(more)
+        self._perturb_pictures(more)
+        joints = inverse(tip)
         self.data.qpos[:6] = self.data.ctrl[:] = np.append(joints, np.full(2, rng.uniform() * FINGER_TRAVEL))
-        for color, position in {**dict(zip(self.colors, positions)), **options.get("blocks", {})}.items():
-            self.data.joint(color).qpos[:2] = position
+        for name, position in {**dict(zip(self.names, positions)), **options.get("blocks", {})}.items():
+            self.data.joint(name).qpos[:2] = position
         self._update_poses()
+        self._locked, self._noise = int(more.integers(self.lock + 1)), int(more.integers(2**31))
         self.touched: str | None = None
-        self.steps = 0
+        self.stage = self.steps = 0
         return self.observation(), self._info(False, None)
 
-    def another_instruction(self, seed: int) -> dict[str, str]:
-        """Options of `reset` for the present goal with an instruction that names one of the other blocks."""
-        others = [color for color in self.colors if color != self.goal.target]
-        return {"task": self.goal.task, "target": self.goal.target, "instruct": others[seed % len(others)]}
+    def _draw_blocks(self, rng: np.random.Generator) -> tuple[str, ...]:
+        """The names of this episode's blocks."""
+        if self.perturb == "distractors":
+            others = [color for color in COLORS if color not in self.colors][:3]
+            return (*self.colors, *(f"{color} {rng.choice(('cylinder', 'ball'))}" for color in others))
+        if self.pairs is None:
+            return self.colors
+        every = [f"{color} {shape}" for color in ("red", "green", "blue") for shape in SHAPES]
+        seen = [pair for pair in every if pair not in UNSEEN_PAIRS]
+        target = str(rng.choice(seen if self.pairs == "seen" else UNSEEN_PAIRS))
+        words, others = target.split(), [pair.split() for pair in seen if pair != target]
+        alike = ([" ".join(other) for other in others if other[place] == words[place]] for place in (0, 1))
+        return (target, *(str(rng.choice(pairs)) for pairs in alike))
+
+    def _perturb_pictures(self, rng: np.random.Generator) -> None:
+        """Lamp, camera or colours of this episode."""
+        if self.perturb == "light":
+            lamp = tuple(np.array([0.3, 0.0, 1.2]) + rng.uniform((-1, -1, -0.4), (1, 1, 0.4)))
+            self._look = Look(lamp=lamp, ambient=rng.uniform(0.2, 0.6), tint=tuple(rng.uniform(0.5, 1.0, 3)))
+        elif self.perturb == "camera":
+            where, at = _IMAGE_VIEW + rng.uniform((-0.1, -0.1, -0.1), (0.1, 0.1, 0.1)) * [[1.0], [0.1]]
+            view, camera = np.array([at + rng.uniform(0.9, 1.15) * (where - at), at]), self.model.camera("image").id
+            self.model.cam_pos[camera] = view[0]
+            right, up = _camera_axes(view)
+            axes = np.array([right, up, np.cross(right, up)])
+            axes /= np.linalg.norm(axes, axis=1, keepdims=True)
+            mujoco.mju_mat2Quat(self.model.cam_quat[camera], axes.T.flatten())
+        elif self.perturb == "background":
+            for name, low in (("table", 0.2), ("tray", 0.5)):
+                color = rng.uniform(low, 0.95) + rng.uniform(-0.15, 0.15, 3)
+                self.model.geom_rgba[self.model.geom(name).id, :3] = np.clip(color, 0.05, 1)
+            self._look = Look(horizon=tuple(rng.uniform(0, 1, 3)), zenith=tuple(rng.uniform(0, 1, 3)))
+
+    def another_instruction(self, seed: int) -> Goal:
+        """The present goal with an instruction that names other blocks."""
+        goal = self.goal
+        others = [name for name in self.names if name != goal.target]
+        instruct = others[seed % len(others)]
+        rest = [name for name in self.names if name not in (instruct, goal.then)]
+        return replace(goal, instruct=instruct, instruct_then=rest[seed % len(rest)] if goal.then else "")
 
     def step(self, action: Float32[np.ndarray, "4"]) -> tuple[dict, float, bool, bool, dict]:
         """Moves for one control step. Raises `ConfigError` when the action is not four finite numbers."""
@@ -250,36 +396,52 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         offset *= min(1.0, MAX_STEP / max(float(np.linalg.norm(offset)), 1e-9))
         fingers = np.full(2, np.clip(action[3], 0, 1) * FINGER_TRAVEL)
         goal, start = np.append(inverse(self.tip + offset), fingers), self.data.ctrl.copy()
+        if self.steps < self._locked:
+            goal = start
         for substep in range(1, _SUBSTEPS + 1):  # the joints follow a straight ramp to the goal, in joint space
             progress = min(1.0, substep / (_RAMP * _SUBSTEPS))
             self.data.ctrl[:] = (1 - progress) * start + progress * goal
             mujoco.mj_step(self.model, self.data)
         self._update_poses()
         self.steps += 1
-        tip = self.tip
+        (task, target), tip = self.goal.steps[self.stage], self.tip
         if not self.touched and tip[2] <= TOUCH_HEIGHT:
-            distances = {color: float(np.hypot(*(self.block(color) - tip)[:2])) for color in self.colors}
-            nearest = min(distances, key=lambda color: distances[color])
+            done = [block for _, block in self.goal.steps[: self.stage]]
+            distances = {
+                name: float(np.hypot(*(self.block(name) - tip)[:2])) for name in self.names if name not in done
+            }
+            nearest = min(distances, key=lambda name: distances[name])
             self.touched = nearest if distances[nearest] <= TOUCH_RADIUS else None
-        if self.goal.task == "push":
-            offset = self.block(self.goal.target)[:2] - TRAY_CENTER
+        if task == "push":
+            offset = self.block(target)[:2] - TRAY_CENTER
             success, wrong = bool(np.abs(offset).max() <= TRAY_HALF), False
         else:
-            success = self.touched == self.goal.target
+            success = self.touched == target
             wrong = self.touched is not None and not success
+        if success and self.stage + 1 < len(self.goal.steps):
+            success, self.touched, self.stage = False, None, self.stage + 1
+        if self.hide_after is not None and self.steps >= self.hide_after:
+            self.model.geom_rgba[self.model.body(self.goal.target).geomadr[0], 3] = 0
         late = not success and not wrong and self.steps >= self.max_steps
         failure = "wrong_block" if wrong else "max_steps" if late else None
         return self.observation(), float(success), success or wrong, late, self._info(success, failure)
+
+    @property
+    def subtask(self) -> str:
+        """The words for the present step: the instruction, where it has but one."""
+        task, target = self.goal.steps[self.stage]
+        return SUBTASKS[task].format(noun(target)) if self.goal.then else self.goal.prompt
 
     def _info(self, success: bool, failure: str | None) -> dict[str, Any]:
         return {
             "success": success,
             "failure": failure,
             "task": self.goal.task,
-            "target": self.goal.target,
+            "target": self.goal.steps[self.stage][1],
+            "subtask": self.subtask,
             "touched": self.touched,
             "joints": self.data.qpos[:4].astype(np.float32),
-            "blocks": {color: self.block(color) for color in self.colors},
+            "blocks": {name: self.block(name) for name in self.names},
         }
 
     # ---- what is where
@@ -289,15 +451,18 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         """The point between the fingertips, [3] metres in the table frame."""
         return self.data.site("tip").xpos.copy()
 
-    def block(self, color: str) -> np.ndarray:
+    def block(self, name: str) -> np.ndarray:
         """The centre of a block, [3] metres in the table frame."""
-        return self.data.body(color).xpos.copy()
+        return self.data.body(name).xpos.copy()
 
     @property
     def state(self) -> Float32[np.ndarray, "4"]:
         """The proprioceptive state: the tip's x, y, z in metres, the gripper's opening."""
         opening = self.data.qpos[4:6].mean() / FINGER_TRAVEL
-        return np.array([*self.tip, np.clip(opening, 0, 1)], np.float32)
+        tip = self.tip
+        if self.perturb == "noise":
+            tip += STATE_NOISE * np.random.default_rng((self._noise, self.steps)).standard_normal(3)
+        return np.array([*tip, np.clip(opening, 0, 1)], np.float32)
 
     def observation(self) -> dict[str, Any]:
         """What the policy sees now."""
@@ -308,7 +473,12 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
 
     def render_camera(self, name: str) -> UInt8[np.ndarray, "size size 3"]:
         """One picture of `image`, `wrist_image` or `studio` in the observation's size."""
-        return self._cast(name, self.image_size, self.shadows)
+        picture = self._cast(name, self.image_size, self.shadows or self.perturb == "light")
+        if self.perturb == "noise":  # the same at this step, however often it is looked at
+            rng = np.random.default_rng((self._noise, self.steps, *name.encode()))
+            noisy = picture + PICTURE_NOISE * rng.standard_normal(picture.shape)
+            picture = np.clip(noisy + 0.5, 0, 255).astype(np.uint8)
+        return picture
 
     def render(self, *, camera: str = "studio", size: int = 480) -> UInt8[np.ndarray, "size size 3"]:  # pyright: ignore
         """A picture for people: shadows, and the mean of four rays per pixel."""
@@ -330,6 +500,15 @@ def _check_names(kind: str, names: Sequence[str] | Mapping[str, Any], known: Seq
     for name in names:
         if name not in known:
             raise unknown_name(kind, name, known, next=f"choose one of {', '.join(known)}")
+
+
+def _draw_outside(rng: np.random.Generator) -> np.ndarray:
+    """A point around and above the workspace that the arm can reach."""
+    while True:
+        tip = rng.uniform((0.10, -0.28, 0.03), (0.54, 0.28, 0.28))
+        inside = ((tip >= WORKSPACE_LOW) & (tip <= WORKSPACE_HIGH)).all()
+        if not inside and 0.12 <= np.hypot(*tip[:2]) <= 0.54:
+            return tip
 
 
 # Kinematics -----------------------------------------------------------------------------------------------------------
@@ -437,9 +616,9 @@ _MJCF = """
 </mujoco>
 """
 
-_BLOCK = """<body name="{name}" pos="0 0 {half}">
+_BLOCK = """<body name="{name}" pos="0 0 {height}">
       <freejoint name="{name}"/>
-      <geom type="box" size="{half} {half} {half}" mass="0.05" friction="0.4 0.005 0.0001" rgba="{r} {g} {b} 1"/>
+      <geom type="{type}" size="{size}" mass="0.05" {friction} rgba="{rgb} 1"/>
     </body>"""
 
 _IMAGE_VIEW = np.array([[1.05, 0.12, 0.90], [0.32, -0.005, 0.03]])
@@ -447,21 +626,31 @@ _STUDIO_VIEW = np.array([[1.05, 0.85, 0.72], [0.20, 0.0, 0.16]])
 """A camera's position and the point that it looks at, metres."""
 
 
-def _camera_pose(view: np.ndarray) -> str:
-    """MJCF attributes of a camera that stands at view[0] and looks at view[1], upright."""
+def _camera_axes(view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Right and up of a camera that stands at view[0] and looks at view[1], upright; of any length."""
     forward = view[1] - view[0]
     right = np.cross(forward, [0.0, 0.0, 1.0])
-    axes = np.concatenate([right, np.cross(right, forward)])
+    return right, np.cross(right, forward)
+
+
+def _camera_pose(view: np.ndarray) -> str:
+    """MJCF attributes of that camera."""
+    axes = np.concatenate(_camera_axes(view))
     return 'pos="{}" xyaxes="{}"'.format(*(" ".join(f"{v:.9f}" for v in values) for values in (view[0], axes)))
 
 
-def build_scene(colors: Sequence[str]) -> mujoco.MjModel:
-    """Compiles the scene with one block for each of these colours, in this order.
+def build_scene(names: Sequence[str]) -> mujoco.MjModel:
+    """Compiles the scene with these blocks, a colour or a colour and a shape each, in this order.
 
     Its cameras: `image` (outside, where blocks lie), `wrist_image` (along the tool) and `studio` (all of the arm).
     The first six positions are yaw, shoulder, elbow, wrist, left and right finger; then seven for each block.
     """
-    blocks = (dict(zip("rgb", COLORS[name])) | {"name": name, "half": BLOCK_HALF} for name in colors)
+    blocks = []
+    for name in names:
+        color, _, shape = name.partition(" ")
+        kind, sizes, friction = SHAPES[shape or "cube"]
+        looks = {"size": " ".join(map(str, sizes)), "height": sizes[-1], "rgb": " ".join(map(str, COLORS[color]))}
+        blocks.append(_BLOCK.format(name=name, type=kind, friction=friction, **looks))
     return mujoco.MjModel.from_xml_string(
         _MJCF.format(
             timestep=TIMESTEP,
@@ -477,6 +666,6 @@ def build_scene(colors: Sequence[str]) -> mujoco.MjModel:
             tool=TOOL,
             image=_camera_pose(_IMAGE_VIEW),
             studio=_camera_pose(_STUDIO_VIEW),
-            blocks="\n    ".join(_BLOCK.format(**block) for block in blocks),
+            blocks="\n    ".join(blocks),
         )
     )
