@@ -27,7 +27,7 @@ class Libero:
 
     Args:
         image_size: side of the pictures, pixels; the published dataset has 256.
-        render: `published`: MuJoCo's defaults, for released weights; `light`: without shadows and multisampling, eleven
+        render: `published`: MuJoCo's defaults, for released weights; `light`: without shadows and multisampling, three
             times faster, for policies that were trained on such pictures.
     """
 
