@@ -38,6 +38,7 @@ def main(name: str) -> None:
             checkpoint = Path(folder) / recipe / "0"
             run(sys.executable, "-m", "manipi", "init", f"{FOLDER / file}:{recipe}", checkpoint)
             rows.append(evaluate(checkpoint, f"{name}/{suite}", recipe))
+        checkpoint = Path(folder) / recipes[0] / "0"
         if name == "metaworld":  # the one with an expert
             rows.append(evaluate(checkpoint, f"{name}/{suite}", "another scene's demonstration", "--replay"))
     print(f"\n{name}/{suite}: the loop is whole\n{'':32}success   steps of each trial   ms from observation to answer")

@@ -448,8 +448,7 @@ def try_task(simulator: Simulator, task: str) -> str:
     began = time.perf_counter()
     go_on(_TRIED_STEPS)
     stepped = time.perf_counter()
-    for _ in range(_TRIED_PICTURES):
-        last = _numbers(simulator.observe())
+    last = [_numbers(simulator.observe()) for _ in range(_TRIED_PICTURES)][-1]
     rendered = time.perf_counter()
     other = _numbers(simulator.reset(1, task))
     if not _differences(first, other):
