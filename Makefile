@@ -120,6 +120,10 @@ sim-libero: $(READY) simulators/libero/.venv/.installed  ## LIBERO: the same (2 
 sim-aloha: $(READY) simulators/aloha/.venv/.installed  ## gym-aloha: the same (0.6 GB)
 	$(BIN)/python simulators/try.py aloha
 
+.PRECIOUS: simulators/%/.venv/.installed
+sim-%: $(READY) simulators/%/.venv/.installed
+	$(BIN)/python simulators/try.py $*
+
 simulators/%/.venv/.installed: simulators/%/requirements.txt packages/manipi-client/pyproject.toml
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<

@@ -1,6 +1,6 @@
 """What `make sim-NAME` does: tries the simulator by itself, then the whole loop with policies of random weights.
 
-python simulators/try.py metaworld|libero|aloha
+python simulators/try.py NAME
 
 A policy that was never trained succeeds by chance at most: what is tried is that everything fits together.
 """
@@ -17,31 +17,34 @@ TRIED = {
     "libero": ("light", ("pi0_libero", "pi05_libero"), "small.py"),
     "aloha": ("light", ("pi0_aloha_sim",), "small.py"),
 }
-"""Per simulator: a suite, the recipes whose policies drive it, and the recipes' file."""
+"""Per simulator: a suite, the recipes whose policies drive it, and the recipes' file. Others are tried alone."""
 
 
 def run(*command: object) -> None:
     print(f"\n$ {' '.join(map(str, command))}", flush=True)
-    subprocess.run([str(part) for part in command], check=True)
+    done = subprocess.run([str(part) for part in command], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)  # it said why
 
 
 def main(name: str) -> None:
-    suite, recipes, file = TRIED[name]
     described = json.loads((FOLDER / name / "suite.json").read_text())
+    suite, recipes, file = TRIED.get(name, (next(iter(described["suites"])), (), ""))
     of_suite = {**described, **described["suites"][suite]}
     python, factory = FOLDER / name / ".venv/bin/python", FOLDER / name / described["factory"]
-    options = json.dumps(of_suite["options"])
-    run(python, "-m", "manipi_client.trials", factory, "--options", options, "--try", *of_suite["tasks"])
+    options = json.dumps(of_suite.get("options", {}))
+    run(python, "-m", "manipi_client.trials", factory, "--options", options, "--try", *of_suite.get("tasks", ()))
     rows = []
     with tempfile.TemporaryDirectory(prefix="manipi-try-") as folder:
         for recipe in recipes:
             checkpoint = Path(folder) / recipe / "0"
             run(sys.executable, "-m", "manipi", "init", f"{FOLDER / file}:{recipe}", checkpoint)
             rows.append(evaluate(checkpoint, f"{name}/{suite}", recipe))
-        checkpoint = Path(folder) / recipes[0] / "0"
         if name == "metaworld":  # the one with an expert
+            checkpoint = Path(folder) / recipes[0] / "0"
             rows.append(evaluate(checkpoint, f"{name}/{suite}", "another scene's demonstration", "--replay"))
-    print(f"\n{name}/{suite}: the loop is whole\n{'':32}success   steps of each trial   ms from observation to answer")
+    if rows:
+        print(f"\n{name}/{suite}: the loop is whole\n{'':32}success   steps of each trial   ms until an answer")
     for label, result in rows:
         success, steps = result["success"], ", ".join(str(trial["steps"]) for trial in result["trials"])
         latency = result["latency_ms"]["p50"]
