@@ -220,3 +220,9 @@ def test_the_command_that_tries():
 def test_a_simulator_that_is_not_there(name):
     with pytest.raises(InputError, match="make sim-NAME"):
         load_factory(name)
+
+
+def test_a_simulator_that_cannot_draw(tmp_path):
+    (tmp_path / "dark.py").write_text("None.glGetError")  # what PyOpenGL says without its library
+    with pytest.raises(InputError, match="apt-get install libosmesa6"):
+        load_factory(f"{tmp_path}/dark.py:Dark")

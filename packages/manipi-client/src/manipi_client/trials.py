@@ -29,6 +29,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 import traceback
@@ -538,11 +539,14 @@ def load_factory(name: str) -> Callable[..., Simulator]:
             module = importlib.import_module(place)
         return getattr(module, attribute)
     except (ImportError, OSError, AttributeError, ValueError) as error:
+        draws = re.search("glGetError|EGL|OpenGL|OSMesa", str(error))  # how a renderer without its library is imported
         raise InputError(
             expected="a simulator as FILE.py:FACTORY or MODULE:FACTORY, with its packages",
             found=f"{type(error).__name__}: {error}",
             where=shown(name, 200),
-            next="build its environment: make sim-NAME (docs/simulators.md)",
+            next="apt-get install libosmesa6, with which it draws, or libegl1, and set MUJOCO_GL to osmesa or egl"
+            if draws
+            else "build its environment: make sim-NAME (docs/simulators.md)",
         ) from error
 
 
