@@ -41,6 +41,10 @@ EXPECTED = (
     Skips("openpi.models_pytorch.pi0_pytorch", 2),
     Skips("lerobot.policies.factory", 13),
     Skips("set MANIPI_LEROBOT_PYTHON", 2),
+    # Simulators are large, and their tests run where somebody has built them.
+    Skips("make sim-metaworld", 2),
+    Skips("make sim-libero", 2),
+    Skips("make sim-aloha", 2),
 )
 
 

@@ -1,4 +1,4 @@
-"""docs/extending.md is true: the package that it shows adds a command, a robot, a recipe, a reader, an environment."""
+"""docs/extending.md is true: the package that it shows adds a command, a robot, a recipe, a reader, a suite."""
 
 import json
 import os
@@ -15,7 +15,9 @@ from manipi import extensions
 from manipi.cli import main
 from manipi.data.open import open_dataset
 from manipi.errors import ConfigError, DatasetFormatError, ManipiError, UnknownNameError
+from manipi.evaluate.suites import find_suite, suite_names
 from manipi.recipes.registry import load_recipe, load_robot, recipe_names
+from manipi_client.trials import load_factory, try_task
 
 PAGE = (Path(__file__).parents[1] / "docs/extending.md").read_text(encoding="utf-8")
 
@@ -93,15 +95,21 @@ def test_each_is_used_on_the_command_line(package, monkeypatch, capsys):
     )
     assert "checkpoint  run/checkpoints/2" in capsys.readouterr().out
     monkeypatch.setenv("PYTHONPATH", places(package))  # the policy server is a process of its own
-    main(["eval", "run/checkpoints/2", "--scenes", "1", "--execute-steps", "2", "--delay", "1", "--json", "eval.json"])
-    joins = json.loads(Path("eval.json").read_text())["closed_loop"]
-    assert {one["success"]["n"] for one in joins} == {1}
+    settings = ["--trials", "1", "--delay", "1", "--films", "0", "--json", "eval.json"]
+    main(["eval", "run/checkpoints/2", "--suite", "line/middle", *settings])
+    result = json.loads(Path("eval.json").read_text())
+    assert (result["suite"], result["options"], result["success"]["n"]) == ("line/middle", {"image_size": 16}, 1)
 
 
-def test_the_environment_is_found_by_name(package):
-    observation, _ = extensions.find("manipi.environments", "line")(image_size=16).reset(seed=0)
-    assert observation["picture"].shape == (16, 16, 3)
-    assert extensions.find("manipi.environments", "tabletop").__name__ == "Tabletop"
+def test_the_suite_is_found_by_name_and_its_simulator_holds_what_trials_rely_on(package):
+    suite = find_suite("line/middle")
+    assert {"line/middle", "tabletop/reach"} <= set(suite_names())
+    assert "expert: success after" in try_task(load_factory(suite.factory)(image_size=16), "")
+    install(package, "broken-package", {"manipi.suites": {"broken": "broken:SUITES"}})
+    with pytest.raises(UnknownNameError, match="did you mean line/middle"):
+        find_suite("line/midle")
+    with pytest.raises(ConfigError, match="the package broken-package"):
+        find_suite("broken/one")
 
 
 def test_our_own_are_entry_points_like_any_other():
@@ -212,7 +220,7 @@ def test_what_is_installed_meanwhile_is_found(package):
         extensions.find("manipi.commands", "later")
 
 
-@pytest.mark.parametrize("group", ["recipes", "environments", "commands", "datasets"])
+@pytest.mark.parametrize("group", ["recipes", "suites", "commands", "datasets"])
 def test_an_object_of_another_kind_names_its_package(group, package):
     install(package, "odd", {f"manipi.{group}": {"odd": "manipi_line.recordings:TASK"}})
     with pytest.raises(ConfigError, match=r"which has .*\n *found 'go to the middle'\n *where the package odd, entry"):

@@ -27,11 +27,11 @@ class Libero:
 
     Args:
         image_size: side of the pictures, pixels; the published dataset has 256.
-        render: `published`: MuJoCo's defaults, for released weights; `light`: without shadows and multisampling, eleven
+        render: `published`: MuJoCo's defaults, for released weights; `light`: without shadows and multisampling, three
             times faster, for policies that were trained on such pictures.
     """
 
-    control_hz = 20.0
+    control_hz, still = 20.0, STILL
 
     def __init__(self, *, image_size: int = 256, render: str = "published"):
         self._size, self._light, self._task = image_size, {"light": True, "published": False}[render], None

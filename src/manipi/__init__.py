@@ -21,6 +21,7 @@ _MODULES = {
     "train.config": (
         "AugmentConfig ComputeConfig DataConfig DatasetConfig LogConfig OptimizerConfig TrainConfig ValidationConfig"
     ),
+    "evaluate.suites": "Suite",
     "policy": "Policy",
     "serve.server": "PolicyServer",
     "exchange.exporting": "export_checkpoint",

@@ -29,6 +29,7 @@ from manipi.errors import (
     UnknownNameError,
     WeightsMismatchError,
 )
+from manipi.evaluate.suites import Suite
 from manipi.exchange.exporting import export_checkpoint
 from manipi.exchange.importing import import_checkpoint
 from manipi.model.config import (
@@ -111,6 +112,7 @@ __all__ = [
     "ServeError",
     "State",
     "StorageError",
+    "Suite",
     "TokenizerError",
     "TrainConfig",
     "TrainingError",

@@ -19,14 +19,17 @@ from manipi.errors import ConfigError, ManipiError, one_line, quoted, shown, unk
 KINDS = {
     "manipi.recipes": "recipe",
     "manipi.robots": "robot",
-    "manipi.environments": "environment",
     "manipi.suites": "family of suites",
     "manipi.datasets": "dataset reader",
     "manipi.commands": "command",
 }
 """The groups of entry points, and what one of each is called."""
-_FUNCTIONS = {group: ["__call__"] for group in ("manipi.recipes", "manipi.environments", "manipi.commands")}
-_FUNCTIONS["manipi.datasets"] = ["recognises", "open"]
+_FUNCTIONS = {
+    "manipi.recipes": ["__call__"],
+    "manipi.commands": ["__call__"],
+    "manipi.suites": ["keys", "__getitem__"],
+    "manipi.datasets": ["recognises", "open"],
+}
 """What an entry's object must have to be one."""
 
 

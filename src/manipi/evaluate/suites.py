@@ -6,6 +6,7 @@
 Scene, task and noise of trial i are functions of (suite, seed, i) alone, so that every policy meets the same ones.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from manipi.errors import ConfigError, SimulatorError, quoted, shown, unknown_name
+from manipi.errors import ConfigError, ManipiError, SimulatorError, quoted, shown, unknown_name
 from manipi.extensions import entries, find
 from manipi.records import read_json
 from manipi_client.trials import TrialSpec, derive
@@ -74,8 +75,11 @@ def simulators_folder() -> Path:
 
 def suite_names() -> list[str]:
     """All that can be asked for here; those of packages that cannot be imported are left out of the list."""
-    names = [name for family in entries("manipi.suites") for name in (f"{family}/{one}" for one in _family(family))]
-    return sorted(names + [f"{path.parent.name}/{one}" for path in _descriptions() for one in _read(path)["suites"]])
+    names = [f"{path.parent.name}/{one}" for path in _descriptions() for one in _read(path)["suites"]]
+    for family in entries("manipi.suites"):
+        with contextlib.suppress(ManipiError):
+            names += [f"{family}/{one}" for one in _family(family)]
+    return sorted(names)
 
 
 def find_suite(name: str) -> Suite:
