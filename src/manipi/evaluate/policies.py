@@ -86,7 +86,7 @@ class OpenPolicy:
                 expected="the checkpoint that the trials began with",
                 found="another one of the same name",
                 where=str(self.checkpoint),
-                next="evaluate a checkpoint that nobody writes to, and delete the folder of these trials",
+                next="evaluate a checkpoint that no training writes to, and delete the folder of these trials",
             )
 
 
