@@ -37,6 +37,24 @@ def test_hands_out_the_golden_sequence(golden_wire):
     assert broker.metadata == {"robot": "tiny"}
 
 
+def test_what_is_not_read_need_not_be_rendered():
+    class Careful(CountingPolicy):
+        def infer(self, observation):
+            assert observation == {"picture": 1}
+            return super().infer(observation)
+
+    rendered, all_seen = ActionChunkBroker(Careful(), 4), ActionChunkBroker(CountingPolicy(), 4)
+    needed = []
+    for step in range(11):
+        if step == 9:
+            rendered.reset()
+            all_seen.reset()
+        needed.append(rendered.needs_observation)
+        action = rendered.infer({"picture": 1} if needed[-1] else {})
+        assert action["actions"].tolist() == all_seen.infer({})["actions"].tolist()
+    assert [step for step, need in enumerate(needed) if need] == [0, 4, 8, 9]
+
+
 def test_slices_only_arrays_with_a_row_per_step():
     broker = ActionChunkBroker(
         CountingPolicy(embedding=np.arange(4), scalar=np.array(7), pair=[np.arange(6), (np.arange(6),)]), 2

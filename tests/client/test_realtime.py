@@ -190,6 +190,45 @@ def test_a_sequence_by_hand():
     assert list(broker.delays) == [2, 2], "a held step is no executed one"
 
 
+def test_what_is_not_read_need_not_be_rendered():
+    """Answers are let through one by one: H = 4, asked after 2 steps, and every one of them late."""
+    let_through, asked, starved = threading.Semaphore(1), [], []
+
+    class Slow:
+        metadata = REAL_TIME
+
+        def infer(self, observation):
+            asked.append(observation["n"])
+            let_through.acquire()
+            return {"actions": 10.0 * observation["n"] + np.arange(4.0)[:, None]}
+
+        def reset(self):
+            pass
+
+    def hold(observation, last):
+        starved.append(observation["n"])
+        return last
+
+    with RealTimeBroker(Slow(), 2, "asynchronous", on_starvation=hold) as broker:
+        needed = []
+        for n in range(9):
+            needed.append(broker.needs_observation)
+            if n in (3, 7):  # between the question and the step
+                let_through.release()
+                broker.wait()
+            assert needed[-1] == broker.needs_observation
+            broker.infer({"n": n} if needed[-1] else {})
+        let_through.release()
+        let_through.release()
+        broker.reset()
+        assert broker.needs_observation
+    # The answer to step 2 comes at step 3, and the next is due at 4. That one comes at 7, where the robot has starved
+    # since 6: what was rendered for it is sent at once.
+    assert asked == [0, 2, 4, 7]
+    assert starved == [6]
+    assert needed == [n in (0, 2, 4, 6, 7) for n in range(9)]
+
+
 # ---- an arm that is held goes on from where it stands ----------------------------------------------------------------
 
 PACE = 0.01

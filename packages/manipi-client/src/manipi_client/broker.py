@@ -74,6 +74,11 @@ class ActionChunkBroker:
     def metadata(self) -> Mapping[str, Any]:
         return self._policy.metadata
 
+    @property
+    def needs_observation(self) -> bool:
+        """Whether the next `infer` reads its observation; where it does not, `{}` will do, and no camera is read."""
+        return self._chunk is None
+
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """The next step: `actions` [A], and every other array, at any depth, that has a row per step of the chunk.
 

@@ -204,6 +204,7 @@ class RealTimeBroker:
         self._step = self._executed = self._failures = 0
         self._ask_after, self._timed = 0.0, False
         self._last_action: np.ndarray | None = None
+        self._reads: bool | None = None
         self.state = "waiting"
 
     @property
@@ -220,8 +221,29 @@ class RealTimeBroker:
         """Control steps since the observation that is being answered, also those that held; None: none is."""
         return None if self._asked is None else self._step - self._asked[0].step
 
+    @property
+    def needs_observation(self) -> bool:
+        """Whether the next `infer` reads its observation; where it does not, `{}` will do, and no camera is read.
+
+        What it says holds for that call, whatever arrives until then: an answer that comes between the two is executed,
+        and the policy is asked again a step later. It raises what `infer` raises.
+        """
+        if self._reads is None:
+            self._take_answer()
+            starves = self._on_starvation is not None and self._queue.action(self._executed) is None
+            self._reads = self._is_due() or starves
+        return self._reads
+
+    def _is_due(self) -> bool:
+        newest = self._queue.newest
+        due = newest is None or self._step - newest.step >= self._execute_steps
+        return due and self._asked is None and time.monotonic() >= self._ask_after
+
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """The action for this step: `actions` [A], and `starved`, whether it is not the policy's.
+
+        Args:
+            observation: of this step; `{}` where `needs_observation` is false.
 
         Raises:
             ActionChunkError: a chunk has fewer steps than `execute_steps`, or its actions another shape than before.
@@ -230,10 +252,9 @@ class RealTimeBroker:
             AccessDenied, PolicyChanged: the server does not let this client in, or is another robot's. Every other
                 failure to connect is a server that is not up yet.
         """
+        reads = self.needs_observation
         self._take_answer()
-        newest = self._queue.newest
-        due = newest is None or self._step - newest.step >= self._execute_steps
-        if due and self._asked is None and time.monotonic() >= self._ask_after:
+        if reads and self._is_due():
             self._ask(observation)
         if self._last_action is None or self._join == "synchronous":
             self.wait()
@@ -249,7 +270,7 @@ class RealTimeBroker:
             self._meter.add(action, None)
         else:
             self._meter.add(action, newest.step, time.monotonic() - newest.observed_at)
-        self.state, self._last_action = "starved" if starved else "running", action
+        self.state, self._last_action, self._reads = "starved" if starved else "running", action, None
         self._step, self._executed = self._step + 1, self._executed + (not starved)
         return {"actions": action, "starved": starved}
 
