@@ -78,6 +78,10 @@ class Aloha:
         physics = self._env._env.physics
         return physics.render(height=height, width=width, camera_id="top", render_flag_overrides=flags).copy()
 
+    @property
+    def still(self):
+        return self._env._env.task.get_qpos(self._env._env.physics)
+
     def close(self):
         for env in self._worlds.values():
             env._env.physics.free()  # its own end comes too late, and complains

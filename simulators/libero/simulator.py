@@ -31,7 +31,7 @@ class Libero:
             times faster, for policies that were trained on such pictures.
     """
 
-    control_hz = 20.0
+    control_hz, still = 20.0, STILL
 
     def __init__(self, *, image_size: int = 256, render: str = "published"):
         self._size, self._light, self._task = image_size, {"light": True, "published": False}[render], None

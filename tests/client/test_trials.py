@@ -1,13 +1,17 @@
 """A trial is a function of its numbers: lock-step, noise, controls, and what a simulator may get wrong."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from tests.evaluate.simulator import Line
+from tests.evaluate.simulator import __file__ as simulator_file
 
 from manipi_client import RealTimeBroker
 from manipi_client.errors import InputError
 from manipi_client.realtime import JOINS
-from manipi_client.trials import LockStep, TrialSpec, derive, film, load_factory, run_trial
+from manipi_client.trials import LockStep, TrialSpec, derive, film, load_factory, run_trial, try_task
 
 SPEC = TrialSpec(index=3, scene=17, task="right", noise=5, execute_steps=2)
 
@@ -146,6 +150,68 @@ def test_a_film_shows_the_motion_of_the_trial():
 def test_what_cannot_be_tried(simulator, changes, message):
     with pytest.raises(InputError, match=message):
         run_trial(simulator, Waves(), TrialSpec(**{**vars(SPEC), **changes}))
+
+
+class Drifting(Line):
+    """A reset forgets nothing: the point goes on from where it was."""
+
+    def reset(self, seed, task):
+        before = getattr(self, "_x", None)
+        observation = super().reset(seed, task)
+        if before is not None:
+            self._x = before
+        return observation if before is None else self.observe()
+
+
+class Slipping(Line):
+    """Its first observation is a function of the scene, and its steps are not."""
+
+    steps_ever = 0
+
+    def step(self, action):
+        self.steps_ever += 1
+        super().step(action)
+        self._x += 1e-6 * self.steps_ever
+
+
+class Alike(Line):
+    def reset(self, seed, task):
+        return super().reset(0, task)
+
+
+def test_a_simulator_is_tried_without_a_policy():
+    said = try_task(Line(), "right")
+    assert said.startswith("right: 'go right'; image [4, 4, 3], state [1]; command [2], 10 Hz, 12 steps; here ")
+    simulator = Line(expert=False)
+    simulator.still = np.zeros(2)
+    assert "command [2]" in try_task(simulator, "right")
+
+
+@pytest.mark.parametrize(
+    ("simulator", "message"),
+    [
+        (Drifting(), "as it was at its start"),
+        (Slipping(), r"as it was after the same \d+ commands.*\n.*state by up to"),
+        (Alike(), "scenes that differ"),
+        (Line(black=True), "all alike"),
+        (Line(expert=False), "with `still`"),
+    ],
+)
+def test_what_trials_could_not_rely_on(simulator, message):
+    with pytest.raises(InputError, match=message):
+        try_task(simulator, "right")
+
+
+def test_the_command_that_tries():
+    def run(*arguments):
+        command = [sys.executable, "-m", "manipi_client.trials", f"{simulator_file}:Line", *arguments]
+        return subprocess.run(command, capture_output=True, timeout=60)
+
+    done = run("--try", "right", "far")
+    assert [line.split(b":")[0] for line in done.stdout.splitlines()] == [b"right", b"far"]
+    done = run("--options", '{"black": true}', "--try", "right")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"InputError\nexpected a picture" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["nothing.py:Line", "manipi_client.trials:Nothing", "no_such_module:Line", "what"])

@@ -12,8 +12,11 @@ what happens, and two policies can be compared on the same scenes with the same 
 
     python -m manipi_client.trials FILE.py:FACTORY --url ws://HOST:PORT [--options JSON] [--threads N]
 
-reads requests from standard input and writes events to standard output, a line of JSON each. Shape letter: A action
-dimensions.
+reads requests from standard input and writes events to standard output, a line of JSON each. Without a server,
+
+    python -m manipi_client.trials FILE.py:FACTORY --try TASK…
+
+looks whether a simulator does what trials rely on. Shape letter: A action dimensions.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Protocol, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Protocol, Tuple
 
 import numpy as np
 
@@ -60,6 +63,7 @@ class Simulator(Protocol):
     collisions       int: contacts since the reset that should not be
     position         [3] metres: where the tool is, for the length of its path
     expert()         the command [A] of a scripted demonstrator for the present moment
+    still            [A]: a command that moves nothing, for `--try` of a simulator without an expert
     picture()        uint8 [h, w, 3] for people
     description      dict of what the result should say: how it renders, which versions
     close()          at the end
@@ -397,18 +401,100 @@ def _blinded(value: Any) -> Any:
     return np.zeros_like(value) if isinstance(value, np.ndarray) and value.ndim == 3 else value
 
 
-def _require_pictures(observation: Mapping[str, Any], simulator: Simulator) -> None:
-    """A renderer without a working driver draws black and says nothing."""
+def _leaves(observation: Mapping[str, Any], path: str = "") -> Iterator[Tuple[str, Any]]:
+    """Keys and values, those of maps in it with their whole path."""
     for key, value in observation.items():
         if isinstance(value, Mapping):
-            _require_pictures(value, simulator)
-        elif isinstance(value, np.ndarray) and value.ndim == 3 and np.ptp(value) <= 2:
+            yield from _leaves(value, f"{path}{key}/")
+        else:
+            yield f"{path}{key}", value
+
+
+def _require_pictures(observation: Mapping[str, Any], simulator: Simulator) -> None:
+    """A renderer without a working driver draws black and says nothing."""
+    for key, value in _leaves(observation):
+        if isinstance(value, np.ndarray) and value.ndim == 3 and np.ptp(value) <= 2:
             raise InputError(
                 expected="a picture of the scene",
                 found=f"{list(value.shape)} pixels that are all alike, from {value.min()} to {value.max()}",
                 where=f"observation key {key!r} of {type(simulator).__name__}, MUJOCO_GL={os.environ.get('MUJOCO_GL')}",
                 next="set MUJOCO_GL to osmesa or egl, and install that library (libosmesa6, libegl1)",
             )
+
+
+def try_task(simulator: Simulator, task: str) -> str:
+    """What trials rely on, tried without a policy: pictures, and episodes that are functions of scene and commands.
+
+    The expert, or nothing, moves scene 0; then scene 1 is begun, and scene 0 once more, with the same commands.
+
+    Returns:
+        What was found, a line for people.
+
+    Raises:
+        InputError: pictures are all alike, scenes are, or an episode is not the same the second time.
+    """
+    first = _numbers(simulator.reset(0, task))
+    _require_pictures(first, simulator)
+    act = getattr(simulator, "expert", None) or (lambda: _needed(simulator, "still", "steps without an expert"))
+    actions: List[np.ndarray] = []
+    began = time.perf_counter()
+    while len(actions) < _TRIED_STEPS and not simulator.success and getattr(simulator, "failure", None) is None:
+        actions.append(np.array(act(), np.float32))
+        simulator.step(actions[-1])
+    stepped = time.perf_counter()
+    for _ in range(_TRIED_PICTURES):
+        last = _numbers(simulator.observe())
+    rendered = time.perf_counter()
+    other = _numbers(simulator.reset(1, task))
+    if not _differences(first, other):
+        raise InputError(
+            expected="scenes that differ",
+            found="the same first observation in scenes 0 and 1",
+            where=f"{type(simulator).__name__}.reset(seed, {shown(task)})",
+            next="draw the scene from the seed; with a simulator of one scene, more trials tell nothing",
+        )
+    _require_same(first, simulator.reset(0, task), "at its start", simulator, task)
+    for action in actions:
+        simulator.step(action)
+    _require_same(last, simulator.observe(), f"after the same {len(actions)} commands", simulator, task)
+    rates = len(actions) / (stepped - began), _TRIED_PICTURES / (rendered - stepped)
+    shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in first.items())
+    return (
+        f"{task}: {shown(simulator.prompt)}; {shapes}; command {list(actions[0].shape)}, {simulator.control_hz:g} Hz, "
+        f"{simulator.max_steps} steps; here {rates[0]:.1f} steps/s, {rates[1]:.1f} observations/s"
+    )
+
+
+_TRIED_STEPS, _TRIED_PICTURES = 20, 3
+
+
+def _numbers(observation: Mapping[str, Any]) -> Dict[str, np.ndarray]:
+    """The arrays of an observation, copied."""
+    return {key: np.array(value) for key, value in _leaves(observation) if not isinstance(value, str)}
+
+
+def _differences(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> List[str]:
+    """What is not equal to the last bit."""
+    said = [f"{key} only once" for key in sorted(one.keys() ^ other.keys())]
+    for key in [key for key in one if key in other and not np.array_equal(one[key], other[key])]:
+        a, b = one[key], other[key]
+        same_shape = a.shape == b.shape
+        most = np.abs(a.astype(float) - b.astype(float)).max() if same_shape else None
+        said.append(f"{key} by up to {most:.2g}" if same_shape else f"{key} of {a.shape} and {b.shape}")
+    return said
+
+
+def _require_same(
+    before: Mapping[str, np.ndarray], now: Mapping[str, Any], moment: str, simulator: Simulator, task: str
+) -> None:
+    differences = _differences(before, _numbers(now))
+    if differences:
+        raise InputError(
+            expected=f"scene 0 as it was {moment}, whatever was done in between",
+            found=f"another observation: {'; '.join(differences)}",
+            where=f"{type(simulator).__name__}, task {shown(task)}",
+            next="reset everything that steps change, controllers and random numbers too",
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -438,6 +524,7 @@ def load_factory(name: str) -> Callable[..., Simulator]:
             assert spec is not None, place
             assert spec.loader is not None, place
             module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # where dataclasses look for it
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
@@ -455,7 +542,9 @@ def main() -> None:
     """What a worker process does, until its standard input ends."""
     parser = argparse.ArgumentParser(prog="python -m manipi_client.trials", description=__doc__.splitlines()[0])
     parser.add_argument("factory", help="FILE.py:FACTORY or MODULE:FACTORY")
-    parser.add_argument("--url", required=True, help="address of the policy server")
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--url", help="address of the policy server")
+    wanted.add_argument("--try", dest="tried", nargs="*", metavar="TASK", help="tasks to try without a server")
     parser.add_argument("--options", default="{}", help="what the factory is called with, as JSON")
     args = parser.parse_args()
     # Simulators print as they like: lines of ours alone may reach the process that reads them.
@@ -468,14 +557,23 @@ def main() -> None:
 
     try:
         simulator = load_factory(args.factory)(**json.loads(args.options))
+        if args.tried is not None:
+            for task in args.tried or [""]:
+                print(try_task(simulator, task), file=events, flush=True)
+            getattr(simulator, "close", lambda: None)()
+            return
         versions = {"python": platform.python_version(), "numpy": np.__version__}
         tell(ready={**versions, **getattr(simulator, "description", {})})
         _answer_requests(simulator, WebsocketPolicy(args.url, None, os.environ.get("MANIPI_TOKEN"), lazy=True), tell)
         getattr(simulator, "close", lambda: None)()
     except ManipiClientError as error:
+        if args.tried is not None:
+            sys.exit(f"{type(error).__name__}\n{error}")
         tell(error={"kind": type(error).__name__, "text": str(error)})
         sys.exit(1)
-    except Exception:  # noqa: BLE001 - whatever a simulator raises is told, and the process ends.
+    except Exception:  # whatever a simulator raises is told, and the process ends
+        if args.tried is not None:
+            raise
         tell(error={"kind": "SimulatorError", "text": traceback.format_exc()[-4000:]})
         sys.exit(1)
 
