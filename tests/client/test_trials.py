@@ -66,7 +66,8 @@ def test_lock_step_is_the_real_time_broker_on_the_clock_of_steps(join, execute_s
     broker = LockStep(quick, execute_steps, join, delay=delay)
     actions = [broker.infer({"state": np.array([step])} if broker.needs_observation else None) for step in range(20)]
     np.testing.assert_array_equal(actions, expected)
-    for one, other in zip(quick.questions, slow.questions, strict=True):
+    assert len(quick.questions) == len(slow.questions)
+    for one, other in zip(quick.questions, slow.questions):
         one.pop("manipi/seed")
         np.testing.assert_equal(one, other)
     assert (broker.starved, broker.motion.seams) == (motion.starved_steps, motion.seams)
