@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1
 SHARED := $(if $(MANIPI_SHARED),$(MANIPI_SHARED),../shared)
 
-.PHONY: install check demo test test-long lint types layers size parity bench bench-cli bench-serve fuzz soak bench-data bench-train bench-infer bench-realtime test-lerobot test-client docs clean help
+.PHONY: install check demo test test-long lint types layers size parity bench bench-cli bench-serve fuzz soak bench-data bench-train bench-infer bench-realtime test-lerobot test-client sim-metaworld sim-libero sim-aloha docs clean help
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -110,9 +110,26 @@ $(CLIENT)/.installed: packages/manipi-client/pyproject.toml $(wildcard packages/
 	$(CLIENT)/bin/pip install --quiet --disable-pip-version-check pytest ./packages/manipi-client
 	@touch $@
 
+# Simulators: pinned packages in an environment of their own, with the client of this checkout. docs/simulators.md
+sim-metaworld: $(READY) simulators/metaworld/.venv/.installed  ## MetaWorld: build its environment (0.3 GB), and try the whole loop
+	$(BIN)/python simulators/try.py metaworld
+
+sim-libero: $(READY) simulators/libero/.venv/.installed  ## LIBERO: the same (2 GB)
+	$(BIN)/python simulators/try.py libero
+
+sim-aloha: $(READY) simulators/aloha/.venv/.installed  ## gym-aloha: the same (0.6 GB)
+	$(BIN)/python simulators/try.py aloha
+
+simulators/%/.venv/.installed: simulators/%/requirements.txt packages/manipi-client/pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	# In place: what changes in the client needs no installation.
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e packages/manipi-client
+	@touch $@
+
 docs: $(READY)  ## write the file tree of docs/architecture.md, then check the documentation: links, commands, examples
 	$(BIN)/python docs/make_tree.py
 	$(BIN)/python -m pytest -q tests/docs
 
 clean:
-	rm -rf $(VENV) $(LEROBOT) $(CLIENT) .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(LEROBOT) $(CLIENT) simulators/*/.venv .pytest_cache .ruff_cache .import_linter_cache

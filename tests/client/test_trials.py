@@ -183,6 +183,7 @@ class Alike(Line):
 def test_a_simulator_is_tried_without_a_policy():
     said = try_task(Line(), "right")
     assert said.startswith("right: 'go right'; image [4, 4, 3], state [1]; command [2], 10 Hz, 12 steps; here ")
+    assert said.endswith("expert: success after 5")
     simulator = Line(expert=False)
     simulator.still = np.zeros(2)
     assert "command [2]" in try_task(simulator, "right")

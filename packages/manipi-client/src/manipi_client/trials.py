@@ -425,7 +425,8 @@ def _require_pictures(observation: Mapping[str, Any], simulator: Simulator) -> N
 def try_task(simulator: Simulator, task: str) -> str:
     """What trials rely on, tried without a policy: pictures, and episodes that are functions of scene and commands.
 
-    The expert, or nothing, moves scene 0; then scene 1 is begun, and scene 0 once more, with the same commands.
+    The expert, or nothing, moves scene 0 for 20 steps; then scene 1 is begun, and scene 0 once more, with the same
+    commands. From there the expert goes on to its end.
 
     Returns:
         What was found, a line for people.
@@ -435,12 +436,17 @@ def try_task(simulator: Simulator, task: str) -> str:
     """
     first = _numbers(simulator.reset(0, task))
     _require_pictures(first, simulator)
-    act = getattr(simulator, "expert", None) or (lambda: _needed(simulator, "still", "steps without an expert"))
+    expert = getattr(simulator, "expert", None)
+    act = expert or (lambda: _needed(simulator, "still", "steps without an expert"))
     actions: List[np.ndarray] = []
+
+    def go_on(limit: int) -> None:
+        while len(actions) < limit and not simulator.success and getattr(simulator, "failure", None) is None:
+            actions.append(np.array(act(), np.float32))
+            simulator.step(actions[-1])
+
     began = time.perf_counter()
-    while len(actions) < _TRIED_STEPS and not simulator.success and getattr(simulator, "failure", None) is None:
-        actions.append(np.array(act(), np.float32))
-        simulator.step(actions[-1])
+    go_on(_TRIED_STEPS)
     stepped = time.perf_counter()
     for _ in range(_TRIED_PICTURES):
         last = _numbers(simulator.observe())
@@ -458,10 +464,13 @@ def try_task(simulator: Simulator, task: str) -> str:
         simulator.step(action)
     _require_same(last, simulator.observe(), f"after the same {len(actions)} commands", simulator, task)
     rates = len(actions) / (stepped - began), _TRIED_PICTURES / (rendered - stepped)
+    if expert:
+        go_on(simulator.max_steps)
+    reached = f"; expert: {'success' if simulator.success else 'no success'} after {len(actions)}" if expert else ""
     shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in first.items())
     return (
         f"{task}: {shown(simulator.prompt)}; {shapes}; command {list(actions[0].shape)}, {simulator.control_hz:g} Hz, "
-        f"{simulator.max_steps} steps; here {rates[0]:.1f} steps/s, {rates[1]:.1f} observations/s"
+        f"{simulator.max_steps} steps; here {rates[0]:.1f} steps/s, {rates[1]:.1f} observations/s{reached}"
     )
 
 
@@ -604,14 +613,7 @@ def _answer_requests(simulator: Simulator, policy: WebsocketPolicy, tell: Callab
 
 def _save_episode(path: Path, made: Mapping[str, Any]) -> None:
     """An .npz with a row per step under every key of the observation; `a/b` for a map in a map."""
-
-    def flat(value: Mapping[str, Any], folder: str = "") -> Dict[str, Any]:
-        found: Dict[str, Any] = {}
-        for key, one in value.items():
-            found.update(flat(one, f"{folder}{key}/") if isinstance(one, Mapping) else {f"{folder}{key}": one})
-        return found
-
-    rows = [flat(observation) for observation in made["observations"]]
+    rows = [dict(_leaves(observation)) for observation in made["observations"]]
     columns = {key: np.stack([row[key] for row in rows]) for key in rows[0] if key != "prompt"}
     partial = path.with_suffix(".partial.npz")
     np.savez(partial, **columns, actions=made["actions"], prompt=made["prompt"], success=made["success"])
