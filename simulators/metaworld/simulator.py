@@ -16,12 +16,14 @@ from metaworld.policies import ENV_POLICY_MAP
 
 SENTENCES = {
     "reach-v3": "move the hand to the red ball",
-    "drawer-open-v3": "open the drawer",
-    "door-open-v3": "open the door of the safe",
-    "plate-slide-v3": "slide the plate into the goal",
-    "window-close-v3": "push the window shut",
     "window-open-v3": "push the window open",
+    "plate-slide-v3": "slide the plate into the goal",
+    "handle-pull-v3": "pull the handle up",
+    "push-v3": "push the block to the green ball",
+    "window-close-v3": "push the window shut",
+    "drawer-open-v3": "open the drawer",
     "drawer-close-v3": "close the drawer",
+    "door-open-v3": "open the door of the safe",
     "button-press-v3": "press the button on the wall",
     "button-press-topdown-v3": "press the button from above",
 }
