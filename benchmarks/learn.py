@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -40,17 +41,20 @@ def main() -> None:
     args = parser.parse_args()
     folder, dataset, run = args.dir, args.dir / "dataset", args.dir / "run"
     folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no command goes on alone
 
     def stage(name: str, *arguments: object) -> None:
         """Runs a command and adds its time to the stage's, over all runs of this folder."""
         command = ["manipi", *(str(argument) for argument in arguments if argument != "")]
         print(f"\n$ {shlex.join(command)}", flush=True)
         began, path = time.monotonic(), folder / "seconds.json"
+        process = subprocess.Popen([sys.executable, "-m", *command])
         try:
-            subprocess.run([sys.executable, "-m", *command], check=True)
-        except subprocess.CalledProcessError as error:
-            sys.exit(error.returncode)
+            if process.wait():
+                sys.exit(process.returncode)
         finally:
+            process.terminate()
+            process.wait()
             seconds = json.loads(path.read_text()) if path.exists() else {}
             seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
             path.with_suffix(".partial").write_text(json.dumps(seconds))
@@ -63,8 +67,11 @@ def main() -> None:
         stage("check", "check", dataset, "--robot", args.recipe, "--json", folder / "check.json")
     if not (folder / "trained.json").exists():
         steps = () if args.steps is None else ("--steps", args.steps, "--optimizer.decay-steps", args.steps)
-        data = ("--run-dir", run, "--data.path", dataset, "--json", folder / "trained.json")
-        stage("train", "train", args.recipe, *data, *steps)
+        stage("train", "train", args.recipe, "--run-dir", run, "--data.path", dataset, *steps)
+        checkpoint = run / "checkpoints" / str(json.loads((run / "config.json").read_text())["steps"])
+        if not checkpoint.exists():  # a signal ended it, which is no fault of its own
+            sys.exit("training stopped before its last step: run the same command again")
+        (folder / "trained.json").write_text(json.dumps({"checkpoint": str(checkpoint)}))
     checkpoint = json.loads((folder / "trained.json").read_text())["checkpoint"]
     results = {}
     for name, flag in POLICIES.items():

@@ -20,25 +20,36 @@ class Manipi:
     """Stands for the commands: notes which ran, and writes what each leaves. Dies in the one that it is told."""
 
     def __init__(self, monkeypatch):
-        self.ran, self.dies_in = [], None
-        monkeypatch.setattr(subprocess, "run", self)
+        self.ran, self.dies_in, self.stops_at, self.returncode = [], None, 5, 0
+        monkeypatch.setattr(subprocess, "Popen", self)
 
-    def __call__(self, command, check):
+    def wait(self):
+        return self.returncode
+
+    def terminate(self):
+        pass
+
+    def __call__(self, command):
         assert command[:3] == [sys.executable, "-m", "manipi"]
-        assert check
         name, flags = command[3], command[4:]
         control = next((flag for flag in flags if flag in ("--blind", "--wrong-words", "--untrained")), "")
         self.ran.append(name + control)
-        if self.ran[-1] == self.dies_in:
-            raise subprocess.CalledProcessError(75, command)
+        self.returncode = 75 if self.ran[-1] == self.dies_in else 0
+        if self.returncode:
+            return self
         if name == "demonstrate":
             Path(flags[1]).mkdir()
         elif name == "eval":
             place = Path(flags[flags.index("--dir") + 1])
             place.mkdir(parents=True)
             (place / "result.json").write_text(json.dumps(result([not control] * 4)))
+        elif name == "train":
+            run = Path(flags[flags.index("--run-dir") + 1])
+            (run / "checkpoints" / str(self.stops_at)).mkdir(parents=True)
+            (run / "config.json").write_text(json.dumps({"steps": 5}))
         else:
-            Path(flags[flags.index("--json") + 1]).write_text(json.dumps({"checkpoint": "run/checkpoints/5"}))
+            Path(flags[flags.index("--json") + 1]).write_text("{}")
+        return self
 
 
 @pytest.fixture
@@ -78,6 +89,16 @@ def test_it_goes_on_where_it_was_stopped(learn, monkeypatch, tmp_path):
     manipi.ran = []
     assert learn() == found
     assert manipi.ran == []
+
+
+def test_training_that_a_signal_ended_is_not_done(learn, monkeypatch):
+    manipi = Manipi(monkeypatch)
+    manipi.stops_at = 3
+    with pytest.raises(SystemExit, match="before its last step"):
+        learn()
+    manipi.ran, manipi.stops_at = [], 5
+    learn()
+    assert manipi.ran[0] == "train"
 
 
 def test_trials_of_another_seed_are_others(learn, monkeypatch, tmp_path):
