@@ -14,6 +14,7 @@ import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as WORLDS
 from metaworld.policies import ENV_POLICY_MAP
 
+# The first four are the tasks of `metaworld/four`.
 SENTENCES = {
     "reach-v3": "move the hand to the red ball",
     "window-open-v3": "push the window open",
@@ -97,9 +98,9 @@ class MetaWorld:
 
     @property
     def wrong_prompt(self):
-        """The sentence of another task."""
-        names = list(SENTENCES)
-        return SENTENCES[names[(names.index(self._task) + 1) % len(names)]]
+        """Another sentence that the policy of `metaworld/four` knows."""
+        known = list(SENTENCES)[:4]
+        return SENTENCES[known[(known.index(self._task) + 1) % 4 if self._task in known else 0]]
 
     @property
     def position(self):
