@@ -27,7 +27,7 @@ POLICIES = {"trained": "", "blind": "--blind", "wrong words": "--wrong-words", "
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What a tiny policy learns of a suite's expert.")
     parser.add_argument("suite", help="FAMILY/NAME")
     parser.add_argument("--recipe", required=True, help="FILE.py:FUNCTION or a recipe's name; its robot is recorded")
     parser.add_argument("--dir", type=Path, required=True, help="folder of everything")
@@ -41,6 +41,12 @@ def main() -> None:
     args = parser.parse_args()
     folder, dataset, run = args.dir, args.dir / "dataset", args.dir / "run"
     folder.mkdir(parents=True, exist_ok=True)
+    mine = {name: getattr(args, name) for name in ("suite", "recipe", "episodes", "noise", "steps")}
+    claim = folder / "learn.json"
+    if not claim.exists():
+        claim.write_text(json.dumps(mine))
+    if (before := json.loads(claim.read_text())) != mine:
+        sys.exit(f"{folder} has what was learnt with {before}, not {mine}: name another --dir, or delete it")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no command goes on alone
 
     def stage(name: str, *arguments: object) -> None:
@@ -64,7 +70,9 @@ def main() -> None:
         made = ("--robot", args.recipe, "--episodes", args.episodes, "--noise", *args.noise)
         stage("record", "demonstrate", args.suite, dataset, *made)
     if not (folder / "check.json").exists():
-        stage("check", "check", dataset, "--robot", args.recipe, "--json", folder / "check.json")
+        found = folder / "findings.json"  # written where there are errors, too
+        stage("check", "check", dataset, "--robot", args.recipe, "--json", found)
+        found.replace(folder / "check.json")
     if not (folder / "trained.json").exists():
         steps = () if args.steps is None else ("--steps", args.steps, "--optimizer.decay-steps", args.steps)
         stage("train", "train", args.recipe, "--run-dir", run, "--data.path", dataset, *steps)

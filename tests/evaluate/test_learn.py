@@ -20,7 +20,8 @@ class Manipi:
     """Stands for the commands: notes which ran, and writes what each leaves. Dies in the one that it is told."""
 
     def __init__(self, monkeypatch):
-        self.ran, self.dies_in, self.stops_at, self.returncode = [], None, 5, 0
+        self.ran: list[str] = []
+        self.dies_in, self.stops_at, self.returncode = "", 5, 0
         monkeypatch.setattr(subprocess, "Popen", self)
 
     def wait(self):
@@ -76,7 +77,7 @@ def test_it_goes_on_where_it_was_stopped(learn, monkeypatch, tmp_path):
     with pytest.raises(SystemExit):
         learn()
     assert manipi.ran == ["train", "eval", "eval--blind"]
-    manipi.ran, manipi.dies_in = [], None
+    manipi.ran, manipi.dies_in = [], ""
     found = learn()
     assert manipi.ran == ["eval--blind", "eval--wrong-words", "eval--untrained"]
     assert json.loads((tmp_path / "seconds.json").read_text())["train"] > first["train"]
@@ -99,6 +100,13 @@ def test_training_that_a_signal_ended_is_not_done(learn, monkeypatch):
     manipi.ran, manipi.stops_at = [], 5
     learn()
     assert manipi.ran[0] == "train"
+
+
+def test_another_size_needs_another_folder(learn, monkeypatch):
+    Manipi(monkeypatch)
+    learn("--episodes", "8")
+    with pytest.raises(SystemExit, match="name another --dir"):
+        learn("--episodes", "9")
 
 
 def test_trials_of_another_seed_are_others(learn, monkeypatch, tmp_path):
