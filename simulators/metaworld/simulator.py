@@ -18,11 +18,11 @@ from metaworld.policies import ENV_POLICY_MAP
 SENTENCES = {
     "reach-v3": "move the hand to the red ball",
     "window-open-v3": "push the window open",
+    "plate-slide-v3": "slide the plate into the goal",
     "dial-turn-v3": "turn the dial",
     "lever-pull-v3": "pull the lever up",
     "handle-pull-v3": "pull the handle up",
     "push-v3": "push the block to the green ball",
-    "plate-slide-v3": "slide the plate into the goal",
     "window-close-v3": "push the window shut",
     "drawer-open-v3": "open the drawer",
     "drawer-close-v3": "close the drawer",
