@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,13 +26,15 @@ START_SECONDS = 120.0
 def policy_server(checkpoint: Path, *, threads: int = 1, flags: Sequence[str] = ()) -> Iterator[int]:
     """`manipi serve CHECKPOINT` on a free port of loopback; yields the port, and ends the process on the way out.
 
+    SIGTERM is a way out, too: it raises SystemExit in the main thread meanwhile.
+
     Args:
         flags: more of them.
 
     Raises:
         ServeError: it ended or did not start within two minutes; the message holds what it said.
     """
-    with tempfile.TemporaryDirectory(prefix="manipi-serve-") as folder:
+    with tempfile.TemporaryDirectory(prefix="manipi-serve-") as folder, _exit_on_sigterm():
         ready, log = Path(folder) / "port", Path(folder) / "log"
         flags = ["--port", "0", "--ready-file", str(ready), "--num-threads", str(threads), *flags]
         command = [sys.executable, "-m", "manipi", "serve", str(checkpoint), *flags]
@@ -51,6 +55,18 @@ def policy_server(checkpoint: Path, *, threads: int = 1, flags: Sequence[str] = 
         finally:
             process.terminate()
             process.wait()
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python hears signals in the main thread alone
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True, kw_only=True)
