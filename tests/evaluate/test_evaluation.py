@@ -12,6 +12,7 @@ import pytest
 from manipi.cli import main
 from manipi.errors import ConfigError, SimulatorError, StorageError, UnknownNameError
 from manipi.evaluate import evaluation as evaluation_module
+from manipi.evaluate import suites
 from manipi.evaluate.compare import compare_results, read_side
 from manipi.evaluate.evaluation import Evaluation, Settings
 from manipi.evaluate.report import write_evaluation
@@ -180,6 +181,26 @@ def test_controls_differ_on_the_same_scenes(evaluate):
     assert [row["seed"] for row in trials(plain)] == [row["seed"] for row in trials(held)]
     found = compare_results(read_side(plain.folder), read_side(held.folder), margin=0.05, alpha=0.05)
     assert (found.paired, found.trials) == (True, 6)
+
+
+def test_a_sweep_is_a_table_and_a_difference_from_its_first_setting(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suites, "find_suite", lambda name: SUITE)
+    path = tmp_path / "all.json"
+    flags = ["--suite", SUITE.name, "--trials", "3", "--delay", "1", "--films", "0", "--dir", str(tmp_path / "sweep")]
+    with FakePolicyServer(answer, METADATA) as server:
+        url = f"ws://127.0.0.1:{server.port}"
+        main(["eval", url, *flags, "--sweep", "join=synchronous,asynchronous,ensemble", "--json", str(path)])
+    results, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert [one["settings"]["join"] for one in results] == ["synchronous", "asynchronous", "ensemble"]
+    header = next(line for line in printed.splitlines() if "starved" in line).split()
+    assert header == ["k", "n", "rate", "low", "high", "s", "starved", "seams", "jump", "change", "jerk"]
+    for one in results:
+        name = f"join {one['settings']['join']}"
+        row = next(line for line in printed.splitlines() if line.startswith(name)).split()[2:]
+        assert row[:2] == [str(one["success"]["k"]), "3"]
+        assert float(row[5]) == pytest.approx(np.mean([trial["seconds"] for trial in one["trials"]]), rel=1e-3)
+    assert printed.count("beside join synchronous (B)") == 2
+    assert printed.count(", 3 scenes;") == 2
 
 
 def test_unknown_suites_list_the_known_ones():

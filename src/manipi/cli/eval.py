@@ -1,8 +1,10 @@
 """`manipi eval`: a checkpoint on held-out episodes, beside baselines; or in a simulator, in closed loop."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import tyro
@@ -12,6 +14,9 @@ from manipi.errors import ConfigError
 
 SWEPT = {"execute_steps": int, "num_steps": int, "delay": int, "join": str, "temperature": float}
 """What `--sweep` may vary."""
+
+MARGIN = 0.05
+"""Settings of a sweep are equivalent where their success differs by less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,8 @@ class _Eval(OnDevice):
     replay: bool = False
     """Suite, control: the expert's commands of another scene, without looking."""
     sweep: str | None = None
-    """Suite: one setting with several values, such as execute_steps=4,8,16; on the same scenes."""
+    """Suite: one setting with several values, such as execute_steps=4,8,16; on the same scenes. Prints a table, and how
+    each value differs from the first."""
     workers: int = 1
     """Suite: simulators side by side. What happens in a trial does not depend on it."""
     max_batch: int = 1
@@ -105,7 +111,8 @@ def _open_loop(args: _Eval) -> None:
 
     from manipi.data.action_error import evenly_spaced
     from manipi.data.dataset import command_units, label
-    from manipi.evaluate.open_loop import new_split, open_split, plot_chunks, predict, run_folder, score
+    from manipi.evaluate.open_loop import new_split, open_split, plot_chunks, predict, score
+    from manipi.evaluate.policies import run_folder
     from manipi.policy import Policy
 
     checkpoint = Path(args.policy)
@@ -176,7 +183,43 @@ def _suite(args: _Eval) -> None:
                 write_evaluation(page, results[-1], films, fps=evaluation.metadata.get("control_hz", 10.0))
             print(f"{suite.name}{''.join(f', {k} {v}' for k, v in one.items())}: {evaluation.success()}")
             print(f"result  {folder / 'result.json'}\npage    {page}")
+    if args.sweep is not None:
+        _compare_settings([", ".join(f"{key} {value}" for key, value in one.items()) for one in swept], results)
     write_result(results if args.sweep else results[0], args.json)
+
+
+def _compare_settings(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> None:
+    """Print a row for each setting, and how each differs from the first on the same scenes."""
+    from manipi.evaluate.compare import compare_results, read_side_of
+    from manipi.evaluate.statistics import ALPHA
+
+    def worst(trial: Mapping[str, Any], key: str) -> float | None:
+        """Of the first three dimensions: a gripper behind them has another unit. None where there is no number."""
+        value = trial[key] if isinstance(trial[key], list) else [trial[key]]
+        return max((one for one in value[:3] if one is not None), default=None)
+
+    def over(trials: Sequence[Mapping[str, Any]], key: str, reduce: Callable[[Sequence[float]], float]) -> float:
+        known = [one for trial in trials if (one := worst(trial, key)) is not None]
+        return float(reduce(known)) if known else math.nan
+
+    rows = []
+    for name, result in zip(names, results, strict=True):
+        trials, s = result["trials"], result["success"]
+        motion = (over(trials, "seam_jump", max), over(trials, "step_change", fmean), over(trials, "jerk", fmean))
+        counts = (sum(trial["starved"] for trial in trials), sum(trial["seams"] for trial in trials))
+        rates, seconds = (s["rate"], s["low"], s["high"]), fmean(trial["seconds"] for trial in trials)
+        rows.append((name, s["k"], s["n"], *rates, seconds, *counts, *motion))
+    print()
+    print(table(rows, ("", "k", "n", "rate", "low", "high", "s", "starved", "seams", "jump", "change", "jerk")))
+    print(
+        "\ns: an episode on the robot's clock; low, high: 95 % interval; jump: the largest change of a command at a"
+        "\nseam, change: the mean one within a chunk, both of the worst of the first three dimensions; jerk: the mean"
+        "\nthird difference without grippers"
+    )
+    first, *others = (replace(read_side_of(result), name=name) for name, result in zip(names, results, strict=True))
+    for other in others:
+        found = compare_results(other, first, margin=MARGIN, alpha=ALPHA / len(others))
+        print(f"\n{other.name} (A) beside {first.name} (B)\n{found.sentence(MARGIN)}")
 
 
 def _swept(sweep: str | None) -> list[dict[str, Any]]:

@@ -71,13 +71,13 @@ class OpenPolicy:
         """Where results go unless told otherwise: one folder for all that may not change."""
         defaults = {f.name: f.default for f in fields(Settings)} | {"execute_steps": suite.execute_steps}
         changed = {k: v for k, v in asdict(settings).items() if k not in ("trials", "seed") and v != defaults[k]}
-        step = "" if self.checkpoint is None else f"step_{self.checkpoint.name}"
+        run = None if self.checkpoint is None else run_folder(self.checkpoint)
+        step = "" if self.checkpoint is None else f"step_{self.checkpoint.resolve().name}"
         parts = [suite.name.replace("/", "_"), step, f"seed_{settings.seed}", *(f"{k}_{v}" for k, v in changed.items())]
         name = "_".join(part for part in parts if part)
-        if self.checkpoint is not None:
-            run = self.checkpoint.resolve().parent.parent
-            return (run if (run / "config.json").is_file() else Path("evaluations") / self.name) / "evaluations" / name
-        return Path("evaluations") / re.sub(r"\W+", "_", self.url) / name
+        if run is not None:
+            return run / "evaluations" / name
+        return Path("evaluations") / re.sub(r"\W+", "_", self.name).strip("_") / name
 
     def require_unchanged(self) -> None:
         """Raises ConfigError where the checkpoint's files are others than when it was opened."""
@@ -86,7 +86,7 @@ class OpenPolicy:
                 expected="the checkpoint that the trials began with",
                 found="another one of the same name",
                 where=str(self.checkpoint),
-                next="evaluate a checkpoint that nobody writes to, and delete the folder of these trials",
+                next="evaluate a checkpoint that no run writes any more, and delete the folder of these trials",
             )
 
 
@@ -127,9 +127,17 @@ def open_policy(
             write_untrained(served, checkpoint)
         flags = ("--device", device, "--limits.max-batch", str(max_batch))
         port = stack.enter_context(policy_server(served, threads=threads, flags=flags))
-        name = f"{checkpoint.resolve().parent.parent.name}, step {checkpoint.name}"
+        run = run_folder(checkpoint)
+        name = source if run is None else f"{run.name}, step {checkpoint.resolve().name}"
         address = f"ws://127.0.0.1:{port}"
         yield OpenPolicy(name=name, url=address, server=server, checkpoint=checkpoint, digest=digest)
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """runs/NAME of runs/NAME/checkpoints/STEP, when the checkpoint is still in its run."""
+    folder = Path(checkpoint).resolve()
+    run = folder.parent.parent
+    return run if folder.parent.name == "checkpoints" and (run / "config.json").is_file() else None
 
 
 def checkpoint_hash(checkpoint: Path) -> str:
