@@ -1,6 +1,7 @@
 """Evaluations: equal trial by trial, kept through every kind of end, and of one policy in one world."""
 
 import contextlib
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -37,13 +38,11 @@ def answer(observation):
 def evaluate(tmp_path):
     """`evaluate(name)` is an evaluation that ran in a folder of that name."""
 
-    def run(name="one", settings=SETTINGS, *, metadata=METADATA, infer=answer, options=(), workers=1, count=None):
+    def run(name="one", settings=SETTINGS, *, metadata=METADATA, infer=answer, options=(), count=None, **where):
         suite = replace(SUITE, options=dict(options))
         with (
             FakePolicyServer(infer, metadata) as server,
-            Evaluation(
-                tmp_path / name, suite, settings, f"ws://127.0.0.1:{server.port}", policy=name, workers=workers
-            ) as e,
+            Evaluation(tmp_path / name, suite, settings, f"ws://127.0.0.1:{server.port}", policy=name, **where) as e,
         ):
             e.run(count, show=False)
             e.finish()
@@ -67,6 +66,23 @@ def test_trial_by_trial_equal_whoever_runs_them(evaluate):
     assert [row["task"] for row in trials(one)] == ["right", "far"] * 3
     other = evaluate("other", replace(SETTINGS, seed=1))
     assert {row["seed"] for row in trials(one)}.isdisjoint(row["seed"] for row in trials(other))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs manipi[ray]")
+def test_trial_by_trial_equal_on_a_ray_cluster(evaluate, tmp_path):
+    assert trials(evaluate("spread", ray=True, workers=2)) == trials(evaluate("here"))
+    (tmp_path / "die_at_step").touch()
+    with pytest.raises(SimulatorError, match=r"signal 9[\s\S]*a word before"):
+        evaluate("again", ray=True, options={"folder": str(tmp_path)}.items())
+    assert trials(evaluate("again", ray=True, options={"folder": str(tmp_path)}.items())) == trials(evaluate("here"))
+    with pytest.raises(ConfigError, match="takes a processor"):
+        evaluate("many", ray=True, workers=1_000)
+
+
+def test_a_cluster_of_several_hosts_needs_an_address_that_they_reach(evaluate, monkeypatch):
+    monkeypatch.setattr(evaluation_module, "cluster_size", lambda: (8, 2))
+    with pytest.raises(ConfigError, match=r"all 2 hosts[\s\S]*--host ADDRESS"):
+        evaluate(ray=True)
 
 
 def test_scenes_are_far_from_those_of_demonstrations():

@@ -1,6 +1,8 @@
 """`manipi eval`: a checkpoint on held-out episodes, beside baselines; or in a simulator, in closed loop."""
 
 import math
+import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,8 +74,14 @@ class _Eval(OnDevice):
     sweep: str | None = None
     """Suite: one setting with several values, such as execute_steps=4,8,16; on the same scenes. Prints a table, and how
     each value differs from the first."""
-    workers: int = 1
-    """Suite: simulators side by side. What happens in a trial does not depend on it."""
+    workers: int = 0
+    """Suite: simulators side by side; what happens in a trial does not depend on it. 0: one, with --ray one for each
+    processor of the cluster."""
+    ray: bool = False
+    """Suite: run them on the Ray cluster that this process belongs to, or on one started here."""
+    host: str = "127.0.0.1"
+    """Suite: address to serve a checkpoint at, for a cluster of several hosts one that all of them reach; clients then
+    show the token MANIPI_TOKEN, or one that is made up for the purpose."""
     max_batch: int = 1
     """Suite: observations of several trials in one call of the model; their rounding then depends on each other."""
     films: int = 8
@@ -168,13 +176,15 @@ def _suite(args: _Eval) -> None:
     swept = _swept(args.sweep)
     results = []
     server = {"device": args.device, "threads": args.num_threads or 1, "max_batch": args.max_batch}
-    with open_policy(args.policy, **server, untrained=args.untrained) as opened:
+    if args.host != "127.0.0.1":
+        os.environ.setdefault("MANIPI_TOKEN", secrets.token_urlsafe())  # for the server, and for those that ask it
+    with open_policy(args.policy, **server, untrained=args.untrained, host=args.host) as opened:
         for one in swept:
             settings = Settings(**{**chosen, **one})
             folder = args.dir or opened.folder(suite, settings)
             if args.dir and args.sweep:
                 folder = args.dir / "_".join(f"{key}_{value}" for key, value in one.items())
-            named = {"policy": opened.name, "server": opened.server, "workers": args.workers}
+            named = {"policy": opened.name, "server": opened.server, "workers": args.workers, "ray": args.ray}
             with Evaluation(folder, suite, settings, opened.url, **named) as evaluation:
                 evaluation.run()
                 opened.require_unchanged()

@@ -22,7 +22,9 @@ START_SECONDS = 120.0
 
 @contextlib.contextmanager
 def policy_server(checkpoint: Path, *, threads: int = 1, flags: Sequence[str] = ()) -> Iterator[int]:
-    """`manipi serve CHECKPOINT` on a free port of loopback; yields the port, and ends the process on the way out.
+    """`manipi serve CHECKPOINT` on a free port, of loopback unless `flags` say another --host; yields the port.
+
+    The process ends on the way out.
 
     Args:
         flags: more of them.
@@ -92,7 +94,13 @@ class OpenPolicy:
 
 @contextlib.contextmanager
 def open_policy(
-    source: str, *, device: str = "auto", threads: int = 1, max_batch: int = 1, untrained: bool = False
+    source: str,
+    *,
+    device: str = "auto",
+    threads: int = 1,
+    max_batch: int = 1,
+    untrained: bool = False,
+    host: str = "127.0.0.1",
 ) -> Iterator[OpenPolicy]:
     """Serve a checkpoint, or find the server of a URL.
 
@@ -100,6 +108,7 @@ def open_policy(
         threads, max_batch: of the server; with one observation in each call of the model an answer is the same whoever
             else asks.
         untrained: serve random weights of the same network.
+        host: an address of this computer to serve at. Beyond loopback clients need the token MANIPI_TOKEN.
 
     Raises:
         ServeError: the server does not start.
@@ -125,11 +134,11 @@ def open_policy(
 
             served = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="manipi-untrained-"))) / "checkpoint"
             write_untrained(served, checkpoint)
-        flags = ("--device", device, "--limits.max-batch", str(max_batch))
+        flags = ("--device", device, "--limits.max-batch", str(max_batch), "--host", host)
         port = stack.enter_context(policy_server(served, threads=threads, flags=flags))
         run = run_folder(checkpoint)
         name = source if run is None else f"{run.name}, step {checkpoint.resolve().name}"
-        address = f"ws://127.0.0.1:{port}"
+        address = f"ws://{f'[{host}]' if ':' in host else host}:{port}"
         yield OpenPolicy(name=name, url=address, server=server, checkpoint=checkpoint, digest=digest)
 
 
