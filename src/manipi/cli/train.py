@@ -71,7 +71,12 @@ def main(arguments: Sequence[str]) -> None:
     from manipi.train.loop import train
     from manipi.train.run.folder import Run
 
-    checkpoint = train(args.config, run_dir, resume_from=args.resume_from)
+    rollouts = None
+    if args.config.validation.suite:
+        from manipi.cli.rollouts import rollouts_of
+
+        rollouts = rollouts_of(args.config)
+    checkpoint = train(args.config, run_dir, resume_from=args.resume_from, rollouts=rollouts)
     if os.environ.get("RANK", "0") != "0":
         return  # one of many processes, of which the first speaks
     run = Run(run_dir, args.config)

@@ -105,7 +105,7 @@ class Evaluation:
         self._num_workers = _places(url, workers) if ray else max(workers, 1)
         with WebsocketPolicy(url, None, os.environ.get("MANIPI_TOKEN")) as client:
             self.metadata = dict(client.metadata)
-        _require_fit(self.metadata, suite, settings)
+        require_fit(self.metadata, suite, settings)
         self.provenance = {
             "suite": suite.name,
             "robot": suite.robot,
@@ -305,7 +305,16 @@ def _smoothness(actions_TA: np.ndarray, robot: Robot | None) -> tuple[float | No
     return jerk, events if robot else None
 
 
-def _require_fit(metadata: Mapping[str, Any], suite: Suite, settings: Settings) -> None:
+def require_fit(metadata: Mapping[str, Any], suite: Suite, settings: Settings) -> None:
+    """That a policy can be tried so.
+
+    Args:
+        metadata: of its server; what is not said there is not looked at.
+
+    Raises:
+        SimulatorError: the suite is for another robot.
+        ConfigError: more steps than the policy predicts, or a join that it does not know.
+    """
     robot = (metadata.get("robot") or {}).get("name")
     if robot is not None and robot != suite.robot:
         raise SimulatorError(

@@ -13,8 +13,9 @@ from safetensors.numpy import load_file
 from manipi.errors import IntegrityError, TrainingError
 from manipi.records import Change, may_change, to_json, write_json
 from manipi.robots.robot import Robot
+from manipi.train.data import claim_videos
 from manipi.train.loop import train
-from manipi.train.run.folder import FORMAT, Run, claim_videos, read_config
+from manipi.train.run.folder import FORMAT, Run, read_config
 
 RECORDED = Path(__file__).parent / "run_of_0.1.0.tar.xz"
 """A dataset, a run of manipi 0.1.0 on it that was stopped at step 2 of 4, and the weights that it reached at step 4."""
