@@ -12,7 +12,7 @@ from PIL import Image
 
 from manipi.checkpoints.native import seal, verify
 from manipi.cli import main
-from manipi.cli.rollouts import SEED, rollouts_of
+from manipi.cli.train import VALIDATION_SEED, rollouts_of
 from manipi.data.dataset import command_units
 from manipi.data.feed.mixture import frames_of
 from manipi.data.lerobot.writer import LeRobotWriter
@@ -375,7 +375,7 @@ def test_rollouts_are_the_evaluation_of_the_checkpoint(tiny, tmp_path):
     config = tiny(steps=2, save_every=2, validation=DRIVEN, model=replace(tiny().model, action_horizon=8))
     checkpoint = train(config, tmp_path, rollouts=rollouts_of(config), show=False)
     driven = json.loads((tmp_path / "validation" / "2.trials" / "result.json").read_text())
-    suite, settings = find_suite(DRIVEN.suite), Settings(trials=2, seed=SEED)
+    suite, settings = find_suite(DRIVEN.suite), Settings(trials=2, seed=VALIDATION_SEED)
     with (
         open_policy(str(checkpoint)) as opened,
         Evaluation(tmp_path / "saved", suite, settings, opened.url, policy="saved") as saved,

@@ -258,7 +258,7 @@ Rollouts: TypeAlias = Callable[[Policy, Path, bool], Mapping[str, float]]
 """Drives a simulated robot with a policy, and keeps the trials in a folder; the last argument: whether to show a bar.
 
 Returns `success`, its interval `success_low` and `success_high`, and `trials`, the same for the same weights.
-`manipi.cli.rollouts` has the one of `manipi train`: servers and simulators are no part of training.
+`manipi.cli.train.rollouts_of` has the one of `manipi train`: servers and simulators are no part of training.
 """
 
 
@@ -282,7 +282,7 @@ class Validation:
                 expected=f"`rollouts`, which drive a robot in the suite {config.validation.suite}",
                 found="none",
                 where="run_training",
-                next="manipi train, which has them; or give manipi.cli.rollouts.rollouts_of(config), or no suite",
+                next="manipi train, which has them; or give manipi.cli.train.rollouts_of(config), or no suite",
             )
         if not show or not config.validation.every:
             return
