@@ -120,8 +120,9 @@ def read_side_of(result: Mapping[str, Any]) -> Side:
     """What `Evaluation.result` holds."""
     outcomes = tuple(row["success"] for row in result["trials"])
     scenes = {key: result.get(key) for key in ("suite", "seed", "options", "simulator")}
-    rate, control = success_rate(sum(outcomes), len(outcomes)), result.get("settings", {}).get("control")
-    name = result["policy"] + (f" ({control})" if control else "")
+    rate = success_rate(sum(outcomes), len(outcomes))
+    control = result.get("settings", {}).get("control")
+    name = result["policy"] if control is None else f"{result['policy']}, {control.replace('_', ' ')}"
     return Side(name=name, success=rate, outcomes=outcomes, suite=result["suite"], scenes=scenes)
 
 
@@ -216,13 +217,16 @@ def compare_groups(a: Sequence[Side], b: Sequence[Side], *, margin: float) -> Co
             where="manipi compare A1,A2 B1,B2",
             next="name as many results of other seeds of training, with commas between them",
         )
-    interval = groups_difference([one.success.rate for one in a], [one.success.rate for one in b])
-    winner = "a" if interval.low > 0 else "b" if interval.high < 0 else None
+    between = groups_difference([one.success.rate for one in a], [one.success.rate for one in b])
 
     def whole(group: Sequence[Side]) -> Side:
         counts = sum(one.success.k for one in group), sum(one.success.n for one in group)
         return Side(name=", ".join(one.name for one in group), success=success_rate(*counts))
 
+    # Runs that happen to have equal rates say less than that: their trials are chance as well.
+    within = unpaired_difference(whole(a).success, whole(b).success)
+    interval = Difference(between.difference, min(between.low, within.low), max(between.high, within.high))
+    winner = "a" if interval.low > 0 else "b" if interval.high < 0 else None
     trials = min(one.success.n for one in (*a, *b))
     why = "training runs are compared, not their trials"
     found = verdict(winner, interval, margin)
