@@ -217,3 +217,24 @@ def test_the_old_flag_names_the_new_one(capsys):
     with pytest.raises(SystemExit):
         main(["eval", "somewhere", "--scenes", "2"])
     assert "--suite tabletop/reach" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("--trials 0", "--workers 0", "--execute-steps 0", "--delay -1", "--num-steps 0", "--temperature nan"),
+        *("--films -1", "--max-batch 0", "--join magic", "--num-threads -2", "--sweep execute_steps=4,0"),
+    ],
+)
+def test_numbers_that_cannot_be_are_said_before_anything_starts(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "nowhere", "--suite", "tabletop/reach", "--dir", str(tmp_path), *flags.split()])
+    said = capsys.readouterr().err
+    assert "ConfigError" in said
+    assert flags.split()[flags.startswith("--sweep") and 1].split("=")[0].replace("_", "-").strip("-") in said
+
+
+@pytest.mark.parametrize(("delay", "advice"), [(3, "--execute-steps 1"), (7, "--delay 3 --execute-steps 1")])
+def test_what_to_do_about_a_short_chunk_helps(evaluate, delay, advice):
+    with pytest.raises(ConfigError, match=advice):
+        evaluate(settings=replace(SETTINGS, join="ensemble", delay=delay))

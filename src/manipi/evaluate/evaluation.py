@@ -33,6 +33,7 @@ from manipi.records import json_bytes, read_json, to_json
 from manipi.robots.robot import Gripper, LinkageGripper, Robot
 from manipi.storage import atomic_write, storage_errors
 from manipi_client import WebsocketPolicy
+from manipi_client.realtime import JOINS
 from manipi_client.trials import TrialSpec
 
 HANG_SECONDS = 120.0
@@ -57,13 +58,24 @@ class Settings:
     temperature: float | None = None
 
     def __post_init__(self) -> None:
-        if self.trials < 1:
-            raise ConfigError(expected="a trial or more", found=str(self.trials), where="--trials", next="--trials 200")
+        joins, temperature = ", ".join(JOINS), 0 if self.temperature is None else self.temperature
+        require("--trials", self.trials, self.trials >= 1, "a trial or more", "200")
+        require("--execute-steps", self.execute_steps, self.execute_steps >= 1, "a step of each chunk or more", "8")
+        require("--join", self.join, self.join in JOINS, f"one of {joins}", "synchronous")
+        require("--delay", self.delay, self.delay >= 0, "control steps, from 0", "2")
+        require("--num-steps", self.num_steps, self.num_steps is None or self.num_steps >= 1, "a step or more", "10")
+        require("--temperature", self.temperature, 0 <= temperature <= 100, "a temperature from 0 to 100", "1")
 
     def trial(self, suite: Suite, index: int) -> TrialSpec:
         settings = asdict(self)
         del settings["trials"]
         return suite.trial(settings.pop("seed"), index, **settings)
+
+
+def require(flag: str, value: object, fits: bool, expected: str, example: str) -> None:
+    """ConfigError where the value of a flag does not fit; it names one that does."""
+    if not fits:
+        raise ConfigError(expected=expected, found=shown(value), where=flag, next=f"{flag} {example}")
 
 
 class Evaluation:
@@ -301,16 +313,15 @@ def _require_fit(metadata: Mapping[str, Any], suite: Suite, settings: Settings) 
             where="the policy server's metadata",
             next="choose a suite of that robot with --suite (manipi eval --help lists all)",
         )
-    horizon = metadata.get("action_horizon")
-    if (
-        horizon is not None
-        and settings.execute_steps + (settings.delay if settings.join != "synchronous" else 0) > horizon
-    ):
+    horizon, delay = metadata.get("action_horizon"), 0 if settings.join == "synchronous" else settings.delay
+    if horizon is not None and settings.execute_steps + delay > horizon:
         raise ConfigError(
             expected=f"steps to execute and a delay, within {horizon} together",
-            found=f"{settings.execute_steps} and {settings.delay}",
+            found=f"{settings.execute_steps} and {delay}",
             where="--execute-steps and --delay",
-            next=f"--execute-steps {max(1, horizon - settings.delay)}",
+            next=f"--execute-steps {horizon - delay}"
+            if delay < horizon
+            else f"--delay {horizon - 1} --execute-steps 1",
         )
     if settings.join == "real_time" and not metadata.get("real_time"):
         raise ConfigError(
