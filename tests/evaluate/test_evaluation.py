@@ -2,12 +2,18 @@
 
 import contextlib
 import json
+import os
+import re
+import signal
+import socket
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.commands import Command
 
 from manipi.cli import main
 from manipi.errors import ConfigError, SimulatorError, StorageError, UnknownNameError
@@ -238,3 +244,26 @@ def test_numbers_that_cannot_be_are_said_before_anything_starts(flags, tmp_path,
 def test_what_to_do_about_a_short_chunk_helps(evaluate, delay, advice):
     with pytest.raises(ConfigError, match=advice):
         evaluate(settings=replace(SETTINGS, join="ensemble", delay=delay))
+
+
+@pytest.mark.slow
+def test_servers_and_workers_end_with_a_command_that_is_killed(trained, tmp_path):
+    made = Command(
+        "eval", trained("pi05"), "--suite", "tabletop/reach", "--execute-steps", "2", "--dir", tmp_path / "e"
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "e" / "trials.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = Path(f"/proc/{made.pid}/task/{made.pid}/children").read_text().split()
+    words = {child: Path(f"/proc/{child}/cmdline").read_text() for child in children}
+    ((worker, url),) = ((c, found) for c in children if (found := re.search(r"ws://127.0.0.1:(\d+)", words[c])))
+    port = int(url.group(1))
+    os.kill(made.pid, signal.SIGKILL)
+    with contextlib.suppress(ConnectionRefusedError):
+        while time.monotonic() < deadline:
+            time.sleep(0.2)
+            with contextlib.suppress(TimeoutError):
+                socket.create_connection(("127.0.0.1", port), 1).close()
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
