@@ -267,3 +267,39 @@ def test_servers_and_workers_end_with_a_command_that_is_killed(trained, tmp_path
     while Path(f"/proc/{worker}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_one_evaluation_at_a_time_in_a_folder(evaluate, tmp_path):
+    with (
+        FakePolicyServer(answer, METADATA) as server,
+        Evaluation(tmp_path / "one", SUITE, SETTINGS, f"ws://127.0.0.1:{server.port}", policy="one"),
+        pytest.raises(ConfigError, match="one evaluation at a time"),
+    ):
+        evaluate("one")
+    evaluate("one", count=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("trials.jsonl", "{}\n", "line 1 of trials.jsonl"),
+        ("trials.jsonl", '[1]\n{"index": 3}\n', "line 1 of trials.jsonl"),
+        ("trials.jsonl", "\x00\n", "line 1 of trials.jsonl"),
+        ("evaluation.json", "[]", "JSON object"),
+        ("evaluation.json", '{"suite', "JSON file"),
+        ("evaluation.json", "", "JSON file"),
+    ],
+)
+def test_a_folder_whose_files_are_broken(evaluate, tmp_path, name, content, message):
+    evaluate(count=1)
+    (tmp_path / "one" / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        evaluate()
+
+
+def test_a_folder_of_something_else_stays_as_it_is(evaluate, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "result.json").write_text("mine")
+    with pytest.raises(ConfigError, match=r"a folder with result.json"):
+        evaluate()
+    assert (tmp_path / "one" / "result.json").read_text() == "mine"

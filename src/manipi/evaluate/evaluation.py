@@ -29,12 +29,12 @@ import manipi
 from manipi.errors import ConfigError, SimulatorError, quoted, shown
 from manipi.evaluate.statistics import SuccessRate, success_rate
 from manipi.evaluate.suites import Suite
-from manipi.records import json_bytes, read_json, to_json
+from manipi.records import json_bytes, read_object, to_json
 from manipi.robots.robot import Gripper, LinkageGripper, Robot
-from manipi.storage import atomic_write, storage_errors
+from manipi.storage import Lock, atomic_write, storage_errors
 from manipi_client import WebsocketPolicy
 from manipi_client.realtime import JOINS
-from manipi_client.trials import TrialSpec
+from manipi_client.trials import TrialResult, TrialSpec
 
 HANG_SECONDS = 120.0
 """How long a simulator may take for its start, or for a step, before it counts as hung."""
@@ -121,7 +121,22 @@ class Evaluation:
             "versions": {"manipi": manipi.__version__, "python": platform.python_version()},
         }
         self.rows: dict[int, dict[str, Any]] = {}
-        self._claim()
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock = Lock(folder / ".lock", wait=False)
+            except BlockingIOError:
+                raise ConfigError(
+                    expected="one evaluation at a time in a folder",
+                    found="another that runs there now, or the same policy twice in a comparison",
+                    where=str(folder),
+                    next="wait for its end, or name another folder with manipi eval --dir",
+                ) from None
+        try:
+            self._claim()
+        except BaseException:
+            self._lock.close()
+            raise
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -130,26 +145,43 @@ class Evaluation:
 
     def _claim(self) -> None:
         """Read what the folder holds of this evaluation, or make it."""
-        path = self.folder / "evaluation.json"
+        path, log = self.folder / "evaluation.json", self.folder / "trials.jsonl"
         if not path.exists():
+            found = [name for name in ("trials.jsonl", "result.json", "report.html") if (self.folder / name).exists()]
+            if found:
+                raise self._not_ours(f"a folder with {', '.join(found)}, and without evaluation.json")
             atomic_write(path, json_bytes(self.provenance))
-        before = read_json(path)
+        before = read_object(path, ConfigError)
         for key, value in json.loads(json_bytes(self.provenance)).items():
             if key != "simulator" and before.get(key) != value:
                 raise ConfigError(
                     expected=f"trials with {key} {shown(value, 200)}",
                     found=f"some with {shown(before.get(key), 200)}",
                     where=str(self.folder),
-                    next="name another folder with --dir, or delete this one",
+                    next="move this folder away or delete it, or name another one with manipi eval --dir",
                 )
         self.provenance = before
-        log = self.folder / "trials.jsonl"
         if log.exists():
             whole, _, half = log.read_bytes().rpartition(b"\n")
             if half:  # a kill or a full disk in the middle of a line
                 atomic_write(log, whole + b"\n" if whole else b"")
-            rows = [json.loads(line) for line in whole.splitlines()]
-            self.rows = {row["index"]: row for row in rows}
+            for number, line in enumerate(whole.splitlines(), 1):
+                try:
+                    row = json.loads(line)
+                    TrialResult(**row)  # it has all that a trial has
+                    self.rows[row["index"]] = row
+                except (ValueError, LookupError, TypeError):
+                    raise self._not_ours(
+                        f"{shown(line.decode(errors='replace'), 200)} in line {number} of {log.name}"
+                    ) from None
+
+    def _not_ours(self, found: str) -> ConfigError:
+        return ConfigError(
+            expected="a new folder, or one of an evaluation",
+            found=found,
+            where=str(self.folder),
+            next="restore what was in it, or name another folder with manipi eval --dir",
+        )
 
     def __enter__(self) -> "Evaluation":
         return self
@@ -158,6 +190,7 @@ class Evaluation:
         for worker in self._workers:
             worker.close()
         self._workers = []
+        self._lock.close()
 
     def successes(self, count: int) -> list[bool]:
         """Of the first `count` trials, in order."""
