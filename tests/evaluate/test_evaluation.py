@@ -303,3 +303,15 @@ def test_a_folder_of_something_else_stays_as_it_is(evaluate, tmp_path):
     with pytest.raises(ConfigError, match=r"a folder with result.json"):
         evaluate()
     assert (tmp_path / "one" / "result.json").read_text() == "mine"
+
+
+def test_the_result_has_the_trials_that_were_asked_for(evaluate):
+    whole = trials(evaluate())
+    assert trials(evaluate(settings=replace(SETTINGS, trials=2))) == whole[:2]
+    log = evaluate().folder / "trials.jsonl"
+    kept = [line for line in log.read_text().splitlines() if json.loads(line)["index"] != 2]
+    log.write_text("".join(f"{line}\n" for line in kept))  # what a kill of three workers leaves
+    gap = evaluate(count=1)
+    assert trials(gap) == whole[:2]
+    assert read_side(gap.folder).success.n == 2
+    assert trials(evaluate()) == whole

@@ -144,6 +144,7 @@ def _suite(args: _Eval) -> None:
     from manipi.evaluate.evaluation import Evaluation, Settings, require
     from manipi.evaluate.policies import open_policy
     from manipi.evaluate.report import write_evaluation
+    from manipi.evaluate.statistics import SuccessRate
     from manipi.evaluate.suites import find_suite
 
     suite = find_suite(args.suite or "")
@@ -176,7 +177,8 @@ def _suite(args: _Eval) -> None:
                 results.append(evaluation.finish())
                 page, films = folder / "report.html", evaluation.films(args.films)
                 write_evaluation(page, results[-1], films, fps=evaluation.metadata.get("control_hz", 10.0))
-            print(f"{suite.name}{''.join(f', {k} {v}' for k, v in one.items())}: {evaluation.success()}")
+            rate = {key: value for key, value in results[-1]["success"].items() if key != "type"}
+            print(f"{suite.name}{''.join(f', {k} {v}' for k, v in one.items())}: {SuccessRate(**rate)}")
             print(f"result  {folder / 'result.json'}\npage    {page}")
     write_result(results if args.sweep else results[0], args.json)
 

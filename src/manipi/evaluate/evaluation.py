@@ -263,20 +263,26 @@ class Evaluation:
         return success_rate(sum(row["success"] for row in self.rows.values()), len(self.rows))
 
     def result(self) -> dict[str, Any]:
-        """All trials so far in order of index, without the commands that the arm executed, and what came of them."""
-        robot = self._robot()
-        rows = [self.rows[index] for index in sorted(self.rows)]
+        """The first trials of the settings, up to one that is missing, without the commands that the arm executed; and
+        what came of them."""
+        robot, rows = self._robot(), self._first_rows()
+        wins = sum(row["success"] for row in rows)
         times = [ms for row in rows for ms in row["infer_ms"]]
         p50, p95 = np.percentile(times, (50, 95)).tolist() if times else (None, None)
         return {
             **self.provenance,
             "policy": self.policy,
             "seed": self.settings.seed,
-            "success": to_json(self.success()),
+            "success": to_json(success_rate(wins, len(rows))),
             "latency_ms": {"p50": p50, "p95": p95},
             "batched_trials": sum(row["batched"] > 0 for row in rows),
             "trials": [_summary(row, robot) for row in rows],
         }
+
+    def _first_rows(self) -> list[dict[str, Any]]:
+        """An earlier command may have made more, and one that was killed some beyond a gap."""
+        present = itertools.takewhile(lambda index: index in self.rows, range(self.settings.trials))
+        return [self.rows[index] for index in present]
 
     def finish(self) -> dict[str, Any]:
         """`result`, written to the folder."""
@@ -286,7 +292,7 @@ class Evaluation:
 
     def films(self, count: int) -> dict[int, np.ndarray]:
         """Pictures uint8 [T, h, w, 3] of the first failures and successes by index: half of each where there are."""
-        rows = [self.rows[index] for index in sorted(self.rows)]
+        rows = self._first_rows()
         failures, wins = ([r for r in rows if r["success"] is won] for won in (False, True))
         wins = wins[: count - min(len(failures), count // 2)]
         chosen = [*wins, *failures[: count - len(wins)]]
