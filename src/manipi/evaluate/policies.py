@@ -83,7 +83,9 @@ class OpenPolicy:
         name = "_".join(part for part in parts if part)
         if self.checkpoint is not None:
             run = self.checkpoint.resolve().parent.parent
-            return (run if (run / "config.json").is_file() else Path()) / "evaluations" / name
+            if (run / "config.json").is_file():
+                return run / "evaluations" / name
+            return Path("evaluations") / f"{name}_{(self.digest or '')[:8]}"  # others may have its last name, too
         return Path("evaluations") / re.sub(r"\W+", "_", self.url) / name
 
     def require_unchanged(self) -> None:
