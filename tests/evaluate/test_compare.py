@@ -230,3 +230,15 @@ def test_a_result_of_another_version_is_not_paired(tmp_path):
     found = compare_results(*sides, margin=0.05, alpha=0.05)
     assert not found.paired
     assert "manipi '0.1.0' and '0.2.0'" in found.why_unpaired
+
+
+def test_training_runs_that_came_out_alike_prove_nothing_by_that():
+    def side(k, suite="a/b"):
+        return Side(name="one", success=success_rate(k, 10), suite=suite)
+
+    found = compare_groups([side(5), side(5)], [side(4), side(4)], margin=0.05)
+    assert found.verdict == "undecided"
+    assert found.low < -0.1 < found.difference < 0.3 < found.high
+    assert compare_groups([side(5), side(5)], [side(5), side(5)], margin=0.05).verdict == "undecided"
+    with pytest.raises(ConfigError, match="results of one suite"):
+        compare_groups([side(5), side(5)], [side(5), side(5, "c/d")], margin=0.05)

@@ -174,13 +174,7 @@ def compare_results(a: Side, b: Side, *, margin: float, alpha: float) -> Compari
     Raises:
         ConfigError: they are of different suites.
     """
-    if a.suite and b.suite and a.suite != b.suite:
-        raise ConfigError(
-            expected=f"results of one suite: {a.suite}, as {a.name} is",
-            found=b.suite,
-            where=b.name,
-            next=f"manipi eval CHECKPOINT --suite {a.suite}",
-        )
+    _require_one_suite(a, b)
     why = _why_unpaired(a, b)
     if a.outcomes is None or b.outcomes is None or why:
         interval = unpaired_difference(a.success, b.success)
@@ -192,6 +186,16 @@ def compare_results(a: Side, b: Side, *, margin: float, alpha: float) -> Compari
     for one, other in zip(a.outcomes, b.outcomes):
         test.add(one, other)
     return _paired(a, b, test, margin)
+
+
+def _require_one_suite(a: Side, b: Side) -> None:
+    if a.suite and b.suite and a.suite != b.suite:
+        raise ConfigError(
+            expected=f"results of one suite: {a.suite}, as {a.name} is",
+            found=b.suite,
+            where=b.name,
+            next=f"manipi eval CHECKPOINT --suite {a.suite}",
+        )
 
 
 def _why_unpaired(a: Side, b: Side) -> str:
@@ -224,7 +228,8 @@ def compare_groups(a: Sequence[Side], b: Sequence[Side], *, margin: float) -> Co
     """Two recipes that were trained several times each.
 
     Raises:
-        ConfigError: a group has one member, so that nothing is known of how training runs differ.
+        ConfigError: a group has one member, so that nothing is known of how training runs differ; or they are of
+            different suites.
     """
     if min(len(a), len(b)) < 2:
         raise ConfigError(
@@ -233,17 +238,23 @@ def compare_groups(a: Sequence[Side], b: Sequence[Side], *, margin: float) -> Co
             where="manipi compare A1,A2 B1,B2",
             next="name as many results of other seeds of training, with commas between them",
         )
-    interval = groups_difference([one.success.rate for one in a], [one.success.rate for one in b])
-    winner = "a" if interval.low > 0 else "b" if interval.high < 0 else None
+    for one in (*a, *b):
+        _require_one_suite(a[0], one)
 
     def whole(group: Sequence[Side]) -> Side:
         counts = sum(one.success.k for one in group), sum(one.success.n for one in group)
         return Side(name=", ".join(one.name for one in group), success=success_rate(*counts))
 
+    side_a, side_b = whole(a), whole(b)
+    between = groups_difference([one.success.rate for one in a], [one.success.rate for one in b])
+    # Training runs that came out alike by chance do not make the trials of all of them more than they are.
+    within = unpaired_difference(side_a.success, side_b.success)
+    interval = Difference(between.difference, min(between.low, within.low), max(between.high, within.high))
+    winner = "a" if interval.low > 0 else "b" if interval.high < 0 else None
     trials = min(one.success.n for one in (*a, *b))
     why = "training runs are compared, not their trials"
     found = verdict(winner, interval, margin)
-    return _comparison(whole(a), whole(b), interval, trials, found, paired=False, why_unpaired=why)
+    return _comparison(side_a, side_b, interval, trials, found, paired=False, why_unpaired=why)
 
 
 class _Finished:
