@@ -201,3 +201,53 @@ def test_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["compare", str(tmp_path / "a"), str(tmp_path / "nothing")])
     assert "--suite tabletop/reach" in capsys.readouterr().err
+
+
+TRIAL = {"index": 0, "success": True}
+RESULT = {"suite": "a/b", "seed": 0, "policy": "p", "settings": {}, "trials": [TRIAL]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            {**RESULT, "trials": trials}
+            for trials in ([], [1], {}, 3, [{"index": 0}], [{**TRIAL, "success": math.nan}])
+        ),
+        *({**RESULT, "trials": [{**TRIAL, "index": 1}]}, {**RESULT, "settings": 3}, {**RESULT, "versions": []}),
+        {key: RESULT[key] for key in ("suite", "seed", "trials")},
+        *({"per_episode": episodes} for episodes in ([], [1], [{}], {}, [{"success": math.nan}], [{"success": "no"}])),
+        *(
+            {"per_task": tasks}
+            for tasks in ([1], [{}], [{"metrics": {"successes": []}}], [{"metrics": {"successes": 1}}])
+        ),
+        *({}, [], None, 3, "text"),
+    ],
+)
+def test_results_of_odd_shapes(content, tmp_path):
+    (tmp_path / "eval_info.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"result\.json"):
+        read_side(tmp_path)
+
+
+def test_a_result_of_another_version_is_not_paired(tmp_path):
+    sides = []
+    for version in ("0.1.0", "0.2.0"):
+        path = tmp_path / f"{version}.json"
+        path.write_text(json.dumps({**RESULT, "versions": {"manipi": version}}))
+        sides.append(read_side(path))
+    found = compare_results(*sides, margin=0.05, alpha=0.05)
+    assert not found.paired
+    assert "manipi '0.1.0' and '0.2.0'" in found.why_unpaired
+
+
+def test_training_runs_that_came_out_alike_prove_nothing_by_that():
+    def side(k, suite="a/b"):
+        return Side(name="one", success=success_rate(k, 10), suite=suite)
+
+    found = compare_groups([side(5), side(5)], [side(4), side(4)], margin=0.05)
+    assert found.verdict == "undecided"
+    assert found.low < -0.1 < found.difference < 0.3 < found.high
+    assert compare_groups([side(5), side(5)], [side(5), side(5)], margin=0.05).verdict == "undecided"
+    with pytest.raises(ConfigError, match="results of one suite"):
+        compare_groups([side(5), side(5)], [side(5), side(5, "c/d")], margin=0.05)

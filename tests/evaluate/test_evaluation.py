@@ -3,12 +3,18 @@
 import contextlib
 import importlib.util
 import json
+import os
+import re
+import signal
+import socket
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.commands import Command
 
 from manipi.cli import main
 from manipi.errors import ConfigError, SimulatorError, StorageError, UnknownNameError
@@ -254,3 +260,95 @@ def test_the_old_flag_names_the_new_one(capsys):
     with pytest.raises(SystemExit):
         main(["eval", "somewhere", "--scenes", "2"])
     assert "--suite tabletop/reach" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("--trials 0", "--workers 0", "--execute-steps 0", "--delay -1", "--num-steps 0", "--temperature nan"),
+        *("--films -1", "--max-batch 0", "--join magic", "--num-threads -2", "--sweep execute_steps=4,0"),
+    ],
+)
+def test_numbers_that_cannot_be_are_said_before_anything_starts(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "nowhere", "--suite", "tabletop/reach", "--dir", str(tmp_path), *flags.split()])
+    said = capsys.readouterr().err
+    assert "ConfigError" in said
+    assert flags.split()[flags.startswith("--sweep") and 1].split("=")[0].replace("_", "-").strip("-") in said
+
+
+@pytest.mark.parametrize(("delay", "advice"), [(3, "--execute-steps 1"), (7, "--delay 3 --execute-steps 1")])
+def test_what_to_do_about_a_short_chunk_helps(evaluate, delay, advice):
+    with pytest.raises(ConfigError, match=advice):
+        evaluate(settings=replace(SETTINGS, join="ensemble", delay=delay))
+
+
+@pytest.mark.slow
+def test_servers_and_workers_end_with_a_command_that_is_killed(trained, tmp_path):
+    made = Command(
+        "eval", trained("pi05"), "--suite", "tabletop/reach", "--execute-steps", "2", "--dir", tmp_path / "e"
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "e" / "trials.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = Path(f"/proc/{made.pid}/task/{made.pid}/children").read_text().split()
+    words = {child: Path(f"/proc/{child}/cmdline").read_text() for child in children}
+    ((worker, url),) = ((c, found) for c in children if (found := re.search(r"ws://127.0.0.1:(\d+)", words[c])))
+    port = int(url.group(1))
+    os.kill(made.pid, signal.SIGKILL)
+    with contextlib.suppress(ConnectionRefusedError):
+        while time.monotonic() < deadline:
+            time.sleep(0.2)
+            with contextlib.suppress(TimeoutError):
+                socket.create_connection(("127.0.0.1", port), 1).close()
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_one_evaluation_at_a_time_in_a_folder(evaluate, tmp_path):
+    with (
+        FakePolicyServer(answer, METADATA) as server,
+        Evaluation(tmp_path / "one", SUITE, SETTINGS, f"ws://127.0.0.1:{server.port}", policy="one"),
+        pytest.raises(ConfigError, match="one evaluation at a time"),
+    ):
+        evaluate("one")
+    evaluate("one", count=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("trials.jsonl", "{}\n", "line 1 of trials.jsonl"),
+        ("trials.jsonl", '[1]\n{"index": 3}\n', "line 1 of trials.jsonl"),
+        ("trials.jsonl", "\x00\n", "line 1 of trials.jsonl"),
+        ("evaluation.json", "[]", "JSON object"),
+        ("evaluation.json", '{"suite', "JSON file"),
+        ("evaluation.json", "", "JSON file"),
+    ],
+)
+def test_a_folder_whose_files_are_broken(evaluate, tmp_path, name, content, message):
+    evaluate(count=1)
+    (tmp_path / "one" / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        evaluate()
+
+
+def test_a_folder_of_something_else_stays_as_it_is(evaluate, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "result.json").write_text("mine")
+    with pytest.raises(ConfigError, match=r"a folder with result.json"):
+        evaluate()
+    assert (tmp_path / "one" / "result.json").read_text() == "mine"
+
+
+def test_the_result_has_the_trials_that_were_asked_for(evaluate):
+    whole = trials(evaluate())
+    assert trials(evaluate(settings=replace(SETTINGS, trials=2))) == whole[:2]
+    log = evaluate().folder / "trials.jsonl"
+    kept = [line for line in log.read_text().splitlines() if json.loads(line)["index"] != 2]
+    log.write_text("".join(f"{line}\n" for line in kept))  # what a kill of three workers leaves
+    gap = evaluate(count=1)
+    assert trials(gap) == whole[:2]
+    assert read_side(gap.folder).success.n == 2
+    assert trials(evaluate()) == whole

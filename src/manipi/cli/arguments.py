@@ -39,6 +39,15 @@ class OnDevice:
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
 
+    def __post_init__(self) -> None:
+        if self.num_threads < 0:
+            raise ConfigError(
+                expected="a number of threads, from 0",
+                found=str(self.num_threads),
+                where="--num-threads",
+                next="--num-threads 1",
+            )
+
     def start(self) -> str:
         """Set torch's threads; returns the device, which is printed where it was left to us."""
         import torch

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
         is_result,
         read_side,
     )
-    from manipi.evaluate.evaluation import Settings
+    from manipi.evaluate.evaluation import Settings, require
     from manipi.evaluate.statistics import ALPHA
     from manipi.evaluate.suites import find_suite
 
@@ -61,6 +61,8 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(
             expected="two policies or more", found=f"{len(args.policies)}", where="manipi compare", next="name another"
         )
+    require("--margin", args.margin, 0 <= args.margin <= 100, "percentage points from 0 to 100", "5")
+    require("--workers", args.workers, args.workers >= 1, "a worker process or more", "2")
     margin, alpha = args.margin / 100, ALPHA / len(pairs)
     live = [source for source in args.policies if not is_result(source.split(",")[0])]
     if live and args.suite is None:
@@ -79,9 +81,9 @@ def main(arguments: Sequence[str]) -> None:
             return compare_results(read_side(Path(a)), read_side(Path(b)), margin=margin, alpha=alpha)
         suite = find_suite(args.suite or "")
         settings = Settings(
-            trials=args.trials or suite.trials,
+            trials=suite.trials if args.trials is None else args.trials,
             seed=args.seed,
-            execute_steps=args.execute_steps or suite.execute_steps,
+            execute_steps=suite.execute_steps if args.execute_steps is None else args.execute_steps,
         )
         server = {"device": args.device, "threads": args.num_threads or 1}
         return compare_policies(a, b, suite, settings, margin=margin, alpha=alpha, workers=args.workers, **server)

@@ -156,9 +156,10 @@ def _open_loop(args: _Eval) -> None:
 
 
 def _suite(args: _Eval) -> None:
-    from manipi.evaluate.evaluation import Evaluation, Settings
+    from manipi.evaluate.evaluation import Evaluation, Settings, require
     from manipi.evaluate.policies import open_policy
     from manipi.evaluate.report import write_evaluation
+    from manipi.evaluate.statistics import SuccessRate
     from manipi.evaluate.suites import find_suite
 
     suite = find_suite(args.suite or "")
@@ -166,21 +167,23 @@ def _suite(args: _Eval) -> None:
     if len(controls) > 1:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in controls)
         raise ConfigError(expected="one control at a time", found=flags, where="manipi eval", next="run it for each")
+    require("--workers", args.workers, args.workers >= 1, "a worker process or more", "2")
+    require("--max-batch", args.max_batch, args.max_batch >= 1, "an observation or more", "1")
+    require("--films", args.films, args.films >= 0, "a number of films, from 0", "8")
     chosen = {
-        "trials": args.trials or suite.trials,
+        "trials": suite.trials if args.trials is None else args.trials,
         "seed": args.seed,
-        "execute_steps": args.execute_steps or suite.execute_steps,
+        "execute_steps": suite.execute_steps if args.execute_steps is None else args.execute_steps,
         "control": controls[0] if controls else None,
         **{name: getattr(args, name) for name in ("join", "delay", "num_steps", "temperature")},
     }
-    swept = _swept(args.sweep)
+    swept = [(one, Settings(**{**chosen, **one})) for one in _swept(args.sweep)]
     results = []
     server = {"device": args.device, "threads": args.num_threads or 1, "max_batch": args.max_batch}
     if args.host != "127.0.0.1":
         os.environ.setdefault("MANIPI_TOKEN", secrets.token_urlsafe())  # for the server, and for those that ask it
     with open_policy(args.policy, **server, untrained=args.untrained, host=args.host) as opened:
-        for one in swept:
-            settings = Settings(**{**chosen, **one})
+        for one, settings in swept:
             folder = args.dir or opened.folder(suite, settings)
             if args.dir and args.sweep:
                 folder = args.dir / "_".join(f"{key}_{value}" for key, value in one.items())
@@ -191,10 +194,11 @@ def _suite(args: _Eval) -> None:
                 results.append(evaluation.finish())
                 page, films = folder / "report.html", evaluation.films(args.films)
                 write_evaluation(page, results[-1], films, fps=evaluation.metadata.get("control_hz", 10.0))
-            print(f"{suite.name}{''.join(f', {k} {v}' for k, v in one.items())}: {evaluation.success()}")
+            rate = {key: value for key, value in results[-1]["success"].items() if key != "type"}
+            print(f"{suite.name}{''.join(f', {k} {v}' for k, v in one.items())}: {SuccessRate(**rate)}")
             print(f"result  {folder / 'result.json'}\npage    {page}")
     if args.sweep is not None:
-        _compare_settings([", ".join(f"{key} {value}" for key, value in one.items()) for one in swept], results)
+        _compare_settings([", ".join(f"{key} {value}" for key, value in one.items()) for one, _ in swept], results)
     write_result(results if args.sweep else results[0], args.json)
 
 

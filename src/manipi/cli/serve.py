@@ -1,7 +1,11 @@
 """`manipi serve`: a checkpoint over websocket."""
 
+import contextlib
 import hashlib
 import logging
+import os
+import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +19,7 @@ from manipi.serve.access import Access, join_host, read_token, tls_context
 from manipi.serve.batching import Limits
 from manipi.serve.guard import GuardMode
 from manipi.serve.server import PolicyServer
-from manipi.storage import atomic_write
+from manipi.storage import Lock, atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +59,16 @@ class _Serve(OnDevice):
     """Keep matrices in 8 bits; only after `manipi bench infer CHECKPOINT --quantize KIND --data DATASET`."""
     ready_file: NewFile | None = None
     """Write the port to this file once clients can connect."""
+    while_locked: Path | None = None
+    """End as soon as this file is not locked (flock) any more: with the process that locks it, however that ends."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     args = parse(_Serve, arguments, "serve")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    if args.while_locked is not None:
+        threading.Thread(target=_end_when_free, args=(args.while_locked,), daemon=True).start()
     tls = tls_context(args.tls_cert, args.tls_key)
     access = Access(token=read_token(args.token_file), tls=tls, insecure=args.insecure)
     access.resolve(args.host, args.port)  # before the model is loaded
@@ -105,6 +113,12 @@ def main(arguments: Sequence[str]) -> None:
             atomic_write(args.ready_file, str(port).encode())
 
     server.serve_forever(ready)
+
+
+def _end_when_free(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # it is gone with its folder, once it is free
+        Lock(path).close()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _was_trained_without_prompt(checkpoint: Path) -> bool:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from manipi.errors import ConfigError, shown
 from manipi.evaluate.evaluation import Evaluation, Settings
-from manipi.evaluate.policies import open_policy
+from manipi.evaluate.policies import OpenPolicy, open_policy
 from manipi.evaluate.statistics import (
     Difference,
     SequentialTest,
@@ -107,21 +107,30 @@ def read_side(path: Path) -> Side:
     file = next((path / name for name in RESULTS if (path / name).is_file()), path)
     data = read_json(file, ConfigError)
     if isinstance(data, dict) and {"suite", "trials", "seed"} <= data.keys():
-        indices = [row["index"] for row in data["trials"]]
-        if not indices or indices != list(range(len(indices))):
+        try:
+            side, indices = read_side_of(data), [row["index"] for row in data["trials"]]
+        except (LookupError, TypeError, AttributeError) as error:
+            raise _not_a_result(file, f"trials that cannot be read: {type(error).__name__} {error}") from error
+        if indices != list(range(len(indices))):
             raise _not_a_result(file, f"{len(indices)} trials that are not all up to the last")
-        return read_side_of(data)
-    if (found := _lerobot_outcomes(data)) is not None:
+        return side
+    try:
+        found = _lerobot_outcomes(data)
+    except (LookupError, TypeError) as error:
+        raise _not_a_result(file, f"episodes that cannot be read: {type(error).__name__} {error}") from error
+    if found is not None:
         return Side(name=str(path), success=success_rate(sum(found), len(found)))
     raise _not_a_result(file, f"{type(data).__name__} with {shown(sorted(data) if isinstance(data, dict) else data)}")
 
 
 def read_side_of(result: Mapping[str, Any]) -> Side:
     """What `Evaluation.result` holds."""
-    outcomes = tuple(row["success"] for row in result["trials"])
+    outcomes = tuple(_outcome(row["success"]) for row in result["trials"])
+    if not outcomes:
+        raise LookupError("no trial")
     scenes = {key: result.get(key) for key in ("suite", "seed", "options", "simulator")}
-    rate = success_rate(sum(outcomes), len(outcomes))
-    control = result.get("settings", {}).get("control")
+    scenes["manipi"] = result.get("versions", {}).get("manipi")
+    rate, control = success_rate(sum(outcomes), len(outcomes)), result.get("settings", {}).get("control")
     name = result["policy"] if control is None else f"{result['policy']}, {control.replace('_', ' ')}"
     return Side(name=name, success=rate, outcomes=outcomes, suite=result["suite"], scenes=scenes)
 
@@ -131,10 +140,17 @@ def _lerobot_outcomes(data: Any) -> list[bool] | None:
     if not isinstance(data, dict):
         return None
     if isinstance(episodes := data.get("per_episode"), list) and episodes:
-        return [bool(episode["success"]) for episode in episodes]
+        return [_outcome(episode["success"]) for episode in episodes]
     if isinstance(tasks := data.get("per_task"), list) and tasks:
-        return [bool(one) for task in tasks for one in task["metrics"]["successes"]]
+        return [_outcome(one) for task in tasks for one in task["metrics"]["successes"]] or None
     return None
+
+
+def _outcome(value: Any) -> bool:
+    """Raises TypeError for what is neither true nor false, such as NaN."""
+    if value not in (0, 1):
+        raise TypeError(f"success {shown(value)}")
+    return bool(value)
 
 
 def _not_a_result(file: Path, found: str) -> ConfigError:
@@ -158,13 +174,7 @@ def compare_results(a: Side, b: Side, *, margin: float, alpha: float) -> Compari
     Raises:
         ConfigError: they are of different suites.
     """
-    if a.suite and b.suite and a.suite != b.suite:
-        raise ConfigError(
-            expected=f"results of one suite: {a.suite}, as {a.name} is",
-            found=b.suite,
-            where=b.name,
-            next=f"manipi eval CHECKPOINT --suite {a.suite}",
-        )
+    _require_one_suite(a, b)
     why = _why_unpaired(a, b)
     if a.outcomes is None or b.outcomes is None or why:
         interval = unpaired_difference(a.success, b.success)
@@ -176,6 +186,16 @@ def compare_results(a: Side, b: Side, *, margin: float, alpha: float) -> Compari
     for one, other in zip(a.outcomes, b.outcomes):
         test.add(one, other)
     return _paired(a, b, test, margin)
+
+
+def _require_one_suite(a: Side, b: Side) -> None:
+    if a.suite and b.suite and a.suite != b.suite:
+        raise ConfigError(
+            expected=f"results of one suite: {a.suite}, as {a.name} is",
+            found=b.suite,
+            where=b.name,
+            next=f"manipi eval CHECKPOINT --suite {a.suite}",
+        )
 
 
 def _why_unpaired(a: Side, b: Side) -> str:
@@ -208,7 +228,8 @@ def compare_groups(a: Sequence[Side], b: Sequence[Side], *, margin: float) -> Co
     """Two recipes that were trained several times each.
 
     Raises:
-        ConfigError: a group has one member, so that nothing is known of how training runs differ.
+        ConfigError: a group has one member, so that nothing is known of how training runs differ; or they are of
+            different suites.
     """
     if min(len(a), len(b)) < 2:
         raise ConfigError(
@@ -217,20 +238,23 @@ def compare_groups(a: Sequence[Side], b: Sequence[Side], *, margin: float) -> Co
             where="manipi compare A1,A2 B1,B2",
             next="name as many results of other seeds of training, with commas between them",
         )
-    between = groups_difference([one.success.rate for one in a], [one.success.rate for one in b])
+    for one in (*a, *b):
+        _require_one_suite(a[0], one)
 
     def whole(group: Sequence[Side]) -> Side:
         counts = sum(one.success.k for one in group), sum(one.success.n for one in group)
         return Side(name=", ".join(one.name for one in group), success=success_rate(*counts))
 
-    # Runs that happen to have equal rates say less than that: their trials are chance as well.
-    within = unpaired_difference(whole(a).success, whole(b).success)
+    side_a, side_b = whole(a), whole(b)
+    between = groups_difference([one.success.rate for one in a], [one.success.rate for one in b])
+    # Training runs that came out alike by chance do not make the trials of all of them more than they are.
+    within = unpaired_difference(side_a.success, side_b.success)
     interval = Difference(between.difference, min(between.low, within.low), max(between.high, within.high))
     winner = "a" if interval.low > 0 else "b" if interval.high < 0 else None
     trials = min(one.success.n for one in (*a, *b))
     why = "training runs are compared, not their trials"
     found = verdict(winner, interval, margin)
-    return _comparison(whole(a), whole(b), interval, trials, found, paired=False, why_unpaired=why)
+    return _comparison(side_a, side_b, interval, trials, found, paired=False, why_unpaired=why)
 
 
 class _Finished:
@@ -262,6 +286,7 @@ def compare_policies(
         whatever `Evaluation` raises.
     """
     with contextlib.ExitStack() as stack:
+        opened_policies: list[OpenPolicy] = []
         made: list[Evaluation] = []
         finished: list[_Finished] = []
         both: list[Evaluation | _Finished] = []
@@ -271,6 +296,7 @@ def compare_policies(
                 both.append(finished[-1])
                 continue
             opened = stack.enter_context(open_policy(source, **server))
+            opened_policies.append(opened)
             named = {"policy": opened.name, "server": opened.server, "workers": workers}
             folder = opened.folder(suite, settings)
             made.append(stack.enter_context(Evaluation(folder, suite, settings, opened.url, **named)))
@@ -287,16 +313,19 @@ def compare_policies(
                 )
         test = SequentialTest(alpha=alpha, planned=planned)
         bar = stack.enter_context(tqdm(total=planned, desc="compare", unit="scene"))
-        while test.trials < planned and not test.winner and not test.futile:
+        hopeless = test.futile  # so few trials can only show an interval, which takes all of them
+        while test.trials < planned and not test.winner and (hopeless or not test.futile):
             upto = min(test.trials + workers, planned)
             for one in both:
                 one.run(upto, show=False)
             for outcome in list(zip(*(one.successes(upto) for one in both)))[test.trials :]:
                 test.add(*outcome)
                 bar.update()
-                if test.winner or test.futile:
+                if test.winner or (test.futile and not hopeless):
                     break
             bar.set_postfix_str(f"A alone {test.wins_a}, B alone {test.wins_b}, p {test.p_value:.3g}", refresh=False)
+        for opened in opened_policies:
+            opened.require_unchanged()
         sides = []
         for one in both:
             outcomes = tuple(one.successes(test.trials))

@@ -33,11 +33,12 @@ from manipi.errors import ConfigError, SimulatorError, quoted, shown
 from manipi.evaluate.statistics import SuccessRate, success_rate
 from manipi.evaluate.suites import Suite
 from manipi.processes import Remote, cluster_size
-from manipi.records import json_bytes, read_json, to_json
+from manipi.records import json_bytes, read_object, to_json
 from manipi.robots.robot import Gripper, LinkageGripper, Robot
-from manipi.storage import atomic_write, storage_errors
+from manipi.storage import Lock, atomic_write, storage_errors
 from manipi_client import WebsocketPolicy
-from manipi_client.trials import TrialSpec
+from manipi_client.realtime import JOINS
+from manipi_client.trials import TrialResult, TrialSpec
 
 HANG_SECONDS = 120.0
 """How long a simulator may take for its start, or for a step, before it counts as hung."""
@@ -61,13 +62,24 @@ class Settings:
     temperature: float | None = None
 
     def __post_init__(self) -> None:
-        if self.trials < 1:
-            raise ConfigError(expected="a trial or more", found=str(self.trials), where="--trials", next="--trials 200")
+        joins, temperature = ", ".join(JOINS), 0 if self.temperature is None else self.temperature
+        require("--trials", self.trials, self.trials >= 1, "a trial or more", "200")
+        require("--execute-steps", self.execute_steps, self.execute_steps >= 1, "a step of each chunk or more", "8")
+        require("--join", self.join, self.join in JOINS, f"one of {joins}", "synchronous")
+        require("--delay", self.delay, self.delay >= 0, "control steps, from 0", "2")
+        require("--num-steps", self.num_steps, self.num_steps is None or self.num_steps >= 1, "a step or more", "10")
+        require("--temperature", self.temperature, 0 <= temperature <= 100, "a temperature from 0 to 100", "1")
 
     def trial(self, suite: Suite, index: int) -> TrialSpec:
         settings = asdict(self)
         del settings["trials"]
         return suite.trial(settings.pop("seed"), index, **settings)
+
+
+def require(flag: str, value: object, fits: bool, expected: str, example: str) -> None:
+    """ConfigError where the value of a flag does not fit; it names one that does."""
+    if not fits:
+        raise ConfigError(expected=expected, found=shown(value), where=flag, next=f"{flag} {example}")
 
 
 class Evaluation:
@@ -117,7 +129,22 @@ class Evaluation:
             "versions": {"manipi": manipi.__version__, "python": platform.python_version()},
         }
         self.rows: dict[int, dict[str, Any]] = {}
-        self._claim()
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock = Lock(folder / ".lock", wait=False)
+            except BlockingIOError:
+                raise ConfigError(
+                    expected="one evaluation at a time in a folder",
+                    found="another that runs there now, or the same policy twice in a comparison",
+                    where=str(folder),
+                    next="wait for its end, or name another folder with manipi eval --dir",
+                ) from None
+        try:
+            self._claim()
+        except BaseException:
+            self._lock.close()
+            raise
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -126,26 +153,43 @@ class Evaluation:
 
     def _claim(self) -> None:
         """Read what the folder holds of this evaluation, or make it."""
-        path = self.folder / "evaluation.json"
+        path, log = self.folder / "evaluation.json", self.folder / "trials.jsonl"
         if not path.exists():
+            found = [name for name in ("trials.jsonl", "result.json", "report.html") if (self.folder / name).exists()]
+            if found:
+                raise self._not_ours(f"a folder with {', '.join(found)}, and without evaluation.json")
             atomic_write(path, json_bytes(self.provenance))
-        before = read_json(path)
+        before = read_object(path, ConfigError)
         for key, value in json.loads(json_bytes(self.provenance)).items():
             if key != "simulator" and before.get(key) != value:
                 raise ConfigError(
                     expected=f"trials with {key} {shown(value, 200)}",
                     found=f"some with {shown(before.get(key), 200)}",
                     where=str(self.folder),
-                    next="name another folder with --dir, or delete this one",
+                    next="move this folder away or delete it, or name another one with manipi eval --dir",
                 )
         self.provenance = before
-        log = self.folder / "trials.jsonl"
         if log.exists():
             whole, _, half = log.read_bytes().rpartition(b"\n")
             if half:  # a kill or a full disk in the middle of a line
                 atomic_write(log, whole + b"\n" if whole else b"")
-            rows = [json.loads(line) for line in whole.splitlines()]
-            self.rows = {row["index"]: row for row in rows}
+            for number, line in enumerate(whole.splitlines(), 1):
+                try:
+                    row = json.loads(line)
+                    TrialResult(**row)  # it has all that a trial has
+                    self.rows[row["index"]] = row
+                except (ValueError, LookupError, TypeError):
+                    raise self._not_ours(
+                        f"{shown(line.decode(errors='replace'), 200)} in line {number} of {log.name}"
+                    ) from None
+
+    def _not_ours(self, found: str) -> ConfigError:
+        return ConfigError(
+            expected="a new folder, or one of an evaluation",
+            found=found,
+            where=str(self.folder),
+            next="restore what was in it, or name another folder with manipi eval --dir",
+        )
 
     def __enter__(self) -> "Evaluation":
         return self
@@ -154,6 +198,7 @@ class Evaluation:
         for worker in self._workers:
             worker.close()
         self._workers = []
+        self._lock.close()
 
     def successes(self, count: int) -> list[bool]:
         """Of the first `count` trials, in order."""
@@ -229,20 +274,26 @@ class Evaluation:
         return success_rate(sum(row["success"] for row in self.rows.values()), len(self.rows))
 
     def result(self) -> dict[str, Any]:
-        """All trials so far in order of index, without the commands that the arm executed, and what came of them."""
-        robot = self._robot()
-        rows = [self.rows[index] for index in sorted(self.rows)]
+        """The first trials of the settings, up to one that is missing, without the commands that the arm executed; and
+        what came of them."""
+        robot, rows = self._robot(), self._first_rows()
+        wins = sum(row["success"] for row in rows)
         times = [ms for row in rows for ms in row["infer_ms"]]
         p50, p95 = np.percentile(times, (50, 95)).tolist() if times else (None, None)
         return {
             **self.provenance,
             "policy": self.policy,
             "seed": self.settings.seed,
-            "success": to_json(self.success()),
+            "success": to_json(success_rate(wins, len(rows))),
             "latency_ms": {"p50": p50, "p95": p95},
             "batched_trials": sum(row["batched"] > 0 for row in rows),
             "trials": [_summary(row, robot) for row in rows],
         }
+
+    def _first_rows(self) -> list[dict[str, Any]]:
+        """An earlier command may have made more, and one that was killed some beyond a gap."""
+        present = itertools.takewhile(lambda index: index in self.rows, range(self.settings.trials))
+        return [self.rows[index] for index in present]
 
     def finish(self) -> dict[str, Any]:
         """`result`, written to the folder."""
@@ -252,7 +303,7 @@ class Evaluation:
 
     def films(self, count: int) -> dict[int, np.ndarray]:
         """Pictures uint8 [T, h, w, 3] of the first failures and successes by index: half of each where there are."""
-        rows = [self.rows[index] for index in sorted(self.rows)]
+        rows = self._first_rows()
         failures, wins = ([r for r in rows if r["success"] is won] for won in (False, True))
         wins = wins[: count - min(len(failures), count // 2)]
         chosen = [*wins, *failures[: count - len(wins)]]
@@ -323,16 +374,15 @@ def require_fit(metadata: Mapping[str, Any], suite: Suite, settings: Settings) -
             where="the policy server's metadata",
             next="choose a suite of that robot with --suite (manipi eval --help lists all)",
         )
-    horizon = metadata.get("action_horizon")
-    if (
-        horizon is not None
-        and settings.execute_steps + (settings.delay if settings.join != "synchronous" else 0) > horizon
-    ):
+    horizon, delay = metadata.get("action_horizon"), 0 if settings.join == "synchronous" else settings.delay
+    if horizon is not None and settings.execute_steps + delay > horizon:
         raise ConfigError(
             expected=f"steps to execute and a delay, within {horizon} together",
-            found=f"{settings.execute_steps} and {settings.delay}",
+            found=f"{settings.execute_steps} and {delay}",
             where="--execute-steps and --delay",
-            next=f"--execute-steps {max(1, horizon - settings.delay)}",
+            next=f"--execute-steps {horizon - delay}"
+            if delay < horizon
+            else f"--delay {horizon - 1} --execute-steps 1",
         )
     if settings.join == "real_time" and not metadata.get("real_time"):
         raise ConfigError(

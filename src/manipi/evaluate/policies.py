@@ -3,11 +3,9 @@
 import contextlib
 import hashlib
 import re
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +15,7 @@ from typing import Any
 from manipi.errors import ConfigError, IntegrityError, ServeError, shown
 from manipi.evaluate.evaluation import Settings
 from manipi.evaluate.suites import Suite
+from manipi.storage import Lock
 
 START_SECONDS = 120.0
 """How long a policy server may take to start."""
@@ -26,9 +25,7 @@ START_SECONDS = 120.0
 def policy_server(checkpoint: Path, *, threads: int = 1, flags: Sequence[str] = ()) -> Iterator[int]:
     """`manipi serve CHECKPOINT` on a free port, of loopback unless `flags` say another --host; yields the port.
 
-    The process ends on the way out.
-
-    SIGTERM is a way out, too: it raises SystemExit in the main thread meanwhile.
+    The process ends on the way out, and with this process, whatever that dies of.
 
     Args:
         flags: more of them.
@@ -36,9 +33,12 @@ def policy_server(checkpoint: Path, *, threads: int = 1, flags: Sequence[str] = 
     Raises:
         ServeError: it ended or did not start within two minutes; the message holds what it said.
     """
-    with tempfile.TemporaryDirectory(prefix="manipi-serve-") as folder, _exit_on_sigterm():
-        ready, log = Path(folder) / "port", Path(folder) / "log"
+    with contextlib.ExitStack() as until_ready:
+        folder = until_ready.enter_context(tempfile.TemporaryDirectory(prefix="manipi-serve-"))
+        ready, log, lock = Path(folder) / "port", Path(folder) / "log", Path(folder) / "lock"
+        ours = Lock(lock)  # ends with this process, even where that is killed
         flags = ["--port", "0", "--ready-file", str(ready), "--num-threads", str(threads), *flags]
+        flags += ["--while-locked", str(lock)]
         command = [sys.executable, "-m", "manipi", "serve", str(checkpoint), *flags]
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -53,22 +53,13 @@ def policy_server(checkpoint: Path, *, threads: int = 1, flags: Sequence[str] = 
                         next="run that command by itself and read what it says",
                     )
                 time.sleep(0.05)
-            yield int(ready.read_text())
+            port = int(ready.read_text())
+            until_ready.close()
+            yield port
         finally:
             process.terminate()
             process.wait()
-
-
-@contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python hears signals in the main thread alone
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+            ours.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,15 +136,19 @@ def open_policy(
     checkpoint, server = Path(source), {"device": device, "threads": threads, "max_batch": max_batch}
     with contextlib.ExitStack() as stack:
         digest, served = checkpoint_hash(checkpoint), checkpoint
+        until_served = stack.enter_context(contextlib.ExitStack())
         if untrained:
             from manipi.train.untrained import (
                 write_untrained,  # imports torch, which a comparison of files does without
             )
 
-            served = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="manipi-untrained-"))) / "checkpoint"
+            served = (
+                Path(until_served.enter_context(tempfile.TemporaryDirectory(prefix="manipi-untrained-"))) / "checkpoint"
+            )
             write_untrained(served, checkpoint)
         flags = ("--device", device, "--limits.max-batch", str(max_batch), "--host", host)
         port = stack.enter_context(policy_server(served, threads=threads, flags=flags))
+        until_served.close()
         address = f"ws://{f'[{host}]' if ':' in host else host}:{port}"
         yield OpenPolicy(name=source, url=address, server=server, checkpoint=checkpoint, digest=digest)
 

@@ -31,6 +31,7 @@ import os
 import platform
 import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -570,6 +571,7 @@ def main() -> None:
         events.write(json.dumps(event) + "\n")
         events.flush()
 
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         simulator = load_factory(args.factory)(**json.loads(args.options))
         if args.tried is not None:
@@ -591,6 +593,13 @@ def main() -> None:
             raise
         tell(error={"kind": "SimulatorError", "text": traceback.format_exc()[-4000:]})
         sys.exit(1)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Where that is killed, a trial may still wait for a policy server which ended with it."""
+    while os.getppid() == parent:
+        time.sleep(HEARTBEAT_S)
+    os._exit(1)
 
 
 def _answer_requests(simulator: Simulator, policy: WebsocketPolicy, tell: Callable[..., None]) -> None:
