@@ -432,7 +432,8 @@ class Worker:
         # One thread each: many simulators side by side would otherwise wait for each other.
         environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ}
         environment |= {"MANIPI_TOKEN": token} if token else {}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        # A group of its own: Ctrl-C, and a scheduler's signal, are for the process that keeps the trials.
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log, "process_group": 0}
         try:
             process: subprocess.Popen[str] = subprocess.Popen(command, **pipes, env=environment, text=True)  # type: ignore[call-overload]
         except FileNotFoundError as error:

@@ -154,10 +154,9 @@ def _train(
                 saver.save(progress.window)
         for step, batch, wait in guards.batches(state.step, end):
             if step == 0 and out.lead and config.guards.first_batch:
-                from manipi.train.watch.first_batch import save_first_batch
+                from manipi.train.watch.first_batch import save_first_batch as save_views
 
-                pictures = save_first_batch(run.folder / "first_batch", batch, loader.rows(0), data)
-                out.show(0, {}, {"camera_views": pictures})
+                out.show(0, {}, {"camera_views": save_views(run.folder / "first_batch", batch, loader.rows(0), data)})
             with guards.step(step, batch):
                 inputs = ModelInput.from_numpy(batch, world.device)
                 inputs = augment(inputs, config, step, first_row=world.rank * inputs.batch_size)
@@ -174,11 +173,10 @@ def _train(
                 # Before the checkpoint of the step: a run that is killed between the two does both again.
                 with guards.phase("validation", f"the validation of step {state.step}"):
                     weights = state.inference_weights()  # whole ones on rank 0, for which the others wait
-                    policy = writer.policy(weights, state.step, str(world.device)) if world.leads else None
-                    results = [] if policy is None else validation.measure(policy, state.model)
-                if policy is not None:  # rollouts take as long as they take; simulators that hang are noticed
-                    numbers = validation.conclude(state.step, policy, results)
-                    out.show(state.step, {f"val/{name}": value for name, value in numbers.items()})
+                    if world.leads:
+                        validation.measure(writer.policy(weights, state.step, str(world.device)), state.model)
+                if world.leads:  # rollouts take as long as they take; simulators that hang are noticed
+                    out.show(state.step, validation.conclude(state.step))
             stopped_by = world.first(stop.received)  # once: another may come any time
             if state.step % config.save_every == 0 or state.step == end or stopped_by:
                 with guards.phase("the run", f"the checkpoint of step {state.step}"):

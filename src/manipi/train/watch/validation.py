@@ -301,30 +301,31 @@ class Validation:
         every, wanted = self._run.config.validation.every, self._held_out or self._rollouts
         return bool(every and wanted and (step % every == 0 or step == self._run.config.steps))
 
-    def measure(self, policy: Policy, raw: VLA) -> list[SetResult]:
-        """What the policy makes of held-out frames.
+    def measure(self, policy: Policy, raw: VLA) -> None:
+        """See what the policy makes of held-out frames; `conclude` then goes on.
 
         Args:
             policy: the one that would be served.
             raw: with the weights that are being trained.
         """
-        self._began = time.perf_counter()
-        return [one.measure(policy, raw if self._run.config.validation.raw else None) for one in self._frames]
+        self._began, self._policy = time.perf_counter(), policy
+        self._results = [one.measure(policy, raw if self._run.config.validation.raw else None) for one in self._frames]
 
-    def conclude(self, step: int, policy: Policy, results: Sequence[SetResult]) -> dict[str, float]:
+    def conclude(self, step: int) -> dict[str, float]:
         """Drive a robot where there is a suite, write numbers and pictures, and say how it stands.
 
         Returns:
-            The numbers.
+            The numbers, as loggers name them: `val/loss` and so on.
 
         Raises:
             SimulatorError: from the rollouts, as they say.
         """
-        folder, numbers = self._run.folder / "validation", summary(results)
+        folder, results = self._run.folder / "validation", self._results
+        numbers = summary(results)
         if self._rollouts is not None:
             trials = folder / f"{step}.trials"
             shutil.rmtree(trials, ignore_errors=True)  # of a run that was killed before its checkpoint
-            numbers |= self._rollouts(policy, trials, self._show)
+            numbers |= self._rollouts(self._policy, trials, self._show)
         record = {"step": step, **numbers, "seconds": time.perf_counter() - self._began, "time": time.time()}
         atomic_write(folder / f"{step}.json", json_bytes({**record, "sets": results}))
         if results:
@@ -334,7 +335,7 @@ class Validation:
         if self._show:
             for line in (_sentence(record), *map(_about_prompts, results)):
                 tqdm.write(line)
-        return numbers
+        return {f"val/{name}": value for name, value in numbers.items()}
 
     @cached_property
     def _frames(self) -> list[HeldOutFrames]:
