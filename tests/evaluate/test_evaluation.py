@@ -188,6 +188,23 @@ def test_controls_differ_on_the_same_scenes(evaluate):
     assert (found.paired, found.trials) == (True, 6)
 
 
+@pytest.mark.parametrize(
+    "metadata", [{}, {"robot": "line", "image_size": "big", "action_horizon": None, "control_hz": "fast"}]
+)
+def test_a_server_that_says_little_of_itself(evaluate, metadata, tmp_path):
+    suite = replace(SUITE, policy_image_size=True)
+    with FakePolicyServer(answer, metadata) as server:
+        where = f"ws://127.0.0.1:{server.port}"
+        with Evaluation(tmp_path / "e", suite, SETTINGS, where, policy="one") as evaluation:
+            evaluation.run(show=False)
+            assert evaluation.finish()["success"]["n"] == 6
+
+
+def test_a_policy_of_no_number(evaluate):
+    with pytest.raises(SimulatorError, match="a command of finite numbers"):
+        evaluate(infer=lambda observation: {"actions": np.full((4, 2), np.nan, np.float32)})
+
+
 def test_unknown_suites_list_the_known_ones():
     with pytest.raises(UnknownNameError, match="tabletop/reach"):
         find_suite("tabletop/raech")

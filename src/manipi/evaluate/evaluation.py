@@ -39,6 +39,9 @@ from manipi_client.trials import TrialResult, TrialSpec
 HANG_SECONDS = 120.0
 """How long a simulator may take for its start, or for a step, before it counts as hung."""
 
+METADATA = {"robot": Mapping, "image_size": int, "action_horizon": int, "control_hz": (int, float)}
+"""What an evaluation reads of a server's metadata."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -108,7 +111,9 @@ class Evaluation:
         self.folder, self.suite, self.settings, self.policy, self._url = folder, suite, settings, policy, url
         self._num_workers, self._workers = workers, list[Worker]()
         with WebsocketPolicy(url, None, os.environ.get("MANIPI_TOKEN")) as client:
-            self.metadata = dict(client.metadata)
+            told = client.metadata
+        # A server that is not ours says nothing of this, or means something else by it.
+        self.metadata = {k: v for k, v in told.items() if k not in METADATA or isinstance(v, METADATA[k])}
         _require_fit(self.metadata, suite, settings)
         self.provenance = {
             "suite": suite.name,
@@ -140,8 +145,8 @@ class Evaluation:
 
     @property
     def _options(self) -> dict[str, Any]:
-        size = {"image_size": self.metadata["image_size"]} if self.suite.policy_image_size else {}
-        return {**self.suite.options, **size}
+        size = self.metadata.get("image_size") if self.suite.policy_image_size else None
+        return {**self.suite.options, **({} if size is None else {"image_size": size})}
 
     def _claim(self) -> None:
         """Read what the folder holds of this evaluation, or make it."""
@@ -350,7 +355,7 @@ def _require_fit(metadata: Mapping[str, Any], suite: Suite, settings: Settings) 
             expected=f"a policy for the robot {suite.robot!r}, whose suite {suite.name} is",
             found=f"one for {shown(robot)}",
             where="the policy server's metadata",
-            next="choose a suite of that robot with --suite (manipi eval --help lists all)",
+            next="choose a suite of that robot with --suite (--suite all lists them)",
         )
     horizon, delay = metadata.get("action_horizon"), 0 if settings.join == "synchronous" else settings.delay
     if horizon is not None and settings.execute_steps + delay > horizon:

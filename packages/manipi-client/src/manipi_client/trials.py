@@ -297,6 +297,13 @@ def run_trial(
                 if spec.control == "blind":
                     observation = _blinded(observation)
             action = np.asarray(broker.infer(observation), np.float32)
+        if not np.isfinite(action).all():
+            raise InputError(
+                expected="a command of finite numbers",
+                found=shown(action.tolist()),
+                where=f"step {len(actions)} of scene {spec.scene}, from the {spec.control or 'policy'}",
+                next="check the policy's outputs: manipi eval CHECKPOINT, without --suite",
+            )
         simulator.step(action)
         observation = None
         actions.append(action)
