@@ -205,6 +205,18 @@ def test_a_policy_of_no_number(evaluate):
         evaluate(infer=lambda observation: {"actions": np.full((4, 2), np.nan, np.float32)})
 
 
+def test_scenes_that_are_solved_as_they_begin_and_a_simulator_without_pictures(evaluate, tmp_path):
+    options = {"start": 2.0, "unseen": True}
+    solved = evaluate(options=options.items())
+    assert [(row["success"], row["steps"], row["jerk"]) for row in trials(solved)] == 6 * [(True, 0, None)]
+    suite, replay = replace(SUITE, options=options), replace(SETTINGS, control="replay")
+    with FakePolicyServer(answer, {**METADATA, "robot": {"name": "line"}}) as server:
+        where = f"ws://127.0.0.1:{server.port}"
+        with Evaluation(tmp_path / "replay", suite, replay, where, policy="one") as evaluation:
+            evaluation.run(show=False)
+            assert evaluation.films(4) == {}
+
+
 def test_unknown_suites_list_the_known_ones():
     with pytest.raises(UnknownNameError, match="tabletop/reach"):
         find_suite("tabletop/raech")
@@ -227,6 +239,10 @@ def test_a_simulator_with_a_python_of_its_own(tmp_path, monkeypatch):
     assert suite.factory == f"{folder}/simulator.py:Line"
     with pytest.raises(UnknownNameError, match="lines/short"):
         find_suite("lines/shot")
+    for broken in (3, {"tasks": []}, {"tasks": [1]}, {"tasks": 3}, {"colour": "red"}):
+        (folder / "suite.json").write_text(json.dumps({**described, "suites": {"short": broken}}))
+        with pytest.raises(ConfigError, match=r"docs/simulators\.md"):
+            find_suite("lines/short")
 
 
 @pytest.mark.slow

@@ -387,7 +387,7 @@ def _expert_actions(simulator: Simulator, spec: TrialSpec, on_step: Callable[[in
     expert = _needed(simulator, "expert", spec.control)
     simulator.reset(spec.replayed_scene, spec.task)
     actions: List[np.ndarray] = []
-    while not simulator.success and len(actions) < simulator.max_steps:
+    while not actions or (not simulator.success and len(actions) < simulator.max_steps):
         actions.append(np.asarray(expert(), np.float32))
         simulator.step(actions[-1])
         on_step(len(actions))
@@ -626,9 +626,10 @@ def _answer_requests(simulator: Simulator, policy: WebsocketPolicy, tell: Callab
             _save_episode(path, made)
             tell(demonstration={"steps": len(made["actions"]), "success": made["success"]})
         elif "film" in request:
-            spec = TrialSpec(**request["trial"])
-            np.save(Path(request["film"]), film(simulator, spec, np.array(request["actions"], np.float32)))
-            tell(film=request["film"])
+            spec, seen = TrialSpec(**request["trial"]), hasattr(simulator, "picture")
+            if seen:
+                np.save(Path(request["film"]), film(simulator, spec, np.array(request["actions"], np.float32)))
+            tell(film=request["film"] if seen else None)
         else:
             tell(result=run_trial(simulator, policy, TrialSpec(**request["trial"]), on_step).to_json())
 
