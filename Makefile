@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1
 SHARED := $(if $(MANIPI_SHARED),$(MANIPI_SHARED),../shared)
 
-.PHONY: install check demo suites test test-long lint types layers size parity bench bench-cli bench-serve fuzz soak bench-data bench-train bench-infer bench-realtime test-lerobot test-client sim-metaworld sim-libero sim-aloha docs clean help
+.PHONY: install check demo suites test test-long lint types layers size parity bench bench-cli bench-serve fuzz soak bench-data bench-train bench-infer bench-realtime test-lerobot test-client sim-metaworld sim-libero sim-aloha metaworld docs clean help
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -133,6 +133,11 @@ simulators/%/.venv/.installed: simulators/%/requirements.txt packages/manipi-cli
 	# In place: what changes in the client needs no installation.
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e packages/manipi-client
 	@touch $@
+
+MODEL := pi05
+metaworld: $(READY) simulators/metaworld/.venv/.installed  ## four tasks of MetaWorld: record, train, drive beside controls (about 90 minutes; MODEL=pi0)
+	$(BIN)/python benchmarks/learn.py metaworld/four --recipe simulators/metaworld/recipe.py:$(MODEL)_metaworld \
+	  --dir runs/metaworld_$(MODEL) --episodes 1200 --noise 0 0.2 0.4 --title "MetaWorld, four tasks, one policy: $(MODEL)" --command "make metaworld MODEL=$(MODEL)"
 
 docs: $(READY)  ## write the file tree of docs/architecture.md, then check the documentation: links, commands, examples
 	$(BIN)/python docs/make_tree.py

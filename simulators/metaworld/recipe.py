@@ -26,14 +26,20 @@ METAWORLD = Robot(
 _SIZES = SIZES | {"vision": replace(VISION, image_size=64), "action_horizon": 16, "max_token_len": 24}
 """The tabletop's networks; chunks of 0.2 s. Its longest instruction, with the state, is 22 tokens."""
 
+STEPS = 12_000
+"""Half an hour on two cores: with the recording, well within an hour."""
+
 
 def pi05_metaworld() -> TrainConfig:
     """π0.5: the state is text, the timestep modulates the expert."""
+    base = pi05_tabletop()
     return replace(
-        pi05_tabletop(),
+        base,
         robot=METAWORLD,
         data=DataConfig(path="runs/metaworld/dataset", cache="raw", cache_fill="ahead", num_workers=0, holdout=0.02),
         model=Pi05Config(action_expert=EXPERT, **_SIZES),
+        optimizer=replace(base.optimizer, decay_steps=STEPS),
+        steps=STEPS,
     )
 
 

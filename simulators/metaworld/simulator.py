@@ -14,14 +14,19 @@ import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as WORLDS
 from metaworld.policies import ENV_POLICY_MAP
 
+# The first four are the tasks of `metaworld/four`.
 SENTENCES = {
     "reach-v3": "move the hand to the red ball",
-    "drawer-open-v3": "open the drawer",
-    "door-open-v3": "open the door of the safe",
-    "plate-slide-v3": "slide the plate into the goal",
-    "window-close-v3": "push the window shut",
     "window-open-v3": "push the window open",
+    "plate-slide-v3": "slide the plate into the goal",
+    "dial-turn-v3": "turn the dial",
+    "lever-pull-v3": "pull the lever up",
+    "handle-pull-v3": "pull the handle up",
+    "push-v3": "push the block to the green ball",
+    "window-close-v3": "push the window shut",
+    "drawer-open-v3": "open the drawer",
     "drawer-close-v3": "close the drawer",
+    "door-open-v3": "open the door of the safe",
     "button-press-v3": "press the button on the wall",
     "button-press-topdown-v3": "press the button from above",
 }
@@ -93,9 +98,9 @@ class MetaWorld:
 
     @property
     def wrong_prompt(self):
-        """The sentence of another task."""
-        names = list(SENTENCES)
-        return SENTENCES[names[(names.index(self._task) + 1) % len(names)]]
+        """Another sentence that the policy of `metaworld/four` knows."""
+        known = list(SENTENCES)[:4]
+        return SENTENCES[known[(known.index(self._task) + 1) % 4 if self._task in known else 0]]
 
     @property
     def position(self):

@@ -29,7 +29,7 @@ _MODULES = {
     "errors": (
         "ActionError BadValueError BusyError CheckpointError ConfigError DataError DatasetFormatError "
         "DatasetNotFoundError DeadlineError FetchError IntegrityError ManipiError MissingFeatureError "
-        "NonFiniteError NormStatsError ObservationError RequestError SelfTestError ServeError "
+        "NonFiniteError NormStatsError ObservationError RequestError SelfTestError ServeError SimulatorError "
         "StorageError TokenizerError TrainingError UnknownNameError WeightsMismatchError"
     ),
 }

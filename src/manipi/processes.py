@@ -1,4 +1,4 @@
-"""Processes that help another one and end with it, and memory that processes share.
+"""Processes that help another one: on this computer, with memory that they share, or all over a Ray cluster.
 
 The memory is in files without a name, gone with the last process that holds them.
 
@@ -6,6 +6,7 @@ Named shared memory outlives killed processes, and in containers is often limite
 """
 
 import gc
+import importlib
 import mmap
 import multiprocessing
 import os
@@ -13,15 +14,20 @@ import pickle
 import signal
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd, ForkingPickler
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+from manipi.errors import ConfigError, ManipiError
+
+_Result = TypeVar("_Result")
 
 
 def nameless_file(size: int) -> int:
@@ -133,3 +139,108 @@ def _end_all() -> None:
 
 # Python ends what still runs by a signal to which helpers are deaf, and then waits for it; this comes before.
 Finalize(None, _end_all, exitpriority=0)
+
+
+# A Ray cluster --------------------------------------------------------------------------------------------------------
+
+
+def cluster() -> Any:
+    """The package ray, of the cluster that this process belongs to, or of one of this computer alone, started here.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError as error:
+        raise ConfigError(
+            expected="the package ray", found="it is not installed", where="--ray", next="pip install 'manipi[ray]'"
+        ) from error
+    if not ray.is_initialized():
+        ray.init()
+    return ray
+
+
+def cluster_size() -> tuple[int, int]:
+    """Its processors, and its hosts."""
+    ray = cluster()
+    hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    return int(ray.cluster_resources().get("CPU", 1)), len(hosts)
+
+
+def on_cluster(function: Callable[..., _Result], tasks: Iterable[tuple[Any, ...]]) -> Generator[_Result, None, None]:
+    """`function(*task)` for each, in their order, on whatever hosts have a processor free.
+
+    Raises:
+        ConfigError: Ray is not installed.
+        whatever `function` raises; what has not begun by then is left, and the rest has ended.
+    """
+    ray = cluster()
+    call, there = ray.remote(_call), ray.put(function)
+    waiting = [call.remote(there, *task) for task in tasks]
+    try:
+        while waiting:
+            yield _fetched(ray, waiting[0])
+            waiting.pop(0)
+    finally:
+        for reference in waiting:
+            ray.cancel(reference, force=True)
+        if waiting:
+            ray.wait(waiting, num_returns=len(waiting), timeout=60)
+
+
+def _call(function: Callable[..., _Result], *task: Any) -> _Result:
+    return function(*task)
+
+
+class Remote:
+    """An object in a process of the cluster, which has a processor; its methods are called as if it were here.
+
+    Args:
+        make: called there, with the arguments.
+
+    Raises:
+        ConfigError: Ray is not installed.
+        ManipiError: from a method: the process or its host ended.
+        whatever the object's methods raise.
+    """
+
+    def __init__(self, make: Callable[..., Any], *args: Any):
+        self._ray = cluster()
+        self._object = self._ray.remote(num_cpus=1)(_Held).remote()
+        self._made = self._object.make.remote(make, args)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *args: self._call(name, args)
+
+    def _call(self, name: str, args: tuple[Any, ...]) -> Any:
+        _fetched(self._ray, self._made)  # or what went wrong
+        return _fetched(self._ray, self._object.call.remote(name, args))
+
+    def close(self) -> None:
+        """Close the object, where it is still there, and end its process."""
+        with suppress(ManipiError):
+            self._call("close", ())
+        self._ray.kill(self._object)
+
+
+class _Held:
+    def make(self, make: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self._object = make(*args)
+
+    def call(self, name: str, args: tuple[Any, ...]) -> Any:
+        return getattr(self._object, name)(*args)
+
+
+def _fetched(ray: Any, reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise ManipiError(
+            expected="a Ray cluster whose hosts stay until all is done",
+            found=f"{type(error).__name__}: {str(error)[:1000]}",
+            where="--ray",
+            next="see ray status; the same command then goes on where it can",
+        ) from error

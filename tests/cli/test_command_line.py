@@ -151,7 +151,7 @@ def test_a_name_in_another_encoding(recipe, toy_dataset, tmp_path, monkeypatch, 
 def test_an_unknown_command():
     stderr = run("trian", code=1).stderr
     assert stderr.startswith(
-        "\nmanipi trian: UnknownNameError\nexpected a command, one of: bench, check, convert, demo, doctor,"
+        "\nmanipi trian: UnknownNameError\nexpected a command, one of: bench, check, compare, convert, "
     )
     assert stderr.endswith("    next did you mean train?\n")
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -25,6 +25,7 @@ from manipi.data.review.check import check_dataset
 from manipi.errors import (
     BadValueError,
     ConfigError,
+    DataError,
     DatasetFormatError,
     DatasetNotFoundError,
     MissingFeatureError,
@@ -41,9 +42,10 @@ def recordings():
         yield importlib.import_module("recordings")
 
 
-def run(root, target, *, format=None, drop_skipped=False, num_workers=0, skip_bad=False, **settings):
+def run(root, target, *, format=None, drop_skipped=False, num_workers=0, skip_bad=False, ray=False, **settings):
     source = open_reader(root, format, drop_skipped=drop_skipped)
-    return convert(source, target, ConvertSettings(**settings), num_workers=num_workers, skip_bad=skip_bad, show=False)
+    how = {"num_workers": num_workers, "skip_bad": skip_bad, "ray": ray}
+    return convert(source, target, ConvertSettings(**settings), **how, show=False)
 
 
 def sound(target, lengths, fps):
@@ -282,6 +284,24 @@ def test_any_number_of_processes_gives_the_same_bytes(recordings, tmp_path):
     run(root, tmp_path / "one", task="t")
     run(root, tmp_path / "two", task="t", num_workers=2)
     assert digest(tmp_path / "one") == digest(tmp_path / "two")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs manipi[ray]")
+def test_a_ray_cluster_gives_the_same_bytes_and_finds_the_same_faults(recordings, tmp_path):
+    root = recordings.write_aloha(tmp_path / "source")
+    run(root, tmp_path / "one", task="t")
+    run(root, tmp_path / "two", task="t", ray=True)
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+    assert check_dataset(tmp_path / "two", ray=True) == check_dataset(tmp_path / "two")
+    video = next((tmp_path / "two").rglob("*.mp4"))
+    video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+    damaged = check_dataset(tmp_path / "two", ray=True)
+    assert damaged.count("error")
+    assert damaged == check_dataset(tmp_path / "two")
+    recording = max(root.glob("*.hdf5"))
+    recording.write_bytes(recording.read_bytes()[:2_000])
+    with pytest.raises(DataError, match=recording.name):
+        run(root, tmp_path / "three", task="t", ray=True)
 
 
 def start(root, target, *more):

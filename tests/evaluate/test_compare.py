@@ -87,6 +87,15 @@ def test_the_test_counts_as_its_formula_says():
     assert test.p_value == pytest.approx(9 / 2**8)
 
 
+def test_training_runs_that_happen_to_agree_are_not_more_certain_than_their_trials():
+    def group(k):
+        return [Side(name="run", success=success_rate(k, 10)) for _ in range(2)]
+
+    found = compare_groups(group(5), group(6), margin=0.05)
+    assert found.verdict == "undecided"
+    assert (found.low, found.high) == pytest.approx((-0.375, 0.193), abs=0.02)
+
+
 def test_it_ends_where_no_winner_can_come():
     test = SequentialTest(planned=20)
     for _ in range(11):

@@ -1,6 +1,7 @@
 """Evaluations: equal trial by trial, kept through every kind of end, and of one policy in one world."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from tests.commands import Command
 from manipi.cli import main
 from manipi.errors import ConfigError, SimulatorError, StorageError, UnknownNameError
 from manipi.evaluate import evaluation as evaluation_module
+from manipi.evaluate import suites
 from manipi.evaluate.compare import compare_results, read_side
 from manipi.evaluate.evaluation import Evaluation, Settings
 from manipi.evaluate.report import write_evaluation
@@ -42,13 +44,11 @@ def answer(observation):
 def evaluate(tmp_path):
     """`evaluate(name)` is an evaluation that ran in a folder of that name."""
 
-    def run(name="one", settings=SETTINGS, *, metadata=METADATA, infer=answer, options=(), workers=1, count=None):
+    def run(name="one", settings=SETTINGS, *, metadata=METADATA, infer=answer, options=(), count=None, **where):
         suite = replace(SUITE, options=dict(options))
         with (
             FakePolicyServer(infer, metadata) as server,
-            Evaluation(
-                tmp_path / name, suite, settings, f"ws://127.0.0.1:{server.port}", policy=name, workers=workers
-            ) as e,
+            Evaluation(tmp_path / name, suite, settings, f"ws://127.0.0.1:{server.port}", policy=name, **where) as e,
         ):
             e.run(count, show=False)
             e.finish()
@@ -72,6 +72,23 @@ def test_trial_by_trial_equal_whoever_runs_them(evaluate):
     assert [row["task"] for row in trials(one)] == ["right", "far"] * 3
     other = evaluate("other", replace(SETTINGS, seed=1))
     assert {row["seed"] for row in trials(one)}.isdisjoint(row["seed"] for row in trials(other))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs manipi[ray]")
+def test_trial_by_trial_equal_on_a_ray_cluster(evaluate, tmp_path):
+    assert trials(evaluate("spread", ray=True, workers=2)) == trials(evaluate("here"))
+    (tmp_path / "die_at_step").touch()
+    with pytest.raises(SimulatorError, match=r"signal 9[\s\S]*a word before"):
+        evaluate("again", ray=True, options={"folder": str(tmp_path)}.items())
+    assert trials(evaluate("again", ray=True, options={"folder": str(tmp_path)}.items())) == trials(evaluate("here"))
+    with pytest.raises(ConfigError, match="takes a processor"):
+        evaluate("many", ray=True, workers=1_000)
+
+
+def test_a_cluster_of_several_hosts_needs_an_address_that_they_reach(evaluate, monkeypatch):
+    monkeypatch.setattr(evaluation_module, "cluster_size", lambda: (8, 2))
+    with pytest.raises(ConfigError, match=r"all 2 hosts[\s\S]*--host ADDRESS"):
+        evaluate(ray=True)
 
 
 def test_scenes_are_far_from_those_of_demonstrations():
@@ -217,6 +234,26 @@ def test_scenes_that_are_solved_as_they_begin_and_a_simulator_without_pictures(e
             assert evaluation.films(4) == {}
 
 
+def test_a_sweep_is_a_table_and_a_difference_from_its_first_setting(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suites, "find_suite", lambda name: SUITE)
+    path = tmp_path / "all.json"
+    flags = ["--suite", SUITE.name, "--trials", "3", "--delay", "1", "--films", "0", "--dir", str(tmp_path / "sweep")]
+    with FakePolicyServer(answer, METADATA) as server:
+        url = f"ws://127.0.0.1:{server.port}"
+        main(["eval", url, *flags, "--sweep", "join=synchronous,asynchronous,ensemble", "--json", str(path)])
+    results, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert [one["settings"]["join"] for one in results] == ["synchronous", "asynchronous", "ensemble"]
+    header = next(line for line in printed.splitlines() if "starved" in line).split()
+    assert header == ["k", "n", "rate", "low", "high", "s", "starved", "seams", "jump", "change", "jerk"]
+    for one in results:
+        name = f"join {one['settings']['join']}"
+        row = next(line for line in printed.splitlines() if line.startswith(name)).split()[2:]
+        assert row[:2] == [str(one["success"]["k"]), "3"]
+        assert float(row[5]) == pytest.approx(np.mean([trial["seconds"] for trial in one["trials"]]), rel=1e-3)
+    assert printed.count("beside join synchronous (B)") == 2
+    assert printed.count(", 3 scenes;") == 2
+
+
 def test_unknown_suites_list_the_known_ones():
     with pytest.raises(UnknownNameError, match="tabletop/reach"):
         find_suite("tabletop/raech")
@@ -261,7 +298,7 @@ def test_the_old_flag_names_the_new_one(capsys):
 @pytest.mark.parametrize(
     "flags",
     [
-        *("--trials 0", "--workers 0", "--execute-steps 0", "--delay -1", "--num-steps 0", "--temperature nan"),
+        *("--trials 0", "--workers -1", "--execute-steps 0", "--delay -1", "--num-steps 0", "--temperature nan"),
         *("--films -1", "--max-batch 0", "--join magic", "--num-threads -2", "--sweep execute_steps=4,0"),
     ],
 )

@@ -168,7 +168,6 @@ def test_moved_data_are_the_same_data(checkpoint, policy, planted, tmp_path):
     [
         (["--max-frames", "0"], "at least one frame"),
         (["--holdout", "0.5"], "add --data"),
-        (["--scenes", "-1"], "scenes, or 0"),
     ],
 )
 def test_flags_that_cannot_be(checkpoint, flags, message, capsys):

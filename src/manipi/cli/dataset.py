@@ -46,6 +46,8 @@ class _Check:
     """Decode only the first and the last picture of each episode."""
     num_workers: int | None = None
     """Threads that decode pictures; one per processor core unless given."""
+    ray: bool = False
+    """Decode on the Ray cluster that this process belongs to, or on one started here; its hosts share the folder."""
     strict: bool = False
     """Exit with 1 when there are warnings, too."""
     html: NewFile | None = None
@@ -67,7 +69,7 @@ def run_check(arguments: Sequence[str]) -> None:
     folder = fetch_tables(args.dataset) if "://" in args.dataset else Path(args.dataset)
     if "://" in args.dataset and (folder / "meta").is_dir():  # LeRobot's videos are all looked at
         folder = fetch(f"{args.dataset.rstrip('/')}/")
-    report = check_dataset(folder, robot=robot, quick=args.quick, num_workers=args.num_workers)
+    report = check_dataset(folder, robot=robot, quick=args.quick, num_workers=args.num_workers, ray=args.ray)
     write_result(report, args.json)
     if args.html is not None:
         write_check_page(args.html, report)

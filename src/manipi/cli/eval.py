@@ -1,8 +1,12 @@
 """`manipi eval`: a checkpoint on held-out episodes, beside baselines; or in a simulator, in closed loop."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import tyro
@@ -12,6 +16,9 @@ from manipi.errors import ConfigError
 
 SWEPT = {"execute_steps": int, "num_steps": int, "delay": int, "join": str, "temperature": float}
 """What `--sweep` may vary."""
+
+MARGIN = 0.05
+"""Settings of a sweep are equivalent where their success differs by less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +72,16 @@ class _Eval(OnDevice):
     replay: bool = False
     """Suite, control: the expert's commands of another scene, without looking."""
     sweep: str | None = None
-    """Suite: one setting with several values, such as execute_steps=4,8,16; on the same scenes."""
-    workers: int = 1
-    """Suite: simulators side by side. What happens in a trial does not depend on it."""
+    """Suite: one setting with several values, such as execute_steps=4,8,16; on the same scenes. Prints a table, and how
+    each value differs from the first."""
+    workers: int = 0
+    """Suite: simulators side by side; what happens in a trial does not depend on it. 0: one, with --ray one for each
+    processor of the cluster."""
+    ray: bool = False
+    """Suite: run them on the Ray cluster that this process belongs to, or on one started here."""
+    host: str = "127.0.0.1"
+    """Suite: address to serve a checkpoint at, for a cluster of several hosts one that all of them reach; clients then
+    show the token MANIPI_TOKEN, or one that is made up for the purpose."""
     max_batch: int = 1
     """Suite: observations of several trials in one call of the model; their rounding then depends on each other."""
     films: int = 8
@@ -105,7 +119,8 @@ def _open_loop(args: _Eval) -> None:
 
     from manipi.data.action_error import evenly_spaced
     from manipi.data.dataset import command_units, label
-    from manipi.evaluate.open_loop import new_split, open_split, plot_chunks, predict, run_folder, score
+    from manipi.evaluate.open_loop import new_split, open_split, plot_chunks, predict, score
+    from manipi.evaluate.policies import run_folder
     from manipi.policy import Policy
 
     checkpoint = Path(args.policy)
@@ -152,7 +167,7 @@ def _suite(args: _Eval) -> None:
     if len(controls) > 1:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in controls)
         raise ConfigError(expected="one control at a time", found=flags, where="manipi eval", next="run it for each")
-    require("--workers", args.workers, args.workers >= 1, "a worker process or more", "2")
+    require("--workers", args.workers, args.workers >= 0, "a number of worker processes, from 0", "2")
     require("--max-batch", args.max_batch, args.max_batch >= 1, "an observation or more", "1")
     require("--films", args.films, args.films >= 0, "a number of films, from 0", "8")
     chosen = {
@@ -165,12 +180,14 @@ def _suite(args: _Eval) -> None:
     swept = [(one, Settings(**{**chosen, **one})) for one in _swept(args.sweep)]
     results = []
     server = {"device": args.device, "threads": args.num_threads or 1, "max_batch": args.max_batch}
-    with open_policy(args.policy, **server, untrained=args.untrained) as opened:
+    if args.host != "127.0.0.1":
+        os.environ.setdefault("MANIPI_TOKEN", secrets.token_urlsafe())  # for the server, and for those that ask it
+    with open_policy(args.policy, **server, untrained=args.untrained, host=args.host) as opened:
         for one, settings in swept:
             folder = args.dir or opened.folder(suite, settings)
             if args.dir and args.sweep:
                 folder = args.dir / "_".join(f"{key}_{value}" for key, value in one.items())
-            named = {"policy": opened.name, "server": opened.server, "workers": args.workers}
+            named = {"policy": opened.name, "server": opened.server, "workers": args.workers, "ray": args.ray}
             with Evaluation(folder, suite, settings, opened.url, **named) as evaluation:
                 evaluation.run()
                 opened.require_unchanged()
@@ -180,7 +197,43 @@ def _suite(args: _Eval) -> None:
             rate = {key: value for key, value in results[-1]["success"].items() if key != "type"}
             print(f"{suite.name}{''.join(f', {k} {v}' for k, v in one.items())}: {SuccessRate(**rate)}")
             print(f"result  {folder / 'result.json'}\npage    {page}")
+    if args.sweep is not None:
+        _compare_settings([", ".join(f"{key} {value}" for key, value in one.items()) for one, _ in swept], results)
     write_result(results if args.sweep else results[0], args.json)
+
+
+def _compare_settings(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> None:
+    """Print a row for each setting, and how each differs from the first on the same scenes."""
+    from manipi.evaluate.compare import compare_results, read_side_of
+    from manipi.evaluate.statistics import ALPHA
+
+    def worst(trial: Mapping[str, Any], key: str) -> float | None:
+        """Of the first three dimensions: a gripper behind them has another unit. None where there is no number."""
+        value = trial[key] if isinstance(trial[key], list) else [trial[key]]
+        return max((one for one in value[:3] if one is not None), default=None)
+
+    def over(trials: Sequence[Mapping[str, Any]], key: str, reduce: Callable[[Sequence[float]], float]) -> float:
+        known = [one for trial in trials if (one := worst(trial, key)) is not None]
+        return float(reduce(known)) if known else math.nan
+
+    rows = []
+    for name, result in zip(names, results, strict=True):
+        trials, s = result["trials"], result["success"]
+        motion = (over(trials, "seam_jump", max), over(trials, "step_change", fmean), over(trials, "jerk", fmean))
+        counts = (sum(trial["starved"] for trial in trials), sum(trial["seams"] for trial in trials))
+        rates, seconds = (s["rate"], s["low"], s["high"]), fmean(trial["seconds"] for trial in trials)
+        rows.append((name, s["k"], s["n"], *rates, seconds, *counts, *motion))
+    print()
+    print(table(rows, ("", "k", "n", "rate", "low", "high", "s", "starved", "seams", "jump", "change", "jerk")))
+    print(
+        "\ns: an episode on the robot's clock; low, high: 95 % interval; jump: the largest change of a command at a"
+        "\nseam, change: the mean one within a chunk, both of the worst of the first three dimensions; jerk: the mean"
+        "\nthird difference without grippers"
+    )
+    first, *others = (replace(read_side_of(result), name=name) for name, result in zip(names, results, strict=True))
+    for other in others:
+        found = compare_results(other, first, margin=MARGIN, alpha=ALPHA / len(others))
+        print(f"\n{other.name} (A) beside {first.name} (B)\n{found.sentence(MARGIN)}")
 
 
 def _swept(sweep: str | None) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ PURPOSES = {
     "demo": "the simulated arm of manipi demo",
     "low-bit": "moments of 8 bits, frozen weights of 4",
     "openpi": "openpi's Orbax checkpoints",
-    "ray": "manipi stats --ray",
+    "ray": "--ray of manipi stats, eval, convert, check",
     "tensorboard": "manipi train --log.tensorboard",
     "view": "manipi view --rerun",
     "wandb": "manipi train --log.wandb",

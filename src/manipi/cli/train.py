@@ -17,7 +17,12 @@ from manipi.train.config import STRUCTURE, TrainConfig
 from manipi.train.launch import ENVIRONMENT, Launch, without_flags
 
 if TYPE_CHECKING:
+    from manipi.policy import Policy
     from manipi.train.plan import StepMemory
+    from manipi.train.watch.validation import Rollouts
+
+VALIDATION_SEED = -1
+"""Of the rollouts of a run: scenes and noise of their own, since the best checkpoint is chosen by them."""
 
 HELP = f"""usage: manipi train RECIPE|FILE.py:FUNCTION [--flags]
 
@@ -71,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
     from manipi.train.loop import train
     from manipi.train.run.folder import Run
 
-    checkpoint = train(args.config, run_dir, resume_from=args.resume_from)
+    checkpoint = train(args.config, run_dir, resume_from=args.resume_from, rollouts=rollouts_of(args.config))
     if os.environ.get("RANK", "0") != "0":
         return  # one of many processes, of which the first speaks
     run = Run(run_dir, args.config)
@@ -81,6 +86,45 @@ def main(arguments: Sequence[str]) -> None:
     if best:
         print(f"best        {run_dir / 'best'}, of step {best['step']}: validation/curves.png")
     print(f"next        manipi eval {quoted(run_dir / 'best' if best else checkpoint)}")
+
+
+def rollouts_of(config: TrainConfig) -> "Rollouts | None":
+    """What drives a simulated robot as `config.validation` asks: this process serves the policy to the simulators.
+
+    Returns:
+        None where it names no suite.
+
+    Raises:
+        UnknownNameError: there is no such suite.
+        SimulatorError: it is not installed, or for another robot.
+        ConfigError: it executes more steps than the policy predicts.
+    """
+    asked = config.validation
+    if not asked.suite:
+        return None
+    from manipi.evaluate.evaluation import Evaluation, Settings, require_fit
+    from manipi.evaluate.suites import find_suite
+    from manipi.serve.batching import Limits
+    from manipi.serve.server import PolicyServer
+
+    suite = find_suite(asked.suite)
+    settings = Settings(trials=asked.trials, seed=VALIDATION_SEED, execute_steps=suite.execute_steps)
+    known = {"robot": {"name": config.robot.name}, "action_horizon": config.model.action_horizon}
+    require_fit(known, suite, settings)
+
+    def drive(policy: "Policy", folder: Path, show: bool) -> dict[str, float]:
+        # One observation in each call of the model: an answer is then the same whoever else asks.
+        limits = Limits(max_batch=1)
+        server = PolicyServer(policy, port=0, robot=policy.robot, empty_prompts=True, limits=limits)
+        with server.serve_in_thread() as port:
+            named = {"policy": f"step {policy.config.step}", "workers": asked.workers}
+            with Evaluation(folder, suite, settings, f"ws://127.0.0.1:{port}", **named) as evaluation:
+                evaluation.run(show=show)
+                evaluation.finish()
+        found = evaluation.success()
+        return {"success": found.rate, "success_low": found.low, "success_high": found.high, "trials": found.n}
+
+    return drive
 
 
 def parse_train(target: str, recipe: TrainConfig, arguments: Sequence[str]) -> _Train:

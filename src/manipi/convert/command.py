@@ -66,6 +66,8 @@ class _Convert:
     """yuv444p keeps the colours of very small pictures, and odd sizes."""
     num_workers: int | None = None
     """Processes that encode, 0 for none beside this one; one per processor core unless given."""
+    ray: bool = False
+    """Encode on the Ray cluster that this process belongs to, or on one started here; its hosts share the folders."""
     skip_bad_episodes: bool = False
     """Leave out episodes that cannot be read, and say which; without it the first one ends the conversion."""
     json: NewFile | None = None
@@ -98,7 +100,8 @@ def main(arguments: Sequence[str]) -> None:
     workers = (os.cpu_count() or 1) if args.num_workers is None else args.num_workers
     began = time.perf_counter()
     reader = open_reader(args.source, args.format, drop_skipped=args.drop_skipped)
-    report = convert(reader, args.target, settings, num_workers=workers, skip_bad=args.skip_bad_episodes)
+    skip_bad = args.skip_bad_episodes
+    report = convert(reader, args.target, settings, num_workers=workers, skip_bad=skip_bad, ray=args.ray)
     rows = [
         ("written", report.target),
         ("episodes", f"{report.num_episodes:,}" + (f" ({report.reused:,} from before)" if report.reused else "")),

@@ -29,7 +29,7 @@ from manipi.data.dataset import Feature
 from manipi.data.lerobot.episode import EpisodeEncoder, Pictures
 from manipi.data.lerobot.writer import Parts
 from manipi.errors import ConfigError, DataError, ManipiError, MissingFeatureError, StorageError, quoted, shown
-from manipi.processes import start_helper
+from manipi.processes import on_cluster, start_helper
 from manipi.records import fingerprint, json_bytes, read_json, to_json
 from manipi.storage import atomic_directory, atomic_write, require_absent, storage_errors
 from manipi.transforms.model_input import resize_with_pad
@@ -89,6 +89,7 @@ def convert(
     *,
     num_workers: int = 1,
     skip_bad: bool = False,
+    ray: bool = False,
     show: bool = True,
 ) -> ConvertReport:
     """Write `target`, or go on writing it. Memory holds one episode's vectors and a block of its pictures per process.
@@ -96,6 +97,7 @@ def convert(
     Args:
         num_workers: processes that encode; 0 encodes in the caller's. Any number gives the same bytes.
         skip_bad: leave out episodes that cannot be converted, where otherwise the first one ends it.
+        ray: encode on a Ray cluster instead, whose hosts all see the recordings and `target`.
 
     Raises:
         ConfigError: no rate, instruction or part of a join; another conversion to `target` was begun or is going on.
@@ -136,8 +138,11 @@ def convert(
                 bad: dict[int, str] = {}
                 reused, total = len(numbers) - len(todo), len(numbers)
                 bar = tqdm(desc="encode", unit="episode", initial=reused, total=total, disable=not show)
-                with bar, closing(_run(job, todo, num_workers)) as results:
+                running = on_cluster(job, [(number,) for number in todo]) if ray else _run(job, todo, num_workers)
+                with bar, closing(running) as results:
                     for number, error in results:
+                        if ray and not error:
+                            _require_shared(parts.episode(number))
                         bad |= {number: error} if error else {}
                         bar.update()
                 folders = [parts.episode(number) for number in numbers if number not in bad]
@@ -277,6 +282,16 @@ class _Shown:
 
 
 # Processes ----------------------------------------------------------------------------------------------------------
+
+
+def _require_shared(folder: Path) -> None:
+    if not folder.exists():
+        raise StorageError(
+            expected="an episode that a host of the Ray cluster wrote, in a folder that this one sees, too",
+            found="none",
+            where=str(folder),
+            next="convert to a folder that all hosts share, or without --ray",
+        )
 
 
 def _run(job: _Job, numbers: list[int], num_workers: int) -> Generator[tuple[int, str], None, None]:

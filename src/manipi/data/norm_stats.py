@@ -26,12 +26,11 @@ m numbers.
 """
 
 import hashlib
-import importlib
 import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from fractions import Fraction
@@ -47,6 +46,7 @@ from tqdm import tqdm
 
 from manipi.data.dataset import Dataset, command_names
 from manipi.errors import ConfigError, NormStatsError, unknown_name
+from manipi.processes import on_cluster
 from manipi.records import fingerprint
 from manipi.robots.robot import ActionGroup, EndEffector, Joints, Robot
 from manipi.storage import atomic_write
@@ -273,22 +273,9 @@ def _sketch(sets: Sequence[Sequence[Part]], num: int, workers: Workers, *, bins:
     tasks = [(parts, max(1, num // SAMPLE), bins) for parts in zip(*sets, strict=True)]
     with ThreadPoolExecutor(workers.threads or os.cpu_count()) as threads:
         # Threads are enough: numpy lets go of the interpreter in every operation that takes long here.
-        found = _on_ray(tasks) if workers.ray else threads.map(_sketch_part, *zip(*tasks, strict=True))
+        found = on_cluster(_sketch_part, tasks) if workers.ray else threads.map(_sketch_part, *zip(*tasks, strict=True))
         found = tqdm(found, total=len(tasks), desc="norm stats", unit="part", leave=False, delay=1, disable=None)
         return [sketch for some in found for sketch in some]
-
-
-def _on_ray(tasks: Iterable[tuple[Sequence[Part], int, bool]]) -> Iterable[list["Sketch"]]:
-    try:
-        ray = importlib.import_module("ray")
-    except ImportError as error:
-        raise ConfigError(
-            expected="the package ray", found="it is not installed", where="--ray", next="pip install 'manipi[ray]'"
-        ) from error
-    if not ray.is_initialized():
-        ray.init()
-    remote = ray.remote(_sketch_part)
-    yield from map(ray.get, [remote.remote(*task) for task in tasks])
 
 
 def _sketch_part(parts: Sequence[Part], every: int, bins: bool) -> list["Sketch"]:

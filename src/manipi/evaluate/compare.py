@@ -131,7 +131,7 @@ def read_side_of(result: Mapping[str, Any]) -> Side:
     scenes = {key: result.get(key) for key in ("suite", "seed", "options", "simulator")}
     scenes["manipi"] = result.get("versions", {}).get("manipi")
     rate, control = success_rate(sum(outcomes), len(outcomes)), result.get("settings", {}).get("control")
-    name = result["policy"] + (f" ({control})" if control else "")
+    name = result["policy"] if control is None else f"{result['policy']}, {control.replace('_', ' ')}"
     return Side(name=name, success=rate, outcomes=outcomes, suite=result["suite"], scenes=scenes)
 
 

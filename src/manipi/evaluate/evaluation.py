@@ -6,6 +6,7 @@ DIR/result.json        all of it in order, with the success rate; written when t
 DIR/report.html, films/
 
 manipi eval ── request, result ──▶ K worker processes (`manipi_client.trials`) ── websocket ──▶ manipi serve
+                                   here, or on the hosts of a Ray cluster
 """
 
 import contextlib
@@ -19,8 +20,10 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm import tqdm
@@ -29,6 +32,7 @@ import manipi
 from manipi.errors import ConfigError, SimulatorError, quoted, shown
 from manipi.evaluate.statistics import SuccessRate, success_rate
 from manipi.evaluate.suites import Suite
+from manipi.processes import Remote, cluster_size
 from manipi.records import json_bytes, read_object, to_json
 from manipi.robots.robot import Gripper, LinkageGripper, Robot
 from manipi.storage import Lock, atomic_write, storage_errors
@@ -89,10 +93,12 @@ class Evaluation:
         url: of the policy server.
         policy: how people call the policy.
         server: what is known of the server beside its metadata, for the record.
+        workers: simulators side by side; 0: one, or on a cluster one for each of its processors.
+        ray: they run on a Ray cluster, whose hosts have the simulator's Python at the same path.
 
     Raises:
         ConfigError: the folder holds trials of another checkpoint, suite or setting; or the settings do not fit the
-            policy.
+            policy; or other hosts of the cluster cannot reach the server.
         SimulatorError: the suite is for another robot.
         PolicyServerError: no policy server answers at the address.
     """
@@ -107,14 +113,16 @@ class Evaluation:
         policy: str,
         server: Mapping[str, Any] | None = None,
         workers: int = 1,
+        ray: bool = False,
     ):
         self.folder, self.suite, self.settings, self.policy, self._url = folder, suite, settings, policy, url
-        self._num_workers, self._workers = workers, list[Worker]()
+        self._ray, self._workers = ray, list[Worker | Remote]()
+        self._num_workers = _places(url, workers) if ray else max(workers, 1)
         with WebsocketPolicy(url, None, os.environ.get("MANIPI_TOKEN")) as client:
             told = client.metadata
         # A server that is not ours says nothing of this, or means something else by it.
         self.metadata = {k: v for k, v in told.items() if k not in METADATA or isinstance(v, METADATA[k])}
-        _require_fit(self.metadata, suite, settings)
+        require_fit(self.metadata, suite, settings)
         self.provenance = {
             "suite": suite.name,
             "robot": suite.robot,
@@ -213,9 +221,10 @@ class Evaluation:
         if not missing:
             return
         while len(self._workers) < min(self._num_workers, len(missing)):
-            self._workers.append(Worker(self.suite, self._url, self._options))
-        described = [worker.ready() for worker in self._workers]
-        self._note_simulator(described[0])
+            make = partial(Remote, Worker) if self._ray else Worker
+            self._workers.append(make(self.suite, self._url, self._options, os.environ.get("MANIPI_TOKEN")))
+        for worker in self._workers:
+            self._note_simulator(worker.ready())
         pending, ended = queue.SimpleQueue[int](), queue.SimpleQueue[dict[str, Any] | BaseException]()
         for index in missing:
             pending.put(index)
@@ -239,7 +248,9 @@ class Evaluation:
                 now = self.success()
                 bar.set_postfix_str(f"{now.k}/{now.n}, {now.low:.0%} to {now.high:.0%}", refresh=False)
 
-    def _drive(self, worker: "Worker", pending: "queue.SimpleQueue[int]", ended: "queue.SimpleQueue[Any]") -> None:
+    def _drive(
+        self, worker: "Worker | Remote", pending: "queue.SimpleQueue[int]", ended: "queue.SimpleQueue[Any]"
+    ) -> None:
         """In a thread per worker process."""
         try:
             while True:
@@ -301,15 +312,17 @@ class Evaluation:
         failures, wins = ([r for r in rows if r["success"] is won] for won in (False, True))
         wins = wins[: count - min(len(failures), count // 2)]
         chosen = [*wins, *failures[: count - len(wins)]]
-        if chosen and not self._workers:
-            self._workers.append(Worker(self.suite, self._url, self._options))
-            self._workers[0].ready()
-        found = {}
+        found, here = {}, next((worker for worker in self._workers if isinstance(worker, Worker)), None)
+        if chosen and here is None:
+            here = Worker(self.suite, self._url, self._options)
+            self._workers.append(here)
+            here.ready()
         with tempfile.TemporaryDirectory(prefix="manipi-film-") as folder:
             for row in tqdm(chosen, desc="film", unit="trial", disable=not chosen):
                 spec, path = self.settings.trial(self.suite, row["index"]), Path(folder) / f"{row['index']}.npy"
                 request = {"trial": asdict(spec), "film": str(path), "actions": row["actions"]}
-                if self._workers[0].ask(request, "film", f"the film of trial {spec.index}") is None:
+                assert here is not None, "made above"
+                if here.ask(request, "film", f"the film of trial {spec.index}") is None:
                     break  # this simulator has no pictures for people
                 found[row["index"]] = np.load(path)
         return dict(sorted(found.items()))
@@ -351,7 +364,16 @@ def _smoothness(actions_TA: np.ndarray, robot: Robot | None) -> tuple[float | No
     return jerk, events if robot else None
 
 
-def _require_fit(metadata: Mapping[str, Any], suite: Suite, settings: Settings) -> None:
+def require_fit(metadata: Mapping[str, Any], suite: Suite, settings: Settings) -> None:
+    """That a policy can be tried so.
+
+    Args:
+        metadata: of its server; what is not said there is not looked at.
+
+    Raises:
+        SimulatorError: the suite is for another robot.
+        ConfigError: more steps than the policy predicts, or a join that it does not know.
+    """
     robot = (metadata.get("robot") or {}).get("name")
     if robot is not None and robot != suite.robot:
         raise SimulatorError(
@@ -379,25 +401,62 @@ def _require_fit(metadata: Mapping[str, Any], suite: Suite, settings: Settings) 
         )
 
 
-class Worker:
-    """A process of `manipi_client.trials` in the simulator's Python."""
+def _places(url: str, workers: int) -> int:
+    """How many simulators a Ray cluster takes, of which each has a processor."""
+    processors, hosts = cluster_size()
+    if workers > processors:
+        raise ConfigError(
+            expected=f"at most {processors} simulators, of which each takes a processor of the Ray cluster",
+            found=str(workers),
+            where="--workers",
+            next=f"--workers {processors}",
+        )
+    name = urlsplit(url).hostname or ""
+    if hosts > 1 and (name in ("localhost", "::1", "0.0.0.0", "::") or name.startswith("127.")):
+        raise ConfigError(
+            expected=f"a policy server that all {hosts} hosts of the Ray cluster can reach",
+            found=f"one at {url}, which leads each of them to itself",
+            where="--ray",
+            next="--host ADDRESS, one of this computer's that the others reach; or name a server's URL",
+        )
+    return workers or processors
 
-    def __init__(self, suite: Suite, url: str, options: Mapping[str, Any]):
+
+class Worker:
+    """A process of `manipi_client.trials` in the simulator's Python.
+
+    Args:
+        token: of the policy server.
+
+    Raises:
+        SimulatorError: this host has no such Python.
+    """
+
+    def __init__(self, suite: Suite, url: str, options: Mapping[str, Any], token: str | None = None):
         self._suite = suite
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         command = [str(suite.python), "-m", "manipi_client.trials", suite.factory, "--url", url]
         command += ["--options", json.dumps(options)]
         # One thread each: many simulators side by side would otherwise wait for each other.
         environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ}
+        environment |= {"MANIPI_TOKEN": token} if token else {}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
-        process: subprocess.Popen[str] = subprocess.Popen(command, **pipes, env=environment, text=True)  # type: ignore[call-overload]
+        try:
+            process: subprocess.Popen[str] = subprocess.Popen(command, **pipes, env=environment, text=True)  # type: ignore[call-overload]
+        except FileNotFoundError as error:
+            raise SimulatorError(
+                expected=f"the Python of suite {suite.name}, at the same path on every host",
+                found=f"none on {platform.node()}",
+                where=str(suite.python),
+                next="build the simulator there, too, in a folder of the same path",
+            ) from error
         assert process.stdin is not None
         assert process.stdout is not None
         self._process, self._input, self._output = process, process.stdin, process.stdout
         self._events: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self._ready: dict[str, Any] | None = None
+        self._ready: dict[str, Any] = {}
 
     def _read(self) -> None:
         for line in self._output:
@@ -406,7 +465,7 @@ class Worker:
 
     def ready(self) -> dict[str, Any]:
         """What the simulator says about itself, once it is there."""
-        if self._ready is None:
+        if not self._ready:
             self._ready = self._wait("ready", "its start")
         return self._ready
 

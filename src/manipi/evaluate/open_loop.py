@@ -37,6 +37,7 @@ from manipi.data.feed.mixture import frames_of
 from manipi.data.feed.sampler import split_episodes
 from manipi.data.open import open_dataset
 from manipi.errors import ConfigError, MissingFeatureError
+from manipi.evaluate.policies import run_folder
 from manipi.model.inference.fused import Quantization
 from manipi.policy import Policy
 from manipi.robots.robot import Robot
@@ -58,13 +59,6 @@ class Split:
     held_out_rows: Int64[np.ndarray, "E"]
     origin: str
     """Whose split it is, in words."""
-
-
-def run_folder(checkpoint: Path) -> Path | None:
-    """runs/NAME of runs/NAME/checkpoints/STEP, when the checkpoint is still in its run."""
-    folder = Path(checkpoint).resolve()
-    run = folder.parent.parent
-    return run if folder.parent.name == "checkpoints" and (run / "config.json").is_file() else None
 
 
 def open_split(checkpoint: Path, policy: Policy, data: str | None) -> Split:

@@ -23,7 +23,9 @@ START_SECONDS = 120.0
 
 @contextlib.contextmanager
 def policy_server(checkpoint: Path, *, threads: int = 1, flags: Sequence[str] = ()) -> Iterator[int]:
-    """`manipi serve CHECKPOINT` on a free port of loopback; yields the port, and ends the process on the way out.
+    """`manipi serve CHECKPOINT` on a free port, of loopback unless `flags` say another --host; yields the port.
+
+    The process ends on the way out, and with this process, whatever that dies of.
 
     Args:
         flags: more of them.
@@ -78,15 +80,15 @@ class OpenPolicy:
         """Where results go unless told otherwise: one folder for all that may not change."""
         defaults = {f.name: f.default for f in fields(Settings)} | {"execute_steps": suite.execute_steps}
         changed = {k: v for k, v in asdict(settings).items() if k not in ("trials", "seed") and v != defaults[k]}
+        run = None if self.checkpoint is None else run_folder(self.checkpoint)
         step = "" if self.checkpoint is None else f"step_{self.checkpoint.resolve().name}"  # not `best`, which moves
         parts = [suite.name.replace("/", "_"), step, f"seed_{settings.seed}", *(f"{k}_{v}" for k, v in changed.items())]
         name = "_".join(part for part in parts if part)
+        if run is not None:
+            return run / "evaluations" / name
         if self.checkpoint is not None:
-            run = self.checkpoint.resolve().parent.parent
-            if (run / "config.json").is_file():
-                return run / "evaluations" / name
             return Path("evaluations") / f"{name}_{(self.digest or '')[:8]}"  # others may have its last name, too
-        return Path("evaluations") / re.sub(r"\W+", "_", self.url) / name
+        return Path("evaluations") / re.sub(r"\W+", "_", self.url).strip("_") / name
 
     def require_unchanged(self) -> None:
         """Raises ConfigError where the checkpoint's files are others than when it was opened."""
@@ -101,7 +103,13 @@ class OpenPolicy:
 
 @contextlib.contextmanager
 def open_policy(
-    source: str, *, device: str = "auto", threads: int = 1, max_batch: int = 1, untrained: bool = False
+    source: str,
+    *,
+    device: str = "auto",
+    threads: int = 1,
+    max_batch: int = 1,
+    untrained: bool = False,
+    host: str = "127.0.0.1",
 ) -> Iterator[OpenPolicy]:
     """Serve a checkpoint, or find the server of a URL.
 
@@ -109,6 +117,7 @@ def open_policy(
         threads, max_batch: of the server; with one observation in each call of the model an answer is the same whoever
             else asks.
         untrained: serve random weights of the same network.
+        host: an address of this computer to serve at. Beyond loopback clients need the token MANIPI_TOKEN.
 
     Raises:
         ServeError: the server does not start.
@@ -137,11 +146,18 @@ def open_policy(
                 Path(until_served.enter_context(tempfile.TemporaryDirectory(prefix="manipi-untrained-"))) / "checkpoint"
             )
             write_untrained(served, checkpoint)
-        flags = ("--device", device, "--limits.max-batch", str(max_batch))
+        flags = ("--device", device, "--limits.max-batch", str(max_batch), "--host", host)
         port = stack.enter_context(policy_server(served, threads=threads, flags=flags))
         until_served.close()
-        address = f"ws://127.0.0.1:{port}"
+        address = f"ws://{f'[{host}]' if ':' in host else host}:{port}"
         yield OpenPolicy(name=source, url=address, server=server, checkpoint=checkpoint, digest=digest)
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """runs/NAME of runs/NAME/checkpoints/STEP, when the checkpoint is still in its run."""
+    folder = Path(checkpoint).resolve()
+    run = folder.parent.parent
+    return run if folder.parent.name == "checkpoints" and (run / "config.json").is_file() else None
 
 
 def checkpoint_hash(checkpoint: Path) -> str:

@@ -240,7 +240,14 @@ class ValidationConfig:
     raw: Anytime[bool] = False
     """Also the loss of the weights that are not averaged."""
     best_by: Anytime[Literal["action_error", "loss"]] = "action_error"
-    """By which number a checkpoint is the best one, which stays as long as none is better."""
+    """By which number a checkpoint is the best one, which stays as long as none is better; with a suite it is the
+    success, and of equals the action error."""
+    suite: Anytime[str] = ""
+    """Also drive a simulated robot each time, in this suite (`manipi eval --suite`); empty: no."""
+    trials: Anytime[Count] = 50
+    """Of the suite, each time on the same scenes, which are none of `manipi eval --seed 0`."""
+    workers: Anytime[Count] = 1
+    """Simulators of the suite side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +329,8 @@ class TrainConfig:
             raise _out_of_range("accumulate", f"a divisor of the batch size {self.batch_size}", self.accumulate)
         if self.validation.raw and (self.parallel.replicate > 1 or self.parallel.shard > 1):
             raise _out_of_range("validation.raw", "False with several processes, whose weights are apart", True)
+        if self.validation.suite and not self.validation.every:
+            raise _out_of_range("validation.every", "at least 1 with a validation.suite", 0)
         self._check_model()
 
     @property

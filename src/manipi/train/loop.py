@@ -30,10 +30,17 @@ from manipi.train.watch.progress import ProgressLog, RunLog, plot_loss, require_
 if TYPE_CHECKING:
     from manipi.train.data import TrainingData
     from manipi.train.run.saving import CheckpointWriter
+    from manipi.train.watch.validation import Rollouts
 
 
 def train(
-    config: TrainConfig, folder: Path, *, stop_at: int | None = None, resume_from: int | None = None, show: bool = True
+    config: TrainConfig,
+    folder: Path,
+    *,
+    stop_at: int | None = None,
+    resume_from: int | None = None,
+    show: bool = True,
+    rollouts: Rollouts | None = None,
 ) -> Path:
     """Train to `config.steps` from where the folder stands. Returns the newest checkpoint's folder.
 
@@ -44,12 +51,15 @@ def train(
         stop_at: end earlier, at this step.
         resume_from: go on from the checkpoint of this step; those after it are damaged, and are deleted.
         show: draw a progress bar.
+        rollouts: what drives a simulated robot in `config.validation.suite`.
 
     Raises:
         TrainingError: the folder belongs to another run or trainer, the loss is not finite (NonFiniteError), a GPU has
             too little memory, or a process of the run died.
         CheckpointError: the checkpoint to go on from is damaged.
-        DataError, ConfigError: see `manipi.train.data.prepare`; ConfigError also where a package is missing.
+        DataError, ConfigError: see `manipi.train.data.prepare`; ConfigError also where a package is missing, or
+            `rollouts` for a suite.
+        SimulatorError: a simulated robot died or hung; the checkpoints so far stay.
         StorageError: a checkpoint could not be written; the ones before it are untouched.
     """
     from manipi.train.data import prepare
@@ -71,7 +81,7 @@ def train(
                 tqdm.write(str(data.longest))
             if show and len(data.sets) > 1:
                 show_mixture(data.report())
-            _train(run, data, state, window, locks[0] if locks else None, end, show=show)
+            _train(run, data, state, window, locks[0] if locks else None, end, rollouts, show=show)
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise
@@ -118,6 +128,7 @@ def _train(
     window: list[dict[str, float]] | None,
     lock: Lock | None,
     end: int,
+    rollouts: Rollouts | None,
     *,
     show: bool,
 ) -> None:
@@ -125,7 +136,7 @@ def _train(
     from manipi.train.watch.validation import Validation
 
     config, world = run.config, state.world
-    writer, validation = checkpoint_writer(run, data), Validation(run, data, show=show)
+    writer, validation = checkpoint_writer(run, data), Validation(run, data, rollouts=rollouts, show=show)
     lines = {"batch_size": config.batch_size, "every": config.log_every, "show": show, "window": window or ()}
     with (
         StopSignals() as stop,
@@ -163,10 +174,11 @@ def _train(
                 # Before the checkpoint of the step: a run that is killed between the two does both again.
                 with guards.phase("validation", f"the validation of step {state.step}"):
                     weights = state.inference_weights()  # whole ones on rank 0, for which the others wait
-                    if world.leads:
-                        policy = writer.policy(weights, state.step, str(world.device))
-                        numbers = validation.run(state.step, policy, state.model)
-                        out.show(state.step, {f"val/{name}": value for name, value in numbers.items()})
+                    policy = writer.policy(weights, state.step, str(world.device)) if world.leads else None
+                    results = [] if policy is None else validation.measure(policy, state.model)
+                if policy is not None:  # rollouts take as long as they take; simulators that hang are noticed
+                    numbers = validation.conclude(state.step, policy, results)
+                    out.show(state.step, {f"val/{name}": value for name, value in numbers.items()})
             stopped_by = world.first(stop.received)  # once: another may come any time
             if state.step % config.save_every == 0 or state.step == end or stopped_by:
                 with guards.phase("the run", f"the checkpoint of step {state.step}"):

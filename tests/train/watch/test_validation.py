@@ -8,13 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from manipi.checkpoints.native import seal, verify
 from manipi.cli import main
+from manipi.cli.train import VALIDATION_SEED, rollouts_of
 from manipi.data.dataset import command_units
 from manipi.data.feed.mixture import frames_of
 from manipi.data.lerobot.writer import LeRobotWriter
-from manipi.errors import ConfigError
+from manipi.errors import ConfigError, SimulatorError, UnknownNameError
+from manipi.evaluate.evaluation import Evaluation, Settings
+from manipi.evaluate.policies import open_policy
+from manipi.evaluate.suites import find_suite
 from manipi.model import ModelInput
 from manipi.policy import Policy
 from manipi.robots import EndEffector, Gripper, Joints, Robot, State
@@ -286,7 +291,102 @@ def test_a_run_names_its_best_checkpoint_for_commands(run, capsys):
     assert "the run's own" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "value"), [("every", -1), ("samples", 0), ("batch_size", 0)])
+# ---- in a simulator
+
+
+DRIVEN = replace(SMALL, raw=False, suite="tabletop/reach", trials=2)
+
+
+def by_weights(policy, folder, show):
+    """Rollouts whose outcome the weights decide, which begin in a folder of their own."""
+    folder.mkdir(parents=True)
+    success = float(sum(p.detach().double().abs().sum() for p in policy.model.parameters()) % 1)
+    return {"success": success, "success_low": 0.0, "success_high": 1.0, "trials": 2}
+
+
+@pytest.mark.parametrize("holdout", [0.25, 0.0])
+def test_a_resumed_run_has_the_same_rollouts_and_the_same_best(holdout, tiny, tmp_path):
+    config = tiny(steps=6, save_every=2, validation=DRIVEN, async_save=True)
+    config = replace(config, data=replace(config.data, holdout=holdout))
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    train(config, whole, rollouts=by_weights, show=False)
+    train(config, again, stop_at=3, rollouts=by_weights, show=False)
+    (again / "validation" / "4.trials").mkdir()  # as a run leaves it that is killed before the checkpoint
+    train(config, again, rollouts=by_weights, show=False)
+    assert records(again) == records(whole)
+    assert [record["step"] for record in records(whole)] == [2, 4, 6]
+    assert all(0 < record["success"] < 1 and ("loss" in record) == bool(holdout) for record in records(whole))
+    assert (again / "best.json").read_bytes() == (whole / "best.json").read_bytes()
+    assert json.loads((whole / "best.json").read_text())["by"] == "success"
+
+
+@pytest.mark.usefixtures("drawn")
+def test_success_is_drawn_with_and_without_held_out_frames(tiny, tmp_path, capsys):
+    config = tiny(steps=2, save_every=2, validation=DRIVEN)
+    widths = []
+    for holdout in (0.25, 0.0):
+        folder = tmp_path / str(holdout)
+        train(replace(config, data=replace(config.data, holdout=holdout)), folder, rollouts=by_weights)
+        with Image.open(folder / "validation" / "curves.png") as picture:
+            widths.append(picture.width)
+        said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("validation  step 2"))
+        assert "(0.0% to 100.0% of 2 trials)" in said
+        assert ("action error" in said) == bool(holdout)
+    assert min(widths) > 1_500
+
+
+def test_rollouts_change_nothing_that_is_trained(tiny, tmp_path):
+    config = tiny(steps=3)
+    plain = train(config, tmp_path / "plain", show=False)
+    driven = train(replace(config, validation=DRIVEN), tmp_path / "driven", rollouts=by_weights, show=False)
+    assert (plain / "model.safetensors").read_bytes() == (driven / "model.safetensors").read_bytes()
+
+
+def test_the_best_by_success_and_of_equals_by_action_error(judged):
+    run = judged({}, validation=DRIVEN)
+    for step, success, error in ((1, None, 0.01), (2, 0.8, 0.3), (3, 0.9, 0.5), (4, 0.9, 0.2), (5, 0.5, 0.1)):
+        known = {} if success is None else {"success": success}  # before there was a suite
+        append_log(run.validations, {"step": step, "action_error": error, "loss": 0.0, **known})
+    for step in (1, 2, 3, 4):
+        run.checkpoint(step).mkdir(exist_ok=True)
+    assert run.best()["step"] == 4
+    append_log(run.validations, {"step": 3, "success": 0.9, "action_error": float("nan")})
+    assert run.best()["step"] == 4
+
+
+def test_a_suite_that_cannot_be(tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r"rollouts[\s\S]*manipi train"):
+        train(tiny(validation=DRIVEN), tmp_path, show=False)
+    with pytest.raises(ConfigError, match=r"validation\.every"):
+        tiny(validation=replace(DRIVEN, every=0))
+    with pytest.raises(UnknownNameError, match="tabletop/reach"):
+        rollouts_of(tiny(validation=replace(DRIVEN, suite="tabletop/raech")))
+    config = tiny(validation=DRIVEN, model=replace(tiny().model, action_horizon=8))
+    with pytest.raises(ConfigError, match="within 4 together"):
+        rollouts_of(tiny(validation=DRIVEN))
+    with pytest.raises(SimulatorError, match="one for 'other'"):
+        rollouts_of(replace(config, robot=replace(config.robot, name="other")))
+    assert rollouts_of(tiny()) is None
+
+
+@pytest.mark.slow
+def test_rollouts_are_the_evaluation_of_the_checkpoint(tiny, tmp_path):
+    """The same trials as `manipi eval` has of the saved weights."""
+    config = tiny(steps=2, save_every=2, validation=DRIVEN, model=replace(tiny().model, action_horizon=8))
+    checkpoint = train(config, tmp_path, rollouts=rollouts_of(config), show=False)
+    driven = json.loads((tmp_path / "validation" / "2.trials" / "result.json").read_text())
+    suite, settings = find_suite(DRIVEN.suite), Settings(trials=2, seed=VALIDATION_SEED)
+    with (
+        open_policy(str(checkpoint)) as opened,
+        Evaluation(tmp_path / "saved", suite, settings, opened.url, policy="saved") as saved,
+    ):
+        saved.run(show=False)
+        assert saved.finish()["trials"] == driven["trials"]
+    (record,) = records(tmp_path)
+    assert (record["success"], record["trials"]) == (driven["success"]["rate"], 2)
+
+
+@pytest.mark.parametrize(("name", "value"), [("every", -1), ("samples", 0), ("batch_size", 0), ("trials", 0)])
 def test_settings_out_of_range(tiny, name, value):
     with pytest.raises(ConfigError, match=f"validation.{name}"):
         tiny(validation=ValidationConfig(**{name: value}))

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +39,18 @@ from manipi.data.review.lerobot_files import open_lerobot
 from manipi.data.review.report import CheckReport, EpisodeFacts, Finding, from_error, warning
 from manipi.data.review.values import Signal
 from manipi.errors import DataError, quoted
+from manipi.processes import on_cluster
 from manipi.robots.robot import Robot
 
 BLOCK = 32
 """Pictures decoded at a time."""
 
+TOGETHER = 16
+"""Episodes of a task for a Ray cluster, each of which opens the dataset."""
+
 
 def check_dataset(
-    root: Path, *, robot: Robot | None = None, quick: bool = False, num_workers: int | None = None
+    root: Path, *, robot: Robot | None = None, quick: bool = False, num_workers: int | None = None, ray: bool = False
 ) -> CheckReport:
     """Check everything about the dataset at `root`; what is wrong is in the report, never raised.
 
@@ -54,6 +59,7 @@ def check_dataset(
             that it does not name are warnings then.
         quick: decode the first and the last picture of each episode only.
         num_workers: threads that decode pictures; by default one per processor core.
+        ray: decode on a Ray cluster instead, whose hosts all see `root`.
     """
     root, keys = Path(root).expanduser().resolve(), _keys(robot)
     try:
@@ -67,7 +73,7 @@ def check_dataset(
         found, facts = _look_into(rows, signals, robot)
         findings += [*bad, *found]
     if to_decode is not None:
-        findings += _pictures(to_decode, _cameras(to_decode, keys, absent), quick, num_workers)
+        findings += _pictures(to_decode, _cameras(to_decode, keys, absent), quick, num_workers, ray=ray)
     dataset = to_decode or rows
     if dataset is None:
         return CheckReport(root=str(root), findings=_located(root, findings))
@@ -181,7 +187,9 @@ def _look_into(
     return findings, tuple(facts)
 
 
-def _pictures(dataset: Dataset, cameras: Sequence[str], quick: bool, num_workers: int | None) -> list[Finding]:
+def _pictures(
+    dataset: Dataset, cameras: Sequence[str], quick: bool, num_workers: int | None, *, ray: bool = False
+) -> list[Finding]:
     """The first damaged picture of each camera and episode; `quick` looks at the first and the last alone."""
     jobs = [(camera, position) for camera in cameras for position in range(len(dataset.episodes))]
     local = threading.local()
@@ -189,21 +197,16 @@ def _pictures(dataset: Dataset, cameras: Sequence[str], quick: bool, num_workers
     def begin() -> None:
         local.dataset = copy.copy(dataset)  # opens the files again: a decoder belongs to one thread
 
-    def decode(job: tuple[str, int]) -> Finding | None:
-        camera, episode = job[0], dataset.episodes[job[1]]
-        stop, step = episode.start + episode.length, max(1, episode.length - 1) if quick else BLOCK
-        for first in range(episode.start, stop, step):
-            rows = np.arange(first, min(first + (1 if quick else BLOCK), stop))
-            if error := _damage(local.dataset, camera, rows):
-                single = (row for row in rows.tolist() if _damage(local.dataset, camera, np.array([row])))
-                frame = next(single, first) - episode.start
-                return from_error(error, "pictures", (episode.index,), frame, (camera,))
-        return None
+    def decode(job: tuple[str, int]) -> list[Finding]:
+        return _decode(local.dataset, quick, [job])
 
     with ThreadPoolExecutor(num_workers or os.cpu_count() or 1, initializer=begin) as pool:
         try:
-            bar = tqdm(pool.map(decode, jobs), total=len(jobs), desc="pictures", unit="clip", leave=False)
-            damaged = [finding for finding in bar if finding is not None]
+            size = TOGETHER if ray else 1
+            tasks = [(jobs[first : first + size],) for first in range(0, len(jobs), size)]
+            found = on_cluster(partial(_decode, dataset, quick), tasks) if ray else pool.map(decode, jobs)
+            bar = tqdm(found, total=len(tasks), desc="pictures", unit="task" if ray else "clip", leave=False)
+            damaged = [finding for some in bar for finding in some]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -214,6 +217,22 @@ def _pictures(dataset: Dataset, cameras: Sequence[str], quick: bool, num_workers
             here = [replace(here[0], episodes=tuple(number for finding in here for number in finding.episodes))]
         findings += here  # what is the same in all of a camera's episodes is one finding
     return findings
+
+
+def _decode(dataset: Dataset, quick: bool, jobs: Sequence[tuple[str, int]]) -> list[Finding]:
+    """The first damaged picture of each camera and position of an episode, where there is one."""
+    found = []
+    for camera, position in jobs:
+        episode = dataset.episodes[position]
+        stop, step = episode.start + episode.length, max(1, episode.length - 1) if quick else BLOCK
+        for first in range(episode.start, stop, step):
+            rows = np.arange(first, min(first + (1 if quick else BLOCK), stop))
+            if error := _damage(dataset, camera, rows):
+                single = (row for row in rows.tolist() if _damage(dataset, camera, np.array([row])))
+                frame = next(single, first) - episode.start
+                found.append(from_error(error, "pictures", (episode.index,), frame, (camera,)))
+                break
+    return found
 
 
 def _damage(dataset: Dataset, camera: str, rows: np.ndarray) -> DataError | None:

@@ -14,7 +14,7 @@ runs/NAME/
 ├─ bad_batch_STEP.npz  the batch of a step whose loss or gradient was not finite
 ├─ loss.png
 ├─ validation.jsonl  one line per validation
-├─ validation/       its details: STEP.json, STEP.png, and curves.png over all steps
+├─ validation/       its details: STEP.json, STEP.png, STEP.trials/ of a suite, and curves.png over all steps
 ├─ best.json         step, number and path of the best checkpoint that there is
 ├─ best              a link to that checkpoint
 └─ checkpoints/STEP/ see manipi.checkpoints.native
@@ -37,10 +37,13 @@ from tqdm import tqdm
 from manipi.errors import CheckpointError, TrainingError, shown
 from manipi.records import Change, dataclasses_in, from_json, json_bytes, may_change, read_object, to_json
 from manipi.storage import Lock, atomic_write, remove_partial, storage_errors
-from manipi.train.config import TrainConfig
+from manipi.train.config import TrainConfig, ValidationConfig
 
 FORMAT = 1
 """Number of the layout below, in config.json as `format`; manipi 0.1.0 wrote the same layout without a number."""
+
+ADDED = {name: getattr(ValidationConfig(), name) for name in ("suite", "trials", "workers")}
+"""Settings of `validation` that runs of 0.1.0 do not have, as those runs were."""
 
 
 class Run:
@@ -142,18 +145,33 @@ class Run:
                 else f"--resume-from {sound} goes on from the newest sound one before it, and deletes those after",
             ) from error
 
+    @property
+    def best_by(self) -> str:
+        """The number of a validation by which a checkpoint is the best one."""
+        return "success" if self.config.validation.suite else self.config.validation.best_by
+
     def best(self) -> dict[str, Any] | None:
-        """Of the validations whose step has a checkpoint, the one with the lowest `validation.best_by`."""
-        number, steps = self.config.validation.best_by, self.steps()
-        known = [record for record in read_log(self.validations) if record["step"] in steps]
-        return min((r for r in known if math.isfinite(r[number])), key=lambda r: r[number], default=None)
+        """Of the validations whose step has a checkpoint, the one with the lowest `validation.best_by`.
+
+        With a suite, the one with the highest success, and of equals the one with the lowest action error.
+        """
+        number, steps = self.best_by, self.steps()
+        known = [r for r in read_log(self.validations) if r["step"] in steps and math.isfinite(r.get(number, math.nan))]
+
+        def rank(record: dict[str, Any]) -> tuple[float, ...]:
+            if number != "success":
+                return (record[number],)
+            error = record.get("action_error", math.inf)
+            return (-record["success"], error if math.isfinite(error) else math.inf)
+
+        return min(known, key=rank, default=None)
 
     def prune(self) -> None:
         """Delete all but the newest `keep_checkpoints`, those of every `keep_every`-th step, and the best one.
 
         A checkpoint between two saves, as SIGTERM leaves it, goes with the next and takes no other's place.
         """
-        every, steps, best, number = self.config.keep_every, self.steps(), self.best(), self.config.validation.best_by
+        every, steps, best, number = self.config.keep_every, self.steps(), self.best(), self.best_by
         if best:
             path = self.checkpoint(best["step"]).relative_to(self.folder)
             described = {"step": best["step"], "by": number, "value": best[number], "path": str(path)}
@@ -239,6 +257,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
             where=str(path),
             next="upgrade manipi, or start a new run folder (--run-dir)",
         )
+    if isinstance(before := stored.get("validation"), dict):
+        stored["validation"] = {**ADDED, **before}
     return stored
 
 

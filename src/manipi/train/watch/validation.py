@@ -16,12 +16,13 @@ Shape letters: n frames, K noise draws; H action horizon, A dimensions of the ro
 """
 
 import math
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from manipi.data.action_error import (
 )
 from manipi.data.dataset import command_names, command_units, label
 from manipi.data.feed.loader import Batch
+from manipi.errors import ConfigError
 from manipi.model import VLA, ModelInput
 from manipi.model.autoregressive import TokenLoss
 from manipi.model.config import Pi0FastConfig
@@ -252,24 +254,43 @@ IGNORED = 0.05
 """Prompts count as ignored where another one moves the chunks by less than this share of their error."""
 
 
+Rollouts: TypeAlias = Callable[[Policy, Path, bool], Mapping[str, float]]
+"""Drives a simulated robot with a policy, and keeps the trials in a folder; the last argument: whether to show a bar.
+
+Returns `success`, its interval `success_low` and `success_high`, and `trials`, the same for the same weights.
+`manipi.cli.train.rollouts_of` has the one of `manipi train`: servers and simulators are no part of training.
+"""
+
+
 class Validation:
     """The validations of a run.
 
     Args:
+        rollouts: of `validation.suite`; None where that is empty.
         show: print a line or two per validation.
+
+    Raises:
+        ConfigError: there is a suite, and nothing that drives the robot in it.
     """
 
-    def __init__(self, run: Run, data: TrainingData, *, show: bool):
-        self._run, self._data, self._show = run, data, show
+    def __init__(self, run: Run, data: TrainingData, *, rollouts: Rollouts | None = None, show: bool):
+        self._run, self._data, self._rollouts, self._show = run, data, rollouts, show
         self._held_out = [one for one in data.sets if len(one.held_out)]
         config = run.config
+        if config.validation.suite and rollouts is None:
+            raise ConfigError(
+                expected=f"`rollouts`, which drive a robot in the suite {config.validation.suite}",
+                found="none",
+                where="run_training",
+                next="manipi train, which has them; or give manipi.cli.train.rollouts_of(config), or no suite",
+            )
         if not show or not config.validation.every:
             return
         if without := [one.source.dataset.name for one in data.sets if not len(one.held_out)]:
             tqdm.write(
                 f"no validation on {', '.join(without)}: no episode is held out (--data.holdout 0.1: a tenth is)"
             )
-        if self._held_out and math.lcm(config.validation.every, config.save_every) > config.steps:
+        if (self._held_out or rollouts) and math.lcm(config.validation.every, config.save_every) > config.steps:
             tqdm.write(
                 "no step before the last is both validated and saved, and could be the best checkpoint: "
                 "make --validation.every a multiple of --save-every and smaller than --steps"
@@ -277,22 +298,37 @@ class Validation:
 
     def due(self, step: int) -> bool:
         """Whether there is one after so many steps."""
-        every = self._run.config.validation.every
-        return bool(every and self._held_out and (step % every == 0 or step == self._run.config.steps))
+        every, wanted = self._run.config.validation.every, self._held_out or self._rollouts
+        return bool(every and wanted and (step % every == 0 or step == self._run.config.steps))
 
-    def run(self, step: int, policy: Policy, raw: VLA) -> dict[str, float]:
-        """Measure, write numbers and pictures, and say how it stands. Returns the numbers.
+    def measure(self, policy: Policy, raw: VLA) -> list[SetResult]:
+        """What the policy makes of held-out frames.
 
         Args:
             policy: the one that would be served.
             raw: with the weights that are being trained.
         """
-        began, folder = time.perf_counter(), self._run.folder / "validation"
-        results = [one.measure(policy, raw if self._run.config.validation.raw else None) for one in self._frames]
-        numbers = summary(results)
-        record = {"step": step, **numbers, "seconds": time.perf_counter() - began, "time": time.time()}
+        self._began = time.perf_counter()
+        return [one.measure(policy, raw if self._run.config.validation.raw else None) for one in self._frames]
+
+    def conclude(self, step: int, policy: Policy, results: Sequence[SetResult]) -> dict[str, float]:
+        """Drive a robot where there is a suite, write numbers and pictures, and say how it stands.
+
+        Returns:
+            The numbers.
+
+        Raises:
+            SimulatorError: from the rollouts, as they say.
+        """
+        folder, numbers = self._run.folder / "validation", summary(results)
+        if self._rollouts is not None:
+            trials = folder / f"{step}.trials"
+            shutil.rmtree(trials, ignore_errors=True)  # of a run that was killed before its checkpoint
+            numbers |= self._rollouts(policy, trials, self._show)
+        record = {"step": step, **numbers, "seconds": time.perf_counter() - self._began, "time": time.time()}
         atomic_write(folder / f"{step}.json", json_bytes({**record, "sets": results}))
-        plot_errors(results, step, folder / f"{step}.png")
+        if results:
+            plot_errors(results, step, folder / f"{step}.png")
         append_log(self._run.validations, record)
         plot_curves(read_log(self._run.validations), self._run.read_metrics(), folder / "curves.png")
         if self._show:
@@ -327,12 +363,16 @@ def summary(results: Sequence[SetResult]) -> dict[str, float]:
 
 
 def _sentence(record: dict[str, Any]) -> str:
-    tokens = f", tokens right {record['token_accuracy']:.1%}" if "token_accuracy" in record else ""
-    return (
-        f"validation  step {record['step']}: loss {record['loss']:.4f} (training frames {record['train_loss']:.4f})"
-        f"{tokens}, action error {record['action_error']:.2%} of the travel"
-        f" (holding position {record['hold_error']:.2%}, the mean action {record['mean_error']:.2%})"
-    )
+    said = []
+    if "success" in record:
+        interval = f"{record['success_low']:.1%} to {record['success_high']:.1%} of {record['trials']} trials"
+        said.append(f"success {record['success']:.1%} ({interval})")
+    if "loss" in record:
+        said.append(f"loss {record['loss']:.4f} (training frames {record['train_loss']:.4f})")
+        said += [f"tokens right {record['token_accuracy']:.1%}"] if "token_accuracy" in record else []
+        simple = f"holding position {record['hold_error']:.2%}, the mean action {record['mean_error']:.2%}"
+        said.append(f"action error {record['action_error']:.2%} of the travel ({simple})")
+    return f"validation  step {record['step']}: {', '.join(said)}"
 
 
 def _about_prompts(result: SetResult) -> str:
@@ -355,10 +395,15 @@ SIMPLE = {"holding position": ("#c46a1b", "--"), "the mean action": ("#555555", 
 
 
 def plot_curves(validations: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Losses; action error beside the baselines; what prompts do. One panel each."""
-    steps = [v["step"] for v in validations]
-    with figure(path, figsize=(12, 3.6)) as drawing:
-        loss, error, prompts = drawing.subplots(1, 3)
+    """Losses; action error beside the baselines; what prompts do; success, of a suite. One panel each."""
+    steps, driven = [v["step"] for v in validations], "success" in validations[-1]
+    with figure(path, figsize=(16 if driven else 12, 3.6)) as drawing:
+        loss, error, prompts, *more = drawing.subplots(1, 4 if driven else 3)
+        if driven:
+            low, high = ([100 * v.get(f"success_{end}", np.nan) for v in validations] for end in ("low", "high"))
+            more[0].fill_between(steps, low, high, color=POLICY, alpha=0.18, linewidth=0, label="95 % interval")
+            _curve(more[0], steps, validations, "success", POLICY, "success", 100)
+            more[0].set(title="success in the simulator", ylabel="% of the trials", ylim=(0, 100))
         loss.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], color="#cccccc", label="training batches")
         _curve(loss, steps, validations, "train_loss", TRAINING, "fixed training frames")
         _curve(loss, steps, validations, "loss", POLICY, "held-out frames")
@@ -368,6 +413,8 @@ def plot_curves(validations: Sequence[Mapping[str, Any]], metrics: Sequence[Mapp
         _curve(error, steps, validations, "action_error", POLICY, "policy", 100)
         for key, name in (("hold_error", "holding position"), ("mean_error", "the mean action")):
             colour, style = SIMPLE[name]
+            if key not in validations[-1]:  # no episode is held out
+                continue
             error.axhline(100 * validations[-1][key], color=colour, linestyle=style, label=name)
         error.set(title="error of sampled actions, held-out", ylabel="% of the travel", ylim=(0, None))
         for key, colour, name in (
@@ -378,10 +425,11 @@ def plot_curves(validations: Sequence[Mapping[str, Any]], metrics: Sequence[Mapp
             if key in validations[-1]:
                 _curve(prompts, steps, validations, key, colour, name, 100)
         prompts.set(title="how far other prompts move the actions", ylabel="% of the travel", ylim=(0, None))
-        for axis in (loss, error, prompts):
+        for axis in (loss, error, prompts, *more):
             axis.set_xlabel("step")
             axis.grid(alpha=0.25)
-            axis.legend(fontsize=8)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=8)
 
 
 def _curve(
