@@ -17,7 +17,7 @@ import pytest
 from tests.commands import Command
 
 from manipi.cli import main
-from manipi.errors import ConfigError, SimulatorError, StorageError, UnknownNameError
+from manipi.errors import ConfigError, ServeError, SimulatorError, StorageError, UnknownNameError
 from manipi.evaluate import evaluation as evaluation_module
 from manipi.evaluate import suites
 from manipi.evaluate.compare import compare_results, read_side
@@ -215,6 +215,14 @@ def test_a_server_that_says_little_of_itself(evaluate, metadata, tmp_path):
         with Evaluation(tmp_path / "e", suite, SETTINGS, where, policy="one") as evaluation:
             evaluation.run(show=False)
             assert evaluation.finish()["success"]["n"] == 6
+
+
+def test_a_server_that_fails_is_not_the_simulator(evaluate):
+    def infer(observation):
+        raise RuntimeError("kaboom")
+
+    with pytest.raises(ServeError, match=r"policy server in trial 0[\s\S]*kaboom"):
+        evaluate(infer=infer)
 
 
 def test_a_policy_of_no_number(evaluate):

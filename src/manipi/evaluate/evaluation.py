@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 import manipi
-from manipi.errors import ConfigError, SimulatorError, quoted, shown
+from manipi.errors import ConfigError, ServeError, SimulatorError, quoted, shown
 from manipi.evaluate.statistics import SuccessRate, success_rate
 from manipi.evaluate.suites import Suite
 from manipi.processes import Remote, cluster_size
@@ -214,6 +214,7 @@ class Evaluation:
 
         Raises:
             SimulatorError: a simulator did not start, died, hung or said what is wrong. What had ended is kept.
+            ServeError: the policy server ended, or answered with an error. What had ended is kept.
             ConfigError: the checkpoint was changed meanwhile.
         """
         count = self.settings.trials if count is None else count
@@ -433,7 +434,7 @@ class Worker:
     """
 
     def __init__(self, suite: Suite, url: str, options: Mapping[str, Any], token: str | None = None):
-        self._suite = suite
+        self._suite, self._url = suite, url
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         command = [str(suite.python), "-m", "manipi_client.trials", suite.factory, "--url", url]
         command += ["--options", json.dumps(options)]
@@ -474,6 +475,7 @@ class Worker:
 
         Raises:
             SimulatorError: it died, made no step for two minutes, or said an error.
+            ServeError: the policy server ended, or answered with an error.
         """
         try:
             self._input.write(json.dumps(request) + "\n")
@@ -494,6 +496,13 @@ class Worker:
                 ended = f"signal {-code}" if code < 0 else f"exit status {code}"
                 raise self._error(what, f"its end with {ended}")
             event = json.loads(line)
+            if event.get("error", {}).get("server"):
+                raise ServeError(
+                    expected=f"answers of the policy server in {what}",
+                    found=f"{event['error']['kind']}\n{event['error']['text']}",
+                    where=self._url,
+                    next="do what it says, or start the server again; the same command then goes on",
+                )
             if "error" in event:
                 raise self._error(what, f"{event['error']['kind']}\n{event['error']['text']}")
             if kind in event:

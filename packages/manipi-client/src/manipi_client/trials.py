@@ -43,7 +43,7 @@ import numpy as np
 
 from manipi_client.broker import Chunk, ChunkQueue, Policy, read_chunk
 from manipi_client.client import WebsocketPolicy
-from manipi_client.errors import InputError, ManipiClientError, shown
+from manipi_client.errors import InputError, ManipiClientError, PolicyServerError, shown
 from manipi_client.keys import DELAY, NUM_STEPS, PREVIOUS, SEED, STEP, TEMPERATURE
 from manipi_client.realtime import JOINS, Motion, MotionMeter
 
@@ -593,7 +593,8 @@ def main() -> None:
     except ManipiClientError as error:
         if args.tried is not None:
             sys.exit(f"{type(error).__name__}\n{error}")
-        tell(error={"kind": type(error).__name__, "text": str(error)})
+        server = isinstance(error, PolicyServerError)
+        tell(error={"kind": type(error).__name__, "text": str(error), "server": server})
         sys.exit(1)
     except Exception:  # whatever a simulator raises is told, and the process ends
         if args.tried is not None:
