@@ -142,7 +142,7 @@ class StorageError(ManipiError):
 
 
 class ServeError(ManipiError):
-    """A server that cannot start."""
+    """A server that cannot start, or ended while it was needed."""
 
 
 class RequestError(ManipiError):

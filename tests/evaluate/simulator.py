@@ -12,15 +12,19 @@ class Line:
 
     control_hz, max_steps = 10.0, 12
 
-    def __init__(self, *, folder: str = "", black: bool = False, expert: bool = True):
-        self._folder, self._black = Path(folder), black
+    def __init__(
+        self, *, folder: str = "", black: bool = False, expert: bool = True, start: float = 0.0, unseen: bool = False
+    ):
+        self._folder, self._black, self._start = Path(folder), black, start
         self.description = {"renderer": "numbers"}
+        if not unseen:
+            self.picture = self._picture
         if not expert:
             self.expert = None
 
     def reset(self, seed, task):
         self.task, self.failure, self._steps = task, None, 0
-        self._x = np.random.default_rng(seed).uniform(-0.5, 0.5)
+        self._x = np.random.default_rng(seed).uniform(-0.5, 0.5) + self._start
         self._trouble("reset")
         return self.observe()
 
@@ -51,7 +55,7 @@ class Line:
     def expert(self):
         return np.array([0.2, 1.0 if self._x > 0 else 0.0], np.float32)
 
-    def picture(self):
+    def _picture(self):
         return np.full((8, 8, 3), int(100 + 50 * self._x), np.uint8)
 
     @property

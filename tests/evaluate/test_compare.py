@@ -8,7 +8,7 @@ import pytest
 
 from manipi.cli import main
 from manipi.errors import ConfigError
-from manipi.evaluate.compare import Side, compare_groups, compare_results, read_side
+from manipi.evaluate.compare import Side, compare_groups, compare_results, may_be_equivalent, read_side
 from manipi.evaluate.statistics import (
     SequentialTest,
     groups_difference,
@@ -251,3 +251,11 @@ def test_training_runs_that_came_out_alike_prove_nothing_by_that():
     assert compare_groups([side(5), side(5)], [side(5), side(5)], margin=0.05).verdict == "undecided"
     with pytest.raises(ConfigError, match="results of one suite"):
         compare_groups([side(5), side(5)], [side(5), side(5, "c/d")], margin=0.05)
+
+
+def test_scenes_are_tried_on_where_equal_policies_may_come_out():
+    same = 190 * [(True, True)]
+    assert may_be_equivalent(same, 200, 0.05)
+    assert not may_be_equivalent(same[:13], 20, 0.05)
+    assert may_be_equivalent([*same, *4 * [(True, False)]], 200, 0.05)  # the six that are left may make up for it
+    assert not may_be_equivalent([*same[:150], *40 * [(True, False)]], 200, 0.05)

@@ -17,7 +17,7 @@ import pytest
 from tests.commands import Command
 
 from manipi.cli import main
-from manipi.errors import ConfigError, SimulatorError, StorageError, UnknownNameError
+from manipi.errors import ConfigError, ServeError, SimulatorError, StorageError, UnknownNameError
 from manipi.evaluate import evaluation as evaluation_module
 from manipi.evaluate import suites
 from manipi.evaluate.compare import compare_results, read_side
@@ -205,6 +205,43 @@ def test_controls_differ_on_the_same_scenes(evaluate):
     assert (found.paired, found.trials) == (True, 6)
 
 
+@pytest.mark.parametrize(
+    "metadata", [{}, {"robot": "line", "image_size": "big", "action_horizon": None, "control_hz": "fast"}]
+)
+def test_a_server_that_says_little_of_itself(evaluate, metadata, tmp_path):
+    suite = replace(SUITE, policy_image_size=True)
+    with FakePolicyServer(answer, metadata) as server:
+        where = f"ws://127.0.0.1:{server.port}"
+        with Evaluation(tmp_path / "e", suite, SETTINGS, where, policy="one") as evaluation:
+            evaluation.run(show=False)
+            assert evaluation.finish()["success"]["n"] == 6
+
+
+def test_a_server_that_fails_is_not_the_simulator(evaluate):
+    def infer(observation):
+        raise RuntimeError("kaboom")
+
+    with pytest.raises(ServeError, match=r"policy server in trial 0[\s\S]*kaboom"):
+        evaluate(infer=infer)
+
+
+def test_a_policy_of_no_number(evaluate):
+    with pytest.raises(SimulatorError, match="a command of finite numbers"):
+        evaluate(infer=lambda observation: {"actions": np.full((4, 2), np.nan, np.float32)})
+
+
+def test_scenes_that_are_solved_as_they_begin_and_a_simulator_without_pictures(evaluate, tmp_path):
+    options = {"start": 2.0, "unseen": True}
+    solved = evaluate(options=options.items())
+    assert [(row["success"], row["steps"], row["jerk"]) for row in trials(solved)] == 6 * [(True, 0, None)]
+    suite, replay = replace(SUITE, options=options), replace(SETTINGS, control="replay")
+    with FakePolicyServer(answer, {**METADATA, "robot": {"name": "line"}}) as server:
+        where = f"ws://127.0.0.1:{server.port}"
+        with Evaluation(tmp_path / "replay", suite, replay, where, policy="one") as evaluation:
+            evaluation.run(show=False)
+            assert evaluation.films(4) == {}
+
+
 def test_a_sweep_is_a_table_and_a_difference_from_its_first_setting(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suites, "find_suite", lambda name: SUITE)
     path = tmp_path / "all.json"
@@ -247,6 +284,10 @@ def test_a_simulator_with_a_python_of_its_own(tmp_path, monkeypatch):
     assert suite.factory == f"{folder}/simulator.py:Line"
     with pytest.raises(UnknownNameError, match="lines/short"):
         find_suite("lines/shot")
+    for broken in (3, {"tasks": []}, {"tasks": [1]}, {"tasks": 3}, {"colour": "red"}):
+        (folder / "suite.json").write_text(json.dumps({**described, "suites": {"short": broken}}))
+        with pytest.raises(ConfigError, match=r"docs/simulators\.md"):
+            find_suite("lines/short")
 
 
 @pytest.mark.slow
@@ -265,7 +306,7 @@ def test_the_old_flag_names_the_new_one(capsys):
 @pytest.mark.parametrize(
     "flags",
     [
-        *("--trials 0", "--workers 0", "--execute-steps 0", "--delay -1", "--num-steps 0", "--temperature nan"),
+        *("--trials 0", "--workers -1", "--execute-steps 0", "--delay -1", "--num-steps 0", "--temperature nan"),
         *("--films -1", "--max-batch 0", "--join magic", "--num-threads -2", "--sweep execute_steps=4,0"),
     ],
 )

@@ -1,5 +1,6 @@
 """`manipi demonstrate`: a dataset of a suite's scripted expert."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,9 +38,14 @@ def main(arguments: Sequence[str]) -> None:
     args = parse(_Demonstrate, arguments, "demonstrate")
 
     from manipi.evaluate.demonstrations import record_demonstrations
-    from manipi.evaluate.suites import find_suite
+    from manipi.evaluate.evaluation import require
+    from manipi.evaluate.suites import FIRST_SCENE, find_suite
 
     suite = find_suite(args.suite)
+    require("--episodes", args.episodes, 1 <= args.episodes < FIRST_SCENE, "an episode or more", "400")
+    require("--workers", args.workers, args.workers >= 1, "a worker process or more", "2")
+    levels = args.noise and all(0 <= level < math.inf for level in args.noise)
+    require("--noise", args.noise, bool(levels), "disturbances, from 0", "0 0.3 0.6")
     settings = {"episodes": args.episodes, "noise": args.noise, "workers": args.workers}
     kept, made = record_demonstrations(suite, load_robot(args.robot or suite.robot), args.target, **settings)
     print(

@@ -167,7 +167,7 @@ def _suite(args: _Eval) -> None:
     if len(controls) > 1:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in controls)
         raise ConfigError(expected="one control at a time", found=flags, where="manipi eval", next="run it for each")
-    require("--workers", args.workers, args.workers >= 1, "a worker process or more", "2")
+    require("--workers", args.workers, args.workers >= 0, "a number of worker processes, from 0", "2")
     require("--max-batch", args.max_batch, args.max_batch >= 1, "an observation or more", "1")
     require("--films", args.films, args.films >= 0, "a number of films, from 0", "8")
     chosen = {

@@ -257,6 +257,19 @@ def compare_groups(a: Sequence[Side], b: Sequence[Side], *, margin: float) -> Co
     return _comparison(side_a, side_b, interval, trials, found, paired=False, why_unpaired=why)
 
 
+def may_be_equivalent(seen: Sequence[tuple[bool, bool]], planned: int, margin: float) -> bool:
+    """Whether the scenes that are left can still bring the interval within the margin, if they go as well as can be."""
+    wins = [sum(a > b for a, b in seen), sum(b > a for a, b in seen)]
+    left, behind = planned - len(seen), (wins[1] > wins[0], wins[0] > wins[1])
+    for both in (True, False):
+        for even in {0, min(left, abs(wins[0] - wins[1]))}:
+            whole = [*seen, *even * [behind], *(left - even) * [(both, both)]]
+            interval = paired_difference([a for a, _ in whole], [b for _, b in whole])
+            if verdict(None, interval, margin) == "equivalent":
+                return True
+    return False
+
+
 class _Finished:
     """A result on file, read as if it were made now."""
 
@@ -314,14 +327,17 @@ def compare_policies(
         test = SequentialTest(alpha=alpha, planned=planned)
         bar = stack.enter_context(tqdm(total=planned, desc="compare", unit="scene"))
         hopeless = test.futile  # so few trials can only show an interval, which takes all of them
-        while test.trials < planned and not test.winner and (hopeless or not test.futile):
+        over, seen = False, list[tuple[bool, bool]]()
+        while test.trials < planned and not over:
             upto = min(test.trials + workers, planned)
             for one in both:
                 one.run(upto, show=False)
             for outcome in list(zip(*(one.successes(upto) for one in both)))[test.trials :]:
                 test.add(*outcome)
+                seen.append(outcome)
                 bar.update()
-                if test.winner or (test.futile and not hopeless):
+                futile = test.futile and not hopeless and not may_be_equivalent(seen, planned, margin)
+                if over := bool(test.winner) or futile:
                     break
             bar.set_postfix_str(f"A alone {test.wins_a}, B alone {test.wins_b}, p {test.p_value:.3g}", refresh=False)
         for opened in opened_policies:

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from manipi.data.dataset import Feature
 from manipi.data.lerobot.writer import LeRobotWriter
-from manipi.errors import MissingFeatureError, SimulatorError
+from manipi.errors import ConfigError, MissingFeatureError, SimulatorError, StorageError, shown
 from manipi.evaluate.evaluation import Worker
 from manipi.evaluate.suites import FIRST_SCENE, Suite
+from manipi.records import json_bytes, read_object
 from manipi.robots.robot import Robot
-from manipi.storage import require_absent, storage_errors
+from manipi.storage import Lock, atomic_write, require_absent, storage_errors
 
 SUBTASK = "subtask_index"
 """The column with the number of each step's subtask, whose words are in meta/subtasks.parquet."""
@@ -47,6 +48,33 @@ def record_demonstrations(
     folder = target.with_name(f".{target.name}.episodes")
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = Lock(folder / ".lock", wait=False)
+    except BlockingIOError:
+        raise StorageError(
+            expected="one process at a time that makes these episodes",
+            found="another one that makes them now",
+            where=str(folder),
+            next="wait for its end, or choose another name",
+        ) from None
+    with lock:
+        return _record(suite, robot, target, folder, episodes, noise, workers)
+
+
+def _record(
+    suite: Suite, robot: Robot, target: Path, folder: Path, episodes: int, noise: Sequence[float], workers: int
+) -> tuple[int, int]:
+    asked = {"suite": suite.name, "options": dict(suite.options), "tasks": list(suite.tasks), "noise": list(noise)}
+    made = folder / "episodes.json"
+    if not made.exists():
+        atomic_write(made, json_bytes(asked))
+    if (before := read_object(made)) != asked:
+        raise ConfigError(
+            expected=f"episodes of {shown(asked, 300)}",
+            found=f"some of {shown(before, 300)}, which an earlier command left",
+            where=str(folder),
+            next="choose another name for the dataset, or delete that folder",
+        )
     paths = [folder / f"{number:06d}.npz" for number in range(episodes)]
     _make(suite, [number for number, path in enumerate(paths) if not path.exists()], paths, noise, workers)
     kept, subtasks = 0, dict[str, int]()

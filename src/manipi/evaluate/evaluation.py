@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 import manipi
-from manipi.errors import ConfigError, SimulatorError, quoted, shown
+from manipi.errors import ConfigError, ServeError, SimulatorError, quoted, shown
 from manipi.evaluate.statistics import SuccessRate, success_rate
 from manipi.evaluate.suites import Suite
 from manipi.processes import Remote, cluster_size
@@ -42,6 +42,9 @@ from manipi_client.trials import TrialResult, TrialSpec
 
 HANG_SECONDS = 120.0
 """How long a simulator may take for its start, or for a step, before it counts as hung."""
+
+METADATA = {"robot": Mapping, "image_size": int, "action_horizon": int, "control_hz": (int, float)}
+"""What an evaluation reads of a server's metadata."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +119,9 @@ class Evaluation:
         self._ray, self._workers = ray, list[Worker | Remote]()
         self._num_workers = _places(url, workers) if ray else max(workers, 1)
         with WebsocketPolicy(url, None, os.environ.get("MANIPI_TOKEN")) as client:
-            self.metadata = dict(client.metadata)
+            told = client.metadata
+        # A server that is not ours says nothing of this, or means something else by it.
+        self.metadata = {k: v for k, v in told.items() if k not in METADATA or isinstance(v, METADATA[k])}
         require_fit(self.metadata, suite, settings)
         self.provenance = {
             "suite": suite.name,
@@ -148,8 +153,8 @@ class Evaluation:
 
     @property
     def _options(self) -> dict[str, Any]:
-        size = {"image_size": self.metadata["image_size"]} if self.suite.policy_image_size else {}
-        return {**self.suite.options, **size}
+        size = self.metadata.get("image_size") if self.suite.policy_image_size else None
+        return {**self.suite.options, **({} if size is None else {"image_size": size})}
 
     def _claim(self) -> None:
         """Read what the folder holds of this evaluation, or make it."""
@@ -209,6 +214,7 @@ class Evaluation:
 
         Raises:
             SimulatorError: a simulator did not start, died, hung or said what is wrong. What had ended is kept.
+            ServeError: the policy server ended, or answered with an error. What had ended is kept.
             ConfigError: the checkpoint was changed meanwhile.
         """
         count = self.settings.trials if count is None else count
@@ -317,7 +323,8 @@ class Evaluation:
                 spec, path = self.settings.trial(self.suite, row["index"]), Path(folder) / f"{row['index']}.npy"
                 request = {"trial": asdict(spec), "film": str(path), "actions": row["actions"]}
                 assert here is not None, "made above"
-                here.ask(request, "film", f"the film of trial {spec.index}")
+                if here.ask(request, "film", f"the film of trial {spec.index}") is None:
+                    break  # this simulator has no pictures for people
                 found[row["index"]] = np.load(path)
         return dict(sorted(found.items()))
 
@@ -342,6 +349,8 @@ def _summary(row: Mapping[str, Any], robot: Robot | None) -> dict[str, Any]:
 def _smoothness(actions_TA: np.ndarray, robot: Robot | None) -> tuple[float | None, int | None]:
     """The mean third difference of the commands that move no gripper, per step³; how often a gripper was opened or
     closed, by commands beyond 40 and 60 % of its way."""
+    if not len(actions_TA):  # a scene that is solved as it begins
+        return None, 0 if robot else None
     offset, grippers, events = 0, [], 0
     for group in robot.actions if robot else ():
         if isinstance(group, Gripper | LinkageGripper):
@@ -372,7 +381,7 @@ def require_fit(metadata: Mapping[str, Any], suite: Suite, settings: Settings) -
             expected=f"a policy for the robot {suite.robot!r}, whose suite {suite.name} is",
             found=f"one for {shown(robot)}",
             where="the policy server's metadata",
-            next="choose a suite of that robot with --suite (manipi eval --help lists all)",
+            next="choose a suite of that robot with --suite (--suite all lists them)",
         )
     horizon, delay = metadata.get("action_horizon"), 0 if settings.join == "synchronous" else settings.delay
     if horizon is not None and settings.execute_steps + delay > horizon:
@@ -425,7 +434,7 @@ class Worker:
     """
 
     def __init__(self, suite: Suite, url: str, options: Mapping[str, Any], token: str | None = None):
-        self._suite = suite
+        self._suite, self._url = suite, url
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         command = [str(suite.python), "-m", "manipi_client.trials", suite.factory, "--url", url]
         command += ["--options", json.dumps(options)]
@@ -467,6 +476,7 @@ class Worker:
 
         Raises:
             SimulatorError: it died, made no step for two minutes, or said an error.
+            ServeError: the policy server ended, or answered with an error.
         """
         try:
             self._input.write(json.dumps(request) + "\n")
@@ -487,6 +497,13 @@ class Worker:
                 ended = f"signal {-code}" if code < 0 else f"exit status {code}"
                 raise self._error(what, f"its end with {ended}")
             event = json.loads(line)
+            if event.get("error", {}).get("server"):
+                raise ServeError(
+                    expected=f"answers of the policy server in {what}",
+                    found=f"{event['error']['kind']}\n{event['error']['text']}",
+                    where=self._url,
+                    next="do what it says, or start the server again; the same command then goes on",
+                )
             if "error" in event:
                 raise self._error(what, f"{event['error']['kind']}\n{event['error']['text']}")
             if kind in event:

@@ -132,10 +132,12 @@ def _simulator_suite(path: Path, name: str) -> Suite:
             where=f"suite {folder.name}/{name}",
             next=f"make sim-{folder.name}",
         )
-    fields = {key: value for key, value in described.items() if key != "suites"} | described["suites"][name]
     try:
+        fields = {key: value for key, value in described.items() if key != "suites"} | described["suites"][name]
         fields["factory"] = f"{folder}/{fields['factory']}"
         fields["tasks"] = tuple(fields.get("tasks", ("",)))
+        if not (fields["tasks"] and all(isinstance(task, str) for task in fields["tasks"])):
+            raise TypeError(f"tasks {shown(fields['tasks'])}, which are to be texts, one or more")
         return Suite(name=f"{folder.name}/{name}", python=python, **fields)
     except (KeyError, TypeError) as error:
         raise ConfigError(

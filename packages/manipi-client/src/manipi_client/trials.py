@@ -43,7 +43,7 @@ import numpy as np
 
 from manipi_client.broker import Chunk, ChunkQueue, Policy, read_chunk
 from manipi_client.client import WebsocketPolicy
-from manipi_client.errors import InputError, ManipiClientError, shown
+from manipi_client.errors import InputError, ManipiClientError, PolicyServerError, shown
 from manipi_client.keys import DELAY, NUM_STEPS, PREVIOUS, SEED, STEP, TEMPERATURE
 from manipi_client.realtime import JOINS, Motion, MotionMeter
 
@@ -297,6 +297,13 @@ def run_trial(
                 if spec.control == "blind":
                     observation = _blinded(observation)
             action = np.asarray(broker.infer(observation), np.float32)
+        if not np.isfinite(action).all():
+            raise InputError(
+                expected="a command of finite numbers",
+                found=shown(action.tolist()),
+                where=f"step {len(actions)} of scene {spec.scene}, from the {spec.control or 'policy'}",
+                next="check the policy's outputs: manipi eval CHECKPOINT, without --suite",
+            )
         simulator.step(action)
         observation = None
         actions.append(action)
@@ -380,7 +387,7 @@ def _expert_actions(simulator: Simulator, spec: TrialSpec, on_step: Callable[[in
     expert = _needed(simulator, "expert", spec.control)
     simulator.reset(spec.replayed_scene, spec.task)
     actions: List[np.ndarray] = []
-    while not simulator.success and len(actions) < simulator.max_steps:
+    while not actions or (not simulator.success and len(actions) < simulator.max_steps):
         actions.append(np.asarray(expert(), np.float32))
         simulator.step(actions[-1])
         on_step(len(actions))
@@ -586,7 +593,8 @@ def main() -> None:
     except ManipiClientError as error:
         if args.tried is not None:
             sys.exit(f"{type(error).__name__}\n{error}")
-        tell(error={"kind": type(error).__name__, "text": str(error)})
+        server = isinstance(error, PolicyServerError)
+        tell(error={"kind": type(error).__name__, "text": str(error), "server": server})
         sys.exit(1)
     except Exception:  # whatever a simulator raises is told, and the process ends
         if args.tried is not None:
@@ -619,9 +627,10 @@ def _answer_requests(simulator: Simulator, policy: WebsocketPolicy, tell: Callab
             _save_episode(path, made)
             tell(demonstration={"steps": len(made["actions"]), "success": made["success"]})
         elif "film" in request:
-            spec = TrialSpec(**request["trial"])
-            np.save(Path(request["film"]), film(simulator, spec, np.array(request["actions"], np.float32)))
-            tell(film=request["film"])
+            spec, seen = TrialSpec(**request["trial"]), hasattr(simulator, "picture")
+            if seen:
+                np.save(Path(request["film"]), film(simulator, spec, np.array(request["actions"], np.float32)))
+            tell(film=request["film"] if seen else None)
         else:
             tell(result=run_trial(simulator, policy, TrialSpec(**request["trial"]), on_step).to_json())
 
