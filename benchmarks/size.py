@@ -15,16 +15,16 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (ROOT / "src/manipi", ROOT / "packages/manipi-client/src/manipi_client")
 MAX_FILES, MAX_FILE, MAX_FUNCTION = 170, 600, 60
 BUDGETS = {
-    "manipi": 870,
+    "manipi": 990,
     "manipi/checkpoints": 340,
-    "manipi/cli": 1190,
+    "manipi/cli": 1430,
     "manipi/convert": 910,
     "manipi/data": 1030,
     "manipi/data/feed": 530,
     "manipi/data/lerobot": 1380,
     "manipi/data/review": 1260,
     "manipi/data/rlds": 670,
-    "manipi/evaluate": 720,
+    "manipi/evaluate": 1630,
     "manipi/exchange": 940,
     "manipi/model": 1340,
     "manipi/model/inference": 400,
@@ -32,8 +32,8 @@ BUDGETS = {
     "manipi/remote": 380,
     "manipi/robots": 320,
     "manipi/serve": 820,
-    "manipi/tabletop": 190,
-    "manipi/tabletop/environment": 500,
+    "manipi/tabletop": 290,
+    "manipi/tabletop/environment": 670,
     "manipi/tokenizers": 870,
     "manipi/train": 1390,
     "manipi/train/run": 460,
@@ -41,7 +41,7 @@ BUDGETS = {
     "manipi/train/watch": 890,
     "manipi/transforms": 740,
     "manipi/weights": 850,
-    "manipi_client": 1190,
+    "manipi_client": 1670,
 }
 """Code lines: what each folder had when they were set, and 10 %."""
 

@@ -10,8 +10,9 @@ from tests.evaluate.simulator import __file__ as simulator_file
 
 from manipi_client import RealTimeBroker
 from manipi_client.errors import InputError
+from manipi_client.lockstep import LockStep, derive
 from manipi_client.realtime import JOINS
-from manipi_client.trials import LockStep, TrialSpec, derive, film, load_factory, run_trial, try_task
+from manipi_client.trials import TrialSpec, film, load_factory, run_trial, try_task
 
 SPEC = TrialSpec(index=3, scene=17, task="right", noise=5, execute_steps=2)
 

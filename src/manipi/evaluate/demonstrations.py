@@ -4,6 +4,7 @@ TARGET              when all are there
 .TARGET.episodes/   until then: NUMBER.npz for each, which the same command goes on with
 """
 
+import json
 import queue
 import shutil
 import threading
@@ -64,7 +65,9 @@ def record_demonstrations(
 def _record(
     suite: Suite, robot: Robot, target: Path, folder: Path, episodes: int, noise: Sequence[float], workers: int
 ) -> tuple[int, int]:
-    asked = {"suite": suite.name, "options": dict(suite.options), "tasks": list(suite.tasks), "noise": list(noise)}
+    options = {**suite.options, **suite.demonstrated}
+    asked = {"suite": suite.name, "options": options, "tasks": suite.tasks, "noise": noise}
+    asked = json.loads(json_bytes(asked))  # tuples are lists in a file
     made = folder / "episodes.json"
     if not made.exists():
         atomic_write(made, json_bytes(asked))

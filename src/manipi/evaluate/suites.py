@@ -17,7 +17,8 @@ from typing import Any
 from manipi.errors import ConfigError, ManipiError, SimulatorError, quoted, shown, unknown_name
 from manipi.extensions import entries, find
 from manipi.records import read_json
-from manipi_client.trials import TrialSpec, derive
+from manipi_client.lockstep import derive
+from manipi_client.trials import TrialSpec
 
 FIRST_SCENE = 2**30
 """Scenes of suites count from here on. Demonstrations to train on take lower seeds, so that no scene is in both."""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from manipi.errors import ConfigError
-from manipi.tabletop.environment import tabletop
+from manipi.tabletop.environment import scene as tabletop
 from manipi.tabletop.environment.tabletop import WORKSPACE_HIGH, WORKSPACE_LOW
 
 CORNERS = list(itertools.product(*zip(WORKSPACE_LOW, WORKSPACE_HIGH)))
