@@ -196,6 +196,11 @@ def _suite(args: _Eval) -> None:
                 write_evaluation(page, results[-1], films, fps=evaluation.metadata.get("control_hz", 10.0))
             rate = {key: value for key, value in results[-1]["success"].items() if key != "type"}
             print(f"{suite.name}{''.join(f', {k} {v}' for k, v in one.items())}: {SuccessRate(**rate)}")
+            if batched := results[-1]["batched_trials"]:
+                print(
+                    f"{batched} trials had answers that were computed together with others', which rounds differently:"
+                    "\nmanipi compare with the result of the same command without --max-batch says what that changed"
+                )
             print(f"result  {folder / 'result.json'}\npage    {page}")
     if args.sweep is not None:
         _compare_settings([", ".join(f"{key} {value}" for key, value in one.items()) for one, _ in swept], results)

@@ -82,6 +82,8 @@ class OpenPolicy:
         changed = {k: v for k, v in asdict(settings).items() if k not in ("trials", "seed") and v != defaults[k]}
         run = None if self.checkpoint is None else run_folder(self.checkpoint)
         step = "" if self.checkpoint is None else f"step_{self.checkpoint.resolve().name}"  # not `best`, which moves
+        batch = self.server.get("max_batch", 1)
+        changed |= {"max_batch": batch} if batch > 1 else {}
         parts = [suite.name.replace("/", "_"), step, f"seed_{settings.seed}", *(f"{k}_{v}" for k, v in changed.items())]
         name = "_".join(part for part in parts if part)
         if run is not None:
