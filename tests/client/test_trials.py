@@ -22,13 +22,13 @@ class Waves:
 
     metadata = {"real_time": True}  # noqa: RUF012
 
-    def __init__(self, **timing):
-        self.questions, self._timing = [], timing
+    def __init__(self, **extra):
+        self.questions, self._extra = [], extra
 
     def infer(self, observation):
         self.questions.append(dict(observation))
         first = np.cos(len(self.questions) + np.arange(4))
-        return {"actions": np.stack([0.15 + 0.05 * first, first], 1).astype(np.float32), "server_timing": self._timing}
+        return {"actions": np.stack([0.15 + 0.05 * first, first], 1).astype(np.float32), **self._extra}
 
     def reset(self): ...
 

@@ -188,10 +188,10 @@ def deep(config) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "delay"), [(0, 0.0), (1, 0.2)], ids=["writer", "worker"])
 def test_a_helper_is_killed_while_it_starts(number, delay, deep, config, start, undisturbed, tmp_path):
-    run = tmp_path / "run"
-    process = start(run, **deep, steps=4, data=replace(config.data, num_workers=1))
+    run, steps = tmp_path / "run", 12  # of fewer the worker might have made all batches by then
+    process = start(run, **deep, steps=steps, data=replace(config.data, num_workers=1))
     strike_helper(process, number, delay)
-    require_a_clean_end(process, replace(config, **deep, steps=4), undisturbed, run)
+    require_a_clean_end(process, replace(config, **deep, steps=steps), undisturbed, run)
 
 
 @pytest.mark.slow

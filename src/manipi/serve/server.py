@@ -314,9 +314,11 @@ class PolicyServer:
         noise = None if SEED in observation else next(client.noise)
         left_s = math.inf if limit_ms is None else limit_ms / 1000 - (time.monotonic() - received)
         answer, query = await _in_time(client, batcher, Query(observation, noise), left_s)
-        client.timing |= {"infer_ms": query.infer_s * 1000, "batch": query.batch}
+        client.timing["infer_ms"] = query.infer_s * 1000
         began = time.monotonic()
-        slips = {"unknown_keys": unknown} if unknown else {}
+        slips: dict[str, Any] = {"unknown_keys": unknown} if unknown else {}
+        if query.batch > 1:  # alone, as nearly always, an answer is what openpi's server sends
+            slips["batch"] = query.batch
         answer_frame = wire.pack({**answer, **slips, "server_timing": client.timing})
         self._state.note_times(wait=query.wait_s, infer=query.infer_s, write=time.monotonic() - began)
         self._state.note_answer(client, observation, answer.get("actions"))

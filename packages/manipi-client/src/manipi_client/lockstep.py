@@ -119,7 +119,7 @@ class LockStep:
         began = time.perf_counter()
         answer = self._policy.infer(question)
         self.infer_ms.append((time.perf_counter() - began) * 1e3)
-        self.batched += answer.get("server_timing", {}).get("batch", 1) > 1
+        self.batched += answer.get("batch", 1) > 1
         self._actions = read_chunk(answer, self._execute_steps, self._actions)
         chunk = Chunk(self._actions, self._executed, self._step, 0.0)
         self._asked = self._step + self._delay, chunk
