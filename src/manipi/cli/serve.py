@@ -1,7 +1,6 @@
 """`manipi serve`: a checkpoint over websocket."""
 
 import contextlib
-import hashlib
 import logging
 import os
 import signal
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
     access.resolve(args.host, args.port)  # before the model is loaded
     device = args.start()
 
-    from manipi.checkpoints.native import require_report
+    from manipi.checkpoints.native import identity, require_report
     from manipi.policy import Policy
 
     plain = args.quantize == "none"
@@ -92,8 +91,7 @@ def main(arguments: Sequence[str]) -> None:
     if args.compile and not compile:
         policy.compile()
     # Clients are told every number of a command, and the checkpoint's hash (its manifest has all).
-    digest = hashlib.sha256((args.checkpoint / "manifest.json").read_bytes()).hexdigest()
-    told = {"action_space": to_json(policy.robot.action_space), "checkpoint": digest}
+    told = {"action_space": to_json(policy.robot.action_space), "checkpoint": identity(args.checkpoint)}
     server = PolicyServer(
         policy,
         args.host,

@@ -140,13 +140,11 @@ def open_policy(
         digest, served = checkpoint_hash(checkpoint), checkpoint
         until_served = stack.enter_context(contextlib.ExitStack())
         if untrained:
-            from manipi.train.untrained import (
-                write_untrained,  # imports torch, which a comparison of files does without
-            )
+            # It imports torch, which a comparison of files does without.
+            from manipi.train.untrained import write_untrained
 
-            served = (
-                Path(until_served.enter_context(tempfile.TemporaryDirectory(prefix="manipi-untrained-"))) / "checkpoint"
-            )
+            folder = until_served.enter_context(tempfile.TemporaryDirectory(prefix="manipi-untrained-"))
+            served = Path(folder) / "checkpoint"
             write_untrained(served, checkpoint)
         flags = ("--device", device, "--limits.max-batch", str(max_batch), "--host", host)
         port = stack.enter_context(policy_server(served, threads=threads, flags=flags))

@@ -1,4 +1,4 @@
-"""The algorithm of π0-FAST: next-token loss, and greedy decoding with a cache.
+"""The algorithm of π0-FAST: next-token loss, and decoding with a cache.
 
 Actions are tokens that the language model writes behind its prompt; there are no parameters beside its own:
 
