@@ -6,7 +6,8 @@ Configs, robots and statistics are written to disk like this.
     {"type": "Robot", "name": "ur5", "state": [{"type": "State", "key": "joints", "size": 6}]}
 
 The reader is strict: an unknown type, a missing field or an unexpected one is an error, so that a file written by
-another version is never half understood.
+another version is never half understood. A field that came later is `added`: where it has its default it is not
+written, so that files and fingerprints are those of before, and is not missed.
 """
 
 import dataclasses
@@ -47,6 +48,11 @@ def may_change(settings: Any, name: str) -> Change | None:
     return mark
 
 
+def added(default: Any) -> Any:
+    """A dataclass's field that files of earlier versions do not have, with the value that stands for them."""
+    return dataclasses.field(default=default, metadata={"added": True})
+
+
 def dataclasses_in(hint: Any) -> set[type]:
     """The dataclasses that a value annotated so may consist of, at any depth."""
     if not dataclasses.is_dataclass(hint):
@@ -57,7 +63,12 @@ def dataclasses_in(hint: Any) -> set[type]:
 def to_json(value: Any) -> Any:
     """Plain dicts, lists, strings and numbers; a dataclass becomes a dict with its `type`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        kept = [
+            f
+            for f in dataclasses.fields(value)
+            if not (f.metadata.get("added") and getattr(value, f.name) == f.default)
+        ]
+        fields = {f.name: to_json(getattr(value, f.name)) for f in kept}
         return {"type": type(value).__name__, **fields}
     if isinstance(value, Mapping):
         return {str(k): to_json(v) for k, v in value.items()}
@@ -99,6 +110,7 @@ def from_json(data: Any, kinds: Iterable[type], where: str) -> Any:
 
 
 def _construct(kind: type, values: dict[str, Any], where: str) -> Any:
+    values = {f.name: f.default for f in dataclasses.fields(kind) if f.metadata.get("added")} | values
     wanted, hints = {f.name for f in dataclasses.fields(kind)}, _hints(kind)
     misfits = [name for name, value in values.items() if name in wanted and not _fits(value, hints[name])]
     if wanted == set(values) and not misfits:

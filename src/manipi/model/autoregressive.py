@@ -51,13 +51,21 @@ def token_loss(
         prefix: image tokens followed by the embedded `tokens_BL`.
     """
     out_BLD = prompt_output(gemma, prefix, tokens_BL.shape[1])
-    targets_BL, counts_BL = tokens_BL[:, 1:], token_loss_BL[:, 1:]
+    per_sample_B, hits_B = per_sample(gemma, out_BLD, tokens_BL[:, 1:], token_loss_BL[:, 1:])
+    weight = torch.tensor(float(len(per_sample_B)), device=per_sample_B.device)
+    return TokenLoss(per_sample_B.mean(), per_sample_B, weight, hits_B.mean())
+
+
+def per_sample(gemma: Gemma, out_BLD: Tensor, targets_BL: Tensor, counts_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each sample the mean cross-entropy of the targets that count, and the share of them that are the likeliest.
+
+    Args:
+        out_BLD: row i predicts target i.
+    """
     # Only the loss tokens meet the vocabulary: the logits of a full batch would be the largest tensor of all.
     logits, targets = gemma.logits(out_BLD[counts_BL]), targets_BL[counts_BL]
     per_sample_B = _mean_per_sample(F.cross_entropy(logits, targets, reduction="none"), counts_BL)
-    hits_B = _mean_per_sample((logits.detach().argmax(-1) == targets).float(), counts_BL)
-    weight = torch.tensor(float(len(per_sample_B)), device=logits.device)
-    return TokenLoss(per_sample_B.mean(), per_sample_B, weight, hits_B.mean())
+    return per_sample_B, _mean_per_sample((logits.detach().argmax(-1) == targets).float(), counts_BL)
 
 
 def _mean_per_sample(values: Tensor, counts_BL: Tensor) -> Tensor:

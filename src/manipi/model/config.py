@@ -9,10 +9,10 @@ ModelConfig
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_type_hints
 
 from manipi.errors import ConfigError, unknown_name
-from manipi.records import BeforeStep1
+from manipi.records import BeforeStep1, added
 
 DType: TypeAlias = Literal["float32", "bfloat16"]
 NormMode: TypeAlias = Literal["zscore", "quantile"]
@@ -201,6 +201,46 @@ class _SharedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JointConfig:
+    """What the language model of a flow policy learns to write, beside the flow: action codes, and text such as the
+    present subtask or answers about pictures (π0.5, arXiv 2504.16054, eq. 1).
+
+        images | prompt | text ──┬── action codes      causal: cross-entropy
+                                 └── noisy actions     flow; they do not see the codes, nor the codes them
+
+    The loss is the sum of three means, each over what has it: flow over real elements, codes and text over the samples
+    that have any, of each sample's mean over its tokens.
+    """
+
+    flow_weight: float = 1.0
+    """Of the flow loss. 1 is enough where it is insulated; π0.5 without took 10 (section IV-D)."""
+    codes_weight: float = 1.0
+    """Of the action codes, which are those of π0-FAST; 0: none, and no action tokenizer."""
+    text_weight: float = 1.0
+    """Of the text; 0: none is learnt."""
+    insulate: bool = True
+    """No gradient of the flow reaches the language model and the image encoder (Driess et al. 2025, arXiv 2505.23705,
+    eqs. 5 and 6): they learn by what they write."""
+    max_code_len: BeforeStep1[int] = 64
+    """Tokens of a chunk's codes after padding, their end mark included."""
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """Of flow, codes and text."""
+        return self.flow_weight, self.codes_weight, self.text_weight
+
+    def __post_init__(self) -> None:
+        _require_positive(self)
+        for name in ("flow_weight", "codes_weight", "text_weight"):
+            if not (math.isfinite(value := getattr(self, name)) and value >= 0):
+                where = f"JointConfig.{name}"
+                raise ConfigError(expected="0 or more", found=str(value), where=where, next="set it to 1, or 0 for off")
+        if not any(self.weights):
+            where = "JointConfig"
+            raise ConfigError(expected="a weight above 0", found="none", where=where, next="give flow, codes or text 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class _FlowConfig(_SharedConfig):
     """A policy with a flow-matching action expert beside the language model."""
 
@@ -208,6 +248,21 @@ class _FlowConfig(_SharedConfig):
     """The expert that reads noisy actions and predicts their velocity."""
     action_adapters: Adapters = NO_ADAPTERS
     """Low-rank updates of the action expert."""
+    joint: JointConfig | None = added(None)
+    """What the language model learns to write; None: nothing."""
+
+    @property
+    def writes_codes(self) -> bool:
+        return self.joint is not None and self.joint.codes_weight > 0
+
+    @property
+    def writes_text(self) -> bool:
+        return self.joint is not None and self.joint.text_weight > 0
+
+    @property
+    def writes(self) -> bool:
+        """Whether anything reads the language model's outputs."""
+        return self.writes_codes or self.writes_text
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -244,9 +299,12 @@ class Pi0FastConfig(_SharedConfig):
     max_token_len: BeforeStep1[int] = 250
     eos_token: int = 1
     """The token id after which a row of the batch is complete."""
+    writes_codes: ClassVar[bool] = True
+    writes_text: ClassVar[bool] = False
+    writes: ClassVar[bool] = True
 
 
 ModelConfig: TypeAlias = Pi0Config | Pi05Config | Pi0FastConfig
 
-CONFIG_TYPES = (Pi0Config, Pi05Config, Pi0FastConfig, GemmaSize, VisionSize, LoRA, Adapters, Compat)
+CONFIG_TYPES = (Pi0Config, Pi05Config, Pi0FastConfig, GemmaSize, VisionSize, LoRA, Adapters, Compat, JointConfig)
 """What a config is made of, for `manipi.records.from_json`."""

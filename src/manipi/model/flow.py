@@ -203,15 +203,26 @@ def flow_loss(
         inputs: with `actions`; with `delay`, so many first steps are given clean.
         masks: `action_masks` of the inputs.
     """
-    assert inputs.actions is not None, "training needs actions"
     num_draws, horizon = noise_BKHA.shape[1:3]
+    suffix, target_BKHA = noisy_suffix(head, inputs, noise_BKHA, timestep_BK, prefix.tokens_BTD.dtype)
+    out = gemma({"vlm": prefix, "action": suffix}, outputs=("action",), last=num_draws * horizon)
+    return velocity_error(head.velocity(out["action"], num_draws, horizon), target_BKHA, masks)
+
+
+def noisy_suffix(
+    head: FlowHead, inputs: ModelInput, noise_BKHA: Tensor, timestep_BK: Tensor, dtype: torch.dtype
+) -> tuple[Span, Float[Tensor, "B K H A"]]:
+    """The action expert's tokens in training, and the velocities that it shall predict there."""
+    assert inputs.actions is not None, "training needs actions"
     x_BKHA, target_BKHA = interpolate(noise_BKHA, inputs.actions, timestep_BK)
-    given_BH = None if inputs.delay is None else given_steps(inputs.delay, horizon)
+    given_BH = None if inputs.delay is None else given_steps(inputs.delay, noise_BKHA.shape[2])
     if given_BH is not None:
         x_BKHA = torch.where(given_BH[:, None, :, None], inputs.actions[:, None], x_BKHA)
-    suffix = head.suffix(inputs.state, x_BKHA, timestep_BK, prefix.tokens_BTD.dtype, given_BH)
-    out = gemma({"vlm": prefix, "action": suffix}, outputs=("action",), last=num_draws * horizon)
-    velocity_BKHA = head.velocity(out["action"], num_draws, horizon)
+    return head.suffix(inputs.state, x_BKHA, timestep_BK, dtype, given_BH), target_BKHA
+
+
+def velocity_error(velocity_BKHA: Tensor, target_BKHA: Tensor, masks: tuple[Tensor, Tensor]) -> FlowLoss:
+    """The loss of predicted velocities, where `masks` say that steps and dimensions are real."""
     step_valid_BH, dim_valid_BA = masks
     real_BKHA = (step_valid_BH[:, None, :, None] & dim_valid_BA[:, None, None]).expand_as(target_BKHA)
     squared_BKHA = torch.where(real_BKHA, velocity_BKHA - target_BKHA, 0.0).square()

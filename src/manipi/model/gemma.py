@@ -344,7 +344,7 @@ class Gemma(nn.Module):
         commit: bool = False,
         insulate: bool = False,
         outputs: Collection[str] | None = None,
-        last: int | Tensor | None = None,
+        last: int | Tensor | Mapping[str, int] | None = None,
         placed: Placed | None = None,
     ) -> dict[str, Tensor]:
         """Run each span through its expert, after what is in the cache.
@@ -359,14 +359,18 @@ class Gemma(nn.Module):
             outputs: names of the spans whose result is wanted, all by default. In the last layer the others
                 contribute keys and values only, which saves their attention and MLP.
             last: how many of the last tokens of those spans are wanted, all by default; likewise. Or which one, by row
-                [B].
+                [B]; or how many of each span.
             placed: what `place` found for spans of the same layout, to save its work.
 
         Returns:
             The wanted tokens after the final norm, each [B, T, D], in float32.
         """
         lengths: dict[str, int | Tensor] = {name: span.tokens_BTD.shape[1] for name, span in spans.items()}
-        wanted = {name: lengths[name] if last is None else last for name in (lengths if outputs is None else outputs)}
+        of = last if isinstance(last, Mapping) else dict.fromkeys(lengths, last)
+        wanted = {
+            name: n if (n := of[name]) is not None else lengths[name]
+            for name in (lengths if outputs is None else outputs)
+        }
         geometries, of_last, layouts = placed or self.place(spans, cache, wanted)
         xs = {name: span.tokens_BTD.float() for name, span in spans.items()}
         final = len(self.blocks) - 1

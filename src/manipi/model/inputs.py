@@ -27,7 +27,13 @@ from torch import Tensor
 from manipi.errors import ConfigError, unknown_name
 from manipi.model.config import ModelConfig, Pi0FastConfig
 
-_DTYPES = {"tokens": torch.long, "delay": torch.long, "state": torch.float32, "actions": torch.float32}
+_DTYPES = {
+    "tokens": torch.long,
+    "codes": torch.long,
+    "delay": torch.long,
+    "state": torch.float32,
+    "actions": torch.float32,
+}
 """Fields that are neither pictures nor masks. Pictures keep their dtype, masks are bool."""
 
 
@@ -113,9 +119,12 @@ class ModelInput:
     action_dim_valid: Bool[Tensor, "A"] | Bool[Tensor, "B A"] | None = None
     """Dimensions that the robot has; None: all. Also read by sampling."""
     token_causal: Bool[Tensor, "B L"] | None = None
-    """π0-FAST training: tokens that see only what comes before them."""
+    """Tokens that see only what comes before them: actions of π0-FAST in training, and text that is written."""
     token_loss: Bool[Tensor, "B L"] | None = None
-    """π0-FAST training: tokens to predict."""
+    """Training: tokens to predict."""
+    codes: Int64[Tensor, "B N"] | None = None
+    """Joint training: the chunk as tokens that follow the prompt, with their end mark."""
+    code_valid: Bool[Tensor, "B N"] | None = None
     on_host: tuple[Masks, Masks] | None = field(default=None, repr=False, compare=False)
     """Masks on a device to which they came by `to`, and their copies in the host's memory, which can be read without
     waiting. They go along when other fields are replaced; of other masks they say nothing."""
@@ -213,6 +222,7 @@ class ModelInput:
             "state": (b, config.action_dim),
             "actions": (b, config.action_horizon, config.action_dim),
             "action_valid": (b, config.action_horizon),
+            "codes": () if self.code_valid is None else (b, self.code_valid.shape[1]),
             "delay": (b,),
         }
         for name, shape in expected.items():

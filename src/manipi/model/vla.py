@@ -18,13 +18,14 @@ from jaxtyping import Float, Int64
 from torch import Generator, Tensor, nn
 
 from manipi.errors import ConfigError
-from manipi.model import autoregressive, flow
+from manipi.model import autoregressive, flow, joint
 from manipi.model.autoregressive import Allowed, TokenDraws, TokenLoss
 from manipi.model.config import Adapters, ModelConfig, Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.model.device import fill
 from manipi.model.flow import Continuation, FlowLoss, Pi0Head, Pi05Head
 from manipi.model.gemma import Expert, Gemma, KVCache, Span
 from manipi.model.inputs import Kept, ModelInput, everything
+from manipi.model.joint import JointLoss
 from manipi.model.layers import Initialised
 from manipi.model.siglip import SigLIP
 
@@ -85,12 +86,13 @@ class VLA(nn.Module):
         inputs: ModelInput,
         noise: Float[Tensor, "B *K H A"] | None = None,
         timestep: Float[Tensor, "B *K"] | None = None,
-    ) -> FlowLoss | TokenLoss:
+    ) -> FlowLoss | TokenLoss | JointLoss:
         """The training loss, and the only way into training: sharding hooks act on this call.
 
         Args:
-            inputs: with `actions` (flow policies) or `token_causal` and `token_loss` (π0-FAST). With `delay`, so many
-                first steps are given clean and do not count (arXiv 2512.05964).
+            inputs: with `actions` (flow policies) or `token_causal` and `token_loss` (π0-FAST), or all of them and
+                `codes` (joint training). With `delay`, so many first steps are given clean and do not count
+                (arXiv 2512.05964).
             noise: flow policies: standard normal; with an axis K, that many draws share one prefix.
             timestep: flow policies: in [0, 1], 1 being pure noise.
         """
@@ -105,15 +107,20 @@ class VLA(nn.Module):
         assert timestep is not None, "a flow policy needs timesteps"
         draws = (noise[:, None], timestep[:, None]) if noise.ndim == 3 else (noise, timestep)
         prefix, masks = self.embed_prefix(inputs, kept), flow.action_masks(inputs, self.config)
+        if self.config.joint is not None:
+            return joint.joint_loss(
+                self.gemma, self.head, prefix, kept.prompt_len, inputs, *draws, masks, self.config.joint
+            )
         loss = flow.flow_loss(self.gemma, self.head, prefix, inputs, *draws, masks)
         return loss._replace(per_step=loss.per_step[:, 0]) if noise.ndim == 3 else loss
 
-    def loss_weight(self, inputs: ModelInput, num_draws: int = 1) -> Float[Tensor, ""]:
+    def loss_weight(self, inputs: ModelInput, num_draws: int = 1) -> Float[Tensor, "*terms"]:
         """How much the batch counts in a mean over batches: the `weight` that `forward` returns, from its masks."""
         if isinstance(self.config, Pi0FastConfig):
             return torch.tensor(float(inputs.batch_size), device=inputs.tokens.device)
         step_valid_BH, dim_valid_BA = flow.action_masks(inputs, self.config)
-        return num_draws * (step_valid_BH.sum(1) * dim_valid_BA.sum(1)).sum().float()
+        elements = num_draws * (step_valid_BH.sum(1) * dim_valid_BA.sum(1)).sum().float()
+        return elements if self.config.joint is None else torch.stack([elements, *joint.samples_with(inputs)])
 
     @torch.no_grad()
     def sample(
@@ -158,22 +165,27 @@ class VLA(nn.Module):
         max_tokens: int = 256,
         allowed: Allowed | None = None,
         draws: Sequence[TokenDraws | None] | None = None,
+        eos_token: int | None = None,
     ) -> Int64[Tensor, "B max_tokens"]:
-        """Decoded token ids after the prompt, the likeliest unless drawn; zeros follow a row's EOS.
+        """Decoded token ids after the prompt, the likeliest unless drawn; zeros follow a row's end.
 
         Args:
             allowed: restricts a row's next token by its ids so far.
             draws: how each row's tokens are drawn; None: they are the likeliest.
+            eos_token: the id that ends a row; None: that of a π0-FAST's config.
 
         Raises:
             ConfigError: the policy does not write tokens.
         """
-        if not isinstance(self.config, Pi0FastConfig):
-            raise self._wrong_policy("Pi0FastConfig", "sample")
+        if not self.config.writes:
+            raise self._wrong_policy("Pi0FastConfig, or a policy with a JointConfig", "sample")
+        if eos_token is None:
+            assert isinstance(self.config, Pi0FastConfig), "a joint policy's end is its tokenizer's"
+            eos_token = self.config.eos_token
         # With that quirk, masked pictures and padding are read after all.
         kept = None if self.config.compat.fast_contiguous_cache else self._kept(inputs)
         prefix = self.embed_prefix(inputs, kept)
-        ends = {"eos_token": self.config.eos_token, "compat": self.config.compat, "allowed": allowed, "draws": draws}
+        ends = {"eos_token": eos_token, "compat": self.config.compat, "allowed": allowed, "draws": draws}
         return autoregressive.decode(self.gemma, prefix, self.decoding_cache(prefix, max_tokens), max_tokens, **ends)
 
     def decoding_cache(self, prefix: Span, max_tokens: int) -> KVCache:

@@ -7,7 +7,15 @@
     causal  0 0 0 ...                              1 1 1 ...       each token sees the whole prefix and the past
     loss    0 0 0 ...                              1 1 1 ...       the postfix is what the model learns to emit
 
-The formats are openpi's, because the released weights were trained on them.
+The formats are openpi's, because the released weights were trained on them. With text that the model learns to write
+(ours; the published models' separators are not known) the marker comes behind it, and codes follow on a branch:
+
+    π0.5    BOS  "Task: text, State: 0 128 255;⏎"  │ "Subtask: "  text ⏎  "Action: " ┊ codes  "|"  EOS
+    π0      BOS  text  newline                     │ "Subtask: "  text ⏎             ┊ codes  "|"  EOS
+    both    BOS  question  newline                 │ "Answer: "   text ⏎
+    causal  0 0 0 ...                                1 1 1 ...                         1 1 1 ...
+    loss    0 0 0 ...                                0 0 0 ...    1 1 1   0 0 0 ...    1 1 1 ...
+
 Constrained decoding allows the tokens that may come next, so that the codes always spell one whole action chunk:
 
     "Action: "      codes, as many units as a chunk has      "|"  EOS  pad  pad ...
@@ -24,6 +32,7 @@ Shape letters: L prompt length (max_len), S state dimensions, H action horizon, 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int64
@@ -34,6 +43,7 @@ from manipi.tokenizers.text import TextTokenizer, codes_from_tokens, tokens_from
 
 ACTION_MARKER = "Action: "
 ACTION_TERMINATOR = "|"
+SUBTASK_MARKER, ANSWER_MARKER = "Subtask: ", "Answer: "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +57,14 @@ class TokenizedPrompt:
     """True where a token starts a new attention block, i.e. is hidden from all earlier ones."""
     loss: Bool[np.ndarray, "L"]
     """True where the model is trained to emit the token."""
+
+
+class Run(NamedTuple):
+    """Tokens of one kind, which follow each other."""
+
+    ids: list[int]
+    causal: bool = False
+    loss: bool = False
 
 
 def pi05_tokens(
@@ -69,6 +87,35 @@ def pi05_tokens(
         return [tokenizer.bos_id, *tokenizer.encode(clean), *tokenizer.encode("\n")]
     text = f"Task: {clean}, State: {_state_words(state, minus_one_below)};\n{ACTION_MARKER}"
     return [tokenizer.bos_id, *tokenizer.encode(text)]
+
+
+def text_runs(
+    tokenizer: TextTokenizer,
+    prompt: str,
+    state: Float[np.ndarray, "S"] | None,
+    marker: str,
+    text: str | None,
+    *,
+    minus_one_below: bool = False,
+) -> tuple[list[int], list[Run]]:
+    """A prompt and the text that the model writes behind it, or shall write where it is None, for `padded`.
+
+    Args:
+        prompt, state, minus_one_below: as in `pi05_tokens`.
+        marker: `SUBTASK_MARKER`, after which actions follow, or `ANSWER_MARKER`, after which nothing does.
+        text: underscores and newlines become spaces.
+    """
+    if state is None:
+        prefix = pi05_tokens(tokenizer, prompt, None)
+    else:
+        prefix = fast_prefix(tokenizer, prompt.replace("\n", " "), state, minus_one_below=minus_one_below)
+    runs = [Run(tokenizer.encode(marker), causal=True)]
+    if text is None:
+        return prefix, runs
+    written = [*tokenizer.encode(text.strip().replace("_", " ").replace("\n", " ")), *tokenizer.encode("\n")]
+    runs.append(Run(written, causal=True, loss=True))
+    acts = marker == SUBTASK_MARKER and state is not None
+    return prefix, [*runs, Run(tokenizer.encode(ACTION_MARKER), causal=True)] if acts else runs
 
 
 def fast_prefix(
@@ -96,38 +143,52 @@ def fast_prefix(
 
 def fast_postfix(tokenizer: TextTokenizer, codes: Sequence[int]) -> list[int]:
     """The actions in π0-FAST's format, which the model learns to emit. Raises as `tokens_from_codes` does."""
+    return [*tokenizer.encode(ACTION_MARKER), *code_tokens(tokenizer, codes)]
+
+
+def code_tokens(tokenizer: TextTokenizer, codes: Sequence[int]) -> list[int]:
+    """The codes and their end mark, behind "Action: ". Raises as `tokens_from_codes` does."""
     tokens = tokens_from_codes(tokenizer, np.array(codes, np.int64)).tolist()
-    return [*tokenizer.encode(ACTION_MARKER), *tokens, *tokenizer.encode(ACTION_TERMINATOR), tokenizer.eos_id]
+    return [*tokens, *tokenizer.encode(ACTION_TERMINATOR), tokenizer.eos_id]
 
 
 def padded(
-    tokenizer: TextTokenizer, prefix: list[int], max_len: int, *, postfix: Sequence[int] = (), truncate: bool = False
+    tokenizer: TextTokenizer,
+    prefix: list[int],
+    max_len: int,
+    *,
+    postfix: Sequence[int] = (),
+    text: Sequence[Run] = (),
+    truncate: bool = False,
 ) -> TokenizedPrompt:
     """The prompt that the model reads.
 
     Args:
         prefix: what it is given.
         max_len: length of the result.
-        postfix: what it is trained to emit; none at inference, where it emits all of it itself.
+        postfix: what π0-FAST is trained to emit; none at inference, where it emits all of it itself.
+        text: what follows the prefix where text is written (`text_runs`).
         truncate: cut an overlong prompt at max_len, as openpi does, instead of raising.
 
     Raises:
         TokenizerError: more than max_len tokens.
     """
-    ids = [*prefix, *postfix]
+    runs = [Run(prefix), *text, Run(list(postfix), causal=True, loss=True)]
+    ids = [token for run in runs for token in run.ids]
     if len(ids) > max_len and not truncate:
+        emitted = sum(len(run.ids) for run in runs if run.loss)
         raise TokenizerError(
             expected=f"at most {max_len} tokens (max_token_len)",
-            found=f"{len(ids)} tokens: {len(prefix)} of prompt and {len(postfix)} of actions",
+            found=f"{len(ids)} tokens: {len(ids) - emitted} of prompt and {emitted} of actions{' or text' * bool(text)}",
             where=f"the prompt {shown(tokenizer.decode(prefix), 300)}",
             next=f"raise max_token_len to at least {len(ids)}, or shorten the instruction",
         )
-    index = np.arange(max_len)
-    valid = index < len(ids)
-    in_postfix = valid & (index >= len(prefix))
-    tokens = np.full(max_len, tokenizer.pad_id, np.int64)
+    valid = np.arange(max_len) < len(ids)
+    tokens, marks = np.full(max_len, tokenizer.pad_id, np.int64), np.zeros((2, max_len), bool)
     tokens[valid] = ids[:max_len]
-    return TokenizedPrompt(tokens=tokens, valid=valid, causal=in_postfix, loss=in_postfix.copy())
+    for mark, each in zip(marks, ("causal", "loss"), strict=True):
+        mark[valid] = np.repeat([getattr(run, each) for run in runs], [len(run.ids) for run in runs])[:max_len]
+    return TokenizedPrompt(tokens=tokens, valid=valid, causal=marks[0], loss=marks[1])
 
 
 def extract_codes(tokenizer: TextTokenizer, ids: Sequence[int], *, reference_text: bool = False) -> list[int]:
@@ -174,6 +235,7 @@ class CodeConstraint:
 
     Args:
         max_tokens: how many tokens the model may emit in all.
+        marked: whether it emits "Action: " first; otherwise the prompt ends with that.
 
     Raises:
         TokenizerError: the text vocabulary has no room of its own for the codes, the codes cannot complete every chunk,
@@ -181,11 +243,18 @@ class CodeConstraint:
     """
 
     def __init__(
-        self, action: ActionTokenizer, tokenizer: TextTokenizer, horizon: int, action_dim: int, max_tokens: int
+        self,
+        action: ActionTokenizer,
+        tokenizer: TextTokenizer,
+        horizon: int,
+        action_dim: int,
+        max_tokens: int,
+        *,
+        marked: bool = True,
     ):
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._num_units = action.num_units(horizon, action_dim)
-        self._head = tokenizer.encode(ACTION_MARKER)
+        self._head = tokenizer.encode(ACTION_MARKER) if marked else []
         self._tail = [*tokenizer.encode(ACTION_TERMINATOR), tokenizer.eos_id]
         self._tokens = tokens_from_codes(tokenizer, np.arange(action.vocab_size))
         self._spellings = action.spellings

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get
 
 from manipi.errors import ConfigError, unknown_name
 from manipi.model.config import DType, ModelConfig, NormMode, Pi0FastConfig, Pi05Config
-from manipi.records import Anytime, BeforeStep1, Stays
+from manipi.records import Anytime, BeforeStep1, Stays, added
 from manipi.robots.robot import Robot
 
 
@@ -242,11 +242,11 @@ class ValidationConfig:
     best_by: Anytime[Literal["action_error", "loss"]] = "action_error"
     """By which number a checkpoint is the best one, which stays as long as none is better; with a suite it is the
     success, and of equals the action error."""
-    suite: Anytime[str] = ""
+    suite: Anytime[str] = added("")
     """Also drive a simulated robot each time, in this suite (`manipi eval --suite`); empty: no."""
-    trials: Anytime[Count] = 50
+    trials: Anytime[Count] = added(50)
     """Of the suite, each time on the same scenes, which are none of `manipi eval --seed 0`."""
-    workers: Anytime[Count] = 1
+    workers: Anytime[Count] = added(1)
     """Simulators of the suite side by side."""
 
 

@@ -37,7 +37,6 @@ from manipi.data.norm_stats import (
 )
 from manipi.data.review.filters import read_mask
 from manipi.errors import ConfigError, ManipiError, NormStatsError, TrainingError, shown
-from manipi.model.config import Pi0FastConfig
 from manipi.records import fingerprint, from_json, json_bytes, read_object
 from manipi.remote.fetch import fetch
 from manipi.robots.robot import Robot
@@ -111,10 +110,13 @@ def _longest_of(part: Part) -> LongestPrompt:
     source, rows = part.source, np.sort(np.concatenate([part.rows, part.held_out]))
     dataset, step = source.dataset, _step(source.pipeline, TokenizePrompt, TokenizeActions)
     texts, numbers = dataset.instructions(source.prompt)
-    states = _States(step, source.pipeline.robot.state_size)
+    states, behind = _States(step, source.pipeline.robot.state_size), getattr(step, "codes", None)
     of_text = np.array([states.with_zeros(text) for text in texts])
     tokens, of_actions, row, text = 0, 0, 0, ""
     for block, state_NS, actions_N in _blocks(part, step, rows):
+        if behind is not None:  # they have room of their own
+            behind.require_fit(int(actions_N.max()), dataset.name, dataset.locate(int(block[actions_N.argmax()])))
+            actions_N = np.zeros_like(actions_N)
         candidates_Nk = of_text[numbers[block]]
         choice_N = candidates_Nk.argmax(axis=1)
         prompt_N = candidates_Nk.max(axis=1) + states.beyond_zeros(state_NS)
@@ -152,13 +154,10 @@ def _blocks(
     blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
     for block in tqdm(blocks, desc="prompts", unit="block", leave=False, delay=2, disable=None):
         sample = {"state": state_NS[block].astype(np.float32)}
-        if isinstance(step, TokenizeActions):
+        if writes := isinstance(step, TokenizeActions) or step.codes is not None:
             sample["actions"] = action_chunks(source.dataset, block, action_key=key, horizon=horizon)[0]
         sample = normalize.encode(space.encode(sample))
-        of_actions = np.zeros(len(block), np.int64)
-        if isinstance(step, TokenizeActions):
-            of_actions = step.action_lengths(sample["actions"])
-        yield block, sample["state"], of_actions
+        yield block, sample["state"], step.action_lengths(sample["actions"]) if writes else np.zeros(len(block), int)
 
 
 class _States:
@@ -491,9 +490,9 @@ def _tokenizers(config: TrainConfig, one: Opened, stats: NormStats, folder: Path
     if folder.is_dir():
         return Tokenizers.load(folder)
     action: ActionTokenizer | None = None
-    if isinstance(config.model, Pi0FastConfig) and config.action_tokenizer != "fit":
+    if config.model.writes_codes and config.action_tokenizer != "fit":
         action = open_action_tokenizer(config.action_tokenizer)
-    elif isinstance(config.model, Pi0FastConfig):
+    elif config.model.writes_codes:
         # The codes live behind the text's ids in the model's vocabulary.
         room = config.model.vocab_size - ByteTokenizer.NUM_TEXT_IDS if config.tokenizer == "byte" else FIT_CODES
         chunks = chunks_to_fit(config, one.dataset, one.rows, stats)

@@ -138,6 +138,8 @@ def largest_batch(config: TrainConfig) -> ModelInput:
     cameras = [any(slot in robot.cameras for robot in robots) for slot in model.cameras]
     prompt = torch.ones(b, model.max_token_len, dtype=torch.bool)
     is_fast, size = isinstance(model, Pi0FastConfig), model.vision.image_size
+    text = prompt if model.writes else None
+    codes = None if is_fast or not model.writes_codes else torch.ones(b, model.joint.max_code_len, dtype=torch.bool)
     return ModelInput(
         images=torch.zeros(1, len(cameras), size, size, 3, dtype=torch.uint8).expand(b, -1, -1, -1, -1),
         image_valid=torch.tensor(cameras).repeat(b, 1),
@@ -147,8 +149,10 @@ def largest_batch(config: TrainConfig) -> ModelInput:
         actions=None if is_fast else torch.zeros(b, model.action_horizon, model.action_dim),
         action_valid=None if is_fast else torch.ones(b, model.action_horizon, dtype=torch.bool),
         action_dim_valid=torch.ones(b, model.action_dim, dtype=torch.bool),
-        token_causal=prompt if is_fast else None,
-        token_loss=prompt if is_fast else None,
+        token_causal=text,
+        token_loss=text,
+        codes=None if codes is None else torch.zeros_like(codes, dtype=torch.long),
+        code_valid=codes,
     )
 
 

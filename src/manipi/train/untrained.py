@@ -9,7 +9,6 @@ import torch
 
 from manipi.checkpoints.native import Checkpoint, PolicyConfig, read_description, write_checkpoint
 from manipi.model import VLA
-from manipi.model.config import Pi0FastConfig
 from manipi.policy import Policy, self_test_for
 from manipi.robots.robot import Robot
 from manipi.storage import require_absent
@@ -46,7 +45,7 @@ def write_untrained(target: Path, source: TrainConfig | Path, *, seed: int = 0) 
 
 def _described(config: TrainConfig) -> Checkpoint:
     model, robot, action = config.policy_model, config.robot, None
-    if isinstance(model, Pi0FastConfig):
+    if model.writes_codes:
         action = open_action_tokenizer("binning" if config.action_tokenizer == "fit" else config.action_tokenizer)
     sampling = PolicyConfig(model=model, norm_mode=config.norm_mode, step=0, max_delay=config.max_delay)
     return Checkpoint(

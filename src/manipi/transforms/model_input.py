@@ -10,16 +10,30 @@ action_dim_valid   [32]      1 1 1 1 1 1 1 0 0 0 …
 images             [3, h, w, 3]            image_valid  1 1 0
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from PIL import Image
 
-from manipi.errors import ConfigError
+from manipi.errors import ConfigError, shown
 from manipi.model.config import Compat, ModelConfig, Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.tokenizers import ActionTokenizer, ByteTokenizer, TextTokenizer, Tokenizers
-from manipi.tokenizers.prompts import CodeConstraint, extract_codes, fast_postfix, fast_prefix, padded, pi05_tokens
+from manipi.tokenizers.prompts import (
+    ACTION_MARKER,
+    ANSWER_MARKER,
+    SUBTASK_MARKER,
+    CodeConstraint,
+    Run,
+    code_tokens,
+    extract_codes,
+    fast_postfix,
+    fast_prefix,
+    padded,
+    pi05_tokens,
+    text_runs,
+)
 from manipi.types import Sample
 
 
@@ -88,29 +102,89 @@ class ModelLayout:
 
 
 @dataclass(frozen=True)
+class CodesBehind:
+    """Joint training: the chunk as tokens that follow the prompt on a branch (`manipi.model.joint`)."""
+
+    action: ActionTokenizer
+    max_len: int
+    action_horizon: int
+    action_size: int
+
+    def require_fit(self, tokens: int, *where: str) -> None:
+        """Raises ConfigError where a chunk takes more tokens."""
+        if tokens > self.max_len:
+            raise ConfigError(
+                expected=f"action chunks of at most {self.max_len} tokens (max_code_len)",
+                found=f"{tokens} tokens",
+                where=f"{', '.join(where)}, the longest",
+                next=f"--model.joint.max-code-len {tokens}, in the recipe or as a flag",
+            )
+
+
+@dataclass(frozen=True)
 class TokenizePrompt:
-    """π0 and π0.5: the instruction, and for π0.5 the normalised state as bin numbers."""
+    """π0 and π0.5: the instruction, and for π0.5 the normalised state as bin numbers.
+
+    A model that writes text also takes `subtask` (the present step's words, on which the actions then depend; None: it
+    shall be written) and `answer` (to a question about the pictures, which is the prompt; there are no actions).
+    """
 
     tokenizer: TextTokenizer
     max_len: int
     with_state: bool
     compat: Compat
+    writes_text: bool = False
+    codes: CodesBehind | None = None
 
     def encode(self, sample: Sample) -> Sample:
-        tokens = self._tokens(str(sample["prompt"]), sample["state"])
-        prompt = padded(self.tokenizer, tokens, self.max_len, truncate=self.compat.truncated_prompts)
-        return {**sample, "tokens": prompt.tokens, "token_valid": prompt.valid}
+        prefix, text = self._tokens(sample["prompt"], sample["state"], sample)
+        prompt = padded(self.tokenizer, prefix, self.max_len, text=text, truncate=self.compat.truncated_prompts)
+        rest = {key: value for key, value in sample.items() if key not in ("subtask", "answer")}
+        rest |= {"tokens": prompt.tokens, "token_valid": prompt.valid}
+        if self.writes_text and (text or "actions" in sample):
+            rest["token_causal"] = prompt.causal
+        if self.writes_text and "actions" in sample and "delay" not in sample:
+            rest["token_loss"] = prompt.loss
+        return {**rest, **self._codes(sample)}
 
     def prompt_length(self, prompt: str, state_S: np.ndarray) -> int:
         """Tokens of a prompt, however many."""
-        return len(self._tokens(prompt, state_S))
+        return len(self._tokens(prompt, state_S, {})[0])
 
-    def _tokens(self, prompt: str, state_S: np.ndarray) -> list[int]:
+    def action_lengths(self, chunks_NHA: np.ndarray) -> np.ndarray:
+        """Tokens of each normalised chunk, [N], where the model writes codes."""
+        assert self.codes is not None, "a model that writes no codes"
+        return len(code_tokens(self.tokenizer, [])) + self.codes.action.num_codes(chunks_NHA)
+
+    def _tokens(self, prompt: str, state_S: np.ndarray, sample: Mapping[str, Any]) -> tuple[list[int], list[Run]]:
+        below = {"minus_one_below": self.compat.minus_one_state_bins}
         state = state_S if self.with_state else None
-        return pi05_tokens(self.tokenizer, prompt, state, minus_one_below=self.compat.minus_one_state_bins)
+        if self.writes_text and sample.get("answer"):
+            return text_runs(self.tokenizer, str(prompt), None, ANSWER_MARKER, str(sample["answer"]))
+        if self.writes_text and sample.get("subtask", "") != "":
+            return text_runs(self.tokenizer, str(prompt), state, SUBTASK_MARKER, sample["subtask"], **below)
+        return pi05_tokens(self.tokenizer, str(prompt), state, **below), []
+
+    def _codes(self, sample: Sample) -> Sample:
+        # What is left of a previous chunk is no target.
+        if self.codes is None or "actions" not in sample or "delay" in sample:
+            return {}
+        ids = []
+        if sample["action_valid"].any():
+            ids = code_tokens(self.tokenizer, self.codes.action.encode(sample["actions"]))
+        self.codes.require_fit(len(ids), f"a chunk of {shown(str(sample['prompt']))}")
+        tokens = np.full(self.codes.max_len, self.tokenizer.pad_id, np.int64)
+        tokens[: len(ids)] = ids
+        return {"codes": tokens, "code_valid": np.arange(self.codes.max_len) < len(ids)}
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
-        return actions_HA
+        """Also of emitted token ids [T], where the model writes codes: normalised actions [H, A]."""
+        if actions_HA.ndim > 1:
+            return actions_HA
+        assert self.codes is not None, "only a model with codes emits any"
+        emitted = [*self.tokenizer.encode(ACTION_MARKER), *actions_HA.tolist()]
+        codes = extract_codes(self.tokenizer, emitted)
+        return self.codes.action.decode(codes, self.codes.action_horizon, self.codes.action_size)
 
 
 @dataclass(frozen=True)
@@ -170,8 +244,13 @@ def tokenize_step(model: ModelConfig, tokenizers: Tokenizers, action_size: int) 
             next="set the model's vocab_size to the tokenizer's",
         )
     if not isinstance(model, Pi0FastConfig):
-        with_state = isinstance(model, Pi05Config) and model.state_in_prompt
-        return TokenizePrompt(text, model.max_token_len, with_state, model.compat)
+        with_state, codes = isinstance(model, Pi05Config) and model.state_in_prompt, None
+        if model.writes_codes:
+            code_constraint(model, tokenizers, action_size)
+            assert tokenizers.action is not None, "the constraint has refused it"
+            assert model.joint is not None, "it says what is written"
+            codes = CodesBehind(tokenizers.action, model.joint.max_code_len, model.action_horizon, action_size)
+        return TokenizePrompt(text, model.max_token_len, with_state, model.compat, model.writes_text, codes)
     if model.compat.fast_text_round_trip and isinstance(text, ByteTokenizer):
         raise ConfigError(
             expected="a SentencePiece tokenizer, whose action codes can be read from their text again",
@@ -185,14 +264,17 @@ def tokenize_step(model: ModelConfig, tokenizers: Tokenizers, action_size: int) 
     return TokenizeActions(text, tokenizers.action, model.max_token_len, *chunk, model.compat)
 
 
-def code_constraint(model: Pi0FastConfig, tokenizers: Tokenizers, action_size: int) -> CodeConstraint:
-    """What the model may emit. Raises as `tokenize_step` does."""
+def code_constraint(model: ModelConfig, tokenizers: Tokenizers, action_size: int) -> CodeConstraint:
+    """What a model that writes codes may emit. Raises as `tokenize_step` does."""
     if tokenizers.action is None:
         raise ConfigError(
             expected="an action tokenizer",
             found="none",
-            where="Pi0FastConfig",
+            where=type(model).__name__,
             next="fit one (TrainConfig.action_tokenizer='fit'), use 'binning', or name a published one",
         )
     chunk = (model.action_horizon, action_size)
-    return CodeConstraint(tokenizers.action, tokenizers.text, *chunk, model.max_token_len)
+    if isinstance(model, Pi0FastConfig):
+        return CodeConstraint(tokenizers.action, tokenizers.text, *chunk, model.max_token_len)
+    assert model.joint is not None, "a model that writes no codes"
+    return CodeConstraint(tokenizers.action, tokenizers.text, *chunk, model.joint.max_code_len, marked=False)

@@ -37,13 +37,10 @@ from tqdm import tqdm
 from manipi.errors import CheckpointError, TrainingError, shown
 from manipi.records import Change, dataclasses_in, from_json, json_bytes, may_change, read_object, to_json
 from manipi.storage import Lock, atomic_write, remove_partial, storage_errors
-from manipi.train.config import TrainConfig, ValidationConfig
+from manipi.train.config import TrainConfig
 
 FORMAT = 1
 """Number of the layout below, in config.json as `format`; manipi 0.1.0 wrote the same layout without a number."""
-
-ADDED = {name: getattr(ValidationConfig(), name) for name in ("suite", "trials", "workers")}
-"""Settings of `validation` that runs of 0.1.0 do not have, as those runs were."""
 
 
 class Run:
@@ -257,8 +254,6 @@ def _read_settings(path: Path) -> dict[str, Any]:
             where=str(path),
             next="upgrade manipi, or start a new run folder (--run-dir)",
         )
-    if isinstance(before := stored.get("validation"), dict):
-        stored["validation"] = {**ADDED, **before}
     return stored
 
 

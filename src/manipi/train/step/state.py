@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from manipi.errors import CheckpointError, ConfigError
 from manipi.model import VLA
-from manipi.model.config import NO_ADAPTERS, ModelConfig, Pi0FastConfig
+from manipi.model.config import NO_ADAPTERS, ModelConfig
 from manipi.model.device import fill, many_variants, whole
 from manipi.model.layers import AdaptedLinear, NF4Matrix, plain_weights
 from manipi.train.config import ComputeConfig, OptimizerConfig, TrainConfig, Trained
@@ -87,10 +87,10 @@ def trainable_parameters(model: VLA, trained: Trained) -> dict[str, nn.Parameter
     """The parameters that the mode trains and the loss can reach, by name.
 
     A flow loss reads the language model's last layer through its keys and values alone, so that layer's queries, output
-    projection and MLP, and the norm behind it, never get a gradient.
+    projection and MLP, and the norm behind it, never get a gradient unless the model writes.
     """
     dead: tuple[str, ...] = ()
-    if not isinstance(model.config, Pi0FastConfig):
+    if not model.config.writes:
         last = f"gemma.blocks.{len(model.gemma.blocks) - 1}.experts.vlm."
         dead = (f"{last}q_proj.", f"{last}out_proj.", f"{last}mlp_norm.", f"{last}mlp.", "gemma.final_norms.vlm.")
     reached = {name: p for name, p in model.named_parameters() if not (dead and name.startswith(dead))}
@@ -221,7 +221,7 @@ def rows_are_enough(config: TrainConfig, world: World = ALONE) -> bool:
     """
     rate = config.optimizer.lr * config.optimizer.lr_scale.vlm
     decays = config.optimizer.kind == "adamw" and rate * config.optimizer.weight_decay >= 2**-25
-    dense = isinstance(config.model, Pi0FastConfig) or config.optimizer.state_bits == 8
+    dense = config.model.writes or config.optimizer.state_bits == 8
     return not (decays or dense or world.size > 1)
 
 

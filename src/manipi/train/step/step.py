@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from manipi.data.feed.sampler import random_bits
 from manipi.errors import NonFiniteError
 from manipi.model import VLA, ModelInput
-from manipi.model.config import Pi0FastConfig
+from manipi.model.config import ModelConfig, Pi0FastConfig
+from manipi.model.joint import TERMS
 from manipi.train.config import AugmentConfig, TrainConfig
 from manipi.train.parallel import ALONE, World
 from manipi.train.step.optimizer import gradient_norm, learning_rate, parameter_norm, update, update_average
@@ -39,8 +40,13 @@ def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tu
     Raises:
         NonFiniteError: the loss or the gradient is not finite; the weights are those before the step.
     """
+    parameters, terms = list(state.parameters.values()), {}
+    if getattr(config.model, "joint", None) and (state.step + 1) % config.log_every == 0:
+        terms = term_gradients(state, inputs, config)
     loss, sample_loss = add_gradients(state, inputs, config)
-    parameters = list(state.parameters.values())
+    if loss.ndim:
+        terms |= {f"loss/{name}": value for name, value in zip(TERMS, loss.tolist(), strict=True)}
+        loss = weighted(loss, config.model)
     norm = gradient_norm(parameters)
     loss_value, norm_value = require_finite(loss, norm, sample_loss, state.step)
     state.gather_rows()
@@ -51,12 +57,28 @@ def train_step(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tu
     rate = learning_rate(state.step, config.optimizer)
     state.step += 1
     norms = {"grad_norm": norm_value, "param_norm": parameter_norm(parameters)}
-    return {"loss": loss_value, **norms, "learning_rate": rate}, sample_loss
+    return {"loss": loss_value, **norms, "learning_rate": rate, **terms}, sample_loss
 
 
-def add_gradients(state: TrainState, inputs: ModelInput, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Add the gradients of this step's loss to those of the parameters. Returns the loss of the whole batch, and that
-    of each sample here [B]."""
+def term_gradients(state: TrainState, inputs: ModelInput, config: TrainConfig) -> dict[str, Tensor | float]:
+    """The gradient norm of each term of a joint loss, by itself and weighted: a step of its own for each, without an
+    update. The gradients are gone behind it."""
+    assert not isinstance(config.model, Pi0FastConfig)
+    assert config.model.joint is not None
+    norms = dict[str, Tensor | float]()
+    for name, weight in zip(TERMS, config.model.joint.weights, strict=True):
+        if weight:
+            add_gradients(state, inputs, config, term=name)
+            norms[f"grad_norm/{name}"] = gradient_norm(list(state.parameters.values())).item()
+            state.model.zero_grad(set_to_none=True)
+    return norms
+
+
+def add_gradients(state: TrainState, inputs: ModelInput, config: TrainConfig, term: str = "") -> tuple[Tensor, Tensor]:
+    """Add the gradients of this step's loss to those of the parameters; of a joint loss, those of one `term` alone.
+
+    Returns the loss of the whole batch, of a joint one each term [3]; and that of each sample here [B].
+    """
     world, batch_size, draws = state.world, inputs.batch_size * state.world.size, list[Tensor]()
     if not isinstance(config.model, Pi0FastConfig):
         size = (config.model.action_horizon, config.model.action_dim)
@@ -65,7 +87,7 @@ def add_gradients(state: TrainState, inputs: ModelInput, config: TrainConfig) ->
     if config.max_delay:
         delays = draw_delay(config.seed, state.step, batch_size, config.max_delay)
         inputs = replace(inputs, delay=world.slice(delays))
-    return accumulate_gradients(state.model, inputs, draws, config.accumulate, world)
+    return accumulate_gradients(state.model, inputs, draws, config.accumulate, world, term)
 
 
 BETA_ALPHA = 1.5
@@ -89,11 +111,11 @@ def draw_delay(seed: int, step: int, batch: int, max_delay: int) -> Tensor:
 
 
 def accumulate_gradients(
-    model: VLA, inputs: ModelInput, draws: Sequence[Tensor], parts: int, world: World = ALONE
+    model: VLA, inputs: ModelInput, draws: Sequence[Tensor], parts: int, world: World = ALONE, term: str = ""
 ) -> tuple[Tensor, Tensor]:
     """Add the gradients of the batch's loss to those of the parameters, part after part.
 
-    Returns the loss of the whole batch, and that of each sample here [B].
+    Returns the loss of the whole batch, of a joint one each term [3]; and that of each sample here [B].
 
     Args:
         inputs: this process's rows of the batch.
@@ -102,15 +124,25 @@ def accumulate_gradients(
         world: the processes among whom the batch is shared.
     """
     total = world.total(model.loss_weight(inputs, draws[0].shape[1] if draws else 1)).clamp(min=1)
-    loss, samples = torch.zeros((), device=total.device), []
+    loss, samples = torch.zeros_like(total), []
     for part, *drawn in zip(inputs.split(parts), *(draw.chunk(parts) for draw in draws), strict=True):
         found = model(part, *drawn)
         share = found.loss * (found.weight / total)
         # Gradients are averaged over processes, although each has a share of the sum.
-        (share * world.size).backward()
+        (weighted(share, model.config, term) * world.size).backward()
         loss += share.detach()
         samples.append(found[1].detach().flatten(1).mean(1) if found[1].ndim > 1 else found[1].detach())
     return world.total(loss), torch.cat(samples)
+
+
+def weighted(loss: Tensor, model: ModelConfig, term: str = "") -> Tensor:
+    """The sum of a joint loss's terms by their weights, or one of them; another loss as it is."""
+    if not loss.ndim:
+        return loss
+    assert not isinstance(model, Pi0FastConfig)
+    assert model.joint is not None
+    weights = [weight if term in ("", name) else 0.0 for name, weight in zip(TERMS, model.joint.weights, strict=True)]
+    return torch.stack([one * weight for one, weight in zip(loss, weights, strict=True) if weight]).sum()
 
 
 def require_finite(loss: Tensor, grad_norm: Tensor, sample_loss: Tensor, step: int) -> tuple[float, float]:

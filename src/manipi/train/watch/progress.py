@@ -243,6 +243,8 @@ class ProgressLog(AbstractContextManager):
     def _write(self, step: int) -> None:
         count = len(self._window)
         means = {name: sum(float(m[name]) for m in self._window) / count for name in self._window[0]}
+        # A joint loss's gradients are measured term by term at this step alone.
+        means = {**means, **{name: float(value) for name, value in self._window[-1].items() if name not in means}}
         # Only now has the device done all of it.
         seconds, here = time.perf_counter() - self._started, len(self._waits)
         speed = {"samples_per_s": here * self._batch_size / seconds, "time_per_step": seconds / here}
@@ -348,7 +350,7 @@ class ModelFlops:
         self._per_row = Counter[str]()
         for name, module in model.named_modules():
             self._visit(name, module)
-        if not self._flow:
+        if self._config.writes:
             table = model.gemma.token_embedding
             self._per_row["vocab"] = 2 * table.numel() * (2 + table.requires_grad)
 
@@ -374,7 +376,7 @@ class ModelFlops:
 
     def _rows_of(self, name: str, part: str) -> str:
         if self._is_read_out(name):
-            return "none" if self._flow else "prompt"
+            return "prompt" if self._config.writes else "none"
         if name.endswith("modulation") or (name.startswith("head.time") and not isinstance(self._config, Pi0Config)):
             return "draws"
         if part == "head":
@@ -393,6 +395,10 @@ class ModelFlops:
         ones, noisy = np.ones_like(prompt), np.full_like(prompt, self._draws * self._config.action_horizon)
         state = ones * isinstance(self._config, Pi0Config)
         suffix = {"action": noisy + state, "noisy": noisy, "state": state, "draws": ones * self._draws}
+        if self._config.writes:
+            text, codes = (batch[name].sum(1) if name in batch else 0 * ones for name in ("token_loss", "code_valid"))
+            read = np.maximum(codes - 1, 0)  # the last one predicts nothing
+            prompt, suffix = prompt + read, {**suffix, "prompt": prompt + read, "vocab": text + codes}
         return {"vision": image_tokens, "vlm": image_tokens + prompt, **suffix}
 
     def _attention(self, rows: dict[str, np.ndarray]) -> float:
@@ -400,7 +406,7 @@ class ModelFlops:
         width, prefix = vlm.num_heads * vlm.head_dim, rows["vlm"].astype(float)
         passes = {part: 3 if self._learns[part] or self._learns["vision"] else 1 for part in ("vision", "vlm")}
         total = vision.depth * vision.width * passes["vision"] * (rows["vision"] * vision.num_tokens).sum()
-        read_out = 0 if self._flow else rows["prompt"]
+        read_out = rows["prompt"] if self._config.writes else 0
         total += width * passes["vlm"] * (((vlm.depth - 1) * prefix + read_out) * prefix).sum()
         if self._flow:
             total += vlm.depth * width * 3 * (rows["action"] * (prefix + rows["action"])).sum()
