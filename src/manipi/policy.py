@@ -13,7 +13,15 @@ import numpy as np
 import torch
 
 from manipi.checkpoints.native import Checkpoint, PolicyConfig, SelfTest, read_checkpoint
-from manipi.errors import ConfigError, ObservationError, SelfTestError, WeightsMismatchError, shown, unknown_name
+from manipi.errors import (
+    ConfigError,
+    ObservationError,
+    SelfTestError,
+    TokenizerError,
+    WeightsMismatchError,
+    shown,
+    unknown_name,
+)
 from manipi.model import VLA, ModelInput
 from manipi.model.autoregressive import TokenDraws
 from manipi.model.config import Pi0FastConfig
@@ -25,12 +33,16 @@ from manipi.robots.robot import Robot
 from manipi.tokenizers import Tokenizers
 from manipi.transforms import pipeline
 from manipi.transforms.model_input import code_constraint
-from manipi.transforms.observation import MAX_NUM_STEPS, Request, read_request
+from manipi.transforms.observation import MAX_NUM_STEPS, Mode, Request, read_request
 from manipi.types import NormStats, Observation, Sample
 from manipi_client.keys import NUM_STEPS
 
 SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """Largest difference in normalised units between the trainer's actions and the loaded policy's."""
+
+
+MAX_TEXT = 64
+"""Tokens that a policy may write before a newline."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +78,11 @@ class Policy:
         self.model, self.config, self.robot, self.tokenizers, self.norm_stats = model, config, robot, tokenizers, stats
         self.pipeline = pipeline.build(robot, config.model, stats, tokenizers, config.norm_mode)
         self._constraint = (
-            code_constraint(config.model, tokenizers, robot.model_action_size)
-            if isinstance(config.model, Pi0FastConfig)
-            else None
+            code_constraint(config.model, tokenizers, robot.model_action_size) if config.model.writes_codes else None
         )
+        self._modes: tuple[Mode, ...] = ("tokens",) if isinstance(config.model, Pi0FastConfig) else ("flow",)
+        if config.model.writes_codes and self._modes == ("flow",):
+            self._modes = ("flow", "tokens")
         self._device = next(model.parameters()).device
         self._engine: Engine | None = None
         self.temperature = 0.0
@@ -161,7 +174,7 @@ class Policy:
         cameras = {tuple(slot in some for slot in slots) for some in (self.robot.cameras, required)}
         known, guided = self.config.max_delay, self.config.max_delay + 1
         delays = (None, guided, *([known] if known else [])) if self._real_time else (None,)
-        noise = None if self._constraint is not None else np.zeros((1, *self._noise_shape), np.float32)
+        noise = np.zeros((1, *self._noise_shape), np.float32) if "flow" in self._modes else None
         for present, length, delay in product(cameras, lengths, delays):
             self.run_model(blank_input(self.config.model, present, length, delay).to(self._device), noise)
 
@@ -178,13 +191,15 @@ class Policy:
             "image_size": model.vision.image_size,
             "step": self.config.step,
             "real_time": self._real_time,
+            "modes": list(self._modes),
+            "writes_text": self.config.model.writes_text,
             "max_delay": self.config.max_delay,
         }
 
     @property
     def _real_time(self) -> bool:
         """Whether it can go on from a previous chunk. π0-FAST cannot, and no gradient passes through 8 bits."""
-        return self._constraint is None and self.model.guidable
+        return "flow" in self._modes and self.model.guidable
 
     def reset(self) -> None:
         """Begin a new episode: the noise starts from the seed again."""
@@ -235,8 +250,8 @@ class Policy:
     def encode(self, observation: Observation) -> Encoded:
         """The model's input for one observation. Raises ObservationError where it does not match the robot."""
         size = {"action_size": self.robot.action_size, "horizon": self.config.model.action_horizon}
-        writes_tokens = self._constraint is not None
-        request = read_request(observation, **size, real_time=self._real_time, writes_tokens=writes_tokens)
+        can = {"modes": self._modes, "writes_text": self.config.model.writes_text}
+        request = read_request(observation, **size, real_time=self._real_time, **can)
         if self._engine is not None and request.num_steps not in (None, self.config.num_steps):
             raise ObservationError(
                 expected=f"{self.config.num_steps} integration steps, for which the engine was made",
@@ -244,7 +259,10 @@ class Policy:
                 where=f"observation key {NUM_STEPS!r}",
                 next="serve without --compile, or with that --num-steps",
             )
-        return Encoded(*self.pipeline.encode(request.asked), request)
+        if request.write_subtask:  # first the question: `answer` writes the text, and encodes once more
+            return Encoded(*self.pipeline.encode({**request.asked, "subtask": None}), request)
+        told = {"subtask": request.subtask} if request.subtask else {}
+        return Encoded(*self.pipeline.encode({**request.asked, **told}), request)
 
     def answer(
         self,
@@ -264,21 +282,69 @@ class Policy:
         started = time.perf_counter() if started is None else started
         noise = self._stack_noises(encoded, noises or [None] * len(encoded))
         chunks: dict[int, np.ndarray] = {}
+        encoded, said = self._with_subtasks(encoded)
         # Those that the model reads in the same fields, and integrates in as many steps, are one batch.
-        alike: dict[tuple[frozenset[str], int | None], list[int]] = {}
+        alike: dict[tuple[frozenset[str], int | None, Mode], list[int]] = {}
         for number, one in enumerate(encoded):
-            alike.setdefault((frozenset(one.sample), one.request.num_steps), []).append(number)
-        for (_, num_steps), members in alike.items():
-            inputs, draws = self.model_input([encoded[i] for i in members]), None
-            if self._constraint is not None:
-                draws = [self._draws(encoded[i].request) for i in members]
-            outputs = self.run_model(inputs, None if noise is None else noise[members], num_steps, draws)
+            alike.setdefault((frozenset(one.sample), one.request.num_steps, one.request.mode), []).append(number)
+        for (_, num_steps, mode), members in alike.items():
+            inputs = self.model_input([encoded[i] for i in members])
+            if mode == "tokens":
+                outputs = self.run_model(inputs, None, draws=[self._draws(encoded[i].request) for i in members])
+            else:
+                assert noise is not None, "a flow policy draws noise"
+                outputs = self.run_model(inputs, noise[members], num_steps)
             for i, output in zip(members, outputs, strict=True):
                 decode = partial(self.pipeline.decode, seen=encoded[i].seen)
                 several = output.ndim == 3  # chunks of as many noises
                 chunks[i] = np.stack([decode(one) for one in output]) if several else decode(output)
         timing = {"infer_ms": (time.perf_counter() - started) * 1e3}
-        return [{"actions": chunks[i], "policy_timing": dict(timing)} for i in range(len(encoded))]
+        return [{"actions": chunks[i], "policy_timing": dict(timing), **said[i]} for i in range(len(encoded))]
+
+    def _with_subtasks(self, encoded: Sequence[Encoded]) -> tuple[list[Encoded], list[dict[str, str]]]:
+        """The subtasks that are to be written are, and the actions then follow them; and what the answers say of it.
+
+        Where the text does not end, the client's last subtask stays, and the answer says why.
+
+        Raises:
+            TokenizerError: the text does not end, and there is no last one.
+        """
+        told: list[dict[str, str]] = [
+            {"subtask": one.request.subtask} if one.request.subtask else {} for one in encoded
+        ]
+        encoded, asking = list(encoded), [i for i, one in enumerate(encoded) if one.request.write_subtask]
+        for i, text in zip(asking, self.write([encoded[i] for i in asking]) if asking else (), strict=True):
+            request = encoded[i].request
+            if isinstance(text, TokenizerError):
+                if not request.subtask:
+                    raise text
+                told[i]["subtask_error"], text = str(text), request.subtask
+            told[i]["subtask"] = text
+            encoded[i] = Encoded(*self.pipeline.encode({**request.asked, "subtask": text}), request)
+        return encoded, told
+
+    @torch.no_grad()
+    def write(self, questions: Sequence[Encoded]) -> list[str | TokenizerError]:
+        """What the model writes behind each prompt, the likeliest tokens up to a newline.
+
+        An error stands for a text that does not end within the prompt's room, or that has no words.
+        """
+        inputs, tokenizer = self.model_input(questions), self.tokenizers.text
+        (*_, end), found = tokenizer.encode("\n"), list[str | TokenizerError]()
+        room = min(MAX_TEXT, self.config.model.max_token_len - int(inputs.token_valid.sum(1).max()))
+        ids_BT = self.model.decode_tokens(inputs, max(room, 1), eos_token=end).tolist()
+        for ids in ids_BT:
+            text = tokenizer.decode(ids[: ids.index(end)]).strip() if end in ids else ""
+            found.append(text or self._no_text(ids, end, room))
+        return found
+
+    def _no_text(self, ids: Sequence[int], end: int, room: int) -> TokenizerError:
+        return TokenizerError(
+            expected=f"a text that ends within {room} tokens",
+            found="no words" if end in ids else shown(self.tokenizers.text.decode(list(ids)), 100),
+            where="what the model wrote behind its prompt",
+            next="train it longer on text, or leave it room (max_token_len); the actions need no subtask",
+        )
 
     def model_input(self, encoded: Sequence[Encoded]) -> ModelInput:
         """The batch of these observations, on the model's device."""
@@ -286,7 +352,7 @@ class Policy:
         return ModelInput.from_numpy(batch, self._device)
 
     def _stack_noises(self, encoded: Sequence[Encoded], noises: Sequence[np.ndarray | None]) -> np.ndarray | None:
-        if self._constraint is not None:
+        if "flow" not in self._modes:
             return None
         drawn = [
             self.draw_noise(one.request.seed) if noise is None else np.asarray(noise, np.float32)
@@ -320,16 +386,25 @@ class Policy:
         num_steps: int | None = None,
         draws: Sequence[TokenDraws | None] | None = None,
     ) -> np.ndarray:
-        """What the model answers to a batch, for `pipeline.decode`: chunks [B, (K,) H, A], or π0-FAST's ids [B, T].
+        """What the model answers to a batch, for `pipeline.decode`: chunks [B, (K,) H, A], or the ids of codes [B, T].
 
         Args:
-            noise: [B, (K,) H, A of the model]; π0-FAST uses none.
+            noise: [B, (K,) H, A of the model]; None: the actions are written as codes.
             num_steps: of the integration; None: the policy's own number.
-            draws: of each row of π0-FAST; None: the likeliest tokens.
+            draws: of each row's codes; None: the likeliest.
         """
-        if self._constraint is not None:
-            longest, allowed = self.config.model.max_token_len, self._constraint.allowed
-            return self.model.decode_tokens(inputs, longest, allowed, draws).cpu().numpy()
+        if noise is None:
+            model, constraint = self.config.model, self._constraint
+            assert constraint is not None, "a policy that writes codes"
+            longest, eos = (
+                (model.max_token_len, None)
+                if isinstance(model, Pi0FastConfig)
+                else (
+                    model.joint.max_code_len,  # type: ignore[union-attr] - who writes codes has it
+                    self.tokenizers.text.eos_id,
+                )
+            )
+            return self.model.decode_tokens(inputs, longest, constraint.allowed, draws, eos).cpu().numpy()
         noise_BKHA = torch.from_numpy(noise).to(self._device)
         answer = self.model.sample(inputs, noise_BKHA, num_steps or self.config.num_steps, self.config.max_delay)
         return answer.float().cpu().numpy()
@@ -341,10 +416,10 @@ class Policy:
             ConfigError: integration steps of a policy that writes tokens, a temperature of one that does not, or a
                 value beyond what a request may ask for.
         """
-        writes_tokens, expected, found = self._constraint is not None, "", f"{num_steps}, {temperature}"
-        if num_steps is not None and (writes_tokens or not 1 <= num_steps <= MAX_NUM_STEPS):
+        expected, found = "", f"{num_steps}, {temperature}"
+        if num_steps is not None and ("flow" not in self._modes or not 1 <= num_steps <= MAX_NUM_STEPS):
             expected = f"a flow policy, and from 1 to {MAX_NUM_STEPS} integration steps"
-        elif temperature is not None and not (writes_tokens and 0 <= temperature <= 100):
+        elif temperature is not None and not ("tokens" in self._modes and 0 <= temperature <= 100):
             expected = "a policy that writes tokens, and a temperature from 0 to 100"
         elif self._engine is not None:
             expected, found = "a policy without an engine, which is made for one number of steps", "one with an engine"

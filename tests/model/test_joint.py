@@ -35,7 +35,7 @@ def draws():
 
 @pytest.fixture
 def inputs(batch):
-    """Row 0 has codes and text, row 1 codes alone, row 2 text alone and no actions, as a question about pictures has."""
+    """Row 0 has codes and text, row 1 codes alone, row 2 text alone and no actions, as questions have."""
     torch.manual_seed(5)
     length = torch.tensor([6, 4, 0])[:, None]
     text = torch.tensor([True, False, True])[:, None]

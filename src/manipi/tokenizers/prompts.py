@@ -176,10 +176,10 @@ def padded(
     runs = [Run(prefix), *text, Run(list(postfix), causal=True, loss=True)]
     ids = [token for run in runs for token in run.ids]
     if len(ids) > max_len and not truncate:
-        emitted = sum(len(run.ids) for run in runs if run.loss)
+        emitted, kind = sum(len(run.ids) for run in runs if run.loss), "text" if text else "actions"
         raise TokenizerError(
             expected=f"at most {max_len} tokens (max_token_len)",
-            found=f"{len(ids)} tokens: {len(ids) - emitted} of prompt and {emitted} of actions{' or text' * bool(text)}",
+            found=f"{len(ids)} tokens: {len(ids) - emitted} of prompt and {emitted} of {kind}",
             where=f"the prompt {shown(tokenizer.decode(prefix), 300)}",
             next=f"raise max_token_len to at least {len(ids)}, or shorten the instruction",
         )
@@ -236,6 +236,7 @@ class CodeConstraint:
     Args:
         max_tokens: how many tokens the model may emit in all.
         marked: whether it emits "Action: " first; otherwise the prompt ends with that.
+        setting: of the model, that says `max_tokens`.
 
     Raises:
         TokenizerError: the text vocabulary has no room of its own for the codes, the codes cannot complete every chunk,
@@ -251,7 +252,9 @@ class CodeConstraint:
         max_tokens: int,
         *,
         marked: bool = True,
+        setting: str = "max_token_len",
     ):
+        self._setting = setting
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._num_units = action.num_units(horizon, action_dim)
         self._head = tokenizer.encode(ACTION_MARKER) if marked else []
@@ -329,10 +332,10 @@ class CodeConstraint:
         if num_emitted + fewest > self._max_tokens:
             always_enough = len(self._head) + self._codes_per_unit * self._num_units + len(self._tail)
             raise TokenizerError(
-                expected=f"a whole action chunk within {self._max_tokens} tokens (max_token_len)",
+                expected=f"a whole action chunk within {self._max_tokens} tokens ({self._setting})",
                 found=f"{remaining} of its {self._num_units} units missing after {num_emitted} tokens",
                 where="decoding of action codes",
-                next=f"raise max_token_len; {always_enough} tokens hold any chunk, however badly it compresses",
+                next=f"raise {self._setting}; {always_enough} tokens hold any chunk, however badly it compresses",
             )
 
 

@@ -277,4 +277,5 @@ def code_constraint(model: ModelConfig, tokenizers: Tokenizers, action_size: int
     if isinstance(model, Pi0FastConfig):
         return CodeConstraint(tokenizers.action, tokenizers.text, *chunk, model.max_token_len)
     assert model.joint is not None, "a model that writes no codes"
-    return CodeConstraint(tokenizers.action, tokenizers.text, *chunk, model.joint.max_code_len, marked=False)
+    room = {"max_tokens": model.joint.max_code_len, "setting": "joint.max_code_len"}
+    return CodeConstraint(tokenizers.action, tokenizers.text, *chunk, **room, marked=False)

@@ -15,26 +15,33 @@ What a client may add beside the robot's own keys (`read_request`):
     manipi/delay          int      how many of them it will have executed when the answer comes
     manipi/seed           int      what the noise is drawn from, so that the same question has the same answer
     manipi/num_steps      int      of a flow policy: integration steps of this answer, instead of the policy's own
-    manipi/temperature    number   of π0-FAST: 0 takes the likeliest token, 1 draws as the model says, by the seed
+    manipi/temperature    number   of tokens: 0 takes the likeliest one, 1 draws as the model says, by the seed
+    manipi/mode           text     of a policy that has both: `flow`, or `tokens` as π0-FAST writes them
+    manipi/subtask        text     of a policy that writes text: what is to be done at present
+    manipi/write_subtask  bool     whether it shall write that before it acts
 
 The previous chunk takes the way of a training chunk: the pipeline makes it relative to the state of *this* observation
 and normalises it, so that the model sees it as it would have predicted it now.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from manipi.errors import BadValueError, ObservationError, one_line, shown
 from manipi.robots.robot import Robot
 from manipi.types import Observation, Sample
-from manipi_client.keys import DELAY, NUM_STEPS, PREVIOUS, SEED, TEMPERATURE
+from manipi_client.keys import DELAY, MODE, NUM_STEPS, PREVIOUS, SEED, SUBTASK, TEMPERATURE, WRITE_SUBTASK
 
 _CHUNK_KEYS = ("actions", "action_valid", "delay")
-_OTHER_KEYS = ("prompt", *_CHUNK_KEYS)
+_KEPT_KEYS = (*_CHUNK_KEYS, "subtask", "answer")
+_OTHER_KEYS = ("prompt", *_KEPT_KEYS)
+
+Mode: TypeAlias = Literal["flow", "tokens"]
+"""How a policy makes actions: by integration, or written as codes."""
 
 MAX_NUM_STEPS = 1_000
 """Integration steps that a client may ask for; a policy is trained for ten or so."""
@@ -69,7 +76,7 @@ class ReadRobot:
         sample = self._flat(sample)
         cameras = {slot: key for slot, key in self.robot.cameras.items() if not self._absent(sample, slot, key)}
         images = {f"image/{slot}": self._image(sample, key) for slot, key in cameras.items()}
-        kept = {key: sample[key] for key in _CHUNK_KEYS if key in sample}
+        kept = {key: sample[key] for key in _KEPT_KEYS if key in sample}
         return {**images, "state": self._state(sample), "prompt": self._prompt(sample), **kept}  # type: ignore[dict-item]
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
@@ -178,28 +185,47 @@ class Request:
     seed: int | None
     num_steps: int | None
     temperature: float | None
+    mode: Mode
+    subtask: str
+    """What is to be done at present; empty: nothing is said."""
+    write_subtask: bool
 
 
 def read_request(
-    observation: Observation, *, action_size: int, horizon: int, real_time: bool, writes_tokens: bool = False
+    observation: Observation,
+    *,
+    action_size: int,
+    horizon: int,
+    real_time: bool,
+    modes: Sequence[Mode] = ("flow",),
+    writes_text: bool = False,
 ) -> Request:
     """What a client sent, its own keys apart.
 
     Args:
         real_time: whether the policy goes on from a previous chunk; π0-FAST does not, since it writes chunks whole.
-        writes_tokens: whether it is π0-FAST, which has a temperature and no integration steps.
+        modes: how it can answer, the first unless the client says. Tokens have a temperature, a flow integration steps.
+        writes_text: whether it can be told or asked for a subtask.
 
     Raises:
         ObservationError: one of the keys has another type, shape or range.
     """
     # A recorded frame may bring its actions along; the policy must not see them.
-    own = (*_CHUNK_KEYS, PREVIOUS, DELAY, SEED, NUM_STEPS, TEMPERATURE)
+    own = (*_KEPT_KEYS, PREVIOUS, DELAY, SEED, NUM_STEPS, TEMPERATURE, MODE, SUBTASK, WRITE_SUBTASK)
     asked = {key: value for key, value in observation.items() if key not in own}
-    for key, fits, kind in ((NUM_STEPS, not writes_tokens, "flow"), (TEMPERATURE, writes_tokens, "token")):
+    mode = _text(observation, MODE, 16) or modes[0]
+    if mode not in modes:
+        next = "leave it out, or serve a policy that was trained with action codes (JointConfig)"
+        raise _refusal(" or ".join(modes), shown(mode), MODE, next=next)
+    for key, fits, kind in ((NUM_STEPS, mode == "flow", "flow"), (TEMPERATURE, mode == "tokens", "token")):
         if key in observation and not fits:
             raise _refusal(f"no such key, which is for {kind} policies", "one", key, next="leave it out")
+    if not writes_text and (strange := observation.keys() & {SUBTASK, WRITE_SUBTASK}):
+        next = "leave it out, or serve a policy that was trained on text (JointConfig)"
+        raise _refusal("no such key, which is for policies that write text", "one", min(strange), next=next)
+    subtask = _text(observation, SUBTASK, MAX_PROMPT)
     if PREVIOUS in observation or DELAY in observation:
-        if not real_time:
+        if not real_time or mode == "tokens":
             expected = "no previous chunk, which this policy cannot go on from (`real_time`)"
             raise _refusal(expected, "one", PREVIOUS, next=_METADATA)
         expected = f"1 to {horizon} commands of {action_size} finite numbers"
@@ -221,7 +247,23 @@ def read_request(
         float(_number(observation, TEMPERATURE, "a number from 0 to 100", "iuf", 0, 100))
         if TEMPERATURE in observation
         else None,
+        mode,  # type: ignore[arg-type] - it is one of them
+        subtask,
+        bool(_number(observation, WRITE_SUBTASK, "true or false", "b", 0, 1))
+        if WRITE_SUBTASK in observation
+        else False,
     )
+
+
+def _text(observation: Mapping[str, Any], key: str, most: int) -> str:
+    """Empty where the key is absent."""
+    try:
+        text = as_text(observation.get(key, ""), most)
+    except ValueError as error:
+        raise _refusal(f"a text of at most {most} characters", one_line(str(error), 200), key) from error
+    if text is None:
+        raise _refusal(f"a text of at most {most} characters", _describe(observation[key]), key)
+    return text
 
 
 def _count(observation: Mapping[str, Any], key: str, most: int, *, least: int = 0) -> int:

@@ -7,6 +7,9 @@ manipi/delay          int      how many of these it will have executed when the 
 manipi/seed           int      what the noise of this answer is drawn from (the policy)
 manipi/num_steps      int      integration steps of this answer, instead of the policy's own (the policy)
 manipi/temperature    number   of an answer that is written in tokens; 0: the likeliest (the policy)
+manipi/mode           text     `flow` or `tokens`, of a policy that does both (the policy)
+manipi/subtask        text     what is to be done at present, which the actions of this answer follow (the policy)
+manipi/write_subtask  bool     write it before the actions; `manipi/subtask` is what stays if that fails (the policy)
 manipi/step           int      the step of the episode (logs and recordings)
 """
 
@@ -17,4 +20,7 @@ DELAY = "manipi/delay"
 SEED = "manipi/seed"
 NUM_STEPS = "manipi/num_steps"
 TEMPERATURE = "manipi/temperature"
+MODE = "manipi/mode"
+SUBTASK = "manipi/subtask"
+WRITE_SUBTASK = "manipi/write_subtask"
 STEP = "manipi/step"

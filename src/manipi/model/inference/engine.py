@@ -81,7 +81,7 @@ class Engine(VLA):
         make = maker(quantization, device, model.dtype)
         vision = nn.ModuleList(FusedVisionBlock(cast(VisionBlock, one), make) for one in model.vision.blocks)
         self.vision = twin(model.vision, blocks=vision)
-        blocks, only_keys = nn.ModuleList(), (len(gemma.blocks) - 1, "vlm") if flows else None
+        blocks, only_keys = nn.ModuleList(), None if config.writes else (len(gemma.blocks) - 1, "vlm")
         for index, block in enumerate(gemma.blocks):
             layers = {name: cast(ExpertLayer, layer) for name, layer in cast(Block, block).experts.items()}
             fused = {n: FusedExpertLayer(one, make, attends=(index, n) != only_keys) for n, one in layers.items()}
