@@ -260,7 +260,7 @@ class Policy:
                 next="serve without --compile, or with that --num-steps",
             )
         if request.write_subtask:  # first the question: `answer` writes the text, and encodes once more
-            return Encoded(*self.pipeline.encode({**request.asked, "subtask": None}), request)
+            return Encoded(*self.pipeline.encode({**request.asked, "write": np.ones(1, bool)}), request)
         told = {"subtask": request.subtask} if request.subtask else {}
         return Encoded(*self.pipeline.encode({**request.asked, **told}), request)
 
@@ -409,7 +409,9 @@ class Policy:
         answer = self.model.sample(inputs, noise_BKHA, num_steps or self.config.num_steps, self.config.max_delay)
         return answer.float().cpu().numpy()
 
-    def set_sampling(self, *, num_steps: int | None = None, temperature: float | None = None) -> None:
+    def set_sampling(
+        self, *, num_steps: int | None = None, temperature: float | None = None, mode: Mode | None = None
+    ) -> None:
         """Answer so from now on, where a request says nothing else. Call it before `compile` or `fuse`.
 
         Raises:
@@ -421,6 +423,8 @@ class Policy:
             expected = f"a flow policy, and from 1 to {MAX_NUM_STEPS} integration steps"
         elif temperature is not None and not ("tokens" in self._modes and 0 <= temperature <= 100):
             expected = "a policy that writes tokens, and a temperature from 0 to 100"
+        elif mode not in (None, *self._modes):
+            expected, found = f"a policy that acts by {mode}", f"one that acts by {' or '.join(self._modes)}"
         elif self._engine is not None:
             expected, found = "a policy without an engine, which is made for one number of steps", "one with an engine"
         if expected:
@@ -428,6 +432,7 @@ class Policy:
             raise ConfigError(expected=expected, found=found, where=where, next="leave the flag out")
         self.config = replace(self.config, num_steps=num_steps or self.config.num_steps)
         self.temperature = self.temperature if temperature is None else temperature
+        self._modes = tuple(sorted(self._modes, key=lambda one: one != mode))
 
     def check(self, test: SelfTest, *, where: str) -> None:
         """Replay a recorded observation. Raises SelfTestError where other actions come out."""

@@ -14,7 +14,15 @@ import tyro
 from manipi.cli.arguments import Folder, NewFile, OnDevice, parse, table, write_result
 from manipi.errors import ConfigError
 
-SWEPT = {"execute_steps": int, "num_steps": int, "delay": int, "join": str, "temperature": float}
+SWEPT = {
+    "execute_steps": int,
+    "num_steps": int,
+    "delay": int,
+    "join": str,
+    "temperature": float,
+    "mode": str,
+    "subtask_every": int,
+}
 """What `--sweep` may vary."""
 
 MARGIN = 0.05
@@ -61,6 +69,10 @@ class _Eval(OnDevice):
     """Suite: integration steps of a flow policy. Default: the checkpoint's own number."""
     temperature: float | None = None
     """Suite: of a policy that writes tokens. Default: it takes the likeliest."""
+    mode: str | None = None
+    """Suite: flow or tokens, of a policy that was trained on both. Default: flow."""
+    subtask_every: int = 0
+    """Suite: the policy writes at every so many answers what it does next, and follows that; 0: never."""
     untrained: bool = False
     """Suite, control: the same network with random weights."""
     blind: bool = False
@@ -175,7 +187,9 @@ def _suite(args: _Eval) -> None:
         "seed": args.seed,
         "execute_steps": suite.execute_steps if args.execute_steps is None else args.execute_steps,
         "control": controls[0] if controls else None,
-        **{name: getattr(args, name) for name in ("join", "delay", "num_steps", "temperature")},
+        **{
+            name: getattr(args, name) for name in ("join", "delay", "num_steps", "temperature", "mode", "subtask_every")
+        },
     }
     swept = [(one, Settings(**{**chosen, **one})) for one in _swept(args.sweep)]
     results = []

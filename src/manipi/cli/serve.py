@@ -52,6 +52,11 @@ class _Serve(OnDevice):
     """Integration steps of a flow policy; a request may name others. Default: the checkpoint's own number."""
     temperature: float | None = None
     """Of π0-FAST's tokens; a request may name another. Default: the likeliest are taken."""
+    mode: Literal["flow", "tokens"] | None = None
+    """How a policy acts that was trained on both; a request may name the other. Default: flow."""
+    subtask_every: int = 0
+    """Of each client at every so many answers, the policy writes what is to be done next, and follows that until then.
+    0: only where a request asks for it."""
     compile: bool = False
     """Fuse and compile the model, and call it once for each shape to come, before the port opens."""
     quantize: Literal["none", "int8_weights", "int8", "fp8"] = "none"
@@ -80,7 +85,7 @@ def main(arguments: Sequence[str]) -> None:
     if not plain:
         require_report(args.checkpoint, args.quantize)
     # The self-test is of the exact weights, in the engine where there is one; what 8 bits change, the report says.
-    sampling = {"num_steps": args.num_steps, "temperature": args.temperature}
+    sampling = {"num_steps": args.num_steps, "temperature": args.temperature, "mode": args.mode}
     as_trained = not any(value is not None for value in sampling.values())
     compile = args.compile and plain and as_trained
     policy = Policy.load(args.checkpoint, robot=args.robot, device=device, seed=args.seed, compile=compile)
@@ -99,6 +104,7 @@ def main(arguments: Sequence[str]) -> None:
         metadata={**policy.metadata, **told},
         robot=policy.robot,
         guard=args.guard,
+        subtask_every=args.subtask_every,
         empty_prompts=args.empty_prompts or _was_trained_without_prompt(args.checkpoint),
         access=access,
         limits=args.limits,

@@ -37,6 +37,7 @@ from manipi.records import json_bytes, read_object, to_json
 from manipi.robots.robot import Gripper, LinkageGripper, Robot
 from manipi.storage import Lock, atomic_write, storage_errors
 from manipi_client import WebsocketPolicy
+from manipi_client.keys import MODES
 from manipi_client.realtime import JOINS
 from manipi_client.trials import TrialResult, TrialSpec
 
@@ -63,6 +64,8 @@ class Settings:
     """One of `manipi_client.trials.CONTROLS`; None: the policy as it is."""
     num_steps: int | None = None
     temperature: float | None = None
+    mode: str | None = None
+    subtask_every: int = 0
 
     def __post_init__(self) -> None:
         joins, temperature = ", ".join(JOINS), 0 if self.temperature is None else self.temperature
@@ -71,6 +74,9 @@ class Settings:
         require("--join", self.join, self.join in JOINS, f"one of {joins}", "synchronous")
         require("--delay", self.delay, self.delay >= 0, "control steps, from 0", "2")
         require("--num-steps", self.num_steps, self.num_steps is None or self.num_steps >= 1, "a step or more", "10")
+        modes = (None, *MODES)
+        require("--mode", self.mode, self.mode in modes, f"one of {', '.join(MODES)}", "tokens")
+        require("--subtask-every", self.subtask_every, self.subtask_every >= 0, "a number of answers, from 0", "1")
         require("--temperature", self.temperature, 0 <= temperature <= 100, "a temperature from 0 to 100", "1")
 
     def trial(self, suite: Suite, index: int) -> TrialSpec:

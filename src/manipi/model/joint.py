@@ -66,29 +66,29 @@ def joint_loss(
     """
     (_, num_draws, horizon, _), num_prefix = noise_BKHA.shape, prefix.tokens_BTD.shape[1]
     suffix, target_BKHA = noisy_suffix(head, inputs, noise_BKHA, timestep_BK, prefix.tokens_BTD.dtype)
-    codes_BN, learns_text = inputs.codes if config.codes_weight else None, inputs.token_loss is not None
+    codes_BN, valid_BN = (inputs.codes, inputs.code_valid) if config.codes_weight else (None, None)
+    text_BL = inputs.token_loss if config.text_weight else None
     last, spans = {"action": num_draws * horizon}, {"vlm": prefix, "action": suffix}
-    if codes_BN is not None:
-        spans["vlm"] = _with_codes(gemma, prefix, codes_BN[:, :-1], inputs.code_valid[:, :-1], num_draws + 1)
-    if codes_BN is not None or (learns_text and config.text_weight):
+    if codes_BN is not None and valid_BN is not None:
+        spans["vlm"] = _with_codes(gemma, prefix, codes_BN[:, :-1], valid_BN[:, :-1], num_draws + 1)
+    if codes_BN is not None or text_BL is not None:
         last["vlm"] = spans["vlm"].tokens_BTD.shape[1]
     out = gemma(spans, outputs=last, last=last, insulate=config.insulate)
     flow = velocity_error(head.velocity(out["action"], num_draws, horizon), target_BKHA, masks)
     samples = {"flow": flow.per_step.flatten(1).mean(1)} | dict.fromkeys(
         TERMS[1:], torch.zeros_like(inputs.state[:, 0])
     )
-    if codes_BN is not None:
+    if codes_BN is not None and valid_BN is not None:
         # The first code is predicted by the last token of the prompt, whose place differs from row to row.
         first_B1D = chosen(out["vlm"], last_valid(prefix.valid_BT))
         out_BND = torch.cat([first_B1D, out["vlm"][:, num_prefix:]], dim=1)
-        samples["codes"], _ = per_sample(gemma, out_BND, codes_BN, inputs.code_valid)
-    if learns_text and config.text_weight:
+        samples["codes"], _ = per_sample(gemma, out_BND, codes_BN, valid_BN)
+    if text_BL is not None:
         out_BLD = out["vlm"][:, num_prefix - prompt_len : num_prefix - 1]
-        targets = (inputs.tokens[:, 1:prompt_len], inputs.token_loss[:, 1:prompt_len])
-        samples["text"], _ = per_sample(gemma, out_BLD, *targets)
+        samples["text"], _ = per_sample(gemma, out_BLD, inputs.tokens[:, 1:prompt_len], text_BL[:, 1:prompt_len])
     weight = torch.stack([flow.weight, *samples_with(inputs)])
     means = [samples[name].sum() / count.clamp(min=1) for name, count in zip(TERMS[1:], weight[1:], strict=True)]
-    per_sample_B = sum(one * samples[name] for name, one in zip(TERMS, config.weights, strict=True))
+    per_sample_B = torch.stack([one * samples[name] for name, one in zip(TERMS, config.weights, strict=True)]).sum(0)
     return JointLoss(torch.stack([flow.loss, *means]), per_sample_B, weight)
 
 

@@ -78,6 +78,10 @@ class Client:
     connection: ServerConnection
     address: str
     noise: Iterator[np.ndarray | None]
+    subtask: str = ""
+    """What the policy's last answer was about, where it writes text; a reset forgets it."""
+    acted: int = 0
+    """Answers since the reset."""
     since: float = field(default_factory=time.time)
     observations: int = 0
     errors: int = 0
@@ -101,6 +105,7 @@ class Exchange:
     observation: Observation
     actions: np.ndarray
     client: str
+    subtask: str
     at: float = field(default_factory=time.time)
     look: dict[str, Any] = field(default_factory=dict)
     """Prompt and small pictures of the observation, once the dashboard has asked for them."""
@@ -158,7 +163,7 @@ class ServerState:
         if isinstance(actions, np.ndarray) and actions.ndim == 2:
             # What else an observation holds is not kept until the next one: it may be as large as a message can be.
             seen = {} if self.robot is None else ReadRobot(self.robot).read_part(observation)
-            self.last = Exchange(seen, actions, client.address)
+            self.last = Exchange(seen, actions, client.address, client.subtask)
 
     def note_times(self, **seconds: float) -> None:
         """Adds durations of stages."""
@@ -171,7 +176,7 @@ class ServerState:
     async def to_json(self) -> dict[str, Any]:
         """What the dashboard polls."""
         of_policy = ("model", "step", "checkpoint", "control_hz", "action_horizon")
-        of_client = ("address", "since", "last", "observations", "errors", "busy")
+        of_client = ("address", "since", "last", "observations", "errors", "busy", "subtask")
         clients = sorted(self.clients, key=lambda client: client.since)
         return {
             "now": time.time(),
@@ -197,6 +202,7 @@ class ServerState:
         return {
             "at": last.at,
             "client": last.client,
+            "subtask": last.subtask,
             "actions": [[a if math.isfinite(a) else None for a in row] for row in actions_AH],  # JSON has no NaN
             "dimensions": [vars(dimension) for dimension in space] if fits else [],
             **last.look,

@@ -42,7 +42,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.protocol import State
 
-from manipi.errors import DeadlineError, ManipiError, one_line, shown
+from manipi.errors import DeadlineError, ManipiError, ServeError, one_line, shown
 from manipi.robots.robot import Robot
 from manipi.serve.access import Access, bind, join_host
 from manipi.serve.batching import Batcher, Limits, Query, Result
@@ -52,7 +52,7 @@ from manipi.transforms.observation import check_content
 from manipi.types import Observation
 from manipi_client import wire
 from manipi_client.errors import FourPartError, ProtocolError, error_to_text
-from manipi_client.keys import DEADLINE, RESET, SEED
+from manipi_client.keys import DEADLINE, RESET, SEED, SUBTASK, WRITE_SUBTASK
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,8 @@ class PolicyServer:
         robot: whose limits `guard` keeps, and whose cameras the dashboard shows; None: neither.
         guard: what happens to commands beyond the robot's limits.
         empty_prompts: take observations without an instruction, of which the policy was trained on some.
+        subtask_every: of each client at every so many answers the policy writes its subtask, and acts on the last one
+            in between; 0: only where a client asks.
 
     Raises:
         ServeError: a public address without a token.
@@ -129,6 +131,7 @@ class PolicyServer:
         robot: Robot | None = None,
         guard: GuardMode = "clamp",
         empty_prompts: bool = False,
+        subtask_every: int = 0,
         access: Access | None = None,
         limits: Limits | None = None,
     ):
@@ -137,7 +140,14 @@ class PolicyServer:
             self._limits = replace(self._limits, max_batch=1)
         self._state = ServerState(dict(policy.metadata if metadata is None else metadata), robot)
         self._guard = None if robot is None else ActionGuard(robot, guard)
-        self._robot, self._empty_prompts = robot, empty_prompts
+        self._robot, self._empty_prompts, self._subtask_every = robot, empty_prompts, subtask_every
+        if subtask_every and not self._state.metadata.get("writes_text"):
+            raise ServeError(
+                expected="a policy that was trained to write text (JointConfig)",
+                found="one that was not",
+                where="PolicyServer.subtask_every",
+                next="leave --subtask-every out",
+            )
         self._metadata_frame = wire.pack(self._state.metadata)
         self._host, (self._family, self._address) = host, self._access.resolve(host, port)
 
@@ -299,7 +309,7 @@ class PolicyServer:
         del frame
         check_content(observation)
         if _pop(observation, RESET, "true or false", lambda value: isinstance(value, bool), False):
-            client.noise = self._new_noise()
+            client.noise, client.subtask, client.acted = self._new_noise(), "", 0
             if not observation:
                 return wire.pack({"server_timing": client.timing})
         limit_ms = _pop(observation, DEADLINE, "milliseconds from 0", _is_duration, self._limits.deadline_ms)
@@ -311,10 +321,21 @@ class PolicyServer:
             for text in unknown:
                 logger.warning("client %s sends %s", client.address, text)
         self._state.note_times(read=time.monotonic() - received)
+        if self._subtask_every:
+            observation.setdefault(
+                WRITE_SUBTASK, client.acted % self._subtask_every == 0 and SUBTASK not in observation
+            )
+            if client.subtask:
+                observation.setdefault(SUBTASK, client.subtask)
         noise = None if SEED in observation else next(client.noise)
         left_s = math.inf if limit_ms is None else limit_ms / 1000 - (time.monotonic() - received)
         answer, query = await _in_time(client, batcher, Query(observation, noise), left_s)
         client.timing["infer_ms"] = query.infer_s * 1000
+        client.subtask, client.acted = str(answer.get("subtask", "")), client.acted + 1
+        if why := answer.get("subtask_error"):
+            logger.warning(
+                "client %s keeps its subtask %s: %s", client.address, shown(client.subtask), one_line(why, 300)
+            )
         began = time.monotonic()
         slips: dict[str, Any] = {"unknown_keys": unknown} if unknown else {}
         if query.batch > 1:  # alone, as nearly always, an answer is what openpi's server sends

@@ -139,7 +139,8 @@ def largest_batch(config: TrainConfig) -> ModelInput:
     prompt = torch.ones(b, model.max_token_len, dtype=torch.bool)
     is_fast, size = isinstance(model, Pi0FastConfig), model.vision.image_size
     text = prompt if model.writes else None
-    codes = None if is_fast or not model.writes_codes else torch.ones(b, model.joint.max_code_len, dtype=torch.bool)
+    joint = getattr(model, "joint", None)
+    codes = torch.ones(b, joint.max_code_len, dtype=torch.bool) if joint and joint.codes_weight else None
     return ModelInput(
         images=torch.zeros(1, len(cameras), size, size, 3, dtype=torch.uint8).expand(b, -1, -1, -1, -1),
         image_valid=torch.tensor(cameras).repeat(b, 1),

@@ -125,8 +125,8 @@ class CodesBehind:
 class TokenizePrompt:
     """π0 and π0.5: the instruction, and for π0.5 the normalised state as bin numbers.
 
-    A model that writes text also takes `subtask` (the present step's words, on which the actions then depend; None: it
-    shall be written) and `answer` (to a question about the pictures, which is the prompt; there are no actions).
+    A model that writes text also takes `subtask` (the present step's words, on which the actions then depend), `write`
+    (it shall be written) and `answer` (to a question about the pictures, which is the prompt; there are no actions).
     """
 
     tokenizer: TextTokenizer
@@ -137,9 +137,9 @@ class TokenizePrompt:
     codes: CodesBehind | None = None
 
     def encode(self, sample: Sample) -> Sample:
-        prefix, text = self._tokens(sample["prompt"], sample["state"], sample)
+        prefix, text = self._tokens(str(sample["prompt"]), sample["state"], sample)
         prompt = padded(self.tokenizer, prefix, self.max_len, text=text, truncate=self.compat.truncated_prompts)
-        rest = {key: value for key, value in sample.items() if key not in ("subtask", "answer")}
+        rest = {key: value for key, value in sample.items() if key not in ("subtask", "write", "answer")}
         rest |= {"tokens": prompt.tokens, "token_valid": prompt.valid}
         if self.writes_text and (text or "actions" in sample):
             rest["token_causal"] = prompt.causal
@@ -160,10 +160,11 @@ class TokenizePrompt:
         below = {"minus_one_below": self.compat.minus_one_state_bins}
         state = state_S if self.with_state else None
         if self.writes_text and sample.get("answer"):
-            return text_runs(self.tokenizer, str(prompt), None, ANSWER_MARKER, str(sample["answer"]))
-        if self.writes_text and sample.get("subtask", "") != "":
-            return text_runs(self.tokenizer, str(prompt), state, SUBTASK_MARKER, sample["subtask"], **below)
-        return pi05_tokens(self.tokenizer, str(prompt), state, **below), []
+            return text_runs(self.tokenizer, prompt, None, ANSWER_MARKER, str(sample["answer"]))
+        if self.writes_text and ("write" in sample or sample.get("subtask")):
+            text = None if "write" in sample else str(sample["subtask"])
+            return text_runs(self.tokenizer, prompt, state, SUBTASK_MARKER, text, **below)
+        return pi05_tokens(self.tokenizer, prompt, state, **below), []
 
     def _codes(self, sample: Sample) -> Sample:
         # What is left of a previous chunk is no target.

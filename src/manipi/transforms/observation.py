@@ -37,7 +37,7 @@ from manipi.types import Observation, Sample
 from manipi_client.keys import DELAY, MODE, NUM_STEPS, PREVIOUS, SEED, SUBTASK, TEMPERATURE, WRITE_SUBTASK
 
 _CHUNK_KEYS = ("actions", "action_valid", "delay")
-_KEPT_KEYS = (*_CHUNK_KEYS, "subtask", "answer")
+_KEPT_KEYS = (*_CHUNK_KEYS, "subtask", "write", "answer")
 _OTHER_KEYS = ("prompt", *_KEPT_KEYS)
 
 Mode: TypeAlias = Literal["flow", "tokens"]

@@ -21,6 +21,7 @@ SEED = "manipi/seed"
 NUM_STEPS = "manipi/num_steps"
 TEMPERATURE = "manipi/temperature"
 MODE = "manipi/mode"
+MODES = ("flow", "tokens")
 SUBTASK = "manipi/subtask"
 WRITE_SUBTASK = "manipi/write_subtask"
 STEP = "manipi/step"

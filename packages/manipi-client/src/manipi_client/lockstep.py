@@ -11,7 +11,7 @@ import numpy as np
 
 from manipi_client.broker import Chunk, ChunkQueue, Policy, read_chunk
 from manipi_client.errors import InputError, shown
-from manipi_client.keys import DELAY, PREVIOUS, SEED, STEP
+from manipi_client.keys import DELAY, PREVIOUS, SEED, STEP, SUBTASK, WRITE_SUBTASK
 from manipi_client.realtime import JOINS, Motion, MotionMeter
 
 
@@ -34,6 +34,7 @@ class LockStep:
     Args:
         noise: what the seed of each answer is derived from.
         extra: keys for every observation, such as `manipi/num_steps`.
+        subtask_every: the policy writes a subtask at every so many answers, and acts on the last one; 0: none.
 
     Raises:
         InputError: an unknown join, or numbers that leave the robot without an action before each answer.
@@ -48,6 +49,7 @@ class LockStep:
         delay: int = 0,
         noise: int = 0,
         extra: Optional[Mapping[str, Any]] = None,
+        subtask_every: int = 0,
     ) -> None:
         if join not in JOINS or execute_steps < 1 or delay < 0:
             raise InputError(
@@ -57,7 +59,9 @@ class LockStep:
                 next="give numbers between 1 and the policy's action horizon",
             )
         self._policy, self._execute_steps, self._join, self._delay = policy, execute_steps, join, delay
-        self._noise, self._extra = noise, dict(extra or {})
+        self._noise, self._extra, self._subtask_every = noise, dict(extra or {}), subtask_every
+        self.subtasks: List[str] = []
+        """Those that the policy acted on, one after the other."""
         self._queue = ChunkQueue(0.01 if join == "ensemble" else None)
         self._meter = MotionMeter()
         self._step = self._executed = self.starved = 0
@@ -113,6 +117,9 @@ class LockStep:
 
     def _ask(self, observation: Mapping[str, Any]) -> None:
         question = {**observation, **self._extra, STEP: self._step, SEED: derive(self._noise, self.answers)}
+        if self._subtask_every:
+            question.update({SUBTASK: self.subtasks[-1]} if self.subtasks else {})
+            question[WRITE_SUBTASK] = self.answers % self._subtask_every == 0
         left = self._queue.left(self._executed)
         if self._join == "real_time" and len(left):
             question.update({PREVIOUS: left, DELAY: min(self._delay, len(left))})
@@ -120,6 +127,8 @@ class LockStep:
         answer = self._policy.infer(question)
         self.infer_ms.append((time.perf_counter() - began) * 1e3)
         self.batched += answer.get("batch", 1) > 1
+        subtask = str(answer.get("subtask", ""))
+        self.subtasks += [subtask] if subtask and subtask not in self.subtasks[-1:] else []
         self._actions = read_chunk(answer, self._execute_steps, self._actions)
         chunk = Chunk(self._actions, self._executed, self._step, 0.0)
         self._asked = self._step + self._delay, chunk

@@ -43,7 +43,7 @@ import numpy as np
 from manipi_client.broker import Policy
 from manipi_client.client import WebsocketPolicy
 from manipi_client.errors import InputError, ManipiClientError, PolicyServerError, shown
-from manipi_client.keys import NUM_STEPS, TEMPERATURE
+from manipi_client.keys import MODE, NUM_STEPS, TEMPERATURE
 from manipi_client.lockstep import LockStep
 from manipi_client.realtime import Motion
 
@@ -114,6 +114,10 @@ class TrialSpec:
     """Integration steps of the policy; None: its own."""
     temperature: Optional[float] = None
     """Of a policy that writes tokens; None: it takes the likeliest."""
+    mode: Optional[str] = None
+    """`flow` or `tokens`, of a policy that has both; None: its own."""
+    subtask_every: int = 0
+    """Answers from one subtask that the policy writes to the next; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ class TrialResult:
     infer_ms: Tuple[float, ...]
     """Round trips, of which nothing else here depends."""
     motion: Motion
+    subtasks: Tuple[str, ...]
+    """What the policy wrote that it does, one after the other."""
     actions: np.ndarray
     """Every command that was executed, float32 [T, A]: on the same scene they give the same motion again."""
 
@@ -164,9 +170,14 @@ def run_trial(
     observation: Optional[Mapping[str, Any]] = simulator.reset(spec.scene, spec.task)
     _require_pictures(observation, simulator)
     prompt = _needed(simulator, "wrong_prompt", spec.control) if spec.control == "wrong_words" else simulator.prompt
-    extra = {NUM_STEPS: spec.num_steps, TEMPERATURE: spec.temperature}
+    extra = {NUM_STEPS: spec.num_steps, TEMPERATURE: spec.temperature, MODE: spec.mode}
     extra = {key: value for key, value in extra.items() if value is not None}
-    settings: Dict[str, Any] = {"delay": spec.delay, "noise": spec.noise, "extra": extra}
+    settings: Dict[str, Any] = {
+        "delay": spec.delay,
+        "noise": spec.noise,
+        "extra": extra,
+        "subtask_every": spec.subtask_every,
+    }
     broker = LockStep(policy, spec.execute_steps, spec.join, **settings)
     actions: List[np.ndarray] = []
     places = [getattr(simulator, "position", None)]
@@ -213,6 +224,7 @@ def run_trial(
         path_m=path,
         infer_ms=tuple(broker.infer_ms),
         motion=broker.motion,
+        subtasks=tuple(broker.subtasks),
         actions=np.array(actions, np.float32),
     )
 
