@@ -237,6 +237,42 @@ class Pi05Config(_FlowConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FixedCodes:
+    """Ids of action codes that have a place in the chunk each, and an order there (`manipi.tokenizers.dct`):
+
+    first_id   ┌ neutral ─ codes of one place ─┬ neutral ─ codes of another ─┬ …      `places` times `per_place` ids
+
+    Training then knows what decoding allows: a code is compared with those of its place alone, and what is forced (the
+    words around the codes) is not learned at all.
+    """
+
+    first_id: int
+    places: int
+    """At most so many; the tokenizer may need fewer."""
+    per_place: int
+    """Ids of each, with the neutral one."""
+    softness: float = 0.0
+    """Targets are spread over neighbouring codes as a Gaussian of this standard deviation, in codes; 0: one code."""
+    hidden: float = 0.0
+    """Share of the samples whose codes are all learned from pictures and prompt alone: neutral ids stand for them."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self)
+        if not (self.per_place > 1 and self.softness >= 0 and 0 <= self.hidden <= 1):
+            raise ConfigError(
+                expected="at least 2 ids per place, softness from 0 on, hidden from 0 to 1",
+                found=f"{self.per_place}, {self.softness}, {self.hidden}",
+                where="FixedCodes",
+                next="change what is out of range",
+            )
+
+    @property
+    def end_id(self) -> int:
+        """The first id behind all places."""
+        return self.first_id + self.places * self.per_place
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pi0FastConfig(_SharedConfig):
     """π0-FAST (Pertsch et al. 2025): actions are FAST tokens that the language model writes."""
 
@@ -244,9 +280,11 @@ class Pi0FastConfig(_SharedConfig):
     max_token_len: BeforeStep1[int] = 250
     eos_token: int = 1
     """The token id after which a row of the batch is complete."""
+    codes: FixedCodes | None = None
+    """None: codes as FAST has them, any at any place, learned among all tokens."""
 
 
 ModelConfig: TypeAlias = Pi0Config | Pi05Config | Pi0FastConfig
 
-CONFIG_TYPES = (Pi0Config, Pi05Config, Pi0FastConfig, GemmaSize, VisionSize, LoRA, Adapters, Compat)
+CONFIG_TYPES = (Pi0Config, Pi05Config, Pi0FastConfig, FixedCodes, GemmaSize, VisionSize, LoRA, Adapters, Compat)
 """What a config is made of, for `manipi.records.from_json`."""

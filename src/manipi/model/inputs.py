@@ -116,6 +116,8 @@ class ModelInput:
     """π0-FAST training: tokens that see only what comes before them."""
     token_loss: Bool[Tensor, "B L"] | None = None
     """π0-FAST training: tokens to predict."""
+    hidden: Bool[Tensor, "B"] | None = None
+    """π0-FAST training with `FixedCodes`: rows that are shown none of their codes; None: no row."""
     on_host: tuple[Masks, Masks] | None = field(default=None, repr=False, compare=False)
     """Masks on a device to which they came by `to`, and their copies in the host's memory, which can be read without
     waiting. They go along when other fields are replaced; of other masks they say nothing."""
@@ -214,6 +216,7 @@ class ModelInput:
             "actions": (b, config.action_horizon, config.action_dim),
             "action_valid": (b, config.action_horizon),
             "delay": (b,),
+            "hidden": (b,),
         }
         for name, shape in expected.items():
             value = getattr(self, name)

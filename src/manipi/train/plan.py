@@ -138,10 +138,11 @@ def largest_batch(config: TrainConfig) -> ModelInput:
     cameras = [any(slot in robot.cameras for robot in robots) for slot in model.cameras]
     prompt = torch.ones(b, model.max_token_len, dtype=torch.bool)
     is_fast, size = isinstance(model, Pi0FastConfig), model.vision.image_size
+    token = model.codes.first_id if isinstance(model, Pi0FastConfig) and model.codes else 0  # one that is learned
     return ModelInput(
         images=torch.zeros(1, len(cameras), size, size, 3, dtype=torch.uint8).expand(b, -1, -1, -1, -1),
         image_valid=torch.tensor(cameras).repeat(b, 1),
-        tokens=torch.zeros_like(prompt, dtype=torch.long),
+        tokens=torch.full(prompt.shape, token),
         token_valid=prompt,
         state=torch.zeros(b, model.action_dim),
         actions=None if is_fast else torch.zeros(b, model.action_horizon, model.action_dim),
