@@ -49,7 +49,7 @@ SIZES: dict[str, Any] = {
     "cameras": ("base",),
 }
 """What the three policies have in common."""
-CODES = FixedCodes(first_id=1011, places=16, per_place=64, softness=3.0, hidden=0.5)
+CODES = FixedCodes(first_id=1011, places=16, per_place=64, softness=3.0, hidden=0.75)
 """Of π0-FAST, behind the byte tokenizer's text: up to 4 frequencies of 4 dimensions."""
 
 

@@ -33,9 +33,9 @@ DCT_FILE = "dct.json"
 FIT_ERROR = 0.07
 """What leaving out the higher frequencies may cost, as the root mean square of normalised numbers (a range of 2)."""
 ROUNDING = 0.25
-"""What rounding may cost, as a share of that."""
-MOST_SATURATED = 1e-3
-"""Share of a place's numbers in the demonstrations that may lie beyond its codes."""
+"""What rounding costs, as a share of that; up to 1 where the codes would not reach otherwise."""
+SATURATED = 5e-4
+"""Share of a place's numbers, in each dataset, that may lie beyond its codes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +154,11 @@ class DctTokenizer(ActionTokenizer):
 
         Args:
             chunks: normalised actions, one array per dataset, all of one horizon.
-            error: root mean square that the missing frequencies may cost; rounding may cost a quarter of it.
+            error: root mean square that the missing frequencies may cost. Rounding costs a quarter of it, or up to all
+                of it where a place has too few codes for its range.
 
         Raises:
-            TokenizerError: no chunks, a number that is not finite, or too few codes per place for so fine a scale.
+            TokenizerError: no chunks, a number that is not finite, or too few codes per place even then.
         """
         if not chunks or any(0 in one.shape for one in chunks):
             raise TokenizerError(
@@ -171,22 +172,26 @@ class DctTokenizer(ActionTokenizer):
         missing = [np.cumsum(np.square(one).mean(axis=(0, 2))[::-1])[::-1] / horizon for one in sets]
         k = next(k for k in range(1, horizon + 1) if all(sum(m[k : k + 1]) <= error**2 for m in missing))
         # Rounding to steps of s costs s² / 12 per coefficient, of which K in H are kept.
-        scale = math.sqrt(k / horizon / 12) / (ROUNDING * error)
-        lowest = np.zeros((k, max(one.shape[2] for one in sets)), np.int64)
-        for d in range(lowest.shape[1]):
-            of_all = np.concatenate([one[:, :k, d] for one in sets if d < one.shape[2]]) * scale
-            middle = np.quantile(of_all, (MOST_SATURATED / 4, 1 - MOST_SATURATED / 4), axis=0).mean(axis=0)
-            lowest[:, d] = np.rint(middle).astype(np.int64) - (codes_per_place - 1) // 2
-        integers = tuple(map(tuple, lowest.tolist()))
-        fitted = DctTokenizer(scale=scale, horizon=horizon, lowest=integers, codes_per_place=codes_per_place)
-        if (worst := max(float(fitted.saturated(one).max()) for one in chunks)) > MOST_SATURATED:
+        coarsest = math.sqrt(k / horizon / 12) / error
+        # The widest range of all datasets, each without its farthest numbers: small ones count as much as large ones.
+        width = max(one.shape[2] for one in sets)
+        low_KA, high_KA = np.full((k, width), np.inf), np.full((k, width), -np.inf)
+        for one in sets:
+            low, high = np.quantile(one[:, :k], (SATURATED / 2, 1 - SATURATED / 2), axis=0)
+            mine = np.s_[:, : one.shape[2]]
+            low_KA[mine], high_KA[mine] = np.minimum(low_KA[mine], low), np.maximum(high_KA[mine], high)
+        room = (codes_per_place - 2) / float(np.max(high_KA - low_KA, initial=1e-6))
+        if room < coarsest:
             raise TokenizerError(
-                expected=f"at most {MOST_SATURATED:.1%} of a place's numbers beyond its {codes_per_place - 1} codes",
-                found=f"{worst:.1%} at an error of {error}, with {k} frequencies and steps of {1 / scale:.3g}",
+                expected=f"at least {math.ceil(coarsest / room * (codes_per_place - 2)) + 2} codes per place",
+                found=f"{codes_per_place}, for {k} frequencies and an error of {error} by rounding",
                 where="DctTokenizer.fit",
-                next="raise the codes per place (model.codes.per_place), or look for outliers with `manipi stats`",
+                next="raise model.codes.per_place, or look for outliers with `manipi stats`",
             )
-        return fitted
+        scale = min(coarsest / ROUNDING, room)
+        lowest = np.rint((low_KA + high_KA) / 2 * scale).astype(np.int64) - (codes_per_place - 1) // 2
+        integers = tuple(map(tuple, lowest.tolist()))
+        return DctTokenizer(scale=scale, horizon=horizon, lowest=integers, codes_per_place=codes_per_place)
 
 
 def _coefficients(chunks_NHA: Float[np.ndarray, "N H A"]) -> Float64[np.ndarray, "N H A"]:
