@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from manipi.model.config import Pi0Config, Pi0FastConfig, Pi05Config
 from manipi.robots.robot import Gripper, Joints, Robot, State
-from manipi.tabletop.recipes import EXPERT, SIZES, VISION, pi05_tabletop
+from manipi.tabletop.recipes import CODES, EXPERT, SIZES, VISION, pi05_tabletop
 from manipi.train.config import DataConfig, TrainConfig
 
 METAWORLD = Robot(
@@ -49,5 +49,6 @@ def pi0_metaworld() -> TrainConfig:
 
 
 def pi0_fast_metaworld() -> TrainConfig:
-    """π0-FAST: actions are tokens, with a FAST tokenizer fitted to the demonstrations."""
-    return replace(pi05_metaworld(), model=replace(Pi0FastConfig(**_SIZES), max_token_len=96))
+    """π0-FAST: actions are tokens, fixed codes fitted to the demonstrations."""
+    sizes = _SIZES | {"vocab_size": CODES.end_id, "max_token_len": 96}
+    return replace(pi05_metaworld(), model=Pi0FastConfig(**sizes, codes=CODES), action_tokenizer="dct")

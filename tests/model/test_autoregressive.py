@@ -6,7 +6,7 @@ import torch
 
 from manipi.errors import ConfigError
 from manipi.model.autoregressive import last_valid, prompt_output
-from manipi.model.config import Compat
+from manipi.model.config import Compat, FixedCodes
 
 B, L, STEPS = 3, 7, 6
 
@@ -130,6 +130,71 @@ def test_accuracy_counts_the_likeliest_tokens(model, batch):
         tokens[:, -1] = likeliest_B
         tokens[wrong, -1] = (likeliest_B[wrong] + 1) % 61
         torch.testing.assert_close(model(replace(batch, tokens=tokens)).accuracy, torch.tensor(1 - len(wrong) / B))
+
+
+CODES = FixedCodes(first_id=13, places=12, per_place=4)
+"""Ids 13 to 60, of which 13, 17, … are neutral."""
+
+
+@pytest.fixture
+def coded(batch):
+    """Behind a prompt of three a word that is forced, then three codes; the last row has one code less."""
+    tokens = batch.tokens.clone()
+    tokens[:, :4] = tokens[:, :4] % 13
+    tokens[:, 4:] = torch.tensor([[14, 18, 24], [16, 20, 23], [15, 19, 22]])
+    valid = torch.arange(L) < torch.tensor([7, 7, 6])[:, None]
+    return replace(batch, tokens=tokens, token_valid=valid, token_loss=batch.token_causal & valid)
+
+
+@pytest.mark.parametrize("softness", [0.0, 0.7])
+def test_a_code_is_compared_with_those_of_its_place(model, coded, softness):
+    model.config = replace(model.config, codes=replace(CODES, softness=softness))
+    loss = model(coded)
+    out = prompt_output(model.gemma, model.embed_prefix(coded), L)
+    for row, codes in enumerate([[14, 18, 24], [16, 20, 23], [15, 19]]):
+        expected, hits = [], []
+        for place, code in enumerate(codes):
+            legal = torch.arange(14 + 4 * place, 17 + 4 * place)
+            logits = model.gemma.logits(out[row, 3 + place])[legal]
+            target = torch.exp(-0.5 * ((legal - code) / softness) ** 2) if softness else (legal == code).float()
+            target /= target.sum()
+            expected.append((torch.xlogy(target, target) - target * logits.log_softmax(0)).sum())
+            hits.append(float(legal[logits.argmax()] == code))
+        torch.testing.assert_close(loss.per_sample[row], torch.stack(expected).mean())
+        assert float(loss.accuracy) >= np.mean(hits) / B - 1e-6
+    torch.testing.assert_close(loss.loss, loss.per_sample.mean())
+
+
+def test_other_ids_are_not_moved_by_codes(model, coded):
+    """The forced word is not learned, and of the table only the places' rows and those that were read get gradients."""
+    model.config = replace(model.config, codes=CODES)
+    model(coded).loss.backward()
+    moved = model.gemma.token_embedding.grad.abs().sum(1) > 0
+    read = set(coded.tokens[coded.token_valid].tolist())
+    assert set(moved.nonzero().flatten().tolist()) <= read | {i for i in range(13, 25) if (i - 13) % 4}
+    assert not moved[[13, 17, 21]].any()
+
+
+def test_hidden_codes_are_learned_from_the_prompt_alone(model, coded):
+    model.config = replace(model.config, codes=CODES)
+    hidden = torch.tensor([True, False, True])
+    shown, other = model(coded), coded.tokens.clone()
+    before = model(replace(coded, hidden=hidden)).per_sample
+    torch.testing.assert_close(before[1], shown.per_sample[1])
+    assert not torch.isclose(before, shown.per_sample)[[0, 2]].any()
+    assert torch.equal(model(replace(coded, hidden=torch.zeros_like(hidden))).per_sample, shown.per_sample)
+    # Where the first code is hidden, the loss of the later ones does not depend on it.
+    other[:, 4] = 15 + (other[:, 4] == 15)
+    last = replace(coded, token_loss=coded.token_loss & (torch.arange(L) > 4), hidden=hidden)
+    one, another = model(last).per_sample, model(replace(last, tokens=other)).per_sample
+    torch.testing.assert_close(one[hidden], another[hidden])
+    assert not torch.isclose(one, another)[~hidden].any()
+
+
+@pytest.mark.parametrize("wrong", [{"per_place": 1}, {"softness": -1.0}, {"hidden": 1.5}, {"places": 0}])
+def test_codes_that_cannot_be(wrong):
+    with pytest.raises(ConfigError, match="FixedCodes"):
+        replace(CODES, **wrong)
 
 
 def test_a_sample_without_loss_tokens_costs_nothing_and_breaks_nothing(model, batch):

@@ -104,10 +104,10 @@ def per_code(model: VLA, inputs, draws) -> torch.Tensor:
 
     seen = []
 
-    def spy(gemma, out, targets, counts):
+    def spy(gemma, out, targets, counts, codes):
         logits = gemma.logits(out)
         seen.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").detach())
-        return per_sample(gemma, out, targets, counts)
+        return per_sample(gemma, out, targets, counts, codes)
 
     per_sample, joint.per_sample = joint.per_sample, spy
     try:

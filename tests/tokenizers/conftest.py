@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from manipi.tokenizers import FastTokenizer, FsqTokenizer, SentencePieceTokenizer
+from manipi.tokenizers import DctTokenizer, FastTokenizer, FsqTokenizer, SentencePieceTokenizer
 from manipi.tokenizers.fsq import FsqConfig, tensor_shapes
 
 SHARED = Path(os.environ.get("MANIPI_SHARED", Path(__file__).parents[3] / "shared"))
@@ -31,6 +31,11 @@ def chunks() -> np.ndarray:
 @pytest.fixture(scope="session")
 def fitted(chunks) -> FastTokenizer:
     return FastTokenizer.fit(chunks, scale=10, vocab_size=512)
+
+
+@pytest.fixture(scope="session")
+def dct(chunks) -> DctTokenizer:
+    return DctTokenizer.fit(chunks)
 
 
 @pytest.fixture(scope="session")

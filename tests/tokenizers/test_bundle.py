@@ -13,7 +13,7 @@ def folder(tmp_path):
     return tmp_path / "tokenizer"
 
 
-@pytest.mark.parametrize("name", ["fitted", "universal", "binning", "fsq", "none"])
+@pytest.mark.parametrize("name", ["fitted", "universal", "binning", "fsq", "dct", "none"])
 def test_each_kind_comes_back(name, request, chunks, folder):
     none_or_binning = {"none": None, "binning": BinningTokenizer()}
     action = none_or_binning[name] if name in none_or_binning else request.getfixturevalue(name)
@@ -28,8 +28,8 @@ def test_each_kind_comes_back(name, request, chunks, folder):
         np.testing.assert_array_equal(again.action.decode(codes, 16, 7), action.decode(codes, 16, 7))
 
 
-def test_the_kinds_have_different_digests(fitted, universal, fsq):
-    assert len({tokenizer.sha256 for tokenizer in (fitted, universal, fsq, BinningTokenizer())}) == 4
+def test_the_kinds_have_different_digests(fitted, universal, fsq, dct):
+    assert len({tokenizer.sha256 for tokenizer in (fitted, universal, fsq, dct, BinningTokenizer())}) == 5
 
 
 def test_another_action_tokenizer_is_refused(fitted, chunks, folder):
@@ -42,5 +42,5 @@ def test_another_action_tokenizer_is_refused(fitted, chunks, folder):
     with pytest.raises(TokenizerError, match="an FSQ tokenizer"):
         Tokenizers.load(folder)
     (folder / "action.json").write_text(json.dumps(reference | {"kind": "fast"}))
-    with pytest.raises(UnknownNameError, match="FAST, FSQ, binning"):
+    with pytest.raises(UnknownNameError, match="DCT, FAST, FSQ, binning"):
         Tokenizers.load(folder)

@@ -11,7 +11,7 @@ from manipi.tokenizers.text import TextTokenizer, tokens_from_codes
 
 HORIZON, DIM = 16, 7
 ENOUGH = 300
-FAST, ALL = ["fitted", "universal", "calvin"], ["fitted", "universal", "calvin", "binning", "fsq"]
+FAST, ALL = ["fitted", "universal", "calvin"], ["fitted", "universal", "calvin", "binning", "fsq", "dct"]
 every_action_tokenizer = pytest.mark.parametrize("pair", ALL, indirect=True)
 
 
@@ -105,6 +105,22 @@ def test_a_fixed_number_of_codes(name, num_codes, request):
     # Such codes never compress: what is too little is known before anything is decoded.
     with pytest.raises(TokenizerError, match=rf"within {budget - 1} tokens.*\n.*\n.*\n.*; {budget} tokens hold any"):
         CodeConstraint(action, tokenizer, HORIZON, DIM, budget - 1)
+
+
+def test_each_place_has_codes_of_its_own(dct):
+    """In their order, the neutral one never; and a code at another place is refused."""
+    tokenizer = ByteTokenizer(ByteTokenizer.NUM_TEXT_IDS + dct.vocab_size)
+    constraint, ids = CodeConstraint(dct, tokenizer, HORIZON, DIM, ENOUGH), tokenizer.encode("Action: ")
+    for place in dct.places(HORIZON, DIM):
+        allowed = constraint.allowed(ids)
+        assert allowed.tolist() == tokens_from_codes(tokenizer, np.array(place)).tolist()
+        assert len(place) == 63
+        ids.append(int(allowed[7]))
+    assert constraint.allowed(ids).tolist() == tokenizer.encode("|")
+    marker, first, second = len(tokenizer.encode("Action: ")), *ids[-2:]
+    for wrong in ([*ids[:marker], second], [*ids[:marker], ids[marker] - 56], [*ids[:-2], second, first]):
+        with pytest.raises(TokenizerError, match="a code that fits"):
+            constraint.allowed(wrong)
 
 
 @every_action_tokenizer

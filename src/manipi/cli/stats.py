@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"\nsaved  {args.plot}")
     report = None
     if args.fit_fast is not None:
-        chunks = chunks_to_fit(config, sets[0].dataset, sets[0].rows, stats)
+        chunks = np.concatenate(chunks_to_fit(config, sets, {robot.name: stats}))
         tokenizer = FastTokenizer.fit(chunks, scale=args.fast_scale, vocab_size=args.fast_codes)
         report = tokenizer.reconstruction_report(chunks)
         with atomic_directory(args.fit_fast) as folder:

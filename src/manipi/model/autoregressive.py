@@ -5,7 +5,8 @@ Actions are tokens that the language model writes behind its prompt; there are n
     training    images | prompt | "Action: " codes "|" EOS      each of these predicts the next, all at once
     decoding    images | prompt | ─▶ "Action: " ─▶ code ─▶ code ─▶ … ─▶ "|" ─▶ EOS
 
-Shape suffixes: B batch, T sequence tokens, P image tokens, L prompt tokens, V vocabulary, D width.
+Shape suffixes: B batch, T sequence tokens, P image tokens, L prompt tokens, V vocabulary, D width,
+N codes of all samples, P here also the places of codes, S ids of a place.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manipi.model.attention import Layout, joined
-from manipi.model.config import Compat
+from manipi.model.config import Compat, FixedCodes
 from manipi.model.gemma import Gemma, KeysValues, KVCache, Span
 
 Allowed: TypeAlias = Callable[[Sequence[int]], np.ndarray]
@@ -35,7 +36,8 @@ class TokenLoss(NamedTuple):
     loss: Float[Tensor, ""]
     """Mean over the samples."""
     per_sample: Float[Tensor, "B"]
-    """Mean cross-entropy over the sample's loss tokens, in nats; zero for a sample without any."""
+    """Mean cross-entropy over the sample's loss tokens, in nats; zero for a sample without any. Of fixed codes: beyond
+    that of the targets themselves, which are spread."""
     weight: Float[Tensor, ""]
     """How many samples count, to average over batches exactly."""
     accuracy: Float[Tensor, ""]
@@ -43,29 +45,73 @@ class TokenLoss(NamedTuple):
 
 
 def token_loss(
-    gemma: Gemma, prefix: Span, tokens_BL: Int64[Tensor, "B L"], token_loss_BL: Bool[Tensor, "B L"]
+    gemma: Gemma,
+    prefix: Span,
+    tokens_BL: Int64[Tensor, "B L"],
+    token_loss_BL: Bool[Tensor, "B L"],
+    codes: FixedCodes | None = None,
 ) -> TokenLoss:
     """Cross-entropy of each loss token given everything before it.
 
     Args:
-        prefix: image tokens followed by the embedded `tokens_BL`.
+        prefix: image tokens followed by the embedded `tokens_BL`, or by what is shown instead of them.
+        codes: only these are learned, each among those of its place.
     """
     out_BLD = prompt_output(gemma, prefix, tokens_BL.shape[1])
-    per_sample_B, hits_B = per_sample(gemma, out_BLD, tokens_BL[:, 1:], token_loss_BL[:, 1:])
+    per_sample_B, hits_B = per_sample(gemma, out_BLD, tokens_BL[:, 1:], token_loss_BL[:, 1:], codes)
     weight = torch.tensor(float(len(per_sample_B)), device=per_sample_B.device)
     return TokenLoss(per_sample_B.mean(), per_sample_B, weight, hits_B.mean())
 
 
-def per_sample(gemma: Gemma, out_BLD: Tensor, targets_BL: Tensor, counts_BL: Tensor) -> tuple[Tensor, Tensor]:
+def per_sample(
+    gemma: Gemma, out_BLD: Tensor, targets_BL: Tensor, counts_BL: Tensor, codes: FixedCodes | None = None
+) -> tuple[Tensor, Tensor]:
     """Of each sample the mean cross-entropy of the targets that count, and the share of them that are the likeliest.
 
     Args:
         out_BLD: row i predicts target i.
+        codes: only these count, each among those of its place.
     """
     # Only the loss tokens meet the vocabulary: the logits of a full batch would be the largest tensor of all.
-    logits, targets = gemma.logits(out_BLD[counts_BL]), targets_BL[counts_BL]
-    per_sample_B = _mean_per_sample(F.cross_entropy(logits, targets, reduction="none"), counts_BL)
+    if codes is None:
+        logits, targets = gemma.logits(out_BLD[counts_BL]), targets_BL[counts_BL]
+        losses = F.cross_entropy(logits, targets, reduction="none")
+    else:
+        counts_BL = counts_BL & _among(targets_BL, codes)
+        logits, targets, losses = code_losses(gemma, out_BLD[counts_BL], targets_BL[counts_BL], codes)
+    per_sample_B = _mean_per_sample(losses, counts_BL)
     return per_sample_B, _mean_per_sample((logits.detach().argmax(-1) == targets).float(), counts_BL)
+
+
+def code_losses(
+    gemma: Gemma, out_ND: Float[Tensor, "N D"], ids_N: Int64[Tensor, "N"], codes: FixedCodes
+) -> tuple[Float[Tensor, "N S"], Int64[Tensor, "N"], Float[Tensor, "N"]]:
+    """Of each code the logits of its place, which of them it is, and its loss.
+
+    The loss is the divergence from the spread target (Kullback and Leibler 1951): the cross-entropy minus the least
+    that it could be, so that 0 is perfect at any softness.
+    """
+    place_N, code_N = (ids_N - codes.first_id) // codes.per_place, (ids_N - codes.first_id) % codes.per_place - 1
+    among = torch.arange(codes.first_id, codes.end_id, device=ids_N.device)
+    logits_NPS = gemma.logits(out_ND, among).unflatten(-1, (codes.places, codes.per_place))
+    # The first id of a place is neutral.
+    logits_NS = logits_NPS[torch.arange(len(ids_N), device=ids_N.device), place_N, 1:]
+    if not codes.softness:
+        return logits_NS, code_N, F.cross_entropy(logits_NS, code_N, reduction="none")
+    distance_NS = torch.arange(codes.per_place - 1, device=ids_N.device) - code_N[:, None]
+    target_NS = (-0.5 * (distance_NS / codes.softness) ** 2).log_softmax(-1)
+    losses_N = F.kl_div(logits_NS.log_softmax(-1), target_NS, reduction="none", log_target=True).sum(-1)
+    return logits_NS, code_N, losses_N
+
+
+def hide_codes(tokens_BL: Int64[Tensor, "B L"], hidden_B: Bool[Tensor, "B"], codes: FixedCodes) -> Int64[Tensor, "B L"]:
+    """The tokens with neutral ones instead of the codes, in the rows that are hidden."""
+    hidden_BL = hidden_B[:, None] & _among(tokens_BL, codes)
+    return torch.where(hidden_BL, tokens_BL - (tokens_BL - codes.first_id) % codes.per_place, tokens_BL)
+
+
+def _among(ids_BL: Tensor, codes: FixedCodes) -> Tensor:
+    return (ids_BL >= codes.first_id) & (ids_BL < codes.end_id)
 
 
 def _mean_per_sample(values: Tensor, counts_BL: Tensor) -> Tensor:

@@ -201,6 +201,42 @@ class _SharedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FixedCodes:
+    """Ids of action codes that have a place in the chunk each, and an order there (`manipi.tokenizers.dct`):
+
+    first_id   ┌ neutral ─ codes of one place ─┬ neutral ─ codes of another ─┬ …      `places` times `per_place` ids
+
+    Training then knows what decoding allows: a code is compared with those of its place alone, and what is forced (the
+    words around the codes) is not learned at all.
+    """
+
+    first_id: int
+    places: int
+    """At most so many; the tokenizer may need fewer."""
+    per_place: int
+    """Ids of each, with the neutral one."""
+    softness: float = 0.0
+    """Targets are spread over neighbouring codes as a Gaussian of this standard deviation, in codes; 0: one code."""
+    hidden: float = 0.0
+    """Share of the samples whose codes are all learned from pictures and prompt alone: neutral ids stand for them."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self)
+        if not (self.per_place > 1 and self.softness >= 0 and 0 <= self.hidden <= 1):
+            raise ConfigError(
+                expected="at least 2 ids per place, softness from 0 on, hidden from 0 to 1",
+                found=f"{self.per_place}, {self.softness}, {self.hidden}",
+                where="FixedCodes",
+                next="change what is out of range",
+            )
+
+    @property
+    def end_id(self) -> int:
+        """The first id behind all places."""
+        return self.first_id + self.places * self.per_place
+
+
+@dataclass(frozen=True, kw_only=True)
 class JointConfig:
     """What the language model of a flow policy learns to write, beside the flow: action codes, and text such as the
     present subtask or answers about pictures (π0.5, arXiv 2504.16054, eq. 1).
@@ -223,6 +259,8 @@ class JointConfig:
     eqs. 5 and 6): they learn by what they write."""
     max_code_len: BeforeStep1[int] = 64
     """Tokens of a chunk's codes after padding, their end mark included."""
+    codes: FixedCodes | None = None
+    """None: codes as FAST has them."""
 
     @property
     def weights(self) -> tuple[float, float, float]:
@@ -250,6 +288,10 @@ class _FlowConfig(_SharedConfig):
     """Low-rank updates of the action expert."""
     joint: JointConfig | None = added(None)
     """What the language model learns to write; None: nothing."""
+
+    @property
+    def fixed_codes(self) -> FixedCodes | None:
+        return None if self.joint is None else self.joint.codes
 
     @property
     def writes_codes(self) -> bool:
@@ -299,12 +341,20 @@ class Pi0FastConfig(_SharedConfig):
     max_token_len: BeforeStep1[int] = 250
     eos_token: int = 1
     """The token id after which a row of the batch is complete."""
+    codes: FixedCodes | None = added(None)
+    """None: codes as FAST has them, any at any place, learned among all tokens."""
     writes_codes: ClassVar[bool] = True
     writes_text: ClassVar[bool] = False
     writes: ClassVar[bool] = True
 
+    @property
+    def fixed_codes(self) -> FixedCodes | None:
+        return self.codes
+
 
 ModelConfig: TypeAlias = Pi0Config | Pi05Config | Pi0FastConfig
 
-CONFIG_TYPES = (Pi0Config, Pi05Config, Pi0FastConfig, GemmaSize, VisionSize, LoRA, Adapters, Compat, JointConfig)
+CONFIG_TYPES = (
+    *(Pi0Config, Pi05Config, Pi0FastConfig, FixedCodes, JointConfig, GemmaSize, VisionSize, LoRA, Adapters, Compat),
+)
 """What a config is made of, for `manipi.records.from_json`."""

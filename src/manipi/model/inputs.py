@@ -125,6 +125,8 @@ class ModelInput:
     codes: Int64[Tensor, "B N"] | None = None
     """Joint training: the chunk as tokens that follow the prompt, with their end mark."""
     code_valid: Bool[Tensor, "B N"] | None = None
+    hidden: Bool[Tensor, "B"] | None = None
+    """π0-FAST training with `FixedCodes`: rows that are shown none of their codes; None: no row."""
     on_host: tuple[Masks, Masks] | None = field(default=None, repr=False, compare=False)
     """Masks on a device to which they came by `to`, and their copies in the host's memory, which can be read without
     waiting. They go along when other fields are replaced; of other masks they say nothing."""
@@ -224,6 +226,7 @@ class ModelInput:
             "action_valid": (b, config.action_horizon),
             "codes": () if self.code_valid is None else (b, self.code_valid.shape[1]),
             "delay": (b,),
+            "hidden": (b,),
         }
         for name, shape in expected.items():
             value = getattr(self, name)

@@ -82,7 +82,7 @@ def joint_loss(
         # The first code is predicted by the last token of the prompt, whose place differs from row to row.
         first_B1D = chosen(out["vlm"], last_valid(prefix.valid_BT))
         out_BND = torch.cat([first_B1D, out["vlm"][:, num_prefix:]], dim=1)
-        samples["codes"], _ = per_sample(gemma, out_BND, codes_BN, valid_BN)
+        samples["codes"], _ = per_sample(gemma, out_BND, codes_BN, valid_BN, config.codes)
     if text_BL is not None:
         out_BLD = out["vlm"][:, num_prefix - prompt_len : num_prefix - 1]
         samples["text"], _ = per_sample(gemma, out_BLD, inputs.tokens[:, 1:prompt_len], text_BL[:, 1:prompt_len])

@@ -12,6 +12,7 @@ H action horizon, A action dimensions, D width.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int64
@@ -90,9 +91,9 @@ class VLA(nn.Module):
         """The training loss, and the only way into training: sharding hooks act on this call.
 
         Args:
-            inputs: with `actions` (flow policies) or `token_causal` and `token_loss` (π0-FAST), or all of them and
-                `codes` (joint training). With `delay`, so many first steps are given clean and do not count
-                (arXiv 2512.05964).
+            inputs: with `actions` (flow policies) or `token_causal` and `token_loss` (π0-FAST, `hidden` rows of which
+                are shown none of their codes), or all of them and `codes` (joint training). With `delay`, so many first
+                steps are given clean and do not count (arXiv 2512.05964).
             noise: flow policies: standard normal; with an axis K, that many draws share one prefix.
             timestep: flow policies: in [0, 1], 1 being pure noise.
         """
@@ -101,8 +102,11 @@ class VLA(nn.Module):
             assert noise is None, "π0-FAST has no use for noise"
             assert inputs.token_loss is not None, "training needs token_loss"
             prompt = (inputs.tokens[:, : kept.prompt_len], inputs.token_loss[:, : kept.prompt_len])
-            prefix = self.embed_prefix(inputs, kept, training=True)
-            return autoregressive.token_loss(self.gemma, prefix, *prompt)
+            codes, shown = self.config.codes, inputs
+            if codes is not None and inputs.hidden is not None:
+                shown = replace(inputs, tokens=autoregressive.hide_codes(inputs.tokens, inputs.hidden, codes))
+            prefix = self.embed_prefix(shown, kept, training=True)
+            return autoregressive.token_loss(self.gemma, prefix, *prompt, codes)
         assert noise is not None, "a flow policy needs noise"
         assert timestep is not None, "a flow policy needs timesteps"
         draws = (noise[:, None], timestep[:, None]) if noise.ndim == 3 else (noise, timestep)

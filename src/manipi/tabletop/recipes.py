@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
-from manipi.model.config import GemmaSize, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
+from manipi.model.config import FixedCodes, GemmaSize, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
 from manipi.robots.tabletop import TABLETOP
 from manipi.train.config import AugmentConfig, ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
 
@@ -38,7 +38,7 @@ VISION = VisionSize(width=64, depth=1, mlp_dim=128, num_heads=2, patch_size=8, i
 VLM = GemmaSize(width=64, depth=2, mlp_dim=128, num_heads=2, num_kv_heads=1, head_dim=32)
 EXPERT = GemmaSize(width=48, depth=2, mlp_dim=96, num_heads=2, num_kv_heads=1, head_dim=32)
 VOCABULARY = 1280
-"""Enough for the byte tokenizer's ids and, in π0-FAST, for the action codes behind them."""
+"""Enough for the byte tokenizer's ids and for action codes behind them."""
 SIZES: dict[str, Any] = {
     "vision": VISION,
     "vlm": VLM,
@@ -49,6 +49,8 @@ SIZES: dict[str, Any] = {
     "cameras": ("base",),
 }
 """What the three policies have in common."""
+CODES = FixedCodes(first_id=1011, places=16, per_place=64, softness=3.0, hidden=0.75)
+"""Of π0-FAST, behind the byte tokenizer's text: up to 4 frequencies of 4 dimensions."""
 
 
 def pi05_tabletop() -> TrainConfig:
@@ -78,6 +80,6 @@ def pi0_tabletop() -> TrainConfig:
 
 
 def pi0_fast_tabletop() -> TrainConfig:
-    """π0-FAST: actions are tokens, with a FAST tokenizer fitted to the demonstrations."""
-    base = pi05_tabletop()
-    return replace(base, model=replace(Pi0FastConfig(**SIZES), max_token_len=56))
+    """π0-FAST: actions are tokens, fixed codes fitted to the demonstrations."""
+    base, sizes = pi05_tabletop(), SIZES | {"vocab_size": CODES.end_id, "max_token_len": 56}
+    return replace(base, model=Pi0FastConfig(**sizes, codes=CODES), action_tokenizer="dct")

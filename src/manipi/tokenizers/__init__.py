@@ -6,6 +6,7 @@ from pathlib import Path
 from manipi.errors import IntegrityError, unknown_name
 from manipi.records import from_json, read_json, write_json
 from manipi.tokenizers.actions import ActionTokenizer, BinningTokenizer
+from manipi.tokenizers.dct import DctTokenizer
 from manipi.tokenizers.fast import FastTokenizer
 from manipi.tokenizers.fsq import FsqTokenizer
 from manipi.tokenizers.text import (
@@ -20,13 +21,14 @@ __all__ = [
     "ActionTokenizer",
     "BinningTokenizer",
     "ByteTokenizer",
+    "DctTokenizer",
     "FastTokenizer",
     "FsqTokenizer",
     "SentencePieceTokenizer",
     "TextTokenizer",
     "Tokenizers",
 ]
-_ACTION_KINDS = {kind.kind: kind for kind in (FastTokenizer, BinningTokenizer, FsqTokenizer)}
+_ACTION_KINDS = {kind.kind: kind for kind in (FastTokenizer, BinningTokenizer, FsqTokenizer, DctTokenizer)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """What every action tokenizer is, and the plainest one: 256 equal bins on [-1, 1].
 
-FAST, binning and FSQ look the same from outside. Bins also write the state into prompts:
+FAST, binning, FSQ and fixed codes (DCT) look the same from outside. Bins also write the state into prompts:
 
     value     -1      -1 + 1/128            0                   1 - 1/128     1
                ├──────────┼───── ... ───────┼───── ... ────────────┼──────────┤
@@ -39,7 +39,7 @@ class Spelling(NamedTuple):
 
 
 class ActionTokenizer(Protocol):
-    """Action chunks to codes and back: `FastTokenizer`, `BinningTokenizer` or `FsqTokenizer`.
+    """Action chunks to codes and back: `FastTokenizer`, `BinningTokenizer`, `FsqTokenizer` or `DctTokenizer`.
 
     Where nothing else is said, each code is a unit of its own.
     """
@@ -66,6 +66,10 @@ class ActionTokenizer(Protocol):
     def spellings(self) -> list[Spelling]:
         """Of every code, for constrained decoding."""
         return [Spelling(closes=0, begins=1, opens=0)] * self.vocab_size
+
+    def places(self, horizon: int, action_dim: int) -> list[range] | None:
+        """The codes that each unit of a chunk may be, where every unit has its own; None: any code that fits."""
+        return None
 
     def num_units(self, horizon: int, action_dim: int) -> int:
         """How many units a chunk has. Raises TokenizerError where the tokenizer has no chunks of that shape."""

@@ -156,7 +156,7 @@ class FastTokenizer(ActionTokenizer):
                 next="decode with CodeConstraint, and check horizon, action dimension and the FAST tokenizer's hash",
             )
         integers = np.array([ord(c) for c in text]).reshape(horizon, action_dim) + self.min_token
-        return (_dct_matrix(horizon).T @ (integers / self.scale)).astype(np.float32)
+        return (dct_matrix(horizon).T @ (integers / self.scale)).astype(np.float32)
 
     @staticmethod
     def load(directory: str | Path) -> "FastTokenizer":
@@ -195,31 +195,31 @@ class FastTokenizer(ActionTokenizer):
         (Path(directory) / _CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     @staticmethod
-    def fit(chunks: Float[np.ndarray, "N H A"], *, scale: float = 10, vocab_size: int = 1024) -> "FastTokenizer":
+    def fit(*chunks: Float[np.ndarray, "_N H _A"], scale: float = 10, vocab_size: int = 1024) -> "FastTokenizer":
         """Learn a codec from normalised action chunks. The same chunks always give the same codec.
 
         Args:
-            chunks: normalised actions of the training data.
+            chunks: normalised actions of the training data, one array per dataset; robots may differ in dimensions.
             scale: finer is more exact and costs more codes; the error per coefficient is at most 0.5 / scale.
             vocab_size: most codes to learn; fewer where the data has no more pairs to merge.
 
         Raises:
             TokenizerError: no chunks, a number that is not finite, or fewer codes than distinct coefficients.
         """
-        if np.ndim(chunks) != 3 or 0 in np.shape(chunks):
+        if not chunks or any(np.ndim(one) != 3 or 0 in np.shape(one) for one in chunks):
             raise TokenizerError(
                 expected="action chunks [N, H, A], none of them 0",
-                found=f"shape {np.shape(chunks)}",
+                found=f"shape {', '.join(str(np.shape(one)) for one in chunks)}",
                 where="FastTokenizer.fit",
                 next="pass at least one chunk",
             )
-        integers = _quantize(chunks, scale)
-        min_token = int(integers.min())
-        num_characters = int(integers.max()) - min_token + 1
+        sets = [_quantize(one, scale) for one in chunks]
+        min_token, max_token = min(int(one.min()) for one in sets), max(int(one.max()) for one in sets)
+        num_characters = max_token - min_token + 1
         if num_characters > min(vocab_size, _MAX_CHARACTERS):
             raise TokenizerError(
                 expected=f"at most {min(vocab_size, _MAX_CHARACTERS)} distinct coefficients, one code each",
-                found=f"coefficients from {min_token} to {int(integers.max())}, which are {num_characters}",
+                found=f"coefficients from {min_token} to {max_token}, which are {num_characters}",
                 where=f"FastTokenizer.fit with scale {scale}",
                 next=f"raise vocab_size (useful up to {_MAX_CHARACTERS}), lower scale, or look for outliers",
             )
@@ -229,7 +229,7 @@ class FastTokenizer(ActionTokenizer):
         alphabet = [chr(n) for n in range(num_characters)]
         settings = {"vocab_size": vocab_size, "min_frequency": 2, "show_progress": False}
         trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **settings)
-        texts = ("".join(map(chr, chunk)) for chunk in (integers - min_token).reshape(len(integers), -1))
+        texts = ("".join(map(chr, chunk.ravel() - min_token)) for one in sets for chunk in one)
         bpe.train_from_iterator(texts, trainer)
         return FastTokenizer(bpe_json=bpe.to_str(), scale=scale, min_token=min_token)
 
@@ -260,11 +260,11 @@ def _quantize(chunks_NHA: Float[np.ndarray, "N H A"], scale: float) -> Int[np.nd
     """Scaled DCT coefficients, rounded half to even."""
     require_finite(chunks_NHA, what="actions for the FAST tokenizer [chunk, time, dimension]")
     chunks_NHA = np.asarray(chunks_NHA, np.float64)
-    return np.rint(_dct_matrix(chunks_NHA.shape[1]) @ chunks_NHA * scale).astype(np.int64)
+    return np.rint(dct_matrix(chunks_NHA.shape[1]) @ chunks_NHA * scale).astype(np.int64)
 
 
 @lru_cache
-def _dct_matrix(horizon: int) -> Float64[np.ndarray, "H H"]:
+def dct_matrix(horizon: int) -> Float64[np.ndarray, "H H"]:
     """The orthonormal DCT-II, frequency by time: sqrt(2 / H) cos(pi (t + 1/2) f / H), and sqrt(1 / H) for f = 0."""
     frequency, time = np.arange(horizon)[:, None], np.arange(horizon)
     matrix = np.sqrt(2 / horizon) * np.cos(np.pi * (time + 0.5) * frequency / horizon)

@@ -21,7 +21,7 @@ Constrained decoding allows the tokens that may come next, so that the codes alw
     "Action: "      codes, as many units as a chunk has      "|"  EOS  pad  pad ...
     forced          free, as long as they fit                forced
 
-A unit is a character in FAST and a code in binning and FSQ (`ActionTokenizer.spellings`). A code fits when it begins no
+A unit is a character in FAST and a code elsewhere (`ActionTokenizer.spellings`). A code fits when it begins no
 more units than remain, and when it closes the unit that the code before left open, if it did (the codes of published
 FAST tokenizers are runs of UTF-8 bytes). Since single units are codes too, every sequence can be completed, unless the
 tokens run out: then decoding stops with an error instead of a part of a chunk.
@@ -256,7 +256,7 @@ class CodeConstraint:
     ):
         self._setting = setting
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
-        self._num_units = action.num_units(horizon, action_dim)
+        self._num_units, self._places = action.num_units(horizon, action_dim), action.places(horizon, action_dim)
         self._head = tokenizer.encode(ACTION_MARKER) if marked else []
         self._tail = [*tokenizer.encode(ACTION_TERMINATOR), tokenizer.eos_id]
         self._tokens = tokens_from_codes(tokenizer, np.arange(action.vocab_size))
@@ -309,13 +309,17 @@ class CodeConstraint:
             if remaining == 0 and not inside:
                 return self._forced(self._tail, ids[head_len + position :], head_len + position)
             closes, begins, opens = self._spellings[code] if 0 <= code < len(self._spellings) else (0, 0, 0)
-            if closes != inside or begins > remaining or closes + begins == 0:
+            misplaced = self._places is not None and code not in self._places[self._num_units - remaining]
+            if closes != inside or begins > remaining or closes + begins == 0 or misplaced:
                 expected = f"a code that fits {remaining} more units"
                 raise _broken(expected, ids[head_len + position], head_len + position)
             remaining, inside = remaining - begins, opens
         if remaining == 0 and not inside:
             return self._forced(self._tail, [], len(ids))
         self._require_budget(remaining, inside, len(ids))
+        if self._places is not None:
+            place = self._places[self._num_units - remaining]
+            return self._tokens[place.start : place.stop]
         return self._tokens[self._codes[inside][: self._num_fitting[inside][remaining]]]
 
     def _forced(self, wanted: list[int], emitted: list[int], start: int) -> Int[np.ndarray, "1"]:

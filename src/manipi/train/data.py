@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from tqdm import tqdm
 
 from manipi.checkpoints.initial import require_tokenizer
@@ -37,6 +37,7 @@ from manipi.data.norm_stats import (
 )
 from manipi.data.review.filters import read_mask
 from manipi.errors import ConfigError, ManipiError, NormStatsError, TrainingError, shown
+from manipi.model.config import ModelConfig
 from manipi.records import fingerprint, from_json, json_bytes, read_object
 from manipi.remote.fetch import fetch
 from manipi.robots.robot import Robot
@@ -44,6 +45,7 @@ from manipi.storage import atomic_directory, atomic_write
 from manipi.tokenizers import (
     ActionTokenizer,
     ByteTokenizer,
+    DctTokenizer,
     FastTokenizer,
     Tokenizers,
 )
@@ -199,7 +201,7 @@ def _step(pipeline: Pipeline, *kinds: type) -> Any:
 
 
 FIT_CHUNKS, FIT_CODES = 4_096, 1_024
-"""Action chunks that a FAST tokenizer is fitted to, and the most codes that it learns."""
+"""Action chunks that an action tokenizer is fitted to, and the most codes that FAST learns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,8 +286,7 @@ def prepare(config: TrainConfig, folder: Path) -> TrainingData:
     opened = open_demonstrations(config)
     stats = {name: _stats(config, group, folder) for name, group in _by_robot(opened).items()}
     claim_videos(folder, {one.dataset.fingerprint: one.dataset.picture_files(one.cameras) for one in opened})
-    mine = [one for one in opened if one.robot == config.robot]
-    tokenizers = _tokenizers(config, mine[0], stats[config.robot.name], folder / "tokenizer")
+    tokenizers = _tokenizers(config, opened, stats, folder / "tokenizer")
     sets = tuple(_training_set(config, one, stats[one.robot.name], tokenizers, folder / "cache") for one in opened)
     longest = _longest(config, sets, stats, tokenizers, folder / "longest_prompt.json")
     longest.require_fit()
@@ -486,17 +487,25 @@ def provenance_of(group: Sequence[Opened]) -> tuple[str, str]:
     return provenance([(one.dataset.fingerprint, rows_fingerprint(one.rows)) for one in group])
 
 
-def _tokenizers(config: TrainConfig, one: Opened, stats: NormStats, folder: Path) -> Tokenizers:
+def _tokenizers(
+    config: TrainConfig, opened: Sequence[Opened], stats: Mapping[str, NormStats], folder: Path
+) -> Tokenizers:
     if folder.is_dir():
         return Tokenizers.load(folder)
     action: ActionTokenizer | None = None
-    if config.model.writes_codes and config.action_tokenizer != "fit":
+    if config.model.writes_codes and config.action_tokenizer not in ("fit", "dct"):
         action = open_action_tokenizer(config.action_tokenizer)
     elif config.model.writes_codes:
-        # The codes live behind the text's ids in the model's vocabulary.
-        room = config.model.vocab_size - ByteTokenizer.NUM_TEXT_IDS if config.tokenizer == "byte" else FIT_CODES
-        chunks = chunks_to_fit(config, one.dataset, one.rows, stats)
-        action = FastTokenizer.fit(chunks, vocab_size=min(room, FIT_CODES))
+        chunks = chunks_to_fit(config, opened, stats)
+        if config.action_tokenizer == "dct":
+            action = fit_dct(config.model, *chunks)
+            saturated = max(float(action.saturated(one).max()) for one in chunks)
+            error = max(action.rms_error(one) for one in chunks)
+            tqdm.write(f"codes   {action}; RMS error {error:.3f} of a range of 2, {saturated:.2%} saturated at most")
+        else:
+            # The codes live behind the text's ids in the model's vocabulary.
+            room = config.model.vocab_size - ByteTokenizer.NUM_TEXT_IDS if config.tokenizer == "byte" else FIT_CODES
+            action = FastTokenizer.fit(*chunks, vocab_size=min(room, FIT_CODES))
     tokenizers = Tokenizers(open_text_tokenizer(config.tokenizer, action), action)
     if config.init:
         require_tokenizer(config.init, config.model.vocab_size, tokenizers.text)
@@ -505,11 +514,23 @@ def _tokenizers(config: TrainConfig, one: Opened, stats: NormStats, folder: Path
     return tokenizers
 
 
-def chunks_to_fit(config: TrainConfig, dataset: Dataset, rows: np.ndarray, stats: NormStats) -> np.ndarray:
-    """At most `FIT_CHUNKS` action chunks [N, H, A] of `rows`, as the model sees them: relative and normalised."""
-    robot = config.robot
-    chosen = np.sort(rows[permutation(len(rows), f"fast/{config.seed}")[:FIT_CHUNKS]])
-    action_key = robot.dataset_key(robot.action_key)
-    chunks, _ = action_chunks(dataset, chosen, action_key=action_key, horizon=config.model.action_horizon)
-    relative = ActionSpace(robot).to_model(chunks, read_state(dataset, robot)[chosen])
-    return normalize(relative, stats.actions, config.norm_mode)
+def fit_dct(model: ModelConfig, *chunks: Float[np.ndarray, "_N H _A"]) -> DctTokenizer:
+    """Fixed codes, as many per place as the model has. Raises as `DctTokenizer.fit` does."""
+    return DctTokenizer.fit(*chunks, **({"codes_per_place": fixed.per_place} if (fixed := model.fixed_codes) else {}))
+
+
+def chunks_to_fit(
+    config: TrainConfig, opened: Sequence[Opened], stats: Mapping[str, NormStats]
+) -> list[Float[np.ndarray, "_N H _A"]]:
+    """At most `FIT_CHUNKS` action chunks in all, as the model sees them: relative and normalised. One array per
+    dataset, with its share of the run's samples."""
+    total, found = sum(one.settings.weight for one in opened), []
+    for one in opened:
+        robot, dataset, rows = one.robot, one.dataset, one.rows
+        count = max(1, round(FIT_CHUNKS * (one.settings.weight / total)))
+        chosen = np.sort(rows[permutation(len(rows), f"fast/{config.seed}")[:count]])
+        action_key = robot.dataset_key(robot.action_key)
+        chunks, _ = action_chunks(dataset, chosen, action_key=action_key, horizon=config.model.action_horizon)
+        relative = ActionSpace(robot).to_model(chunks, read_state(dataset, robot)[chosen])
+        found.append(normalize(relative, stats[robot.name].actions, config.norm_mode))
+    return found

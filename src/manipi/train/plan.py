@@ -138,13 +138,13 @@ def largest_batch(config: TrainConfig) -> ModelInput:
     cameras = [any(slot in robot.cameras for robot in robots) for slot in model.cameras]
     prompt = torch.ones(b, model.max_token_len, dtype=torch.bool)
     is_fast, size = isinstance(model, Pi0FastConfig), model.vision.image_size
-    text = prompt if model.writes else None
-    joint = getattr(model, "joint", None)
+    text, joint, fixed = prompt if model.writes else None, getattr(model, "joint", None), model.fixed_codes
     codes = torch.ones(b, joint.max_code_len, dtype=torch.bool) if joint and joint.codes_weight else None
+    token = fixed.first_id if fixed else 0  # one that is learned
     return ModelInput(
         images=torch.zeros(1, len(cameras), size, size, 3, dtype=torch.uint8).expand(b, -1, -1, -1, -1),
         image_valid=torch.tensor(cameras).repeat(b, 1),
-        tokens=torch.zeros_like(prompt, dtype=torch.long),
+        tokens=torch.full(prompt.shape, token),
         token_valid=prompt,
         state=torch.zeros(b, model.action_dim),
         actions=None if is_fast else torch.zeros(b, model.action_horizon, model.action_dim),

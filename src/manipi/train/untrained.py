@@ -14,6 +14,7 @@ from manipi.robots.robot import Robot
 from manipi.storage import require_absent
 from manipi.tokenizers import Tokenizers
 from manipi.train.config import TrainConfig
+from manipi.train.data import fit_dct
 from manipi.transforms.normalize import contract
 from manipi.types import FieldStats, NormStats, Sample
 from manipi.weights.layouts import open_action_tokenizer, open_text_tokenizer
@@ -24,8 +25,8 @@ def write_untrained(target: Path, source: TrainConfig | Path, *, seed: int = 0) 
 
     Args:
         source: a recipe's config, whose robot has no dataset yet: state and actions are then taken as they are, as if
-            from -1 to 1, and a FAST tokenizer that would be fitted to data is replaced by binning. Or a checkpoint,
-            whose norm stats and tokenizers stay.
+            from -1 to 1; of action tokenizers that would be fitted to data, binning replaces FAST, and fixed codes
+            are fitted to poses that are held. Or a checkpoint, whose norm stats and tokenizers stay.
         seed: of the weights.
 
     Raises:
@@ -46,7 +47,9 @@ def write_untrained(target: Path, source: TrainConfig | Path, *, seed: int = 0) 
 def _described(config: TrainConfig) -> Checkpoint:
     model, robot, action = config.policy_model, config.robot, None
     if model.writes_codes:
-        action = open_action_tokenizer("binning" if config.action_tokenizer == "fit" else config.action_tokenizer)
+        held = np.linspace(-1, 1, 64)[:, None, None] * np.ones((model.action_horizon, robot.model_action_size))
+        named = "binning" if config.action_tokenizer == "fit" else config.action_tokenizer
+        action = fit_dct(model, held) if named == "dct" else open_action_tokenizer(named)
     sampling = PolicyConfig(model=model, norm_mode=config.norm_mode, step=0, max_delay=config.max_delay)
     return Checkpoint(
         weights={},

@@ -19,7 +19,7 @@ from PIL import Image
 
 from manipi.errors import ConfigError, shown
 from manipi.model.config import Compat, ModelConfig, Pi0Config, Pi0FastConfig, Pi05Config
-from manipi.tokenizers import ActionTokenizer, ByteTokenizer, TextTokenizer, Tokenizers
+from manipi.tokenizers import ActionTokenizer, ByteTokenizer, DctTokenizer, TextTokenizer, Tokenizers
 from manipi.tokenizers.prompts import (
     ACTION_MARKER,
     ANSWER_MARKER,
@@ -249,6 +249,7 @@ def tokenize_step(model: ModelConfig, tokenizers: Tokenizers, action_size: int) 
         if model.writes_codes:
             code_constraint(model, tokenizers, action_size)
             assert tokenizers.action is not None, "the constraint has refused it"
+            _require_codes(model, text, tokenizers.action)
             assert model.joint is not None, "it says what is written"
             codes = CodesBehind(tokenizers.action, model.joint.max_code_len, model.action_horizon, action_size)
         return TokenizePrompt(text, model.max_token_len, with_state, model.compat, model.writes_text, codes)
@@ -261,8 +262,27 @@ def tokenize_step(model: ModelConfig, tokenizers: Tokenizers, action_size: int) 
         )
     code_constraint(model, tokenizers, action_size)  # What cannot be served is not trained either.
     assert tokenizers.action is not None, "the constraint has refused it"
+    _require_codes(model, text, tokenizers.action)
     chunk = (model.action_horizon, action_size)
     return TokenizeActions(text, tokenizers.action, model.max_token_len, *chunk, model.compat)
+
+
+def _require_codes(model: ModelConfig, text: TextTokenizer, action: ActionTokenizer) -> None:
+    """That the ids of the codes are those that the model is told. Raises ConfigError where they are not."""
+    if (codes := model.fixed_codes) is None:
+        return
+    end = text.vocab_size - text.reserved_ids
+    first = end - action.vocab_size
+    size = action.codes_per_place if isinstance(action, DctTokenizer) else 0
+    within = codes.first_id <= first and end <= codes.end_id
+    if not within or size != codes.per_place or (first - codes.first_id) % codes.per_place:
+        places = f"{action.vocab_size // size} places of {size} ids" if size else "codes without places"
+        raise ConfigError(
+            expected=f"{codes.places} places of {codes.per_place} ids, from {codes.first_id} to {codes.end_id - 1}",
+            found=f"a {action.kind} tokenizer with {places}, from {first} to {end - 1}",
+            where=f"{type(model).__name__}, its codes",
+            next="set model.codes to what was found, or leave it out with other tokenizers than action_tokenizer='dct'",
+        )
 
 
 def code_constraint(model: ModelConfig, tokenizers: Tokenizers, action_size: int) -> CodeConstraint:

@@ -10,6 +10,7 @@ Of tokenizers, which here are saved as they are published:
 
 SentencePiece   a .model file
 FAST            tokenizer.json  processor_config.json
+DCT             dct.json
 FSQ             fsq.json  fsq.safetensors
 FSQ             STEP/params/ (Orbax)  STEP/config/metadata (JSON)    as gs://openpi-assets/tokenizers/droid_fsq_tokenizer
 """
@@ -29,11 +30,13 @@ from manipi.tokenizers import (
     ActionTokenizer,
     BinningTokenizer,
     ByteTokenizer,
+    DctTokenizer,
     FastTokenizer,
     FsqTokenizer,
     SentencePieceTokenizer,
     TextTokenizer,
 )
+from manipi.tokenizers.dct import DCT_FILE
 from manipi.tokenizers.fsq import FSQ_CONFIG_FILE
 from manipi.weights.names import (
     OPENPI_JAX,
@@ -192,6 +195,8 @@ def open_action_tokenizer(source: str) -> ActionTokenizer:
     if source == "binning":
         return BinningTokenizer()
     folder = fetch(source) if "://" in source else Path(source)
+    if (folder / DCT_FILE).is_file():
+        return DctTokenizer.load(folder)
     if (folder / FSQ_CONFIG_FILE).is_file():
         return FsqTokenizer.load(folder)
     steps = sorted(folder.glob("[0-9]*/params"))

@@ -84,6 +84,9 @@ def add_gradients(state: TrainState, inputs: ModelInput, config: TrainConfig, te
         size = (config.model.action_horizon, config.model.action_dim)
         drawn = draw_noise(config.seed, state.step, batch_size, config.noise_draws, *size)
         draws = [world.slice(whole) for whole in drawn]
+    elif (fixed := config.model.fixed_codes) is not None and fixed.hidden:
+        whole = draw_hidden(config.seed, state.step, batch_size, fixed.hidden)
+        inputs = replace(inputs, hidden=world.slice(whole))
     if config.max_delay:
         delays = draw_delay(config.seed, state.step, batch_size, config.max_delay)
         inputs = replace(inputs, delay=world.slice(delays))
@@ -108,6 +111,12 @@ def draw_delay(seed: int, step: int, batch: int, max_delay: int) -> Tensor:
     # Another generator than that of the noise, which stays as it is without delays.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step + 2**62) % 2**63)
     return torch.randint(max_delay + 1, (batch,), generator=generator)
+
+
+def draw_hidden(seed: int, step: int, batch: int, share: float) -> Tensor:
+    """Which samples are shown none of their codes, bool [B]."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step + 2**61) % 2**63)
+    return torch.rand(batch, generator=generator) < share
 
 
 def accumulate_gradients(

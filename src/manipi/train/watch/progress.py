@@ -352,7 +352,9 @@ class ModelFlops:
             self._visit(name, module)
         if self._config.writes:
             table = model.gemma.token_embedding
-            self._per_row["vocab"] = 2 * table.numel() * (2 + table.requires_grad)
+            codes = model.config.fixed_codes
+            rows = table.shape[0] if codes is None else codes.end_id - codes.first_id
+            self._per_row["vocab"] = 2 * rows * table.shape[1] * (2 + table.requires_grad)
 
     def of_batch(self, batch: Batch) -> float:
         """Model FLOPs of one update on this batch."""
@@ -390,7 +392,10 @@ class ModelFlops:
         if not self._flow:
             # The last slot predicts nothing and is left out.
             prompt = np.minimum(prompt, batch["token_valid"].shape[1] - 1)
-            read = {"prompt": prompt, "vocab": batch["token_loss"][:, 1:].sum(1)}
+            learned, codes = batch["token_loss"][:, 1:], self._config.fixed_codes
+            if codes is not None:
+                learned = learned & (batch["tokens"][:, 1:] >= codes.first_id) & (batch["tokens"][:, 1:] < codes.end_id)
+            read = {"prompt": prompt, "vocab": learned.sum(1)}
             return {"vision": image_tokens, "vlm": image_tokens + prompt, **read}
         ones, noisy = np.ones_like(prompt), np.full_like(prompt, self._draws * self._config.action_horizon)
         state = ones * isinstance(self._config, Pi0Config)
