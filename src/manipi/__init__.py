@@ -17,7 +17,7 @@ _MODULES = {
     "data.open": "open_dataset",
     "data.norm_stats": "compute_norm_stats",
     "types": "FieldStats NormStats",
-    "model.config": "Adapters GemmaSize LoRA Pi05Config Pi0Config Pi0FastConfig VisionSize",
+    "model.config": "Adapters FixedCodes GemmaSize LoRA Pi05Config Pi0Config Pi0FastConfig VisionSize",
     "train.config": (
         "AugmentConfig ComputeConfig DataConfig DatasetConfig LogConfig OptimizerConfig TrainConfig ValidationConfig"
     ),

@@ -35,6 +35,7 @@ from manipi.exchange.exporting import export_checkpoint
 from manipi.exchange.importing import import_checkpoint
 from manipi.model.config import (
     Adapters,
+    FixedCodes,
     GemmaSize,
     LoRA,
     Pi0Config,
@@ -88,6 +89,7 @@ __all__ = [
     "Feature",
     "FetchError",
     "FieldStats",
+    "FixedCodes",
     "GemmaSize",
     "Gripper",
     "IntegrityError",

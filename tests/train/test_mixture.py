@@ -12,8 +12,9 @@ from manipi.errors import ConfigError, MissingFeatureError, UnknownNameError
 from manipi.policy import Policy
 from manipi.robots import Gripper, Joints, Robot, State
 from manipi.robots.tabletop import TABLETOP
+from manipi.tokenizers import DctTokenizer, FastTokenizer
 from manipi.train.config import DatasetConfig
-from manipi.train.data import prepare
+from manipi.train.data import chunks_to_fit, open_demonstrations, prepare
 from manipi.train.loop import train
 
 ARM = Robot(
@@ -119,6 +120,17 @@ def test_two_datasets_of_one_robot_share_their_statistics(tiny, toy_dataset, tmp
         np.testing.assert_allclose(getattr(ours.actions, name), getattr(expected.actions, name), rtol=1e-12)
     width = expected.actions.max - expected.actions.min
     assert (np.abs(ours.actions.q99 - expected.actions.q99) <= width * 2**-15).all()
+
+
+@pytest.mark.parametrize("kind", ["fit", "dct"])
+def test_action_tokenizers_are_fitted_to_all_datasets(kind, mixed, tmp_path):
+    config = mixed(kind="pi0_fast", action_tokenizer=kind)
+    config = config if kind == "dct" else replace(config, model=replace(config.model, codes=None))
+    data, opened = prepare(config, tmp_path), open_demonstrations(config)
+    ours, theirs = chunks_to_fit(config, opened, data.stats)
+    assert [len(ours), len(theirs)] == [len(one.rows) for one in opened]
+    codec, fit = data.tokenizers.action, DctTokenizer.fit if kind == "dct" else FastTokenizer.fit
+    assert codec.sha256 == fit(ours, theirs).sha256 != fit(ours).sha256
 
 
 def test_one_name_for_two_robots(mixed, tmp_path):

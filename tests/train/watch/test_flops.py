@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from manipi.model import VLA, ModelInput
 from manipi.model.config import (
     Adapters,
+    FixedCodes,
     GemmaSize,
     LoRA,
     ModelConfig,
@@ -42,7 +43,8 @@ def full_batch(config: ModelConfig) -> dict[str, np.ndarray]:
     }
     if isinstance(config, Pi0FastConfig):
         learned = np.broadcast_to(np.arange(40) > 20, (B, 40))
-        return batch | {"token_loss": learned, "token_causal": learned}
+        tokens = np.where(np.arange(40) > 30, 200, batch["tokens"])
+        return batch | {"token_loss": learned, "token_causal": learned, "tokens": tokens}
     return batch | {"actions": np.zeros((B, 4, 4), np.float32)}
 
 
@@ -63,9 +65,19 @@ def counted(model: VLA, batch: dict[str, np.ndarray]) -> int:
         (Pi0Config(**FLOW, vlm_adapters=LORA, action_adapters=LORA), ()),
         (Pi05Config(**FLOW, vlm_adapters=LORA), ("vision.",)),
         (Pi0FastConfig(**SHARED, vlm_adapters=LORA), ()),
+        (Pi0FastConfig(**SHARED, codes=FixedCodes(first_id=150, places=5, per_place=30)), ()),
         (Pi05Config(**FLOW), ("vision.",)),
     ],
-    ids=["pi0", "pi05", "pi0_fast", "pi0 lora", "pi05 lora, vision frozen", "pi0_fast lora", "vision frozen"],
+    ids=[
+        "pi0",
+        "pi05",
+        "pi0_fast",
+        "pi0 lora",
+        "pi05 lora, vision frozen",
+        "pi0_fast lora",
+        "pi0_fast codes",
+        "vision frozen",
+    ],
 )
 def test_within_one_percent_of_torch(config, frozen):
     model = VLA(config)

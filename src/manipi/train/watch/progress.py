@@ -351,8 +351,7 @@ class ModelFlops:
         for name, module in model.named_modules():
             self._visit(name, module)
         if self._config.writes:
-            table = model.gemma.token_embedding
-            codes = model.config.fixed_codes
+            table, codes = model.gemma.token_embedding, self._config.fixed_codes
             rows = table.shape[0] if codes is None else codes.end_id - codes.first_id
             self._per_row["vocab"] = 2 * rows * table.shape[1] * (2 + table.requires_grad)
 
@@ -389,7 +388,7 @@ class ModelFlops:
         """Per part the rows of each sample [B]."""
         pictures, prompt = batch["image_valid"].sum(1), batch["token_valid"].sum(1)
         image_tokens = pictures * self._config.vision.num_tokens
-        if not self._flow:
+        if isinstance(self._config, Pi0FastConfig):
             # The last slot predicts nothing and is left out.
             prompt = np.minimum(prompt, batch["token_valid"].shape[1] - 1)
             learned, codes = batch["token_loss"][:, 1:], self._config.fixed_codes
