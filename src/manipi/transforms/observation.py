@@ -16,13 +16,18 @@ What a client may add beside the robot's own keys (`read_request`):
     manipi/seed           int      what the noise is drawn from, so that the same question has the same answer
     manipi/num_steps      int      of a flow policy: integration steps of this answer, instead of the policy's own
     manipi/temperature    number   of π0-FAST: 0 takes the likeliest token, 1 draws as the model says, by the seed
+    manipi/candidates     int      chunks to draw, of which one is answered (`manipi.candidates`)
+    manipi/selector       text     what chooses among them
+    manipi/gate           number   draw more than one only where that one is more uncertain
+    manipi/execute_steps  int      steps of the answer that will be executed, by which candidates are compared
 
 The previous chunk takes the way of a training chunk: the pipeline makes it relative to the state of *this* observation
 and normalises it, so that the model sees it as it would have predicted it now.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -31,13 +36,26 @@ import numpy as np
 from manipi.errors import BadValueError, ObservationError, one_line, shown
 from manipi.robots.robot import Robot
 from manipi.types import Observation, Sample
-from manipi_client.keys import DELAY, NUM_STEPS, PREVIOUS, SEED, TEMPERATURE
+from manipi_client.keys import (
+    CANDIDATES,
+    DELAY,
+    EXECUTE_STEPS,
+    GATE,
+    NUM_STEPS,
+    PREVIOUS,
+    SEED,
+    SELECTOR,
+    TEMPERATURE,
+)
 
-_CHUNK_KEYS = ("actions", "action_valid", "delay")
-_OTHER_KEYS = ("prompt", *_CHUNK_KEYS)
+CHUNK_KEYS = ("actions", "action_valid", "delay")
+_OTHER_KEYS = ("prompt", *CHUNK_KEYS)
 
 MAX_NUM_STEPS = 1_000
 """Integration steps that a client may ask for; a policy is trained for ten or so."""
+
+MAX_CANDIDATES = 16
+"""Chunks that a client may ask for at once. Imperfect selectors get worse with many (arXiv 2411.17501)."""
 
 MAX_PROMPT = 2_048
 """Characters of a prompt, several times what any model reads; as bytes four times as many, as UTF-8 has it."""
@@ -69,7 +87,7 @@ class ReadRobot:
         sample = self._flat(sample)
         cameras = {slot: key for slot, key in self.robot.cameras.items() if not self._absent(sample, slot, key)}
         images = {f"image/{slot}": self._image(sample, key) for slot, key in cameras.items()}
-        kept = {key: sample[key] for key in _CHUNK_KEYS if key in sample}
+        kept = {key: sample[key] for key in CHUNK_KEYS if key in sample}
         return {**images, "state": self._state(sample), "prompt": self._prompt(sample), **kept}  # type: ignore[dict-item]
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
@@ -178,6 +196,8 @@ class Request:
     seed: int | None
     num_steps: int | None
     temperature: float | None
+    choice: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `manipi.candidates.Choice` that the client sets."""
 
 
 def read_request(
@@ -193,7 +213,7 @@ def read_request(
         ObservationError: one of the keys has another type, shape or range.
     """
     # A recorded frame may bring its actions along; the policy must not see them.
-    own = (*_CHUNK_KEYS, PREVIOUS, DELAY, SEED, NUM_STEPS, TEMPERATURE)
+    own = (*CHUNK_KEYS, PREVIOUS, DELAY, SEED, NUM_STEPS, TEMPERATURE, CANDIDATES, SELECTOR, GATE, EXECUTE_STEPS)
     asked = {key: value for key, value in observation.items() if key not in own}
     for key, fits, kind in ((NUM_STEPS, not writes_tokens, "flow"), (TEMPERATURE, writes_tokens, "token")):
         if key in observation and not fits:
@@ -221,7 +241,25 @@ def read_request(
         float(_number(observation, TEMPERATURE, "a number from 0 to 100", "iuf", 0, 100))
         if TEMPERATURE in observation
         else None,
+        _read_choice(observation, horizon),
     )
+
+
+def _read_choice(observation: Mapping[str, Any], horizon: int) -> dict[str, Any]:
+    choice: dict[str, Any] = {}
+    for key, name, most in ((CANDIDATES, "n", MAX_CANDIDATES), (EXECUTE_STEPS, "execute_steps", horizon)):
+        if key in observation:
+            choice[name] = _count(observation, key, most, least=1)
+    if GATE in observation:
+        choice["gate"] = float(_number(observation, GATE, "a finite number from 0", "iuf", 0, sys.float_info.max))
+    if SELECTOR in observation:
+        try:
+            choice["selector"] = as_text(observation[SELECTOR], _MAX_KEY)
+        except ValueError as error:
+            raise _refusal("the name of a selector", str(error), SELECTOR, next=_METADATA) from None
+        if choice["selector"] is None:
+            raise _refusal("the name of a selector", _describe(observation[SELECTOR]), SELECTOR, next=_METADATA)
+    return choice
 
 
 def _count(observation: Mapping[str, Any], key: str, most: int, *, least: int = 0) -> int:

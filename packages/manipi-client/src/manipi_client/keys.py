@@ -7,6 +7,10 @@ manipi/delay          int      how many of these it will have executed when the 
 manipi/seed           int      what the noise of this answer is drawn from (the policy)
 manipi/num_steps      int      integration steps of this answer, instead of the policy's own (the policy)
 manipi/temperature    number   of an answer that is written in tokens; 0: the likeliest (the policy)
+manipi/candidates     int      chunks of a flow policy to draw for this answer, of which one is chosen (the policy)
+manipi/selector       text     what chooses among them, by its name at the server (the policy)
+manipi/gate           number   how uncertain the first of them has to be for the others to be drawn (the policy)
+manipi/execute_steps  int      steps of the chunk that will be executed, which the choice looks at (the policy)
 manipi/step           int      the step of the episode (logs and recordings)
 """
 
@@ -17,4 +21,8 @@ DELAY = "manipi/delay"
 SEED = "manipi/seed"
 NUM_STEPS = "manipi/num_steps"
 TEMPERATURE = "manipi/temperature"
+CANDIDATES = "manipi/candidates"
+SELECTOR = "manipi/selector"
+GATE = "manipi/gate"
+EXECUTE_STEPS = "manipi/execute_steps"
 STEP = "manipi/step"
