@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from manipi.candidates import SELECTORS, Candidates, Choice, Selector, candidate_noises, choose, executed_rows
 from manipi.checkpoints.native import Checkpoint, PolicyConfig, SelfTest, read_checkpoint
 from manipi.errors import (
     ConfigError,
@@ -33,7 +34,7 @@ from manipi.robots.robot import Robot
 from manipi.tokenizers import Tokenizers
 from manipi.transforms import pipeline
 from manipi.transforms.model_input import code_constraint
-from manipi.transforms.observation import MAX_NUM_STEPS, Mode, Request, read_request
+from manipi.transforms.observation import CHUNK_KEYS, MAX_NUM_STEPS, Mode, Request, read_request
 from manipi.types import NormStats, Observation, Sample
 from manipi_client.keys import NUM_STEPS
 
@@ -85,7 +86,7 @@ class Policy:
             self._modes = ("flow", "tokens")
         self._device = next(model.parameters()).device
         self._engine: Engine | None = None
-        self.temperature = 0.0
+        self.temperature, self.choice, self._selectors = 0.0, Choice(), dict(SELECTORS)
         self._seed = seed
         self.reset()
 
@@ -175,8 +176,13 @@ class Policy:
         known, guided = self.config.max_delay, self.config.max_delay + 1
         delays = (None, guided, *([known] if known else [])) if self._real_time else (None,)
         noise = np.zeros((1, *self._noise_shape), np.float32) if "flow" in self._modes else None
+        several = np.zeros((1, self.choice.n, *self._noise_shape), np.float32)
+        choice = replace(self.choice, gate=None if self.choice.gate is None else 0.0)  # all are drawn
         for present, length, delay in product(cameras, lengths, delays):
-            self.run_model(blank_input(self.config.model, present, length, delay).to(self._device), noise)
+            inputs = blank_input(self.config.model, present, length, delay).to(self._device)
+            self.run_model(inputs, noise)
+            if choice.n > 1:
+                self._draw(inputs, several, None, choice, [slice(0, self.config.model.action_horizon)])
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -194,6 +200,8 @@ class Policy:
             "modes": list(self._modes),
             "writes_text": self.config.model.writes_text,
             "max_delay": self.config.max_delay,
+            # What holds where a request says nothing else; None: it draws no candidates.
+            "candidates": asdict(self.choice) if self._heads["flow"] else None,
         }
 
     @property
@@ -259,6 +267,9 @@ class Policy:
                 where=f"observation key {NUM_STEPS!r}",
                 next="serve without --compile, or with that --num-steps",
             )
+        if request.choice or self.choice.n > 1:
+            steps = request.num_steps or self.config.num_steps
+            self._choice(request).check(self._selectors, **self._heads, num_steps=steps, error=ObservationError)
         if request.write_subtask:  # first the question: `answer` writes the text, and encodes once more
             return Encoded(*self.pipeline.encode({**request.asked, "write": np.ones(1, bool)}), request)
         told = {"subtask": request.subtask} if request.subtask else {}
@@ -282,26 +293,32 @@ class Policy:
         started = time.perf_counter() if started is None else started
         noise = self._stack_noises(encoded, noises or [None] * len(encoded))
         chunks: dict[int, np.ndarray] = {}
-        encoded, said = self._with_subtasks(encoded)
-        # Those that the model reads in the same fields, and integrates in as many steps, are one batch.
-        alike: dict[tuple[frozenset[str], int | None, Mode], list[int]] = {}
+        encoded, told = self._with_subtasks(encoded)
+        # Those that the model reads in the same fields, integrates in as many steps, and draws as often are one batch.
+        alike: dict[tuple[frozenset[str], int | None, Choice, Mode], list[int]] = {}
         for number, one in enumerate(encoded):
-            alike.setdefault((frozenset(one.sample), one.request.num_steps, one.request.mode), []).append(number)
-        for (_, num_steps, mode), members in alike.items():
+            key = frozenset(one.sample), one.request.num_steps, self._choice(one.request), one.request.mode
+            alike.setdefault(key, []).append(number)
+        for (_, num_steps, choice, mode), members in alike.items():
             inputs = self.model_input([encoded[i] for i in members])
             if mode == "tokens":
                 outputs = self.run_model(inputs, None, draws=[self._draws(encoded[i].request) for i in members])
             else:
                 assert noise is not None, "a flow policy draws noise"
+                if choice.n > 1 and noise.ndim == 3:
+                    chosen = self._chosen([encoded[i] for i in members], inputs, noise[members], num_steps, choice)
+                    for i, (chunk, said) in zip(members, chosen, strict=True):
+                        chunks[i], told[i]["candidates"] = chunk, said
+                    continue
                 outputs = self.run_model(inputs, noise[members], num_steps)
             for i, output in zip(members, outputs, strict=True):
                 decode = partial(self.pipeline.decode, seen=encoded[i].seen)
                 several = output.ndim == 3  # chunks of as many noises
                 chunks[i] = np.stack([decode(one) for one in output]) if several else decode(output)
         timing = {"infer_ms": (time.perf_counter() - started) * 1e3}
-        return [{"actions": chunks[i], "policy_timing": dict(timing), **said[i]} for i in range(len(encoded))]
+        return [{"actions": chunks[i], "policy_timing": dict(timing), **told[i]} for i in range(len(encoded))]
 
-    def _with_subtasks(self, encoded: Sequence[Encoded]) -> tuple[list[Encoded], list[dict[str, str]]]:
+    def _with_subtasks(self, encoded: Sequence[Encoded]) -> tuple[list[Encoded], list[dict[str, Any]]]:
         """The subtasks that are to be written are, and the actions then follow them; and what the answers say of it.
 
         Where the text does not end, the client's last subtask stays, and the answer says why.
@@ -309,7 +326,7 @@ class Policy:
         Raises:
             TokenizerError: the text does not end, and there is no last one.
         """
-        told: list[dict[str, str]] = [
+        told: list[dict[str, Any]] = [
             {"subtask": one.request.subtask} if one.request.subtask else {} for one in encoded
         ]
         encoded, asking = list(encoded), [i for i, one in enumerate(encoded) if one.request.write_subtask]
@@ -345,6 +362,75 @@ class Policy:
             where="what the model wrote behind its prompt",
             next="train it longer on text, or leave it room (max_token_len); the actions need no subtask",
         )
+
+    def _choice(self, request: Request) -> Choice:
+        return replace(self.choice, **request.choice)
+
+    @property
+    def _heads(self) -> dict[str, bool]:
+        return {"flow": "flow" in self._modes, "tokens": self._constraint is not None}
+
+    def _chosen(
+        self,
+        encoded: Sequence[Encoded],
+        inputs: ModelInput,
+        noise_BHA: np.ndarray,
+        num_steps: int | None,
+        choice: Choice,
+    ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        """Of each observation the best of its candidates [H, A], and what the answer says of it."""
+        horizon, size = self.config.model.action_horizon, self.robot.model_action_size
+        left = [one.sample["actions"][one.sample["action_valid"]] if "delay" in one.sample else None for one in encoded]
+        given = [0 if some is None else min(int(one.sample["delay"]), len(some)) for one, some in zip(encoded, left)]
+        rows = [executed_rows(horizon, first, choice.execute_steps) for first in given]
+        noise_BNHA = np.stack([candidate_noises(one, choice.n) for one in noise_BHA])
+        drawn_BNHA, bends = self._draw(inputs, noise_BNHA, num_steps, choice, rows)
+        proposals: Sequence[np.ndarray | None] = [None] * len(encoded)
+        if choice.selector == "token" and drawn_BNHA.shape[1] > 1:
+            proposals = self.propose_tokens(encoded)
+        for i, one in enumerate(encoded):
+            gated = {} if bends is None else {"bend": float(bends[i])}
+            n = choice.n if bends is None or bends[i] > choice.gate else 1
+            commands = np.stack([self.pipeline.decode(chunk, one.seen) for chunk in drawn_BNHA[i, :n]])
+            if n == 1:
+                yield commands[0], {"n": 1, "chosen": 0, **gated}
+                continue
+            candidates = Candidates(
+                observation={key: v for key, v in one.request.asked.items() if key not in CHUNK_KEYS},
+                robot=self.robot,
+                state=one.seen[1]["state"],
+                actions=commands,
+                normalised=drawn_BNHA[i, :, :, :size],
+                executed=rows[i],
+                previous=None if (some := left[i]) is None else some[:, :size],
+                proposal=proposals[i],
+            )
+            best, said = choose(choice.selector, self._selectors[choice.selector], candidates)
+            yield commands[best], {**said, **gated}
+
+    def _draw(
+        self,
+        inputs: ModelInput,
+        noise_BNHA: np.ndarray,
+        num_steps: int | None,
+        choice: Choice,
+        rows: Sequence[slice],
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Chunks [B, N or 1, H, A] on one prefix; and with a gate how much the paths of the first bend [B]."""
+        if choice.gate is None:
+            return self.run_model(inputs, noise_BNHA, num_steps), None
+        executed_BH = torch.zeros(len(rows), noise_BNHA.shape[2], dtype=torch.bool)
+        for executed_H, some in zip(executed_BH, rows, strict=True):
+            executed_H[some] = True
+        noise, steps = torch.from_numpy(noise_BNHA).to(self._device), num_steps or self.config.num_steps
+        settings = (executed_BH.to(self._device), steps, self.config.max_delay)
+        drawn_BNHA, bend_B = self.model.sample_gated(inputs, noise, choice.gate, *settings)
+        return drawn_BNHA.float().cpu().numpy(), bend_B.cpu().numpy()
+
+    def propose_tokens(self, encoded: Sequence[Encoded]) -> list[np.ndarray]:
+        """What the token head writes for each, decoded greedily under its constraint: normalised actions [H, A]."""
+        ids = self.run_model(self.model_input(encoded), None)
+        return [self.pipeline.normalised(row, one.seen) for row, one in zip(ids, encoded, strict=True)]
 
     def model_input(self, encoded: Sequence[Encoded]) -> ModelInput:
         """The batch of these observations, on the model's device."""
@@ -433,6 +519,20 @@ class Policy:
         self.config = replace(self.config, num_steps=num_steps or self.config.num_steps)
         self.temperature = self.temperature if temperature is None else temperature
         self._modes = tuple(sorted(self._modes, key=lambda one: one != mode))
+
+    def set_candidates(self, choice: Choice, own: Selector | None = None) -> None:
+        """Choose so from now on, where a request says nothing else. Call it before `compile`.
+
+        Args:
+            own: the selector that `choice` names, where it is none of `manipi.candidates.SELECTORS`; requests may name
+                it too.
+
+        Raises:
+            ConfigError: the policy cannot choose so.
+        """
+        known = self._selectors | ({} if own is None else {choice.selector: own})
+        choice.check(known, **self._heads, num_steps=self.config.num_steps, error=ConfigError)
+        self.choice, self._selectors = choice, known
 
     def check(self, test: SelfTest, *, where: str) -> None:
         """Replay a recorded observation. Raises SelfTestError where other actions come out."""

@@ -110,6 +110,8 @@ def main(arguments: Sequence[str]) -> None:
         print(f"\nsaved  {args.plot}")
     report = None
     if args.fit_fast is not None:
+        import numpy as np
+
         chunks = np.concatenate(chunks_to_fit(config, sets, {robot.name: stats}))
         tokenizer = FastTokenizer.fit(chunks, scale=args.fast_scale, vocab_size=args.fast_codes)
         report = tokenizer.reconstruction_report(chunks)

@@ -107,7 +107,8 @@ class FlowHead(nn.Module):
         self, state_BA: Tensor, x_BKHA: Tensor, timestep: float, dtype: torch.dtype, given_BH: Tensor | None
     ) -> Span:
         """`suffix` in sampling, where all draws are at one timestep. An engine has tables for these."""
-        timestep_BK = torch.full((), timestep, device=x_BKHA.device).expand(x_BKHA.shape[:2])
+        # One row for all draws: adaptive norms then have one modulation, and not one for each token.
+        timestep_BK = torch.full((), timestep, device=x_BKHA.device).expand(len(x_BKHA), 1)
         return self.suffix(state_BA, x_BKHA, timestep_BK, dtype, given_BH)
 
     def embed(self, state_BA: Tensor, x_BKHA: Tensor, timestep_BK: Tensor, given_BH: Tensor | None) -> Embedded:
@@ -320,6 +321,22 @@ def integrate(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, times:
     for timestep in times:
         x = x - velocity(x, timestep) / len(times)
     return x
+
+
+def bend(velocities_TBHA: Sequence[Tensor], real_BHA: Bool[Tensor, "B H A"]) -> Float[Tensor, "B"]:
+    """How far an integrated path is from a straight line: p · Σ ‖v_t - v_{t-1}‖ / Σ ‖v_t‖ (arXiv 2607.27933).
+
+    Over the first p velocities, all but the last one, whose errors are those of the steps' size. The endpoint of a
+    straight path is certain; the more it bends, the more the chunks differ that other noise gives.
+
+    Args:
+        velocities_TBHA: of each of the steps.
+        real_BHA: which of the elements count.
+    """
+    first = torch.stack(list(velocities_TBHA[: max(2, len(velocities_TBHA) - 1)])).float()
+    first_pBX = torch.where(real_BHA, first, 0.0).flatten(2)
+    turned_B, length_B = (x.norm(dim=-1).sum(0) for x in (first_pBX.diff(dim=0), first_pBX))
+    return len(first) * turned_B / length_B
 
 
 # Real-time chunking --------------------------------------------------------------------------------------------------

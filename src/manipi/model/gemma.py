@@ -115,6 +115,10 @@ class KVCache:
         """For `attend`, of tokens that do not see everything."""
         return mask_for(query, key, dtype)
 
+    def repeated(self, times: int) -> "KVCache":
+        """For so many draws behind it, which here are branches of one sequence, and in an engine are rows."""
+        return self
+
 
 class Conditions(Protocol):
     """What modulates adaptive norms: a `Conditioning`, or in an engine what each layer's norms make of it."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Generator, Tensor, nn
 
 from manipi.errors import ConfigError
@@ -155,6 +155,41 @@ class VLA(nn.Module):
         _, dim_valid_BA = flow.action_masks(inputs, self.config)
         velocity = flow.velocity_field(self.gemma, self.head, cache, inputs, noise_BKHA, dim_valid_BA, self.dtype)
         return flow.sample(velocity, inputs, noise_BKHA, num_steps, continuation)
+
+    @torch.no_grad()
+    def sample_gated(
+        self,
+        inputs: ModelInput,
+        noise_BKHA: Float[Tensor, "B K H A"],
+        gate: float,
+        executed_BH: Bool[Tensor, "B H"],
+        num_steps: int = 10,
+        max_delay: int = 0,
+    ) -> tuple[Float[Tensor, "B k H A"], Float[Tensor, "B"]]:
+        """As `sample`: the first draw, and the others after the same prefix where the path of any first one bends by
+        more than `gate`, so that k is K or 1; and by how much each bends (`flow.bend`, over the executed steps).
+
+        In an engine on a GPU its layers run one by one, since a graph cannot ask whether to go on.
+        """
+        if isinstance(self.config, Pi0FastConfig):
+            raise self._wrong_policy("Pi0Config or Pi05Config", "decode_tokens")
+        continuation, (_, dim_valid_BA) = flow.continuation(inputs, max_delay), flow.action_masks(inputs, self.config)
+        cache, path = self.prefill(inputs, self.embed_prefix(inputs, self._kept(inputs))), list[Tensor]()
+
+        def draw(cache: KVCache, noise_BKHA: Tensor) -> Tensor:
+            velocity = flow.velocity_field(self.gemma, self.head, cache, inputs, noise_BKHA, dim_valid_BA, self.dtype)
+
+            def noted(x_BKHA: Tensor, timestep: float, given_BH: Tensor | None) -> Tensor:
+                path.append(velocity(x_BKHA, timestep, given_BH))
+                return path[-1]
+
+            return flow.sample(noted, inputs, noise_BKHA, num_steps, continuation)
+
+        first_BKHA, others_BKHA = draw(cache, noise_BKHA[:, :1]), noise_BKHA[:, 1:]
+        bend_B = flow.bend([one.detach()[:, 0] for one in path], executed_BH[..., None] & dim_valid_BA[:, None])
+        if not bool((bend_B > gate).any()):
+            return first_BKHA, bend_B
+        return torch.cat([first_BKHA, draw(cache.repeated(others_BKHA.shape[1]), others_BKHA)], dim=1), bend_B
 
     def prefill(self, inputs: ModelInput, prefix: Span, num_draws: int = 1) -> KVCache:
         """What the suffixes of so many noise draws continue."""

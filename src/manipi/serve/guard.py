@@ -13,6 +13,7 @@ import numpy as np
 
 from manipi.errors import ActionError, ObservationError, shown
 from manipi.robots.robot import Robot
+from manipi.transforms.actions import CommandLimits, differs
 from manipi.transforms.observation import MAX_PROMPT, ReadRobot, as_text
 from manipi.types import Observation
 from manipi_client import keys
@@ -24,9 +25,6 @@ _KNOWN_TO_ALL = ("prompt", "actions", "action_valid", "delay", *(v for k, v in v
 
 _MOST = 10
 """Unknown keys that one client is told of."""
-
-_ROUNDING = 1e-6
-"""By how much, relative to 1 or to the value, a command may be beyond a limit that it was trained on in float32."""
 
 
 def require_prompt(observation: Observation, robot: Robot) -> None:
@@ -75,11 +73,7 @@ def _flat_keys(observation: Mapping, folder: str = "") -> Iterator[str]:
 
 
 class ActionGuard:
-    """Keeps chunks within what the robot states: `low` and `high` of its groups, and its `max_rates`.
-
-    The first step is measured from the current state in the dimensions of relative groups, whose commands and state
-    are in the same units, and is free in the others. Every later step is measured from the one before it, as it
-    leaves.
+    """Keeps chunks within what the robot states (`CommandLimits`).
 
     Args:
         mode: `clamp` moves a command to the nearest allowed one, `refuse` raises; `off` looks at nothing. NaN and
@@ -88,14 +82,7 @@ class ActionGuard:
 
     def __init__(self, robot: Robot, mode: GuardMode = "clamp"):
         self._robot, self._mode, self._read = robot, mode, ReadRobot(robot)
-        self._low_A, self._high_A = (np.array(limit, np.float32).astype(np.float64) for limit in robot.limits)
-        rates = robot.max_rates or (np.inf,) * robot.action_size
-        self._step_A = np.array(rates, np.float64) / robot.control_hz
-        dimensions: list[int] = []  # which number of the state is the current value of each command, -1: none is
-        for group in robot.actions:
-            start = robot.state_start(group, len(dimensions))
-            dimensions += range(start, start + group.size) if group.relative else [-1] * group.size
-        self._state_A = np.array(dimensions)
+        self._limits = CommandLimits(robot)
 
     def __call__(self, observation: Observation, actions_HA: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
         """The chunk [H, A] that may leave, and how many of its numbers were moved for which reason; {}: none was.
@@ -111,20 +98,15 @@ class ActionGuard:
         if len(bad := np.argwhere(~np.isfinite(wanted_HA))):
             step, dimension = bad[0].tolist()
             raise self._error("finite actions", f"{wanted_HA[step, dimension]} in {self._place(step, dimension)}")
-        limited_HA = np.clip(wanted_HA, self._low_A, self._high_A)
-        allowed_HA = limited_HA
-        if np.isfinite(self._step_A).any() and len(limited_HA):
-            state, allowed_HA = self._read.read_state(observation), limited_HA.copy()
-            before_A = np.where(self._state_A >= 0, state[self._state_A] if state.size else 0, limited_HA[0])
-            for step_A in allowed_HA:
-                np.clip(step_A, before_A - self._step_A, before_A + self._step_A, out=step_A)
-                before_A = step_A
-        beyond_HA, fast_HA = _differs(wanted_HA, limited_HA), _differs(limited_HA, allowed_HA)
+        limits = self._limits
+        state = self._read.read_state(observation) if limits.has_rates and len(wanted_HA) else np.zeros(0)
+        limited_HA, allowed_HA = limits.allowed(wanted_HA, state)
+        beyond_HA, fast_HA = differs(wanted_HA, limited_HA), differs(limited_HA, allowed_HA)
         if not (beyond_HA.any() or fast_HA.any()):
             return actions_HA, {}
         if self._mode == "refuse":
             step, d = np.argwhere(beyond_HA if beyond_HA.any() else fast_HA)[0].tolist()
-            low, high, rate = self._low_A[d], self._high_A[d], self._step_A[d] * self._robot.control_hz
+            low, high, rate = limits.low_A[d], limits.high_A[d], limits.step_A[d] * self._robot.control_hz
             raise self._error(
                 f"commands from {low:g} to {high:g} that change by at most {rate:g} per second",
                 f"{wanted_HA[step, d]:g} in {self._place(step, d)}; the nearest allowed one is {allowed_HA[step, d]:g}",
@@ -140,7 +122,3 @@ class ActionGuard:
         return ActionError(
             expected=expected, found=found, where=f"the action chunk for robot {self._robot.name!r}", next=next
         )
-
-
-def _differs(wanted_HA: np.ndarray, allowed_HA: np.ndarray) -> np.ndarray:
-    return np.abs(wanted_HA - allowed_HA) > _ROUNDING * np.maximum(1, np.abs(wanted_HA))

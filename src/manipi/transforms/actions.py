@@ -16,6 +16,49 @@ import numpy as np
 from manipi.robots.robot import ActionGroup, EndEffector, Gripper, Joints, LinkageGripper, Robot, Rotation
 from manipi.types import Sample
 
+_ROUNDING = 1e-6
+"""By how much, relative to 1 or to the value, a command may be beyond a limit that it was trained on in float32."""
+
+
+class CommandLimits:
+    """What a robot states of its commands: `low` and `high` of its groups, and its `max_rates`.
+
+    The first step is measured from the current state in the dimensions of relative groups, whose commands and state
+    are in the same units, and is free in the others. Every later step is measured from the one before it, as allowed.
+    """
+
+    def __init__(self, robot: Robot):
+        self.low_A, self.high_A = (np.array(limit, np.float32).astype(np.float64) for limit in robot.limits)
+        rates = robot.max_rates or (np.inf,) * robot.action_size
+        self.step_A = np.array(rates, np.float64) / robot.control_hz
+        self.has_rates = bool(np.isfinite(self.step_A).any())
+        dimensions: list[int] = []  # which number of the state is the current value of each command, -1: none is
+        for group in robot.actions:
+            start = robot.state_start(group, len(dimensions))
+            dimensions += range(start, start + group.size) if group.relative else [-1] * group.size
+        self._state_A = np.array(dimensions)
+
+    def allowed(self, wanted: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Commands [..., H, A] at the nearest within the limits, and of these the nearest within the rates, too.
+
+        Args:
+            state: [S], the robot's own; not looked at without rates.
+        """
+        limited = np.clip(wanted, self.low_A, self.high_A)
+        if not self.has_rates or not wanted.shape[-2]:
+            return limited, limited
+        allowed = limited.copy()
+        before = np.where(self._state_A >= 0, state[self._state_A] if state.size else 0, limited[..., 0, :])
+        for step in np.moveaxis(allowed, -2, 0):  # views
+            np.clip(step, before - self.step_A, before + self.step_A, out=step)
+            before = step
+        return limited, allowed
+
+
+def differs(wanted: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """Which commands had to be moved, by more than rounding."""
+    return np.abs(wanted - allowed) > _ROUNDING * np.maximum(1, np.abs(wanted))
+
 
 @dataclass(frozen=True)
 class ActionSpace:

@@ -19,13 +19,18 @@ What a client may add beside the robot's own keys (`read_request`):
     manipi/mode           text     of a policy that has both: `flow`, or `tokens` as π0-FAST writes them
     manipi/subtask        text     of a policy that writes text: what is to be done at present
     manipi/write_subtask  bool     whether it shall write that before it acts
+    manipi/candidates     int      chunks to draw, of which one is answered (`manipi.candidates`)
+    manipi/selector       text     what chooses among them
+    manipi/gate           number   draw more than one only where that one is more uncertain
+    manipi/execute_steps  int      steps of the answer that will be executed, by which candidates are compared
 
 The previous chunk takes the way of a training chunk: the pipeline makes it relative to the state of *this* observation
 and normalises it, so that the model sees it as it would have predicted it now.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias
 
@@ -34,10 +39,23 @@ import numpy as np
 from manipi.errors import BadValueError, ObservationError, one_line, shown
 from manipi.robots.robot import Robot
 from manipi.types import Observation, Sample
-from manipi_client.keys import DELAY, MODE, NUM_STEPS, PREVIOUS, SEED, SUBTASK, TEMPERATURE, WRITE_SUBTASK
+from manipi_client.keys import (
+    CANDIDATES,
+    DELAY,
+    EXECUTE_STEPS,
+    GATE,
+    MODE,
+    NUM_STEPS,
+    PREVIOUS,
+    SEED,
+    SELECTOR,
+    SUBTASK,
+    TEMPERATURE,
+    WRITE_SUBTASK,
+)
 
-_CHUNK_KEYS = ("actions", "action_valid", "delay")
-_KEPT_KEYS = (*_CHUNK_KEYS, "subtask", "write", "answer")
+CHUNK_KEYS = ("actions", "action_valid", "delay")
+_KEPT_KEYS = (*CHUNK_KEYS, "subtask", "write", "answer")
 _OTHER_KEYS = ("prompt", *_KEPT_KEYS)
 
 Mode: TypeAlias = Literal["flow", "tokens"]
@@ -45,6 +63,9 @@ Mode: TypeAlias = Literal["flow", "tokens"]
 
 MAX_NUM_STEPS = 1_000
 """Integration steps that a client may ask for; a policy is trained for ten or so."""
+
+MAX_CANDIDATES = 16
+"""Chunks that a client may ask for at once. Imperfect selectors get worse with many (arXiv 2411.17501)."""
 
 MAX_PROMPT = 2_048
 """Characters of a prompt, several times what any model reads; as bytes four times as many, as UTF-8 has it."""
@@ -189,6 +210,8 @@ class Request:
     subtask: str
     """What is to be done at present; empty: nothing is said."""
     write_subtask: bool
+    choice: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `manipi.candidates.Choice` that the client sets."""
 
 
 def read_request(
@@ -212,6 +235,7 @@ def read_request(
     """
     # A recorded frame may bring its actions along; the policy must not see them.
     own = (*_KEPT_KEYS, PREVIOUS, DELAY, SEED, NUM_STEPS, TEMPERATURE, MODE, SUBTASK, WRITE_SUBTASK)
+    own = (*own, CANDIDATES, SELECTOR, GATE, EXECUTE_STEPS)
     asked = {key: value for key, value in observation.items() if key not in own}
     mode = _text(observation, MODE, 16) or modes[0]
     if mode not in modes:
@@ -252,6 +276,7 @@ def read_request(
         bool(_number(observation, WRITE_SUBTASK, "true or false", "b", 0, 1))
         if WRITE_SUBTASK in observation
         else False,
+        _read_choice(observation, horizon),
     )
 
 
@@ -266,11 +291,28 @@ def _text(observation: Mapping[str, Any], key: str, most: int) -> str:
     return text
 
 
+def _read_choice(observation: Mapping[str, Any], horizon: int) -> dict[str, Any]:
+    choice: dict[str, Any] = {}
+    for key, name, most in ((CANDIDATES, "n", MAX_CANDIDATES), (EXECUTE_STEPS, "execute_steps", horizon)):
+        if key in observation:
+            choice[name] = _count(observation, key, most, least=1)
+    if GATE in observation:
+        choice["gate"] = float(_number(observation, GATE, "a finite number from 0", "iuf", 0, sys.float_info.max))
+    if SELECTOR in observation:
+        try:
+            choice["selector"] = as_text(observation[SELECTOR], _MAX_KEY)
+        except ValueError as error:
+            raise _refusal("the name of a selector", str(error), SELECTOR, next=_METADATA) from None
+        if choice["selector"] is None:
+            raise _refusal("the name of a selector", _describe(observation[SELECTOR]), SELECTOR, next=_METADATA)
+    return choice
+
+
 def _count(observation: Mapping[str, Any], key: str, most: int, *, least: int = 0) -> int:
     return int(_number(observation, key, f"a whole number from {least} to {most}", "iu", least, most))
 
 
-def _number(observation: Mapping[str, Any], key: str, expected: str, kinds: str, least: int, most: int) -> float:
+def _number(observation: Mapping[str, Any], key: str, expected: str, kinds: str, least: float, most: float) -> float:
     value = _request_array(observation, key, expected, 1)
     if value.size != 1 or value.dtype.kind not in kinds or not least <= value.item() <= most:
         numbers = value.tolist() if value.size == 1 and value.dtype.kind in "biuf" else list(value.shape)

@@ -64,6 +64,11 @@ class Pipeline:
             actions = step.decode(actions, sample)
         return actions
 
+    def normalised(self, actions: np.ndarray, seen: Sequence[Sample]) -> np.ndarray:
+        """The model's output -> actions [H, A] as the model learned them: `decode` up to what `Normalize` undoes."""
+        first = next(i for i, step in enumerate(self.steps) if isinstance(step, Normalize)) + 1
+        return Pipeline(self.robot, self.steps[first:]).decode(actions, seen[first:])
+
     def encode_frame(self, frame: Frame) -> Sample:
         """A dataset's frame -> the model's training input."""
         return self.encode(observation_of(frame, self.robot))[0]

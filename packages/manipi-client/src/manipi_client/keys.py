@@ -10,6 +10,10 @@ manipi/temperature    number   of an answer that is written in tokens; 0: the li
 manipi/mode           text     `flow` or `tokens`, of a policy that does both (the policy)
 manipi/subtask        text     what is to be done at present, which the actions of this answer follow (the policy)
 manipi/write_subtask  bool     write it before the actions; `manipi/subtask` is what stays if that fails (the policy)
+manipi/candidates     int      chunks of a flow policy to draw for this answer, of which one is chosen (the policy)
+manipi/selector       text     what chooses among them, by its name at the server (the policy)
+manipi/gate           number   how uncertain the first of them has to be for the others to be drawn (the policy)
+manipi/execute_steps  int      steps of the chunk that will be executed, which the choice looks at (the policy)
 manipi/step           int      the step of the episode (logs and recordings)
 """
 
@@ -24,4 +28,8 @@ MODE = "manipi/mode"
 MODES = ("flow", "tokens")
 SUBTASK = "manipi/subtask"
 WRITE_SUBTASK = "manipi/write_subtask"
+CANDIDATES = "manipi/candidates"
+SELECTOR = "manipi/selector"
+GATE = "manipi/gate"
+EXECUTE_STEPS = "manipi/execute_steps"
 STEP = "manipi/step"
