@@ -268,10 +268,8 @@ def frames(
     state_keys: Sequence[str],
     action_key: str,
     horizon: int,
-    prompt: PromptSource = "task",
 ) -> list[Frame]:
     """The frames at some rows, each with the action chunk of `horizon` steps that begins there."""
-    prompt_at = dataset.prompt if prompt == "task" else dataset.subtask
     rows = np.asarray(rows, dtype=np.int64)
     observed = {camera: dataset.images(camera, rows) for camera in cameras}
     observed |= {key: dataset.column(key)[rows] for key in state_keys}
@@ -282,7 +280,7 @@ def frames(
             observation={key: values[i] for key, values in observed.items()},
             actions=actions[i],
             action_valid=valid[i],
-            prompt=prompt_at(row),
+            prompt=dataset.prompt(row),
             episode=episode.index,
             index=row - episode.start,
         )

@@ -64,7 +64,8 @@ class ModelLayout:
         black = np.zeros((size, size, 3), np.uint8)
         images = [sample.get(f"image/{slot}", black) for slot in self.model.cameras]
         present = [f"image/{slot}" in sample for slot in self.model.cameras]
-        rest = {k: v for k, v in sample.items() if not k.startswith("image/") and k != "prompt"}
+        texts = ("prompt", "subtask", "answer")
+        rest = {k: v for k, v in sample.items() if not k.startswith("image/") and k not in texts}
         if "actions" in sample:
             rest["actions"] = self._pad(sample["actions"])
         return {

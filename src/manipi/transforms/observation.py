@@ -34,7 +34,9 @@ from manipi.types import Observation, Sample
 from manipi_client.keys import DELAY, NUM_STEPS, PREVIOUS, SEED, TEMPERATURE
 
 _CHUNK_KEYS = ("actions", "action_valid", "delay")
-_OTHER_KEYS = ("prompt", *_CHUNK_KEYS)
+_LEARNED_KEYS = ("subtask", "answer")
+"""Texts beside a chunk in training. A robot's vector may have such a name, and stays its own."""
+_OTHER_KEYS = ("prompt", *_CHUNK_KEYS, *_LEARNED_KEYS)
 
 MAX_NUM_STEPS = 1_000
 """Integration steps that a client may ask for; a policy is trained for ten or so."""
@@ -70,6 +72,7 @@ class ReadRobot:
         cameras = {slot: key for slot, key in self.robot.cameras.items() if not self._absent(sample, slot, key)}
         images = {f"image/{slot}": self._image(sample, key) for slot, key in cameras.items()}
         kept = {key: sample[key] for key in _CHUNK_KEYS if key in sample}
+        kept |= {key: sample[key] for key in _LEARNED_KEYS if isinstance(sample.get(key), str)}
         return {**images, "state": self._state(sample), "prompt": self._prompt(sample), **kept}  # type: ignore[dict-item]
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:

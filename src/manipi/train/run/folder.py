@@ -42,8 +42,12 @@ from manipi.train.config import TrainConfig, ValidationConfig
 FORMAT = 1
 """Number of the layout below, in config.json as `format`; manipi 0.1.0 wrote the same layout without a number."""
 
-ADDED = {name: getattr(ValidationConfig(), name) for name in ("suite", "trials", "workers")}
-"""Settings of `validation` that runs of 0.1.0 do not have, as those runs were."""
+ADDED = {
+    "ValidationConfig": {name: getattr(ValidationConfig(), name) for name in ("suite", "trials", "workers")},
+    "DataConfig": {"language": []},
+    "DatasetConfig": {"kind": "robot", "language": []},
+}
+"""By the type of settings, what runs of 0.1.0 do not have of them, as those runs were."""
 
 
 class Run:
@@ -257,9 +261,17 @@ def _read_settings(path: Path) -> dict[str, Any]:
             where=str(path),
             next="upgrade manipi, or start a new run folder (--run-dir)",
         )
-    if isinstance(before := stored.get("validation"), dict):
-        stored["validation"] = {**ADDED, **before}
-    return stored
+    return _completed(stored)
+
+
+def _completed(stored: Any) -> Any:
+    """With the settings that were added since, at any depth."""
+    if isinstance(stored, list):
+        return [_completed(one) for one in stored]
+    if not isinstance(stored, dict):
+        return stored
+    added = ADDED.get(stored.get("type", ""), {}) if isinstance(stored.get("type", ""), str) else {}
+    return {**added, **{key: _completed(value) for key, value in stored.items()}}
 
 
 def differences(stored: Any, wanted: Any, path: str = "") -> list[tuple[str, str]]:
