@@ -1,6 +1,8 @@
 """LeRobot's language columns: read, refused where they are broken, written and converted."""
 
+import html
 import pickle
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,8 @@ from manipi.data.dataset import EpisodeSubset, Feature
 from manipi.data.lerobot.language import EVENTS, LANGUAGE, PERSISTENT
 from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.data.open import open_dataset
+from manipi.data.review.check import check_dataset
+from manipi.data.review.view import write_view
 from manipi.errors import DatasetFormatError, MissingFeatureError
 from manipi.types import Said
 
@@ -138,6 +142,30 @@ def test_texts_begin_at_their_frames_in_another_rate(spoken, tmp_path):
     assert held(after, "subtask") == held(before, "subtask")
     assert [one.timestamp for one in after.said(0)[0]] == pytest.approx([0, 0, 0.6])
     assert [one.style for one in after.said(0)[1][2]] == [None]  # what is said of a camera went with it
+
+
+def test_a_page_and_a_check_show_what_is_said(tmp_path):
+    """Of both columns, and of `subtask_index` where they say nothing; a broken item is one finding."""
+    old = Feature(kind="vector", shape=(1,), dtype="int64")
+    root = write(tmp_path / "set", language_of, subtask_index=old)
+    expected = {
+        0: [("0.00 s", "plan, assistant", PLAN.content), ("0.00 s", "subtask, assistant", "reach")],
+        1: [("0.00 s", "subtask", "older")],
+    }
+    expected[0] += [("0.20 s", "assistant", ASKED[2].tool_calls[0])]
+    expected[0] += [("0.20 s", f"vqa, {one.role}, {CAMERA}", one.content) for one in reversed(ASKED[:2])]
+    expected[0] += [("0.30 s", "subtask, assistant", "grasp")]
+    for episode, lines in expected.items():
+        write_view(tmp_path / "page.html", open_dataset(root, [episode]), show=False)
+        page = (tmp_path / "page.html").read_text(encoding="utf-8")
+        cells = re.findall(r'<tr><th scope="row">([\d.]+ s)</th><td>(.*?)</td><td>(.*?)</td></tr>', page)
+        said = [tuple(map(html.unescape, cell)) for cell in cells]
+        assert sorted(said) == sorted(lines)
+    assert not [f for f in check_dataset(root, quick=True).findings if "style" in f.what]
+    edit(root, EVENTS, lambda lists: lists[2][0].update(camera=None))
+    (found,) = [f for f in check_dataset(root, quick=True).findings if "style" in f.what]
+    assert (found.check, found.severity) == ("language", "error")
+    assert "episode 0, frame 2" in found.where
 
 
 # Broken ---------------------------------------------------------------------------------------------------------------
