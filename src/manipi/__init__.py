@@ -16,8 +16,8 @@ _MODULES = {
     "data.dataset": "Dataset Episode Feature",
     "data.open": "open_dataset",
     "data.norm_stats": "compute_norm_stats",
-    "types": "FieldStats NormStats",
-    "model.config": "Adapters FixedCodes GemmaSize LoRA Pi05Config Pi0Config Pi0FastConfig VisionSize",
+    "types": "FieldStats NormStats Say",
+    "model.config": "Adapters FixedCodes GemmaSize JointConfig LoRA Pi05Config Pi0Config Pi0FastConfig VisionSize",
     "train.config": (
         "AugmentConfig ComputeConfig DataConfig DatasetConfig LogConfig OptimizerConfig TrainConfig ValidationConfig"
     ),

@@ -65,7 +65,7 @@ from manipi.train.config import (
     ValidationConfig,
 )
 from manipi.train.loop import train as run_training
-from manipi.types import FieldStats, NormStats
+from manipi.types import FieldStats, NormStats, Say
 
 __all__ = [
     "ActionError",
@@ -111,6 +111,7 @@ __all__ = [
     "PolicyServer",
     "RequestError",
     "Robot",
+    "Say",
     "SelfTestError",
     "ServeError",
     "SimulatorError",

@@ -36,7 +36,7 @@ from manipi.transforms import pipeline
 from manipi.transforms.model_input import code_constraint
 from manipi.transforms.observation import CHUNK_KEYS, MAX_NUM_STEPS, Mode, Request, read_request
 from manipi.types import NormStats, Observation, Sample
-from manipi_client.keys import NUM_STEPS
+from manipi_client.keys import NUM_STEPS, WRITE_SUBTASK
 
 SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """Largest difference in normalised units between the trainer's actions and the loaded policy's."""
@@ -271,7 +271,7 @@ class Policy:
             steps = request.num_steps or self.config.num_steps
             self._choice(request).check(self._selectors, **self._heads, num_steps=steps, error=ObservationError)
         if request.write_subtask:  # first the question: `answer` writes the text, and encodes once more
-            return Encoded(*self.pipeline.encode({**request.asked, "write": np.ones(1, bool)}), request)
+            return Encoded(*self.pipeline.encode({**request.asked, WRITE_SUBTASK: np.ones(1, bool)}), request)
         told = {"subtask": request.subtask} if request.subtask else {}
         return Encoded(*self.pipeline.encode({**request.asked, **told}), request)
 

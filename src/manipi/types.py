@@ -5,7 +5,7 @@ Shape letters: H action horizon, A action dimensions, S state dimensions; h, w p
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -30,6 +30,39 @@ class Frame:
     episode: int
     index: int
     """Frame number within the episode."""
+    subtask: str = ""
+    """What the policy learns to write after the prompt, and acts upon; empty: nothing."""
+    answer: str = ""
+    """What it learns to write after a `prompt` that asks about the pictures, without actions; empty: no question."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """A text about an episode, as LeRobot's language columns have it."""
+
+    role: str
+    """Who says it: user, assistant …"""
+    content: str | None
+    style: str | None
+    """subtask, plan, memory: it holds until the next of its style; vqa, interjection …: it belongs to one frame."""
+    timestamp: float | None = None
+    """When it begins to hold, in seconds of the episode; None: it belongs to one frame."""
+    camera: str | None = None
+    """The feature that it is about."""
+    tool_calls: tuple[str, ...] | None = None
+    """As JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Say:
+    """One choice of a language plan: what the policy is told at a frame, and what it learns to write."""
+
+    weight: float = 1.0
+    """Its share of the samples, relative to the plan's other weights."""
+    instruct: Literal["task", "subtask"] = "task"
+    """What the prompt is: the instruction of the episode, or of the step."""
+    learn_subtask: bool = False
+    """Learn to write the step's subtask behind the prompt, where it has one."""
 
 
 @dataclass(frozen=True)

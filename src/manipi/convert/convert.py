@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,13 +26,15 @@ from tqdm import tqdm
 
 from manipi.convert.formats import EpisodeReader, RecordedEpisode
 from manipi.data.dataset import Feature
-from manipi.data.lerobot.episode import EpisodeEncoder, Pictures
+from manipi.data.lerobot.episode import EpisodeEncoder, Pictures, Texts
+from manipi.data.lerobot.language import LANGUAGE
 from manipi.data.lerobot.writer import Parts
 from manipi.errors import ConfigError, DataError, ManipiError, MissingFeatureError, StorageError, quoted, shown
 from manipi.processes import on_cluster, start_helper
 from manipi.records import fingerprint, json_bytes, read_json, to_json
 from manipi.storage import atomic_directory, atomic_write, require_absent, storage_errors
 from manipi.transforms.model_input import resize_with_pad
+from manipi.types import Said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +150,8 @@ def convert(
                 folders = [parts.episode(number) for number in numbers if number not in bad]
                 skipped = [(reader.names[number], bad[number]) for number in sorted(bad)]
                 report = {"reused": reused, "skipped": skipped, "remarks": remarks}
-                report = parts.finish(folders, encoder, settings.robot_type or reader.robot_type, report, show=show)
+                robot_type, files = settings.robot_type or reader.robot_type, reader.kept_files()
+                report = parts.finish(folders, encoder, robot_type, report, files=files, show=show)
     except StorageError as error:
         again = "make room, or allow writing there, and run the same command again"
         next = f"{again}; finished episodes wait in {parts.folder}"
@@ -179,6 +182,8 @@ def _encoder(
                         names = names if len(names) == values.shape[1] else ()
                         shape, dtype = values.shape[1:], str(values.dtype)
                         features[key] = Feature(kind="vector", shape=shape, dtype=dtype, names=names)
+                    elif key in episode.language:
+                        features[key] = LANGUAGE
                     else:
                         shape = next((block.shape[1:] for block in values), ())
                         features[key] = Feature(kind="image", shape=shape, dtype="video")
@@ -222,11 +227,12 @@ class _Job:
 
 def _converted(
     episode: RecordedEpisode, reader: EpisodeReader, settings: ConvertSettings, name: str
-) -> tuple[Mapping[str, np.ndarray | Pictures], str | list[str]]:
-    """The vectors, those joined of others, and the pictures, turned and resized; the instruction, or one per frame."""
+) -> tuple[Mapping[str, np.ndarray | Pictures | Texts], str | list[str]]:
+    """The vectors, those joined of others, the pictures, turned and resized, and the language columns; the instruction,
+    or one per frame."""
     where = f"{reader.root}, {name}"
     usual = [(whole, parts) for whole, parts in reader.joins if all(part in episode.columns for part in parts)]
-    names = [*episode.columns, *(whole for whole, _ in (*settings.joins, *usual)), *episode.pictures]
+    names = [*episode.columns, *(whole for whole, _ in (*settings.joins, *usual)), *episode.pictures, *episode.language]
     for flag, named, known in (
         ("exclude", settings.exclude, (*names, *episode.remarks)),
         ("swap-channels", settings.swap_channels or (), episode.pictures),
@@ -250,6 +256,7 @@ def _converted(
         if (whole, parts) in settings.joins or whole not in columns:
             columns[whole] = np.concatenate([episode.columns[part] for part in parts], axis=1)
     data = columns | {camera: _Shown(blocks, settings, camera) for camera, blocks in episode.pictures.items()}
+    data |= {key: list(_retimed(items, episode, reader, settings)) for key, items in episode.language.items()}
     tasks = [text or settings.task for text in ([episode.task] if isinstance(episode.task, str) else episode.task)]
     if not all(tasks):
         raise ConfigError(
@@ -260,6 +267,20 @@ def _converted(
         )
     task = tasks[0] if isinstance(episode.task, str) else tasks
     return {key: values for key, values in data.items() if key not in settings.exclude}, task
+
+
+def _retimed(
+    items: Texts, episode: RecordedEpisode, reader: EpisodeReader, settings: ConvertSettings
+) -> Iterator[tuple[int, Said]]:
+    """Texts that begin to hold at the frames at which they did; without those about cameras that are left out."""
+    assert episode.seconds is not None, "a reader that knows texts knows the time"
+    seconds_T, fps = episode.seconds.astype(np.float32), settings.fps or reader.fps or 1
+    moved = not np.array_equal(seconds_T, (np.arange(len(seconds_T)) / fps).astype(np.float32))
+    for frame, one in items:
+        if one.timestamp is not None and moved:
+            one = replace(one, timestamp=float(np.searchsorted(seconds_T, np.float32(one.timestamp)) / fps))
+        if one.camera not in settings.exclude:
+            yield frame, one
 
 
 @dataclass(frozen=True)

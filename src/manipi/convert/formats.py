@@ -18,6 +18,7 @@ from typing import Literal, NoReturn
 import numpy as np
 from jaxtyping import UInt8
 
+from manipi.data.lerobot.episode import Texts
 from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, quoted, unknown_name
 
 BLOCK = 16
@@ -36,6 +37,10 @@ class RecordedEpisode:
     """The instruction, or one per frame; empty where the source has none."""
     remarks: Mapping[str, str] = field(default_factory=dict)
     """What to know of a feature: how its pictures are stored, where that is unusual, and why it is left out."""
+    language: Mapping[str, Texts] = field(default_factory=dict)
+    """What LeRobot's language columns say, by column."""
+    seconds: np.ndarray | None = None
+    """When each frame was, [T], where `language` speaks of time."""
 
 
 class EpisodeReader(abc.ABC):
@@ -75,6 +80,10 @@ class EpisodeReader(abc.ABC):
 
     def remarks(self, fps: float) -> Mapping[str, str]:
         """What to know of the source as a whole, by feature or array, where it becomes rows of `fps` per second."""
+        return {}
+
+    def kept_files(self) -> Mapping[str, bytes]:
+        """Content of files that the dataset is to have as they are, by their path in it."""
         return {}
 
     def files(self) -> Iterable[Path]:

@@ -28,6 +28,8 @@ from manipi.convert.formats import (
     remark,
     vector,
 )
+from manipi.data.dataset import Episode
+from manipi.data.lerobot.language import EVENTS, PERSISTENT
 from manipi.data.lerobot.video import DeepPicture, decode_picture
 from manipi.data.open import open_dataset
 from manipi.data.review.values import uneven_timestamps
@@ -506,7 +508,8 @@ _NUMBERING = ("timestamp", "frame_index", "episode_index", "index", "task_index"
 
 
 class DatasetReader(EpisodeReader):
-    """The episodes of a `Dataset`, with their vectors, pictures and, frame by frame, tasks. Texts are not kept."""
+    """The episodes of a `Dataset`, with their vectors, pictures and, frame by frame, tasks; of texts beside these, what
+    LeRobot's language columns say is kept."""
 
     def __init__(self, root: Path):
         super().__init__(root)
@@ -545,8 +548,18 @@ class DatasetReader(EpisodeReader):
             columns=_Columns({key: partial(column, key) for key in self._vectors}),
             pictures={c: Blocks(partial(read, c), rows.start, rows.stop) for c in dataset.cameras},
             task=[dataset.prompt(row) for row in rows],
+            **self._language(episode),
             remarks={k: remark(f.kind, (), np.dtype("u1")) for k, f in dataset.features.items() if f.kind == "depth"},
         )
+
+    def _language(self, episode: Episode) -> dict[str, Any]:
+        if not (columns := {PERSISTENT, EVENTS} & self._dataset.features.keys()):
+            return {}
+        persistent, events = self._dataset.said(self._dataset.episodes.index(episode))
+        texts = {PERSISTENT: [(0, one) for one in persistent]}
+        texts[EVENTS] = [(frame, one) for frame, items in events.items() for one in items]
+        seconds = self._dataset.column("timestamp")[episode.start : episode.start + episode.length, 0]
+        return {"language": {key: texts[key] for key in sorted(columns)}, "seconds": seconds}
 
 
 class LeRobotReader(DatasetReader):
@@ -557,6 +570,11 @@ class LeRobotReader(DatasetReader):
     @classmethod
     def recognises(cls, root: Path) -> bool:
         return (root / "meta/info.json").is_file()
+
+    def kept_files(self) -> Mapping[str, bytes]:
+        """The words of `subtask_index`."""
+        path = self.root / "meta/subtasks.parquet"
+        return {"meta/subtasks.parquet": path.read_bytes()} if path.exists() else {}
 
 
 class RldsReader(DatasetReader):

@@ -24,7 +24,7 @@ from manipi.errors import BadValueError, ConfigError, MissingFeatureError, quote
 from manipi.processes import SharedArray
 from manipi.records import fingerprint
 from manipi.robots.robot import EndEffector, Gripper, LinkageGripper, Robot
-from manipi.types import Frame
+from manipi.types import Frame, Said
 
 PromptSource: TypeAlias = Literal["task", "subtask"]
 """What the policy is told: the instruction of the episode, or of the step."""
@@ -106,10 +106,31 @@ class Dataset(abc.ABC):
     def subtask(self, row: int) -> str:
         """What the robot does at a row, finer than the instruction. Raises MissingFeatureError where none are kept."""
         raise MissingFeatureError(
-            expected="subtasks: meta/subtasks.parquet and a column subtask_index",
+            expected="subtasks: in language_persistent, or in meta/subtasks.parquet with a column subtask_index",
             found="none",
             where=str(self.root),
-            next="--data.prompt task  # uses the instruction of the episode",
+            next="--data.prompt task, or a plan without subtasks; or annotate it, as LeRobot's lerobot-annotate does",
+        )
+
+    def said(self, position: int) -> tuple[Sequence[Said], Mapping[int, Sequence[Said]]]:
+        """Of an episode, by its position in `episodes`: the texts that hold for a while, and by frame those that belong
+        to one."""
+        return (), {}
+
+    def texts(self, style: str) -> tuple[list[str], Int64[np.ndarray, "N"]]:
+        """The texts of a style that holds for a while, and which of them holds at each row; -1: none does.
+
+        Raises:
+            MissingFeatureError: the dataset has none of that style.
+        """
+        if style == "subtask":
+            texts, numbers = self.instructions("subtask")
+            return texts, numbers[:, 0]
+        raise MissingFeatureError(
+            expected=f"texts of style {style!r} in language_persistent",
+            found="none",
+            where=str(self.root),
+            next="annotate the dataset, as LeRobot's lerobot-annotate does",
         )
 
     def instructions(self, source: PromptSource) -> tuple[list[str], Int64[np.ndarray, "N k"]]:
@@ -247,10 +268,8 @@ def frames(
     state_keys: Sequence[str],
     action_key: str,
     horizon: int,
-    prompt: PromptSource = "task",
 ) -> list[Frame]:
     """The frames at some rows, each with the action chunk of `horizon` steps that begins there."""
-    prompt_at = dataset.prompt if prompt == "task" else dataset.subtask
     rows = np.asarray(rows, dtype=np.int64)
     observed = {camera: dataset.images(camera, rows) for camera in cameras}
     observed |= {key: dataset.column(key)[rows] for key in state_keys}
@@ -261,7 +280,7 @@ def frames(
             observation={key: values[i] for key, values in observed.items()},
             actions=actions[i],
             action_valid=valid[i],
-            prompt=prompt_at(row),
+            prompt=dataset.prompt(row),
             episode=episode.index,
             index=row - episode.start,
         )
@@ -313,6 +332,13 @@ class EpisodeSubset(Dataset):
 
     def instructions(self, source: PromptSource) -> tuple[list[str], np.ndarray]:
         texts, numbers = self._dataset.instructions(source)
+        return texts, numbers[self._rows]
+
+    def said(self, position: int) -> tuple[Sequence[Said], Mapping[int, Sequence[Said]]]:
+        return self._dataset.said(int(self._dataset.episode_of(self._rows[self.starts[position]])))
+
+    def texts(self, style: str) -> tuple[list[str], np.ndarray]:
+        texts, numbers = self._dataset.texts(style)
         return texts, numbers[self._rows]
 
     def place(self, row: int) -> str:

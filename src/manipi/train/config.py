@@ -13,6 +13,7 @@ from manipi.errors import ConfigError, unknown_name
 from manipi.model.config import DType, ModelConfig, NormMode, Pi0FastConfig, Pi05Config
 from manipi.records import Anytime, BeforeStep1, Stays, added
 from manipi.robots.robot import Robot
+from manipi.types import Say
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class DatasetConfig:
     """One dataset of a mixture."""
 
     path: str
-    """Folder or URL, seen from `DataConfig.root`: LeRobot (v2.0 to v3.0), or RLDS as NAME/VERSION."""
+    """Folder or URL, seen from `DataConfig.root`: LeRobot (v2.0 to v3.0), or RLDS as NAME/VERSION. Of questions also
+    a JSONL file."""
+    kind: Literal["robot", "vqa"] = added("robot")
+    """`vqa`: questions about pictures and their answers, of a JSONL file or a LeRobot dataset's language_events."""
     weight: float = 1.0
     """Its share of the samples, relative to the other weights."""
     robot: Robot | None = None
@@ -62,9 +66,26 @@ class DatasetConfig:
     prompt: Literal["task", "subtask"] = "task"
     fields: str = ""
     """RLDS only: its map in `data.rlds.fields.BY_NAME`; empty: the one beside its files, or of its name."""
+    language: tuple[Say, ...] = added(())
+    """What the policy is told, and learns to write: one choice per sample; empty: it is told what `prompt` says."""
+
+    def __post_init__(self) -> None:
+        asks, told = self.kind == "vqa", self.prompt != "task"
+        if (asks and (told or self.language or self.keep)) or (told and self.language):
+            raise ConfigError(
+                expected="questions without prompt, language and keep" if asks else "either prompt or language",
+                found=f"prompt {self.prompt!r}, {len(self.language)} choices of language, keep {self.keep!r}",
+                where=f"the dataset {self.path}",
+                next="leave them out" if asks else 'leave prompt out, and write Say(instruct="subtask")',
+            )
+
+    @property
+    def plan(self) -> tuple[Say, ...]:
+        """`language`, or what `prompt` says."""
+        return self.language or (Say(instruct=self.prompt),)
 
 
-STRUCTURE = (Robot, tuple[DatasetConfig, ...])
+STRUCTURE = (Robot, tuple[DatasetConfig, ...], tuple[Say, ...])
 """Types of settings that a recipe alone says: there is no flag for them."""
 
 
@@ -86,6 +107,8 @@ class DataConfig:
     """Of `path`: numbers of the episodes to use; none named: all of them."""
     prompt: Stays[Literal["task", "subtask"]] = "task"
     """Of `path`: what the policy is told, the episode's task or the step's subtask."""
+    language: Stays[tuple[Say, ...]] = added(())
+    """Of `path`: what it is told, and learns to write, as one of several choices per sample; empty: as `prompt`."""
     skip_bad_episodes: Stays[bool] = False
     """Leave out episodes that `manipi check` finds broken, and say which; otherwise they stop the run."""
     holdout: Stays[BelowOne] = 0.1
@@ -104,7 +127,8 @@ class DataConfig:
         """What to train on: `path` alone, or else the mixture."""
         if not self.path:
             return tuple(replace(one, path=self._under_root(one.path)) for one in self.mixture)
-        return (DatasetConfig(path=self.path, keep=self.keep, episodes=self.episodes, prompt=self.prompt),)
+        chosen = {"keep": self.keep, "episodes": self.episodes, "prompt": self.prompt, "language": self.language}
+        return (DatasetConfig(path=self.path, **chosen),)
 
     def _under_root(self, path: str) -> str:
         return path if not self.root or "://" in path or path.startswith("/") else f"{self.root.rstrip('/')}/{path}"

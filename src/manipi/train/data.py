@@ -35,8 +35,9 @@ from manipi.data.norm_stats import (
     sketch_norm_stats,
     suspicious_dimensions,
 )
+from manipi.data.questions import Questions, questions_of, read_questions
 from manipi.data.review.filters import read_mask
-from manipi.errors import ConfigError, ManipiError, NormStatsError, TrainingError, shown
+from manipi.errors import ConfigError, ManipiError, MissingFeatureError, NormStatsError, TrainingError, shown
 from manipi.model.config import ModelConfig
 from manipi.records import fingerprint, from_json, json_bytes, read_object
 from manipi.remote.fetch import fetch
@@ -111,7 +112,7 @@ def longest_prompt(parts: Sequence[Part]) -> LongestPrompt:
 def _longest_of(part: Part) -> LongestPrompt:
     source, rows = part.source, np.sort(np.concatenate([part.rows, part.held_out]))
     dataset, step = source.dataset, _step(source.pipeline, TokenizePrompt, TokenizeActions)
-    texts, numbers = dataset.instructions(source.prompt)
+    texts, numbers = source.instructions()
     states, behind = _States(step, source.pipeline.robot.state_size), getattr(step, "codes", None)
     of_text = np.array([states.with_zeros(text) for text in texts])
     tokens, of_actions, row, text = 0, 0, 0, ""
@@ -150,6 +151,9 @@ def _blocks(
 ) -> Iterator[tuple[np.ndarray, Float32[np.ndarray, "N S"], Int64[np.ndarray, "N"]]]:
     """Rows, their normalised states, and the tokens of their actions, as the pipeline makes them of frames."""
     source, robot = part.source, part.source.pipeline.robot
+    if isinstance(source.dataset, Questions):
+        yield rows, np.zeros((len(rows), robot.state_size), np.float32), np.zeros(len(rows), np.int64)
+        return
     normalize = _step(source.pipeline, Normalize)
     space, state_NS = ActionSpace(robot), read_state(source.dataset, robot)
     key, horizon = robot.dataset_key(robot.action_key), source.action_horizon
@@ -224,6 +228,11 @@ class TrainingData:
     longest: LongestPrompt
 
     @property
+    def robot_sets(self) -> list[TrainingSet]:
+        """Those of robots, without questions about pictures."""
+        return [one for one in self.sets if not isinstance(one.source.dataset, Questions)]
+
+    @property
     def main(self) -> TrainingSet:
         """The first set of the recipe's own robot."""
         return next(one for one in self.sets if one.source.pipeline.robot == self.config.robot)
@@ -231,14 +240,14 @@ class TrainingData:
     @property
     def other_robots(self) -> dict[str, tuple[Robot, NormStats]]:
         """Those of the mixture beside the recipe's, with their statistics."""
-        robots = {robot.name: robot for robot in (one.source.pipeline.robot for one in self.sets)}
+        robots = {robot.name: robot for robot in (one.source.pipeline.robot for one in self.robot_sets)}
         return {name: (robot, self.stats[name]) for name, robot in robots.items() if name != self.config.robot.name}
 
     def example(self) -> Sample:
         """The main set's first held-out observation (or training one, where none is held out), in the robot's keys."""
         rows = self.main.held_out if len(self.main.held_out) else self.main.rows
         observation = observation_of(self.main.source.frames(rows[:1])[0], self.config.robot)
-        return {k: v for k, v in observation.items() if k not in ("actions", "action_valid")}
+        return {k: v for k, v in observation.items() if k not in ("actions", "action_valid", "subtask")}
 
     @cached_property
     def mixture(self) -> Mixture:
@@ -284,10 +293,11 @@ def prepare(config: TrainConfig, folder: Path) -> TrainingData:
         TokenizerError: another project's weights to start from, and not the tokenizer that they were trained with.
     """
     opened = open_demonstrations(config)
-    stats = {name: _stats(config, group, folder) for name, group in _by_robot(opened).items()}
+    of_robots = [one for one in opened if not isinstance(one.dataset, Questions)]
+    stats = {name: _stats(config, group, folder) for name, group in _by_robot(of_robots).items()}
     claim_videos(folder, {one.dataset.fingerprint: one.dataset.picture_files(one.cameras) for one in opened})
-    tokenizers = _tokenizers(config, opened, stats, folder / "tokenizer")
-    sets = tuple(_training_set(config, one, stats[one.robot.name], tokenizers, folder / "cache") for one in opened)
+    tokenizers = _tokenizers(config, of_robots, stats, folder / "tokenizer")
+    sets = tuple(_training_set(config, one, stats, tokenizers, folder / "cache") for one in opened)
     longest = _longest(config, sets, stats, tokenizers, folder / "longest_prompt.json")
     longest.require_fit()
     return TrainingData(config, sets, stats, tokenizers, longest)
@@ -296,7 +306,7 @@ def prepare(config: TrainConfig, folder: Path) -> TrainingData:
 def at_hand(config: TrainConfig) -> bool:
     """Whether the recipe has datasets, and all of them lie on this disk."""
     paths = [one.path for one in config.data.datasets]
-    return bool(paths) and all("://" not in path and Path(path).expanduser().is_dir() for path in paths)
+    return bool(paths) and all("://" not in path and Path(path).expanduser().exists() for path in paths)
 
 
 def prepare_to_look(config: TrainConfig) -> TrainingData:
@@ -332,7 +342,7 @@ def _longest(
     config: TrainConfig, sets: Sequence[TrainingSet], stats: Mapping[str, NormStats], tokenizers: Tokenizers, path: Path
 ) -> LongestPrompt:
     """The run's longest prompt: of millions of frames it is looked for once, whoever asks again."""
-    read = [(one.source.dataset.fingerprint, one.source.prompt, one.source.pipeline.robot) for one in sets]
+    read = [(one.source.dataset.fingerprint, one.source.plan, one.source.pipeline.robot) for one in sets]
     rows = [rows_fingerprint(np.concatenate([one.rows, one.held_out])) for one in sets]
     action = tokenizers.action and tokenizers.action.sha256
     of = fingerprint([config.model, config.norm_mode, read, rows, stats, tokenizers.text.reference, action])
@@ -363,8 +373,13 @@ def _open(config: TrainConfig, settings: DatasetConfig) -> Opened:
 
     robot = settings.robot or config.robot
     pipeline.check_fit(robot, config.model)
+    if settings.kind == "vqa" and settings.path.endswith(".jsonl"):
+        return _questions(config, settings, read_questions(fetch(settings.path), config.model.cameras))
     episodes = _sound(settings, robot) if config.data.skip_bad_episodes else settings.episodes
     dataset = open_dataset(settings.path, episodes, fields=settings.fields, seed=config.seed)
+    if settings.kind == "vqa":
+        slots = {robot.dataset_key(key): slot for slot, key in robot.cameras_in(dataset.features).items()}
+        return _questions(config, settings, questions_of(dataset, slots))
     check_features(dataset, robot)
     for slot in robot.cameras.keys() - robot.cameras_in(dataset.features):
         tqdm.write(f"absent  {dataset.name}: the optional camera {slot!r} ({robot.dataset_key(robot.cameras[slot])})")
@@ -374,7 +389,28 @@ def _open(config: TrainConfig, settings: DatasetConfig) -> Opened:
     if settings.keep:
         keep = read_mask(fetch(settings.keep), dataset)
         rows, held_out = rows[keep[rows]], held_out[keep[held_out]]
+    _require_subtasks(settings, dataset, np.concatenate([rows, held_out]))
     return Opened(settings=settings, robot=robot, dataset=dataset, rows=rows, held_out=held_out)
+
+
+def _questions(config: TrainConfig, settings: DatasetConfig, questions: Questions) -> Opened:
+    rows, held_out = split_episodes(questions, holdout=config.data.holdout, seed=config.seed)
+    robot = pipeline.robot_of_questions(config.robot, config.model)
+    return Opened(settings=settings, robot=robot, dataset=questions, rows=rows, held_out=held_out)
+
+
+def _require_subtasks(settings: DatasetConfig, dataset: Dataset, rows: np.ndarray) -> None:
+    """Where subtasks are told or learned, the dataset has some; where they are told, every frame has one."""
+    if not any(say.instruct == "subtask" or say.learn_subtask for say in settings.plan):
+        return
+    lacking = rows[dataset.texts("subtask")[1][rows] < 0]
+    if lacking.size and any(say.instruct == "subtask" for say in settings.plan):
+        raise MissingFeatureError(
+            expected="a subtask at every frame, since the policy is told it",
+            found=f"{lacking.size:,} of {rows.size:,} frames without, the first: {dataset.locate(int(lacking.min()))}",
+            where=str(dataset.root),
+            next="tell it the task, Say(learn_subtask=True); or leave those frames out (keep), or annotate them",
+        )
 
 
 def _sound(settings: DatasetConfig, robot: Robot) -> tuple[int, ...]:
@@ -409,13 +445,19 @@ def _by_robot(opened: Sequence[Opened]) -> dict[str, list[Opened]]:
 
 
 def _training_set(
-    config: TrainConfig, one: Opened, stats: NormStats, tokenizers: Tokenizers, cache: Path
+    config: TrainConfig, one: Opened, stats: Mapping[str, NormStats], tokenizers: Tokenizers, cache: Path
 ) -> TrainingSet:
-    """With a cache, which resizes as the pipeline does: the samples are the same (`raw`: bit for bit)."""
-    steps = pipeline.build(one.robot, config.model, stats, tokenizers, config.norm_mode)
-    horizon, prompt, how = config.model.action_horizon, one.settings.prompt, config.data
-    source = to_train_on = EncodedDataset(dataset=one.dataset, pipeline=steps, action_horizon=horizon, prompt=prompt)
-    if how.cache != "none":
+    """With a cache, which resizes as the pipeline does: the samples are the same (`raw`: bit for bit). Pictures of
+    questions are not kept in it."""
+    asks = isinstance(one.dataset, Questions)
+    steps = (
+        pipeline.build_questions(config.robot, config.model, tokenizers)
+        if asks
+        else pipeline.build(one.robot, config.model, stats[one.robot.name], tokenizers, config.norm_mode)
+    )
+    horizon, plan, how = config.model.action_horizon, one.settings.plan, config.data
+    source = to_train_on = EncodedDataset(dataset=one.dataset, pipeline=steps, action_horizon=horizon, plan=plan)
+    if how.cache != "none" and not asks:
         size = config.model.vision.image_size
         cached = CachedDataset(one.dataset, one.cameras, cache, size, format=how.cache, max_gb=how.cache_gb)
         if how.cache_fill == "ahead":

@@ -35,6 +35,7 @@ from manipi.tokenizers.prompts import (
     text_runs,
 )
 from manipi.types import Sample
+from manipi_client.keys import WRITE_SUBTASK
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class ModelLayout:
         black = np.zeros((size, size, 3), np.uint8)
         images = [sample.get(f"image/{slot}", black) for slot in self.model.cameras]
         present = [f"image/{slot}" in sample for slot in self.model.cameras]
-        rest = {k: v for k, v in sample.items() if not k.startswith("image/") and k != "prompt"}
+        texts = ("prompt", "subtask", "answer")
+        rest = {k: v for k, v in sample.items() if not k.startswith("image/") and k not in texts}
         if "actions" in sample:
             rest["actions"] = self._pad(sample["actions"])
         return {
@@ -125,8 +127,9 @@ class CodesBehind:
 class TokenizePrompt:
     """π0 and π0.5: the instruction, and for π0.5 the normalised state as bin numbers.
 
-    A model that writes text also takes `subtask` (the present step's words, on which the actions then depend), `write`
-    (it shall be written) and `answer` (to a question about the pictures, which is the prompt; there are no actions).
+    A model that writes text also takes `subtask` (the present step's words, on which the actions then depend),
+    `manipi/write_subtask` (it shall write these) and `answer` (to a question about the pictures, which is the prompt;
+    there are no actions).
     """
 
     tokenizer: TextTokenizer
@@ -139,7 +142,7 @@ class TokenizePrompt:
     def encode(self, sample: Sample) -> Sample:
         prefix, text = self._tokens(str(sample["prompt"]), sample["state"], sample)
         prompt = padded(self.tokenizer, prefix, self.max_len, text=text, truncate=self.compat.truncated_prompts)
-        rest = {key: value for key, value in sample.items() if key not in ("subtask", "write", "answer")}
+        rest = {key: value for key, value in sample.items() if key not in ("subtask", WRITE_SUBTASK, "answer")}
         rest |= {"tokens": prompt.tokens, "token_valid": prompt.valid}
         if self.writes_text and (text or "actions" in sample):
             rest["token_causal"] = prompt.causal
@@ -161,8 +164,8 @@ class TokenizePrompt:
         state = state_S if self.with_state else None
         if self.writes_text and sample.get("answer"):
             return text_runs(self.tokenizer, prompt, None, ANSWER_MARKER, str(sample["answer"]))
-        if self.writes_text and ("write" in sample or sample.get("subtask")):
-            text = None if "write" in sample else str(sample["subtask"])
+        if self.writes_text and (WRITE_SUBTASK in sample or sample.get("subtask")):
+            text = None if WRITE_SUBTASK in sample else str(sample["subtask"])
             return text_runs(self.tokenizer, prompt, state, SUBTASK_MARKER, text, **below)
         return pi05_tokens(self.tokenizer, prompt, state, **below), []
 

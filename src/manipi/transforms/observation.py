@@ -55,8 +55,9 @@ from manipi_client.keys import (
 )
 
 CHUNK_KEYS = ("actions", "action_valid", "delay")
-_KEPT_KEYS = (*CHUNK_KEYS, "subtask", "write", "answer")
-_OTHER_KEYS = ("prompt", *_KEPT_KEYS)
+_LEARNED_KEYS = ("subtask", "answer")
+"""Texts beside a chunk in training. A robot's vector may have such a name, and stays its own."""
+_OTHER_KEYS = ("prompt", *CHUNK_KEYS, *_LEARNED_KEYS)
 
 Mode: TypeAlias = Literal["flow", "tokens"]
 """How a policy makes actions: by integration, or written as codes."""
@@ -97,7 +98,8 @@ class ReadRobot:
         sample = self._flat(sample)
         cameras = {slot: key for slot, key in self.robot.cameras.items() if not self._absent(sample, slot, key)}
         images = {f"image/{slot}": self._image(sample, key) for slot, key in cameras.items()}
-        kept = {key: sample[key] for key in _KEPT_KEYS if key in sample}
+        kept = {key: sample[key] for key in (*CHUNK_KEYS, WRITE_SUBTASK) if key in sample}
+        kept |= {key: sample[key] for key in _LEARNED_KEYS if isinstance(sample.get(key), str)}
         return {**images, "state": self._state(sample), "prompt": self._prompt(sample), **kept}  # type: ignore[dict-item]
 
     def decode(self, actions_HA: np.ndarray, sample: Sample) -> np.ndarray:
@@ -234,9 +236,10 @@ def read_request(
         ObservationError: one of the keys has another type, shape or range.
     """
     # A recorded frame may bring its actions along; the policy must not see them.
-    own = (*_KEPT_KEYS, PREVIOUS, DELAY, SEED, NUM_STEPS, TEMPERATURE, MODE, SUBTASK, WRITE_SUBTASK)
+    own = (*CHUNK_KEYS, PREVIOUS, DELAY, SEED, NUM_STEPS, TEMPERATURE, MODE, SUBTASK, WRITE_SUBTASK)
     own = (*own, CANDIDATES, SELECTOR, GATE, EXECUTE_STEPS)
     asked = {key: value for key, value in observation.items() if key not in own}
+    asked = {key: value for key, value in asked.items() if key not in _LEARNED_KEYS or not isinstance(value, str)}
     mode = _text(observation, MODE, 16) or modes[0]
     if mode not in modes:
         next = "leave it out, or serve a policy that was trained with action codes (JointConfig)"

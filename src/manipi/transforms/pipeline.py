@@ -11,11 +11,13 @@ state hides between the two.
 The keys of a sample on its way:
     image/<slot>  uint8 [h, w, 3]     state  float32 [S]     prompt  str
     actions       float32 [H, A]      action_valid  bool [H]                        (training only)
+    subtask       str: text to write behind the prompt, on which the actions depend (training only, where there is one)
+    answer        str: text to write behind a prompt that asks about the pictures, without actions    (likewise)
 and at the end those of `manipi.model.ModelInput`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -79,7 +81,8 @@ def observation_of(frame: Frame, robot: Robot) -> Sample:
     keys = [*robot.cameras_in(frame.observation).values(), *(s.key for s in robot.state)]
     observation = {key: frame.observation[robot.dataset_key(key)] for key in keys}
     rest = {"actions": frame.actions, "action_valid": frame.action_valid, "prompt": frame.prompt}
-    return {**observation, **rest}  # type: ignore[dict-item]
+    learned = {key: text for key, text in (("subtask", frame.subtask), ("answer", frame.answer)) if text}
+    return {**observation, **rest, **learned}  # type: ignore[dict-item]
 
 
 def build(robot: Robot, model: ModelConfig, stats: NormStats, tokenizers: Tokenizers, norm_mode: NormMode) -> Pipeline:
@@ -100,6 +103,27 @@ def build(robot: Robot, model: ModelConfig, stats: NormStats, tokenizers: Tokeni
         ModelLayout(model, robot.model_action_size),
     )
     return Pipeline(robot, steps)
+
+
+def robot_of_questions(robot: Robot, model: ModelConfig) -> Robot:
+    """What stands for a robot where pictures are asked about: it is as `robot`, with the model's slots as cameras."""
+    slots = {slot: f"picture/{slot}" for slot in model.cameras}
+    return replace(robot, name="questions", cameras=slots, optional=tuple(slots), dataset_keys={}, ignored=())
+
+
+def build_questions(robot: Robot, model: ModelConfig, tokenizers: Tokenizers) -> Pipeline:
+    """The steps for questions about pictures, in a run of `robot`.
+
+    State and actions are zeros, with which nothing was measured, and are not normalised. Raises as `build` does.
+    """
+    asked, size = robot_of_questions(robot, model), robot.model_action_size
+    steps = (
+        ReadRobot(asked),
+        ResizeImages(model.vision.image_size),
+        tokenize_step(model, tokenizers, size),
+        ModelLayout(model, size),
+    )
+    return Pipeline(asked, steps)
 
 
 def check_fit(robot: Robot, model: ModelConfig) -> None:

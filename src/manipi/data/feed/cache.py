@@ -32,6 +32,7 @@ from manipi.processes import allocate
 from manipi.records import json_bytes, read_object
 from manipi.storage import atomic_write, require_room, storage_errors
 from manipi.transforms.model_input import resize_with_pad
+from manipi.types import Said
 
 CacheFormat: TypeAlias = Literal["raw", "jpeg"]
 _BLOCK = 4096
@@ -114,6 +115,12 @@ class CachedDataset(Dataset):
 
     def instructions(self, source: PromptSource) -> tuple[list[str], np.ndarray]:
         return self._dataset.instructions(source)
+
+    def said(self, position: int) -> tuple[Sequence[Said], Mapping[int, Sequence[Said]]]:
+        return self._dataset.said(position)
+
+    def texts(self, style: str) -> tuple[list[str], np.ndarray]:
+        return self._dataset.texts(style)
 
     def _fingerprint(self) -> str:
         return self._dataset.fingerprint

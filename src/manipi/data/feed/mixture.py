@@ -7,8 +7,8 @@ part         dataset      robot   rows of the mixture
 Weights need not sum to one: a part's share of the samples is its weight over their sum.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,10 +16,11 @@ import numpy as np
 from jaxtyping import Int64
 
 from manipi.data.dataset import Dataset, PromptSource, frames
-from manipi.data.feed.sampler import MixedStream, Stream, deal
+from manipi.data.feed.sampler import MixedStream, PlannedStream, Stream, deal
+from manipi.data.questions import Questions
 from manipi.robots.robot import Robot
 from manipi.transforms.pipeline import Pipeline
-from manipi.types import Frame, Sample
+from manipi.types import Frame, Sample, Say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,33 +30,71 @@ class EncodedDataset:
     dataset: Dataset
     pipeline: Pipeline
     action_horizon: int
-    prompt: PromptSource = "task"
+    plan: tuple[Say, ...] = (Say(),)
+    """What may be told and learned at a frame. Row r under choice k is row k · num_frames + r here: all rows of the
+    dataset follow each other once for each choice."""
 
     def __post_init__(self) -> None:
         # Read once, here: what the workers would each read they then find in shared memory.
-        frames_of(
-            self.pipeline.robot, self.action_horizon, self.dataset, np.zeros(1, np.int64), self.prompt, pictures=False
-        )
+        frames_of(self.pipeline.robot, self.action_horizon, self.dataset, np.zeros(1, np.int64), pictures=False)
+        if any(say.learn_subtask or say.instruct == "subtask" for say in self.plan):
+            self.dataset.texts("subtask")
 
     def frames(self, rows: Int64[np.ndarray, " n"]) -> list[Frame]:
         """Raw frames in the dataset's keys, with action chunks of the model's horizon."""
-        return frames_of(self.pipeline.robot, self.action_horizon, self.dataset, rows, self.prompt)
+        frames = frames_of(self.pipeline.robot, self.action_horizon, self.dataset, rows % self.dataset.num_frames)
+        told = (self.told(row) for row in rows.tolist())
+        return [
+            frame if frame.answer else replace(frame, prompt=prompt, subtask=learned)
+            for frame, (prompt, learned) in zip(frames, told, strict=True)
+        ]
+
+    def told(self, row: int) -> tuple[str, str]:
+        """The prompt, and the text that is learned: the step's subtask, or the answer to a question; "": none."""
+        choice, own = divmod(row, self.dataset.num_frames)
+        say, learned = self.plan[choice], ""
+        if style := self._learns(say):
+            texts, numbers = self.dataset.texts(style)
+            learned = texts[numbers[own]] if numbers[own] >= 0 else ""
+        return self.dataset.prompt(own) if say.instruct == "task" else self.dataset.subtask(own), learned
+
+    def instructions(self) -> tuple[list[str], Int64[np.ndarray, "N k"]]:
+        """Every text that may be a prompt, and which of them each row of the dataset may have."""
+        sources: dict[PromptSource, None] = dict.fromkeys(say.instruct for say in self.plan)
+        return _joined(map(self.dataset.instructions, sources))
+
+    def learned(self) -> tuple[list[str], Int64[np.ndarray, "N k"]]:
+        """Every text that may be learned behind a prompt, and which of them each row may have; "": none."""
+        found = []
+        for style in dict.fromkeys(map(self._learns, self.plan)):
+            texts, numbers = self.dataset.texts(style) if style else ([], np.full(self.dataset.num_frames, -1))
+            found.append(([*texts, ""], np.where(numbers < 0, len(texts), numbers)[:, None]))
+        return _joined(found)
+
+    def _learns(self, say: Say) -> str:
+        """The style of what is learned."""
+        return "answer" if isinstance(self.dataset, Questions) else "subtask" if say.learn_subtask else ""
 
     def samples(self, rows: Int64[np.ndarray, " n"]) -> list[Sample]:
         """The rows as the model's training input."""
         return [self.pipeline.encode_frame(frame) for frame in self.frames(rows)]
 
 
+def _joined(parts: Iterable[tuple[list[str], np.ndarray]]) -> tuple[list[str], np.ndarray]:
+    """Texts and their numbers [N, k] of several sources as one of all their columns."""
+    texts, columns = list[str](), list[np.ndarray]()
+    for more, numbers in parts:
+        columns.append(numbers + len(texts))
+        texts += more
+    return texts, np.concatenate(columns, axis=1)
+
+
 def frames_of(
-    robot: Robot,
-    action_horizon: int,
-    dataset: Dataset,
-    rows: Int64[np.ndarray, " n"],
-    prompt: PromptSource = "task",
-    *,
-    pictures: bool = True,
+    robot: Robot, action_horizon: int, dataset: Dataset, rows: Int64[np.ndarray, " n"], *, pictures: bool = True
 ) -> list[Frame]:
-    """The rows as frames with just the features that the robot names."""
+    """The rows as frames with just the features that the robot names; of questions, with their pictures."""
+    if isinstance(dataset, Questions):
+        return dataset.frames(rows if pictures else rows[:0], robot, action_horizon)
     return frames(
         dataset,
         rows,
@@ -63,7 +102,6 @@ def frames_of(
         state_keys=[robot.dataset_key(s.key) for s in robot.state],
         action_key=robot.dataset_key(robot.action_key),
         horizon=action_horizon,
-        prompt=prompt,
     )
 
 
@@ -107,9 +145,11 @@ class Place:
     episode: int
     """Its number in the dataset's own files."""
     frame: int
+    where: str
+    """Both in words, or the line of a file of questions."""
 
     def __str__(self) -> str:
-        return f"dataset {self.dataset}, episode {self.episode}, frame {self.frame}"
+        return f"dataset {self.dataset}, {self.where}"
 
 
 class Mixture:
@@ -121,12 +161,12 @@ class Mixture:
     @cached_property
     def offsets(self) -> list[int]:
         """The mixture's first row of each part."""
-        sizes = [part.source.dataset.num_frames for part in self.parts]
+        sizes = [part.source.dataset.num_frames * len(part.source.plan) for part in self.parts]
         return np.cumsum([0, *sizes])[:-1].tolist()
 
-    def stream(self, seed: int) -> Stream | MixedStream:
+    def stream(self, seed: int) -> Stream | PlannedStream | MixedStream:
         """The endless stream of the mixture's rows; of a single part it is the part's own."""
-        parts = [Stream(p.rows, seed=seed, fingerprint=p.source.dataset.fingerprint) for p in self.parts]
+        parts = [_stream(part, seed) for part in self.parts]
         if len(parts) == 1:
             return parts[0]
         return MixedStream(parts, [part.weight for part in self.parts], self.offsets, seed=seed)
@@ -142,7 +182,7 @@ class Mixture:
         return [samples[place] for place in range(len(rows))]
 
     def part_of(self, row: int) -> tuple[Part, int]:
-        """The part that a row of the mixture belongs to, and which of its own rows it is."""
+        """The part that a row of the mixture belongs to, and which row of its source it is."""
         k = int(np.searchsorted(self.offsets, row, side="right")) - 1
         return self.parts[k], row - self.offsets[k]
 
@@ -156,9 +196,18 @@ class Mixture:
         return [_share(part, share, num_samples) for part, share in zip(self.parts, shares / shares.sum(), strict=True)]
 
 
+def _stream(part: Part, seed: int) -> Stream | PlannedStream:
+    dataset, plan = part.source.dataset, part.source.plan
+    rows = Stream(part.rows, seed=seed, fingerprint=dataset.fingerprint)
+    weights, key = [say.weight for say in plan], f"plan/{seed}/{dataset.fingerprint}"
+    return PlannedStream(rows, weights, dataset.num_frames, key=key) if len(plan) > 1 else rows
+
+
 def _place(dataset: Dataset, row: int) -> Place:
+    row %= dataset.num_frames  # whatever is told there
     episode = dataset.episodes[int(dataset.episode_of(np.asarray(row)))]
-    return Place(root=dataset.root, dataset=dataset.name, episode=episode.index, frame=row - episode.start)
+    frame, where = row - episode.start, dataset.locate(row)
+    return Place(root=dataset.root, dataset=dataset.name, episode=episode.index, frame=frame, where=where)
 
 
 def _share(part: Part, share: float, num_samples: int) -> Share:

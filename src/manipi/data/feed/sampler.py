@@ -12,6 +12,9 @@ going there:
 place    0 1 2 3 4 5 6 7 | 8 9 …       a round of 8, weights 3 : 1
 part     a a b a a a b a | a b …       each round deals every part its share, in an order of its own
 draw     0 1 0 2 3 4 1 5 | 6 2 …       the part's own stream goes on through all rounds
+
+A language plan deals the places of its dataset's stream out to its choices in the same way; a row then says by its
+number which choice it is under (`EncodedDataset.plan`).
 """
 
 from __future__ import annotations
@@ -74,6 +77,33 @@ class Stream:
         return self._all[permutation(len(self._all), key)] if self.shuffle else self._all
 
 
+class PlannedStream:
+    """A stream in which each place has one of several choices. A row comes out with `num_rows` added choice times.
+
+    Args:
+        weights: share of the places of each choice, relative to the others'.
+
+    Raises:
+        ConfigError: as `MixedStream`.
+    """
+
+    def __init__(self, stream: Stream, weights: Sequence[float], num_rows: int, *, key: str):
+        self.stream, self.key, self._num_rows = stream, key, num_rows
+        self._weights, self._counts = tuple(weights), deal(weights, "weights of the language plan")
+        self._round = lru_cache(maxsize=2)(lambda number: _dealt(self._counts, f"{self.key}/{number}"))
+
+    def __reduce__(self) -> tuple:
+        return partial(PlannedStream, key=self.key), (self.stream, self._weights, self._num_rows)
+
+    def at(self, places: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """The rows at some places of the stream."""
+        rounds, within = np.divmod(places, ROUND)
+        choices = np.empty(len(places), np.int64)
+        for number in np.unique(rounds).tolist():
+            choices[rounds == number] = self._round(number)[within[rounds == number]]
+        return self.stream.at(places) + choices * self._num_rows
+
+
 class MixedStream:
     """Several streams as one. The rows of part k come out with `offsets[k]` added, so that they stay apart.
 
@@ -84,7 +114,9 @@ class MixedStream:
         ConfigError: a weight is not positive, or so small that a round has no place for it.
     """
 
-    def __init__(self, parts: Sequence[Stream], weights: Sequence[float], offsets: Sequence[int], *, seed: int):
+    def __init__(
+        self, parts: Sequence[Stream | PlannedStream], weights: Sequence[float], offsets: Sequence[int], *, seed: int
+    ):
         self.parts, self.seed, self._offsets = parts, seed, offsets
         self._weights, self._counts = tuple(weights), deal(weights)
         self._round = lru_cache(maxsize=2)(self._deal_round)
@@ -108,15 +140,19 @@ class MixedStream:
 
     def _deal_round(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Whose turn each place of a round is, and how many turns that part had in the round before."""
-        owners = np.repeat(np.arange(len(self._counts)), self._counts)
-        owners = owners[permutation(ROUND, f"mixture/{self.seed}/{number}")]
+        owners = _dealt(self._counts, f"mixture/{self.seed}/{number}")
         order = np.argsort(owners, kind="stable")
         turns = np.empty(ROUND, np.int64)
         turns[order] = np.arange(ROUND) - np.repeat(np.cumsum(self._counts) - self._counts, self._counts)
         return owners, turns
 
 
-def deal(weights: Sequence[float]) -> Int64[np.ndarray, " parts"]:
+def _dealt(counts: Int64[np.ndarray, " parts"], key: str) -> Int64[np.ndarray, " round"]:
+    """Whose turn each place of a round is."""
+    return np.repeat(np.arange(len(counts)), counts)[permutation(ROUND, key)]
+
+
+def deal(weights: Sequence[float], where: str = "weights of the mixture") -> Int64[np.ndarray, " parts"]:
     """Places of a round per part, proportional to the weights (largest remainders). Raises ConfigError: see above."""
     shares = np.array(weights, dtype=np.float64)
     valid = np.isfinite(shares).all() and (shares > 0).all()
@@ -125,8 +161,8 @@ def deal(weights: Sequence[float]) -> Int64[np.ndarray, " parts"]:
         raise ConfigError(
             expected=f"weights above 0, none below 1/{ROUND} of their sum",
             found=", ".join(f"{weight:g}" for weight in weights),
-            where="weights of the mixture",
-            next="give each dataset a larger weight, or leave it out",
+            where=where,
+            next="give each of them a larger weight, or leave it out",
         )
     counts = np.floor(exact).astype(np.int64)
     rest = np.argsort(counts - exact, kind="stable")
@@ -142,7 +178,7 @@ class Sampler:
         batch_size: over all ranks.
     """
 
-    def __init__(self, stream: Stream | MixedStream, batch_size: int):
+    def __init__(self, stream: Stream | PlannedStream | MixedStream, batch_size: int):
         self.stream, self.batch_size = stream, batch_size
 
     def rows(self, step: int, rank: int = 0, world_size: int = 1) -> Int64[np.ndarray, " n"]:

@@ -5,7 +5,7 @@ Processes make them side by side, and `LeRobotWriter` puts them together without
     FOLDER/
     ├─ columns.npz       vectors [T, d], and the position of each frame's task in `tasks`
     ├─ CAMERA.mp4        one file per camera; every one begins with a keyframe
-    └─ episode.json      length, tasks, statistics
+    └─ episode.json      length, tasks, statistics, and what the language columns say
 """
 
 import json
@@ -22,12 +22,17 @@ from av.error import FFmpegError
 from jaxtyping import UInt8
 
 from manipi.data.dataset import Feature
+from manipi.data.lerobot.language import LANGUAGE, checked
 from manipi.data.lerobot.video import VideoWriter
 from manipi.errors import BadValueError, ConfigError, DatasetFormatError, MissingFeatureError, quoted, shown
+from manipi.types import Said
 
 Pictures: TypeAlias = UInt8[np.ndarray, "T h w 3"] | Iterable[UInt8[np.ndarray, "n h w 3"]]
 """The pictures of an episode at once, or block by block."""
 
+
+Texts: TypeAlias = Sequence[tuple[int, Said]]
+"""Items of a language column, each with its frame; those of language_persistent belong to all frames."""
 
 _COLUMNS = "columns.npz"
 _PICTURES = 8
@@ -43,7 +48,8 @@ class EpisodeEncoder:
     """How the episodes of one dataset are encoded.
 
     Args:
-        features: pictures (uint8 [h, w, 3], stored as video) and vectors (float32 or int64 [d]) by key.
+        features: pictures (uint8 [h, w, 3], stored as video) and vectors (float32 or int64 [d]) by key; and
+            language_persistent or language_events, as `LANGUAGE`.
         pix_fmt, crf: how pictures are encoded, see `VideoWriter`.
 
     Raises:
@@ -57,8 +63,9 @@ class EpisodeEncoder:
 
     def __post_init__(self) -> None:
         kinds = {key: (one.kind, len(one.shape), *one.shape[2:]) for key, one in self.features.items()}
-        bad = [key for key, kind in kinds.items() if kind not in (("image", 3, 3), ("vector", 1))]
-        if bad or len(self.cameras) == len(self.features):
+        known = (("image", 3, 3), ("vector", 1))
+        bad = [key for key, kind in kinds.items() if kind not in known and self.features[key] != LANGUAGE]
+        if bad or not any(kind[0] == "vector" for kind in kinds.values()):
             feature = self.features[bad[0]] if bad else None
             raise ConfigError(
                 expected="pictures of shape (h, w, 3) and vectors of shape (d,), one vector at least",
@@ -72,12 +79,13 @@ class EpisodeEncoder:
         return [key for key, feature in self.features.items() if feature.kind == "image"]
 
     def encode(
-        self, folder: Path, data: Mapping[str, np.ndarray | Pictures], task: str | Sequence[str], where: str
+        self, folder: Path, data: Mapping[str, np.ndarray | Pictures | Texts], task: str | Sequence[str], where: str
     ) -> None:
         """Write one episode into an existing folder.
 
         Args:
-            data: per vector the values of all T frames, [T, d]; per camera its pictures, which are read in order.
+            data: per vector the values of all T frames, [T, d]; per camera its pictures, which are read in order; per
+                language column its texts.
             task: the instruction, or one per frame.
             where: names the episode in errors.
 
@@ -85,6 +93,7 @@ class EpisodeEncoder:
             MissingFeatureError: a feature without values, or values without a feature.
             ConfigError: no frames, or a shape, type or number of frames that differs from the others'.
             BadValueError: NaN or infinity.
+            DatasetFormatError: a text lacks what its style needs (`language.checked`).
         """
         if data.keys() != self.features.keys():
             raise MissingFeatureError(
@@ -136,10 +145,17 @@ class EpisodeEncoder:
                 raise wrong(f"{video.num_frames} pictures", key)
             stats[key] = image_stats(np.stack(chosen))
         stats |= vector_stats(columns)
+        language = {key: list[tuple[int, dict]]() for key, one in self.features.items() if one == LANGUAGE}
+        for key, items in language.items():
+            for frame, one in data[key]:
+                checked(vars(one), key, self.cameras, f"{where}, frame {frame}", folder)
+                items.append((frame, vars(one)))
         task_index = np.array([texts.index(t) for t in tasks])
         np.savez(folder / _COLUMNS, allow_pickle=False, task_index=task_index, **columns)
         plain = {key: {name: values.tolist() for name, values in part.items()} for key, part in stats.items()}
-        (folder / "episode.json").write_text(json.dumps({"length": length, "tasks": texts, "stats": plain}))
+        (folder / "episode.json").write_text(
+            json.dumps({"length": length, "tasks": texts, "stats": plain, "language": language})
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +168,7 @@ class EncodedEpisode:
     task_index_T: np.ndarray
     """Positions in `tasks`."""
     stats: dict[str, EpisodeStats]
+    language: Mapping[str, Texts]
 
 
 def read_episode(folder: Path) -> EncodedEpisode:
@@ -162,7 +179,9 @@ def read_episode(folder: Path) -> EncodedEpisode:
         with (folder / _COLUMNS).open("rb") as content, np.load(content) as file:
             columns = {key: file[key] for key in file.files}
         task_index_T = columns.pop("task_index")
-        return EncodedEpisode(columns=columns, task_index_T=task_index_T, stats=stats, **record)
+        written = record.pop("language", {})  # earlier releases wrote none
+        language = {key: [(frame, Said(**one)) for frame, one in items] for key, items in written.items()}
+        return EncodedEpisode(columns=columns, task_index_T=task_index_T, stats=stats, language=language, **record)
 
 
 @contextmanager

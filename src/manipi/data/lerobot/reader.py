@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from jaxtyping import Float64
 
 from manipi.data.dataset import Dataset, PromptSource
 from manipi.data.lerobot.index import off_grid, open_index, time_fault
+from manipi.data.lerobot.language import EVENTS, PERSISTENT, Language, read_language
 from manipi.data.lerobot.tables import (
     ROW_COLUMNS,
     Table,
@@ -28,8 +30,10 @@ from manipi.data.lerobot.tables import (
     runs,
 )
 from manipi.data.lerobot.video import DeepPicture, VideoFrames, decode_picture, decoders_for, without_camera
-from manipi.errors import FetchError, shown
+from manipi.errors import FetchError, MissingFeatureError, shown
+from manipi.processes import SharedArray
 from manipi.remote.fetch import StoreFile, fetch, listing, origin
+from manipi.types import Said
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,7 @@ class LeRobotDataset(Dataset):
         numbers: the episodes to use, in ascending order, where not all: files of others are not touched.
         times: the timestamps of each episode off the grid (`index.off_grid`), by its number; None: the tables say.
         compared: cameras whose videos are known to have pictures at these times.
+        texts: those of the styles that were read already; which holds at a row is among the columns.
 
     Raises:
         DatasetNotFoundError: no episodes or frames.
@@ -60,6 +65,7 @@ class LeRobotDataset(Dataset):
         numbers: Sequence[int] = (),
         times: Mapping[int, Float64[np.ndarray, " T"]] | None = None,
         compared: Collection[str] = (),
+        texts: Mapping[str, list[str]] = MappingProxyType({}),
     ):
         self._index = index = open_index(root, numbers)
         self._numbers, self._tables = tuple(numbers), list(dict.fromkeys(index.tables))
@@ -69,11 +75,12 @@ class LeRobotDataset(Dataset):
         self._origin = origin(root / "meta").removesuffix("/meta/")
         self._pictures = lru_cache(maxsize=_ROW_GROUPS)(_read_pictures)
         self._compared = set(compared)
+        self._texts = dict(texts)
         if times is not None:
             self._times = times
 
     def __reduce__(self) -> tuple:
-        return LeRobotDataset, (self.root, self._numbers, self.__dict__.get("_times"), self._compared)
+        return LeRobotDataset, (self.root, self._numbers, self.__dict__.get("_times"), self._compared, self._texts)
 
     def _fingerprint(self) -> str:
         """SHA-256 over names and contents of metadata and tables.
@@ -99,22 +106,61 @@ class LeRobotDataset(Dataset):
         return self._index.tasks[int(self.column("task_index")[row, 0])]
 
     def subtask(self, row: int) -> str:
-        if not self._index.subtasks or "subtask_index" not in self.features:
-            return super().subtask(row)
-        number = int(self.column("subtask_index")[row, 0])
-        if number not in self._index.subtasks:
-            known = f"subtask_index among {sorted(self._index.subtasks)}"
-            next = f"give it a text in {self.root / 'meta/subtasks.parquet'}, or use --data.prompt task"
-            broken(self.root, known, str(number), f"{self.root}, {self.locate(row)}", next)
-        return self._index.subtasks[number]
+        texts, numbers = self.texts("subtask")
+        if numbers[row] < 0:
+            raise MissingFeatureError(
+                expected="a subtask",
+                found="none that holds there yet",
+                where=self.place(row),
+                next="annotate the episode from its first frame on, or leave such frames out (--data.keep)",
+            )
+        return texts[numbers[row]]
 
     def instructions(self, source: PromptSource) -> tuple[list[str], np.ndarray]:
-        key = "task_index" if source == "task" else "subtask_index"
-        prompt_at = self.prompt if source == "task" else self.subtask
-        if source == "subtask" and key not in self.features:
-            prompt_at(0)
-        _, first, numbers = np.unique(self.column(key)[:, 0], return_index=True, return_inverse=True)
-        return [prompt_at(row) for row in first.tolist()], numbers.reshape(-1, 1)
+        """A frame without a subtask has the text "", which training refuses as an instruction."""
+        if source == "subtask":
+            texts, numbers = self.texts("subtask")
+            return ([*texts, ""], np.where(numbers < 0, len(texts), numbers)[:, None])
+        _, first, numbers = np.unique(self.column("task_index")[:, 0], return_index=True, return_inverse=True)
+        return [self.prompt(row) for row in first.tolist()], numbers.reshape(-1, 1)
+
+    def texts(self, style: str) -> tuple[list[str], np.ndarray]:
+        """Of subtasks those of language_persistent, and at frames where none of them holds those of subtask_index."""
+        key = f"which text of style {style}"
+        if key not in self._columns:
+            texts, numbers = self._language.holding(style, self.episodes, self._read_column("timestamp")[:, 0])
+            if style == "subtask" and self._index.subtasks and "subtask_index" in self.features:
+                rows = np.flatnonzero(numbers < 0)
+                old, first, numbers[rows] = np.unique(
+                    self.column("subtask_index")[rows, 0], return_index=True, return_inverse=True
+                )
+                numbers[rows] += len(texts)
+                for number, row in zip(old.tolist(), rows[first].tolist(), strict=True):
+                    if number not in self._index.subtasks:
+                        known = f"subtask_index among {sorted(self._index.subtasks)}"
+                        next = f"give it a text in {self.root / 'meta/subtasks.parquet'}, or use --data.prompt task"
+                        broken(self.root, known, str(number), f"{self.root}, {self.locate(row)}", next)
+                    texts.append(self._index.subtasks[number])
+            self._texts[style], self._columns[key] = texts, SharedArray(numbers)
+        if not self._texts[style]:
+            return super().texts(style) if style != "subtask" else ([super().subtask(0)], self._rows[0])  # both raise
+        kept = self._columns[key]
+        return self._texts[style], kept.array if isinstance(kept, SharedArray) else kept
+
+    def said(self, position: int) -> tuple[Sequence[Said], Mapping[int, Sequence[Said]]]:
+        episode, events = self.episodes[position], self._language.events
+        stored = self._rows[0][episode.start : episode.start + episode.length].tolist()
+        by_frame = {frame: events[row] for frame, row in enumerate(stored) if events.get(row)}
+        return self._language.persistent.get(episode.index, ()), by_frame
+
+    @cached_property
+    def _language(self) -> Language:
+        columns = [key for key in (PERSISTENT, EVENTS) if key in self.features]
+        if not columns:
+            return Language(persistent={}, events={})
+        numbers = self._concatenate({"episode_index": 1})["episode_index"][:, 0]
+        chosen = np.isin(numbers, [episode.index for episode in self.episodes])
+        return read_language(self._tables, self.root, columns, np.where(chosen, numbers, -1), self.features)
 
     def place(self, row: int) -> str:
         return f"{self._index.tables[int(self.episode_of(np.asarray(row)))]}, {self.locate(row)}"

@@ -24,12 +24,14 @@ from manipi.data.lerobot.episode import (
     EpisodeEncoder,
     EpisodeStats,
     Pictures,
+    Texts,
     encoded_errors,
     merge,
     read_episode,
     vector_stats,
     video_file,
 )
+from manipi.data.lerobot.language import EVENTS, PERSISTENT, language_array
 from manipi.errors import ConfigError, quoted
 from manipi.records import json_bytes, read_json
 from manipi.storage import (
@@ -107,11 +109,12 @@ class LeRobotWriter:
                 files.close()
             self._write_metadata()
 
-    def add_episode(self, data: Mapping[str, np.ndarray | Pictures], *, task: str | Sequence[str]) -> None:
+    def add_episode(self, data: Mapping[str, np.ndarray | Pictures | Texts], *, task: str | Sequence[str]) -> None:
         """Append one episode.
 
         Args:
-            data: per feature the values of all T frames, [T, h, w, 3] or [T, d]; pictures may also come in blocks.
+            data: per feature the values of all T frames, [T, h, w, 3] or [T, d]; pictures may also come in blocks. Of a
+                language column pairs of a frame and a `Said`.
             task: the instruction, or one per frame.
 
         Raises:
@@ -142,6 +145,7 @@ class LeRobotWriter:
             value = {"dtype": str(values.dtype), "_type": "Value"}
             arrays[key] = flat if width == 1 else pa.FixedSizeListArray.from_arrays(flat, width)
             described[key] = value if width == 1 else {"feature": value, "length": width, "_type": "List"}
+        arrays |= {key: language_array(key, items, episode.length) for key, items in episode.language.items()}
         rows = pa.table(arrays).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": described}})})
         self._tables.add(rows)
         row = {"episode_index": self.num_episodes, "tasks": episode.tasks, "length": episode.length}
@@ -252,6 +256,9 @@ class _Tables(_Files):
         if path := self._next_path():
             # Dictionaries of numbers that hardly repeat are larger than the numbers, and slower to read.
             repeat: Any = [field.name for field in table.schema if pa.types.is_integer(field.type)]
+            repeat += [
+                f"{key}.list.element.{name}" for key in (PERSISTENT, EVENTS) for name in ("content", "role", "style")
+            ]
             self._file = pq.ParquetWriter(path, table.schema, use_dictionary=repeat)
         self._waiting.append(table)
         self._num_waiting += table.num_rows

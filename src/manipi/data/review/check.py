@@ -9,7 +9,7 @@
     values       NaN, infinity                                  dimensions that never move, jumps, clipped commands,
                                                                 rotations that wrap or change their sign
     movement                                                    pauses, shaking, episodes that are alike
-    language                                                    no instruction, one instruction in several spellings
+    language     broken items of LeRobot's language columns     no instruction, one instruction in several spellings
     pictures     frames that cannot be decoded; cameras that    a video longer than its episodes
                  no file has
     robot        a feature that the dataset lacks               another rate than the dataset's, commands beyond limits

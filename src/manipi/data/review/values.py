@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from manipi.data.dataset import Dataset
+from manipi.data.lerobot.language import question_pairs
 from manipi.data.norm_stats import NEAR_CONSTANT
 from manipi.data.review.describe import is_action, is_gripper, is_rate, state_and_action_keys
 from manipi.data.review.filters import idle_frames, true_ranges
@@ -394,7 +395,14 @@ def alike(dataset: Dataset, signals: Sequence[Signal]) -> Iterator[Finding]:
 
 
 def language(dataset: Dataset) -> Iterator[Finding]:
-    """Episodes without an instruction, and instructions that differ in case, space or punctuation alone."""
+    """Episodes without an instruction, instructions that differ in case, space or punctuation alone, and the first
+    item of LeRobot's language columns that is broken."""
+    try:
+        for position, e in enumerate(dataset.episodes):
+            for frame, items in dataset.said(position)[1].items():
+                list(question_pairs(items, dataset.place(e.start + frame)))
+    except DataError as broken:
+        yield from_error(broken, "language")
     if silent := [e.index for e in dataset.episodes if not e.task.strip()]:
         what = f"{len(silent)} of {len(dataset.episodes)} episodes have no instruction"
         yield warning("language", what, "write what the robot does there; the policy is told nothing otherwise", silent)

@@ -58,10 +58,33 @@ def write_view(path: Path, dataset: Dataset, *, without: Sequence[str] = (), sho
         films=films,
         last=episode.length - 1,
         sections=sections,
+        said=_said(dataset),
         facts=facts + [(key, f"{f.dtype} {' × '.join(map(str, f.shape))}") for key, f in features],
         values={"fps": dataset.fps, "curves": curves},
     )
     atomic_write(path, page)
+
+
+def _said(dataset: Dataset) -> list[tuple[str, str, str]]:
+    """When, what kind of text, and the text: of the language columns, or of subtask_index."""
+    persistent, events = dataset.said(0)
+    timed = [(one.timestamp or 0.0, one) for one in persistent]
+    timed += [(frame / dataset.fps, one) for frame, items in events.items() for one in items]
+    rows = [
+        (
+            seconds,
+            ", ".join(filter(None, (one.style, one.role, one.camera))),
+            one.content or ", ".join(one.tool_calls or ()),
+        )
+        for seconds, one in timed
+    ]
+    if "subtask_index" in dataset.features and (dataset.root / "meta/subtasks.parquet").exists():
+        texts, numbers = dataset.texts("subtask")
+        begins = (
+            [] if any(one.style == "subtask" for one in persistent) else np.flatnonzero(np.diff(numbers, prepend=-1))
+        )
+        rows += [(frame / dataset.fps, "subtask", texts[numbers[frame]]) for frame in begins]
+    return [(f"{seconds:.2f} s", kind, text) for seconds, kind, text in sorted(rows)]
 
 
 def _shown(dataset: Dataset, without: Sequence[str]) -> list[str]:

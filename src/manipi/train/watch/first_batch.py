@@ -49,11 +49,10 @@ def save_first_batch(folder: Path, batch: Batch, rows: np.ndarray, data: Trainin
 
 
 def _caption(mixture: Mixture, row: int) -> tuple[str, str]:
-    """Where a sample came from, and what the policy is told."""
+    """Where a sample came from, and what the policy is told, and learns to write."""
     part, own = mixture.part_of(row)
-    source = part.source
-    prompt = source.dataset.subtask(own) if source.prompt == "subtask" else source.dataset.prompt(own)
-    return str(mixture.places(np.array([row]))[0]), prompt
+    prompt, learned = part.source.told(own)
+    return str(mixture.places(np.array([row]))[0]), f"{prompt} → {learned}" if learned else prompt
 
 
 # The picture ---------------------------------------------------------------------------------------------------------

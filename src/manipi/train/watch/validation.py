@@ -275,7 +275,7 @@ class Validation:
 
     def __init__(self, run: Run, data: TrainingData, *, rollouts: Rollouts | None = None, show: bool):
         self._run, self._data, self._rollouts, self._show = run, data, rollouts, show
-        self._held_out = [one for one in data.sets if len(one.held_out)]
+        self._held_out = [one for one in data.robot_sets if len(one.held_out)]
         config = run.config
         if config.validation.suite and rollouts is None:
             raise ConfigError(
@@ -286,7 +286,7 @@ class Validation:
             )
         if not show or not config.validation.every:
             return
-        if without := [one.source.dataset.name for one in data.sets if not len(one.held_out)]:
+        if without := [one.source.dataset.name for one in data.robot_sets if not len(one.held_out)]:
             tqdm.write(
                 f"no validation on {', '.join(without)}: no episode is held out (--data.holdout 0.1: a tenth is)"
             )
