@@ -104,7 +104,7 @@ def per_code(model: VLA, inputs, draws) -> torch.Tensor:
 
     seen = []
 
-    def spy(gemma, out, targets, counts, codes):
+    def spy(gemma, out, targets, counts, codes=None):
         logits = gemma.logits(out)
         seen.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").detach())
         return per_sample(gemma, out, targets, counts, codes)
