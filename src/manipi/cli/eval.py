@@ -14,7 +14,16 @@ import tyro
 from manipi.cli.arguments import Folder, NewFile, OnDevice, parse, table, write_result
 from manipi.errors import ConfigError
 
-SWEPT = {"execute_steps": int, "num_steps": int, "delay": int, "join": str, "temperature": float}
+SWEPT = {
+    "execute_steps": int,
+    "num_steps": int,
+    "delay": int,
+    "join": str,
+    "temperature": float,
+    "candidates": int,
+    "selector": str,
+    "gate": float,
+}
 """What `--sweep` may vary."""
 
 MARGIN = 0.05
@@ -61,6 +70,13 @@ class _Eval(OnDevice):
     """Suite: integration steps of a flow policy. Default: the checkpoint's own number."""
     temperature: float | None = None
     """Suite: of a policy that writes tokens. Default: it takes the likeliest."""
+    candidates: int | None = None
+    """Suite: chunks that a flow policy draws for each answer, of which --selector chooses one. Default: 1, or what the
+    server of a URL does."""
+    selector: str | None = None
+    """Suite: limits, medoid, coherence, token, or FILE.py:NAME (docs/candidates.md). Default: medoid."""
+    gate: float | None = None
+    """Suite: draw more than one only where the path of the first one bends by more. Default: always."""
     untrained: bool = False
     """Suite, control: the same network with random weights."""
     blind: bool = False
@@ -176,13 +192,15 @@ def _suite(args: _Eval) -> None:
         "execute_steps": suite.execute_steps if args.execute_steps is None else args.execute_steps,
         "control": controls[0] if controls else None,
         **{name: getattr(args, name) for name in ("join", "delay", "num_steps", "temperature")},
+        **{name: getattr(args, name) for name in ("candidates", "selector", "gate")},
     }
     swept = [(one, Settings(**{**chosen, **one})) for one in _swept(args.sweep)]
     results = []
     server = {"device": args.device, "threads": args.num_threads or 1, "max_batch": args.max_batch}
     if args.host != "127.0.0.1":
         os.environ.setdefault("MANIPI_TOKEN", secrets.token_urlsafe())  # for the server, and for those that ask it
-    with open_policy(args.policy, **server, untrained=args.untrained, host=args.host) as opened:
+    own = args.selector if args.selector and ":" in args.selector else None
+    with open_policy(args.policy, **server, untrained=args.untrained, host=args.host, selector=own) as opened:
         for one, settings in swept:
             folder = args.dir or opened.folder(suite, settings)
             if args.dir and args.sweep:

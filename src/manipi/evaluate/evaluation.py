@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,10 @@ class Settings:
     """One of `manipi_client.trials.CONTROLS`; None: the policy as it is."""
     num_steps: int | None = None
     temperature: float | None = None
+    candidates: int | None = None
+    """Chunks that are drawn for each answer; None: what the server does of its own."""
+    selector: str | None = None
+    gate: float | None = None
 
     def __post_init__(self) -> None:
         joins, temperature = ", ".join(JOINS), 0 if self.temperature is None else self.temperature
@@ -72,6 +76,12 @@ class Settings:
         require("--delay", self.delay, self.delay >= 0, "control steps, from 0", "2")
         require("--num-steps", self.num_steps, self.num_steps is None or self.num_steps >= 1, "a step or more", "10")
         require("--temperature", self.temperature, 0 <= temperature <= 100, "a temperature from 0 to 100", "1")
+
+        n, rest = self.candidates, self.join == "real_time" or self.selector != "coherence"
+        require("--candidates", n, n is None or n >= 1, "a candidate or more", "8")
+        require("--selector", self.selector, n is not None or self.selector is None, "--candidates beside it", "medoid")
+        require("--gate", self.gate, n is not None or self.gate is None, "--candidates beside it", "0.3 --candidates 8")
+        require("--selector", self.selector, rest, "--join real_time, which knows a previous chunk", "medoid")
 
     def trial(self, suite: Suite, index: int) -> TrialSpec:
         settings = asdict(self)
@@ -128,6 +138,7 @@ class Evaluation:
             "robot": suite.robot,
             "settings": {key: value for key, value in asdict(settings).items() if key != "trials"},
             "options": self._options,
+            "candidates": self._candidates,
             "checkpoint": self.metadata.get("checkpoint"),
             "step": self.metadata.get("step"),
             "server": dict(server or {}),
@@ -156,6 +167,14 @@ class Evaluation:
         size = self.metadata.get("image_size") if self.suite.policy_image_size else None
         return {**self.suite.options, **({} if size is None else {"image_size": size})}
 
+    @property
+    def _candidates(self) -> dict[str, Any] | None:
+        """How each answer is chosen, by the settings or else by the server; None: there is nothing to choose."""
+        own = {"n": self.settings.candidates, "selector": self.settings.selector, "gate": self.settings.gate}
+        told = self.metadata.get("candidates") or {}
+        both = {**told, **{key: value for key, value in own.items() if value is not None}}
+        return both if both.get("n", 1) > 1 else None
+
     def _claim(self) -> None:
         """Read what the folder holds of this evaluation, or make it."""
         path, log = self.folder / "evaluation.json", self.folder / "trials.jsonl"
@@ -165,6 +184,8 @@ class Evaluation:
                 raise self._not_ours(f"a folder with {', '.join(found)}, and without evaluation.json")
             atomic_write(path, json_bytes(self.provenance))
         before = read_object(path, ConfigError)
+        defaults = {f.name: f.default for f in fields(Settings) if f.default is not MISSING}
+        before["settings"] = defaults | before.get("settings", {})  # older ones have fewer
         for key, value in json.loads(json_bytes(self.provenance)).items():
             if key != "simulator" and before.get(key) != value:
                 raise ConfigError(
@@ -343,7 +364,8 @@ def _summary(row: Mapping[str, Any], robot: Robot | None) -> dict[str, Any]:
     jerk, events = _smoothness(actions, robot)
     motion = {key: row["motion"][key] for key in ("seams", "seam_jump", "step_change")}
     found = {"index": row["index"], "seed": row["scene"], **{key: row[key] for key in kept}}
-    return {**found, "jerk": jerk, "gripper_events": events, "batched": row["batched"], **motion}
+    counts = {"gripper_events": events, "batched": row["batched"], "drawn": row.get("drawn", row["answers"])}
+    return {**found, "jerk": jerk, **counts, **motion}
 
 
 def _smoothness(actions_TA: np.ndarray, robot: Robot | None) -> tuple[float | None, int | None]:
@@ -399,6 +421,13 @@ def require_fit(metadata: Mapping[str, Any], suite: Suite, settings: Settings) -
             found="one that does not (`real_time` in its metadata)",
             where="--join real_time",
             next="--join asynchronous",
+        )
+    if settings.candidates is not None and not isinstance(metadata.get("candidates"), Mapping):
+        raise ConfigError(
+            expected="a flow policy of a server that draws candidates",
+            found="one that does not (`candidates` in its metadata)",
+            where="--candidates",
+            next="leave it out",
         )
 
 

@@ -66,7 +66,7 @@ class LockStep:
         self._last_action: Optional[np.ndarray] = None
         self._actions: Optional[np.ndarray] = None
         self.infer_ms: List[float] = []
-        self.batched = 0
+        self.batched = self.drawn = 0
 
     @property
     def answers(self) -> int:
@@ -120,6 +120,7 @@ class LockStep:
         answer = self._policy.infer(question)
         self.infer_ms.append((time.perf_counter() - began) * 1e3)
         self.batched += answer.get("batch", 1) > 1
+        self.drawn += int(answer.get("candidates", {}).get("n", 1))
         self._actions = read_chunk(answer, self._execute_steps, self._actions)
         chunk = Chunk(self._actions, self._executed, self._step, 0.0)
         self._asked = self._step + self._delay, chunk

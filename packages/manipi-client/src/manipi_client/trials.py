@@ -43,7 +43,7 @@ import numpy as np
 from manipi_client.broker import Policy
 from manipi_client.client import WebsocketPolicy
 from manipi_client.errors import InputError, ManipiClientError, PolicyServerError, shown
-from manipi_client.keys import NUM_STEPS, TEMPERATURE
+from manipi_client.keys import CANDIDATES, EXECUTE_STEPS, GATE, NUM_STEPS, SELECTOR, TEMPERATURE
 from manipi_client.lockstep import LockStep
 from manipi_client.realtime import Motion
 
@@ -114,6 +114,12 @@ class TrialSpec:
     """Integration steps of the policy; None: its own."""
     temperature: Optional[float] = None
     """Of a policy that writes tokens; None: it takes the likeliest."""
+    candidates: Optional[int] = None
+    """Chunks that the policy draws for each answer, of which one is chosen; None: the server's own number."""
+    selector: Optional[str] = None
+    """What chooses."""
+    gate: Optional[float] = None
+    """How uncertain the first of them has to be for the others to be drawn."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,8 @@ class TrialResult:
     motion: Motion
     actions: np.ndarray
     """Every command that was executed, float32 [T, A]: on the same scene they give the same motion again."""
+    drawn: int = 0
+    """Chunks that all answers were chosen from."""
 
     def to_json(self) -> Dict[str, Any]:
         """Plain values; what is not finite is null."""
@@ -164,7 +172,10 @@ def run_trial(
     observation: Optional[Mapping[str, Any]] = simulator.reset(spec.scene, spec.task)
     _require_pictures(observation, simulator)
     prompt = _needed(simulator, "wrong_prompt", spec.control) if spec.control == "wrong_words" else simulator.prompt
-    extra = {NUM_STEPS: spec.num_steps, TEMPERATURE: spec.temperature}
+    extra: Dict[str, Any] = {NUM_STEPS: spec.num_steps, TEMPERATURE: spec.temperature, CANDIDATES: spec.candidates}
+    extra.update({SELECTOR: spec.selector, GATE: spec.gate})
+    if spec.candidates is not None:
+        extra[EXECUTE_STEPS] = spec.execute_steps
     extra = {key: value for key, value in extra.items() if value is not None}
     settings: Dict[str, Any] = {"delay": spec.delay, "noise": spec.noise, "extra": extra}
     broker = LockStep(policy, spec.execute_steps, spec.join, **settings)
@@ -214,6 +225,7 @@ def run_trial(
         infer_ms=tuple(broker.infer_ms),
         motion=broker.motion,
         actions=np.array(actions, np.float32),
+        drawn=broker.drawn,
     )
 
 
