@@ -187,5 +187,5 @@ def choose(name: str, selector: Callable[[Candidates], Any], candidates: Candida
             where=f"the selector {shown(name)}",
             next="correct it: it takes manipi.candidates.Candidates, and returns [N], the higher the better",
         )
-    best = int(np.argmax(scores))
+    best = int(np.isclose(scores, scores.max(), rtol=1e-9, atol=0).argmax())  # rounding makes no difference
     return best, {"n": n, "chosen": best, "selector": name, "spread": candidates.spread, "scores": scores.tolist()}

@@ -43,7 +43,13 @@ from manipi_client.trials import TrialResult, TrialSpec
 HANG_SECONDS = 120.0
 """How long a simulator may take for its start, or for a step, before it counts as hung."""
 
-METADATA = {"robot": Mapping, "image_size": int, "action_horizon": int, "control_hz": (int, float)}
+METADATA = {
+    "robot": Mapping,
+    "image_size": int,
+    "action_horizon": int,
+    "control_hz": (int, float),
+    "candidates": Mapping,
+}
 """What an evaluation reads of a server's metadata."""
 
 
@@ -422,7 +428,7 @@ def require_fit(metadata: Mapping[str, Any], suite: Suite, settings: Settings) -
             where="--join real_time",
             next="--join asynchronous",
         )
-    if settings.candidates is not None and not isinstance(metadata.get("candidates"), Mapping):
+    if settings.candidates is not None and "candidates" not in metadata:
         raise ConfigError(
             expected="a flow policy of a server that draws candidates",
             found="one that does not (`candidates` in its metadata)",
