@@ -77,7 +77,7 @@ def ceiling(checkpoint: str, name: str, n: int, trials: int, folder: Path) -> No
     suite, fixed = find_suite(name), f"{Path(__file__).resolve()}:last"
     settings = [Settings(trials=trials, execute_steps=suite.execute_steps)]
     more = [{"candidates": k, "selector": fixed} for k in range(2, n + 1)]
-    more += [{"candidates": some, "selector": which} for which in ("medoid", "limits") for some in (4, n)]
+    more += [{"candidates": some, "selector": which} for which in ("medoid", "limits") for some in sorted({4, n})]
     settings += [Settings(trials=trials, execute_steps=suite.execute_steps, **one) for one in more]
     results = []
     with open_policy(checkpoint, selector=fixed) as opened:
