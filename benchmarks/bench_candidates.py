@@ -35,7 +35,7 @@ from manipi.policy import Policy
 from manipi_client.keys import CANDIDATES, GATE, SELECTOR
 
 GOAL = 1.25
-"""Of 8 candidates, in answers with one."""
+"""Of 8 candidates, in answers with one, as `manipi serve` computes them. An engine without compilation is shown too."""
 
 
 def last(candidates: Candidates) -> np.ndarray:
@@ -68,7 +68,7 @@ def cost(checkpoint: Path, rounds: int) -> None:
         for way in ways:
             ratio = statistics.median(a / b for a, b in zip(times[way], times["1"], strict=True))
             print(f"{path}, {way}: {1000 * statistics.median(times[way]):.2f} CPU-ms, {ratio:.3f} of one")
-            if way == "8, medoid":
+            if (path, way) == ("plain", "8, medoid"):
                 found.append(Measure(name=f"{path}, 8 / 1", value=ratio, unit="times", goal=GOAL))
     report(found)
 
