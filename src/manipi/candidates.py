@@ -159,8 +159,11 @@ class Choice:
 def candidate_noises(noise_HA: np.ndarray, n: int) -> np.ndarray:
     """Standard normal noise [N, H, A], the given one first; each of the others is a function of it and its index."""
     seed = hashlib.sha256(noise_HA.tobytes()).hexdigest()
-    generators = (torch.Generator().manual_seed(derive(seed, k)) for k in range(1, n))
-    return np.stack([noise_HA, *(torch.randn(noise_HA.shape, generator=one).numpy() for one in generators)])
+    generator, noises = torch.Generator(), torch.empty(n, *noise_HA.shape)
+    noises[0] = torch.from_numpy(noise_HA)
+    for k in range(1, n):
+        noises[k].normal_(generator=generator.manual_seed(derive(seed, k)))
+    return noises.numpy()
 
 
 def executed_rows(horizon: int, given: int, execute_steps: int | None) -> slice:
@@ -187,5 +190,6 @@ def choose(name: str, selector: Callable[[Candidates], Any], candidates: Candida
             where=f"the selector {shown(name)}",
             next="correct it: it takes manipi.candidates.Candidates, and returns [N], the higher the better",
         )
-    best = int(np.argmax(scores))
+    top = scores.max()
+    best = int((scores >= top - 1e-9 * abs(top) if np.isfinite(top) else scores == top).argmax())  # but for rounding
     return best, {"n": n, "chosen": best, "selector": name, "spread": candidates.spread, "scores": scores.tolist()}

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -312,9 +311,7 @@ class Policy:
                     continue
                 outputs = self.run_model(inputs, noise[members], num_steps)
             for i, output in zip(members, outputs, strict=True):
-                decode = partial(self.pipeline.decode, seen=encoded[i].seen)
-                several = output.ndim == 3  # chunks of as many noises
-                chunks[i] = np.stack([decode(one) for one in output]) if several else decode(output)
+                chunks[i] = self.pipeline.decode(output, encoded[i].seen)
         timing = {"infer_ms": (time.perf_counter() - started) * 1e3}
         return [{"actions": chunks[i], "policy_timing": dict(timing), **told[i]} for i in range(len(encoded))]
 
@@ -391,7 +388,7 @@ class Policy:
         for i, one in enumerate(encoded):
             gated = {} if bends is None else {"bend": float(bends[i])}
             n = choice.n if bends is None or bends[i] > choice.gate else 1
-            commands = np.stack([self.pipeline.decode(chunk, one.seen) for chunk in drawn_BNHA[i, :n]])
+            commands = self.pipeline.decode(drawn_BNHA[i, :n], one.seen)
             if n == 1:
                 yield commands[0], {"n": 1, "chosen": 0, **gated}
                 continue

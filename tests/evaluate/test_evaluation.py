@@ -20,7 +20,7 @@ from manipi.cli import main
 from manipi.errors import ConfigError, ServeError, SimulatorError, StorageError, UnknownNameError
 from manipi.evaluate import evaluation as evaluation_module
 from manipi.evaluate import suites
-from manipi.evaluate.compare import compare_results, read_side
+from manipi.evaluate.compare import compare_groups, compare_results, read_side
 from manipi.evaluate.evaluation import Evaluation, Settings
 from manipi.evaluate.report import write_evaluation
 from manipi.evaluate.suites import FIRST_SCENE, Suite, find_suite
@@ -393,3 +393,61 @@ def test_the_result_has_the_trials_that_were_asked_for(evaluate):
     assert trials(gap) == whole[:2]
     assert read_side(gap.folder).success.n == 2
     assert trials(evaluate()) == whole
+
+
+CHOICE = {"n": 1, "selector": "medoid", "gate": None, "execute_steps": None}
+
+
+def test_candidates_are_asked_for_and_kept_apart(evaluate, tmp_path):
+    asked = []
+
+    def choosing(observation):
+        asked.append({key: observation.get(f"manipi/{key}") for key in ("candidates", "selector", "execute_steps")})
+        return answer(observation) | {"candidates": {"n": 4}}
+
+    eight = replace(SETTINGS, candidates=4, selector="limits")
+    with pytest.raises(ConfigError, match=r"server that draws candidates[\s\S]*--candidates"):
+        evaluate("none", eight)  # such a server would not read the key, and the result would be of one candidate
+    evaluate("chosen", eight, metadata=METADATA | {"candidates": CHOICE}, infer=choosing)
+    assert all(one == {"candidates": 4, "selector": "limits", "execute_steps": 2} for one in asked)
+    result = json.loads((tmp_path / "chosen/result.json").read_text())
+    assert result["candidates"] == CHOICE | {"n": 4, "selector": "limits"}
+    assert [row["drawn"] for row in result["trials"]] == [4 * row["answers"] for row in result["trials"]]
+    with pytest.raises(ConfigError, match="trials with settings"):
+        evaluate("chosen", metadata=METADATA | {"candidates": CHOICE})
+    # A server that chooses of its own is none of one candidate, either.
+    evaluate("plain", metadata=METADATA | {"candidates": CHOICE})
+    with pytest.raises(ConfigError, match="trials with candidates"):
+        evaluate("plain", metadata=METADATA | {"candidates": CHOICE | {"n": 8}})
+    plain, chosen = (read_side(tmp_path / name) for name in ("plain", "chosen"))
+    assert chosen.name == "chosen, best of 4 by limits"
+    assert compare_results(chosen, plain, margin=0.05, alpha=0.05).paired
+    with pytest.raises(ConfigError, match="chosen alike"):
+        compare_groups([plain, chosen], [plain, plain], margin=0.05)
+
+
+def test_a_folder_from_before_there_were_candidates_goes_on(evaluate, tmp_path):
+    whole = trials(evaluate("old", count=2))
+    file, log = tmp_path / "old/evaluation.json", tmp_path / "old/trials.jsonl"
+    before = json.loads(file.read_text())
+    for name in ("candidates", "selector", "gate"):
+        del before["settings"][name]
+    del before["candidates"]
+    file.write_text(json.dumps(before))
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "drawn"}) + "\n" for row in rows))
+    assert trials(evaluate("old"))[:2] == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"candidates": 0}, "--candidates"),
+        ({"selector": "limits"}, "--candidates"),
+        ({"gate": 0.1}, "--candidates"),
+        ({"candidates": 4, "selector": "coherence"}, "--join real_time"),
+    ],
+)
+def test_candidates_that_cannot_be(changes, found):
+    with pytest.raises(ConfigError, match=found):
+        replace(SETTINGS, **changes)

@@ -22,6 +22,9 @@ SWEPT = {
     "temperature": float,
     "mode": str,
     "subtask_every": int,
+    "candidates": int,
+    "selector": str,
+    "gate": float,
 }
 """What `--sweep` may vary."""
 
@@ -73,6 +76,13 @@ class _Eval(OnDevice):
     """Suite: flow or tokens, of a policy that was trained on both. Default: flow."""
     subtask_every: int = 0
     """Suite: the policy writes at every so many answers what it does next, and follows that; 0: never."""
+    candidates: int | None = None
+    """Suite: chunks that a flow policy draws for each answer, of which --selector chooses one. Default: 1, or what the
+    server of a URL does."""
+    selector: str | None = None
+    """Suite: limits, medoid, coherence, token, or FILE.py:NAME (docs/candidates.md). Default: medoid."""
+    gate: float | None = None
+    """Suite: draw more than one only where the path of the first one bends by more. Default: always."""
     untrained: bool = False
     """Suite, control: the same network with random weights."""
     blind: bool = False
@@ -187,16 +197,16 @@ def _suite(args: _Eval) -> None:
         "seed": args.seed,
         "execute_steps": suite.execute_steps if args.execute_steps is None else args.execute_steps,
         "control": controls[0] if controls else None,
-        **{
-            name: getattr(args, name) for name in ("join", "delay", "num_steps", "temperature", "mode", "subtask_every")
-        },
+        **{name: getattr(args, name) for name in ("join", "delay", "num_steps", "temperature", "mode")},
+        **{name: getattr(args, name) for name in ("subtask_every", "candidates", "selector", "gate")},
     }
     swept = [(one, Settings(**{**chosen, **one})) for one in _swept(args.sweep)]
     results = []
     server = {"device": args.device, "threads": args.num_threads or 1, "max_batch": args.max_batch}
     if args.host != "127.0.0.1":
         os.environ.setdefault("MANIPI_TOKEN", secrets.token_urlsafe())  # for the server, and for those that ask it
-    with open_policy(args.policy, **server, untrained=args.untrained, host=args.host) as opened:
+    own = args.selector if args.selector and ":" in args.selector else None
+    with open_policy(args.policy, **server, untrained=args.untrained, host=args.host, selector=own) as opened:
         for one, settings in swept:
             folder = args.dir or opened.folder(suite, settings)
             if args.dir and args.sweep:

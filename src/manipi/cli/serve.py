@@ -13,6 +13,7 @@ from typing import Literal
 import tyro
 
 from manipi.cli.arguments import NewFile, OnDevice, parse
+from manipi.recipes.registry import load_selector
 from manipi.records import to_json
 from manipi.serve.access import Access, join_host, read_token, tls_context
 from manipi.serve.batching import Limits
@@ -57,6 +58,13 @@ class _Serve(OnDevice):
     subtask_every: int = 0
     """Of each client at every so many answers, the policy writes what is to be done next, and follows that until then.
     0: only where a request asks for it."""
+    candidates: int | None = None
+    """Chunks that a flow policy draws for each answer, of which --selector chooses one; a request may name another
+    number. Default: 1."""
+    selector: str | None = None
+    """limits, medoid, coherence, token, or FILE.py:NAME (docs/candidates.md). Default: medoid."""
+    gate: float | None = None
+    """Draw more than one only where the path of the first one bends by more. Default: always."""
     compile: bool = False
     """Fuse and compile the model, and call it once for each shape to come, before the port opens."""
     quantize: Literal["none", "int8_weights", "int8", "fp8"] = "none"
@@ -78,6 +86,7 @@ def main(arguments: Sequence[str]) -> None:
     access.resolve(args.host, args.port)  # before the model is loaded
     device = args.start()
 
+    from manipi.candidates import Choice
     from manipi.checkpoints.native import identity, require_report
     from manipi.policy import Policy
 
@@ -86,17 +95,24 @@ def main(arguments: Sequence[str]) -> None:
         require_report(args.checkpoint, args.quantize)
     # The self-test is of the exact weights, in the engine where there is one; what 8 bits change, the report says.
     sampling = {"num_steps": args.num_steps, "temperature": args.temperature, "mode": args.mode}
-    as_trained = not any(value is not None for value in sampling.values())
+    choice = {"n": args.candidates, "selector": args.selector, "gate": args.gate}
+    choice = {name: value for name, value in choice.items() if value is not None}
+    as_trained = not choice and not any(value is not None for value in sampling.values())
     compile = args.compile and plain and as_trained
     policy = Policy.load(args.checkpoint, robot=args.robot, device=device, seed=args.seed, compile=compile)
     if not as_trained:
         policy.set_sampling(**sampling)
+    own, source = load_selector(args.selector) if args.selector and ":" in args.selector else (None, "")
+    if choice:
+        policy.set_candidates(Choice(**choice), own)
     if not plain:
         policy.fuse(args.quantize)
     if args.compile and not compile:
         policy.compile()
     # Clients are told every number of a command, and the checkpoint's hash (its manifest has all).
     told = {"action_space": to_json(policy.robot.action_space), "checkpoint": identity(args.checkpoint)}
+    if source:
+        told["candidates"] = {**policy.metadata["candidates"], "source": source}
     server = PolicyServer(
         policy,
         args.host,

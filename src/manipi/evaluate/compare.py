@@ -47,6 +47,8 @@ class Side:
     suite: str | None = None
     scenes: Mapping[str, Any] = field(default_factory=dict)
     """What two sides must have in common for trial i of one to be the scene of trial i of the other."""
+    candidates: Mapping[str, Any] = field(default_factory=dict)
+    """How each answer was chosen; {}: there was one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,13 @@ def read_side_of(result: Mapping[str, Any]) -> Side:
     scenes["manipi"] = result.get("versions", {}).get("manipi")
     rate, control = success_rate(sum(outcomes), len(outcomes)), result.get("settings", {}).get("control")
     name = result["policy"] if control is None else f"{result['policy']}, {control.replace('_', ' ')}"
-    return Side(name=name, success=rate, outcomes=outcomes, suite=result["suite"], scenes=scenes)
+    chosen = result.get("candidates")
+    if chosen:
+        gate = "" if chosen["gate"] is None else f", gate {chosen['gate']:g}"
+        name += f", best of {chosen['n']} by {chosen['selector']}{gate}"
+    return Side(
+        name=name, success=rate, outcomes=outcomes, suite=result["suite"], scenes=scenes, candidates=chosen or {}
+    )
 
 
 def _lerobot_outcomes(data: Any) -> list[bool] | None:
@@ -240,6 +248,15 @@ def compare_groups(a: Sequence[Side], b: Sequence[Side], *, margin: float) -> Co
         )
     for one in (*a, *b):
         _require_one_suite(a[0], one)
+
+    for group in (a, b):
+        if other := next((one for one in group if one.candidates != group[0].candidates), None):
+            raise ConfigError(
+                expected=f"answers chosen alike within a group, as those of {group[0].name}",
+                found=shown(dict(other.candidates)) if other.candidates else "answers of a single chunk",
+                where=other.name,
+                next="evaluate all of them with the same --candidates, --selector and --gate",
+            )
 
     def whole(group: Sequence[Side]) -> Side:
         counts = sum(one.success.k for one in group), sum(one.success.n for one in group)

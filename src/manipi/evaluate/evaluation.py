@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,13 @@ from manipi_client.trials import TrialResult, TrialSpec
 HANG_SECONDS = 120.0
 """How long a simulator may take for its start, or for a step, before it counts as hung."""
 
-METADATA = {"robot": Mapping, "image_size": int, "action_horizon": int, "control_hz": (int, float)}
+METADATA = {
+    "robot": Mapping,
+    "image_size": int,
+    "action_horizon": int,
+    "control_hz": (int, float),
+    "candidates": Mapping,
+}
 """What an evaluation reads of a server's metadata."""
 
 
@@ -66,6 +72,10 @@ class Settings:
     temperature: float | None = None
     mode: str | None = None
     subtask_every: int = 0
+    candidates: int | None = None
+    """Chunks that are drawn for each answer; None: what the server does of its own."""
+    selector: str | None = None
+    gate: float | None = None
 
     def __post_init__(self) -> None:
         joins, temperature = ", ".join(JOINS), 0 if self.temperature is None else self.temperature
@@ -78,6 +88,12 @@ class Settings:
         require("--mode", self.mode, self.mode in modes, f"one of {', '.join(MODES)}", "tokens")
         require("--subtask-every", self.subtask_every, self.subtask_every >= 0, "a number of answers, from 0", "1")
         require("--temperature", self.temperature, 0 <= temperature <= 100, "a temperature from 0 to 100", "1")
+
+        n, rest = self.candidates, self.join == "real_time" or self.selector != "coherence"
+        require("--candidates", n, n is None or n >= 1, "a candidate or more", "8")
+        require("--selector", self.selector, n is not None or self.selector is None, "--candidates beside it", "medoid")
+        require("--gate", self.gate, n is not None or self.gate is None, "--candidates beside it", "0.3 --candidates 8")
+        require("--selector", self.selector, rest, "--join real_time, which knows a previous chunk", "medoid")
 
     def trial(self, suite: Suite, index: int) -> TrialSpec:
         settings = asdict(self)
@@ -134,6 +150,7 @@ class Evaluation:
             "robot": suite.robot,
             "settings": {key: value for key, value in asdict(settings).items() if key != "trials"},
             "options": self._options,
+            "candidates": self._candidates,
             "checkpoint": self.metadata.get("checkpoint"),
             "step": self.metadata.get("step"),
             "server": dict(server or {}),
@@ -162,6 +179,14 @@ class Evaluation:
         size = self.metadata.get("image_size") if self.suite.policy_image_size else None
         return {**self.suite.options, **({} if size is None else {"image_size": size})}
 
+    @property
+    def _candidates(self) -> dict[str, Any] | None:
+        """How each answer is chosen, by the settings or else by the server; None: there is nothing to choose."""
+        own = {"n": self.settings.candidates, "selector": self.settings.selector, "gate": self.settings.gate}
+        told = self.metadata.get("candidates") or {}
+        both = {**told, **{key: value for key, value in own.items() if value is not None}}
+        return both if both.get("n", 1) > 1 else None
+
     def _claim(self) -> None:
         """Read what the folder holds of this evaluation, or make it."""
         path, log = self.folder / "evaluation.json", self.folder / "trials.jsonl"
@@ -171,6 +196,8 @@ class Evaluation:
                 raise self._not_ours(f"a folder with {', '.join(found)}, and without evaluation.json")
             atomic_write(path, json_bytes(self.provenance))
         before = read_object(path, ConfigError)
+        defaults = {f.name: f.default for f in fields(Settings) if f.default is not MISSING}
+        before["settings"] = defaults | before.get("settings", {})  # older ones have fewer
         for key, value in json.loads(json_bytes(self.provenance)).items():
             if key != "simulator" and before.get(key) != value:
                 raise ConfigError(
@@ -349,7 +376,8 @@ def _summary(row: Mapping[str, Any], robot: Robot | None) -> dict[str, Any]:
     jerk, events = _smoothness(actions, robot)
     motion = {key: row["motion"][key] for key in ("seams", "seam_jump", "step_change")}
     found = {"index": row["index"], "seed": row["scene"], **{key: row[key] for key in kept}}
-    return {**found, "jerk": jerk, "gripper_events": events, "batched": row["batched"], **motion}
+    counts = {"gripper_events": events, "batched": row["batched"], "drawn": row.get("drawn", row["answers"])}
+    return {**found, "jerk": jerk, **counts, **motion}
 
 
 def _smoothness(actions_TA: np.ndarray, robot: Robot | None) -> tuple[float | None, int | None]:
@@ -405,6 +433,13 @@ def require_fit(metadata: Mapping[str, Any], suite: Suite, settings: Settings) -
             found="one that does not (`real_time` in its metadata)",
             where="--join real_time",
             next="--join asynchronous",
+        )
+    if settings.candidates is not None and "candidates" not in metadata:
+        raise ConfigError(
+            expected="a flow policy of a server that draws candidates",
+            found="one that does not (`candidates` in its metadata)",
+            where="--candidates",
+            next="leave it out",
         )
 
 

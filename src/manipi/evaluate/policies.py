@@ -85,7 +85,7 @@ class OpenPolicy:
         batch = self.server.get("max_batch", 1)
         changed |= {"max_batch": batch} if batch > 1 else {}
         parts = [suite.name.replace("/", "_"), step, f"seed_{settings.seed}", *(f"{k}_{v}" for k, v in changed.items())]
-        name = "_".join(part for part in parts if part)
+        name = re.sub(r"[^\w.-]+", "_", "_".join(part for part in parts if part))  # a selector may be a file's
         if run is not None:
             return run / "evaluations" / name
         if self.checkpoint is not None:
@@ -112,6 +112,7 @@ def open_policy(
     max_batch: int = 1,
     untrained: bool = False,
     host: str = "127.0.0.1",
+    selector: str | None = None,
 ) -> Iterator[OpenPolicy]:
     """Serve a checkpoint, or find the server of a URL.
 
@@ -119,6 +120,7 @@ def open_policy(
         threads, max_batch: of the server; with one observation in each call of the model an answer is the same whoever
             else asks.
         untrained: serve random weights of the same network.
+        selector: among candidates, which the server has to know: `FILE.py:NAME`.
         host: an address of this computer to serve at. Beyond loopback clients need the token MANIPI_TOKEN.
 
     Raises:
@@ -147,6 +149,7 @@ def open_policy(
             served = Path(folder) / "checkpoint"
             write_untrained(served, checkpoint)
         flags = ("--device", device, "--limits.max-batch", str(max_batch), "--host", host)
+        flags += ("--selector", selector) if selector else ()
         port = stack.enter_context(policy_server(served, threads=threads, flags=flags))
         until_served.close()
         address = f"ws://{f'[{host}]' if ':' in host else host}:{port}"

@@ -7,6 +7,7 @@ path/to/my_robot.py:my_recipe   a function in a file of the user's
 my_package.recipes:my_recipe    a function in an importable module
 """
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -15,7 +16,7 @@ import sys
 import sysconfig
 import traceback
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -96,6 +97,20 @@ def load_robot(target: str) -> Robot:
         known = [n for n, value in vars(module).items() if isinstance(value, Robot) or _is_recipe(value)]
         raise unknown_name(f"robot or recipe in {where}", name, known, next="name a Robot(...) or a recipe of the file")
     return _config_in(module, name, where).robot
+
+
+def load_selector(target: str) -> tuple[Callable[..., typing.Any], str]:
+    """A selector among candidates (`manipi.candidates.Selector`) of a user's file or module: the function, or an object
+    of the class that `path/to/file.py:NAME` names; and the hash of its source. Raises as `load_recipe`."""
+    where, _, name = target.rpartition(":")
+    module = _load_module(where)
+    found = vars(module).get(name)
+    if not callable(found):
+        known = [n for n, v in vars(module).items() if callable(v) and v.__module__ == module.__name__]
+        raise unknown_name(f"selector in {where}", name, known, next="name a function or a class of the file")
+    with _faults_of_users(_place_of(found)):
+        selector = found() if inspect.isclass(found) else found
+    return selector, hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:8]
 
 
 def _config_in(module: ModuleType, name: str, where: str) -> TrainConfig:

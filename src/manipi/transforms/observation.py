@@ -106,10 +106,10 @@ class ReadRobot:
         """Raises BadValueError rather than hand NaN or infinity to a robot."""
         bad = np.argwhere(~np.isfinite(actions_HA))
         if len(bad):
-            step, dimension = bad[0].tolist()
+            *_, step, dimension = bad[0].tolist()
             raise BadValueError(
                 expected="finite actions",
-                found=f"{actions_HA[step, dimension]} at step {step}, dimension {dimension}",
+                found=f"{actions_HA[tuple(bad[0])]} at step {step}, dimension {dimension}",
                 where=f"the action chunk for robot {self.robot.name!r}",
                 next="look at the observation (a quaternion of zeros?), and at the loss of the run behind this policy",
             )

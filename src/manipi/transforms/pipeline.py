@@ -61,7 +61,7 @@ class Pipeline:
         return sample, seen  # type: ignore[return-value]
 
     def decode(self, actions: np.ndarray, seen: Sequence[Sample]) -> np.ndarray:
-        """The model's output (actions [H, A], or token ids for π0-FAST) -> commands [H, A] of the robot."""
+        """The model's output (actions [..., H, A], or token ids for π0-FAST) -> commands [..., H, A] of the robot."""
         for step, sample in zip(reversed(self.steps), reversed(seen), strict=True):
             actions = step.decode(actions, sample)
         return actions

@@ -70,7 +70,7 @@ class LockStep:
         self._last_action: Optional[np.ndarray] = None
         self._actions: Optional[np.ndarray] = None
         self.infer_ms: List[float] = []
-        self.batched = 0
+        self.batched = self.drawn = 0
 
     @property
     def answers(self) -> int:
@@ -129,6 +129,7 @@ class LockStep:
         self.batched += answer.get("batch", 1) > 1
         subtask = str(answer.get("subtask", ""))
         self.subtasks += [subtask] if subtask and subtask not in self.subtasks[-1:] else []
+        self.drawn += int(answer.get("candidates", {}).get("n", 1))
         self._actions = read_chunk(answer, self._execute_steps, self._actions)
         chunk = Chunk(self._actions, self._executed, self._step, 0.0)
         self._asked = self._step + self._delay, chunk

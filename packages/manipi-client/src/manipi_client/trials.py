@@ -43,7 +43,7 @@ import numpy as np
 from manipi_client.broker import Policy
 from manipi_client.client import WebsocketPolicy
 from manipi_client.errors import InputError, ManipiClientError, PolicyServerError, shown
-from manipi_client.keys import MODE, NUM_STEPS, TEMPERATURE
+from manipi_client.keys import CANDIDATES, EXECUTE_STEPS, GATE, MODE, NUM_STEPS, SELECTOR, TEMPERATURE
 from manipi_client.lockstep import LockStep
 from manipi_client.realtime import Motion
 
@@ -118,6 +118,12 @@ class TrialSpec:
     """`flow` or `tokens`, of a policy that has both; None: its own."""
     subtask_every: int = 0
     """Answers from one subtask that the policy writes to the next; 0: none."""
+    candidates: Optional[int] = None
+    """Chunks that the policy draws for each answer, of which one is chosen; None: the server's own number."""
+    selector: Optional[str] = None
+    """What chooses."""
+    gate: Optional[float] = None
+    """How uncertain the first of them has to be for the others to be drawn."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,8 @@ class TrialResult:
     """What the policy wrote that it does, one after the other."""
     actions: np.ndarray
     """Every command that was executed, float32 [T, A]: on the same scene they give the same motion again."""
+    drawn: int = 0
+    """Chunks that all answers were chosen from."""
 
     def to_json(self) -> Dict[str, Any]:
         """Plain values; what is not finite is null."""
@@ -170,7 +178,10 @@ def run_trial(
     observation: Optional[Mapping[str, Any]] = simulator.reset(spec.scene, spec.task)
     _require_pictures(observation, simulator)
     prompt = _needed(simulator, "wrong_prompt", spec.control) if spec.control == "wrong_words" else simulator.prompt
-    extra = {NUM_STEPS: spec.num_steps, TEMPERATURE: spec.temperature, MODE: spec.mode}
+    extra: Dict[str, Any] = {NUM_STEPS: spec.num_steps, TEMPERATURE: spec.temperature, CANDIDATES: spec.candidates}
+    extra.update({SELECTOR: spec.selector, GATE: spec.gate, MODE: spec.mode})
+    if spec.candidates is not None:
+        extra[EXECUTE_STEPS] = spec.execute_steps
     extra = {key: value for key, value in extra.items() if value is not None}
     settings: Dict[str, Any] = {
         "delay": spec.delay,
@@ -226,6 +237,7 @@ def run_trial(
         motion=broker.motion,
         subtasks=tuple(broker.subtasks),
         actions=np.array(actions, np.float32),
+        drawn=broker.drawn,
     )
 
 
