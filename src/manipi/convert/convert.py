@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import av
 import numpy as np
@@ -137,8 +137,7 @@ def convert(
             else:
                 job = _Job(reader=reader, encoder=encoder, settings=settings, parts=parts, skip_bad=skip_bad)
                 todo = [number for number in numbers if not parts.episode(number).exists()]
-                bad: dict[int, str] = {}
-                reused, total = len(numbers) - len(todo), len(numbers)
+                reused, total, bad = len(numbers) - len(todo), len(numbers), dict[int, str]()
                 bar = tqdm(desc="encode", unit="episode", initial=reused, total=total, disable=not show)
                 running = on_cluster(job, [(number,) for number in todo]) if ray else _run(job, todo, num_workers)
                 with bar, closing(running) as results:
@@ -185,7 +184,7 @@ def _encoder(
                     elif key in episode.language:
                         features[key] = LANGUAGE
                     else:
-                        shape = next((block.shape[1:] for block in values), ())
+                        shape = next((block.shape[1:] for block in cast(Pictures, values)), ())
                         features[key] = Feature(kind="image", shape=shape, dtype="video")
                 remarks = episode.remarks
         except (DataError, ConfigError):

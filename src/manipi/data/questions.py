@@ -174,7 +174,7 @@ def _parse(line: str, number: int, path: Path, slots: Sequence[str]) -> Asked:
             there = False
         if not there:
             _refuse(f"the path of a picture in {folder}, as 'image'", shown(name), where)
-        pictures.append((slot, Path(name)))
+        pictures.append((slot, Path(str(name))))
     for key in ("question", "answer"):
         text = entry.get(key)
         if not isinstance(text, str) or not text.strip() or len(text) > MAX_PROMPT:

@@ -204,7 +204,11 @@ def edit(root, key, change):
         (EVENTS, lambda lists: lists[2][0].update(camera=None), "camera of style 'vqa'.*episode 0, frame 2"),
         (EVENTS, lambda lists: lists[2][1].update(camera="wrist"), "the feature of a camera.*wrist"),
         (EVENTS, lambda lists: lists[2][0].update(style="subtask"), "no style 'subtask' in language_events"),
-        (EVENTS, lambda lists: lists.__setitem__(slice(None), [["x"]] * len(lists)), "a role, and content"),
+        (
+            EVENTS,
+            lambda lists: lists.__setitem__(slice(None), [["x"]] * len(lists)),
+            "a role, content, style and camera",
+        ),
     ],
 )
 def test_broken_items_are_refused(key, change, message, tmp_path):
@@ -212,6 +216,11 @@ def test_broken_items_are_refused(key, change, message, tmp_path):
     edit(root, key, change)
     with pytest.raises(DatasetFormatError, match=f"(?s){message}"):
         open_dataset(root).said(0)
+
+
+def test_frames_beyond_the_episode_are_not_written(tmp_path):
+    with pytest.raises(DatasetFormatError, match=r"frames from 0 to 0 in language_events"):
+        write(tmp_path / "set", lambda number: {PERSISTENT: [], EVENTS: [(5, ASKED[2])]})
 
 
 def test_texts_that_lack_what_their_style_needs_are_not_written(tmp_path):

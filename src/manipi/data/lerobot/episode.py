@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 from urllib.parse import quote
 
 import numpy as np
@@ -22,7 +22,7 @@ from av.error import FFmpegError
 from jaxtyping import UInt8
 
 from manipi.data.dataset import Feature
-from manipi.data.lerobot.language import LANGUAGE, checked
+from manipi.data.lerobot.language import LANGUAGE, packed
 from manipi.data.lerobot.video import VideoWriter
 from manipi.errors import BadValueError, ConfigError, DatasetFormatError, MissingFeatureError, quoted, shown
 from manipi.types import Said
@@ -133,7 +133,7 @@ class EpisodeEncoder:
         wanted = set(np.linspace(0, length - 1, min(length, _PICTURES)).astype(int).tolist())
         for key in self.cameras:
             height, width, _ = shape = self.features[key].shape
-            pictures, chosen = data[key], []
+            pictures, chosen = cast(Pictures, data[key]), []
             settings = {"fps": self.fps, "pix_fmt": self.pix_fmt, "crf": self.crf}
             with closing(VideoWriter(video_file(folder, key), height=height, width=width, **settings)) as video:
                 for block in [pictures] if isinstance(pictures, np.ndarray) else pictures:
@@ -145,11 +145,8 @@ class EpisodeEncoder:
                 raise wrong(f"{video.num_frames} pictures", key)
             stats[key] = image_stats(np.stack(chosen))
         stats |= vector_stats(columns)
-        language = {key: list[tuple[int, dict]]() for key, one in self.features.items() if one == LANGUAGE}
-        for key, items in language.items():
-            for frame, one in data[key]:
-                checked(vars(one), key, self.cameras, f"{where}, frame {frame}", folder)
-                items.append((frame, vars(one)))
+        said = [key for key, feature in self.features.items() if feature == LANGUAGE]
+        language = {key: packed(key, data[key], length, self.cameras, where, folder) for key in said}
         task_index = np.array([texts.index(t) for t in tasks])
         np.savez(folder / _COLUMNS, allow_pickle=False, task_index=task_index, **columns)
         plain = {key: {name: values.tolist() for name, values in part.items()} for key, part in stats.items()}

@@ -16,7 +16,7 @@ Two subtasks, `reach` from 0 s and `grasp` from 0.3 s, in an episode of 10 frame
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,10 +111,10 @@ def read_language(
                         elif persistent.setdefault(number, read) != read:
                             expected = f"the same {PERSISTENT} at every frame of an episode"
                             _refuse(root, expected, "others than at the frame before", place(path, row))
-                        elif twice := [key for key, n in Counter(_begins(read)).items() if n > 1]:
-                            style, seconds = twice[0]
-                            expected = f"one text of style {style!r} that begins to hold at a time"
-                            _refuse(root, expected, f"several at {seconds:g} s", place(path, row))
+                        begins = [(one.style, one.timestamp) for one in read if one.style in HOLDING]
+                        if twice := [begin for begin in begins if key == PERSISTENT and begins.count(begin) > 1]:
+                            expected = f"one text of style {twice[0][0]!r} that begins to hold at a time"
+                            _refuse(root, expected, f"several at {twice[0][1]:g} s", place(path, row))
                 start += len(batch)
     return Language(persistent=persistent, events=events)
 
@@ -142,19 +142,15 @@ def _lists(lists: pa.Array, of_N: np.ndarray, same: bool, path: Path, root: Path
             yield at, lists[at].as_py() or []
 
 
-def _begins(items: Sequence[Said]) -> list[tuple[str, float]]:
-    """Style and time of the texts of which one holds."""
-    return [(one.style, one.timestamp) for one in items if one.style in HOLDING and one.timestamp is not None]
-
-
 def checked(item: Any, column: str, known: Collection[str], where: str, root: Path) -> Said:
     """One item of a list. Raises DatasetFormatError where it lacks what its style and column need."""
     one = {**_EMPTY, **item} if isinstance(item, dict) else {}
     texts = all(one.get(key) is None or isinstance(one[key], str) for key in ("content", "style", "camera"))
     seconds, style = one.get("timestamp"), one.get("style")
     wanted = ""
-    if not isinstance(one.get("role"), str) or not texts:
-        wanted = "a role, and content, style and camera that are texts or null"
+    calls = one.get("tool_calls")
+    if not isinstance(one.get("role"), str) or not texts or not (calls is None or isinstance(calls, list | tuple)):
+        wanted = "a role, content, style and camera that are texts or null, and tool_calls in a list"
     elif column == PERSISTENT and not (isinstance(seconds, float | int) and math.isfinite(seconds)):
         wanted = "a finite timestamp in seconds, from which on it holds"
     elif (style in HOLDING and column == EVENTS) or (style == "vqa" and column == PERSISTENT):
@@ -165,13 +161,8 @@ def checked(item: Any, column: str, known: Collection[str], where: str, root: Pa
         wanted = f"the feature of a camera as camera of style {style!r}"
     if wanted:
         _refuse(root, f"{wanted}, in every item of {column}", shown(item, 200), where)
-    calls = None if one["tool_calls"] is None else tuple(_json(call) for call in one["tool_calls"])
-    seconds = None if column == EVENTS else seconds
-    return Said(one["role"], one["content"], style, seconds, one["camera"], calls)
-
-
-def _json(call: Any) -> str:
-    return call if isinstance(call, str) else json.dumps(call)
+    calls = tuple(call if isinstance(call, str) else json.dumps(call) for call in calls or ()) or None
+    return Said(one["role"], one["content"], style, seconds if column == PERSISTENT else None, one["camera"], calls)
 
 
 def _refuse(root: Path, expected: str, found: str, where: str | Path) -> None:
@@ -203,24 +194,32 @@ def question_pairs(items: Sequence[Said], where: str) -> Iterator[tuple[str, str
 # Written --------------------------------------------------------------------------------------------------------------
 
 
+def packed(
+    column: str, items: Any, length: int, known: Collection[str], where: str, root: Path
+) -> list[tuple[int, dict]]:
+    """Pairs of a frame and a `Said` as JSON has them. Raises DatasetFormatError as `checked` does, and for frames
+    that an episode of that length does not have."""
+    if beyond := [frame for frame, _ in items if not 0 <= frame < length]:
+        _refuse(root, f"frames from 0 to {length - 1} in {column}", f"{beyond[0]}", where)
+    return [(frame, vars(checked(vars(one), column, known, f"{where}, frame {frame}", root))) for frame, one in items]
+
+
 def language_array(column: str, items: Sequence[tuple[int, Said]], length: int) -> pa.Array:
     """A column of an episode of so many frames, as lerobot lays it out.
 
     Args:
         items: each with its frame, which says nothing of persistent ones.
     """
-    text, lists = (
-        pa.string(),
-        [[vars(one) for _, one in items]] if column == PERSISTENT else [[] for _ in range(length)],
-    )
-    for frame, one in items if column == EVENTS else ():
-        lists[frame].append(vars(one))
+    text, same = pa.string(), column == PERSISTENT
+    lists: list[list[dict]] = [[] for _ in range(1 if same else length)]
+    for frame, one in items:
+        lists[0 if same else frame].append(vars(one))
 
     def of(call: pa.DataType) -> pa.DataType:
-        timed = [pa.field("timestamp", pa.float32(), nullable=False)] if column == PERSISTENT else []
+        timed = [pa.field("timestamp", pa.float32(), nullable=False)] if same else []
         fields = [pa.field("role", text, nullable=False), pa.field("content", text), pa.field("style", text)]
         return pa.list_(pa.struct([*fields, *timed, pa.field("camera", text), pa.field("tool_calls", pa.list_(call))]))
 
     made = pa.array(lists, of(text))
     made = made.cast(of(pa.json_())) if hasattr(pa, "json_") else made  # pyarrow 19 has the type that lerobot asks for
-    return made.take(pa.array(np.zeros(length, np.int64))) if column == PERSISTENT else made
+    return made.take(pa.array(np.zeros(length, np.int64))) if same else made
