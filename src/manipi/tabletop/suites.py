@@ -119,7 +119,7 @@ _SUITES = (
         pairs="unseen",
         demonstrated={"pairs": "seen"},
     ),
-    _suite("crowd", "reach, of six blocks that lie close and everywhere", colors=tuple(COLORS), tray=False),
+    _suite("crowd", "reach, of four blocks that lie close and everywhere", colors=tuple(COLORS)[:4], tray=False),
     *(
         _suite(f"reach-{name}", f"as tabletop/reach, but {what}", perturb=name, **LIMITS.get(name, {}))
         for name, what in PERTURBATIONS.items()
