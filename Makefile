@@ -137,7 +137,7 @@ simulators/%/.venv/.installed: simulators/%/requirements.txt packages/manipi-cli
 MODEL := pi05
 metaworld: $(READY) simulators/metaworld/.venv/.installed  ## four tasks of MetaWorld: record, train, drive beside controls (about 90 minutes; MODEL=pi0)
 	$(BIN)/python benchmarks/learn.py metaworld/four --recipe simulators/metaworld/recipe.py:$(MODEL)_metaworld \
-	  --dir runs/metaworld_$(MODEL) --episodes 1200 --noise 0 0.2 0.4 --title "MetaWorld, four tasks, one policy: $(MODEL)" --command "make metaworld MODEL=$(MODEL)"
+	  --dir runs/metaworld_$(MODEL) --lessons metaworld/lessons --episodes 1575 --noise 0 0.2 0.4 --title "MetaWorld, four tasks, one policy: $(MODEL)" --command "make metaworld MODEL=$(MODEL)"
 
 docs: $(READY)  ## write the file tree of docs/architecture.md, then check the documentation: links, commands, examples
 	$(BIN)/python docs/make_tree.py

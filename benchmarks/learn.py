@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("suite", help="FAMILY/NAME")
     parser.add_argument("--recipe", required=True, help="FILE.py:FUNCTION or a recipe's name; its robot is recorded")
     parser.add_argument("--dir", type=Path, required=True, help="folder of everything")
+    parser.add_argument("--lessons", default="", help="suite to record the demonstrations in (default: the same)")
     parser.add_argument("--episodes", type=int, default=600, help="demonstrations to make")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.3, 0.6], help="disturbances, in turns")
     parser.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
@@ -41,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     folder, dataset, run = args.dir, args.dir / "dataset", args.dir / "run"
     folder.mkdir(parents=True, exist_ok=True)
-    mine = {name: getattr(args, name) for name in ("suite", "recipe", "episodes", "noise", "steps")}
+    mine = {name: getattr(args, name) for name in ("suite", "lessons", "recipe", "episodes", "noise", "steps")}
     claim = folder / "learn.json"
     if not claim.exists():
         claim.write_text(json.dumps(mine))
@@ -68,7 +69,7 @@ def main() -> None:
 
     if not dataset.exists():
         made = ("--robot", args.recipe, "--episodes", args.episodes, "--noise", *args.noise)
-        stage("record", "demonstrate", args.suite, dataset, *made)
+        stage("record", "demonstrate", args.lessons or args.suite, dataset, *made, "--workers", 2)
     if not (folder / "check.json").exists():
         found = folder / "findings.json"  # written where there are errors, too
         stage("check", "check", dataset, "--robot", args.recipe, "--json", found)

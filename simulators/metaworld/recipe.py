@@ -23,7 +23,7 @@ METAWORLD = Robot(
     control_hz=80.0,
 )
 
-_SIZES = SIZES | {"vision": replace(VISION, image_size=64), "action_horizon": 16, "max_token_len": 24}
+_SIZES = SIZES | {"vision": replace(VISION, image_size=96, patch_size=12), "action_horizon": 16, "max_token_len": 24}
 """The tabletop's networks; chunks of 0.2 s. Its longest instruction, with the state, is 22 tokens."""
 
 STEPS = 12_000
