@@ -159,13 +159,8 @@ def largest_batch(config: TrainConfig) -> ModelInput:
 
 def first_rows(batch: ModelInput, count: int) -> ModelInput:
     """The first `count` observations of a batch."""
-    whole = batch.batch_size
-    tensors = {name: v for name, v in vars(batch).items() if isinstance(v, Tensor) and name != "action_dim_valid"}
-    dims = batch.action_dim_valid
-    cut = dims[:count] if dims is not None and dims.ndim == 2 else dims
-    return (
-        batch if count == whole else replace(batch, action_dim_valid=cut, **{n: v[:count] for n, v in tensors.items()})
-    )
+    rows = {name: v for name, v in batch.tensors.items() if name != "action_dim_valid" or v.ndim == 2}
+    return batch if count == batch.batch_size else replace(batch, **{name: v[:count] for name, v in rows.items()})
 
 
 def gathered_bytes(state: TrainState) -> int:

@@ -125,6 +125,16 @@ class TrialSpec:
     gate: Optional[float] = None
     """How uncertain the first of them has to be for the others to be drawn."""
 
+    @property
+    def lock_step(self) -> Dict[str, Any]:
+        """Arguments of `LockStep`."""
+        extra: Dict[str, Any] = {NUM_STEPS: self.num_steps, TEMPERATURE: self.temperature, MODE: self.mode}
+        extra.update({CANDIDATES: self.candidates, SELECTOR: self.selector, GATE: self.gate})
+        if self.candidates is not None:
+            extra[EXECUTE_STEPS] = self.execute_steps
+        extra = {key: value for key, value in extra.items() if value is not None}
+        return {"delay": self.delay, "noise": self.noise, "extra": extra, "subtask_every": self.subtask_every}
+
 
 @dataclass(frozen=True)
 class TrialResult:
@@ -178,18 +188,7 @@ def run_trial(
     observation: Optional[Mapping[str, Any]] = simulator.reset(spec.scene, spec.task)
     _require_pictures(observation, simulator)
     prompt = _needed(simulator, "wrong_prompt", spec.control) if spec.control == "wrong_words" else simulator.prompt
-    extra: Dict[str, Any] = {NUM_STEPS: spec.num_steps, TEMPERATURE: spec.temperature, CANDIDATES: spec.candidates}
-    extra.update({SELECTOR: spec.selector, GATE: spec.gate, MODE: spec.mode})
-    if spec.candidates is not None:
-        extra[EXECUTE_STEPS] = spec.execute_steps
-    extra = {key: value for key, value in extra.items() if value is not None}
-    settings: Dict[str, Any] = {
-        "delay": spec.delay,
-        "noise": spec.noise,
-        "extra": extra,
-        "subtask_every": spec.subtask_every,
-    }
-    broker = LockStep(policy, spec.execute_steps, spec.join, **settings)
+    broker = LockStep(policy, spec.execute_steps, spec.join, **spec.lock_step)
     actions: List[np.ndarray] = []
     places = [getattr(simulator, "position", None)]
     while not simulator.success and getattr(simulator, "failure", None) is None and len(actions) < simulator.max_steps:
