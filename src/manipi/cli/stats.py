@@ -69,6 +69,8 @@ def main(arguments: Sequence[str]) -> None:
     """Print the statistics."""
     args = parse(_Stats, arguments, "stats")
 
+    import numpy as np
+
     from manipi.data import norm_stats
     from manipi.data.dataset import action_labels, state_labels
     from manipi.storage import atomic_directory

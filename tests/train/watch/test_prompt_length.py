@@ -22,7 +22,8 @@ from manipi.transforms import pipeline
 KINDS = {
     "π0": ("pi0", {}),
     "π0.5": ("pi05", {}),
-    "FAST": ("pi0_fast", {}),
+    "FAST": ("pi0_fast", {"action_tokenizer": "fit"}),
+    "DCT": ("pi0_fast", {}),
     "binning": ("pi0_fast", {"action_tokenizer": "binning"}),
 }
 TASKS = ("reach it", "reach the other one, and do not hurry", "wave", "put the red cube into the box beside the plate")
@@ -53,7 +54,8 @@ def roomy(tiny):
 
     def make(kind, **changes):
         config = tiny(kind, **changes)
-        return replace(config, model=replace(config.model, max_token_len=400, action_dim=5))
+        others = {"codes": None} if "action_tokenizer" in changes else {}
+        return replace(config, model=replace(config.model, max_token_len=400, action_dim=5, **others))
 
     return make
 
