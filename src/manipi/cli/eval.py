@@ -14,16 +14,8 @@ import tyro
 from manipi.cli.arguments import Folder, NewFile, OnDevice, parse, table, write_result
 from manipi.errors import ConfigError
 
-SWEPT = {
-    "execute_steps": int,
-    "num_steps": int,
-    "delay": int,
-    "join": str,
-    "temperature": float,
-    "candidates": int,
-    "selector": str,
-    "gate": float,
-}
+SWEPT = {"execute_steps": int, "num_steps": int, "delay": int, "join": str, "temperature": float}
+SWEPT |= {"candidates": int, "selector": str, "gate": float}
 """What `--sweep` may vary."""
 
 MARGIN = 0.05

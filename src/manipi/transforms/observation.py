@@ -253,12 +253,9 @@ def _read_choice(observation: Mapping[str, Any], horizon: int) -> dict[str, Any]
     if GATE in observation:
         choice["gate"] = float(_number(observation, GATE, "a finite number from 0", "iuf", 0, sys.float_info.max))
     if SELECTOR in observation:
-        try:
-            choice["selector"] = as_text(observation[SELECTOR], _MAX_KEY)
-        except ValueError as error:
-            raise _refusal("the name of a selector", str(error), SELECTOR, next=_METADATA) from None
-        if choice["selector"] is None:
-            raise _refusal("the name of a selector", _describe(observation[SELECTOR]), SELECTOR, next=_METADATA)
+        choice["selector"] = name = observation[SELECTOR]
+        if not isinstance(name, str) or len(name) > _MAX_KEY:
+            raise _refusal("the name of a selector", _describe(name), SELECTOR, next=_METADATA)
     return choice
 
 
@@ -266,7 +263,7 @@ def _count(observation: Mapping[str, Any], key: str, most: int, *, least: int = 
     return int(_number(observation, key, f"a whole number from {least} to {most}", "iu", least, most))
 
 
-def _number(observation: Mapping[str, Any], key: str, expected: str, kinds: str, least: int, most: int) -> float:
+def _number(observation: Mapping[str, Any], key: str, expected: str, kinds: str, least: int, most: float) -> float:
     value = _request_array(observation, key, expected, 1)
     if value.size != 1 or value.dtype.kind not in kinds or not least <= value.item() <= most:
         numbers = value.tolist() if value.size == 1 and value.dtype.kind in "biuf" else list(value.shape)

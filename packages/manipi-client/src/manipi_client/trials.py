@@ -172,12 +172,7 @@ def run_trial(
     observation: Optional[Mapping[str, Any]] = simulator.reset(spec.scene, spec.task)
     _require_pictures(observation, simulator)
     prompt = _needed(simulator, "wrong_prompt", spec.control) if spec.control == "wrong_words" else simulator.prompt
-    extra: Dict[str, Any] = {NUM_STEPS: spec.num_steps, TEMPERATURE: spec.temperature, CANDIDATES: spec.candidates}
-    extra.update({SELECTOR: spec.selector, GATE: spec.gate})
-    if spec.candidates is not None:
-        extra[EXECUTE_STEPS] = spec.execute_steps
-    extra = {key: value for key, value in extra.items() if value is not None}
-    settings: Dict[str, Any] = {"delay": spec.delay, "noise": spec.noise, "extra": extra}
+    settings: Dict[str, Any] = {"delay": spec.delay, "noise": spec.noise, "extra": _asked_of_policy(spec)}
     broker = LockStep(policy, spec.execute_steps, spec.join, **settings)
     actions: List[np.ndarray] = []
     places = [getattr(simulator, "position", None)]
@@ -227,6 +222,15 @@ def run_trial(
         actions=np.array(actions, np.float32),
         drawn=broker.drawn,
     )
+
+
+def _asked_of_policy(spec: TrialSpec) -> Dict[str, Any]:
+    """Keys for every observation of the trial."""
+    extra: Dict[str, Any] = {NUM_STEPS: spec.num_steps, TEMPERATURE: spec.temperature}
+    extra.update({CANDIDATES: spec.candidates, SELECTOR: spec.selector, GATE: spec.gate})
+    if spec.candidates is not None:
+        extra[EXECUTE_STEPS] = spec.execute_steps
+    return {key: value for key, value in extra.items() if value is not None}
 
 
 def film(simulator: Simulator, spec: TrialSpec, actions: np.ndarray) -> np.ndarray:
