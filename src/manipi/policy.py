@@ -377,7 +377,10 @@ class Policy:
     ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         """Of each observation the best of its candidates [H, A], and what the answer says of it."""
         horizon, size = self.config.model.action_horizon, self.robot.model_action_size
-        left = [one.sample["actions"][one.sample["action_valid"]] if "delay" in one.sample else None for one in encoded]
+        left = [
+            one.sample["actions"][one.sample["action_valid"], :size] if "delay" in one.sample else None
+            for one in encoded
+        ]
         given = [0 if some is None else min(int(one.sample["delay"]), len(some)) for one, some in zip(encoded, left)]
         rows = [executed_rows(horizon, first, choice.execute_steps) for first in given]
         noise_BNHA = np.stack([candidate_noises(one, choice.n) for one in noise_BHA])
@@ -399,19 +402,14 @@ class Policy:
                 actions=commands,
                 normalised=drawn_BNHA[i, :, :, :size],
                 executed=rows[i],
-                previous=None if (some := left[i]) is None else some[:, :size],
+                previous=left[i],
                 proposal=proposals[i],
             )
             best, said = choose(choice.selector, self._selectors[choice.selector], candidates)
             yield commands[best], {**said, **gated}
 
     def _draw(
-        self,
-        inputs: ModelInput,
-        noise_BNHA: np.ndarray,
-        num_steps: int | None,
-        choice: Choice,
-        rows: Sequence[slice],
+        self, inputs: ModelInput, noise_BNHA: np.ndarray, num_steps: int | None, choice: Choice, rows: Sequence[slice]
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Chunks [B, N or 1, H, A] on one prefix; and with a gate how much the paths of the first bend [B]."""
         if choice.gate is None:

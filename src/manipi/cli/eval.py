@@ -14,18 +14,8 @@ import tyro
 from manipi.cli.arguments import Folder, NewFile, OnDevice, parse, table, write_result
 from manipi.errors import ConfigError
 
-SWEPT = {
-    "execute_steps": int,
-    "num_steps": int,
-    "delay": int,
-    "join": str,
-    "temperature": float,
-    "mode": str,
-    "subtask_every": int,
-    "candidates": int,
-    "selector": str,
-    "gate": float,
-}
+SWEPT = {"execute_steps": int, "num_steps": int, "delay": int, "join": str, "temperature": float, "mode": str}
+SWEPT |= {"subtask_every": int, "candidates": int, "selector": str, "gate": float}
 """What `--sweep` may vary."""
 
 MARGIN = 0.05

@@ -46,10 +46,10 @@ HANG_SECONDS = 120.0
 
 METADATA = {
     "robot": Mapping,
+    "candidates": Mapping,
     "image_size": int,
     "action_horizon": int,
     "control_hz": (int, float),
-    "candidates": Mapping,
 }
 """What an evaluation reads of a server's metadata."""
 

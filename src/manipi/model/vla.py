@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Generator, Tensor, nn
 
 from manipi.errors import ConfigError
@@ -158,21 +158,14 @@ class VLA(nn.Module):
 
     @torch.no_grad()
     def sample_gated(
-        self,
-        inputs: ModelInput,
-        noise_BKHA: Float[Tensor, "B K H A"],
-        gate: float,
-        executed_BH: Bool[Tensor, "B H"],
-        num_steps: int = 10,
-        max_delay: int = 0,
+        self, inputs: ModelInput, noise_BKHA: Tensor, gate: float, executed_BH: Tensor, num_steps: int, max_delay: int
     ) -> tuple[Float[Tensor, "B k H A"], Float[Tensor, "B"]]:
         """As `sample`: the first draw, and the others after the same prefix where the path of any first one bends by
         more than `gate`, so that k is K or 1; and by how much each bends (`flow.bend`, over the executed steps).
 
         In an engine on a GPU its layers run one by one, since a graph cannot ask whether to go on.
         """
-        if isinstance(self.config, Pi0FastConfig):
-            raise self._wrong_policy("Pi0Config or Pi05Config", "decode_tokens")
+        assert not isinstance(self.config, Pi0FastConfig), "π0-FAST samples no actions"
         continuation, (_, dim_valid_BA) = flow.continuation(inputs, max_delay), flow.action_masks(inputs, self.config)
         cache, path = self.prefill(inputs, self.embed_prefix(inputs, self._kept(inputs))), list[Tensor]()
 

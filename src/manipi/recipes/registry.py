@@ -108,8 +108,10 @@ def load_selector(target: str) -> tuple[Callable[..., typing.Any], str]:
     if not callable(found):
         known = [n for n, v in vars(module).items() if callable(v) and v.__module__ == module.__name__]
         raise unknown_name(f"selector in {where}", name, known, next="name a function or a class of the file")
-    with _faults_of_users(_place_of(found)):
-        selector = found() if inspect.isclass(found) else found
+    selector: Callable[..., typing.Any] = found
+    if inspect.isclass(found):
+        with _faults_of_users(_place_of(found)):
+            selector = found()
     return selector, hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:8]
 
 
@@ -185,7 +187,7 @@ def _faults_of_users(file: str) -> Iterator[None]:
         raise error.moved(f"{error.where}, from {_place_in(error, file)}") from error
     except (Exception, SystemExit) as error:
         raise ConfigError(
-            expected="a file of recipes and robots that runs to its end",
+            expected="a file of recipes, robots or selectors that runs to its end",
             found=f"{type(error).__name__}: {shown(str(error), 400)[1:-1]}",
             where=_place_in(error, file),
             next="install the module, or start with its folder in PYTHONPATH"

@@ -302,12 +302,9 @@ def _read_choice(observation: Mapping[str, Any], horizon: int) -> dict[str, Any]
     if GATE in observation:
         choice["gate"] = float(_number(observation, GATE, "a finite number from 0", "iuf", 0, sys.float_info.max))
     if SELECTOR in observation:
-        try:
-            choice["selector"] = as_text(observation[SELECTOR], _MAX_KEY)
-        except ValueError as error:
-            raise _refusal("the name of a selector", str(error), SELECTOR, next=_METADATA) from None
-        if choice["selector"] is None:
-            raise _refusal("the name of a selector", _describe(observation[SELECTOR]), SELECTOR, next=_METADATA)
+        choice["selector"] = name = observation[SELECTOR]
+        if not isinstance(name, str) or len(name) > _MAX_KEY:
+            raise _refusal("the name of a selector", _describe(name), SELECTOR, next=_METADATA)
     return choice
 
 
