@@ -105,8 +105,9 @@ class LongestPrompt:
 
 
 def longest_prompt(parts: Sequence[Part]) -> LongestPrompt:
-    """Of all rows of all parts, those held out too."""
-    return max((_longest_of(part) for part in parts), key=lambda one: one.tokens - one.limit)
+    """Of all rows of all parts, those held out too, and of all that a language plan may choose for them."""
+    one_by_one = [replace(part, source=replace(part.source, plan=(say,))) for part in parts for say in part.source.plan]
+    return max(map(_longest_of, one_by_one), key=lambda one: one.tokens - one.limit)
 
 
 def _longest_of(part: Part) -> LongestPrompt:
@@ -115,6 +116,10 @@ def _longest_of(part: Part) -> LongestPrompt:
     texts, numbers = source.instructions()
     states, behind = _States(step, source.pipeline.robot.state_size), getattr(step, "codes", None)
     of_text = np.array([states.with_zeros(text) for text in texts])
+    learned, which = source.learned() if isinstance(step, TokenizePrompt) and step.writes_text else ([""], None)
+    style = "answer" if isinstance(dataset, Questions) else "subtask"
+    of_learned = np.array([states.with_zeros("", {style: text}) - states.with_zeros("") for text in learned])
+    which = np.zeros((dataset.num_frames, 1), np.int64) if which is None else which
     tokens, of_actions, row, text = 0, 0, 0, ""
     for block, state_NS, actions_N in _blocks(part, step, rows):
         if behind is not None:  # they have room of their own
@@ -122,10 +127,11 @@ def _longest_of(part: Part) -> LongestPrompt:
             actions_N = np.zeros_like(actions_N)
         candidates_Nk = of_text[numbers[block]]
         choice_N = candidates_Nk.argmax(axis=1)
-        prompt_N = candidates_Nk.max(axis=1) + states.beyond_zeros(state_NS)
+        prompt_N = candidates_Nk.max(axis=1) + states.beyond_zeros(state_NS) + of_learned[which[block, 0]]
 
         def written(i: int) -> int:
-            return step.prompt_length(texts[numbers[block[i], choice_N[i]]], state_NS[i])  # noqa: B023
+            behind_it = {style: learned[which[block[i], 0]]}  # noqa: B023
+            return step.prompt_length(texts[numbers[block[i], choice_N[i]]], state_NS[i], behind_it)  # noqa: B023
 
         order = np.argsort(-(prompt_N + actions_N), kind="stable")
         probes = {*order[:PROBES].tolist(), *order[:: max(1, len(order) // PROBES)].tolist()}
@@ -175,8 +181,8 @@ class _States:
         places = {0, min(1, self._size - 1), self._size - 1} if self._size else set()
         self._tables = {place: self._table(place) for place in places}
 
-    def with_zeros(self, text: str) -> int:
-        return self._step.prompt_length(text, _centres(np.zeros(self._size)))
+    def with_zeros(self, text: str, learned: Mapping[str, str] | None = None) -> int:
+        return self._step.prompt_length(text, _centres(np.zeros(self._size)), learned or {})
 
     def beyond_zeros(self, state_NS: Float32[np.ndarray, "N S"]) -> Int64[np.ndarray, "N"]:
         """How many tokens more than one of zeros each state takes."""
@@ -190,7 +196,7 @@ class _States:
         """For the bins from -1 on."""
         bins = np.zeros((NUM_BINS + 1, self._size))
         bins[:, place] = np.arange(-1, NUM_BINS)
-        return np.array([self._step.prompt_length("", _centres(state)) for state in bins]) - self.with_zeros("")
+        return np.array([self._step.prompt_length("", _centres(state), {}) for state in bins]) - self.with_zeros("")
 
 
 def _centres(bins: np.ndarray) -> np.ndarray:
@@ -293,6 +299,7 @@ def prepare(config: TrainConfig, folder: Path) -> TrainingData:
         TokenizerError: another project's weights to start from, and not the tokenizer that they were trained with.
     """
     opened = open_demonstrations(config)
+    _require_text(config, opened)
     of_robots = [one for one in opened if not isinstance(one.dataset, Questions)]
     stats = {name: _stats(config, group, folder) for name, group in _by_robot(of_robots).items()}
     claim_videos(folder, {one.dataset.fingerprint: one.dataset.picture_files(one.cameras) for one in opened})
@@ -336,6 +343,20 @@ def claim_videos(folder: Path, now: Mapping[str, Mapping[str, str]]) -> None:
     known = {data: {**before.get(data, {}), **files} for data, files in now.items()}
     if known != before:
         atomic_write(path, json_bytes(known))
+
+
+def _require_text(config: TrainConfig, opened: Sequence["Opened"]) -> None:
+    """Raises ConfigError where text is to be learned by a model that writes none."""
+    for one in opened:
+        learns = isinstance(one.dataset, Questions) or any(say.learn_subtask for say in one.settings.plan)
+        if learns and not config.model.writes_text:
+            raise ConfigError(
+                expected="a model that writes text, to learn subtasks or answers",
+                found=f"a {type(config.model).__name__} without"
+                + (" one" if config.model.writes_codes else " JointConfig"),
+                where=f"TrainConfig.model, and the language of {one.dataset.name}",
+                next="model=Pi05Config(joint=JointConfig(…)), or leave questions and learn_subtask out",
+            )
 
 
 def _longest(

@@ -150,9 +150,10 @@ class TokenizePrompt:
             rest["token_loss"] = prompt.loss
         return {**rest, **self._codes(sample)}
 
-    def prompt_length(self, prompt: str, state_S: np.ndarray) -> int:
-        """Tokens of a prompt, however many."""
-        return len(self._tokens(prompt, state_S, {})[0])
+    def prompt_length(self, prompt: str, state_S: np.ndarray, behind: Mapping[str, Any]) -> int:
+        """Tokens of a prompt with what is learned behind it (`subtask` or `answer`), however many."""
+        prefix, text = self._tokens(prompt, state_S, behind)
+        return len(prefix) + sum(len(run.ids) for run in text)
 
     def action_lengths(self, chunks_NHA: np.ndarray) -> np.ndarray:
         """Tokens of each normalised chunk, [N], where the model writes codes."""
@@ -215,8 +216,8 @@ class TokenizeActions:
         rest = {k: v for k, v in sample.items() if k not in ("actions", "action_valid")}
         return {**rest, "tokens": p.tokens, "token_valid": p.valid, "token_causal": p.causal, "token_loss": p.loss}
 
-    def prompt_length(self, prompt: str, state_S: np.ndarray) -> int:
-        """Tokens of instruction and state, however many."""
+    def prompt_length(self, prompt: str, state_S: np.ndarray, behind: Mapping[str, Any]) -> int:
+        """Tokens of instruction and state, however many; nothing is learned behind them but actions."""
         return len(fast_prefix(self.tokenizer, prompt, state_S, **self._quirks))
 
     def action_lengths(self, chunks_NHA: np.ndarray) -> np.ndarray:
