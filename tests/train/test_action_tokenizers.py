@@ -73,8 +73,8 @@ def test_hidden_samples_are_drawn_by_seed_step_and_row(tiny, tmp_path):
     for other in ((42, 8), (43, 7)):
         assert not torch.equal(draw_hidden(*other, 400, 0.75), whole)
 
-    def losses(share: float) -> list[float]:
-        config = tiny("pi0_fast", steps=1, batch_size=4)
+    def losses(share: float, **changes) -> list[float]:
+        config = tiny("pi0_fast", steps=1, batch_size=4, **changes)
         config = replace(config, model=replace(config.model, codes=replace(config.model.codes, hidden=share)))
         state, inputs = TrainState.of(VLA(config.policy_model), config), batch_of(config)
         return train_step(state, inputs, config)[1].tolist()
@@ -88,6 +88,7 @@ def test_hidden_samples_are_drawn_by_seed_step_and_row(tiny, tmp_path):
     assert 0 < sum(hidden) < 4
     assert some == pytest.approx([a if one else n for one, n, a in zip(hidden, none, all, strict=True)])
     assert all != pytest.approx(none)
+    assert losses(0.5, accumulate=2) == pytest.approx(some)
 
 
 def test_what_cannot_work_is_refused_before_training(tiny, folder, tmp_path):

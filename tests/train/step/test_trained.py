@@ -48,6 +48,8 @@ def batch_for(config, size: int = 4) -> ModelInput:
     }
     if isinstance(model, Pi0FastConfig):
         written = valid & (np.arange(length) > 2)
+        # Action codes; even ones would be neutral now and then.
+        batch["tokens"] = np.where(written, model.codes.first_id + batch["tokens"] // 2 * 2 + 1, batch["tokens"])
         return ModelInput.from_numpy(batch | {"token_causal": written, "token_loss": written})
     batch["actions"] = rng.normal(size=(size, model.action_horizon, model.action_dim))
     batch["action_valid"] = np.arange(model.action_horizon) < rng.integers(1, model.action_horizon + 1, (size, 1))
