@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from harness import Measure, report
 
-from manipi.candidates import Candidates
 from manipi.checkpoints.native import read_self_test
 from manipi.cli.arguments import table
 from manipi.evaluate.compare import compare_results, read_side_of
@@ -38,9 +37,10 @@ GOAL = 1.25
 """Of 8 candidates, in answers with one, as `manipi serve` computes them. An engine without compilation is shown too."""
 
 
-def last(candidates: Candidates) -> np.ndarray:
-    """Of k + 1 candidates, candidate k."""
-    return np.arange(len(candidates.actions))
+LAST = """def last(candidates):
+    return range(len(candidates.actions))
+"""
+"""A selector's file: of k + 1 candidates, candidate k."""
 
 
 def cost(checkpoint: Path, rounds: int) -> None:
@@ -74,7 +74,9 @@ def cost(checkpoint: Path, rounds: int) -> None:
 
 
 def ceiling(checkpoint: str, name: str, n: int, trials: int, folder: Path) -> None:
-    suite, fixed = find_suite(name), f"{Path(__file__).resolve()}:last"
+    suite, fixed = find_suite(name), f"{(folder / 'last.py').resolve()}:last"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "last.py").write_text(LAST)
     settings = [Settings(trials=trials, execute_steps=suite.execute_steps)]
     more = [{"candidates": k, "selector": fixed} for k in range(2, n + 1)]
     more += [{"candidates": some, "selector": which} for which in ("medoid", "limits") for some in sorted({4, n})]

@@ -368,22 +368,15 @@ class Policy:
         return {"flow": "flow" in self._modes, "tokens": self._constraint is not None}
 
     def _chosen(
-        self,
-        encoded: Sequence[Encoded],
-        inputs: ModelInput,
-        noise_BHA: np.ndarray,
-        num_steps: int | None,
-        choice: Choice,
+        self, encoded: Sequence[Encoded], inputs: ModelInput, noise: np.ndarray, num_steps: int | None, choice: Choice
     ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         """Of each observation the best of its candidates [H, A], and what the answer says of it."""
         horizon, size = self.config.model.action_horizon, self.robot.model_action_size
-        left = [
-            one.sample["actions"][one.sample["action_valid"], :size] if "delay" in one.sample else None
-            for one in encoded
-        ]
-        given = [0 if some is None else min(int(one.sample["delay"]), len(some)) for one, some in zip(encoded, left)]
+        samples = [one.sample for one in encoded]
+        left = [one["actions"][one["action_valid"], :size] if "delay" in one else None for one in samples]
+        given = [0 if some is None else min(int(one["delay"]), len(some)) for one, some in zip(samples, left)]
         rows = [executed_rows(horizon, first, choice.execute_steps) for first in given]
-        noise_BNHA = np.stack([candidate_noises(one, choice.n) for one in noise_BHA])
+        noise_BNHA = np.stack([candidate_noises(one, choice.n) for one in noise])
         drawn_BNHA, bends = self._draw(inputs, noise_BNHA, num_steps, choice, rows)
         proposals: Sequence[np.ndarray | None] = [None] * len(encoded)
         if choice.selector == "token" and drawn_BNHA.shape[1] > 1:

@@ -183,7 +183,9 @@ class Evaluation:
     def _candidates(self) -> dict[str, Any] | None:
         """How each answer is chosen, by the settings or else by the server; None: there is nothing to choose."""
         own = {"n": self.settings.candidates, "selector": self.settings.selector, "gate": self.settings.gate}
-        told = self.metadata.get("candidates") or {}
+        told = dict(self.metadata.get("candidates") or {})
+        if own["selector"] not in (None, told.get("selector")):
+            told.pop("source", None)  # of the selector that is not used
         both = {**told, **{key: value for key, value in own.items() if value is not None}}
         return both if both.get("n", 1) > 1 else None
 

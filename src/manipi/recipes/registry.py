@@ -108,7 +108,7 @@ def load_selector(target: str) -> tuple[Callable[..., typing.Any], str]:
     if not callable(found):
         known = [n for n, v in vars(module).items() if callable(v) and v.__module__ == module.__name__]
         raise unknown_name(f"selector in {where}", name, known, next="name a function or a class of the file")
-    selector: Callable[..., typing.Any] = found
+    selector: typing.Any = found
     if inspect.isclass(found):
         with _faults_of_users(_place_of(found)):
             selector = found()
