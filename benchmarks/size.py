@@ -35,7 +35,7 @@ BUDGETS = {
     "manipi/tabletop": 290,
     "manipi/tabletop/environment": 670,
     "manipi/tokenizers": 1010,
-    "manipi/train": 1390,
+    "manipi/train": 1490,
     "manipi/train/run": 460,
     "manipi/train/step": 550,
     "manipi/train/watch": 890,

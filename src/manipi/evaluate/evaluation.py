@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -36,8 +36,8 @@ from manipi.processes import Remote, cluster_size
 from manipi.records import json_bytes, read_object, to_json
 from manipi.robots.robot import Gripper, LinkageGripper, Robot
 from manipi.storage import Lock, atomic_write, storage_errors
+from manipi.transforms.observation import Mode
 from manipi_client import WebsocketPolicy
-from manipi_client.keys import MODES
 from manipi_client.realtime import JOINS
 from manipi_client.trials import TrialResult, TrialSpec
 
@@ -84,8 +84,8 @@ class Settings:
         require("--join", self.join, self.join in JOINS, f"one of {joins}", "synchronous")
         require("--delay", self.delay, self.delay >= 0, "control steps, from 0", "2")
         require("--num-steps", self.num_steps, self.num_steps is None or self.num_steps >= 1, "a step or more", "10")
-        modes = (None, *MODES)
-        require("--mode", self.mode, self.mode in modes, f"one of {', '.join(MODES)}", "tokens")
+        modes = get_args(Mode)
+        require("--mode", self.mode, self.mode in (None, *modes), f"one of {', '.join(modes)}", "tokens")
         require("--subtask-every", self.subtask_every, self.subtask_every >= 0, "a number of answers, from 0", "1")
         require("--temperature", self.temperature, 0 <= temperature <= 100, "a temperature from 0 to 100", "1")
 

@@ -25,7 +25,6 @@ SEED = "manipi/seed"
 NUM_STEPS = "manipi/num_steps"
 TEMPERATURE = "manipi/temperature"
 MODE = "manipi/mode"
-MODES = ("flow", "tokens")
 SUBTASK = "manipi/subtask"
 WRITE_SUBTASK = "manipi/write_subtask"
 CANDIDATES = "manipi/candidates"

@@ -160,10 +160,10 @@ class TrialResult:
     infer_ms: Tuple[float, ...]
     """Round trips, of which nothing else here depends."""
     motion: Motion
-    subtasks: Tuple[str, ...]
-    """What the policy wrote that it does, one after the other."""
     actions: np.ndarray
     """Every command that was executed, float32 [T, A]: on the same scene they give the same motion again."""
+    subtasks: Tuple[str, ...] = ()
+    """What the policy wrote that it does, one after the other."""
     drawn: int = 0
     """Chunks that all answers were chosen from."""
 
