@@ -10,6 +10,7 @@ from tests.test_policy import observation
 from manipi.errors import ConfigError, ObservationError, TokenizerError
 from manipi.model.config import JointConfig
 from manipi.policy import MAX_TEXT, Policy
+from manipi.train.config import ValidationConfig
 from manipi.train.loop import train
 from manipi.train.run.folder import Run, read_log
 
@@ -61,6 +62,19 @@ def test_accumulation_and_recompute_make_the_same_gradients(tiny, tmp_path):
         logs.append(read_log(tmp_path / str(number) / "metrics.jsonl")[-1])
     for name in ("loss/flow", "loss/codes", "grad_norm", "grad_norm/codes"):
         assert [log[name] for log in logs] == pytest.approx([logs[0][name]] * 3, rel=1e-4)
+
+
+def test_validation_sums_the_terms_over_all_frames(tiny, tmp_path):
+    config = with_joint(
+        tiny("pi05", steps=1, validation=ValidationConfig(every=1, samples=8, batch_size=3)), text_weight=0.5
+    )
+    train(config, tmp_path, show=False)
+    (line,) = read_log(tmp_path / "validation.jsonl")
+    alone = replace(config, validation=ValidationConfig(every=1, samples=8, batch_size=8))
+    train(alone, tmp_path / "whole", show=False)
+    (whole,) = read_log(tmp_path / "whole/validation.jsonl")
+    assert line["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert line["loss"] > 1  # nats of the codes are part of it
 
 
 def test_it_acts_by_flow_and_by_tokens(policy):

@@ -194,12 +194,15 @@ class HeldOutFrames:
             inputs = ModelInput.from_numpy({key: value[block] for key, value in batch.items()}, device)
             draw = () if self._fast else (self._noise[block, :1].to(device), self._timesteps[block, :1].to(device))
             result = model(inputs, *draw)
-            losses.append(float(result.loss))
-            weights.append(float(result.weight))
+            losses.append(result.loss.reshape(-1).tolist())
+            weights.append(result.weight.reshape(-1).tolist())
             if isinstance(result, TokenLoss):
                 hits.append(float(result.accuracy))
-        accuracy = float(np.average(hits, weights=weights)) if hits else None
-        return float(np.average(losses, weights=weights)), accuracy
+        accuracy = float(np.average(hits, weights=np.array(weights)[:, 0])) if hits else None
+        terms = zip(np.array(losses).T.copy(), np.array(weights).T.copy(), strict=True)  # of a joint loss several
+        means = [np.average(values, weights=counts) if counts.any() else 0.0 for values, counts in terms]
+        joint = getattr(model.config, "joint", None)
+        return float(means[0] if joint is None else np.dot(means, joint.weights)), accuracy
 
     def _chunks(self, policy: Policy, question: str, frames: np.ndarray) -> Float[np.ndarray, "n K H A"]:
         """The policy's chunks at some held-out frames in the robot's units, one per noise draw."""
