@@ -33,7 +33,6 @@ from manipi.robots.robot import Gripper, LinkageGripper, Robot
 from manipi.transforms.actions import CommandLimits, differs
 from manipi.transforms.observation import MAX_CANDIDATES
 from manipi.types import Observation
-from manipi_client.lockstep import derive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +157,8 @@ class Choice:
 
 def candidate_noises(noise_HA: np.ndarray, n: int) -> np.ndarray:
     """Standard normal noise [N, H, A], the given one first; each of the others is a function of it and its index."""
+    from manipi_client.lockstep import derive  # websockets come with it, which training does without
+
     seed = hashlib.sha256(noise_HA.tobytes()).hexdigest()
     generator, noises = torch.Generator(), torch.empty(n, *noise_HA.shape)
     noises[0] = torch.from_numpy(noise_HA)

@@ -133,7 +133,7 @@ def test_what_is_no_checkpoint(tmp_path, checkpoint):
 @pytest.mark.parametrize(("part", "message"), [("action", "other actions"), ("text", "other token ids")])
 def test_another_tokenizer_than_the_one_of_the_training_is_refused(part, message, trained, tmp_path):
     checkpoint = shutil.copytree(trained("pi0_fast"), tmp_path / "2")
-    path = checkpoint / "tokenizer" / {"action": "action/processor_config.json", "text": "text.json"}[part]
+    path = checkpoint / "tokenizer" / {"action": "action/dct.json", "text": "text.json"}[part]
     with_change = json.loads(path.read_text())
     with_change.update({"scale": 11} if part == "action" else {"sha256": "0" * 64})
     path.write_text(json.dumps(with_change))

@@ -8,12 +8,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from manipi.errors import TokenizerError
 from manipi.tokenizers import FastTokenizer
-from manipi.tokenizers.fast import _dct_matrix
+from manipi.tokenizers.fast import dct_matrix
 
 
 @pytest.mark.parametrize("horizon", [1, 2, 7, 50])
 def test_the_dct_is_scipys_and_orthonormal(horizon):
-    matrix = _dct_matrix(horizon)
+    matrix = dct_matrix(horizon)
     np.testing.assert_allclose(matrix, dct(np.eye(horizon), axis=0, norm="ortho"), atol=1e-14)
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(horizon), atol=1e-13)
 

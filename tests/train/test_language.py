@@ -13,6 +13,7 @@ from manipi.data.dataset import Feature
 from manipi.data.lerobot.language import EVENTS, LANGUAGE, PERSISTENT
 from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.errors import ConfigError, MissingFeatureError
+from manipi.model.config import JointConfig
 from manipi.records import json_bytes, to_json
 from manipi.robots.tabletop import TABLETOP
 from manipi.train.config import DataConfig, DatasetConfig
@@ -48,6 +49,9 @@ def write(root, begins=0.0):
     return str(root)
 
 
+WRITES = JointConfig(codes_weight=0.0)
+
+
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory):
     return write(tmp_path_factory.mktemp("spoken") / "set")
@@ -77,10 +81,14 @@ def mixed(tiny, spoken, asked):
             DatasetConfig(path=spoken, kind="vqa"),
         )
         config = tiny(batch_size=8, **changes)
-        model = replace(config.model, max_token_len=40)
+        model = replace(config.model, max_token_len=72, joint=WRITES)
         return replace(config, model=model, data=DataConfig(mixture=sets, holdout=0.25, num_workers=0))
 
     return mixed
+
+
+def writing(config):
+    return replace(config, model=replace(config.model, max_token_len=72, joint=WRITES))
 
 
 def told(data):
@@ -132,7 +140,7 @@ def test_a_plan_changes_no_order_and_none_is_as_before(tiny, spoken, tmp_path):
     """The same frames come in the same order; the plan of one choice that tells the task is no plan, bit for bit."""
 
     def prepared(name, *plan):
-        config = tiny()
+        config = writing(tiny())
         return prepare(replace(config, data=replace(config.data, path=spoken, language=plan)), tmp_path / name)
 
     without, one, several = prepared("without"), prepared("one", Say(weight=7)), prepared("several", *PLAN)
@@ -186,8 +194,13 @@ def test_every_text_is_known_before_the_first_step(mixed, tmp_path):
     assert set(of_file.source.learned()[0]) == {"", *(f"{40 * i}" for i in range(6))}
     config = mixed()
     short = replace(config, model=replace(config.model, max_token_len=24))
-    with pytest.raises(ConfigError, match="how red is picture"):
-        prepare(replace(short, data=replace(short.data, mixture=config.data.mixture[:2])), tmp_path / "short")
+    robot, questions, _ = config.data.mixture
+    for name, sets, longest in (
+        ("learned", (robot, questions), "30 tokens, with the instruction 'reach it'"),
+        ("asked", (replace(robot, language=()), questions), "how red is picture"),
+    ):
+        with pytest.raises(ConfigError, match=longest):
+            prepare(replace(short, data=replace(short.data, mixture=sets)), tmp_path / name)
 
 
 def test_questions_change_no_statistics_and_are_validated_by_nobody(mixed, tiny, spoken, tmp_path):
@@ -245,7 +258,7 @@ def test_frames_without_the_subtask_that_is_told(tiny, tmp_path):
     config = replace(config, data=replace(config.data, path=path, language=(Say(instruct="subtask"),)))
     with pytest.raises(MissingFeatureError, match=r"(?s)16 of \d+ frames without, the first: episode 0, frame 0"):
         prepare(config, tmp_path / "run")
-    learned = replace(config, data=replace(config.data, language=(Say(learn_subtask=True),)))
+    learned = writing(replace(config, data=replace(config.data, language=(Say(learn_subtask=True),))))
     source = prepare(learned, tmp_path / "learned").main.source
     assert [source.told(row)[1] for row in range(4)] == ["", "", *[SUBTASKS[0]] * 2]
 

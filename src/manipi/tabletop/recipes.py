@@ -81,7 +81,8 @@ def pi0_tabletop() -> TrainConfig:
 
 def pi0_fast_tabletop() -> TrainConfig:
     """π0-FAST: actions are tokens, fixed codes fitted to the demonstrations."""
-    base, sizes = pi05_tabletop(), SIZES | {"vocab_size": CODES.end_id, "max_token_len": 56}
+    base = pi05_tabletop()
+    sizes: dict[str, Any] = SIZES | {"vocab_size": CODES.end_id, "max_token_len": 56}
     optimizer = replace(base.optimizer, decay_steps=6_000)
     model = Pi0FastConfig(**sizes, codes=CODES)
     return replace(base, model=model, action_tokenizer="dct", steps=6_000, optimizer=optimizer)

@@ -95,7 +95,7 @@ def _suite(name: str, about: str, *, demonstrated: Mapping[str, Any] | None = No
 DEMONSTRATED = {"image_size": 56, "start_noise": 1.0, "max_steps": 100}
 """As the demo's: pictures of its recipes' size, and the tip starts anywhere over the table, between the blocks too."""
 
-LIMITS = {"start": {"max_steps": 24}}
+LIMITS: dict[str, dict[str, Any]] = {"start": {"max_steps": 24}}
 """Of the expert's starts outside the workspace none needs more than 18 steps."""
 
 _SUITES = (

@@ -18,6 +18,8 @@ from manipi.data.open import open_dataset
 from manipi.errors import ConfigError, DatasetFormatError, MissingFeatureError, StorageError
 from manipi.transforms.model_input import resize_with_pad
 
+SAFELY = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # since Python 3.11.4
+
 CAMERA = "observation.images.top"
 TESTS = Path(__file__).parents[2]
 OF_0_1_0 = TESTS / "train/run/run_of_0.1.0.tar.xz", TESTS / "data/feed/pictures_of_0.1.0.tar.xz"
@@ -52,7 +54,9 @@ def test_filled_ahead(written, tmp_path, format):
 def test_pictures_that_0_1_0_kept_are_served(tmp_path, format):
     for recorded in OF_0_1_0:
         with tarfile.open(recorded) as archive:
-            archive.extractall(tmp_path, filter="data")
+            archive.extractall(
+                tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
+            )  # since 3.11.4
     files = [path for path in (tmp_path / "pictures").rglob("*") if path.is_file()]
     before = {path: path.read_bytes() for path in files}
     assert len(before) == 4

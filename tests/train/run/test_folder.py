@@ -17,6 +17,8 @@ from manipi.train.data import claim_videos
 from manipi.train.loop import train
 from manipi.train.run.folder import FORMAT, Run, read_config
 
+SAFELY = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # since Python 3.11.4
+
 RECORDED = Path(__file__).parent / "run_of_0.1.0.tar.xz"
 """A dataset, a run of manipi 0.1.0 on it that was stopped at step 2 of 4, and the weights that it reached at step 4."""
 
@@ -84,7 +86,7 @@ def test_a_setting_that_says_nothing_is_told_from_one_that_stays(tiny):
 @pytest.fixture
 def old(tmp_path, monkeypatch) -> Path:
     with tarfile.open(RECORDED) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extractall(tmp_path, **SAFELY)
     monkeypatch.chdir(tmp_path)  # its dataset is at a relative path
     return tmp_path / "run"
 

@@ -341,9 +341,11 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
             for name, low in (("table", 0.2), ("tray", 0.5)):
                 color, rgba = rng.uniform(low, 0.95) + rng.uniform(-0.15, 0.15, 3), self.model.geom(name).rgba
                 rgba[:3] += BACKGROUND_CHANGE * (np.clip(color, 0.05, 1) - rgba[:3])
-            colors = {name: np.array(getattr(Look, name)) for name in ("horizon", "zenith")}
-            others = {name: old + BACKGROUND_CHANGE * (rng.uniform(0, 1, 3) - old) for name, old in colors.items()}
-            self._look = Look(**{name: tuple(color) for name, color in others.items()})
+            below, above = (
+                tuple(np.array(old) + BACKGROUND_CHANGE * (rng.uniform(0, 1, 3) - old))
+                for old in (Look.horizon, Look.zenith)
+            )
+            self._look = Look(horizon=below, zenith=above)
 
     def another_instruction(self, seed: int) -> Goal:
         """The present goal with an instruction that names other blocks."""
