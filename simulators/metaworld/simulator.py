@@ -16,17 +16,17 @@ from metaworld.policies import ENV_POLICY_MAP
 
 # The first four are the tasks of `metaworld/four`.
 SENTENCES = {
-    "reach-v3": "move the hand to the red ball",
     "window-open-v3": "push the window open",
     "plate-slide-v3": "slide the plate into the goal",
+    "drawer-open-v3": "open the drawer",
+    "door-open-v3": "open the door of the safe",
+    "reach-v3": "move the hand to the red ball",
     "dial-turn-v3": "turn the dial",
     "lever-pull-v3": "pull the lever up",
     "handle-pull-v3": "pull the handle up",
     "push-v3": "push the block to the green ball",
     "window-close-v3": "push the window shut",
-    "drawer-open-v3": "open the drawer",
     "drawer-close-v3": "close the drawer",
-    "door-open-v3": "open the door of the safe",
     "button-press-v3": "press the button on the wall",
     "button-press-topdown-v3": "press the button from above",
 }
