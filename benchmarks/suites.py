@@ -12,20 +12,69 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from manipi.model.config import Pi0FastConfig
 from manipi.recipes.registry import load_recipe
 from manipi.tabletop.recipes import RECIPES, DemoConfig
 from manipi.tabletop.suites import SUITES
 
 LONGER = {"two-step": 12}
-"""More tokens of the prompt than the recipe has; every suite of π0-FAST, whose actions follow the prompt, has these."""
+"""More tokens of the prompt than the recipe has."""
+LEARNED: dict[str, str] = {name: "reach" for name in SUITES if name.startswith("reach-")}
+"""Suites whose policy was trained on another one's demonstrations."""
 
 
-def manipi(*arguments: str) -> None:
-    command = [sys.executable, "-m", "manipi", *arguments]
-    print("$ manipi " + " ".join(arguments), flush=True)
+def manipi(*arguments: object) -> None:
+    command = [sys.executable, "-m", "manipi", *map(str, arguments)]
+    print("$ manipi " + " ".join(command[3:]), flush=True)
     subprocess.run(command, check=True)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A folder of demonstrations, training runs and evaluations; what is there is not made again."""
+
+    folder: Path
+    episodes: int = DemoConfig.episodes
+    trials: int = 200
+    workers: int = 2
+    seed: int = 0
+    """Of trainings."""
+
+    def demonstrations(self, suite: str) -> Path:
+        """Of the scripted expert, as many and as disturbed as the demo's."""
+        dataset = self.folder / suite / f"dataset_{self.episodes}"
+        if not dataset.exists():
+            made = ("--episodes", self.episodes, "--noise", 0.0, 0.0, 0.3, "--workers", self.workers)
+            manipi("demonstrate", f"tabletop/{suite}", dataset, *made)
+        return dataset
+
+    def trained(self, suite: str, name: str, recipe: str, steps: int | None = None) -> Path:
+        """The last checkpoint of a recipe that was trained on a suite's demonstrations; its run has a name."""
+        config = load_recipe(recipe)
+        steps, room = steps or config.steps, config.model.max_token_len
+        # Every suite of π0-FAST, whose actions follow the prompt, has the longest prompt's tokens.
+        room += max(LONGER.values()) if isinstance(config.model, Pi0FastConfig) else LONGER.get(suite, 0)
+        run = self.folder / suite / f"{name}_{self.episodes}_{steps}_seed_{self.seed}"
+        checkpoint = run / "checkpoints" / str(steps)
+        if not checkpoint.exists():
+            dataset = ("--run-dir", run, "--data.path", self.demonstrations(suite))
+            numbers = {"steps": steps, "seed": self.seed, "model.max-token-len": room}
+            if steps != config.steps:
+                numbers["optimizer.decay-steps"] = steps
+            manipi("train", recipe, *dataset, *(text for key, value in numbers.items() for text in (f"--{key}", value)))
+        return checkpoint
+
+    def evaluated(self, checkpoint: Path, suite: str, *flags: object) -> dict[str, Any]:
+        """The result of a checkpoint in a suite, with flags of `manipi eval`."""
+        name = "_".join((suite, *(str(flag).rpartition("/")[2].strip("-") for flag in flags)))
+        folder = checkpoint.parents[1] / "evaluations" / name
+        trials = ("--suite", f"tabletop/{suite}", "--trials", self.trials, "--workers", self.workers)
+        manipi("eval", checkpoint, *trials, "--dir", folder, "--films", 4, *flags)
+        return json.loads((folder / "result.json").read_text())
 
 
 def main() -> None:
@@ -40,28 +89,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="simulators side by side")
     parser.add_argument("--controls", nargs="*", default=[], choices=["untrained", "blind", "wrong-words", "held"])
     args = parser.parse_args()
-    recipe, rows = load_recipe(RECIPES[args.model]), []
-    steps, workers = args.steps or recipe.steps, ("--workers", str(args.workers))
+    lab, rows = Lab(args.dir, args.episodes, args.trials, args.workers, args.seed), []
     for name in args.suites:
-        learned = "reach" if name.startswith("reach") else name
-        dataset = args.dir / learned / f"dataset_{args.episodes}"
-        run = args.dir / learned / f"{args.model}_{args.episodes}_{steps}_seed_{args.seed}"
-        checkpoint = run / "checkpoints" / str(steps)
-        if not dataset.exists():
-            demonstrated = ("--episodes", str(args.episodes), "--noise", "0.0", "0.0", "0.3")
-            manipi("demonstrate", f"tabletop/{learned}", str(dataset), *demonstrated, *workers)
-        if not checkpoint.exists():
-            more = max(LONGER.values()) if args.model == "pi0_fast" else LONGER.get(learned, 0)
-            numbers = {"steps": steps, "seed": args.seed, "model.max-token-len": recipe.model.max_token_len + more}
-            flags = [text for key, value in numbers.items() for text in (f"--{key}", str(value))]
-            manipi("train", RECIPES[args.model], "--run-dir", str(run), "--data.path", str(dataset), *flags)
+        checkpoint = lab.trained(str(LEARNED.get(name, name)), args.model, RECIPES[args.model], args.steps)
         for control in (None, *args.controls):
-            folder = run / "evaluations" / "_".join(filter(None, (name, control)))
-            flags = () if control is None else (f"--{control}",)
-            trials = ("--suite", f"tabletop/{name}", "--trials", str(args.trials), "--dir", str(folder), "--films", "4")
-            manipi("eval", str(checkpoint), *trials, *workers, *flags)
-            result = json.loads((folder / "result.json").read_text())
+            result = lab.evaluated(checkpoint, name, *(() if control is None else (f"--{control}",)))
             rows.append((name, control or "policy", result["success"], result["trials"]))
+    steps = args.steps or load_recipe(RECIPES[args.model]).steps
     print(f"\n{RECIPES[args.model]}, {args.episodes} episodes, {steps} steps, seed {args.seed}")
     print(f"{'suite':18} {'':12} {'success':>9} {'95 % interval':>15} {'wrong block':>12} {'too late':>9}  what")
     for name, control, success, trials in rows:
