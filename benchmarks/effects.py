@@ -126,8 +126,8 @@ def main(arguments: Sequence[str]) -> None:
             print("  ".join(row))
         if args.table:
             text = (
-                f"Paired on {args.trials} scenes, seed 0; {lab.episodes} demonstrations. One training each: what differs "
-                "from training to training is not in the intervals, which are of the difference, at 95 %. A verdict "
+                f"Paired on {args.trials} scenes, seed 0; {lab.episodes} demonstrations. One training each: what "
+                "differs from training to training is not in the intervals, which are of the difference, at 95 %. A verdict "
                 "holds for its row at a level of 5 %; equivalent: within 5 points."
             )
             command = f"python benchmarks/effects.py --parts {name} --table docs/results"
