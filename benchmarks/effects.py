@@ -127,8 +127,8 @@ def main(arguments: Sequence[str]) -> None:
         if args.table:
             text = (
                 f"Paired on {args.trials} scenes, seed 0; {lab.episodes} demonstrations. One training each: what "
-                "differs from training to training is not in the intervals, which are of the difference, at 95 %. A verdict "
-                "holds for its row at a level of 5 %; equivalent: within 5 points."
+                "differs from training to training is not in the intervals, which are of the difference, at 95 %. "
+                "A verdict holds for its row at a level of 5 %; equivalent: within 5 points."
             )
             command = f"python benchmarks/effects.py --parts {name} --table docs/results"
             found = {"title": title, "command": command, "text": text, "columns": COLUMNS, "rows": rows}
