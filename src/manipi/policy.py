@@ -147,9 +147,17 @@ class Policy:
         """Run through an engine from now on. It takes over the weights; `model` is the engine then.
 
         Raises:
-            ConfigError: the device has no such quantization, or the policy repeats quirks that the engine has not.
+            ConfigError: the device has no such quantization, or the policy repeats quirks that the engine has not, or
+                it remembers the past.
         """
         assert self._engine is None, "an engine already"
+        if past := self.config.model.past_steps:
+            raise ConfigError(
+                expected="a policy that sees the present alone, which is all that the engine computes",
+                found=f"one that remembers what was {', '.join(map(str, past))} steps ago",
+                where="the engine",
+                next="serve it without --compile",
+            )
         self.model = self._engine = Engine(self.model, self.config.num_steps, quantization)
         return self._engine
 
@@ -198,6 +206,8 @@ class Policy:
             "real_time": self._real_time,
             "modes": list(self._modes),
             "writes_text": self.config.model.writes_text,
+            # How many control steps ago the older observations are that it remembers (`manipi/past`).
+            "past_steps": list(self.config.model.past_steps),
             "max_delay": self.config.max_delay,
             # What holds where a request says nothing else; None: it draws no candidates.
             "candidates": asdict(self.choice) if self._heads["flow"] else None,
@@ -256,8 +266,9 @@ class Policy:
 
     def encode(self, observation: Observation) -> Encoded:
         """The model's input for one observation. Raises ObservationError where it does not match the robot."""
-        size = {"action_size": self.robot.action_size, "horizon": self.config.model.action_horizon}
-        can = {"modes": self._modes, "writes_text": self.config.model.writes_text}
+        model = self.config.model
+        size = {"action_size": self.robot.action_size, "horizon": model.action_horizon}
+        can = {"modes": self._modes, "writes_text": model.writes_text, "past": len(model.past_steps)}
         request = read_request(observation, **size, real_time=self._real_time, **can)
         if self._engine is not None and request.num_steps not in (None, self.config.num_steps):
             raise ObservationError(

@@ -34,6 +34,8 @@ class Frame:
     """What the policy learns to write after the prompt, and acts upon; empty: nothing."""
     answer: str = ""
     """What it learns to write after a `prompt` that asks about the pictures, without actions; empty: no question."""
+    past: tuple[Mapping[str, np.ndarray] | None, ...] = ()
+    """Observations of so many steps before, the oldest first; None: before the episode's start."""
 
 
 @dataclass(frozen=True)

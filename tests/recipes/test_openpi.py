@@ -109,7 +109,7 @@ every_recipe = pytest.mark.parametrize("name", ROWS)
 
 def test_all_31_and_no_other():
     assert len(ROWS) == 31
-    assert set(recipe_names()) - set(ROWS) == {"tabletop", "tabletop_pi0", "tabletop_pi0_fast"}
+    assert set(recipe_names()) - set(ROWS) == {"tabletop", "tabletop_pi0", "tabletop_pi0_fast", "tabletop_memory"}
     with pytest.raises(UnknownNameError, match="did you mean pi05_libero"):
         load_recipe("pi05_liebro")
 

@@ -268,16 +268,33 @@ def frames(
     state_keys: Sequence[str],
     action_key: str,
     horizon: int,
+    past: Sequence[int] = (),
 ) -> list[Frame]:
-    """The frames at some rows, each with the action chunk of `horizon` steps that begins there."""
+    """The frames at some rows, each with the action chunk of `horizon` steps that begins there.
+
+    Args:
+        past: how many steps ago the older observations are that each frame brings along.
+    """
     rows = np.asarray(rows, dtype=np.int64)
-    observed = {camera: dataset.images(camera, rows) for camera in cameras}
-    observed |= {key: dataset.column(key)[rows] for key in state_keys}
+    earlier = rows[:, None] - np.array(past, np.int64)
+    there = earlier >= dataset.starts[dataset.episode_of(rows)][:, None]
+    shown, at = rows, np.arange(len(rows))
+    if past:
+        shown, at = np.unique(np.concatenate([rows, earlier[there]]), return_inverse=True)
+    observed = {camera: dataset.images(camera, shown) for camera in cameras}
+    observed |= {key: dataset.column(key)[shown] for key in state_keys}
+    places = np.full(earlier.shape, -1)
+    places[there] = at[len(rows) :]
+
+    def observation(place: int) -> dict[str, np.ndarray]:
+        return {key: values[place] for key, values in observed.items()}
+
     actions, valid = action_chunks(dataset, rows, action_key=action_key, horizon=horizon)
     episodes = [dataset.episodes[position] for position in dataset.episode_of(rows).tolist()]
     return [
         Frame(
-            observation={key: values[i] for key, values in observed.items()},
+            observation=observation(at[i]),
+            past=tuple(None if place < 0 else observation(place) for place in places[i].tolist()),
             actions=actions[i],
             action_valid=valid[i],
             prompt=dataset.prompt(row),

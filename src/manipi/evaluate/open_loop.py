@@ -199,7 +199,8 @@ def infer_rows(policy: Policy, dataset: Dataset, rows: np.ndarray, *, show: bool
     with tqdm(total=len(rows), desc="infer", unit="frame", disable=not show) as bar:
         for start in range(0, len(rows), BLOCK):
             block = rows[start : start + BLOCK]
-            for frame in frames_of(policy.robot, policy.config.model.action_horizon, dataset, block):
+            model = policy.config.model
+            for frame in frames_of(policy.robot, model.action_horizon, dataset, block, past=model.past_steps):
                 observation = observation_of(frame, policy.robot)
                 seen = {key: value for key, value in observation.items() if key not in ("actions", "action_valid")}
                 chunks.append(policy.infer(seen)["actions"])

@@ -279,6 +279,33 @@ class JointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HistoryConfig:
+    """What a flow policy remembers: older pictures of every camera, and older states (MEM, arXiv 2603.03596, App. C).
+
+    frames = 4, stride = 8      steps    t-24    t-16    t-8    t
+
+    The present alone has image tokens in the prefix. Frames before the episode's start are masked.
+    """
+
+    frames: int
+    """Pictures per camera, the present one included; 1: no past."""
+    stride: int
+    """Control steps from one to the next."""
+    every: int = 4
+    """Temporal attention is in each so many-th block of the image encoder, in a shallower one in its last block."""
+    states: bool = True
+    """Whether each older state is a token of the prefix."""
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """How many control steps ago each older frame was, the oldest first."""
+        return tuple(self.stride * ago for ago in range(self.frames - 1, 0, -1))
+
+    def __post_init__(self) -> None:
+        _require_positive(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _FlowConfig(_SharedConfig):
     """A policy with a flow-matching action expert beside the language model."""
 
@@ -288,6 +315,18 @@ class _FlowConfig(_SharedConfig):
     """Low-rank updates of the action expert."""
     joint: JointConfig | None = added(None)
     """What the language model learns to write; None: nothing."""
+    history: HistoryConfig | None = added(None)
+    """What it remembers; None: it sees the present alone."""
+
+    @property
+    def past_steps(self) -> tuple[int, ...]:
+        """How many control steps ago what it remembers was, the oldest first; empty: nothing."""
+        return () if self.history is None else self.history.steps
+
+    @property
+    def past_tokens(self) -> int:
+        """Tokens of the prefix for older states."""
+        return len(self.past_steps) if self.history is not None and self.history.states else 0
 
     @property
     def fixed_codes(self) -> FixedCodes | None:
@@ -343,6 +382,8 @@ class Pi0FastConfig(_SharedConfig):
     """The token id after which a row of the batch is complete."""
     codes: FixedCodes | None = added(None)
     """None: codes as FAST has them, any at any place, learned among all tokens."""
+    past_steps: ClassVar[tuple[int, ...]] = ()
+    past_tokens: ClassVar[int] = 0
     writes_codes: ClassVar[bool] = True
     writes_text: ClassVar[bool] = False
     writes: ClassVar[bool] = True
@@ -355,6 +396,7 @@ class Pi0FastConfig(_SharedConfig):
 ModelConfig: TypeAlias = Pi0Config | Pi05Config | Pi0FastConfig
 
 CONFIG_TYPES = (
-    *(Pi0Config, Pi05Config, Pi0FastConfig, FixedCodes, JointConfig, GemmaSize, VisionSize, LoRA, Adapters, Compat),
+    *(Pi0Config, Pi05Config, Pi0FastConfig, FixedCodes, JointConfig, HistoryConfig),
+    *(GemmaSize, VisionSize, LoRA, Adapters, Compat),
 )
 """What a config is made of, for `manipi.records.from_json`."""

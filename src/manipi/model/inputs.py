@@ -10,7 +10,8 @@ A slot that no row fills leaves the sequence, as does the padding behind the lon
 lacks and another has is zeros instead of an encoded picture. What is left out was seen by no one, and positions count
 valid tokens alone, so that the results are those of the padded batch.
 
-Shape letters: B batch, C camera slots, L prompt tokens, H action horizon, A action dimensions; h w pixel rows, columns.
+Shape letters: B batch, C camera slots, k older frames, L prompt tokens, H action horizon, A action dimensions; h w rows
+and columns of pixels.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ _DTYPES = {
     "delay": torch.long,
     "state": torch.float32,
     "actions": torch.float32,
+    "past_states": torch.float32,
 }
 """Fields that are neither pictures nor masks. Pictures keep their dtype, masks are bool."""
 
@@ -61,10 +63,10 @@ class Kept:
     all_valid: bool
     """Everything that stays is valid."""
 
-    def token_indices(self, num_cameras: int, num_tokens: int, device: torch.device) -> Tensor:
-        """Which tokens of the padded prefix stay: those of slots, `num_tokens` each, then the prompt's."""
+    def token_indices(self, num_cameras: int, num_tokens: int, past: int, device: torch.device) -> Tensor:
+        """Which tokens of the padded prefix stay: those of slots, `num_tokens` each, of older states, of the prompt."""
         starts, prompt = [camera * num_tokens for camera in self.cameras], num_cameras * num_tokens
-        runs = [(start, start + num_tokens) for start in starts] + [(prompt, prompt + self.prompt_len)]
+        runs = [(start, start + num_tokens) for start in starts] + [(prompt, prompt + past + self.prompt_len)]
         return torch.cat([torch.arange(*run, device=device) for run in runs])
 
 
@@ -127,6 +129,12 @@ class ModelInput:
     code_valid: Bool[Tensor, "B N"] | None = None
     hidden: Bool[Tensor, "B"] | None = None
     """π0-FAST training with `FixedCodes`: rows that are shown none of their codes; None: no row."""
+    past_images: UInt8[Tensor, "B k C h w 3"] | Float[Tensor, "B k C h w 3"] | None = None
+    """With a history: the cameras' older pictures, the oldest first."""
+    past_states: Float[Tensor, "B k A"] | None = None
+    """States that belong to them, normalised and padded."""
+    past_valid: Bool[Tensor, "B k"] | None = None
+    """Older frames that there are: none before the episode's start."""
     on_host: tuple[Masks, Masks] | None = field(default=None, repr=False, compare=False)
     """Masks on a device to which they came by `to`, and their copies in the host's memory, which can be read without
     waiting. They go along when other fields are replaced; of other masks they say nothing."""
@@ -175,7 +183,7 @@ class ModelInput:
         tensors: dict[str, Any] = {}
         for key, value in batch.items():
             tensor = torch.from_numpy(np.ascontiguousarray(value))
-            tensors[key] = tensor if key == "images" else tensor.to(_DTYPES.get(key, torch.bool))
+            tensors[key] = tensor if key in ("images", "past_images") else tensor.to(_DTYPES.get(key, torch.bool))
         return cls(**tensors).to(device)
 
     def to(self, device: torch.device | str) -> "ModelInput":
@@ -228,12 +236,15 @@ class ModelInput:
             "delay": (b,),
             "hidden": (b,),
         }
+        if k := len(config.past_steps):
+            pictures = (b, k, len(config.cameras), size, size, 3)
+            expected |= {"past_images": pictures, "past_states": (b, k, config.action_dim), "past_valid": (b, k)}
         for name, shape in expected.items():
             value = getattr(self, name)
-            if value is not None and tuple(value.shape) != shape:
+            if (value is not None or name.startswith("past_")) and getattr(value, "shape", None) != shape:
                 raise ConfigError(
                     expected=f"shape {shape}",
-                    found=f"{tuple(value.shape)}",
+                    found="nothing" if value is None else f"{tuple(value.shape)}",
                     where=f"ModelInput.{name}, read by a {type(config).__name__}",
                     next="build the batch and the model from the same config",
                 )
@@ -256,4 +267,17 @@ def blank_input(config: ModelConfig, cameras: Sequence[bool], prompt_len: int, d
         tokens=torch.zeros(1, longest, dtype=torch.long),
         token_valid=(torch.arange(longest) < prompt_len)[None],
         state=torch.zeros(1, config.action_dim),
+        **blank_past(config, 1, len(cameras)),
     )
+
+
+def blank_past(config: ModelConfig, batch: int, cameras: int) -> dict[str, Any]:
+    """Fields of a history in which nothing has happened yet; none where the model remembers nothing."""
+    if not (k := len(config.past_steps)):
+        return {}
+    size = config.vision.image_size
+    return {
+        "past_images": torch.zeros(1, k, 1, size, size, 3, dtype=torch.uint8).expand(batch, -1, cameras, -1, -1, -1),
+        "past_states": torch.zeros(batch, k, config.action_dim),
+        "past_valid": torch.zeros(batch, k, dtype=torch.bool),
+    }

@@ -2,7 +2,7 @@
 
     images [B, C, h, w, 3] ──SigLIP──▶ image tokens ─┐
                                                      ├─ prefix ─▶ Gemma "vlm" ────▶ next tokens    (π0-FAST)
-    tokens [B, L] ──────embedding──▶ prompt tokens ──┘                │
+    tokens [B, L] ──────embedding──▶ prompt tokens ──┘                │            (older states: before the prompt)
                                                            keys and values
                                                                       ▼
     state, noisy actions, timestep ────────────────── suffix ─▶ Gemma "action" ──▶ velocity       (π0, π0.5)
@@ -27,7 +27,7 @@ from manipi.model.flow import Continuation, FlowLoss, Pi0Head, Pi05Head
 from manipi.model.gemma import Expert, Gemma, KVCache, Span
 from manipi.model.inputs import Kept, ModelInput, everything
 from manipi.model.joint import JointLoss
-from manipi.model.layers import Initialised
+from manipi.model.layers import Initialised, Linear
 from manipi.model.siglip import SigLIP
 
 
@@ -48,7 +48,8 @@ class VLA(nn.Module):
         super().__init__()
         self.config, self.trim = config, trim
         self.dtype: torch.dtype = getattr(torch, config.dtype)
-        self.vision = SigLIP(config.vision, config.vlm.width)
+        history = None if isinstance(config, Pi0FastConfig) else config.history
+        self.vision = SigLIP(config.vision, config.vlm.width, **({"every": history.every} if history else {}))
 
         def adapted(adapters: Adapters) -> Adapters:
             return adapters.with_unscaled_feed_forward() if config.compat.unscaled_feed_forward_lora else adapters
@@ -63,6 +64,8 @@ class VLA(nn.Module):
             head = Pi0Head if isinstance(config, Pi0Config) else Pi05Head
             self.head = head(config.action_expert.width, config.action_dim)
         self.gemma = Gemma(experts, config.vocab_size)
+        if config.past_tokens:
+            self.past_state = Linear(config.action_dim, config.vlm.width)
         self.init_weights(seed=0)
 
     def init_weights(self, seed: int) -> None:
@@ -239,33 +242,53 @@ class VLA(nn.Module):
         inputs.check(self.config)
         if kept is None:
             kept = everything(inputs.image_valid, inputs.token_valid)
-        images_BPD = self.embed_images(inputs.images, kept) if images_BPD is None else images_BPD
+        if images_BPD is None:
+            past = (inputs.past_images, inputs.past_valid) if self.config.past_steps else ()
+            images_BPD = self.embed_images(inputs.images, kept, *past)
         tokens_BLD = self.gemma.embed(inputs.tokens[:, : kept.prompt_len], self.dtype)
-        image_valid_BP = inputs.image_valid.repeat_interleave(self.config.vision.num_tokens, dim=1)
+        seen_BPD, seen_BP = images_BPD, inputs.image_valid.repeat_interleave(self.config.vision.num_tokens, dim=1)
+        if self.config.past_tokens:
+            assert inputs.past_states is not None, "checked by the input"
+            assert inputs.past_valid is not None, "checked by the input"
+            seen_BPD = torch.cat([seen_BPD, self.past_state(inputs.past_states).to(self.dtype)], dim=1)
+            seen_BP = torch.cat([seen_BP, inputs.past_valid], dim=1)
         causal_BL = torch.zeros_like(inputs.token_valid) if inputs.token_causal is None else inputs.token_causal
-        valid_BT = torch.cat([image_valid_BP, inputs.token_valid], dim=1)
-        starts_block_BT = torch.cat([torch.zeros_like(image_valid_BP), causal_BL], dim=1)
-        index_T = kept.token_indices(len(self.config.cameras), self.config.vision.num_tokens, valid_BT.device)
+        valid_BT = torch.cat([seen_BP, inputs.token_valid], dim=1)
+        starts_block_BT = torch.cat([torch.zeros_like(seen_BP), causal_BL], dim=1)
+        sizes = (len(self.config.cameras), self.config.vision.num_tokens, self.config.past_tokens)
+        index_T = kept.token_indices(*sizes, valid_BT.device)
         padded_positions = training and self.config.compat.fast_padded_positions
         return Span(
-            tokens_BTD=torch.cat([images_BPD, tokens_BLD], dim=1),
+            tokens_BTD=torch.cat([seen_BPD, tokens_BLD], dim=1),
             valid_BT=valid_BT[:, index_T],
             starts_block_BT=starts_block_BT[:, index_T],
             position_BT=index_T.expand(inputs.batch_size, -1) if padded_positions else None,
-            all_valid=kept.all_valid,
+            all_valid=kept.all_valid and not self.config.past_tokens,
             one_block=kept.one_block,
         )
 
-    def embed_images(self, images: Tensor, kept: Kept | None = None) -> Float[Tensor, "B P D"]:
-        """Image tokens of the cameras [B, C, h, w, 3] that are kept, or of all of them, camera after camera."""
+    def embed_images(
+        self,
+        images: Tensor,
+        kept: Kept | None = None,
+        past_images: Tensor | None = None,
+        past_valid: Tensor | None = None,
+    ) -> Float[Tensor, "B P D"]:
+        """Image tokens of the cameras [B, C, h, w, 3] that are kept, or of all of them, camera after camera.
+
+        Args:
+            past_images: [B, k, C, h, w, 3], which the tokens then know of, where `past_valid` [B, k].
+        """
         b, num_cameras = len(images), images.shape[1] if kept is None else len(kept.cameras)
-        images = images.flatten(0, 1)
-        if kept is not None and len(kept.pictures) < len(images):
+        # Their frames go along with the pictures.
+        seen = [images.flatten(0, 1)]
+        if past_images is not None and past_valid is not None:
+            seen += [past_images.transpose(1, 2).flatten(0, 1), past_valid.repeat_interleave(images.shape[1], dim=0)]
+        if kept is not None and len(kept.pictures) < len(seen[0]):
             # By slices: indices would come from the host, which a CUDA graph cannot wait for.
-            images = torch.cat([images[:0], *(images[i : i + 1] for i in kept.pictures)])
-        if images.dtype == torch.uint8:
-            images = images.float() / 255.0 * 2.0 - 1.0
-        encoded_NPD = self.vision(images, self.dtype)
+            seen = [torch.cat([one[:0], *(one[i : i + 1] for i in kept.pictures)]) for one in seen]
+        pictures = [one.float() / 255.0 * 2.0 - 1.0 if one.dtype == torch.uint8 else one for one in seen[:2]]
+        encoded_NPD = self.vision(pictures[0], self.dtype, *pictures[1:], *seen[2:])
         if kept is not None and len(kept.places) < b * num_cameras:
             places_N = torch.tensor(kept.places, dtype=torch.long, device=encoded_NPD.device)
             absent = encoded_NPD.new_zeros(b * num_cameras, *encoded_NPD.shape[1:])

@@ -82,9 +82,13 @@ class Client:
     """What the policy's last answer was about, where it writes text; a reset forgets it."""
     acted: int = 0
     """Answers since the reset."""
+    seen: dict[int, Observation] = field(default_factory=dict)
+    """What a policy that remembers was shown since the reset, by step of the episode, as far back as it looks."""
     since: float = field(default_factory=time.time)
     observations: int = 0
     errors: int = 0
+    forgetful: bool = False
+    """It was told that a policy that remembers learns nothing from it of what was before."""
     unknown_keys: set[str] = field(default_factory=set)
     """Keys of its observations that it was told are not read."""
     last: float | None = None

@@ -48,11 +48,11 @@ from manipi.serve.access import Access, bind, join_host
 from manipi.serve.batching import Batcher, Limits, Query, Result
 from manipi.serve.guard import ActionGuard, GuardMode, require_prompt, unknown_keys
 from manipi.serve.pages import Client, Connection, Pages, ServerState
-from manipi.transforms.observation import check_content
+from manipi.transforms.observation import ReadRobot, check_content
 from manipi.types import Observation
 from manipi_client import wire
 from manipi_client.errors import FourPartError, ProtocolError, error_to_text
-from manipi_client.keys import DEADLINE, RESET, SEED, SUBTASK, WRITE_SUBTASK
+from manipi_client.keys import DEADLINE, PAST, RESET, SEED, STEP, SUBTASK, WRITE_SUBTASK
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,7 @@ class PolicyServer:
                 where="PolicyServer.subtask_every",
                 next="leave --subtask-every out",
             )
+        self._past: Sequence[int] = self._state.metadata.get("past_steps", ())
         self._metadata_frame = wire.pack(self._state.metadata)
         self._host, (self._family, self._address) = host, self._access.resolve(host, port)
 
@@ -309,7 +310,7 @@ class PolicyServer:
         del frame
         check_content(observation)
         if _pop(observation, RESET, "true or false", lambda value: isinstance(value, bool), False):
-            client.noise, client.subtask, client.acted = self._new_noise(), "", 0
+            client.noise, client.subtask, client.acted, client.seen = self._new_noise(), "", 0, {}
             if not observation:
                 return wire.pack({"server_timing": client.timing})
         limit_ms = _pop(observation, DEADLINE, "milliseconds from 0", _is_duration, self._limits.deadline_ms)
@@ -327,6 +328,8 @@ class PolicyServer:
             )
             if client.subtask:
                 observation.setdefault(SUBTASK, client.subtask)
+        if self._past and self._robot is not None:
+            remember(client, observation, self._robot, self._past)
         noise = None if SEED in observation else next(client.noise)
         left_s = math.inf if limit_ms is None else limit_ms / 1000 - (time.monotonic() - received)
         answer, query = await _in_time(client, batcher, Query(observation, noise), left_s)
@@ -398,6 +401,26 @@ class PolicyServer:
         logger.warning("client %s was told %s: %s", client.address, code, " ".join(text.split()))
         self._state.note_error(client, code, text)
         return f"{code}\n{text}"
+
+
+def remember(client: Client, observation: dict[str, Any], robot: Robot, past: Sequence[int]) -> None:
+    """Adds what the client was seen to show so many steps ago, where it does not bring its past along.
+
+    Only what was shown at those very steps counts, by `manipi/step`: a client that asks at every 8th step has a past of
+    8, 16 and 24 steps ago, and none of 5. Nothing else is known to the policy, which has learned that too from the
+    episodes' first steps.
+    """
+    step = observation.get(STEP)
+    if PAST in observation or not isinstance(step, int) or isinstance(step, bool):
+        if PAST not in observation and not client.forgetful:
+            logger.warning(
+                "client %s sends neither %s nor %s: the policy remembers nothing", client.address, PAST, STEP
+            )
+            client.forgetful = True
+        return
+    client.seen = {at: shown for at, shown in client.seen.items() if 0 < step - at <= max(past)}
+    observation[PAST] = [client.seen.get(step - ago) for ago in past]
+    client.seen[step] = {k: v for k, v in ReadRobot(robot).read_part(observation).items() if k != "prompt"}
 
 
 async def _send(connection: ServerConnection, frame: str | bytes) -> None:

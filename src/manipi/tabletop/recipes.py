@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
-from manipi.model.config import FixedCodes, GemmaSize, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
+from manipi.model.config import FixedCodes, GemmaSize, HistoryConfig, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
 from manipi.robots.tabletop import TABLETOP
 from manipi.train.config import AugmentConfig, ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
 
@@ -77,6 +77,12 @@ def pi0_tabletop() -> TrainConfig:
     """π0: the state is one continuous token, and normalisation is by z-score."""
     base = pi05_tabletop()
     return replace(base, model=Pi0Config(action_expert=EXPERT, **SIZES), norm_mode="zscore")
+
+
+def pi05_tabletop_memory() -> TrainConfig:
+    """π0.5 that remembers: with 8 commands of each chunk executed, pictures and states of its last three answers."""
+    base = pi05_tabletop()
+    return replace(base, model=replace(base.model, history=HistoryConfig(frames=4, stride=8)))
 
 
 def pi0_fast_tabletop() -> TrainConfig:

@@ -60,6 +60,7 @@ from manipi.transforms.normalize import Normalize, load_norm_stats, normalize, r
 from manipi.transforms.pipeline import Pipeline, observation_of
 from manipi.types import NormStats, Sample
 from manipi.weights.layouts import open_action_tokenizer, open_text_tokenizer
+from manipi_client.keys import PAST
 
 # The longest prompt ---------------------------------------------------------------------------------------------------
 
@@ -253,7 +254,7 @@ class TrainingData:
         """The main set's first held-out observation (or training one, where none is held out), in the robot's keys."""
         rows = self.main.held_out if len(self.main.held_out) else self.main.rows
         observation = observation_of(self.main.source.frames(rows[:1])[0], self.config.robot)
-        return {k: v for k, v in observation.items() if k not in ("actions", "action_valid", "subtask")}
+        return {k: v for k, v in observation.items() if k not in ("actions", "action_valid", "subtask", PAST)}
 
     @cached_property
     def mixture(self) -> Mixture:

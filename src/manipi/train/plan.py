@@ -40,6 +40,7 @@ from tqdm import tqdm
 from manipi.errors import ConfigError, TrainingError, shown, unknown_name
 from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
+from manipi.model.inputs import blank_past
 from manipi.train.config import TrainConfig
 from manipi.train.launch import mesh_shape
 from manipi.train.step.state import TrainState, unallocated_model
@@ -118,7 +119,8 @@ def forecast(config: TrainConfig, batch: ModelInput | None = None, *, gpus: int 
     with tqdm(desc="forecast of a step", unit=" operations", disable=None, leave=False, delay=1) as bar:
         state = fake_state(own, fake, bar)
         # Masks and ids stay real: what the model trims by them, it trims here too. Pictures would take time.
-        memory = step_memory(state, replace(batch, images=fake.from_tensor(batch.images)), own, bar)
+        pictures = {name: fake.from_tensor(v) for name, v in batch.tensors.items() if name in ("images", "past_images")}
+        memory = step_memory(state, replace(batch, **pictures), own, bar)
     memory = StepMemory({**memory.curves, "batch": memory.curves["batch"] * shrunk})
     return memory if shards == 1 else memory.sharded(shards, gathered_bytes(state))
 
@@ -154,6 +156,7 @@ def largest_batch(config: TrainConfig) -> ModelInput:
         token_loss=text,
         codes=None if codes is None else torch.zeros_like(codes, dtype=torch.long),
         code_valid=codes,
+        **blank_past(model, b, len(cameras)),
     )
 
 

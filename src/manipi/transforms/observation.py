@@ -23,6 +23,8 @@ What a client may add beside the robot's own keys (`read_request`):
     manipi/selector       text     what chooses among them
     manipi/gate           number   draw more than one only where that one is more uncertain
     manipi/execute_steps  int      steps of the answer that will be executed, by which candidates are compared
+    manipi/past           list     of a policy that remembers: older observations, the oldest first, as many as the
+                                   metadata's `past_steps` has, which says how many control steps ago; null: none then
 
 The previous chunk takes the way of a training chunk: the pipeline makes it relative to the state of *this* observation
 and normalises it, so that the model sees it as it would have predicted it now.
@@ -46,6 +48,7 @@ from manipi_client.keys import (
     GATE,
     MODE,
     NUM_STEPS,
+    PAST,
     PREVIOUS,
     SEED,
     SELECTOR,
@@ -224,6 +227,7 @@ def read_request(
     real_time: bool,
     modes: Sequence[Mode] = ("flow",),
     writes_text: bool = False,
+    past: int = 0,
 ) -> Request:
     """What a client sent, its own keys apart.
 
@@ -231,14 +235,15 @@ def read_request(
         real_time: whether the policy goes on from a previous chunk; π0-FAST does not, since it writes chunks whole.
         modes: how it can answer, the first unless the client says. Tokens have a temperature, a flow integration steps.
         writes_text: whether it can be told or asked for a subtask.
+        past: how many older observations it remembers.
 
     Raises:
         ObservationError: one of the keys has another type, shape or range.
     """
     # A recorded frame may bring its actions along; the policy must not see them.
     own = (*CHUNK_KEYS, PREVIOUS, DELAY, SEED, NUM_STEPS, TEMPERATURE, MODE, SUBTASK, WRITE_SUBTASK)
-    own = (*own, CANDIDATES, SELECTOR, GATE, EXECUTE_STEPS)
-    asked = {key: value for key, value in observation.items() if key not in own}
+    own = (*own, CANDIDATES, SELECTOR, GATE, EXECUTE_STEPS, PAST)
+    asked: dict[str, Any] = {key: value for key, value in observation.items() if key not in own}
     asked = {key: value for key, value in asked.items() if key not in _LEARNED_KEYS or not isinstance(value, str)}
     mode = _text(observation, MODE, 16) or modes[0]
     if mode not in modes:
@@ -251,6 +256,7 @@ def read_request(
         next = "leave it out, or serve a policy that was trained on text (JointConfig)"
         raise _refusal("no such key, which is for policies that write text", "one", min(strange), next=next)
     subtask = _text(observation, SUBTASK, MAX_PROMPT)
+    asked |= _read_past(observation, past)
     if PREVIOUS in observation or DELAY in observation:
         if not real_time or mode == "tokens":
             expected = "no previous chunk, which this policy cannot go on from (`real_time`)"
@@ -281,6 +287,18 @@ def read_request(
         else False,
         _read_choice(observation, horizon),
     )
+
+
+def _read_past(observation: Mapping[str, Any], past: int) -> dict[str, Any]:
+    """The older observations, where there are any; each is read when the pipeline encodes it."""
+    if PAST not in observation:
+        return {}
+    before, expected = observation[PAST], "no such key, which is for policies that remember"
+    fits = isinstance(before, list | tuple) and len(before) == past
+    if not (past and fits and all(one is None or isinstance(one, Mapping) for one in before)):
+        found = _describe(before) + (f" of {len(before)}" if isinstance(before, list | tuple) else "")
+        raise _refusal(f"{past} observations or nulls" if past else expected, found, PAST, next=_METADATA)
+    return {PAST: before}
 
 
 def _text(observation: Mapping[str, Any], key: str, most: int) -> str:

@@ -27,10 +27,11 @@ from manipi.model.config import ModelConfig, NormMode, Pi0Config, Pi0FastConfig
 from manipi.robots.robot import Robot
 from manipi.tokenizers import Tokenizers
 from manipi.transforms.actions import ActionSpace
-from manipi.transforms.model_input import ModelLayout, ResizeImages, tokenize_step
+from manipi.transforms.model_input import ModelLayout, ResizeImages, TokenizePrompt, tokenize_step
 from manipi.transforms.normalize import Normalize, contract
 from manipi.transforms.observation import ReadRobot
 from manipi.types import Frame, NormStats, Observation, Sample
+from manipi_client.keys import PAST
 
 
 class Transform(Protocol):
@@ -51,14 +52,37 @@ class Pipeline:
 
     robot: Robot
     steps: Sequence[Transform]
+    past: tuple[int, ...] = ()
+    """How many control steps ago the older observations are that the model remembers, the oldest first."""
 
     def encode(self, observation: Observation) -> tuple[Sample, list[Sample]]:
-        """The model's input, and what each step saw (for `decode`)."""
-        sample, seen = dict(observation), []
+        """The model's input, and what each step saw (for `decode`).
+
+        Older observations take the way of the present one, but for the prompt.
+        """
+        sample, seen = {key: value for key, value in observation.items() if key != PAST}, []
         for step in self.steps:
             seen.append(sample)
             sample = step.encode(sample)  # type: ignore[arg-type]
+        if self.past:
+            sample |= self._remembered(observation.get(PAST) or [None] * len(self.past), sample)  # type: ignore[arg-type]
         return sample, seen  # type: ignore[return-value]
+
+    def _remembered(self, past: Sequence[Observation | None], present: Mapping[str, np.ndarray]) -> Sample:
+        steps = [step for step in self.steps if not isinstance(step, TokenizePrompt)]
+        images, states = np.zeros_like(present["images"]), np.zeros_like(present["state"])
+        made = {
+            "past_images": np.stack([images] * len(past)),
+            "past_states": np.stack([states] * len(past)),
+            "past_valid": np.array([one is not None for one in past]),
+        }
+        for number, one in enumerate(past):
+            if one is not None:
+                sample: Sample = {**one, "prompt": ""}  # type: ignore[dict-item]
+                for step in steps:
+                    sample = step.encode(sample)
+                made["past_images"][number], made["past_states"][number] = sample["images"], sample["state"]
+        return made
 
     def decode(self, actions: np.ndarray, seen: Sequence[Sample]) -> np.ndarray:
         """The model's output (actions [..., H, A], or token ids for π0-FAST) -> commands [..., H, A] of the robot."""
@@ -79,10 +103,14 @@ class Pipeline:
 def observation_of(frame: Frame, robot: Robot) -> Sample:
     """A frame in the dataset's keys -> the observation in the robot's keys, with its actions."""
     keys = [*robot.cameras_in(frame.observation).values(), *(s.key for s in robot.state)]
-    observation = {key: frame.observation[robot.dataset_key(key)] for key in keys}
     rest = {"actions": frame.actions, "action_valid": frame.action_valid, "prompt": frame.prompt}
     learned = {key: text for key, text in (("subtask", frame.subtask), ("answer", frame.answer)) if text}
-    return {**observation, **rest, **learned}  # type: ignore[dict-item]
+
+    def own(shown: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {key: shown[robot.dataset_key(key)] for key in keys}
+
+    past = {PAST: [None if one is None else own(one) for one in frame.past]} if frame.past else {}
+    return {**own(frame.observation), **rest, **learned, **past}  # type: ignore[dict-item]
 
 
 def build(robot: Robot, model: ModelConfig, stats: NormStats, tokenizers: Tokenizers, norm_mode: NormMode) -> Pipeline:
@@ -102,7 +130,7 @@ def build(robot: Robot, model: ModelConfig, stats: NormStats, tokenizers: Tokeni
         tokenize_step(model, tokenizers, robot.model_action_size),
         ModelLayout(model, robot.model_action_size),
     )
-    return Pipeline(robot, steps)
+    return Pipeline(robot, steps, model.past_steps)
 
 
 def robot_of_questions(robot: Robot, model: ModelConfig) -> Robot:
@@ -123,7 +151,7 @@ def build_questions(robot: Robot, model: ModelConfig, tokenizers: Tokenizers) ->
         tokenize_step(model, tokenizers, size),
         ModelLayout(model, size),
     )
-    return Pipeline(asked, steps)
+    return Pipeline(asked, steps, model.past_steps)
 
 
 def check_fit(robot: Robot, model: ModelConfig) -> None:

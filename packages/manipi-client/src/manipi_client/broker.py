@@ -17,11 +17,12 @@ Shape letters: H action horizon, A action dimensions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Mapping, Protocol
+from typing import Any, Dict, Mapping, Optional, Protocol, Sequence
 
 import numpy as np
 
 from manipi_client.errors import ActionChunkError, InputError, shown
+from manipi_client.keys import PAST
 
 
 class Policy(Protocol):
@@ -45,12 +46,39 @@ class Policy(Protocol):
         ...
 
 
+class Memory:
+    """What a policy that remembers is shown again: observations of so many steps before each question.
+
+    Args:
+        steps: `past_steps` of the policy's metadata, the oldest first; empty: it remembers nothing.
+        period: steps from a question to the next one, the first at step 0; None: they come at any step.
+    """
+
+    def __init__(self, steps: Sequence[int], period: Optional[int] = None) -> None:
+        self._steps, self._period = tuple(steps), period
+        self._seen: Dict[int, Mapping[str, Any]] = {}
+
+    def wants(self, step: int) -> bool:
+        """Whether a later question shows the observation of this step."""
+        return any(self._period is None or (step + ago) % self._period == 0 for ago in self._steps)
+
+    def add(self, step: int, observation: Mapping[str, Any]) -> Dict[str, Any]:
+        """Keeps the observation, where it is wanted. Returns what a question at this step has beside it."""
+        past = {PAST: [self._seen.get(step - ago) for ago in self._steps]} if self._steps else {}
+        if self.wants(step):
+            self._seen[step] = observation
+            self._seen = {at: seen for at, seen in self._seen.items() if step - at < max(self._steps)}
+        return past
+
+
 class ActionChunkBroker:
     """Asks a policy once per chunk and hands out its steps in turn.
 
         infer call        0   1   2   3 | 4   5   6   7 | 8
         policy asked      x             | x             | x        execute_steps = 4
         step handed out   0   1   2   3 | 0   1   2   3 | 0
+
+    A policy that remembers (`past_steps` of its metadata) is shown the older observations, too.
 
     Args:
         policy: returns `actions` [H, A], and maybe other things.
@@ -68,7 +96,8 @@ class ActionChunkBroker:
         self._policy, self._execute_steps = policy, execute_steps
         self._chunk: dict[str, Any] | None = None
         self._actions: np.ndarray | None = None
-        self._step = 0
+        self._step = self._executed = 0
+        self._memory: Optional[Memory] = None
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -77,7 +106,13 @@ class ActionChunkBroker:
     @property
     def needs_observation(self) -> bool:
         """Whether the next `infer` reads its observation; where it does not, `{}` will do, and no camera is read."""
-        return self._chunk is None
+        return self._chunk is None or self._remembers.wants(self._executed)
+
+    @property
+    def _remembers(self) -> Memory:
+        if self._memory is None:
+            self._memory = Memory(self._policy.metadata.get("past_steps", ()), self._execute_steps)
+        return self._memory
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """The next step: `actions` [A], and every other array, at any depth, that has a row per step of the chunk.
@@ -85,12 +120,13 @@ class ActionChunkBroker:
         Raises:
             ActionChunkError: the chunk has fewer steps than `execute_steps`, or its actions another shape than before.
         """
+        past = self._remembers.add(self._executed, observation)
         if self._chunk is None:
-            answer = self._policy.infer(observation)
+            answer = self._policy.infer({**observation, **past} if past else observation)
             self._actions = read_chunk(answer, self._execute_steps, self._actions)
             self._chunk, self._step = answer, 0
         action = _take_step(self._chunk, self._step, len(self._chunk["actions"]))
-        self._step += 1
+        self._step, self._executed = self._step + 1, self._executed + 1
         if self._step == self._execute_steps:
             self._chunk = None
         return action
@@ -98,7 +134,7 @@ class ActionChunkBroker:
     def reset(self) -> None:
         """Drops the rest of the chunk: the next call asks the policy."""
         self._policy.reset()
-        self._chunk = None
+        self._chunk, self._memory, self._executed = None, None, 0
 
 
 def _take_step(value: Any, step: int, horizon: int) -> Any:

@@ -14,7 +14,8 @@ manipi/candidates     int      chunks of a flow policy to draw for this answer, 
 manipi/selector       text     what chooses among them, by its name at the server (the policy)
 manipi/gate           number   how uncertain the first of them has to be for the others to be drawn (the policy)
 manipi/execute_steps  int      steps of the chunk that will be executed, which the choice looks at (the policy)
-manipi/step           int      the step of the episode (logs and recordings)
+manipi/step           int      the step of the episode (logs, recordings, what the server remembers)
+manipi/past           list     older observations of a policy that remembers, the oldest first; null: none (the policy)
 """
 
 DEADLINE = "manipi/deadline_ms"
@@ -32,3 +33,4 @@ SELECTOR = "manipi/selector"
 GATE = "manipi/gate"
 EXECUTE_STEPS = "manipi/execute_steps"
 STEP = "manipi/step"
+PAST = "manipi/past"

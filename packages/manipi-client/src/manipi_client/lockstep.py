@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from typing import Any, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
-from manipi_client.broker import Chunk, ChunkQueue, Policy, read_chunk
+from manipi_client.broker import Chunk, ChunkQueue, Memory, Policy, read_chunk
 from manipi_client.errors import InputError, shown
 from manipi_client.keys import DELAY, PREVIOUS, SEED, STEP, SUBTASK, WRITE_SUBTASK
 from manipi_client.realtime import JOINS, Motion, MotionMeter
@@ -69,6 +69,7 @@ class LockStep:
         """When the answer is there, and the answer."""
         self._last_action: Optional[np.ndarray] = None
         self._actions: Optional[np.ndarray] = None
+        self._memory: Optional[Memory] = None
         self.infer_ms: List[float] = []
         self.batched = self.drawn = 0
 
@@ -87,7 +88,19 @@ class LockStep:
 
     @property
     def needs_observation(self) -> bool:
-        """Whether `infer` will ask the policy at this step: no other observation needs to be rendered."""
+        """Whether `infer` reads the observation of this step: no other one needs to be rendered."""
+        return self._asks or self._remembers.wants(self._step)
+
+    @property
+    def _remembers(self) -> Memory:
+        if self._memory is None:
+            # Answers that take longer than the steps between them shift the questions.
+            period = None if self._delay > self._execute_steps else self._execute_steps
+            self._memory = Memory(self._policy.metadata.get("past_steps", ()), period)
+        return self._memory
+
+    @property
+    def _asks(self) -> bool:
         self._take_answer()
         newest = self._queue.newest
         return self._asked is None and (newest is None or self._step - newest.step >= self._execute_steps)
@@ -98,9 +111,13 @@ class LockStep:
         Raises:
             ActionChunkError, PolicyServerError: what the policy answers cannot be used, or is an error.
         """
+        past: Dict[str, Any] = {}
         if self.needs_observation:
             assert observation is not None, "needs_observation said so"
-            self._ask(observation)
+            past = self._remembers.add(self._step, observation)
+        if self._asks:
+            assert observation is not None, "needs_observation said so"
+            self._ask({**observation, **past})
             if self._join == "synchronous" or self._last_action is None:
                 self._take_answer(now=True)
         action, newest = self._queue.action(self._executed), self._queue.newest

@@ -41,8 +41,9 @@ class EncodedDataset:
             self.dataset.texts("subtask")
 
     def frames(self, rows: Int64[np.ndarray, " n"]) -> list[Frame]:
-        """Raw frames in the dataset's keys, with action chunks of the model's horizon."""
-        frames = frames_of(self.pipeline.robot, self.action_horizon, self.dataset, rows % self.dataset.num_frames)
+        """Raw frames in the dataset's keys, with action chunks of the model's horizon and what it remembers."""
+        own, past = rows % self.dataset.num_frames, self.pipeline.past
+        frames = frames_of(self.pipeline.robot, self.action_horizon, self.dataset, own, past=past)
         told = (self.told(row) for row in rows.tolist())
         return [
             frame if frame.answer else replace(frame, prompt=prompt, subtask=learned)
@@ -90,7 +91,13 @@ def _joined(parts: Iterable[tuple[list[str], np.ndarray]]) -> tuple[list[str], n
 
 
 def frames_of(
-    robot: Robot, action_horizon: int, dataset: Dataset, rows: Int64[np.ndarray, " n"], *, pictures: bool = True
+    robot: Robot,
+    action_horizon: int,
+    dataset: Dataset,
+    rows: Int64[np.ndarray, " n"],
+    *,
+    pictures: bool = True,
+    past: Sequence[int] = (),
 ) -> list[Frame]:
     """The rows as frames with just the features that the robot names; of questions, with their pictures."""
     if isinstance(dataset, Questions):
@@ -102,6 +109,7 @@ def frames_of(
         state_keys=[robot.dataset_key(s.key) for s in robot.state],
         action_key=robot.dataset_key(robot.action_key),
         horizon=action_horizon,
+        past=past,
     )
 
 

@@ -16,6 +16,7 @@ Shape suffixes: B batch, C camera slots, N pictures (B · C), P random numbers; 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -192,9 +193,17 @@ def augment(inputs: ModelInput, config: TrainConfig, step: int, first_row: int =
     how = config.augment
     if not how.enabled:
         return inputs
-    images_BChw3 = inputs.images.float() / 255 if inputs.images.dtype == torch.uint8 else inputs.images / 2 + 0.5
-    draws_BCP = draw(config.seed, step, first_row, *images_BChw3.shape[:2]).to(images_BChw3.device)
-    changed_BChw3 = images_BChw3
+    draws_BCP = draw(config.seed, step, first_row, *inputs.image_valid.shape).to(inputs.images.device)
+    change = partial(_changed, draws_BCP=draws_BCP, valid_BC=inputs.image_valid, config=config)
+    past = inputs.past_images  # all frames of a camera change alike
+    if past is not None:
+        inputs = replace(inputs, past_images=torch.stack([change(frame) for frame in past.unbind(1)], dim=1))
+    return replace(inputs, images=change(inputs.images))
+
+
+def _changed(images: Tensor, draws_BCP: Tensor, valid_BC: Tensor, config: TrainConfig) -> Tensor:
+    images_BChw3 = images.float() / 255 if images.dtype == torch.uint8 else images / 2 + 0.5
+    how, changed_BChw3 = config.augment, images_BChw3
     moving = [slot for slot, name in enumerate(config.model.cameras) if "wrist" not in name]
     if moving and (how.crop < 1 or how.rotation):
         moved = _move(images_BChw3[:, moving].flatten(0, 1), draws_BCP[:, moving].flatten(0, 1), how)
@@ -203,8 +212,7 @@ def augment(inputs: ModelInput, config: TrainConfig, step: int, first_row: int =
     if how.brightness or how.contrast or how.hue or how.saturation:
         recoloured = _recolour(changed_BChw3, draws_BCP[:, :, None, None, 3:], how)
         changed_BChw3 = torch.where(_picked(draws_BCP, how), recoloured, changed_BChw3)
-    changed_BChw3 = torch.where(inputs.image_valid[..., None, None, None], changed_BChw3, images_BChw3)
-    return replace(inputs, images=changed_BChw3 * 2 - 1)
+    return torch.where(valid_BC[..., None, None, None], changed_BChw3, images_BChw3) * 2 - 1
 
 
 def draw(seed: int, step: int, first_row: int, rows: int, cameras: int) -> Float[Tensor, "B C P"]:

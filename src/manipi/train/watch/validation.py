@@ -61,7 +61,7 @@ DRAWS = 2
 """Chunks that a flow policy samples per frame: how far they are apart is the noise's doing."""
 FEWER = 8
 """One frame in so many is asked with other prompts, and with π0-FAST at all."""
-_SEEN = ("images", "image_valid", "state", "action_dim_valid")
+_SEEN = ("images", "image_valid", "state", "action_dim_valid", "past_images", "past_states", "past_valid")
 """What a policy is shown beside the prompt."""
 
 
@@ -209,7 +209,7 @@ class HeldOutFrames:
         device, tokens, decoded = next(policy.model.parameters()).device, self._questions[question], []
         places = np.searchsorted(self._asked, frames)
         for block in self._blocks(len(frames)):
-            shown = {key: self._held_out[key][frames[block]] for key in _SEEN}
+            shown = {key: self._held_out[key][frames[block]] for key in _SEEN if key in self._held_out}
             inputs = ModelInput.from_numpy({**shown, **{k: v[block] for k, v in tokens.items()}}, device)
             if self._fast:
                 answers = policy.run_model(inputs, None)[:, None]
