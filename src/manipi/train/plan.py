@@ -38,9 +38,8 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from manipi.errors import ConfigError, TrainingError, shown, unknown_name
-from manipi.model import ModelInput
 from manipi.model.config import Pi0FastConfig
-from manipi.model.inputs import blank_past
+from manipi.model.inputs import ModelInput, blank_past
 from manipi.train.config import TrainConfig
 from manipi.train.launch import mesh_shape
 from manipi.train.step.state import TrainState, unallocated_model
@@ -119,7 +118,7 @@ def forecast(config: TrainConfig, batch: ModelInput | None = None, *, gpus: int 
     with tqdm(desc="forecast of a step", unit=" operations", disable=None, leave=False, delay=1) as bar:
         state = fake_state(own, fake, bar)
         # Masks and ids stay real: what the model trims by them, it trims here too. Pictures would take time.
-        pictures = {name: fake.from_tensor(v) for name, v in batch.tensors.items() if name in ("images", "past_images")}
+        pictures = {name: fake.from_tensor(v) for name, v in batch.tensors.items() if name.endswith("images")}
         memory = step_memory(state, replace(batch, **pictures), own, bar)
     memory = StepMemory({**memory.curves, "batch": memory.curves["batch"] * shrunk})
     return memory if shards == 1 else memory.sharded(shards, gathered_bytes(state))
@@ -140,9 +139,9 @@ def largest_batch(config: TrainConfig) -> ModelInput:
     cameras = [any(slot in robot.cameras for robot in robots) for slot in model.cameras]
     prompt = torch.ones(b, model.max_token_len, dtype=torch.bool)
     is_fast, size = isinstance(model, Pi0FastConfig), model.vision.image_size
-    text, joint, fixed = prompt if model.writes else None, getattr(model, "joint", None), model.fixed_codes
+    text, joint = prompt if model.writes else None, getattr(model, "joint", None)
     codes = torch.ones(b, joint.max_code_len, dtype=torch.bool) if joint and joint.codes_weight else None
-    token = fixed.first_id if fixed else 0  # one that is learned
+    token = model.fixed_codes.first_id if model.fixed_codes else 0  # one that is learned
     return ModelInput(
         images=torch.zeros(1, len(cameras), size, size, 3, dtype=torch.uint8).expand(b, -1, -1, -1, -1),
         image_valid=torch.tensor(cameras).repeat(b, 1),
@@ -597,7 +596,5 @@ class _Search:
 
 def in_parts(count: int) -> Saving:
     """A batch that is computed in so many parts."""
-    return Saving(
-        f"--accumulate {count}",
-        f"a step takes {count} passes of smaller matrices; the update is the same up to rounding",
-    )
+    price = f"a step takes {count} passes of smaller matrices; the update is the same up to rounding"
+    return Saving(f"--accumulate {count}", price)

@@ -61,7 +61,7 @@ def group_of(name: str) -> str:
     """The group of a parameter, by its name."""
     if name.startswith("vision."):
         return "vision"
-    if name.startswith("head."):
+    if name.startswith(("head.", "past_state.")):
         return "heads"
     return "action_expert" if ".action." in name else "vlm"
 

@@ -331,8 +331,8 @@ PEAKS = {
 }
 """FLOP/s of dense bfloat16 matrix products with float32 sums, by the name of the GPU: NVIDIA's data sheets."""
 
-_UPSTREAM = {"vision": (), "vlm": ("vision",), "head": (), "action": ("head", "vlm")}
-_READS_DATA = ("vision.patch_embedding", "head.action_in", "head.state_in")
+_UPSTREAM = {"vision": (), "past_state": (), "vlm": ("vision", "past_state"), "head": (), "action": ("head", "vlm")}
+_READS_DATA = ("vision.patch_embedding", "past_state", "head.action_in", "head.state_in")
 
 
 class ModelFlops:
@@ -348,6 +348,7 @@ class ModelFlops:
         self._flow = not isinstance(model.config, Pi0FastConfig)
         self._learns = dict.fromkeys(_UPSTREAM, False)
         self._per_row = Counter[str]()
+        self._with_past = (max(model.vision.temporal) + 1) / len(model.vision.blocks)
         for name, module in model.named_modules():
             self._visit(name, module)
         if self._config.writes:
@@ -396,14 +397,22 @@ class ModelFlops:
                 learned = learned & (batch["tokens"][:, 1:] >= codes.first_id) & (batch["tokens"][:, 1:] < codes.end_id)
             read = {"prompt": prompt, "vocab": learned.sum(1)}
             return {"vision": image_tokens, "vlm": image_tokens + prompt, **read}
+        past = batch["past_valid"].sum(1) if self._config.past_steps else 0 * prompt
+        tokens, states = image_tokens + prompt, past if self._config.past_tokens else 0 * past
         ones, noisy = np.ones_like(prompt), np.full_like(prompt, self._draws * self._config.action_horizon)
         state = ones * isinstance(self._config, Pi0Config)
         suffix = {"action": noisy + state, "noisy": noisy, "state": state, "draws": ones * self._draws}
         if self._config.writes:
             text, codes = (batch[name].sum(1) if name in batch else 0 * ones for name in ("token_loss", "code_valid"))
             read = np.maximum(codes - 1, 0)  # the last one predicts nothing
-            prompt, suffix = prompt + read, {**suffix, "prompt": prompt + read, "vocab": text + codes}
-        return {"vision": image_tokens, "vlm": image_tokens + prompt, **suffix}
+            prompt, tokens, suffix = (
+                prompt + read,
+                tokens + read,
+                {**suffix, "prompt": prompt + read, "vocab": text + codes},
+            )
+        # Older pictures leave the image encoder behind its last temporal block.
+        pictures = image_tokens * (1 + self._with_past * past)
+        return {"vision": pictures, "vlm": tokens + states, "past_state": states, **suffix}
 
     def _attention(self, rows: dict[str, np.ndarray]) -> float:
         vision, vlm = self._config.vision, self._config.vlm
