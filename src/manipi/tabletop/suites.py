@@ -102,8 +102,9 @@ _SUITES = (
     replace(_suite("reach", "touch the block of the named colour first, of three; the demo's task"), tasks=("reach",)),
     _suite(
         "two-step",
-        "push one block to the tray, then touch another; each step has its words as a label",
+        "push one of two blocks to the tray, then touch the other; each step has its words as a label",
         tasks=("two_step",),
+        colors=("red", "green"),
         max_steps=80,
     ),
     _suite(
