@@ -120,7 +120,13 @@ _SUITES = (
         pairs="unseen",
         demonstrated={"pairs": "seen"},
     ),
-    _suite("crowd", "reach, of four blocks that lie close and everywhere", colors=tuple(COLORS)[:4], tray=False),
+    _suite(
+        "crowd",
+        "reach, of five blocks that lie close and everywhere; two of them are never named",
+        colors=tuple(COLORS)[:5],
+        named=3,
+        tray=False,
+    ),
     *(
         _suite(f"reach-{name}", f"as tabletop/reach, but {what}", perturb=name, **LIMITS.get(name, {}))
         for name, what in PERTURBATIONS.items()
