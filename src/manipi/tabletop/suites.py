@@ -102,8 +102,9 @@ _SUITES = (
     replace(_suite("reach", "touch the block of the named colour first, of three; the demo's task"), tasks=("reach",)),
     _suite(
         "two-step",
-        "push one block to the tray, then touch another; each step has its words as a label",
+        "push one of two blocks to the tray, then touch the other; each step has its words as a label",
         tasks=("two_step",),
+        colors=("red", "green"),
         max_steps=80,
     ),
     _suite(
@@ -119,7 +120,13 @@ _SUITES = (
         pairs="unseen",
         demonstrated={"pairs": "seen"},
     ),
-    _suite("crowd", "reach, of four blocks that lie close and everywhere", colors=tuple(COLORS)[:4], tray=False),
+    _suite(
+        "crowd",
+        "reach, of five blocks that lie close and everywhere; two of them are never named",
+        colors=tuple(COLORS)[:5],
+        named=3,
+        tray=False,
+    ),
     *(
         _suite(f"reach-{name}", f"as tabletop/reach, but {what}", perturb=name, **LIMITS.get(name, {}))
         for name, what in PERTURBATIONS.items()

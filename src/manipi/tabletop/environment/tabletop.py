@@ -165,6 +165,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         cameras: which of `image` (outside) and `wrist_image` to render; one that is absent costs nothing.
         tasks: what an episode may ask for.
         colors: one block for each, names of `COLORS`.
+        named: how many of these, the first ones, may be asked for; 0: all.
         max_steps: the longest episode.
         start_noise: 0 starts the tip at home, 1 anywhere over the table, in between that part of the way.
         randomize: draws lamp, brightness, table colour and a small camera displacement for each episode.
@@ -188,6 +189,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         cameras: Sequence[str] = ("image",),
         tasks: Sequence[Task] = ("reach",),
         colors: Sequence[str] = ("red", "green", "blue"),
+        named: int = 0,
         max_steps: int = 60,
         start_noise: float = 0.3,
         randomize: bool = False,
@@ -220,6 +222,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
                 next="name each colour once, and fewer of them",
             )
         self.image_size, self.cameras, self.tasks, self.colors = image_size, tuple(cameras), tuple(tasks), tuple(colors)
+        self._named = self.colors[:named]
         self.max_steps, self.start_noise, self.randomize, self.shadows = max_steps, start_noise, randomize, shadows
         self.tray, self.pairs, self.hide_after, self.lock, self.perturb = tray, pairs, hide_after, lock, perturb
         self.render_mode = render_mode
@@ -265,7 +268,8 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
             self._put(names)
         self.model.geom_rgba[:], self.model.cam_pos[:], self.model.cam_quat[:] = self._pristine
         task = options.get("task", self.tasks[rng.integers(len(self.tasks))])
-        drawn = self.colors[rng.integers(len(self.colors))]
+        known = self._named or self.colors
+        drawn = known[rng.integers(len(known))]
         target = options.get("target", self.names[0] if self.pairs else drawn)
         _check_names("task", (task,), INSTRUCTIONS)
         then = str(more.choice([name for name in self.names if name != target])) if task == "two_step" else ""
@@ -350,7 +354,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
     def another_instruction(self, seed: int) -> Goal:
         """The present goal with an instruction that names other blocks."""
         goal = self.goal
-        others = [name for name in self.names if name != goal.target]
+        others = [name for name in (self._named or self.names) if name != goal.target]
         instruct = others[seed % len(others)]
         rest = [name for name in self.names if name not in (instruct, goal.then)]
         return replace(goal, instruct=instruct, instruct_then=rest[seed % len(rest)] if goal.then else "")
