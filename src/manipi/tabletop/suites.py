@@ -104,8 +104,10 @@ _SUITES = (
         "two-step",
         "push one of two blocks to the tray, then touch the other; each step has its words as a label",
         tasks=("two_step",),
+        demonstrated={"near": None},
         colors=("red", "green"),
-        max_steps=80,
+        near=0.11,
+        max_steps=160,
     ),
     _suite(
         "memory",

@@ -166,6 +166,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         tasks: what an episode may ask for.
         colors: one block for each, names of `COLORS`.
         named: how many of these, the first ones, may be asked for; 0: all.
+        near: how far from the tray's centre, in x or y, blocks may start, metres; None: anywhere.
         max_steps: the longest episode.
         start_noise: 0 starts the tip at home, 1 anywhere over the table, in between that part of the way.
         randomize: draws lamp, brightness, table colour and a small camera displacement for each episode.
@@ -190,6 +191,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         tasks: Sequence[Task] = ("reach",),
         colors: Sequence[str] = ("red", "green", "blue"),
         named: int = 0,
+        near: float | None = None,
         max_steps: int = 60,
         start_noise: float = 0.3,
         randomize: bool = False,
@@ -222,7 +224,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
                 next="name each colour once, and fewer of them",
             )
         self.image_size, self.cameras, self.tasks, self.colors = image_size, tuple(cameras), tuple(tasks), tuple(colors)
-        self._named = self.colors[:named]
+        self._named, self._near = self.colors[:named], near
         self.max_steps, self.start_noise, self.randomize, self.shadows = max_steps, start_noise, randomize, shadows
         self.tray, self.pairs, self.hide_after, self.lock, self.perturb = tray, pairs, hide_after, lock, perturb
         self.render_mode = render_mode
@@ -284,7 +286,8 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
             positions = rng.uniform(_BLOCK_LOW, _BLOCK_HIGH, (3 if self.pairs else len(self.colors), 2))
             gaps = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
             apart = gaps[np.triu_indices(len(positions), 1)] >= spacing
-            clear = np.abs(positions - TRAY_CENTER).max(axis=1) >= TRAY_HALF + 1.5 * BLOCK_HALF
+            off = np.abs(positions - TRAY_CENTER).max(axis=1)
+            clear = (off >= TRAY_HALF + 1.5 * BLOCK_HALF) & (off <= (self._near or np.inf))
             if apart.all() and (clear.all() or not self.tray):
                 break
         while len(positions) < len(self.names):
