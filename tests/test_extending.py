@@ -114,7 +114,7 @@ def test_the_suite_is_found_by_name_and_its_simulator_holds_what_trials_rely_on(
 
 def test_our_own_are_entry_points_like_any_other():
     assert {"demo", "convert"} <= set(extensions.entries("manipi.commands"))
-    assert recipe_names()[:3] == ["tabletop", "tabletop_pi0", "tabletop_pi0_fast"]
+    assert {"tabletop", "tabletop_pi0", "tabletop_pi0_fast"} <= set(recipe_names())
     assert load_robot("tabletop") == load_recipe("tabletop").robot
     assert load_robot("ur5").name == "ur5"
 
