@@ -7,7 +7,7 @@ import torch
 
 from manipi.errors import ConfigError
 from manipi.model import VLA
-from manipi.model.config import JointConfig
+from manipi.model.config import FixedCodes, JointConfig
 from manipi.model.joint import TERMS
 from manipi.train.step.state import trainable_parameters
 
@@ -180,6 +180,21 @@ def test_codes_and_text_are_what_a_pi0_fast_of_the_same_weights_says(model, conf
     weights = JointConfig(flow_weight=0, text_weight=0)
     found = build(replace(joint.config, joint=weights))(rows, *draws).per_sample
     torch.testing.assert_close(found[:2], expected[:2], **CLOSE)
+
+
+def test_hidden_codes_are_predicted_from_the_prompt_alone(model, inputs, draws):
+    joint = model(codes=FixedCodes(first_id=4, places=CODES, per_place=6))
+    codes = 4 + 6 * torch.arange(CODES) + torch.randint(1, 6, (B, CODES))
+    other = codes.clone()
+    other[:, 0] = 4 + (codes[:, 0] - 4) % 5 + 1  # another one at the first place
+
+    def behind_the_first(codes, hidden):
+        rows = replace(inputs, codes=codes, hidden=None if hidden is None else torch.full((B,), hidden))
+        return per_code(joint, rows, draws)[0, 1:]
+
+    assert torch.equal(behind_the_first(codes, False), behind_the_first(codes, None))
+    assert not torch.allclose(behind_the_first(codes, False), behind_the_first(other, False))
+    assert torch.equal(behind_the_first(codes, True), behind_the_first(other, True))
 
 
 def test_what_is_trained_follows_from_what_is_written(model, configs, build, kind):

@@ -1,4 +1,5 @@
-"""The reference's 31 recipes: their numbers, by hand from its configs, and two real steps of each in miniature."""
+"""The reference's 31 recipes: their numbers, by hand from its configs, and two real steps of each in miniature; and the
+joint variants of its π0.5 recipes, which differ from them in what they say and in nothing else."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +14,16 @@ from manipi.data.lerobot.writer import LeRobotWriter
 from manipi.data.open import open_dataset
 from manipi.errors import ManipiError, UnknownNameError
 from manipi.model import ModelInput
-from manipi.model.config import REFERENCE, Compat, GemmaSize, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
+from manipi.model.config import (
+    REFERENCE,
+    Compat,
+    GemmaSize,
+    JointConfig,
+    Pi0Config,
+    Pi0FastConfig,
+    Pi05Config,
+    VisionSize,
+)
 from manipi.policy import Policy
 from manipi.recipes.registry import load_recipe, recipe_names
 from manipi.robots.robot import Robot
@@ -22,6 +32,7 @@ from manipi.train.data import prepare
 from manipi.train.loop import train
 from manipi.train.step.state import TrainState
 from manipi.train.step.step import train_step
+from manipi.types import Say
 
 # recipe               model, action dimensions, horizon, tokens | robot, data, relative dimensions | weights, assets
 TABLE = """
@@ -104,12 +115,28 @@ ACTION_TOKENIZERS = {
     "paligemma_fast_specialist_droid": "hf://KarlP/fast_droid_specialist",
     "paligemma_vq_droid": "gs://openpi-assets/tokenizers/droid_fsq_tokenizer",
 }
+JOINT = {
+    "pi05_aloha_ki": 256,
+    "pi05_aloha_pen_uncap_ki": 256,
+    "pi05_droid_ki": 122,
+    "pi05_full_droid_finetune_ki": 130,
+    "pi05_droid_finetune_ki": 130,
+    "pi05_droid_jointpos_polaris_ki": 122,
+    "pi05_libero_ki": 72,
+    "pi05_aloha_subtask": 256,
+    "pi05_aloha_pen_uncap_subtask": 256,
+    "pi05_droid_subtask": 122,
+    "pi05_droid_finetune_subtask": 130,
+    "pi05_libero_subtask": 72,
+}
+"""Tokens of the longest codes: one of each number of a chunk and two at the end, or 256."""
 every_recipe = pytest.mark.parametrize("name", ROWS)
 
 
 def test_all_31_and_no_other():
     assert len(ROWS) == 31
-    assert set(recipe_names()) - set(ROWS) == {"tabletop", "tabletop_pi0", "tabletop_pi0_fast", "tabletop_memory"}
+    tabletop = {"tabletop", *(f"tabletop_{name}" for name in ("pi0", "pi0_fast", "memory", "joint", "subtask"))}
+    assert set(recipe_names()) - set(ROWS) - set(JOINT) == tabletop
     with pytest.raises(UnknownNameError, match="did you mean pi05_libero"):
         load_recipe("pi05_liebro")
 
@@ -191,6 +218,18 @@ def test_adapters(name):
             assert (lora.rank, lora.alpha, lora.rank_stabilized) == (rank, rank, False)
 
 
+@pytest.mark.parametrize("name", JOINT)
+def test_joint_variants(name):
+    base, _, kind = name.rpartition("_")
+    c, plain = load_recipe(name), load_recipe(base)
+    joint = JointConfig(text_weight=float(kind == "subtask"), max_code_len=JOINT[name])
+    assert c.model == replace(plain.model, joint=joint, compat=Compat(minus_one_state_bins=True))
+    assert c.data.language == ((Say(learn_subtask=True),) if kind == "subtask" else ())
+    assert c.action_tokenizer == "hf://physical-intelligence/fast"
+    data = replace(c.data, language=())
+    assert replace(c, model=plain.model, data=data, action_tokenizer=plain.action_tokenizer) == plain
+
+
 def test_cameras_of_datasets():
     three = {"base": "cam_high", "left_wrist": "cam_left_wrist", "right_wrist": "cam_right_wrist"}
     for name, features in {
@@ -238,12 +277,15 @@ def demonstrations(tmp_path_factory) -> Callable[[Robot], Path]:
 def write(root: Path, images: list[str], vectors: dict[str, int]) -> None:
     features = {key: Feature(kind="image", shape=(16, 16, 3), dtype="video") for key in images}
     features |= {key: Feature(kind="vector", shape=(size,), dtype="float32") for key, size in vectors.items()}
+    features["subtask_index"] = Feature(kind="vector", shape=(1,), dtype="int64")
     rng = np.random.default_rng(0)
     with LeRobotWriter(root, fps=10, features=features, robot_type="toy") as writer:
         for length in (9, 6):
             pictures = {key: rng.integers(0, 256, (length, 16, 16, 3), dtype=np.uint8) for key in images}
             walks = {k: rng.uniform(0, 1, (length, size)).astype(np.float32) for k, size in vectors.items()}
-            writer.add_episode(pictures | walks, task="do it")
+            steps = {"subtask_index": np.arange(length)[:, None] // 5}
+            writer.add_episode(pictures | walks | steps, task="do it")
+        writer.add_texts("subtask", ["begin", "end"])
 
 
 def miniature(recipe: TrainConfig, path: Path) -> TrainConfig:
@@ -260,7 +302,7 @@ def miniature(recipe: TrainConfig, path: Path) -> TrainConfig:
     return replace(
         recipe,
         model=replace(recipe.model, **sizes),
-        data=DataConfig(path=str(path), num_workers=0),
+        data=DataConfig(path=str(path), num_workers=0, language=recipe.data.language),
         tokenizer="byte",
         action_tokenizer="binning" if recipe.action_tokenizer == "binning" else "fit",
         init="",
@@ -271,7 +313,7 @@ def miniature(recipe: TrainConfig, path: Path) -> TrainConfig:
     )
 
 
-@every_recipe
+@pytest.mark.parametrize("name", [*ROWS, *JOINT])
 def test_a_step(name, demonstrations, tmp_path):
     """Statistics, tokens, batches, loss and gradients, as the recipe would have them."""
     recipe = load_recipe(name)
@@ -282,6 +324,8 @@ def test_a_step(name, demonstrations, tmp_path):
     metrics, _ = train_step(state, ModelInput.from_numpy(batch), config)
     assert np.isfinite(float(metrics["loss"]))
     assert float(metrics["grad_norm"]) > 0
+    for term in ("codes", "text") if name in JOINT else ():
+        assert (metrics[f"loss/{term}"] > 1) == (term == "codes" or name.endswith("subtask"))
 
 
 KINDS = (
@@ -293,12 +337,14 @@ KINDS = (
     "paligemma_binning_droid_jointpos",
     "paligemma_diffusion_droid",
     "debug_pi05",
+    "pi05_droid_ki",
+    "pi05_libero_subtask",
 )
 """Each policy, with adapters and without, each robot, each way to write actions and to read the state."""
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.long) for name in ROWS]
+    "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.long) for name in (*ROWS, *JOINT)]
 )
 def test_two_steps_make_a_policy(name, demonstrations, tmp_path):
     recipe = load_recipe(name)

@@ -330,7 +330,7 @@ class _FlowConfig(_SharedConfig):
 
     @property
     def fixed_codes(self) -> FixedCodes | None:
-        return None if self.joint is None else self.joint.codes
+        return self.joint.codes if self.joint is not None and self.writes_codes else None
 
     @property
     def writes_codes(self) -> bool:

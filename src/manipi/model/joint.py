@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manipi.model.attention import chosen
-from manipi.model.autoregressive import last_valid, per_sample
+from manipi.model.autoregressive import hide_codes, last_valid, per_sample
 from manipi.model.config import JointConfig
 from manipi.model.flow import FlowHead, noisy_suffix, velocity_error
 from manipi.model.gemma import Gemma, Span
@@ -61,7 +61,8 @@ def joint_loss(
     Args:
         prefix: image and prompt tokens, text included.
         prompt_len: how many of them are the prompt's.
-        inputs: with `actions`; with `codes` or `token_loss`, unless these terms are off.
+        inputs: with `actions`; with `codes` or `token_loss`, unless these terms are off. Rows that are `hidden` are
+            shown none of their fixed codes.
         masks: `action_masks` of the inputs.
     """
     (_, num_draws, horizon, _), num_prefix = noise_BKHA.shape, prefix.tokens_BTD.shape[1]
@@ -70,7 +71,10 @@ def joint_loss(
     text_BL = inputs.token_loss if config.text_weight else None
     last, spans = {"action": num_draws * horizon}, {"vlm": prefix, "action": suffix}
     if codes_BN is not None and valid_BN is not None:
-        spans["vlm"] = _with_codes(gemma, prefix, codes_BN[:, :-1], valid_BN[:, :-1], num_draws + 1)
+        shown_BN = codes_BN[:, :-1]
+        if config.codes is not None and inputs.hidden is not None:
+            shown_BN = hide_codes(shown_BN, inputs.hidden, config.codes)
+        spans["vlm"] = _with_codes(gemma, prefix, shown_BN, valid_BN[:, :-1], num_draws + 1)
     if codes_BN is not None or text_BL is not None:
         last["vlm"] = spans["vlm"].tokens_BTD.shape[1]
     out = gemma(spans, outputs=last, last=last, insulate=config.insulate)

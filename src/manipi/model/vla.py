@@ -94,9 +94,9 @@ class VLA(nn.Module):
         """The training loss, and the only way into training: sharding hooks act on this call.
 
         Args:
-            inputs: with `actions` (flow policies) or `token_causal` and `token_loss` (π0-FAST, `hidden` rows of which
-                are shown none of their codes), or all of them and `codes` (joint training). With `delay`, so many first
-                steps are given clean and do not count (arXiv 2512.05964).
+            inputs: with `actions` (flow policies) or `token_causal` and `token_loss` (π0-FAST), or all of them and
+                `codes` (joint training). Rows that are `hidden` are shown none of their fixed codes. With `delay`, so
+                many first steps are given clean and do not count (arXiv 2512.05964).
             noise: flow policies: standard normal; with an axis K, that many draws share one prefix.
             timestep: flow policies: in [0, 1], 1 being pure noise.
         """

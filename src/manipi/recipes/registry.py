@@ -24,7 +24,7 @@ from types import ModuleType
 import manipi
 from manipi.errors import ConfigError, ManipiError, shown, unknown_name
 from manipi.extensions import entries, find, package_of
-from manipi.recipes import openpi
+from manipi.recipes import joint, openpi
 from manipi.robots.robot import Robot
 from manipi.train.config import TrainConfig
 
@@ -40,11 +40,16 @@ def _is_recipe(value: object) -> bool:
     return callable(value) and getattr(value, "__annotations__", {}).get("return") in (TrainConfig, "TrainConfig")
 
 
-_RECIPES = {name: f"{openpi.__name__}:{name}" for name, v in vars(openpi).items() if _is_recipe(v) and name[0] != "_"}
+_RECIPES = {
+    name: f"{module.__name__}:{name}"
+    for module in (openpi, joint)
+    for name, value in vars(module).items()
+    if _is_recipe(value) and name[0] != "_"
+}
 
 
 def recipe_names() -> list[str]:
-    """Every name that `load_recipe` knows: of installed packages, then the reference's."""
+    """Every name that `load_recipe` knows: of installed packages, then the reference's, then their joint variants."""
     return list(entries("manipi.recipes", _RECIPES))
 
 

@@ -3,9 +3,19 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
-from manipi.model.config import FixedCodes, GemmaSize, HistoryConfig, Pi0Config, Pi0FastConfig, Pi05Config, VisionSize
+from manipi.model.config import (
+    FixedCodes,
+    GemmaSize,
+    HistoryConfig,
+    JointConfig,
+    Pi0Config,
+    Pi0FastConfig,
+    Pi05Config,
+    VisionSize,
+)
 from manipi.robots.tabletop import TABLETOP
 from manipi.train.config import AugmentConfig, ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
+from manipi.types import Say
 
 ModelName: TypeAlias = Literal["pi05", "pi0", "pi0_fast"]
 RECIPES: dict[ModelName, str] = {"pi05": "tabletop", "pi0": "tabletop_pi0", "pi0_fast": "tabletop_pi0_fast"}
@@ -50,7 +60,7 @@ SIZES: dict[str, Any] = {
 }
 """What the three policies have in common."""
 CODES = FixedCodes(first_id=1011, places=16, per_place=64, softness=3.0, hidden=0.75)
-"""Of π0-FAST, behind the byte tokenizer's text: up to 4 frequencies of 4 dimensions."""
+"""Of π0-FAST and of joint training, behind the byte tokenizer's text: up to 4 frequencies of 4 dimensions."""
 
 
 def pi05_tabletop() -> TrainConfig:
@@ -79,7 +89,7 @@ def pi0_tabletop() -> TrainConfig:
     return replace(base, model=Pi0Config(action_expert=EXPERT, **SIZES), norm_mode="zscore")
 
 
-def pi05_tabletop_memory() -> TrainConfig:
+def memory_tabletop() -> TrainConfig:
     """π0.5 that remembers: with 8 commands of each chunk executed, pictures and states of its last three answers."""
     base = pi05_tabletop()
     return replace(base, model=replace(base.model, history=HistoryConfig(frames=4, stride=8)))
@@ -92,3 +102,26 @@ def pi0_fast_tabletop() -> TrainConfig:
     optimizer = replace(base.optimizer, decay_steps=6_000)
     model = Pi0FastConfig(**sizes, codes=CODES)
     return replace(base, model=model, action_tokenizer="dct", steps=6_000, optimizer=optimizer)
+
+
+def joint_tabletop() -> TrainConfig:
+    """π0.5 whole: the language model learns by the fixed codes of π0-FAST, the action expert by the flow, insulated."""
+    base = pi05_tabletop()
+    sizes: dict[str, Any] = SIZES | {"vocab_size": CODES.end_id}
+    joint = JointConfig(text_weight=0.0, codes=CODES, max_code_len=CODES.places + 2)
+    optimizer = replace(base.optimizer, decay_steps=6_000)
+    model = Pi05Config(action_expert=EXPERT, **sizes, joint=joint)
+    return replace(base, model=model, action_tokenizer="dct", steps=6_000, optimizer=optimizer)
+
+
+def subtask_tabletop() -> TrainConfig:
+    """Instructions of two steps (`tabletop/two-step`): it learns to write the present one, and acts on it.
+
+    The flow teaches the language model too. With `--model.joint.codes-weight 1 --model.joint.insulate True` codes do.
+    """
+    base = joint_tabletop()
+    assert isinstance(base.model, Pi05Config)
+    assert base.model.joint is not None
+    joint = replace(base.model.joint, codes_weight=0.0, text_weight=1.0, insulate=False)
+    data = replace(base.data, path="runs/two_step/dataset", language=(Say(learn_subtask=True),))
+    return replace(base, model=replace(base.model, joint=joint, max_token_len=48), data=data)

@@ -306,8 +306,8 @@ class TrainConfig:
     tokenizer: Stays[str] = "byte"
     """`byte`, or the path of a SentencePiece model such as PaliGemma's."""
     action_tokenizer: Stays[str] = "fit"
-    """π0-FAST only: `fit` FAST to the demonstrations, or `dct` fixed codes; `binning`; or folder or URL of a published
-    tokenizer."""
+    """Of policies that write codes: `fit` FAST to the demonstrations, or `dct` fixed codes; `binning`; or folder or
+    URL of a published tokenizer."""
     norm_mode: Stays[NormMode] = "quantile"
     """How state and actions are normalised; the released π0 uses zscore, the others quantile."""
     init: Stays[str] = ""

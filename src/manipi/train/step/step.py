@@ -85,7 +85,7 @@ def add_gradients(state: TrainState, inputs: ModelInput, config: TrainConfig, te
         size = (config.model.action_horizon, config.model.action_dim)
         drawn = draw_noise(config.seed, state.step, batch_size, config.noise_draws, *size)
         draws = [world.slice(whole) for whole in drawn]
-    elif (fixed := config.model.fixed_codes) is not None and fixed.hidden:
+    if (fixed := config.model.fixed_codes) is not None and fixed.hidden:
         whole = draw_hidden(config.seed, state.step, batch_size, fixed.hidden)
         inputs = replace(inputs, hidden=world.slice(whole))
     if config.max_delay:
