@@ -115,7 +115,8 @@ def joint_tabletop() -> TrainConfig:
 
 
 def subtask_tabletop() -> TrainConfig:
-    """Instructions of two steps (`tabletop/two-step`): it learns to write the present one, and acts on it.
+    """Instructions of two steps (`tabletop/two-step`): it learns to write the present one and to act on it, and in half
+    of the samples to act without.
 
     The flow teaches the language model too. With `--model.joint.codes-weight 1 --model.joint.insulate True` codes do.
     """
@@ -123,5 +124,5 @@ def subtask_tabletop() -> TrainConfig:
     assert isinstance(base.model, Pi05Config)
     assert base.model.joint is not None
     joint = replace(base.model.joint, codes_weight=0.0, text_weight=1.0, insulate=False)
-    data = replace(base.data, path="runs/two_step/dataset", language=(Say(learn_subtask=True),))
+    data = replace(base.data, path="runs/two_step/dataset", language=(Say(), Say(learn_subtask=True)))
     return replace(base, model=replace(base.model, joint=joint, max_token_len=48), data=data)
