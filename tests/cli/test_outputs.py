@@ -1,6 +1,7 @@
 """Where nothing can be written, a command says so before it does its work."""
 
 import subprocess
+import sys
 
 import pytest
 
@@ -70,3 +71,12 @@ def test_a_file_system_that_is_mounted_to_be_read(mount, capsys):
     with pytest.raises(SystemExit):
         main(["doctor", "--json", f"{disk}/new/out.json"])
     assert "Read-only file system" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("interval", "lines"), [(None, range(1, 3)), ("0", range(7, 99))])
+def test_progress_in_a_log_is_a_line_now_and_then(tmp_path, monkeypatch, interval, lines):
+    if interval:
+        monkeypatch.setenv("TQDM_MININTERVAL", interval)
+    made = ("demonstrate", "tabletop/reach", str(tmp_path / "data"), "--episodes", "6", "--workers", "1")
+    done = subprocess.run([sys.executable, "-m", "manipi", *made], check=True, capture_output=True, text=True)
+    assert done.stderr.count("demonstrate:") in lines

@@ -51,8 +51,13 @@ The promise: what trains is what deploys, and every claim can be checked by a co
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 when it did its job, 1 on a `ManipiError`, 130 on Ctrl-C."""
+    """Run a command and exit: 0 when it did its job, 1 on a `ManipiError`, 130 on Ctrl-C.
+
+    Into a file, progress is written every ten seconds (TQDM_MININTERVAL), where a terminal has it ten times a second.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if not (sys.stderr and sys.stderr.isatty()):  # read when tqdm is imported, which is later
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported, which is later
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name of no UTF-8, a terminal of another encoding
