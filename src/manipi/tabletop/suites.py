@@ -107,7 +107,7 @@ _SUITES = (
         demonstrated={"near": None},
         colors=("red", "green"),
         near=0.11,
-        max_steps=160,
+        max_steps=200,
     ),
     _suite(
         "memory",
@@ -124,8 +124,9 @@ _SUITES = (
     ),
     _suite(
         "crowd",
-        "reach, of five blocks that lie close and everywhere; two of them are never named",
-        colors=tuple(COLORS)[:5],
+        "reach, of six objects that lie close and everywhere; two are balls of a block's colour, never shown before",
+        demonstrated={"colors": tuple(COLORS)[:5]},
+        colors=("red", "green", "blue", "yellow", "red ball", "green ball"),
         named=3,
         tray=False,
     ),

@@ -164,7 +164,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         image_size: side of the square pictures, pixels.
         cameras: which of `image` (outside) and `wrist_image` to render; one that is absent costs nothing.
         tasks: what an episode may ask for.
-        colors: one block for each, names of `COLORS`.
+        colors: one block for each, names of `COLORS`, with one of `SHAPES` ("red ball") where it is no cube.
         named: how many of these, the first ones, may be asked for; 0: all.
         near: how far from the tray's centre, in x or y, blocks may start, metres; None: anywhere.
         max_steps: the longest episode.
@@ -205,7 +205,8 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
     ):
         _check_names("camera", cameras, ("image", "wrist_image"))
         _check_names("task", tasks, INSTRUCTIONS)
-        _check_names("block colour", colors, COLORS)
+        _check_names("block colour", [color.partition(" ")[0] for color in colors], COLORS)
+        _check_names("block shape", [block.partition(" ")[2] for block in colors if " " in block], SHAPES)
         _check_names("pairs", () if pairs is None else (pairs,), ("seen", "unseen"))
         _check_names("perturbation", () if perturb is None else (perturb,), PERTURBATIONS)
         most, fewest = MAX_BLOCKS if tray else len(COLORS), 2 if "two_step" in tasks else 1
