@@ -109,8 +109,9 @@ def main(arguments: Sequence[str]) -> None:
         policy.fuse(args.quantize)
     if args.compile and not compile:
         policy.compile()
-    # Clients are told every number of a command, and the checkpoint's hash (its manifest has all).
+    # Clients are told every number of a command, the checkpoint's hash (its manifest has all), and what it runs on.
     told = {"action_space": to_json(policy.robot.action_space), "checkpoint": identity(args.checkpoint)}
+    told["device"] = str(device)
     if source:
         told["candidates"] = {**policy.metadata["candidates"], "source": source}
     server = PolicyServer(

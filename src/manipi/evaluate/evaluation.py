@@ -153,7 +153,7 @@ class Evaluation:
             "candidates": self._candidates,
             "checkpoint": self.metadata.get("checkpoint"),
             "step": self.metadata.get("step"),
-            "server": dict(server or {}),
+            "server": {**(server or {}), **({"device": device} if (device := self.metadata.get("device")) else {})},
             "versions": {"manipi": manipi.__version__, "python": platform.python_version()},
         }
         self.rows: dict[int, dict[str, Any]] = {}

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import re
 import subprocess
 import sys
@@ -19,6 +20,10 @@ from manipi.storage import Lock
 
 START_SECONDS = 120.0
 """How long a policy server may take to start."""
+STOP_SECONDS = 30.0
+"""How long it may go on with what it computes once it was told to end."""
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -58,7 +63,12 @@ def policy_server(checkpoint: Path, *, threads: int = 1, flags: Sequence[str] = 
             yield port
         finally:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                logger.warning("the policy server did not end within %.0f s of SIGTERM, and is killed", STOP_SECONDS)
+                process.kill()
+                process.wait()
             ours.close()
 
 
