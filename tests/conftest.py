@@ -164,7 +164,7 @@ def servers_are_forks(monkeypatch):
     """What `manipi eval` and the demo start."""
     from tests.commands import Interpreter
 
-    monkeypatch.setattr(policies, "subprocess", SimpleNamespace(Popen=Interpreter, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(policies, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Interpreter}))
 
 
 @pytest.fixture(scope="session", autouse=True)

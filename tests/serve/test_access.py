@@ -298,7 +298,9 @@ def test_tls(policy, observation, certificate, monkeypatch):
         trusting = ssl.create_default_context(cafile=str(certificate[0]))
         connection = http.client.HTTPSConnection("127.0.0.1", port, context=trusting)
         connection.request("GET", "/readyz")
-        assert connection.getresponse().status == 200
+        response = connection.getresponse()
+        response.read()
+        assert response.status == 200
         connection.close()
 
 

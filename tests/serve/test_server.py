@@ -372,6 +372,7 @@ def test_while_it_stops_answers_arrive_and_clients_are_told_that_it_goes(observa
         look = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
         look.request("GET", "/readyz")
         ready = look.getresponse()
+        ready.read()  # else it keeps the socket for as long as it lives
         assert (ready.status, ready.getheader("Retry-After")) == (503, "1")
         look.close()
         assert get(port, "/healthz")[0] == 200
