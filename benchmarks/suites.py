@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--workers", type=int, default=2, help="simulators side by side")
     parser.add_argument("--controls", nargs="*", default=[], choices=["untrained", "blind", "wrong-words", "held"])
+    parser.add_argument("--table", type=Path, help="file to write the table to, as docs/make_results.py reads it")
     args = parser.parse_args()
     lab, rows = Lab(args.dir, args.episodes, args.trials, args.workers, args.seed), []
     for name in args.suites:
@@ -104,6 +105,26 @@ def main() -> None:
             f"{name:18} {control:12} {success['k']:4}/{success['n']:<4} {success['low']:7.1%} {success['high']:7.1%}"
             f" {failures.count('wrong_block'):12} {failures.count('max_steps'):9}  {SUITES[name].about}"
         )
+    if args.table:
+        trained = f"{args.episodes} demonstrations, {steps} steps, one training each (seed {args.seed})"
+        found = {
+            "title": f"The tabletop's suites: the demo's policy ({args.model})",
+            "command": f"make suites MODEL={args.model}",
+            "text": f"Seed 0. The recipe {RECIPES[args.model]}, {trained}; the suites called reach share a policy.",
+            "columns": ["suite", "", "success", "another object", "too late", "what"],
+            "rows": [
+                [
+                    f"tabletop/{name}",
+                    control,
+                    f"{success['k']}/{success['n']} ({100 * success['low']:.0f} to {100 * success['high']:.0f} %)",
+                    str([trial["failure"] for trial in trials].count("wrong_block")),
+                    str([trial["failure"] for trial in trials].count("max_steps")),
+                    SUITES[name].about,
+                ]
+                for name, control, success, trials in rows
+            ],
+        }
+        args.table.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps([{"suite": name, "control": control, **success} for name, control, success, _ in rows]))
 
 
