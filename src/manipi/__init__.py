@@ -17,7 +17,9 @@ _MODULES = {
     "data.open": "open_dataset",
     "data.norm_stats": "compute_norm_stats",
     "types": "FieldStats NormStats Say",
-    "model.config": "Adapters FixedCodes GemmaSize JointConfig LoRA Pi05Config Pi0Config Pi0FastConfig VisionSize",
+    "model.config": (
+        "Adapters FixedCodes GemmaSize HistoryConfig JointConfig LoRA Pi05Config Pi0Config Pi0FastConfig VisionSize"
+    ),
     "train.config": (
         "AugmentConfig ComputeConfig DataConfig DatasetConfig LogConfig OptimizerConfig TrainConfig ValidationConfig"
     ),
