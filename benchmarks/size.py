@@ -32,7 +32,7 @@ BUDGETS = {
     "manipi/remote": 380,
     "manipi/robots": 320,
     "manipi/serve": 820,
-    "manipi/tabletop": 290,
+    "manipi/tabletop": 330,
     "manipi/tabletop/environment": 670,
     "manipi/tokenizers": 1010,
     "manipi/train": 1490,
