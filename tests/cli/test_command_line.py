@@ -159,7 +159,7 @@ def test_an_unknown_command():
 def test_an_unknown_recipe():
     stderr = run("train", "tabeltop", code=1).stderr
     assert "expected a recipe, one of: debug, debug_pi05," in stderr
-    assert "tabletop, tabletop_joint, tabletop_pi0, tabletop_pi0_fast, tabletop_subtask\n   found 'tabeltop'" in stderr
+    assert "tabletop_memory, tabletop_pi0, tabletop_pi0_fast, tabletop_subtask\n   found 'tabeltop'" in stderr
     assert "next did you mean tabletop or" in stderr
 
 
