@@ -248,6 +248,58 @@ def test_a_damaged_episode_is_named_and_can_be_left_out(tmp_path, name):
     require_whole(root, [0, 2])
 
 
+class Planner:
+    """Says the text that it is given."""
+
+    def __init__(self, **metadata):
+        self.metadata, self.texts = metadata, []
+
+    def infer(self, observation):
+        return {"actions": np.zeros((4, 4), np.float32), **({"subtask": self.texts[-1]} if self.texts else {})}
+
+
+def record_texts(root, policy, *episodes):
+    """`episodes`: of each the subtask at every step; None: none."""
+    with Recorder(root, TABLETOP) as recorder:
+        watched = recorder.watch(policy) if policy else None
+        for texts in episodes:
+            recorder.on_episode_start()
+            for step, text in enumerate(texts):
+                state = np.array([0, step, 0, 1], np.float32)
+                seen = {"observation/image": picture(0, step), "observation/state": state, "prompt": "go"}
+                if watched:
+                    policy.texts = [text] if text else []
+                    watched.infer(seen)
+                else:
+                    seen |= {"manipi/subtask": text} if text else {}
+                recorder.on_step(seen, {"actions": state / 10})
+            recorder.on_episode_end()
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["written", "told"])
+def test_subtasks_are_read_back(tmp_path, asked):
+    record_texts(tmp_path / "run", Planner() if asked else None, [None, "reach", "reach", "grasp", "reach"], ["lift"])
+    dataset = open_dataset(tmp_path / "run")
+    texts, numbers = dataset.texts("subtask")
+    assert [texts[n] if n >= 0 else None for n in numbers] == [None, "reach", "reach", "grasp", "reach", "lift"]
+    assert dataset.subtask(3) == "grasp"
+    items = [(one.role, one.content, one.style, round(one.timestamp, 3)) for one in dataset.said(0)[0]]
+    expected = [("reach", 0.1), ("grasp", 0.3), ("reach", 0.4)]
+    assert items == [("assistant", text, "subtask", seconds) for text, seconds in expected]
+
+
+def test_a_policy_that_writes_text_has_the_column_from_the_first_episode_on(tmp_path):
+    record_texts(tmp_path / "run", Planner(writes_text=True), [None, None], ["reach", "reach"])
+    dataset = open_dataset(tmp_path / "run")
+    assert dataset.texts("subtask")[1].tolist() == [-1, -1, 0, 0]
+
+
+def test_subtasks_that_begin_in_a_later_episode_are_left_out_with_a_word(tmp_path, caplog):
+    record_texts(tmp_path / "run", Planner(), [None], ["reach"])
+    assert "language_persistent" not in open_dataset(tmp_path / "run").features
+    assert "episode 1 is kept without its subtasks" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("megabytes", "said"), [(2, "the episodes before this one are kept"), (5, r"manipi record --finish .*/run")]
 )

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from manipi.data.open import open_dataset
 from manipi.data.recorder import Recorder
 from manipi.errors import ConfigError, MissingFeatureError, ObservationError, StorageError
 from manipi.evaluate.replay import replay
+from manipi.model.config import JointConfig
 from manipi.policy import Policy
 from manipi.robots.tabletop import TABLETOP
 from manipi.serve import Access, PolicyServer
@@ -184,6 +186,28 @@ def test_the_command_asks_a_server(recording, trained, tmp_path):
 def test_a_policy_that_cannot_go_on_is_asked_without_the_previous_chunk(recording, trained):
     result = replay(open_dataset(recording), Policy.load(trained("pi0_fast")), show=False, max_questions=4)
     assert result.said == ("it does not go on from a previous chunk, which was left out",)
+
+
+def test_a_subtask_is_asked_again(tiny, trained, tmp_path):
+    config = tiny("pi05", steps=1)
+    joint = JointConfig(codes_weight=0)
+    writer = Policy.load(train(replace(config, model=replace(config.model, joint=joint, max_token_len=64)), tmp_path))
+    with Recorder(tmp_path / "run", TABLETOP) as recorder:
+        watched, arm = recorder.watch(writer), Arm()
+        arm.reset()
+        for text in ("go up", "go up", "come down"):
+            seen = {**arm.get_observation(), "manipi/subtask": text}
+            recorder.on_step(seen, {"actions": watched.infer(seen)["actions"][0]})
+            arm.steps += 1
+        recorder.on_episode_end()
+    dataset = open_dataset(tmp_path / "run")
+    assert dataset.subtask(2) == "come down"
+    same = replay(dataset, writer, show=False)
+    assert (same.questions, same.said) == (3, ())
+    assert same.worst < 0.02
+    assert replay(dataset, Policy.load(trained("pi05")), show=False).said == (
+        "it follows no subtask, which was left out",
+    )
 
 
 def test_demonstrations_are_no_recording(toy_dataset, trained):

@@ -1,7 +1,7 @@
 """Every array that the reference recorded of a model, against ours: float32, bfloat16, and another LoRA factor."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -10,10 +10,13 @@ import pytest
 import torch
 from golden import ABSENT, CASES, Arrays, Case, change_adapters, keys, keys_of, over, read_arrays
 from openpi_trees import to_openpi_tree
-from quantities import Quantities, as_numpy, decoding_batch, quantities
+from quantities import Quantities, as_numpy, decoding_batch, quantities, recorded_calls
 from tolerances import BFLOAT16, OUTPUTS, Tolerance, tolerance_of
+from torch.nn.utils.rnn import pad_sequence
 
-from manipi.model.config import Adapters, Compat
+from manipi.model import VLA, ModelInput
+from manipi.model.config import Adapters, Compat, JointConfig, Pi05Config
+from manipi.model.joint import TERMS
 
 pytestmark = pytest.mark.skipif(not CASES, reason=ABSENT)
 
@@ -149,3 +152,66 @@ def test_without_the_quirk_zeros_follow_eos(case):
     compat = replace(case.config.compat, fast_writes_past_eos=False)
     ids = case.model(compat=compat).decode_tokens(decoding_batch(case, "eos_in_batch"), expected.shape[1])
     np.testing.assert_array_equal(ids, expected)
+
+
+# ---- π0.5 with π0-FAST's weights
+
+
+def joint_model(case: Case) -> VLA:
+    """Language model and image encoder are the recorded ones; beside them stands an action expert of other widths."""
+    config = case.config
+    shared = {field.name: getattr(config, field.name) for field in fields(config) if field.name in SHARED}
+    expert = replace(config.vlm, width=config.vlm.width // 2, mlp_dim=config.vlm.mlp_dim // 2)
+    model = VLA(Pi05Config(**shared, action_expert=expert, joint=JointConfig(text_weight=0)))
+    found = model.load_state_dict(case.model().state_dict(), strict=False)
+    assert not found.unexpected_keys
+    assert all(name.startswith("head.") or ".action" in name for name in found.missing_keys)
+    return model
+
+
+SHARED = ("vision", "vlm", "vocab_size", "action_dim", "action_horizon", "max_token_len", "cameras", "dtype", "compat")
+
+
+def joint_batch(case: Case) -> ModelInput:
+    """The recorded sequences: what all see is the prompt, what is causal are the codes, padded each for itself.
+
+    Of π0.5's own prompt "Action: " ends the trunk, where here it begins the codes; the tokens are the same ones.
+    """
+    batch, ids = case.batch(), case.tensor("tokenized_prompt").long()
+    rows = {"tokens": batch.token_valid & ~batch.token_causal, "codes": batch.token_causal & batch.token_valid}
+    found = {name: pad_sequence([ids[b, row] for b, row in enumerate(mask)], True) for name, mask in rows.items()}
+    valid = {name: torch.arange(found[name].shape[1]) < mask.sum(1, keepdim=True) for name, mask in rows.items()}
+    marks = {"token_valid": valid["tokens"], "code_valid": valid["codes"], "token_causal": None, "token_loss": None}
+    return replace(batch, **found, **marks)
+
+
+@over("case", values=FAST)
+def test_a_joint_model_of_the_same_weights_says_the_same(case, measure):
+    """Loss, logits and gradients of the codes, beside the flow of three noise draws; and what it decodes.
+
+    The batch without a camera is left out: the reference counts the positions of what is masked in training, joint
+    training does not.
+    """
+    model, draws = joint_model(case), 3
+    noise = torch.randn(2, draws, case.config.action_horizon, case.config.action_dim)
+    with recorded_calls(model.gemma, "logits") as logits:
+        loss = model(joint_batch(case), noise, torch.rand(2, draws))
+    learned = case.inputs["token_loss_mask"][:, 1:]
+    assert np.array_equal(learned, (case.inputs["token_ar_mask"] * case.inputs["tokenized_prompt_mask"])[:, 1:])
+    loss.loss[TERMS.index("codes")].backward()
+    own = case.model().state_dict()
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters() if n in own}
+    assert not any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if n not in own)
+    tree = {path: torch.from_numpy(grad) for path, grad in to_openpi_tree(grads, case.config).items()}
+    found = {f"grad/{path}": grad for path, grad in tree.items()}
+    found |= {f"grad_norm/{path}": grad.double().norm() for path, grad in tree.items()}
+    found |= {"mean_loss": loss.loss[TERMS.index("codes")], "logits": logits[0][1]}
+    norms = {f"grad_norm/{path}": np.array(v) for path, v in case.recorded["grad_norm_per_parameter"].items()}
+    expected = norms | {name: case.outputs[name] for name in case.outputs if name.startswith("grad/")}
+    expected |= {"mean_loss": case.outputs["mean_loss"], "logits": case.outputs["logits"][learned]}
+    for name, theirs in expected.items():
+        row = tolerance_of(name, OUTPUTS)
+        measure(f"joint: {row.quantity}", row.error(as_numpy(found[name]), theirs), row.limit)
+    tokens = case.outputs["decode/tokens"]
+    ids = model.decode_tokens(decoding_batch(case, "decode"), tokens.shape[1], eos_token=case.recorded["eos_token"])
+    np.testing.assert_array_equal(ids, tokens)

@@ -9,6 +9,10 @@ Beside the robot's own cameras, state and commands, a frame has what was asked a
 question can be put to another policy (`manipi.evaluate.replay`). Pictures are stored without loss but for the colour
 space, which moves a value by 2 at most. Versions, robot and the policy's metadata are in `meta/recording.json`.
 
+A subtask that the policy writes or is told (`manipi/subtask`) goes to `language_persistent`. There it holds until the
+next one, since that column has no word for an end. The dataset has the column where the policy says that it writes
+text, or where the first episode has a subtask.
+
 An episode is on the disk when its `on_episode_end` returns: encoded, in a folder of its own beside the dataset
 (`manipi.data.lerobot.writer`). A process that is killed loses the episode at hand and no other.
 
@@ -34,14 +38,16 @@ import manipi
 import manipi_client
 from manipi.data.dataset import Feature
 from manipi.data.lerobot.episode import EpisodeEncoder, read_episode
+from manipi.data.lerobot.language import LANGUAGE, PERSISTENT
 from manipi.data.lerobot.writer import Parts, how_to_finish
 from manipi.errors import ConfigError, DatasetFormatError, DatasetNotFoundError, StorageError, quoted
 from manipi.records import from_json, json_bytes, read_json
 from manipi.robots.robot import Robot
 from manipi.storage import atomic_directory, atomic_write, require_absent
 from manipi.transforms.observation import ReadRobot
+from manipi.types import Said
 from manipi_client import Policy, Subscriber
-from manipi_client.keys import DELAY, PREVIOUS, SEED, STEP
+from manipi_client.keys import DELAY, PREVIOUS, SEED, STEP, SUBTASK
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +143,8 @@ class Recorder(Subscriber):
         self._prompts: list[str] = []
         self._answers: dict[int, dict[str, np.ndarray | np.generic]] = {}
         """By the frame that they belong to, the columns of questions and answers."""
+        self._subtasks: dict[int, str] = {}
+        """By the frame from which on they hold; the same one may follow itself."""
         self._close_pictures()
         self._started = time.monotonic()
 
@@ -149,6 +157,8 @@ class Recorder(Subscriber):
                     self._pictures[feature] = _Pictures(picture.shape)
                 self._pictures[feature].add(picture)
         self._prompts.append(str(sample["prompt"]))
+        if told := str(observation.get(SUBTASK, "")).strip():  # what the policy answered at this frame is later news
+            self._subtasks.setdefault(len(self._rows), told)
         ends = np.cumsum([state.size for state in self._robot.state], dtype=int)
         states = zip(self._robot.state, np.split(sample["state"], ends[:-1]))
         self._rows.append(
@@ -181,7 +191,14 @@ class Recorder(Subscriber):
         vectors = {k: Feature(kind="vector", shape=v.shape[1:], dtype=str(v.dtype)) for k, v in columns.items()}
         cameras = {k: Feature(kind="image", shape=p.shape, dtype="video") for k, p in self._pictures.items()}
         rate = round(self._robot.control_hz)
-        encoder = EpisodeEncoder(features={**cameras, **vectors}, fps=rate, pix_fmt="yuv444p", crf=0)
+        said, keeps = self._said(rate), PERSISTENT in self._begun.get("encoder", {}).get("features", {})
+        if not self._begun:
+            keeps = bool(said or (self._policy is not None and self._policy.metadata.get("writes_text")))
+        elif said and not keeps:
+            warning = "episode %d is kept without its subtasks: the first one had none; record them to another folder"
+            logger.warning(warning, self._number)
+        language = {PERSISTENT: LANGUAGE} if keeps else {}
+        encoder = EpisodeEncoder(features={**cameras, **vectors, **language}, fps=rate, pix_fmt="yuv444p", crf=0)
         if not self._begun:  # the first episode's layout is that of all
             versions = {"manipi": manipi.__version__, "manipi_client": manipi_client.__version__}
             description = {
@@ -197,7 +214,17 @@ class Recorder(Subscriber):
         next_ = "make room; the episodes before this one are kept"
         with atomic_directory(folder, next_) as partial:
             data = columns | {key: pictures.blocks() for key, pictures in self._pictures.items()}
+            data |= dict.fromkeys(language, said)
             encoder.encode(partial, data, self._prompts, where)
+
+    def _said(self, rate: int) -> list[tuple[int, Said]]:
+        """The episode's subtasks where they change, as an item of `language_persistent` each."""
+        said, last = list[tuple[int, Said]](), ""
+        for frame, text in sorted(dict(self._subtasks).items()):  # an answer may still come
+            if text != last and frame < len(self._rows):
+                said.append((frame, Said("assistant", text, "subtask", frame / rate)))
+                last = text
+        return said
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """Also after an error: the episodes that ended before it are kept.
@@ -217,12 +244,14 @@ class Recorder(Subscriber):
 
     def ask(self, policy: Policy, observation: Mapping[str, Any]) -> dict[str, Any]:
         """What `policy` answers to the observation with a seed of its own; kept for the frame that it belongs to."""
-        answers, frame = self._answers, int(observation.get(STEP, len(self._rows)))
+        answers, subtasks, frame = self._answers, self._subtasks, int(observation.get(STEP, len(self._rows)))
         observation = {SEED: self._seed + self._questions, **observation}
         self._questions += 1
         started = time.monotonic()
         answer = policy.infer(observation)
         chunk_HA = np.asarray(answer["actions"], np.float32)
+        if subtask := str(answer.get("subtask") or observation.get(SUBTASK, "")).strip():
+            subtasks[frame] = subtask
         left_nA = np.asarray(observation.get(PREVIOUS, np.zeros_like(chunk_HA[:0])), np.float32)
         answers[frame] = {
             ASKED: np.int64(True),

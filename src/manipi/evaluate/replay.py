@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from manipi.data.action_error import evenly_spaced
 from manipi.data.dataset import Dataset, command_names
+from manipi.data.lerobot.language import PERSISTENT
 from manipi.data.norm_stats import NEAR_CONSTANT
 from manipi.data.recorder import ANSWER_MS, ASKED, CHUNK, DELAYED, DESCRIPTION, LEFT, NUM_LEFT, SEEDED
 from manipi.errors import ConfigError, MissingFeatureError
 from manipi.records import read_object
 from manipi.robots.robot import Robot
-from manipi_client.keys import DELAY, PREVIOUS, SEED
+from manipi_client.keys import DELAY, PREVIOUS, SEED, SUBTASK
 
 _BLOCK = 32
 
@@ -94,7 +95,10 @@ def replay(dataset: Dataset, target: Answering, *, max_questions: int = 256, sho
     rows = evenly_spaced(np.flatnonzero(dataset.column(ASKED)[:, 0]), max_questions)
     recorded = dataset.column(CHUNK)[rows].reshape(len(rows), -1, robot.action_size)
     goes_on, answers = bool(target.metadata.get("real_time")), []
-    for observation in tqdm(_questions(dataset, robot, rows, goes_on), "replay", len(rows), disable=not show):
+    holds = PERSISTENT in dataset.features and any(dataset.said(e)[0] for e in range(len(dataset.episodes)))
+    follows = holds and bool(target.metadata.get("writes_text"))
+    questions = _questions(dataset, robot, rows, goes_on, follows)
+    for observation in tqdm(questions, "replay", len(rows), disable=not show):
         answers.append(np.asarray(target.infer(observation)["actions"]))
     steps = min(recorded.shape[1], len(answers[0]))
     difference = np.abs(np.stack(answers)[:, :steps].astype(np.float64) - recorded[:, :steps])
@@ -102,6 +106,8 @@ def replay(dataset: Dataset, target: Answering, *, max_questions: int = 256, sho
     travel = np.where(travel < NEAR_CONSTANT, 0.0, travel)
     largest = difference.max(axis=(0, 1))
     had_previous = bool((dataset.column(NUM_LEFT)[rows] > 0).any())
+    said = ("it does not go on from a previous chunk, which was left out",) if had_previous and not goes_on else ()
+    said += ("it follows no subtask, which was left out",) if holds and not follows else ()
     return Replay(
         questions=len(rows),
         steps=steps,
@@ -111,21 +117,25 @@ def replay(dataset: Dataset, target: Answering, *, max_questions: int = 256, sho
         largest=largest,
         share=largest / np.where(travel > 0, travel, 1.0),
         recorded_ms=float(np.median(dataset.column(ANSWER_MS)[rows])),
-        said=("it does not go on from a previous chunk, which was left out",) if had_previous and not goes_on else (),
+        said=said,
     )
 
 
-def _questions(dataset: Dataset, robot: Robot, rows: Int64[np.ndarray, "n"], goes_on: bool) -> Iterator[dict[str, Any]]:
-    """What was sent at these frames, in the robot's keys."""
+def _questions(
+    dataset: Dataset, robot: Robot, rows: Int64[np.ndarray, "n"], goes_on: bool, follows: bool
+) -> Iterator[dict[str, Any]]:
+    """What was sent at these frames, in the robot's keys; where it `follows` subtasks, with the one that held there."""
     kept = [*robot.cameras.values(), *(s.key for s in robot.state)]
     keys = {key: robot.dataset_key(key) for key in kept if robot.dataset_key(key) in dataset.features}
     left, num_left, delay, seed = (dataset.column(key) for key in (LEFT, NUM_LEFT, DELAYED, SEEDED))
+    subtasks, which = dataset.texts("subtask") if follows else ([], np.full(dataset.num_frames, -1))
     for start in range(0, len(rows), _BLOCK):
         block = rows[start : start + _BLOCK]
         pictures = {name: dataset.images(name, block) for name in keys.values() if name in dataset.cameras}
         for i, row in enumerate(block.tolist()):
             seen = {k: pictures[n][i] if n in pictures else dataset.column(n)[row] for k, n in keys.items()}
             question = {**seen, "prompt": dataset.prompt(row), SEED: int(seed[row, 0])}
+            question |= {SUBTASK: subtasks[which[row]]} if which[row] >= 0 else {}
             if goes_on and (count := int(num_left[row, 0])):
                 question |= {PREVIOUS: left[row].reshape(-1, robot.action_size)[:count], DELAY: int(delay[row, 0])}
             yield question

@@ -65,7 +65,7 @@ def joint_loss(
             shown none of their fixed codes.
         masks: `action_masks` of the inputs.
     """
-    (_, num_draws, horizon, _), num_prefix = noise_BKHA.shape, prefix.tokens_BTD.shape[1]
+    (_, num_draws, horizon, _), num_images = noise_BKHA.shape, prefix.tokens_BTD.shape[1] - prompt_len
     suffix, target_BKHA = noisy_suffix(head, inputs, noise_BKHA, timestep_BK, prefix.tokens_BTD.dtype)
     codes_BN, valid_BN = (inputs.codes, inputs.code_valid) if config.codes_weight else (None, None)
     text_BL = inputs.token_loss if config.text_weight else None
@@ -76,7 +76,7 @@ def joint_loss(
             shown_BN = hide_codes(shown_BN, inputs.hidden, config.codes)
         spans["vlm"] = _with_codes(gemma, prefix, shown_BN, valid_BN[:, :-1], num_draws + 1)
     if codes_BN is not None or text_BL is not None:
-        last["vlm"] = spans["vlm"].tokens_BTD.shape[1]
+        last["vlm"] = spans["vlm"].tokens_BTD.shape[1] - num_images  # nothing is read from the pictures
     out = gemma(spans, outputs=last, last=last, insulate=config.insulate)
     flow = velocity_error(head.velocity(out["action"], num_draws, horizon), target_BKHA, masks)
     samples = {"flow": flow.per_step.flatten(1).mean(1)} | dict.fromkeys(
@@ -84,11 +84,11 @@ def joint_loss(
     )
     if codes_BN is not None and valid_BN is not None:
         # The first code is predicted by the last token of the prompt, whose place differs from row to row.
-        first_B1D = chosen(out["vlm"], last_valid(prefix.valid_BT))
-        out_BND = torch.cat([first_B1D, out["vlm"][:, num_prefix:]], dim=1)
+        first_B1D = chosen(out["vlm"], last_valid(prefix.valid_BT) - num_images)
+        out_BND = torch.cat([first_B1D, out["vlm"][:, prompt_len:]], dim=1)
         samples["codes"], _ = per_sample(gemma, out_BND, codes_BN, valid_BN, config.codes)
     if text_BL is not None:
-        out_BLD = out["vlm"][:, num_prefix - prompt_len : num_prefix - 1]
+        out_BLD = out["vlm"][:, : prompt_len - 1]
         samples["text"], _ = per_sample(gemma, out_BLD, inputs.tokens[:, 1:prompt_len], text_BL[:, 1:prompt_len])
     weight = torch.stack([flow.weight, *samples_with(inputs)])
     means = [samples[name].sum() / count.clamp(min=1) for name, count in zip(TERMS[1:], weight[1:], strict=True)]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from manipi.model import VLA, ModelInput
@@ -13,6 +14,7 @@ from manipi.model.config import (
     Adapters,
     FixedCodes,
     GemmaSize,
+    JointConfig,
     LoRA,
     ModelConfig,
     Pi0Config,
@@ -45,6 +47,10 @@ def full_batch(config: ModelConfig) -> dict[str, np.ndarray]:
         learned = np.broadcast_to(np.arange(40) > 20, (B, 40))
         tokens = np.where(np.arange(40) > 30, 200, batch["tokens"])
         return batch | {"token_loss": learned, "token_causal": learned, "tokens": tokens}
+    if config.joint is not None:
+        learned = np.broadcast_to(np.arange(40) > 30, (B, 40))
+        batch |= {"codes": np.full((B, 20), 200), "code_valid": np.ones((B, 20), bool)}
+        batch |= {"token_loss": learned, "token_causal": learned}
     return batch | {"actions": np.zeros((B, 4, 4), np.float32)}
 
 
@@ -52,7 +58,7 @@ def counted(model: VLA, batch: dict[str, np.ndarray]) -> int:
     """What torch counts in forward and backward. The plain form of attention, of which it knows every product."""
     noise = () if isinstance(model.config, Pi0FastConfig) else (torch.zeros(B, K, 4, 4), torch.ones(B, K))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(ModelInput.from_numpy(batch), *noise).loss.backward()
+        model(ModelInput.from_numpy(batch), *noise).loss.sum().backward()
     return counter.get_total_flops()
 
 
@@ -67,6 +73,7 @@ def counted(model: VLA, batch: dict[str, np.ndarray]) -> int:
         (Pi0FastConfig(**SHARED, vlm_adapters=LORA), ()),
         (Pi0FastConfig(**SHARED, codes=FixedCodes(first_id=150, places=5, per_place=30)), ()),
         (Pi05Config(**FLOW), ("vision.",)),
+        (Pi05Config(**FLOW, joint=JointConfig(max_code_len=20, insulate=False)), ()),
     ],
     ids=[
         "pi0",
@@ -77,6 +84,7 @@ def counted(model: VLA, batch: dict[str, np.ndarray]) -> int:
         "pi0_fast lora",
         "pi0_fast codes",
         "vision frozen",
+        "joint",
     ],
 )
 def test_within_one_percent_of_torch(config, frozen):
@@ -85,6 +93,44 @@ def test_within_one_percent_of_torch(config, frozen):
         parameter.requires_grad_(is_trained(name, config, "lora") and not name.startswith(frozen or "\0"))
     batch = full_batch(config)
     assert ModelFlops(model, K).of_batch(batch) == pytest.approx(counted(model, batch), rel=0.01)
+
+
+class EveryRow(TorchDispatchMode):
+    """Of tensors without contents, `values[mask]` takes every row."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        first = args[1][0] if func is torch.ops.aten.index.Tensor and args[0].is_meta else None
+        if first is not None and first.dtype == torch.bool:
+            rows = torch.ones(first.shape, dtype=torch.bool).nonzero(as_tuple=True)
+            args = args[0], [row.to("meta") for row in rows]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+def test_an_insulated_joint_step_costs_a_quarter_more_at_most():
+    """The released sizes, two cameras, a prompt of 64 tokens, codes of 100: a longer prompt makes the share smaller."""
+    steps = []
+    for joint in (None, JointConfig(text_weight=0)):
+        config = Pi05Config(action_horizon=15, max_token_len=64, cameras=("base", "left_wrist"), joint=joint)
+        with torch.device("meta"):
+            real = {
+                n: torch.ones(1, size, dtype=torch.bool) for n, size in (("image", 2), ("token", 64), ("code", 100))
+            }
+            batch = ModelInput(
+                images=torch.zeros(1, 2, 224, 224, 3),
+                image_valid=real["image"],
+                tokens=real["token"].long(),
+                token_valid=real["token"],
+                state=torch.zeros(1, 32),
+                actions=torch.zeros(1, 15, 32),
+                codes=None if joint is None else real["code"].long(),
+                code_valid=None if joint is None else real["code"],
+            )
+            model, draws = VLA(config, trim=False), (torch.zeros(1, 15, 32), torch.zeros(1))
+            with sdpa_kernel(SDPBackend.MATH), EveryRow(), FlopCounterMode(display=False) as counter:
+                model(batch, *draws).loss.sum().backward()
+        steps.append(counter.get_total_flops())
+    assert 1.1 < steps[1] / steps[0] < 1.25
 
 
 def test_an_expert_alone_needs_no_backward_through_the_rest():
