@@ -118,7 +118,7 @@ _SUITES = (
     ),
     _suite(
         "pairs",
-        "reach the named shape of the named colour; no demonstration shows this pair of them",
+        "reach the named shape of the named colour, of two objects; no demonstration shows this pair of them",
         pairs="unseen",
         demonstrated={"pairs": "seen"},
     ),

@@ -172,8 +172,8 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         randomize: draws lamp, brightness, table colour and a small camera displacement for each episode.
         shadows: pictures with shadows, which double the cost of rendering.
         tray: False: there is none, blocks lie everywhere and closer, and up to 6 fit.
-        pairs: `seen` or `unseen`: instead of `colors`, the target is one of these pairs of colour and shape; one other
-            block has its colour and one its shape, both seen.
+        pairs: `seen` or `unseen`: instead of `colors`, the target is one of these pairs of colour and shape; there is
+            one other block, of a seen pair, which has its colour or its shape.
         hide_after: the target cannot be seen any more after this many steps; it still is where it is.
         lock: the arm does not move for a number of steps that is drawn for each episode, at most this.
         perturb: what differs from the demonstrations, one of `PERTURBATIONS`.
@@ -284,7 +284,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         tip = np.asarray(options.get("tip", _HOME + self.start_noise * (start - _HOME)), np.float64)
         spacing = BLOCK_SPACING if self.tray else CROWD_SPACING
         while True:  # until the blocks are off the tray and apart from each other
-            positions = rng.uniform(_BLOCK_LOW, _BLOCK_HIGH, (3 if self.pairs else len(self.colors), 2))
+            positions = rng.uniform(_BLOCK_LOW, _BLOCK_HIGH, (2 if self.pairs else len(self.colors), 2))
             gaps = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
             apart = gaps[np.triu_indices(len(positions), 1)] >= spacing
             off = np.abs(positions - TRAY_CENTER).max(axis=1)
@@ -328,8 +328,8 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         seen = [pair for pair in every if pair not in UNSEEN_PAIRS]
         target = str(rng.choice(seen if self.pairs == "seen" else UNSEEN_PAIRS))
         words, others = target.split(), [pair.split() for pair in seen if pair != target]
-        alike = ([" ".join(other) for other in others if other[place] == words[place]] for place in (0, 1))
-        return (target, *(str(rng.choice(pairs)) for pairs in alike))
+        shared = rng.integers(2)  # the colour or the shape
+        return (target, str(rng.choice([" ".join(other) for other in others if other[shared] == words[shared]])))
 
     def _perturb_pictures(self, rng: np.random.Generator) -> None:
         """Lamp, camera or colours of this episode."""
