@@ -319,7 +319,13 @@ def test_a_client_names_no_file(pi05, tmp_path):
 
 
 def test_what_a_policy_cannot_do_is_said_before_it_serves(trained, pi05):
-    for choice in (Choice(n=17), Choice(n=4, selector="token"), Choice(n=4, gate=-1.0), Choice(n=2)):
+    for choice in (
+        Choice(n=17),
+        Choice(n=4, selector="token"),
+        Choice(n=4, selector="limits+token"),
+        Choice(n=4, gate=-1.0),
+        Choice(n=2),
+    ):
         with pytest.raises(ConfigError, match="choice among candidates"):
             pi05.set_candidates(choice)
     fast = Policy.load(trained("pi0_fast"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests.test_policy import observation
 
+from manipi.candidates import Choice, candidate_noises
 from manipi.errors import ConfigError, ObservationError, TokenizerError
 from manipi.model.config import JointConfig
 from manipi.policy import MAX_TEXT, Policy
@@ -91,6 +92,37 @@ def test_it_acts_by_flow_and_by_tokens(policy):
     drawn = [policy.infer({**tokens, "manipi/temperature": 5.0, "manipi/seed": s})["actions"] for s in (1, 1, 2)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
+
+
+def test_what_the_token_head_writes_may_be_a_candidate(policy):
+    noise = policy.draw_noise()
+    tokens = policy.infer({**observation(), "manipi/mode": "tokens"})["actions"]
+    drawn = policy.infer(observation(), candidate_noises(noise, 3))["actions"]
+    seen = []
+
+    def mine(candidates):
+        seen.append(candidates)
+        return np.arange(3) == 2
+
+    policy.set_candidates(Choice(n=3, selector="mine+token"), mine)
+    answer = policy.infer(observation(), noise)
+    assert (answer["candidates"]["chosen"], answer["candidates"]["selector"]) == (2, "mine+token")
+    np.testing.assert_array_equal(answer["actions"], tokens)
+    np.testing.assert_allclose(seen[0].actions[:2], drawn[:2], atol=1e-5)
+    # Going on from a previous chunk, it begins with what is committed.
+    left = {"manipi/prev_actions": drawn[1][1:], "manipi/delay": 2}
+    goes_on = policy.infer({**observation(), **left}, noise)["actions"]
+    np.testing.assert_allclose(goes_on[:2], seen[1].actions[0, :2], atol=1e-6)
+    np.testing.assert_array_equal(goes_on[2:], tokens[2:])
+    # The proposal is nearest to itself, and a gate that is shut asks for none.
+    policy.choice = Choice()
+    nearest = {**observation(), "manipi/candidates": 3, "manipi/selector": "token"}
+    assert policy.infer(nearest, noise)["candidates"]["n"] == 3
+    with pytest.raises(ObservationError, match="another selector beside the proposal"):
+        policy.infer({**nearest, "manipi/selector": "token+token"}, noise)
+    shut = policy.infer({**nearest, "manipi/selector": "limits+token", "manipi/gate": 1e9}, noise)
+    assert shut["candidates"]["n"] == 1
+    np.testing.assert_array_equal(shut["actions"], policy.infer(observation(), noise)["actions"])
 
 
 def test_the_codes_are_those_that_teacher_forcing_finds_likeliest(policy):

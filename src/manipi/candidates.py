@@ -10,7 +10,8 @@ and k. So candidates do not depend on their number, and no other answer of an ep
 A *gate* saves the others where the first is certain. A flow whose end is certain is a straight line, and how much its
 path bends costs two norms per step (`manipi.model.flow.bend`, arXiv 2607.27933).
 
-A selector may be a function or a class of yours, `FILE.py:NAME` (`Selector`).
+A selector may be a function or a class of yours, `FILE.py:NAME` (`Selector`). Behind any but `token`, `+token` puts
+what the token head writes in the place of the last candidate: `limits+token`.
 
 What a candidate's own FAST spelling is worth to the token head is no selector here: a difference of 0.2 % of the range
 rewrites half of a chunk's codes, so that rounding decides.
@@ -53,7 +54,7 @@ class Candidates:
     previous: Float[np.ndarray, "n A"] | None = None
     """What is left of the chunk that the robot is executing, normalised; row i belongs to row i of each candidate."""
     proposal: Float[np.ndarray, "H A"] | None = None
-    """What the token head writes, normalised; only for the selector `token`."""
+    """What the token head writes, normalised; only for the selector `token`, and where it is the last candidate."""
 
     @cached_property
     def distances(self) -> Float[np.ndarray, "N N"]:
@@ -110,6 +111,8 @@ def _rms(difference: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(difference).mean((-2, -1)))
 
 
+WITH_PROPOSAL = "+token"
+"""Behind a selector's name: the last candidate is what the token head writes."""
 SELECTORS: dict[str, Selector] = {one.__name__: one for one in (limits, medoid, coherence, token)}
 
 
@@ -125,6 +128,16 @@ class Choice:
     execute_steps: int | None = None
     """Steps of a chunk that will be executed; None: all."""
 
+    @property
+    def rule(self) -> str:
+        """The selector's name alone."""
+        return self.selector.removesuffix(WITH_PROPOSAL)
+
+    @property
+    def proposes(self) -> bool:
+        """Whether the last candidate is what the token head writes."""
+        return self.rule != self.selector
+
     def check(
         self, selectors: Mapping[str, Selector], *, flow: bool, tokens: bool, num_steps: int, error: type[ManipiError]
     ) -> None:
@@ -133,16 +146,18 @@ class Choice:
         Args:
             flow, tokens: which heads the policy has.
         """
-        if self.selector not in selectors:
-            raise unknown_name("selector", self.selector, selectors, next="name one of them")
-        fewest = 3 if self.selector == "medoid" else 1
+        if self.rule not in selectors:
+            raise unknown_name("selector", self.rule, selectors, next="name one of them")
+        fewest = 3 if self.rule == "medoid" else 1
         expected = ""
         if not 1 <= self.n <= MAX_CANDIDATES or 1 < self.n < fewest:
             expected = f"1 candidate, or from {max(2, fewest)} to {MAX_CANDIDATES} for {self.selector}"
         elif self.n > 1 and not flow:
             expected = "1 candidate of a policy that has no flow head"
-        elif self.n > 1 and self.selector == "token" and not tokens:
+        elif self.n > 1 and (self.proposes or self.rule == "token") and not tokens:
             expected = "a selector that needs no token head, which this policy has not"
+        elif self.proposes and self.rule == "token":
+            expected = "another selector beside the proposal, which is the nearest one to itself"
         elif self.gate is not None and not (0 <= self.gate < np.inf and num_steps >= 2):
             expected = "a gate from 0, and 2 integration steps or more, between which a path can bend"
         if expected:

@@ -390,11 +390,14 @@ class Policy:
         noise_BNHA = np.stack([candidate_noises(one, choice.n) for one in noise])
         drawn_BNHA, bends = self._draw(inputs, noise_BNHA, num_steps, choice, rows)
         proposals: Sequence[np.ndarray | None] = [None] * len(encoded)
-        if choice.selector == "token" and drawn_BNHA.shape[1] > 1:
+        if (choice.proposes or choice.rule == "token") and drawn_BNHA.shape[1] > 1:
             proposals = self.propose_tokens(encoded)
         for i, one in enumerate(encoded):
             gated = {} if bends is None else {"bend": float(bends[i])}
             n = choice.n if bends is None or bends[i] > choice.gate else 1
+            if choice.proposes and n > 1:  # behind what is committed, which the token head does not know
+                drawn_BNHA[i, -1, given[i] :, :size] = proposals[i][given[i] :]  # type: ignore[index] - see above
+                drawn_BNHA[i, -1, : given[i], :size] = drawn_BNHA[i, 0, : given[i], :size]
             commands = self.pipeline.decode(drawn_BNHA[i, :n], one.seen)
             if n == 1:
                 yield commands[0], {"n": 1, "chosen": 0, **gated}
@@ -409,7 +412,7 @@ class Policy:
                 previous=left[i],
                 proposal=proposals[i],
             )
-            best, said = choose(choice.selector, self._selectors[choice.selector], candidates)
+            best, said = choose(choice.selector, self._selectors[choice.rule], candidates)
             yield commands[best], {**said, **gated}
 
     def _draw(
@@ -529,7 +532,7 @@ class Policy:
         Raises:
             ConfigError: the policy cannot choose so.
         """
-        known = self._selectors | ({} if own is None else {choice.selector: own})
+        known = self._selectors | ({} if own is None else {choice.rule: own})
         choice.check(known, **self._heads, num_steps=self.config.num_steps, error=ConfigError)
         self.choice, self._selectors = choice, known
 

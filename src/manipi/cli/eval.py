@@ -70,7 +70,8 @@ class _Eval(OnDevice):
     """Suite: chunks that a flow policy draws for each answer, of which --selector chooses one. Default: 1, or what the
     server of a URL does."""
     selector: str | None = None
-    """Suite: limits, medoid, coherence, token, or FILE.py:NAME (docs/candidates.md). Default: medoid."""
+    """Suite: limits, medoid, coherence, token, or FILE.py:NAME; `+token` behind it makes the last candidate the token
+    head's (docs/candidates.md). Default: medoid."""
     gate: float | None = None
     """Suite: draw more than one only where the path of the first one bends by more. Default: always."""
     untrained: bool = False

@@ -62,7 +62,8 @@ class _Serve(OnDevice):
     """Chunks that a flow policy draws for each answer, of which --selector chooses one; a request may name another
     number. Default: 1."""
     selector: str | None = None
-    """limits, medoid, coherence, token, or FILE.py:NAME (docs/candidates.md). Default: medoid."""
+    """limits, medoid, coherence, token, or FILE.py:NAME; `+token` behind it makes the last candidate the token head's
+    (docs/candidates.md). Default: medoid."""
     gate: float | None = None
     """Draw more than one only where the path of the first one bends by more. Default: always."""
     compile: bool = False
@@ -102,7 +103,8 @@ def main(arguments: Sequence[str]) -> None:
     policy = Policy.load(args.checkpoint, robot=args.robot, device=device, seed=args.seed, compile=compile)
     if not as_trained:
         policy.set_sampling(**sampling)
-    own, source = load_selector(args.selector) if args.selector and ":" in args.selector else (None, "")
+    rule = Choice(**choice).rule
+    own, source = load_selector(rule) if ":" in rule else (None, "")
     if choice:
         policy.set_candidates(Choice(**choice), own)
     if not plain:
