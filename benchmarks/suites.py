@@ -4,8 +4,8 @@
     python benchmarks/suites.py --suites crowd --controls blind  one, and what it is won with by not looking
 
 The policy is the demo's, of its size, on as many demonstrations, for as many steps. One is trained for each suite, but
-those named reach-…, and memory, are driven by that of tabletop/reach, which has seen nothing of what they change. Every stage is
-kept in the folder, and the same command goes on where it stopped.
+memory and those named reach-… are driven by that of tabletop/reach, which has seen nothing of what they change. Every
+stage is kept in the folder, and the same command goes on where it stopped.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def main() -> None:
         found = {
             "title": f"The tabletop's suites: the demo's policy ({args.model})",
             "command": f"make suites MODEL={args.model}",
-            "text": f"Seed 0. The recipe {RECIPES[args.model]}, {trained}; the suites called reach, and memory, share a policy.",
+            "text": f"Seed 0. The recipe {RECIPES[args.model]}, {trained}; memory and all called reach share a policy.",
             "columns": ["suite", "", "success", "another object", "too late", "what"],
             "rows": [
                 [
