@@ -42,6 +42,7 @@ hypothesis.settings.load_profile("short")
 IMAGE_SIZE = 16
 EPISODE_LENGTHS = (12, 7, 9, 3, 11, 8, 10, 5)
 RECIPES = {"pi05": "tabletop", "pi0": "tabletop_pi0", "pi0_fast": "tabletop_pi0_fast"}
+RECIPES["joint"] = "manipi.tabletop.recipes:joint_tabletop"
 TINY = GemmaSize(width=32, depth=1, mlp_dim=48, num_heads=2, num_kv_heads=1, head_dim=16)
 
 

@@ -87,7 +87,7 @@ def _steps(config: TrainConfig, folder: Path, world: World) -> tuple[float, dict
             parameter.data.fill_(0.02)
     inputs = ModelInput.from_numpy(batches[0])
     add_gradients(state, inputs, config)
-    weight = float(state.model.loss_weight(inputs, config.noise_draws))
+    weight = float(state.model.loss_weight(inputs, config.noise_draws).flatten()[0])
     gradients = {n: g.to_dense() if (g := whole(p.grad)).is_sparse else g for n, p in state.parameters.items()}
     state.model.zero_grad()
     metrics = [train_step(state, ModelInput.from_numpy(batch), config)[0] for batch in batches]
@@ -104,7 +104,7 @@ def steps(config: TrainConfig, folder: Path) -> tuple[float, int, dict[str, floa
         apart = {f"gradient {n}": _apart(g, plain_gradients[n]) for n, g in gradients.items()}
         apart |= {f"weight {name}": _apart(w, plain_weights[name]) for name, w in weights.items()}
         for one, plain in zip(numbers, plain_numbers, strict=True):
-            apart |= {f"{name} {one['loss']}": abs(one[name] / plain[name] - 1) for name in one}
+            apart |= {f"{name} {one['loss']}": abs(one[name] - plain[name]) / (abs(plain[name]) or 1) for name in one}
         return weight, len(weights), apart
 
 

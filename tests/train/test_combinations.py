@@ -15,7 +15,7 @@ from manipi.train.loop import train
 PRECISION = ("bf16", "fp32", "pure_bf16")
 TRAINED = ("full", "lora", "expert_only", "vision_frozen", "qlora")
 SAVE, EMA, RECOMPUTE = ("sync", "async"), (0.0, 0.9), ("none", "elementwise", "full")
-POLICY = ("pi05", "pi0", "pi0_fast")
+POLICY = ("pi05", "pi0", "pi0_fast", "joint")
 FACTORS = (PRECISION, TRAINED, SAVE, EMA, RECOMPUTE, POLICY)
 
 TABLE = [
@@ -34,6 +34,11 @@ TABLE = [
     ("bf16", "qlora", "sync", 0.0, "elementwise", "pi0"),
     ("fp32", "qlora", "sync", 0.9, "full", "pi05"),
     ("pure_bf16", "qlora", "sync", 0.0, "none", "pi0_fast"),
+    ("bf16", "full", "async", 0.9, "elementwise", "joint"),
+    ("fp32", "lora", "sync", 0.0, "none", "joint"),
+    ("pure_bf16", "expert_only", "sync", 0.9, "full", "joint"),
+    ("fp32", "vision_frozen", "async", 0.0, "elementwise", "joint"),
+    ("bf16", "qlora", "sync", 0.9, "none", "joint"),
 ]
 """Every precision with every mode, and of all other factors each value of one with each value of another."""
 

@@ -47,10 +47,11 @@ def losses(config, folder) -> list[float]:
     [
         ("pi05", 2, 1, False),
         ("pi0_fast", 2, 1, False),
+        ("joint", 2, 1, False),
         ("pi0", 2, 2, True),
         ("pi05", 4, 2, False),
     ],
-    ids=["FSDP", "FSDP of tokens", "copies with adapters", "HSDP"],
+    ids=["FSDP", "FSDP of tokens", "FSDP of both", "copies with adapters", "HSDP"],
 )
 def test_a_step_equals_the_plain_one(tiny, tmp_path, kind, size, replicate, adapted):
     config = replace(with_layers(tiny(kind, ema_decay=0.5), 2), parallel=ParallelConfig(replicate=replicate))

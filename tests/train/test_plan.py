@@ -99,6 +99,8 @@ CASES = [
     ("pi05", {"lora": True, "noise_draws": 5}),
     ("pi0_fast", {"batch_size": 2}),
     ("pi0_fast", {"batch_size": 5, "lora": True}),
+    ("joint", {"batch_size": 3}),
+    ("joint", {"lora": True, "noise_draws": 2}),
 ]
 
 
@@ -112,7 +114,7 @@ def test_saved_bytes_are_what_autograds_hooks_count(tiny, kind, changes):
     assert forecast(config, batch).saved == pytest.approx(counted, rel=0.01)
 
 
-@pytest.mark.parametrize("kind", ["pi0", "pi05", "pi0_fast"])
+@pytest.mark.parametrize("kind", ["pi0", "pi05", "pi0_fast", "joint"])
 def test_the_peak_is_that_of_a_real_step_and_of_torchs_allocator(tiny, kind):
     config = make(tiny, kind)
     batch, state = ragged_batch(config), TrainState.initial(config)

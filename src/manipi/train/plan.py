@@ -153,7 +153,7 @@ def largest_batch(config: TrainConfig) -> ModelInput:
         action_dim_valid=torch.ones(b, model.action_dim, dtype=torch.bool),
         token_causal=text,
         token_loss=text,
-        codes=None if codes is None else torch.zeros_like(codes, dtype=torch.long),
+        codes=None if codes is None else torch.full_like(codes, token, dtype=torch.long),
         code_valid=codes,
         **blank_past(model, b, len(cameras)),
     )
