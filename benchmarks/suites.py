@@ -5,7 +5,8 @@
 
 The policy is the demo's, of its size, on as many demonstrations, for as many steps. One is trained for each suite, but
 memory and those named reach-… are driven by that of tabletop/reach, which has seen nothing of what they change. Every
-stage is kept in the folder, and the same command goes on where it stopped.
+stage is kept in the folder, and the same command goes on where it stopped. With all suites, their table is there as
+docs/make_results.py reads it.
 """
 
 import argparse
@@ -88,7 +89,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--workers", type=int, default=2, help="simulators side by side")
     parser.add_argument("--controls", nargs="*", default=[], choices=["untrained", "blind", "wrong-words", "held"])
-    parser.add_argument("--table", type=Path, help="file to write the table to, as docs/make_results.py reads it")
     args = parser.parse_args()
     lab, rows = Lab(args.dir, args.episodes, args.trials, args.workers, args.seed), []
     for name in args.suites:
@@ -105,7 +105,7 @@ def main() -> None:
             f"{name:18} {control:12} {success['k']:4}/{success['n']:<4} {success['low']:7.1%} {success['high']:7.1%}"
             f" {failures.count('wrong_block'):12} {failures.count('max_steps'):9}  {SUITES[name].about}"
         )
-    if args.table:
+    if args.suites == list(SUITES):
         trained = f"{args.episodes} demonstrations, {steps} steps, one training each (seed {args.seed})"
         found = {
             "title": f"The tabletop's suites: the demo's policy ({args.model})",
@@ -124,7 +124,9 @@ def main() -> None:
                 for name, control, success, trials in rows
             ],
         }
-        args.table.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        table = args.dir / f"suites_{args.model}.json"
+        table.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        print(f"table  {table}")
     print(json.dumps([{"suite": name, "control": control, **success} for name, control, success, _ in rows]))
 
 
