@@ -7,9 +7,11 @@ import pytest
 import torch
 from tests.test_policy import observation
 
+from manipi.checkpoints.initial import load_initial_weights
 from manipi.data.dataset import frames
 from manipi.errors import ConfigError, ObservationError
-from manipi.model import ModelInput
+from manipi.exchange.exporting import export_checkpoint
+from manipi.model import VLA, ModelInput
 from manipi.model.config import HistoryConfig
 from manipi.policy import Policy
 from manipi.serve import PolicyServer
@@ -185,6 +187,34 @@ def test_brokers_show_exactly_what_was_and_read_no_more(policy, execute):
             broker.reset()
             broker.infer(shown(0))
             assert asked.questions[-1][PAST] == [None, None]
+
+
+def test_a_robot_may_fill_the_same_arrays_again(policy):
+    asked, now = Asked(policy), shown(0)
+    broker = ActionChunkBroker(asked, 2)
+    for step in range(5):
+        now["observation/state"][:] = 0.02 * step
+        broker.infer(now)
+    states = [before["observation/state"][0] for before in asked.questions[-1][PAST]]
+    np.testing.assert_allclose(states, [0.0, 0.04])
+
+
+def test_of_older_observations_only_what_the_robot_has_is_read(policy):
+    noise, before = policy.draw_noise(), shown(1)
+    expected = policy.infer({**observation(), PAST: [None, before]}, noise)["actions"]
+    more = {**before, "actions": "x", "action_valid": 3, "delay": -1, "prompt": 5, "subtask": "y"}
+    np.testing.assert_array_equal(policy.infer({**observation(), PAST: [None, more]}, noise)["actions"], expected)
+
+
+def test_no_other_project_is_given_it_without_its_memory(run, tmp_path):
+    for to in ("openpi-torch", "openpi-jax", "lerobot"):
+        with pytest.raises(ConfigError, match="sees the present alone"):
+            export_checkpoint(run / "checkpoints/4", to, tmp_path / to)
+
+
+def test_it_goes_on_from_weights_that_remember_nothing(config, trained):
+    model = VLA(config.model)
+    assert load_initial_weights(model, str(trained("pi05"))) == ["past_state.weight", "past_state.bias"]
 
 
 def test_late_answers_leave_the_past_exact(policy):

@@ -6,6 +6,7 @@ import pytest
 
 from manipi.cli import main
 from manipi.data.open import open_dataset
+from manipi.errors import ConfigError
 from manipi.evaluate.suites import FIRST_SCENE, find_suite
 from manipi.recipes.registry import load_recipe
 from manipi.tabletop.environment import demonstrations
@@ -270,3 +271,9 @@ def test_the_command_records_subtasks(tmp_path, capsys):
     words = pq.read_schema(target / "meta/subtasks.parquet").pandas_metadata  # lerobot reads them as the table's index
     assert words["index_columns"] == ["__index_level_0__"]
     assert find_suite("tabletop/two-step").demonstrated["image_size"] == dataset.features["observation/image"].shape[0]
+
+
+@pytest.mark.parametrize("options", [{"near": 0.05}, {"near": 0.11, "colors": ("red", "green", "blue")}])
+def test_blocks_near_the_tray_need_room(options):
+    with pytest.raises(ConfigError, match=r"Tabletop\(near"):
+        simulator("two-step", **options)

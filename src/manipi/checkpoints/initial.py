@@ -35,7 +35,8 @@ from manipi.weights.stores import ArrayInfo, write_safetensors
 def load_initial_weights(model: VLA, source: str) -> list[str]:
     """Fill a model from a checkpoint. Returns the names that keep their own initial values.
 
-    Those may be adapters that the checkpoint has not, and everything beyond the language model where it is a PaliGemma.
+    Those may be adapters and the projection of older states, where the checkpoint has none; and everything beyond the
+    language model where it is a PaliGemma.
 
     Args:
         source: a released name, a folder, a file, or a URL. A run's folder stands for its newest checkpoint, and
@@ -70,7 +71,8 @@ def load_initial_weights(model: VLA, source: str) -> list[str]:
         foreign.check(config)
         theirs = {name: a.our_shape for a in foreign.arrays(config).values() for layer in a.names for name in layer}
         tensors = foreign.tensors(config)
-    kept = [name for name in parameters if name not in theirs and (vlm_only or is_adapter(name))]
+    added = [name for name in parameters if is_adapter(name) or name.startswith("past_state.")]
+    kept = [name for name in parameters if name not in theirs and (vlm_only or name in added)]
     require_match({name: tuple(p.shape) for name, p in parameters.items() if name not in kept}, theirs, str(path))
     for name, tensor in tensors:
         fill(parameters[name], tensor)

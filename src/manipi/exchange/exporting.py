@@ -108,6 +108,13 @@ def _require_place(model: ModelConfig, to: Target, folder: Path) -> None:
         raise ConfigError(
             expected="a policy with low-rank adapters", found="none", where=str(folder), next="export it whole"
         )
+    if model.past_steps and to in _LAYOUTS:
+        raise ConfigError(
+            expected=f"a policy that sees the present alone, which is all that code for {to} shows it",
+            found=f"one that remembers what was {', '.join(map(str, model.past_steps))} steps ago",
+            where=str(folder),
+            next="export --to manipi, or serve it: manipi serve CHECKPOINT",
+        )
     if isinstance(model, Pi0FastConfig) and to == "openpi-torch":
         raise ConfigError(
             expected="π0 or π0.5: openpi has no π0-FAST in PyTorch",

@@ -60,7 +60,8 @@ class Time:
     sees_BKK: Tensor
     """bool: a frame sees those before it that there are, and itself."""
     embedding_KD: Tensor
-    """Added to what is attended: sines of the time, zero at the present frame."""
+    """Added to what is attended: sines of the time, zero at the present frame. Their frequencies, 1 to 0.01 radians a
+    frame, are ours."""
 
     @staticmethod
     def of(valid_BK: Tensor, width: int) -> "Time":

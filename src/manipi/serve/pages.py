@@ -88,7 +88,7 @@ class Client:
     observations: int = 0
     errors: int = 0
     forgetful: bool = False
-    """It was told that a policy that remembers learns nothing from it of what was before."""
+    """The log says that it sends nothing by which a policy could remember."""
     unknown_keys: set[str] = field(default_factory=set)
     """Keys of its observations that it was told are not read."""
     last: float | None = None

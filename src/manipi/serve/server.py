@@ -411,13 +411,14 @@ def remember(client: Client, observation: dict[str, Any], robot: Robot, past: Se
     episodes' first steps.
     """
     step = observation.get(STEP)
-    if PAST in observation or not isinstance(step, int) or isinstance(step, bool):
+    if PAST in observation or not isinstance(step, int | np.integer) or isinstance(step, bool):
         if PAST not in observation and not client.forgetful:
             logger.warning(
                 "client %s sends neither %s nor %s: the policy remembers nothing", client.address, PAST, STEP
             )
             client.forgetful = True
         return
+    step = int(step)
     client.seen = {at: shown for at, shown in client.seen.items() if 0 < step - at <= max(past)}
     observation[PAST] = [client.seen.get(step - ago) for ago in past]
     client.seen[step] = {k: v for k, v in ReadRobot(robot).read_part(observation).items() if k != "prompt"}

@@ -78,9 +78,11 @@ class Pipeline:
         }
         for number, one in enumerate(past):
             if one is not None:
-                sample: Sample = {**one, "prompt": ""}  # type: ignore[dict-item]
+                sample: Sample = {**ReadRobot(self.robot).read_part(one), "prompt": ""}  # type: ignore[dict-item]
                 for step in steps:
                     sample = step.encode(sample)
+                # One that lacks a camera of the present would show black there.
+                made["past_valid"][number] = not (present["image_valid"] & ~sample["image_valid"]).any()
                 made["past_images"][number], made["past_states"][number] = sample["images"], sample["state"]
         return made
 

@@ -16,6 +16,7 @@ Shape letters: H action horizon, A action dimensions.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Dict, Mapping, Optional, Protocol, Sequence
 
@@ -66,7 +67,7 @@ class Memory:
         """Keeps the observation, where it is wanted. Returns what a question at this step has beside it."""
         past = {PAST: [self._seen.get(step - ago) for ago in self._steps]} if self._steps else {}
         if self.wants(step):
-            self._seen[step] = observation
+            self._seen[step] = copy.deepcopy(observation)  # robots fill the same arrays again
             self._seen = {at: seen for at, seen in self._seen.items() if step - at < max(self._steps)}
         return past
 

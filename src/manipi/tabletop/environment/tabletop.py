@@ -224,6 +224,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
                 where="Tabletop(colors=...)",
                 next="name each colour once, and fewer of them",
             )
+        _check_near(near, len(colors))
         self.image_size, self.cameras, self.tasks, self.colors = image_size, tuple(cameras), tuple(tasks), tuple(colors)
         self._named, self._near = self.colors[:named], near
         self.max_steps, self.start_noise, self.randomize, self.shadows = max_steps, start_noise, randomize, shadows
@@ -481,6 +482,17 @@ def _check_names(kind: str, names: Sequence[str] | Mapping[str, Any], known: Seq
     for name in names:
         if name not in known:
             raise unknown_name(kind, name, known, next=f"choose one of {', '.join(known)}")
+
+
+def _check_near(near: float | None, blocks: int) -> None:
+    """Draws are repeated until all blocks are there: with too little room for them, without end."""
+    if near is not None and (near < 0.1 or blocks > 2):
+        raise ConfigError(
+            expected="two blocks or one, within 0.1 m of the tray's centre or more",
+            found=f"{blocks} within {near:g} m",
+            where="Tabletop(near=...)",
+            next="near=0.11, and fewer colors",
+        )
 
 
 def _draw_outside(rng: np.random.Generator) -> np.ndarray:
