@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -36,6 +37,20 @@ def report(measures: list[Measure]) -> None:
     row = {m.name: {"value": m.value, "unit": m.unit, "goal": m.goal, "holds": m.holds} for m in measures}
     print(json.dumps(row))
     sys.exit(not all(m.holds for m in measures))
+
+
+def manipi(*arguments: object) -> None:
+    """Runs a command of manipi, which is printed first. Where it fails or a signal comes, this program ends, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no command goes on alone
+    command = ["manipi", *map(str, arguments)]
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    process = subprocess.Popen([sys.executable, "-m", *command])
+    try:
+        if process.wait():
+            sys.exit(process.returncode)
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def memory_mb(pid: int | None) -> float:

@@ -14,12 +14,12 @@ import argparse
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+
+from harness import manipi
 
 from manipi.evaluate.statistics import success_rate
 
@@ -48,20 +48,13 @@ def main() -> None:
         claim.write_text(json.dumps(mine))
     if (before := json.loads(claim.read_text())) != mine:
         sys.exit(f"{folder} has what was learnt with {before}, not {mine}: name another --dir, or delete it")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no command goes on alone
 
     def stage(name: str, *arguments: object) -> None:
         """Runs a command and adds its time to the stage's, over all runs of this folder."""
-        command = ["manipi", *(str(argument) for argument in arguments if argument != "")]
-        print(f"\n$ {shlex.join(command)}", flush=True)
         began, path = time.monotonic(), folder / "seconds.json"
-        process = subprocess.Popen([sys.executable, "-m", *command])
         try:
-            if process.wait():
-                sys.exit(process.returncode)
+            manipi(*(argument for argument in arguments if argument != ""))
         finally:
-            process.terminate()
-            process.wait()
             seconds = json.loads(path.read_text()) if path.exists() else {}
             seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
             path.with_suffix(".partial").write_text(json.dumps(seconds))

@@ -11,11 +11,11 @@ docs/make_results.py reads it.
 
 import argparse
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from harness import manipi
 
 from manipi.model.config import Pi0FastConfig
 from manipi.recipes.registry import load_recipe
@@ -26,12 +26,6 @@ LONGER = {"two-step": 12}
 """More tokens of the prompt than the recipe has."""
 LEARNED: dict[str, str] = {name: "reach" for name in SUITES if name.startswith("reach-")} | {"memory": "reach"}
 """Suites whose policy was trained on another one's demonstrations."""
-
-
-def manipi(*arguments: object) -> None:
-    command = [sys.executable, "-m", "manipi", *map(str, arguments)]
-    print("$ manipi " + " ".join(command[3:]), flush=True)
-    subprocess.run(command, check=True)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """`benchmarks/learn.py`, which `make metaworld` runs: stages that are there are skipped; and the page of results."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,7 @@ class Manipi:
 @pytest.fixture
 def learn(monkeypatch, tmp_path):
     def run(*flags):
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
         monkeypatch.setattr(
             sys, "argv", ["learn.py", "family/two", "--recipe", "r.py:r", "--dir", str(tmp_path), *flags]
         )
@@ -100,6 +103,22 @@ def test_training_that_a_signal_ended_is_not_done(learn, monkeypatch):
     manipi.ran, manipi.stops_at = [], 5
     learn()
     assert manipi.ran[0] == "train"
+
+
+def test_a_command_ends_with_the_benchmark_that_runs_it(tmp_path):
+    made = (
+        f"import harness; harness.manipi('demonstrate', 'tabletop/reach', {str(tmp_path / 'd')!r}, '--episodes', 9999)"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'benchmarks'}:{os.environ.get('PYTHONPATH', '')}"}
+    with subprocess.Popen([sys.executable, "-c", made], env=environment, stderr=subprocess.DEVNULL) as benchmark:
+        while not list(tmp_path.glob(".d.episodes/*")):
+            assert benchmark.poll() is None
+            time.sleep(0.1)
+        (commands,) = Path(f"/proc/{benchmark.pid}/task").glob("*/children")
+        (command,) = commands.read_text().split()
+        benchmark.terminate()
+    assert benchmark.returncode == 143
+    assert not Path(f"/proc/{command}").exists()
 
 
 def test_another_size_needs_another_folder(learn, monkeypatch):
