@@ -121,6 +121,7 @@ _SUITES = (
         "reach the named shape of the named colour, of two objects; no demonstration shows this pair of them",
         pairs="unseen",
         demonstrated={"pairs": "seen"},
+        max_steps=80,
     ),
     _suite(
         "crowd",

@@ -46,9 +46,12 @@ SHAPES: dict[str, tuple[str, tuple[float, ...], str]] = {
     "cube": ("box", (BLOCK_HALF,) * 3, 'friction="0.4 0.005 0.0001"'),
     "cylinder": ("cylinder", (0.016, 0.025), 'friction="0.4 0.005 0.0001"'),
     "ball": ("sphere", (BLOCK_HALF,), 'friction="0.4 0.005 0.002" condim="6"'),  # it rolls, but not by itself
+    "plate": ("cylinder", (0.036, 0.008), 'friction="0.4 0.005 0.0001"'),
 }
 """What a block can be: MuJoCo's name of it, its half sizes in metres (the last is half its height), its friction."""
-UNSEEN_PAIRS = ("red ball", "green cylinder", "blue cube")
+PAIRED_COLORS, PAIRED_SHAPES = ("red", "green", "blue"), ("cube", "plate")
+"""Of `pairs`; the shapes differ in a picture of 56 pixels, and each word is one token."""
+UNSEEN_PAIRS = ("red plate", "blue cube")
 """Pairs of colour and shape that no demonstration of `pairs` shows, though it shows every colour and every shape."""
 TRAY_CENTER = (0.34, 0.0)
 TRAY_HALF = 0.05

@@ -34,6 +34,8 @@ from manipi.tabletop.environment.scene import (
     COLORS,
     FINGER_TRAVEL,
     IMAGE_VIEW,
+    PAIRED_COLORS,
+    PAIRED_SHAPES,
     SHAPES,
     TIMESTEP,
     TRAY_CENTER,
@@ -173,7 +175,7 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         shadows: pictures with shadows, which double the cost of rendering.
         tray: False: there is none, blocks lie everywhere and closer, and up to 6 fit.
         pairs: `seen` or `unseen`: instead of `colors`, the target is one of these pairs of colour and shape; there is
-            one other block, of a seen pair, which has its colour or its shape.
+            one other block, of a seen pair, which has its colour or its shape or, beside a seen target, neither.
         hide_after: the target cannot be seen any more after this many steps; it still is where it is.
         lock: the arm does not move for a number of steps that is drawn for each episode, at most this.
         perturb: what differs from the demonstrations, one of `PERTURBATIONS`.
@@ -278,6 +280,8 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         _check_names("task", (task,), INSTRUCTIONS)
         then = str(more.choice([name for name in self.names if name != target])) if task == "two_step" else ""
         wording = str(more.choice(WORDINGS)) if self.perturb == "wording" else ""
+        if self.pairs == "seen":
+            wording = self._part_of(target, more)
         instruct = options.get("instruct", target)
         self.goal = Goal(task=task, target=target, instruct=instruct, then=then, instruct_then=then, wording=wording)
         _check_names("block colour", (target, self.goal.instruct, *options.get("blocks", ())), self.names)
@@ -325,12 +329,25 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
             return (*self.colors, *(f"{color} {rng.choice(('cylinder', 'ball'))}" for color in others))
         if self.pairs is None:
             return self.colors
-        every = [f"{color} {shape}" for color in ("red", "green", "blue") for shape in SHAPES]
+        every = [f"{color} {shape}" for color in PAIRED_COLORS for shape in PAIRED_SHAPES]
         seen = [pair for pair in every if pair not in UNSEEN_PAIRS]
         target = str(rng.choice(seen if self.pairs == "seen" else UNSEEN_PAIRS))
         words, others = target.split(), [pair.split() for pair in seen if pair != target]
-        shared = rng.integers(2)  # the colour or the shape
-        return (target, str(rng.choice([" ".join(other) for other in others if other[shared] == words[shared]])))
+        # The other one has the colour or the shape; in demonstrations as often neither, which is learned soonest.
+        ways = [(True, False), (False, True), *[(False, False)] * (2 if self.pairs == "seen" else 0)]
+        fitting = [[" ".join(one) for one in others if tuple(map(str.__eq__, one, words)) == way] for way in ways]
+        possible = [some for some in fitting if some]
+        return target, str(rng.choice(possible[rng.integers(len(possible))]))
+
+    def _part_of(self, target: str, rng: np.random.Generator) -> str:
+        """An instruction with the target's colour, its shape or both, whichever tell it from the other object.
+
+        Without those of one word a small policy learns the pairs that it is shown, and no word by itself.
+        """
+        (color, shape), (other_color, other_shape) = (name.split() for name in self.names)
+        ways = ["", *([f"reach the {color} block"] if color != other_color else [])]
+        ways += [f"reach the {shape}"] if shape != other_shape else []
+        return ways[rng.integers(len(ways))]
 
     def _perturb_pictures(self, rng: np.random.Generator) -> None:
         """Lamp, camera or colours of this episode."""
@@ -362,7 +379,9 @@ class Tabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         others = [name for name in (self._named or self.names) if name != goal.target]
         instruct = others[seed % len(others)]
         rest = [name for name in self.names if name not in (instruct, goal.then)]
-        return replace(goal, instruct=instruct, instruct_then=rest[seed % len(rest)] if goal.then else "")
+        wording = goal.wording if "{}" in goal.wording else ""  # words of the target alone say nothing of another
+        then = rest[seed % len(rest)] if goal.then else ""
+        return replace(goal, instruct=instruct, instruct_then=then, wording=wording)
 
     def step(self, action: Float32[np.ndarray, "4"]) -> tuple[dict, float, bool, bool, dict]:
         """Moves for one control step. Raises `ConfigError` when the action is not four finite numbers."""
