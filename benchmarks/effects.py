@@ -4,7 +4,8 @@
     python benchmarks/effects.py --parts memory subtasks    two of them
     python benchmarks/effects.py --table docs/results       and the tables, as docs/make_results.py reads them
 
-joint       flow, codes and insulation beside the flow alone, at equal steps and at equal seconds of training
+joint       flow, codes and insulation beside the flow alone, at equal steps and at equal seconds of training; and
+            without insulation
 subtasks    not trained; trained as text but not written; written at every answer
 memory      four pictures, 8 control steps apart, beside one
 candidates  1, 4 and 8 chunks for each answer, and the share of scenes in which any of 8 succeeds
@@ -59,11 +60,13 @@ def joint(lab: Lab) -> list[list[str]]:
     flow = lab.trained("reach", "pi05", "tabletop")
     whole = lab.trained("reach", "joint", "tabletop_joint", STEPS)
     as_long = lab.trained("reach", "joint", "tabletop_joint", SECONDS)
+    free = lab.trained("reach", "joint_free", "tabletop_joint", STEPS, "--model.joint.no-insulate")
     rows = []
     for suite in PERTURBED:
         plain = Arm("flow alone", lab.evaluated(flow, suite))
         rows.append(beside(suite, Arm("joint, equal steps", lab.evaluated(whole, suite)), plain))
         rows.append(beside(suite, Arm("joint, equal seconds", lab.evaluated(as_long, suite)), plain))
+        rows.append(beside(suite, Arm("joint without insulation, equal steps", lab.evaluated(free, suite)), plain))
     codes = Arm("joint, its codes", lab.evaluated(whole, "reach", "--mode", "tokens"))
     return [*rows, beside("reach", codes, Arm("joint, its flow", lab.evaluated(whole, "reach")))]
 

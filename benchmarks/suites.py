@@ -47,8 +47,12 @@ class Lab:
             manipi("demonstrate", f"tabletop/{suite}", dataset, *made)
         return dataset
 
-    def trained(self, suite: str, name: str, recipe: str, steps: int | None = None) -> Path:
-        """The last checkpoint of a recipe that was trained on a suite's demonstrations; its run has a name."""
+    def trained(self, suite: str, name: str, recipe: str, steps: int | None = None, *flags: object) -> Path:
+        """The last checkpoint of a recipe that was trained on a suite's demonstrations; its run has a name.
+
+        Args:
+            flags: more of them for `manipi train`; the name should say so.
+        """
         config = load_recipe(recipe)
         steps, room = steps or config.steps, config.model.max_token_len
         # Every suite of π0-FAST, whose actions follow the prompt, has the longest prompt's tokens.
@@ -60,7 +64,8 @@ class Lab:
             numbers = {"steps": steps, "seed": self.seed, "model.max-token-len": room}
             if steps != config.steps:
                 numbers["optimizer.decay-steps"] = steps
-            manipi("train", recipe, *dataset, *(text for key, value in numbers.items() for text in (f"--{key}", value)))
+            given = (text for key, value in numbers.items() for text in (f"--{key}", value))
+            manipi("train", recipe, *dataset, *given, *flags)
         return checkpoint
 
     def evaluated(self, checkpoint: Path, suite: str, *flags: object) -> dict[str, Any]:
